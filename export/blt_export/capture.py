@@ -1,0 +1,84 @@
+"""Capture: a step module and its `GraphSpec` become an ONNX graph that holds bare `blt` operators.
+
+Sizes: every letter of the spec (B, S, P, L, N, R) is dynamic, integers are static. Example sizes are 2 and more,
+because the exporter specialises a size that is 1 in the example. Values do not matter: tracing is symbolic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from blt_runtime.spec import GraphSpec, TensorSpec
+
+from .translate import translation_table
+
+OPSET = 24
+
+# Different sizes, so that two letters which happen to be equal are not taken for one.
+_EXAMPLE = {"B": 2, "S": 5, "P": 3, "L": 4, "N": 7, "R": 6}
+
+
+def capture(module: nn.Module, spec: GraphSpec) -> ir.Model:
+    """The graph of `module.forward(*inputs, *caches)`, inputs and outputs in the order of `spec`.
+
+    Raises whatever torch.export raises when the module branches on a tensor's value.
+    """
+    caches = [t for t in spec.inputs if t.name in set(spec.aliases.values())]
+    plain = [t for t in spec.inputs if t not in caches]
+    sizes = {letter: torch.export.Dim(letter) for letter in _letters(spec.inputs)}
+    arguments = tuple(_example(t) for t in plain + caches)
+    dynamic = [_dynamic(t, sizes) for t in plain]
+    shapes: tuple[object, ...] = (*dynamic, *(_dynamic(t, sizes) for t in caches))
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(_Flat(module, len(plain)).eval(), (arguments,), dynamic_shapes=(shapes,),
+                                      strict=False)
+        result = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False,
+                                   custom_translation_table=translation_table())
+    assert result is not None
+    return result.model
+
+
+class _Flat(nn.Module):
+    """One tuple argument, so that the dynamic sizes are a flat list whatever the signature's names are."""
+
+    def __init__(self, module: nn.Module, plain: int) -> None:
+        super().__init__()
+        self.module, self.plain = module, plain
+
+    def forward(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        out = self.module(*inputs)
+        return out if isinstance(out, tuple) else tuple(out)
+
+
+def _letters(tensors: tuple[TensorSpec, ...]) -> set[str]:
+    return {size for t in tensors for size in t.shape if isinstance(size, str)}
+
+
+def _example(tensor: TensorSpec) -> torch.Tensor:
+    shape = [size if isinstance(size, int) else _EXAMPLE[size] for size in tensor.shape]
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+
+def _dynamic(tensor: TensorSpec, sizes: dict[str, torch.export.Dim]) -> dict[int, torch.export.Dim]:
+    return {axis: sizes[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs about torchvision and warns about its own internals; neither is the user's business."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,72 @@
+"""Name inputs, outputs and symbolic sizes exactly as the graph's specification does.
+
+Rules
+1. The i-th graph input (output) gets the name of the i-th input (output) of the spec.
+2. Every symbolic size gets the spec's letter (B, S, ...), in all values of the graph.
+3. An input whose element type or fixed sizes differ from the spec is an error: runtime and graph would disagree.
+
+Requires: a captured graph. Ensures: names, element types and letters of the spec.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from blt_runtime.spec import GraphSpec, TensorSpec
+
+from ..rewrite import dims
+
+
+def run(model: ir.Model, spec: GraphSpec) -> int:
+    graph = model.graph
+    letters: dict[str, str] = {}
+    changed = 0
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        if len(values) != len(tensors):
+            raise ValueError(f"graph {spec.name} has {len(values)} values where its spec has {len(tensors)}")
+        taken = [value.name for value in values]
+        for value, tensor in zip(values, tensors, strict=True):
+            _check_type(spec.name, value, tensor)
+            _collect(letters, value, tensor)
+            changed += value.name != tensor.name
+        if taken != [t.name for t in tensors]:
+            _rename(values, tensors)
+    return changed + _rename_sizes(graph, letters)
+
+
+def _check_type(graph: str, value: ir.Value, tensor: TensorSpec) -> None:
+    got = None if value.dtype is None else value.dtype.name.lower().replace("float", "float32", 1)
+    got = {"float32": "float32", "float3216": "float16", "int64": "int64"}.get(got or "", got)
+    if got != tensor.dtype:
+        raise ValueError(f"{graph}: {tensor.name} has type {got}, its spec says {tensor.dtype}")
+
+
+def _collect(letters: dict[str, str], value: ir.Value, tensor: TensorSpec) -> None:
+    """Learn which symbol of the exporter stands for which letter."""
+    sizes = dims(value)
+    if sizes is None or len(sizes) != len(tensor.shape):
+        return
+    for size, want in zip(sizes, tensor.shape, strict=True):
+        if isinstance(size, str) and isinstance(want, str):
+            letters.setdefault(size, want)
+
+
+def _rename(values: list[ir.Value], tensors: tuple[TensorSpec, ...]) -> None:
+    for value in values:
+        value.name = None
+    for value, tensor in zip(values, tensors, strict=True):
+        value.name = tensor.name
+        value.shape = ir.Shape(list(tensor.shape))
+
+
+def _rename_sizes(graph: ir.Graph, letters: dict[str, str]) -> int:
+    renamed = 0
+    for value in (v for node in graph for v in node.outputs):
+        sizes = dims(value)
+        if sizes is None:
+            continue
+        new = [letters.get(size, size) if isinstance(size, str) else size for size in sizes]
+        if new != sizes:
+            value.shape = ir.Shape(new)
+            renamed += 1
+    return renamed
