@@ -1,0 +1,1 @@
+"""Run exported Byte Latent Transformers: numpy and a backend's library, no torch, no onnx."""

@@ -1,0 +1,1 @@
+"""Backends: what executes the graphs. `protocol` says what one must offer."""

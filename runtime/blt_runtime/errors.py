@@ -1,0 +1,95 @@
+"""Every error that a user can meet, in one tree. Each message is one line: what is wrong, and what to do.
+
+    BltError                   exit code 1
+    ├── UsageError             2   bad arguments, wrong order of calls, two threads on one stream
+    ├── InputError             1   prompt, text or data that cannot be used
+    ├── ConfigError            2   unknown or misspelt key, sizes that do not divide
+    │   └── RuleError          2   a patch rule that contradicts itself
+    ├── CheckpointError        1   not a checkpoint, truncated, foreign content
+    ├── BundleError            1   missing, changed, truncated or outward-pointing file
+    │   ├── ManifestError      1   manifest.json is broken, incomplete or has unknown keys
+    │   └── VersionError       1   made by a newer version of the format
+    ├── CapacityError          1   the stream is full
+    ├── BackendError           4   a backend or device failed or is not there
+    │   └── MissingExtra       4   a library is not installed; the message names the command
+    └── CheckFailed            3   parity or a threshold that the user set
+
+`exit_code` is what the command line returns for the class.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BltError(Exception):
+    """Base of all errors of this project."""
+
+    exit_code = 1
+
+
+class UsageError(BltError):
+    """Bad arguments or calls in the wrong order."""
+
+    exit_code = 2
+
+
+class InputError(BltError):
+    """A prompt, text or data file that cannot be used."""
+
+
+class ConfigError(BltError):
+    """A configuration with an unknown key or values that do not fit together."""
+
+    exit_code = 2
+
+
+class RuleError(ConfigError):
+    """A patch rule that contradicts itself."""
+
+
+class CheckpointError(BltError):
+    """A file that is no checkpoint, or a damaged one."""
+
+
+class BundleError(BltError):
+    """A bundle with a missing, changed, truncated or outward-pointing file."""
+
+
+class ManifestError(BundleError):
+    """A manifest.json that is broken, incomplete or has unknown keys."""
+
+
+class VersionError(BundleError):
+    """A bundle written in a newer version of the format."""
+
+
+class CapacityError(BltError):
+    """The stream cannot hold more bytes or patches."""
+
+
+class BackendError(BltError):
+    """A backend or device that failed or is not there."""
+
+    exit_code = 4
+
+
+class MissingExtra(BackendError):
+    """A library that is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} is not installed: pip install 'blt-lm[{extra}]'")
+
+
+class CheckFailed(BltError):
+    """A check that ran and found a difference (parity, a threshold set by the user)."""
+
+    exit_code = 3
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The tail of an error message: the known words, nearest first guess named."""
+    words = sorted(known)
+    guess = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(words)}"

@@ -1,0 +1,39 @@
+"""Bytes to ids and back (spec section 1): id = byte + 4, and below that four special ids."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+BOE: Final = 0
+"""Also the padding id, and the zero before the start of a row in the hash windows."""
+BOS: Final = 1
+EOS: Final = 2
+BPE: Final = 3
+"""Delimiter that only the patch scheme `bpe` reads."""
+OFFSET: Final = 4
+VOCAB: Final = 260
+NEWLINE: Final = OFFSET + 0x0A
+
+Ids = npt.NDArray[np.int64]
+
+
+def to_bytes(text: str | bytes) -> bytes:
+    """UTF-8; characters that have no encoding (lone surrogates) are dropped, as the reference does."""
+    return text.encode("utf-8", errors="ignore") if isinstance(text, str) else bytes(text)
+
+
+def encode(text: str | bytes, bos: bool = True, eos: bool = False) -> Ids:
+    """Ids [N] int64 of text or bytes, with BOS in front and EOS behind as asked."""
+    values_N = np.frombuffer(to_bytes(text), dtype=np.uint8).astype(np.int64) + OFFSET
+    return np.concatenate([[BOS] if bos else [], values_N, [EOS] if eos else []]).astype(np.int64)
+
+
+def decode(ids: npt.ArrayLike) -> bytes:
+    """The bytes of ids [N]; special ids (below 4) vanish. Raises ValueError for ids outside 0..259."""
+    ids_N = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if ids_N.size and (ids_N.min() < 0 or ids_N.max() >= VOCAB):
+        raise ValueError(f"ids must lie in 0..{VOCAB - 1}")
+    return (ids_N[ids_N >= OFFSET] - OFFSET).astype(np.uint8).tobytes()

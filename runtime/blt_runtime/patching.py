@@ -1,0 +1,241 @@
+"""Where patches start (spec section 5): once vectorised over a whole sequence, once token by token.
+
+Both forms answer the same question, "does token t + 1 start a new patch?", which is known at token t. Patch
+0 is always token 0 alone. A sequence of N tokens has patch lengths that sum to N + 1: the last patch
+contains one virtual next token, and nobody ever reads that patch. Entropies are compared in float32,
+thresholds too.
+
+Letters: N tokens, P patches. `closes_N[t]`: token t is the last of its patch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import RuleError
+from .ids import BPE, OFFSET, Ids
+from .records import from_dict, to_dict
+
+Scheme = Literal["entropy", "space", "static", "byte", "bpe"]
+Floats = npt.NDArray[np.floating[Any]]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class PatchRule:
+    """How a model cuts text.
+
+    scheme entropy: a patch ends at t when e[t] > threshold (nats); with `monotonic` when e[t] - e[t-1] >
+    threshold; with `threshold_add` when e[t] > threshold and e[t] - e[t-1] > threshold_add. `patch_size`
+    belongs to static (lengths 1, s, s, ...). `max_patch_length` splits longer patches. `reset_newlines`
+    lets the entropy model forget at newlines.
+    """
+
+    scheme: Scheme = "entropy"
+    threshold: float | None = None
+    threshold_add: float | None = None
+    monotonic: bool = False
+    patch_size: int | None = None
+    max_patch_length: int | None = None
+    reset_newlines: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scheme not in get_args(Scheme):
+            raise RuleError(f"patch scheme {self.scheme!r} is unknown; known: {', '.join(get_args(Scheme))}")
+        if self.scheme == "entropy" and self.threshold is None:
+            raise RuleError("patch scheme 'entropy' needs a threshold in nats")
+        if self.scheme == "static" and (self.patch_size is None or self.patch_size < 1):
+            raise RuleError("patch scheme 'static' needs patch_size >= 1")
+        if self.max_patch_length is not None and self.max_patch_length < 1:
+            raise RuleError("max_patch_length must be at least 1")
+        if self.monotonic and self.threshold_add is not None:
+            raise RuleError("choose monotonic (difference) or threshold_add (level and difference), not both")
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.scheme == "entropy"
+
+    def to_dict(self) -> dict[str, Any]:
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Raises ConfigError for an unknown key (names the nearest) or a value of the wrong type."""
+        return from_dict(cls, data, "patch rule")
+
+
+def patch_lengths(
+    rule: PatchRule,
+    ids: npt.ArrayLike,
+    entropies: npt.ArrayLike | None = None,
+    include_next_token: bool = True,
+) -> Ids:
+    """Patch lengths [P] int64 of ids [N] and their entropies [N] in nats; they sum to N + 1.
+
+    Without the virtual next token they sum to N, and the last entropy is not looked at.
+    """
+    ids_N = np.asarray(ids, dtype=np.int64).reshape(-1)
+    total = len(ids_N) + include_next_token
+    if total == 0:
+        return np.zeros(0, dtype=np.int64)
+    closes_N = _closes(rule, ids_N, _check(rule, ids_N, entropies))
+    if rule.scheme == "bpe":
+        closes_N[1:][len(ids_N) - 2 :] = False  # section 5: a delimiter in last place closes nothing yet
+    lengths_P = lengths_from_closes(closes_N[: total - 1], total)
+    return lengths_P if rule.max_patch_length is None else _split_long(lengths_P, rule.max_patch_length)
+
+
+def lengths_from_closes(closes: Bools, total: int) -> Ids:
+    """Lengths [P] of `total` tokens when a patch ends at every true place of closes [total - 1]."""
+    edges = np.concatenate([[0], np.flatnonzero(closes) + 1, [total]])
+    return np.diff(edges).astype(np.int64)
+
+
+def closes_from_lengths(lengths: npt.ArrayLike) -> Bools:
+    """The inverse: closes [N] of patch lengths [P] that sum to N + 1."""
+    lengths_P = np.asarray(lengths, dtype=np.int64)
+    closes_N = np.zeros(int(lengths_P.sum()) - 1, dtype=np.bool_)
+    closes_N[np.cumsum(lengths_P)[:-1] - 1] = True
+    return closes_N
+
+
+def _check(rule: PatchRule, ids_N: Ids, entropies: npt.ArrayLike | None) -> Floats:
+    if not rule.needs_entropy:
+        return np.zeros(len(ids_N), dtype=np.float32)
+    if entropies is None:
+        raise RuleError("patch scheme 'entropy' needs the entropies of the ids")
+    entropies_N = np.asarray(entropies).reshape(-1).astype(np.float32)
+    if len(entropies_N) != len(ids_N):
+        raise RuleError(f"{len(ids_N)} ids but {len(entropies_N)} entropies")
+    return entropies_N
+
+
+def _closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
+    """Places where the scheme ends a patch, before max_patch_length."""
+    closes_N = _SCHEMES[rule.scheme](rule, ids_N, entropies_N)
+    closes_N[:1] = True  # token 0 is a patch of its own
+    return closes_N
+
+
+def _entropy_closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
+    assert rule.threshold is not None
+    closes_N = entropies_N > np.float32(rule.threshold)
+    if not rule.monotonic and rule.threshold_add is None:
+        return closes_N
+    rises_N = np.diff(entropies_N, prepend=entropies_N[:1])
+    if rule.monotonic:
+        closes_N = rises_N > np.float32(rule.threshold)
+    else:
+        assert rule.threshold_add is not None
+        closes_N &= rises_N > np.float32(rule.threshold_add)
+        closes_N[2:3] = False  # the reference never starts a patch at 3 (spec section 5)
+    closes_N[1:2] = True  # and always starts one at 2
+    return closes_N
+
+
+def _space_closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
+    spacelike_N = SPACELIKE[ids_N]
+    closes_N: Bools = spacelike_N.copy()
+    closes_N[1:] &= ~spacelike_N[:-1]
+    closes_N |= ids_N < OFFSET
+    return closes_N
+
+
+def _static_closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
+    assert rule.patch_size is not None
+    return np.asarray(np.arange(len(ids_N)) % rule.patch_size == 0)
+
+
+def _byte_closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
+    return np.ones(len(ids_N), dtype=np.bool_)
+
+
+def _bpe_closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
+    return np.asarray(ids_N == BPE)
+
+
+_SCHEMES = {
+    "entropy": _entropy_closes,
+    "space": _space_closes,
+    "static": _static_closes,
+    "byte": _byte_closes,
+    "bpe": _bpe_closes,
+}
+
+
+def _spacelike() -> Bools:
+    """Per id: not an ASCII letter or digit and not a UTF-8 continuation byte; special ids count as such."""
+    byte = np.arange(256)
+    word = ((byte >= 48) & (byte <= 57)) | ((byte >= 65) & (byte <= 90)) | ((byte >= 97) & (byte <= 122))
+    continuation = (byte >= 0x80) & (byte <= 0xBF)
+    return np.concatenate([np.ones(OFFSET, dtype=np.bool_), ~(word | continuation)])
+
+
+SPACELIKE = _spacelike()
+
+
+def _split_long(lengths_P: Ids, longest: int) -> Ids:
+    """Every length > longest becomes longest, longest, ..., rest."""
+    parts_P = -(-lengths_P // longest)
+    split = np.full(int(parts_P.sum()), longest, dtype=np.int64)
+    split[np.cumsum(parts_P) - 1] = lengths_P - (parts_P - 1) * longest
+    return split
+
+
+class PatchState:
+    """The same rules one token at a time. Copy it with `copy()` to go back later."""
+
+    def __init__(self, rule: PatchRule) -> None:
+        self.rule = rule
+        self.position = 0
+        """Tokens seen."""
+        self.open = 0
+        """Tokens of the unfinished patch."""
+        self._previous_entropy = 0.0
+        self._previous_spacelike = True
+        self._limit = np.float32(0.0 if rule.threshold is None else rule.threshold)
+        self._rise = np.float32(0.0 if rule.threshold_add is None else rule.threshold_add)
+
+    def copy(self) -> PatchState:
+        return copy.copy(self)
+
+    def closes(self, id: int, entropy: float) -> bool:
+        """Takes the next token and its entropy (nats; unused by most rules): does its patch end here?"""
+        closes = self.position == 0 or self._scheme_closes(id, entropy)
+        self.position += 1
+        self.open += 1
+        if self.rule.max_patch_length is not None and self.open >= self.rule.max_patch_length:
+            closes = True
+        if closes:
+            self.open = 0
+        return closes
+
+    def _scheme_closes(self, id: int, entropy: float) -> bool:
+        scheme = self.rule.scheme
+        if scheme == "entropy":
+            return self._entropy_closes(entropy)
+        if scheme == "space":
+            before, self._previous_spacelike = self._previous_spacelike, bool(SPACELIKE[id])
+            return id < OFFSET or (self._previous_spacelike and not before)
+        if scheme == "static":
+            assert self.rule.patch_size is not None
+            return self.position % self.rule.patch_size == 0
+        return scheme == "byte" or id == BPE
+
+    def _entropy_closes(self, entropy: float) -> bool:
+        rule = self.rule
+        if not rule.monotonic and rule.threshold_add is None:
+            return bool(entropy > self._limit)
+        rise = np.float32(entropy) - np.float32(self._previous_entropy)
+        self._previous_entropy = entropy
+        if self.position == 1:
+            return True
+        if rule.monotonic:
+            return bool(rise > self._limit)
+        return self.position > 2 and bool(entropy > self._limit) and bool(rise > self._rise)
