@@ -1,0 +1,78 @@
+"""`blt data`: text to a data folder, and what a data folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from blt.cli import console, options
+from blt_runtime.errors import UsageError
+
+app = typer.Typer(no_args_is_help=True, help="Text to training data.")
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in text.split("/"))
+    except ValueError:
+        shares = ()
+    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+        raise UsageError(f"--split {text}: write the shares of train, valid and test, as in 98/1/1")
+    return shares
+
+
+@app.command("prepare")
+def prepare(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Files or folders of text.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
+    format: Annotated[str, typer.Option(help="auto, txt (documents end with NUL), jsonl or dir.")] = "auto",
+    text_field: Annotated[str, typer.Option(help="Key of the text in JSONL.")] = "text",
+    split: Annotated[str, typer.Option(help="Shares of train/valid/test.")] = "98/1/1",
+    dedup: Annotated[bool, typer.Option("--dedup", help="Drop exact duplicates.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Reading processes.")] = 1,
+    seed: Annotated[int, typer.Option(help="Another split of the same documents.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Turn text into shards of bytes with a manifest (sha256, bytes, documents)."""
+    from blt.data.dataset import info as describe
+    from blt.data.prepare import prepare as run
+
+    shares = _shares(split)
+    run(
+        inputs, out, format=format, split=shares, dedup=dedup, text_field=text_field, workers=workers, seed=seed,
+        force=force,
+    )  # fmt: skip
+    _show(describe(out), as_json)
+
+
+@app.command("info")
+def info(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by blt data prepare.")],
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Splits, groups, documents and bytes of a data folder."""
+    from blt.data.dataset import info as describe
+
+    _show(describe(folder), as_json)
+
+
+def _show(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        console.print_json("blt.data/1", report)
+        return
+    table = Table(title=report["path"], title_justify="left", box=None, pad_edge=False)
+    for name in ("split", "group", "documents", "bytes"):
+        table.add_column(name, justify="left" if name in ("split", "group") else "right")
+    for name, split in report["splits"].items():
+        table.add_row(name, "", f"{split['documents']:,}", f"{split['bytes']:,}")
+        for group, part in sorted(split.get("groups", {}).items()):
+            table.add_row("", group, f"{part['documents']:,}", f"{part['bytes']:,}")
+    console.stdout_console().print(table)

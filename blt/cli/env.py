@@ -1,0 +1,88 @@
+"""`blt env`: versions, providers and devices as JSON, for bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from blt import __version__
+from blt.cli import console, options
+
+PACKAGES = (
+    "numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx",
+    "pydantic", "pyyaml", "rich", "safetensors", "typer", "matplotlib",
+)  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # not POSIX
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
+            )
+    except OSError:
+        return platform.processor()
+
+
+def _onnxruntime() -> dict[str, Any] | None:
+    """Providers that the installed build offers; importing it takes 0.1 s."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return None if isinstance(error, ModuleNotFoundError) else {"error": str(error)}
+    return {"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}
+
+
+def _torch() -> dict[str, Any] | None:
+    try:
+        import torch
+    except ImportError as error:
+        return None if isinstance(error, ModuleNotFoundError) else {"error": str(error)}
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cuda": torch.version.cuda, "threads": torch.get_num_threads(), "cuda_devices": devices}
+
+
+def env(
+    full: Annotated[
+        bool, typer.Option("--full", help="Also ask PyTorch for its devices (loads it).")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Versions, providers and devices as JSON, for bug reports. The output is JSON with or without --json."""
+    found = {name: _version(name) for name in PACKAGES}
+    report: dict[str, Any] = {
+        "blt": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "packages": {name: version for name, version in found.items() if version is not None},
+        "missing": [name for name, version in found.items() if version is None],
+        "onnxruntime": _onnxruntime(),
+    }
+    if full:
+        report["torch"] = _torch()
+    console.print_json("blt.env/1", report)

@@ -1,0 +1,73 @@
+"""From an exception to one line on stderr and an exit code.
+
+0 done; 1 failed while running; 2 usage; 3 a check failed; 4 a backend, device or extra is missing; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from blt.cli.console import verbose
+
+OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
+
+# top-level module -> the extra that brings it
+EXTRAS = {
+    "matplotlib": "plot",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxruntime": "cpu",
+    "onnxscript": "export",
+    "pydantic": "train",
+    "pyppmd": "dev",
+    "safetensors": "train",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "aot",
+    "torch": "train",
+}
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """The line to print (empty: nothing to say) and the exit code for `error`."""
+    from blt_runtime.errors import BltError
+
+    if isinstance(error, BltError):
+        return one_line(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return "interrupted", INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return "", BROKEN_PIPE
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_module(error)
+    if callable(format_message := getattr(error, "format_message", None)):  # typer's and click's own errors
+        return f"{one_line(format_message())} (-h shows the usage)", int(getattr(error, "exit_code", USAGE))
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}", FAILED
+    if isinstance(error, MemoryError):
+        return "not enough memory; a smaller --capacity or batch needs less", FAILED
+    return f"{type(error).__name__}: {one_line(error)} (-v shows the traceback)", FAILED
+
+
+def _missing_module(error: ModuleNotFoundError) -> tuple[str, int]:
+    module = (error.name or "").split(".")[0]
+    extra = EXTRAS.get(module)
+    if extra is None:
+        return f"the module {error.name!r} is missing; reinstall blt-lm", FAILED
+    return f"{module} is not installed; run: pip install 'blt-lm[{extra}]'", MISSING
+
+
+def one_line(error: object) -> str:
+    """The message without line breaks."""
+    return " ".join(str(error).split())
+
+
+def report(error: BaseException) -> int:
+    """Print the error as `blt: error: ...` and return the exit code; the traceback only with -v."""
+    line, code = describe(error)
+    if verbose():
+        traceback.print_exception(error, file=sys.stderr)
+    if line:
+        print(f"blt: error: {line}", file=sys.stderr, flush=True)
+    return code

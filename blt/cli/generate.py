@@ -1,0 +1,139 @@
+"""`blt generate`: continue a prompt; the text alone goes to stdout, as it comes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from blt.cli import console, inputs, models, options
+from blt_runtime.errors import UsageError
+
+
+@dataclass
+class Timing:
+    """When the bytes came. Times in seconds since `started`, which is before the prompt is read in."""
+
+    prompt_bytes: int
+    started: float = field(default_factory=time.perf_counter)
+    first_byte: float | None = None
+    last_byte: float = 0.0
+    n_bytes: int = 0
+
+    def watch(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass `pieces` on and note their times."""
+        for piece in pieces:
+            self.last_byte = time.perf_counter() - self.started
+            if piece and self.first_byte is None:
+                self.first_byte = self.last_byte
+            self.n_bytes += len(piece)
+            yield piece
+
+    def summary(self, patch_lengths: Iterable[int]) -> dict[str, Any]:
+        """Bytes per second are counted behind the first byte, so that reading the prompt is not in them."""
+        first = self.first_byte if self.first_byte is not None else self.last_byte
+        spent = self.last_byte - first
+        lengths = [int(n) for n in patch_lengths][1:]  # the first patch is BOS alone
+        return {
+            "prompt_bytes": self.prompt_bytes,
+            "new_bytes": self.n_bytes,
+            "seconds": round(self.last_byte, 6),
+            "time_to_first_byte_s": round(first, 6),
+            "bytes_per_s": round((self.n_bytes - 1) / spent, 2) if spent > 0 and self.n_bytes > 1 else None,
+            "mean_patch_bytes": round(sum(lengths) / len(lengths), 3) if lengths else None,
+        }
+
+
+def _stats_line(stats: dict[str, Any]) -> str:
+    speed, patch = stats["bytes_per_s"], stats["mean_patch_bytes"]
+    parts = [f"{stats['new_bytes']} bytes in {stats['seconds']:.2f} s"]
+    parts += [f"{speed:.0f} bytes/s"] if speed is not None else []
+    parts += [f"time to first byte {1000 * stats['time_to_first_byte_s']:.0f} ms"]
+    parts += [f"mean patch {patch:.2f} bytes"] if patch is not None else []
+    return ", ".join(parts)
+
+
+def _prompt_bytes(prompt: str | None, unconditional: bool) -> bytes:
+    given = b"" if prompt is None else inputs.text_bytes(prompt)
+    if given and unconditional:
+        raise UsageError("--unconditional starts without a prompt; leave one of them out")
+    if not given and not unconditional:
+        raise UsageError("the prompt is empty; give some text, - for standard input, or --unconditional")
+    return given
+
+
+def _write(pieces: Iterable[bytes], raw: bool, stream_out: bool) -> None:
+    """Write to stdout piece by piece (or all at the end): bytes as they are, or complete UTF-8 only."""
+    if not stream_out:
+        pieces = [b"".join(pieces)]
+    for data in pieces if raw else (text.encode() for text in _texts(pieces)):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    if not raw and sys.stdout.isatty():
+        print()
+
+
+def _texts(pieces: Iterable[bytes]) -> Iterator[str]:
+    from blt_runtime.text import Utf8Streamer
+
+    decoder = Utf8Streamer()
+    for piece in pieces:
+        if text := decoder.push(piece):
+            yield text
+    if tail := decoder.flush():
+        yield tail
+
+
+def generate(
+    model: options.ModelPath,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT|-]", help="Text; - is standard input.")
+    ] = None,
+    n: Annotated[str, typer.Option("-n", "--new-bytes", metavar="SIZE", help="Bytes to generate.")] = "256",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Keep the K likeliest bytes.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest bytes of this total share.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop bytes below this share of the likeliest.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on behind an end of document.")
+    ] = False,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Start without a prompt.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Write the bytes as they are, UTF-8 or not.")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Write everything at the end.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Speed and mean patch size on stderr.")] = False,
+    backend: options.Backend = "auto",
+    entropy_model: options.EntropyModel = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    seed: options.Seed = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Continue PROMPT with a model. stdout gets the new text and nothing else."""
+    size = options.parse_size(n, "-n")
+    if raw and as_json:
+        raise UsageError("--raw writes bytes and --json writes text; leave one of them out")
+    given = _prompt_bytes(prompt, unconditional)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    stops = [os.fsencode(text) for text in stop or []]
+    with models.open_model(
+        model, backend=backend, entropy_model=entropy_model, device=device, threads=threads
+    ) as opened:
+        stream = opened.stream(bos=True, seed=seed)
+        timing = Timing(len(given))
+        stream.append(given)
+        pieces = timing.watch(stream.generate(size, stop=stops, stop_at_eos=not ignore_eos, **sampling))
+        if as_json:
+            text = "".join(_texts(pieces))
+            console.print_json("blt.generate/1", {"text": text, **timing.summary(stream.patch_lengths)})
+        else:
+            _write(pieces, raw, not no_stream)
+    if stats:
+        console.say(_stats_line(timing.summary(stream.patch_lengths)))

@@ -1,0 +1,76 @@
+"""From a TEXT, FILE or `-` argument to bytes or ids."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blt_runtime.errors import InputError, UsageError
+
+
+def text_bytes(text: str) -> bytes:
+    """The bytes of a command-line argument: `-` is standard input; bytes that are no UTF-8 stay as they are."""
+    return sys.stdin.buffer.read() if text == "-" else os.fsencode(text)
+
+
+def file_or_text(argument: str) -> bytes:
+    """The file's bytes if `argument` names a file, standard input for `-`, else the argument itself."""
+    if argument != "-" and len(argument) < 4096 and Path(argument).is_file():
+        return Path(argument).read_bytes()
+    return text_bytes(argument)
+
+
+def read_file(argument: str) -> bytes:
+    """The bytes of a file or of standard input (`-`); raises UsageError if there is no such file."""
+    if argument == "-":
+        return sys.stdin.buffer.read()
+    path = Path(argument)
+    if not path.is_file():
+        raise UsageError(f"{argument}: no such file; give a file or - for standard input")
+    return path.read_bytes()
+
+
+def load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
+    """Ids [N] from a .npy file, as they are; raises InputError unless they are integers below `vocab_size`."""
+    array = _load_integers(path)
+    if array.size == 0:
+        raise InputError(f"{path} holds no ids")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        raise InputError(f"{path} holds ids from {low} to {high}; they must lie in 0..{vocab_size - 1}")
+    return array
+
+
+def load_patch_lengths(path: Path, n_ids: int) -> NDArray[np.int64]:
+    """Patch lengths [P] from a .npy file; raises InputError unless they sum to `n_ids` + 1, the first being 1."""
+    array = _load_integers(path)
+    array = array[: int(np.flatnonzero(array)[-1]) + 1] if array.any() else array  # right padding with zeros
+    if array.size == 0 or (array < 1).any():
+        raise InputError(f"{path}: every patch length must be at least 1")
+    if int(array.sum()) != n_ids + 1:
+        raise InputError(f"{path}: patch lengths sum to {array.sum()}; {n_ids} ids need {n_ids + 1}")
+    if array[0] != 1:
+        raise InputError(
+            f"{path}: the first patch holds the first id alone, so its length is 1, not {array[0]}"
+        )
+    return array
+
+
+def _load_integers(path: Path) -> NDArray[np.int64]:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} is no .npy file: {error}") from error
+    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{path} must hold one array of whole numbers")
+    if array.ndim == 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 1:
+        raise InputError(f"{path} must be one-dimensional, not {array.ndim}-dimensional")
+    return array.astype(np.int64)

@@ -1,0 +1,99 @@
+"""From a MODEL argument to something that runs.
+
+A MODEL is a bundle (a folder with manifest.json: runs on ONNX Runtime, needs no torch) or a checkpoint
+(model.pt, run folder, reference-format folder: runs on PyTorch, or on ONNX Runtime through a temporary bundle).
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blt_runtime.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from blt_runtime import Model
+
+BACKENDS = ("auto", "torch", "onnx")
+
+log = logging.getLogger("blt.cli")
+
+
+def check_backend(backend: str) -> None:
+    """Raise UsageError unless `backend` is one that this build has."""
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+
+
+def existing(path: Path) -> Path:
+    """`path` itself; raises UsageError if there is nothing at it."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder; give model.pt, a run folder or a bundle")
+    return path
+
+
+def is_bundle(path: Path) -> bool:
+    """A bundle is a folder with a manifest; checkpoint folders have none."""
+    return path.is_dir() and (path / "manifest.json").exists()
+
+
+def providers_of(device: str) -> list[str] | None:
+    """ONNX Runtime providers for --device; None leaves the choice (CPU) to the runtime."""
+    if device in ("auto", "cpu"):
+        return None
+    if device.split(":")[0] != "cuda":
+        raise UsageError(f"--device {device}: choose auto, cpu or cuda[:n]")
+    raise BackendError(f"--device {device}: this version runs bundles on the CPU only; leave --device out")
+
+
+@contextmanager
+def open_model(
+    path: Path,
+    *,
+    backend: str = "auto",
+    entropy_model: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Iterator[Model]:
+    """The model at `path`, ready for `model.stream()`.
+
+    Raises UsageError for a wrong argument, CheckpointError or BundleError for a damaged file, and
+    ModuleNotFoundError (exit 4) where the backend's library is not installed.
+    """
+    check_backend(backend)
+    existing(path)
+    if is_bundle(path):
+        yield _open_bundle(path, backend, entropy_model, device, threads)
+    elif backend == "onnx":
+        with tempfile.TemporaryDirectory(prefix="blt-bundle-") as folder:
+            bundle = Path(folder) / "bundle"
+            _export(path, bundle, entropy_model)
+            yield _open_bundle(bundle, backend, None, device, threads)
+    else:
+        from blt.torch_backend import open_model as open_torch
+
+        yield open_torch(path, entropy_model=entropy_model, device=device, threads=threads)
+
+
+def _open_bundle(
+    path: Path, backend: str, entropy_model: Path | None, device: str, threads: int | None
+) -> Model:
+    if backend == "torch":
+        raise UsageError(f"{path} is a bundle, which runs on onnx; for --backend torch give the model.pt")
+    if entropy_model is not None:
+        raise UsageError(f"{path} is a bundle and holds its entropy model; leave --entropy-model out")
+    from blt_runtime import Model
+
+    return Model.open(path, backend="onnx", threads=threads, providers=providers_of(device))
+
+
+def _export(path: Path, bundle: Path, entropy_model: Path | None) -> None:
+    from blt.checkpoint import load
+    from blt_export import export
+
+    log.info("exporting %s to a temporary bundle (blt export makes a lasting one)", path)
+    export(load(path, entropy_model=entropy_model), bundle, check=False)

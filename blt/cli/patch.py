@@ -1,0 +1,216 @@
+"""`blt patch`: where a rule cuts a text, coloured in the terminal, as a table, as JSON, as the paper's figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from blt.cli import console, files, inputs, options, scoring
+from blt_runtime.errors import UsageError
+from blt_runtime.ids import OFFSET, decode, encode
+from blt_runtime.patching import PatchRule, patch_lengths
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+COLOURS = ("black on #a8d1ff", "black on #ffd9a0")  # neighbours must differ; two are enough
+SCHEMES = "entropy, space, static:N, byte"
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A text cut by a rule. ids [N] with BOS in front, entropies [N] in nats or None, lengths [P] (sum N + 1)."""
+
+    rule: PatchRule
+    ids: NDArray[np.int64]
+    entropies: NDArray[np.float32] | None
+    lengths: NDArray[np.int64]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Index of the first id of every patch that holds a real id."""
+        edges = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        return [int(edge) for edge in edges if edge < len(self.ids)]
+
+    @property
+    def mean(self) -> float:
+        """Bytes per patch; the patch of BOS alone is left out."""
+        return (len(self.ids) - 1) / max(1, len(self.starts) - 1)
+
+    def entropy_before(self, t: int) -> float | None:
+        """Entropy in nats of id t before it was read."""
+        return None if self.entropies is None or t == 0 else float(self.entropies[t - 1])
+
+    def spans(self) -> list[tuple[int, int]]:
+        """[start, end) of every patch of `starts`."""
+        return list(zip(self.starts, [*self.starts[1:], len(self.ids)], strict=True))
+
+
+def escaped(ids: NDArray[np.int64]) -> str:
+    """Ids as printable text: `\\n`, `\\xff` for what is no UTF-8, `<BOS>` for special ids."""
+    shown, run = "", []
+    for i in [*ids.tolist(), None]:
+        if i is not None and i >= OFFSET:
+            run.append(i)
+            continue
+        shown += "".join(_escape(char) for char in decode(run).decode("utf-8", "surrogateescape"))
+        run = []
+        shown += "" if i is None else f"<{('BOE', 'BOS', 'EOS', 'BPE')[i]}>"
+    return shown
+
+
+def _escape(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+
+def parse_scheme(scheme: str, threshold: float | None) -> PatchRule | None:
+    """The rule of --scheme; None for entropy without a threshold (the model's own rule). Raises UsageError."""
+    name, _, size = scheme.partition(":")
+    if name == "static" and size.isdigit() and int(size) > 0:
+        return PatchRule(scheme="static", patch_size=int(size))
+    if scheme not in ("entropy", "space", "byte"):
+        raise UsageError(f"--scheme {scheme}: choose one of {SCHEMES}")
+    if threshold is not None and scheme != "entropy":
+        raise UsageError(f"--threshold belongs to --scheme entropy, not {scheme}; leave it out")
+    if scheme == "entropy":
+        return None if threshold is None else PatchRule(scheme="entropy", threshold=threshold)
+    return PatchRule(scheme="space" if scheme == "space" else "byte")
+
+
+def patch(
+    text: Annotated[str, typer.Argument(metavar="TEXT|FILE|-", help="Text, a file, or - for standard input.")],
+    model: Annotated[Path | None, typer.Option("--model", metavar="MODEL", help="Needed for entropies.")] = None,
+    scheme: Annotated[str | None, typer.Option(help=f"{SCHEMES} (default: the model's rule).")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Nats, instead of the model's threshold.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the figure as .png or .html.")] = None,
+    table: Annotated[bool, typer.Option("--table/--no-table", help="List the patches.")] = True,
+    entropy_model: options.EntropyModel = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Show where a text is cut into patches. Only the entropy rule needs a model."""
+    data = inputs.file_or_text(text)
+    if not data:
+        raise UsageError("the text is empty; give some text, a file, or - for standard input")
+    if plot is not None and plot.suffix.lower() not in (".png", ".html"):
+        raise UsageError(f"--plot {plot}: the name must end in .png or .html")
+    rule = parse_scheme(scheme or "entropy", threshold)
+    cut = _cut(encode(data, bos=True), rule, scheme, model, entropy_model, threads)
+    if plot is not None:
+        _plot(cut, plot)
+    if as_json:
+        console.print_json("blt.patch/1", _as_json(cut))
+        return
+    out = console.stdout_console()
+    out.print(_coloured(cut, colour=out.is_terminal and not out.no_color))
+    if table:
+        out.print(_table(cut))
+    out.print(_summary(cut))
+
+
+def _cut(
+    ids: NDArray[np.int64],
+    rule: PatchRule | None,
+    scheme: str | None,
+    model: Path | None,
+    entropy_model: Path | None,
+    threads: int | None,
+) -> Patches:
+    if model is None:
+        if rule is None or rule.needs_entropy:
+            raise UsageError("entropies come from a model: give --model MODEL, or --scheme space, static:N or byte")
+        return Patches(rule, ids, None, patch_lengths(rule, ids))
+    with scoring.open_entropies(model, entropy_model, threads) as source:
+        entropies = source.entropies(ids)
+        rule = _resolve(rule, scheme, source.rule)
+        return Patches(rule, ids, entropies, patch_lengths(rule, ids, entropies))
+
+
+def _resolve(asked: PatchRule | None, scheme: str | None, own: PatchRule | None) -> PatchRule:
+    """What was asked for, filled up from the model's own rule (max_patch_length, monotonic, threshold)."""
+    if asked is None:
+        if own is None or (scheme == "entropy" and not own.needs_entropy):
+            raise UsageError("this model has no entropy threshold of its own; give --threshold in nats")
+        return own
+    if asked.needs_entropy and own is not None and own.needs_entropy:
+        return replace(own, threshold=asked.threshold)
+    return asked
+
+
+def _plot(cut: Patches, path: Path) -> None:
+    from blt.plot import Figure, render
+
+    if cut.entropies is None:
+        raise UsageError("--plot draws entropies, which come from a model: add --model MODEL")
+    limit = cut.rule.threshold if cut.rule.needs_entropy and not cut.rule.monotonic else None
+    title = f"{_rule_name(cut.rule)}: {cut.mean:.2f} bytes per patch"
+    figure = Figure(cut.ids.tolist(), cut.entropies.tolist(), frozenset(cut.starts), limit, title)
+    with files.replacing(path) as draft:
+        draft.write_bytes(render(figure, path.suffix.lower().removeprefix(".")))
+
+
+def _rule_name(rule: PatchRule) -> str:
+    if rule.scheme == "static":
+        return f"static patches of {rule.patch_size}"
+    if not rule.needs_entropy:
+        return f"{rule.scheme} patches"
+    compared = "rise of the entropy" if rule.monotonic else "entropy"
+    return f"{compared} > {rule.threshold:.4g} nats"
+
+
+def _coloured(cut: Patches, colour: bool) -> Text:
+    """Patches in alternating colours; without colours a bar stands between them."""
+    line = Text()
+    for i, (start, end) in enumerate(cut.spans()):
+        if i and not colour:
+            line.append("|")
+        line.append(escaped(cut.ids[start:end]), style=COLOURS[i % 2] if colour else "")
+    return line
+
+
+def _table(cut: Patches) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("patch", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("entropy", justify="right")
+    table.add_column("text")
+    for i, (start, end) in enumerate(cut.spans()):
+        entropy = cut.entropy_before(start)
+        shown = "" if entropy is None else f"{entropy:.3f}"
+        table.add_row(str(i), str(end - start), shown, Text(escaped(cut.ids[start:end])))
+    return table
+
+
+def _summary(cut: Patches) -> str:
+    n, patches = len(cut.ids) - 1, len(cut.starts) - 1
+    return f"{n} bytes, {patches} patches behind BOS, {cut.mean:.2f} bytes per patch ({_rule_name(cut.rule)})"
+
+
+def _as_json(cut: Patches) -> dict[str, Any]:
+    return {
+        "rule": cut.rule.to_dict(),
+        "bytes": len(cut.ids) - 1,
+        "mean_patch_bytes": round(cut.mean, 4),
+        "patch_lengths": cut.lengths,
+        "patches": [
+            {
+                "start": start,
+                "length": end - start,
+                "ids": cut.ids[start:end],
+                "text": escaped(cut.ids[start:end]),
+                "entropy": cut.entropy_before(start),
+            }
+            for start, end in cut.spans()
+        ],
+    }

@@ -1,0 +1,62 @@
+"""`blt score`: entropies, patches and logits of a model for given ids, as arrays in a .npz file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+
+from blt.cli import console, files, inputs, models, options, scoring
+from blt_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def _ids(file: str) -> NDArray[np.int64]:
+    from blt_runtime.ids import VOCAB, encode
+
+    if file.endswith(".npy"):
+        return inputs.load_ids(Path(file), VOCAB)
+    return encode(inputs.read_file(file), bos=True, eos=False)
+
+
+def score(
+    model: options.ModelPath,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Text or bytes (BOS is put in front), ids in .npy, or -.")],
+    npz: Annotated[Path, typer.Option("--npz", metavar="OUT", help="File to write.")],
+    patch_lengths: Annotated[
+        Path | None, typer.Option("--patch-lengths", metavar="L.npy", help="Use these patches, not the rule's.")
+    ] = None,
+    backend: options.Backend = "auto",
+    entropy_model: options.EntropyModel = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Write ids [N], entropies [N] (nats), patch_lengths [P] (sum N + 1) and logits [N, 260] of FILE to OUT."""
+    if npz.suffix != ".npz":
+        raise UsageError(f"--npz {npz}: the name must end in .npz")
+    ids = _ids(file)
+    lengths = None if patch_lengths is None else inputs.load_patch_lengths(patch_lengths, len(ids))
+    with scoring.open_scorer(
+        model, backend=backend, entropy_model=entropy_model, device=device, threads=threads
+    ) as scorer:
+        result = scorer(ids, lengths)
+    arrays = {
+        "ids": result.ids,
+        "entropies": result.entropies,
+        "patch_lengths": result.patch_lengths,
+        "logits": result.logits,
+    }
+    with files.replacing(npz) as draft, draft.open("wb") as out:
+        np.savez(out, **arrays)
+    summary = {"file": npz, "ids": len(ids), "patches": len(result.patch_lengths)}
+    if as_json:
+        console.print_json("blt.score/1", summary)
+    else:
+        console.log.info("%s: %d ids, %d patches", npz, len(ids), len(result.patch_lengths))

@@ -1,0 +1,133 @@
+"""`blt train`: train an entropy model, then a BLT on its patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from blt.cli import console, devices, options
+from blt_runtime.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from blt.config import RunConfig
+
+app = typer.Typer(no_args_is_help=True, help="Train a model from a configuration.")
+
+Config = Annotated[Path, typer.Option("-c", "--config", metavar="FILE", help="YAML, see configs/.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=value", help="Replace one value; repeatable.")]
+Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder made by blt data prepare.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")]
+Resume = Annotated[str, typer.Option(help="auto, none, or a checkpoint.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Length of the schedule.")]
+Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the step.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print size, FLOPs and memory; train nothing.")]
+DType = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
+
+
+@app.command("entropy")
+def entropy(
+    config: Config,
+    data: Data = None,
+    out: Out = None,
+    resume: Resume = "auto",
+    steps: Steps = None,
+    compile: Compile = None,
+    dry_run: DryRun = False,
+    set: Set = None,
+    device: options.Device = "auto",
+    dtype: DType = None,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Train the byte-level model whose entropies place the patch boundaries."""
+    run = _load("entropy", config, set, dtype, seed, steps)
+    if dry_run:
+        _dry_run(run, as_json)
+    else:
+        _train(run, out, data, None, resume, compile, device, threads, as_json)
+
+
+@app.command("blt")
+def blt(
+    config: Config,
+    data: Data = None,
+    out: Out = None,
+    entropy_model: options.EntropyModel = None,
+    resume: Resume = "auto",
+    steps: Steps = None,
+    compile: Compile = None,
+    dry_run: DryRun = False,
+    set: Set = None,
+    device: options.Device = "auto",
+    dtype: DType = None,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Train a BLT; the patch boundaries are computed ahead of the step by a frozen entropy model."""
+    run = _load("blt", config, set, dtype, seed, steps)
+    if dry_run:
+        _dry_run(run, as_json)
+    else:
+        _train(run, out, data, entropy_model, resume, compile, device, threads, as_json)
+
+
+def _load(
+    kind: Literal["entropy", "blt"],
+    path: Path,
+    overrides: list[str] | None,
+    dtype: str | None,
+    seed: int | None,
+    steps: int | None,
+) -> RunConfig:
+    from blt.config import load_config
+
+    options_as_keys = {"run.dtype": dtype, "run.seed": seed, "schedule.steps": steps}
+    last = [f"{key}={value}" for key, value in options_as_keys.items() if value is not None]
+    config = load_config(path, [*(overrides or []), *last])
+    if config.kind != kind:
+        raise ConfigError(f"{path} is for `blt train {config.kind}`, not `blt train {kind}`")
+    return config
+
+
+def _dry_run(config: RunConfig, as_json: bool) -> None:
+    from blt.train import dry_run
+
+    report = dry_run(config)
+    if as_json:
+        console.print_json("blt.dry-run/1", report)
+    else:
+        console.print_tree(report)
+
+
+def _train(
+    config: RunConfig,
+    out: Path | None,
+    data: Path | None,
+    entropy_model: Path | None,
+    resume: str,
+    compile: bool | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    from blt.train import train
+
+    if out is None:
+        raise UsageError("name the folder of the run with -o RUN")
+    chosen = devices.torch_device(device)
+    devices.limit_torch_threads(threads)
+    path = train(
+        config, out, data=data, entropy_model=entropy_model, resume=resume, compile=compile, device=chosen
+    )
+    if as_json:
+        console.print_json("blt.train/1", {"model": path})
+    else:
+        print(path)

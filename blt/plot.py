@@ -1,0 +1,223 @@
+"""The paper's figure: entropy of the next byte as bars over the text, the threshold, the patch boundaries.
+
+A bar stands over byte t and shows how unsure the entropy model was of byte t before it read it: e[t-1] in nats.
+Long text wraps into rows. `render` makes PNG (matplotlib) or HTML (one file, no external assets).
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blt_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROW = 64  # bytes in a row: 64 monospaced letters stay readable at the width of a page
+BAR, BAR_START, EDGE, THRESHOLD, INK, MUTED = "#9db7d5", "#d9822b", "#c3cad3", "#b3261e", "#1f2933", "#7b8794"
+BANDS = ("#ffffff", "#f1f4f8")
+ID_OFFSET = 4  # ids below are BOE, BOS, EOS, BPE
+SPECIAL = ("BOE", "BOS", "EOS", "BPE")
+WEAK = "␣↵⇥·"  # labels that are no letter
+BLANKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is drawn.
+
+    ids [N]; entropies [N] in nats, of the byte behind each id, or None; starts: indices of the ids that open a
+    patch; threshold in nats, or None where the rule has none.
+    """
+
+    ids: Sequence[int]
+    entropies: Sequence[float] | None
+    starts: frozenset[int]
+    threshold: float | None
+    title: str = ""
+
+    def before(self, t: int) -> float:
+        """Entropy in nats of id t, given the ids before it; 0 for the first."""
+        return float(self.entropies[t - 1]) if self.entropies is not None and t > 0 else 0.0
+
+
+def glyphs(ids: Sequence[int], drawable: Callable[[str], bool] = str.isprintable) -> list[str]:
+    """One label per id: the character under its first byte, a dot under its other bytes.
+
+    Blanks show as `␣`, line ends as `↵`, tabs as `⇥`; control characters, invalid bytes and what is not
+    `drawable` as `x1f`, byte by byte; special ids by name.
+    """
+    labels: list[str] = []
+    for is_text, run in _runs(ids):
+        if is_text:
+            labels += _text_glyphs(bytes(i - ID_OFFSET for i in run), drawable)
+        else:
+            labels += [SPECIAL[i] for i in run]
+    return labels
+
+
+def _runs(ids: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
+    run: list[int] = []
+    for i in ids:
+        if run and (run[0] >= ID_OFFSET) != (i >= ID_OFFSET):
+            yield run[0] >= ID_OFFSET, run
+            run = []
+        run.append(i)
+    if run:
+        yield run[0] >= ID_OFFSET, run
+
+
+def _text_glyphs(data: bytes, drawable: Callable[[str], bool]) -> list[str]:
+    labels: list[str] = []
+    for char in data.decode("utf-8", "surrogateescape"):
+        raw = char.encode("utf-8", "surrogateescape")
+        shown = BLANKS.get(char, char)
+        if "\udc80" <= char <= "\udcff" or not (shown.isprintable() and drawable(shown)):
+            labels += [f"x{byte:02x}" for byte in raw]
+        else:
+            labels += [shown] + ["·"] * (len(raw) - 1)
+    return labels
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
+    if kind == "html":
+        return to_html(figure).encode()
+    if kind == "png":
+        return to_png(figure)
+    raise UsageError(f"a figure can be png or html, not {kind!r}")
+
+
+# --- PNG ---------------------------------------------------------------------------------------------------
+
+
+def to_png(figure: Figure) -> bytes:
+    """Rows of 64 bytes at 160 dots per inch, about 1,900 pixels wide. Needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    n = len(figure.ids)
+    width = min(n, ROW)
+    n_rows = max(1, math.ceil(n / ROW))
+    size = (max(4.0, 0.175 * width + 0.9), 1.5 * n_rows + 0.55)
+    canvas = Canvas(figsize=size, dpi=160, facecolor="white", layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(n_rows, 1, squeeze=False)[:, 0]
+    labels, top = glyphs(figure.ids, _in_font()), _top(figure)
+    for row, ax in enumerate(axes):
+        _draw_row(ax, figure, labels, range(row * ROW, min(n, (row + 1) * ROW)), width, top)
+    if figure.title:
+        canvas.suptitle(figure.title, fontsize=9, color=INK, x=0.012, ha="left")
+    out = io.BytesIO()
+    canvas.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _in_font() -> Callable[[str], bool]:
+    """True for the characters that matplotlib's monospaced font has: the others would become boxes."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties(family="monospace")))
+    return lambda char: bool(font.get_char_index(ord(char)))
+
+
+def _top(figure: Figure) -> float:
+    highest = max((figure.before(t) for t in range(len(figure.ids))), default=0.0)
+    return 1.08 * max(highest, figure.threshold or 0.0, 0.5)
+
+
+def _draw_row(ax: Axes, figure: Figure, labels: list[str], span: range, width: int, top: float) -> None:
+    first, end = span.start, len(span) - 0.5
+    for column, t in enumerate(span):
+        opens = t in figure.starts
+        ax.bar(column, figure.before(t), width=0.78, color=BAR_START if opens else BAR, linewidth=0, zorder=2)
+        if opens:
+            ax.axvline(column - 0.5, color=EDGE, linewidth=0.9, zorder=1)
+    if figure.threshold is not None:
+        _threshold_line(ax, figure.threshold, end, say=first == 0)
+    ax.set_xlim(-0.5, width - 0.5)
+    ax.set_ylim(0, top)
+    ax.set_xticks(range(len(span)), labels[first : span.stop], family="monospace")
+    for t, tick in zip(span, ax.get_xticklabels(), strict=True):
+        long = len(labels[t]) > 1
+        weak = long or labels[t] in WEAK
+        tick.set(fontsize=5 if long else 9, rotation=90 if long else 0, color=MUTED if weak else INK)
+    ax.tick_params(axis="x", length=0, pad=2)
+    ax.tick_params(axis="y", length=2, labelsize=6, colors=MUTED)
+    ax.set_ylabel("nats", fontsize=6, color=MUTED)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(EDGE)
+    ax.spines["bottom"].set_bounds(-0.5, end)
+
+
+def _threshold_line(ax: Axes, threshold: float, end: float, say: bool) -> None:
+    ax.hlines(threshold, -0.5, end, color=THRESHOLD, linewidth=0.9, linestyle=(0, (5, 3)), zorder=3)
+    if say:
+        ax.text(end, threshold, f" {threshold:.3g}", color=THRESHOLD, fontsize=6, va="center", clip_on=False)
+
+
+# --- HTML --------------------------------------------------------------------------------------------------
+
+_CSS = f"""
+:root {{ color-scheme: light; }}
+body {{ margin: 2rem auto; max-width: 76rem; padding: 0 1rem; background: #fff; color: {INK};
+  font: 14px/1.4 system-ui, sans-serif; }}
+h1 {{ font-size: 15px; font-weight: 600; }}
+.legend {{ color: {MUTED}; margin-bottom: 1.2rem; }}
+.legend b {{ display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; }}
+.text {{ display: flex; flex-wrap: wrap; align-items: flex-end; row-gap: 14px; }}
+.byte {{ position: relative; width: 15px; }}
+.byte.start {{ box-shadow: -1px 0 0 {EDGE}; }}
+.bars {{ position: relative; height: 84px; border-bottom: 1px solid {EDGE}; }}
+.bar {{ position: absolute; bottom: 0; left: 2px; right: 2px; background: {BAR}; border-radius: 1px 1px 0 0; }}
+.start .bar {{ background: {BAR_START}; }}
+.line {{ position: absolute; left: 0; right: 0; border-top: 1px dashed {THRESHOLD}; }}
+.glyph {{ height: 22px; text-align: center; font: 14px/22px ui-monospace, monospace; white-space: pre; }}
+.glyph.weak {{ color: {MUTED}; }}
+.glyph.small {{ font-size: 8px; letter-spacing: -.5px; }}
+.odd {{ background: {BANDS[1]}; }}
+.byte:hover {{ outline: 1px solid {INK}; }}
+""".strip()
+
+
+def to_html(figure: Figure) -> str:
+    """A page that stands alone: no script, no font, no image from outside. Hover shows the number."""
+    labels, top = glyphs(figure.ids), _top(figure)
+    patch, cells = -1, []
+    for t, label in enumerate(labels):
+        patch += t in figure.starts
+        cells.append(_cell(figure, t, label, patch, top))
+    legend = f'<b style="background:{BAR_START}"></b>first byte of a patch<b style="background:{BAR}"></b>other bytes'
+    if figure.threshold is not None:
+        legend += (
+            f'<b style="height:0;border-top:1px dashed {THRESHOLD}"></b>threshold {figure.threshold:.4g} nats'
+        )
+    title = html.escape(figure.title or "Patches")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width"><style>\n{_CSS}\n</style></head>\n'
+        f'<body><h1>{title}</h1>\n<div class="legend">entropy of each byte before it is read, in nats{legend}</div>\n'
+        f'<div class="text">\n{"".join(cells)}</div></body></html>\n'
+    )
+
+
+def _cell(figure: Figure, t: int, label: str, patch: int, top: float) -> str:
+    nats = figure.before(t)
+    classes = "byte" + (" start" if t in figure.starts else "") + (" odd" if patch % 2 else "")
+    glyph = (
+        "glyph" + (" weak" if label in WEAK or len(label) > 1 else "") + (" small" if len(label) > 1 else "")
+    )
+    line = ""
+    if figure.threshold is not None:
+        line = f'<i class="line" style="bottom:{100 * figure.threshold / top:.1f}%"></i>'
+    return (
+        f'<div class="{classes}" title="byte {t}, patch {patch}: {nats:.3f} nats"><div class="bars">'
+        f'<i class="bar" style="height:{100 * nats / top:.1f}%"></i>{line}</div>'
+        f'<div class="{glyph}">{html.escape(label)}</div></div>\n'
+    )
