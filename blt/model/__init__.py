@@ -1,0 +1,15 @@
+"""The model: configurations, the three stages over whole rows, and the same stages as incremental steps."""
+
+from blt.model.blt import BLT
+from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
+from blt.model.entropy import EntropyModel, entropy_of
+
+__all__ = [
+    "BLT",
+    "BLTConfig",
+    "EntropyConfig",
+    "EntropyModel",
+    "HashConfig",
+    "TransformerConfig",
+    "entropy_of",
+]

@@ -1,0 +1,198 @@
+"""The Byte Latent Transformer: local encoder, latent transformer, local decoder, over whole rows.
+
+This is the form that trains. `blt.model.steps` runs the same modules incrementally, `blt.reference` says the same
+slowly and plainly, and tests hold the three together.
+
+Letters: B rows, N tokens, P patches, V width of the byte gather, k slices a patch, D local width, E = k * D,
+G latent width, W patches a decoder token may read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from blt.model.config import BLTConfig
+from blt.model.hashing import HashEmbedding
+from blt.model.init import init_weights
+from blt.model.layers import Attend, CrossAttention, RMSNorm, Rotation, Stack, linear
+from blt.model.masks import (
+    PatchLayout,
+    causal_mask,
+    dense_attend,
+    document_ids,
+    gather_rows,
+    patch_document_ids,
+    patch_layout,
+)
+
+
+def cross_layers(n: int, dim: int, n_heads: int, eps: float) -> nn.ModuleList:
+    return nn.ModuleList(CrossAttention(dim, n_heads, eps) for _ in range(n))
+
+
+def crosses(layers: nn.ModuleList) -> list[CrossAttention]:
+    return cast(list[CrossAttention], list(layers))
+
+
+class LocalEncoder(Stack):
+    """Bytes to byte states, and the byte states of a patch to its vector."""
+
+    def __init__(self, config: BLTConfig) -> None:
+        super().__init__(config.encoder)
+        self.pooling, self.k = config.pooling, config.cross_k
+        self.byte_embedding = nn.Embedding(config.vocab_size, config.local_dim)
+        self.patch_projection = linear(config.local_dim, config.cross_k * config.local_dim)
+        self.cross = cross_layers(
+            config.encoder_cross_layers, config.local_dim, config.encoder_heads, config.encoder.norm_eps
+        )
+
+    def byte_states(self, x_BND: Tensor, rotation: Rotation, attends: Sequence[Attend]) -> list[Tensor]:
+        """Outputs [B, N, D] of the layers that a cross-attention reads; the last one is the encoder's output."""
+        states = []
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x_BND = layer(x_BND, rotation, attend)
+            states.append(x_BND)
+        return states[-len(self.cross) :]
+
+    def pool(self, states_BPVD: Sequence[Tensor], key_valid_BPV: Tensor, own_valid_BPV: Tensor) -> Tensor:
+        """Patch vectors [B, P, E] from the gathered byte states of each cross-attention layer (spec section 7).
+
+        The first states are pooled over the patch's own bytes; then each layer's k queries a patch read the
+        visible bytes. A patch without bytes pools to 0 and attends to nothing.
+        """
+        p_BPkD = self.patch_projection(self._reduce(states_BPVD[0], own_valid_BPV)).unflatten(-1, (self.k, -1))
+        any_BP11 = key_valid_BPV.any(-1)[..., None, None]
+        visible_BPV = key_valid_BPV | ~any_BP11[..., 0]
+        for cross, state_BPVD in zip(crosses(self.cross), states_BPVD, strict=True):
+            key, value = cross.keys_values(state_BPVD)
+            p_BPkD = 2 * p_BPkD + cross(p_BPkD, key, value, visible_BPV) * any_BP11
+        p_BPE: Tensor = p_BPkD.flatten(2)
+        return p_BPE
+
+    def _reduce(self, h_BPVD: Tensor, valid_BPV: Tensor) -> Tensor:
+        valid_BPV1 = valid_BPV[..., None]
+        if self.pooling == "mean":
+            return (h_BPVD * valid_BPV1).sum(2) / valid_BPV1.sum(2).clamp(min=1)
+        sign = 1.0 if self.pooling == "max" else -1.0
+        best_BPD = (h_BPVD * sign).masked_fill(~valid_BPV1, float("-inf")).amax(2) * sign
+        return best_BPD.masked_fill(~valid_BPV1.any(2), 0.0)
+
+
+class LatentTransformer(Stack):
+    """Patch vectors to latents, causally over patches. No final norm."""
+
+    def __init__(self, config: BLTConfig) -> None:
+        super().__init__(config.latent)
+        width = config.cross_k * config.local_dim
+        self.projection = linear(width, config.latent.dim) if config.latent_projection else None
+
+    def forward(self, p_BPE: Tensor, rotation: Rotation, attends: Sequence[Attend]) -> Tensor:
+        x_BPG = p_BPE if self.projection is None else self.projection(p_BPE)
+        return self.run_layers(x_BPG, rotation, attends)
+
+
+class LocalDecoder(Stack):
+    """Byte states and latents to next-byte logits."""
+
+    def __init__(self, config: BLTConfig) -> None:
+        super().__init__(config.decoder)
+        D, eps = config.local_dim, config.decoder.norm_eps
+        self.k = config.cross_k
+        self.patch_projection = linear(config.latent.dim, self.k * D) if config.decoder_projection else None
+        self.cross = cross_layers(config.decoder_cross_layers, D, config.decoder_heads, eps)
+        self.norm = RMSNorm(D, eps)
+        self.output = linear(D, config.vocab_size)
+
+    def patch_keys_values(self, g_BPG: Tensor) -> Tensor:
+        """What the bytes read of each patch, once per patch for all layers: [B, P, X, 2, k, D]."""
+        slices = g_BPG if self.patch_projection is None else self.patch_projection(g_BPG)
+        c_BPkD = slices.unflatten(-1, (self.k, -1))
+        return torch.stack([torch.stack(cross.keys_values(c_BPkD), 2) for cross in crosses(self.cross)], 2)
+
+    def forward(
+        self,
+        h_BND: Tensor,
+        patch_kv_RX2kD: Tensor,
+        row_BNW: Tensor,
+        rotation: Rotation,
+        attends: Sequence[Attend],
+    ) -> Tensor:
+        """Logits [B, N, 260], float32. `row` [B, N, W] indexes the pool of R patches, -1 for none."""
+        visible_BNJ = (row_BNW >= 0).repeat_interleave(self.k, -1) if row_BNW.shape[-1] > 1 else None
+        row_BNW = row_BNW.clamp(min=0)
+        cross = crosses(self.cross)
+        for i, (layer, attend) in enumerate(zip(self.layers, attends, strict=True)):
+            if i < len(cross):
+                kv_BNW2kD = patch_kv_RX2kD[:, i][row_BNW]
+                key, value = kv_BNW2kD.unbind(3)
+                h_BND = 2 * h_BND + cross[i].read_few(h_BND, key.flatten(2, 3), value.flatten(2, 3), visible_BNJ)
+            h_BND = layer(h_BND, rotation, attend)
+        logits: Tensor = self.output(self.norm(h_BND)).float()
+        return logits
+
+
+class BLT(nn.Module):
+    def __init__(self, config: BLTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.hash_embedding = HashEmbedding(config.hash, config.local_dim) if config.hash else None
+        self.encoder = LocalEncoder(config)
+        self.latent = LatentTransformer(config)
+        self.decoder = LocalDecoder(config)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Truncated normal at three sigma (spec section 11)."""
+        init_weights(self, generator)
+
+    def layout(self, patch_lengths_BP: Tensor, n_tokens: int, max_patch: int) -> PatchLayout:
+        c = self.config
+        return patch_layout(patch_lengths_BP, n_tokens, max_patch, c.encoder_cross_window, c.decoder_cross_window)
+
+    def forward(self, ids_BN: Tensor, patch_lengths_BP: Tensor, max_patch: int) -> Tensor:
+        """Next-byte logits of whole rows, float32 [B, N, 260].
+
+        ids [B, N] int64.  patch_lengths [B, P] int64, N + 1 a row, the first one 1, zero padded.  max_patch: no
+        patch but the last is longer.
+        """
+        layout = self.layout(patch_lengths_BP, ids_BN.shape[1], max_patch)
+        document_BN = document_ids(ids_BN)
+        states = self.encode(ids_BN, document_BN)
+        p_BPE = self.pool(states, layout)
+        g_BPG = self.think(p_BPE, patch_document_ids(ids_BN, layout))
+        return self.decode(states[-1], g_BPG, layout, document_BN)
+
+    def embed(self, ids_BN: Tensor) -> Tensor:
+        x_BND: Tensor = self.encoder.byte_embedding(ids_BN)
+        return x_BND if self.hash_embedding is None else x_BND + self.hash_embedding(ids_BN)
+
+    def encode(self, ids_BN: Tensor, document_BN: Tensor) -> list[Tensor]:
+        mask = causal_mask(document_BN, self.encoder.config.window)
+        return self.encoder.byte_states(self.embed(ids_BN), *self._whole(self.encoder, mask))
+
+    def pool(self, states_BND: Sequence[Tensor], layout: PatchLayout) -> Tensor:
+        gathered = [gather_rows(state, layout.byte_index) for state in states_BND]
+        return self.encoder.pool(gathered, layout.key_valid, layout.own_valid)
+
+    def think(self, p_BPE: Tensor, patch_document_BP: Tensor) -> Tensor:
+        if not self.config.latent_document_mask:
+            patch_document_BP = torch.zeros_like(patch_document_BP)
+        mask = causal_mask(patch_document_BP, self.latent.config.window)
+        out: Tensor = self.latent(p_BPE, *self._whole(self.latent, mask))
+        return out
+
+    def decode(self, h_BND: Tensor, g_BPG: Tensor, layout: PatchLayout, document_BN: Tensor) -> Tensor:
+        patch_kv = self.decoder.patch_keys_values(g_BPG)
+        n_patches = patch_kv.shape[1]
+        base_B11 = torch.arange(h_BND.shape[0], device=h_BND.device)[:, None, None] * n_patches
+        row_BNW = torch.where(layout.decoder_row >= 0, layout.decoder_row + base_B11, -1)
+        mask = causal_mask(document_BN, self.decoder.config.window)
+        logits: Tensor = self.decoder(h_BND, patch_kv.flatten(0, 1), row_BNW, *self._whole(self.decoder, mask))
+        return logits
+
+    @staticmethod
+    def _whole(stack: Stack, mask_BNN: Tensor) -> tuple[Rotation, list[Attend]]:
+        return stack.rotary.first(mask_BNN.shape[-1]), [dense_attend(mask_BNN)] * len(stack.layers)

@@ -1,0 +1,44 @@
+"""The entropy model: a small byte-level language model that says how hard the next byte is to predict.
+
+Letters: B rows, N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blt.model.config import EntropyConfig
+from blt.model.init import init_weights
+from blt.model.layers import RMSNorm, Stack, linear
+from blt.model.masks import causal_mask, dense_attend, document_ids
+
+
+def entropy_of(logits_BNV: Tensor) -> Tensor:
+    """Entropy in nats of each next-byte distribution, in float32 (spec section 4). [B, N]"""
+    log_p_BNV = logits_BNV.float().log_softmax(-1)
+    return -(log_p_BNV.exp() * log_p_BNV).sum(-1)
+
+
+class EntropyModel(Stack):
+    def __init__(self, config: EntropyConfig) -> None:
+        super().__init__(config)
+        self.config: EntropyConfig = config
+        self.byte_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = linear(config.dim, config.vocab_size)
+
+    def forward(self, ids_BN: Tensor, reset_newlines: bool = False) -> Tensor:
+        """Next-byte logits of whole rows, float32 [B, N, V].
+
+        `reset_newlines` hides everything up to the last newline, too (paper, section 4.4).
+        """
+        mask = causal_mask(document_ids(ids_BN, reset_newlines), self.config.window)
+        attends = [dense_attend(mask)] * len(self.layers)
+        h_BND = self.run_layers(self.byte_embedding(ids_BN), self.rotary.first(ids_BN.shape[1]), attends)
+        logits: Tensor = self.output(self.norm(h_BND)).float()
+        return logits
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Truncated normal at three sigma (spec section 11)."""
+        init_weights(self, generator)

@@ -1,0 +1,91 @@
+"""Where patches lie in a row and which positions may see which, for whole rows (spec sections 5, 8 and 10).
+
+All shapes are static and nothing branches on a value, so that a training step is one compiled graph per bucket.
+Letters: B rows, N tokens, P patches, L longest patch, V width of the gather (L times the encoder's cross window).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blt.model import ops
+from blt.model.layers import Attend
+from blt_runtime.ids import EOS, OFFSET
+
+NEWLINE = OFFSET + 10
+
+
+def document_ids(ids_BN: Tensor, reset_newlines: bool = False) -> Tensor:
+    """Number of documents that ended before each token: an EOS belongs to the document it ends. [B, N]"""
+    ends_BN = ids_BN == EOS
+    if reset_newlines:
+        ends_BN = ends_BN | (ids_BN == NEWLINE)
+    return ends_BN.cumsum(1) - ends_BN.long()
+
+
+def causal_mask(document_BN: Tensor, window: int | None) -> Tensor:
+    """Same document, not later, and fewer than `window` positions back. bool [B, N, N]"""
+    n = document_BN.shape[1]
+    t_N1 = torch.arange(n, device=document_BN.device)[:, None]
+    distance_NN = t_N1 - t_N1.T
+    near_NN = (distance_NN >= 0) & (distance_NN < (window or n))
+    return near_NN & (document_BN[:, :, None] == document_BN[:, None, :])
+
+
+def dense_attend(mask_BNN: Tensor) -> Attend:
+    return lambda q, k, v: ops.attend_dense(q, k, v, mask_BNN)
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """One row's tokens and patches, seen from both sides.
+
+    encoder_id [B, N]: patch that each token belongs to.  decoder_row [B, N, W]: the last W patches that are complete
+    at each token, oldest first, -1 where there is none.  byte_index [B, P, V]: the tokens that each patch's queries
+    read; key_valid [B, P, V] marks real entries, own_valid those of the patch itself.
+    """
+
+    encoder_id: Tensor
+    decoder_row: Tensor
+    byte_index: Tensor
+    key_valid: Tensor
+    own_valid: Tensor
+
+
+def patch_layout(
+    patch_lengths_BP: Tensor, n_tokens: int, max_patch: int, encoder_window: int = 1, decoder_window: int = 1
+) -> PatchLayout:
+    """Layout of rows of `n_tokens` tokens; lengths sum to n_tokens + 1 (the virtual next token), zero padded.
+
+    A patch longer than `max_patch` loses its tail: allowed only for the last one, which nobody reads.
+    """
+    device = patch_lengths_BP.device
+    end_BP = patch_lengths_BP.cumsum(1)
+    start_BP = end_BP - patch_lengths_BP
+    t_BN1 = torch.arange(n_tokens + 1, device=device).expand(end_BP.shape[0], -1).contiguous()
+    id_BN1 = torch.searchsorted(end_BP.contiguous(), t_BN1, right=True)
+    last_BN = id_BN1[:, 1:] - 1
+    back_W = torch.arange(decoder_window - 1, -1, -1, device=device)
+    decoder_row_BNW = (last_BN[..., None] - back_W).clamp(min=-1)
+
+    first_BP = torch.cat([start_BP[:, :1].expand(-1, encoder_window - 1), start_BP], 1)[:, : start_BP.shape[1]]
+    index_BPV = first_BP[..., None] + torch.arange(max_patch * encoder_window, device=device)
+    key_valid = (index_BPV < end_BP[..., None]) & (index_BPV < n_tokens)
+    own_valid = key_valid & (index_BPV >= start_BP[..., None])
+    return PatchLayout(id_BN1[:, :-1], decoder_row_BNW, index_BPV.clamp(max=n_tokens - 1), key_valid, own_valid)
+
+
+def patch_document_ids(ids_BN: Tensor, layout: PatchLayout) -> Tensor:
+    """Number of patches holding an EOS before each patch: a patch belongs to the document it starts in. [B, P]"""
+    ids_BPV = gather_rows(ids_BN, layout.byte_index)
+    has_eos_BP = ((ids_BPV == EOS) & layout.own_valid).any(-1).long()
+    return has_eos_BP.cumsum(1) - has_eos_BP
+
+
+def gather_rows(x_BN: Tensor, index_BPV: Tensor) -> Tensor:
+    """x[b, index[b, p, v]]: [B, N, ...] -> [B, P, V, ...]"""
+    row_B11 = torch.arange(x_BN.shape[0], device=x_BN.device)[:, None, None]
+    return x_BN[row_B11, index_BPV]
