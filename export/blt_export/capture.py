@@ -22,6 +22,7 @@ from .translate import translation_table
 OPSET = 24
 
 # Different sizes, so that two letters which happen to be equal are not taken for one.
+_PREFIX = "step."
 _EXAMPLE = {"B": 2, "S": 5, "P": 3, "L": 4, "N": 7, "R": 6}
 
 
@@ -30,31 +31,34 @@ def capture(module: nn.Module, spec: GraphSpec) -> ir.Model:
 
     Raises whatever torch.export raises when the module branches on a tensor's value.
     """
-    caches = [t for t in spec.inputs if t.name in set(spec.aliases.values())]
-    plain = [t for t in spec.inputs if t not in caches]
     sizes = {letter: torch.export.Dim(letter) for letter in _letters(spec.inputs)}
-    arguments = tuple(_example(t) for t in plain + caches)
-    dynamic = [_dynamic(t, sizes) for t in plain]
-    shapes: tuple[object, ...] = (*dynamic, *(_dynamic(t, sizes) for t in caches))
+    arguments = tuple(_example(t) for t in spec.inputs)
+    shapes = tuple(_dynamic(t, sizes) for t in spec.inputs)
     with _quiet(), torch.no_grad():
-        program = torch.export.export(_Flat(module, len(plain)).eval(), (arguments,), dynamic_shapes=(shapes,),
+        program = torch.export.export(_Flat(module).eval(), (arguments,), dynamic_shapes=(shapes,),
                                       strict=False)
-        result = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False,
+        result = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
                                    custom_translation_table=translation_table())
     assert result is not None
+    for name in list(result.model.graph.initializers):
+        _rename(result.model.graph, name, name.removeprefix(_PREFIX))
     return result.model
+
+
+def _rename(graph: ir.Graph, old: str, new: str) -> None:
+    if old != new:
+        graph.initializers[old].name = new
 
 
 class _Flat(nn.Module):
     """One tuple argument, so that the dynamic sizes are a flat list whatever the signature's names are."""
 
-    def __init__(self, module: nn.Module, plain: int) -> None:
+    def __init__(self, step: nn.Module) -> None:
         super().__init__()
-        self.module, self.plain = module, plain
+        self.step = step
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        out = self.module(*inputs)
-        return out if isinstance(out, tuple) else tuple(out)
+        return tuple(self.step(*inputs))
 
 
 def _letters(tensors: tuple[TensorSpec, ...]) -> set[str]:
