@@ -62,7 +62,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph: tensors in order, `aliases` output -> input that must be bound to the same memory, and its cache."""
+    """One graph: tensors in order, its cache, and `aliases`: output -> input bound to the same memory."""
 
     name: str
     inputs: tuple[TensorSpec, ...]

@@ -1,0 +1,113 @@
+"""A bundle on disk: a folder that describes itself. Opening it trusts nothing that the manifest does not
+vouch for.
+
+Every file must be a plain file in the folder (no link) of the listed size; sha256 is checked for small
+bundles and small files by default, and for everything with verify="full". No pickle is read and no path
+leaves the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from . import manifest as manifests
+from .errors import BundleError, UsageError
+from .manifest import FileEntry, Manifest
+
+Verify = Literal["auto", "full", "sizes"]
+HASH_WHOLE_BUNDLE = 1 << 30
+HASH_FILE = 16 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle folder."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, verify: Verify = "auto") -> Bundle:
+        """Reads and verifies the bundle in the folder `path`.
+
+        verify: "sizes" compares sizes only; "auto" also sha256, of everything in bundles up to 1 GiB and
+        else of files up to 16 MiB; "full" of everything. Raises BundleError.
+        """
+        if verify not in ("auto", "full", "sizes"):
+            raise UsageError(f"verify must be 'auto', 'full' or 'sizes', not {verify!r}")
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is not a bundle: there is no such folder")
+        if not (folder / manifests.FILE_NAME).is_file():
+            raise BundleError(f"{folder} is not a bundle: it has no {manifests.FILE_NAME}")
+        bundle = cls(folder, manifests.read(folder / manifests.FILE_NAME))
+        bundle._verify(verify)
+        return bundle
+
+    def graph_file(self, group: str) -> Path:
+        """Path of a graph's ONNX file."""
+        return self.path / self.manifest.graphs[group].file
+
+    def hash_tables(self) -> npt.NDArray[Any] | None:
+        """All hash tables [T * rows, D_l], memory-mapped read-only; None if the model has none."""
+        reference, spec = self.manifest.hash_tables, self.manifest.spec.hash
+        if reference is None or spec is None:
+            return None
+        try:
+            tables = np.load(self.path / reference.file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BundleError(f"{reference.file} is not an array file: export the bundle again") from error
+        if not isinstance(tables, np.ndarray) or tables.shape != (spec.tables * spec.rows, spec.dim):
+            raise BundleError(f"{reference.file} does not have the shape that the manifest says")
+        if tables.dtype not in (np.dtype(np.float32), np.dtype(np.float16)):
+            raise BundleError(f"{reference.file} holds {tables.dtype}, not float32 or float16")
+        return tables
+
+    def _verify(self, verify: Verify) -> None:
+        entries = self.manifest.files
+        for name, entry in entries.items():
+            _check_file(self.path / name, entry)
+        if verify == "sizes":
+            return
+        everything = verify == "full" or sum(e.bytes for e in entries.values()) <= HASH_WHOLE_BUNDLE
+        for name, entry in entries.items():
+            if everything or entry.bytes <= HASH_FILE:
+                _check_content(self.path / name, entry)
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Size and sha256 of a file, as the manifest lists it."""
+    return FileEntry(path.stat().st_size, _sha256(path))
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    try:
+        info = path.lstat()
+    except OSError as error:
+        raise BundleError(f"{path.name} is missing in {path.parent}: copy or export the bundle again") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise BundleError(f"{path.name} in {path.parent} is not a plain file (links are refused)")
+    if info.st_size != entry.bytes:
+        raise BundleError(
+            f"{path.name} has {info.st_size} bytes instead of {entry.bytes}: copy or export the bundle again"
+        )
+
+
+def _check_content(path: Path, entry: FileEntry) -> None:
+    if _sha256(path) != entry.sha256:
+        raise BundleError(f"{path.name} was changed (its sha256 differs): copy or export the bundle again")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,141 @@
+"""manifest.json of a bundle: read, validated, written. The only place that knows the file's layout.
+
+`Manifest` mirrors the file key by key. Reading is strict: an unknown key, a missing key or a wrong type is
+a ManifestError; a newer format version is a VersionError, asked before anything else is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError, ManifestError, VersionError
+from .records import from_dict, to_dict
+from .spec import ModelSpec
+
+FORMAT = "blt-bundle"
+VERSION = 1
+FILE_NAME = "manifest.json"
+LARGEST = 16 << 20
+"""Bytes of a manifest that we are willing to parse."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle: size, and sha256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """The plain name of a file in the bundle."""
+
+    file: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One line of the parity table that the export printed."""
+
+    output: str
+    max_abs_error: float
+    tolerance: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says of itself. `config` and `producer` are for people; nothing computes from them.
+
+    `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself.
+    """
+
+    producer: dict[str, Any]
+    flavour: Literal["ort", "portable"]
+    precision: str
+    opset: int
+    min_onnxruntime: str
+    config: dict[str, Any]
+    spec: ModelSpec
+    graphs: dict[str, FileRef]
+    hash_tables: FileRef | None
+    files: dict[str, FileEntry]
+    parity: tuple[Parity, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **to_dict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Manifest:
+        """Raises ManifestError or VersionError."""
+        if not isinstance(data, Mapping):
+            raise ManifestError("manifest.json must hold an object")
+        _check_version(data)
+        body = {key: value for key, value in data.items() if key not in ("format", "version")}
+        try:
+            manifest = from_dict(cls, body, "manifest.json", ManifestError)
+        except ConfigError as error:  # parts that contradict each other, found by the specs themselves
+            raise ManifestError(f"manifest.json: {error}") from error
+        manifest.check()
+        return manifest
+
+    def check(self) -> None:
+        """Raises ManifestError if its parts contradict each other or name files outside the bundle."""
+        for name in (*self.files, *(ref.file for ref in self.references())):
+            check_name(name)
+        for ref in self.references():
+            if ref.file not in self.files:
+                raise ManifestError(f"manifest.json uses {ref.file!r} but does not list it under 'files'")
+        if set(self.graphs) != set(self.spec.graphs):
+            raise ManifestError("manifest.json names different graphs under 'graphs' and 'spec'")
+        if (self.hash_tables is None) != (self.spec.hash is None):
+            raise ManifestError("manifest.json must name hash tables exactly when 'spec' has a hash")
+
+    def references(self) -> list[FileRef]:
+        return [*self.graphs.values(), *([self.hash_tables] if self.hash_tables else [])]
+
+
+def check_name(name: str) -> None:
+    """Raises ManifestError unless the name stays in the bundle's folder."""
+    plain = name == Path(name).name and name not in ("", ".", "..")
+    if not plain or any(c in name for c in "/\\:\0") or name == FILE_NAME:
+        raise ManifestError(f"manifest.json names {name!r}, which is not a plain file name in the bundle")
+
+
+def _check_version(data: Mapping[str, Any]) -> None:
+    if data.get("format") != FORMAT:
+        raise ManifestError(f"manifest.json is not of the format {FORMAT!r}")
+    version = data.get("version")
+    if type(version) is not int or version < 1:
+        raise ManifestError("manifest.json has no valid version number")
+    if version > VERSION:
+        raise VersionError(
+            f"the bundle has format version {version}, this program reads up to {VERSION}: upgrade blt-lm"
+        )
+
+
+def read(path: Path) -> Manifest:
+    """The manifest at `path`. Raises ManifestError (also for files that are no JSON) or VersionError."""
+    try:
+        text = path.read_bytes() if path.stat().st_size <= LARGEST else None
+    except OSError as error:
+        raise ManifestError(f"cannot read {path}: {error.strerror}") from error
+    if text is None:
+        raise ManifestError(f"{path} is too large for a manifest")
+    try:
+        return Manifest.from_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is not valid JSON: export the bundle again") from error
+
+
+def write(path: Path, manifest: Manifest) -> None:
+    """Writes atomically: whoever reads sees the old file or the new one."""
+    manifest.check()
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,65 @@
+"""Choosing the next id from logits: greedy, or a draw from a trimmed distribution (float64 inside)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UsageError
+
+Array = npt.NDArray[Any]
+
+
+class Sampler:
+    """Draws ids from logits [V].
+
+    temperature 0 is argmax (the lowest id wins ties). Otherwise the logits are divided by the temperature
+    and trimmed in this order: `top_k` most likely ids; the smallest set of most likely ids that holds
+    `top_p` of the mass; ids with at least `min_p` times the probability of the most likely. `seed` makes
+    the draws repeatable, None takes fresh entropy.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | np.random.Generator | None = None,
+    ) -> None:
+        _check("temperature", math.isfinite(temperature) and temperature >= 0, "a number from 0 up")
+        _check("top_k", top_k is None or top_k >= 1, "at least 1")
+        _check("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1")
+        _check("min_p", min_p is None or 0 <= min_p <= 1, "between 0 and 1")
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, logits_V: Array) -> int:
+        """The next id."""
+        if self.temperature == 0:
+            return int(logits_V.argmax())
+        order_V, mass_V = self.candidates(logits_V)
+        total_V = np.cumsum(mass_V)
+        drawn = np.searchsorted(total_V, self._random.random() * total_V[-1], side="right")
+        return int(order_V[min(int(drawn), len(order_V) - 1)])
+
+    def candidates(self, logits_V: Array) -> tuple[Array, Array]:
+        """The ids that remain, most likely first, and their probabilities (not renormalised)."""
+        scaled_V = logits_V.astype(np.float64) / max(self.temperature, 1e-6)
+        order_V = np.argsort(-scaled_V, kind="stable")[: self.top_k]
+        mass_V = np.exp(scaled_V[order_V] - scaled_V[order_V[0]])
+        mass_V /= mass_V.sum()
+        keep = len(order_V)
+        if self.top_p is not None:
+            keep = min(keep, int(np.searchsorted(np.cumsum(mass_V), self.top_p)) + 1)
+        if self.min_p is not None:
+            keep = min(keep, int((mass_V >= self.min_p * mass_V[0]).sum()))
+        return order_V[:keep], mass_V[:keep]
+
+
+def _check(name: str, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise UsageError(f"{name} must be {wanted}")
