@@ -195,9 +195,7 @@ def to_html(figure: Figure) -> str:
         cells.append(_cell(figure, t, label, patch, top))
     legend = f'<b style="background:{BAR_START}"></b>first byte of a patch<b style="background:{BAR}"></b>other bytes'
     if figure.threshold is not None:
-        legend += (
-            f'<b style="height:0;border-top:1px dashed {THRESHOLD}"></b>threshold {figure.threshold:.4g} nats'
-        )
+        legend += f'<b style="height:0;border-top:1px dashed {THRESHOLD}"></b>threshold {figure.threshold:.4g} nats'
     title = html.escape(figure.title or "Patches")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -210,9 +208,7 @@ def to_html(figure: Figure) -> str:
 def _cell(figure: Figure, t: int, label: str, patch: int, top: float) -> str:
     nats = figure.before(t)
     classes = "byte" + (" start" if t in figure.starts else "") + (" odd" if patch % 2 else "")
-    glyph = (
-        "glyph" + (" weak" if label in WEAK or len(label) > 1 else "") + (" small" if len(label) > 1 else "")
-    )
+    glyph = "glyph" + (" weak" if label in WEAK or len(label) > 1 else "") + (" small" if len(label) > 1 else "")
     line = ""
     if figure.threshold is not None:
         line = f'<i class="line" style="bottom:{100 * figure.threshold / top:.1f}%"></i>'

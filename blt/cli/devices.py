@@ -18,7 +18,9 @@ def torch_device(device: str) -> str:
     if device.startswith("cuda"):
         index = int(device.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
-            raise BackendError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+            raise BackendError(
+                f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            )
     return device
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -35,10 +36,8 @@ def _memory_bytes() -> int | None:
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(
-                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
-            )
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     except OSError:
         return platform.processor()
 
@@ -62,9 +61,7 @@ def _torch() -> dict[str, Any] | None:
 
 
 def env(
-    full: Annotated[
-        bool, typer.Option("--full", help="Also ask PyTorch for its devices (loads it).")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also ask PyTorch for its devices (loads it).")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = 0,

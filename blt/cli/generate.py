@@ -79,11 +79,11 @@ def _write(pieces: Iterable[bytes], raw: bool, stream_out: bool) -> None:
 
 
 def _texts(pieces: Iterable[bytes]) -> Iterator[str]:
-    from blt_runtime.text import Utf8Streamer
+    from blt_runtime.text import Utf8Stream
 
-    decoder = Utf8Streamer()
+    decoder = Utf8Stream()
     for piece in pieces:
-        if text := decoder.push(piece):
+        if text := decoder.feed(piece):
             yield text
     if tail := decoder.flush():
         yield tail
@@ -91,18 +91,14 @@ def _texts(pieces: Iterable[bytes]) -> Iterator[str]:
 
 def generate(
     model: options.ModelPath,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT|-]", help="Text; - is standard input.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT|-]", help="Text; - is standard input.")] = None,
     n: Annotated[str, typer.Option("-n", "--new-bytes", metavar="SIZE", help="Bytes to generate.")] = "256",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Keep the K likeliest bytes.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest bytes of this total share.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop bytes below this share of the likeliest.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on behind an end of document.")
-    ] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end of document.")] = False,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Start without a prompt.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Write the bytes as they are, UTF-8 or not.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Write everything at the end.")] = False,

@@ -54,9 +54,7 @@ def load_patch_lengths(path: Path, n_ids: int) -> NDArray[np.int64]:
     if int(array.sum()) != n_ids + 1:
         raise InputError(f"{path}: patch lengths sum to {array.sum()}; {n_ids} ids need {n_ids + 1}")
     if array[0] != 1:
-        raise InputError(
-            f"{path}: the first patch holds the first id alone, so its length is 1, not {array[0]}"
-        )
+        raise InputError(f"{path}: the first patch holds the first id alone, so its length is 1, not {array[0]}")
     return array
 
 
@@ -73,4 +71,4 @@ def _load_integers(path: Path) -> NDArray[np.int64]:
         array = array[0]
     if array.ndim != 1:
         raise InputError(f"{path} must be one-dimensional, not {array.ndim}-dimensional")
-    return array.astype(np.int64)
+    return np.asarray(array, dtype=np.int64)

@@ -79,9 +79,7 @@ def open_model(
         yield open_torch(path, entropy_model=entropy_model, device=device, threads=threads)
 
 
-def _open_bundle(
-    path: Path, backend: str, entropy_model: Path | None, device: str, threads: int | None
-) -> Model:
+def _open_bundle(path: Path, backend: str, entropy_model: Path | None, device: str, threads: int | None) -> Model:
     if backend == "torch":
         raise UsageError(f"{path} is a bundle, which runs on onnx; for --backend torch give the model.pt")
     if entropy_model is not None:

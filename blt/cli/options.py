@@ -21,9 +21,7 @@ def parse_size(text: str, option: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMG]?)", text.strip())
     if not match:
-        raise UsageError(
-            f"{option}: {text!r} is not a size; write a number with k, K, M or G behind it, as in 4k"
-        )
+        raise UsageError(f"{option}: {text!r} is not a size; write a number with k, K, M or G behind it, as in 4k")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -46,15 +44,11 @@ Verbose = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ModelPath = Annotated[
     Path,
-    typer.Argument(
-        metavar="MODEL", help="model.pt, a run folder, a folder in the reference format, or a bundle."
-    ),
+    typer.Argument(metavar="MODEL", help="model.pt, a run folder, a folder in the reference format, or a bundle."),
 ]
 EntropyModel = Annotated[
     Path | None,
-    typer.Option(
-        "--entropy-model", metavar="PATH", help="Entropy model, where MODEL's format keeps it apart."
-    ),
+    typer.Option("--entropy-model", metavar="PATH", help="Entropy model, where MODEL's format keeps it apart."),
 ]
 Backend = Annotated[str, typer.Option("--backend", help="auto, torch or onnx.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:n].")]

@@ -113,10 +113,10 @@ def patch(
         console.print_json("blt.patch/1", _as_json(cut))
         return
     out = console.stdout_console()
-    out.print(_coloured(cut, colour=out.is_terminal and not out.no_color))
+    out.print(_coloured(cut, colour=out.is_terminal and not out.no_color), soft_wrap=True)
     if table:
         out.print(_table(cut))
-    out.print(_summary(cut))
+    print(_summary(cut), flush=True)
 
 
 def _cut(
@@ -175,7 +175,8 @@ def _coloured(cut: Patches, colour: bool) -> Text:
     for i, (start, end) in enumerate(cut.spans()):
         if i and not colour:
             line.append("|")
-        line.append(escaped(cut.ids[start:end]), style=COLOURS[i % 2] if colour else "")
+        shown = escaped(cut.ids[start:end]).replace("\\n", "\\n\n")  # keep the text's own lines
+        line.append(shown, style=COLOURS[i % 2] if colour else "")
     return line
 
 

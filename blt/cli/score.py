@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from blt.cli import console, files, inputs, models, options, scoring
+from blt.cli import console, files, inputs, options, scoring
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def _ids(file: str) -> NDArray[np.int64]:
 
 def score(
     model: options.ModelPath,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Text or bytes (BOS is put in front), ids in .npy, or -.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Text or bytes (BOS is put in front), ids in .npy, or -.")
+    ],
     npz: Annotated[Path, typer.Option("--npz", metavar="OUT", help="File to write.")],
     patch_lengths: Annotated[
         Path | None, typer.Option("--patch-lengths", metavar="L.npy", help="Use these patches, not the rule's.")

@@ -124,9 +124,7 @@ def _train(
         raise UsageError("name the folder of the run with -o RUN")
     chosen = devices.torch_device(device)
     devices.limit_torch_threads(threads)
-    path = train(
-        config, out, data=data, entropy_model=entropy_model, resume=resume, compile=compile, device=chosen
-    )
+    path = train(config, out, data=data, entropy_model=entropy_model, resume=resume, compile=compile, device=chosen)
     if as_json:
         console.print_json("blt.train/1", {"model": path})
     else:

@@ -1,0 +1,50 @@
+"""`blt export`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blt.cli import console, models, options
+from blt.cli.inspect import parity_table
+from blt_runtime.errors import UsageError
+
+FLAVOURS = ("ort", "portable")
+
+
+def export(
+    model: options.ModelPath,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the bundle.")],
+    flavour: Annotated[str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (also TensorRT).")] = "ort",
+    precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
+    capacity: Annotated[str, typer.Option(metavar="SIZE", help="Bytes that one stream can hold.")] = "8k",
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with PyTorch; fail if too far.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older bundle.")] = False,
+    entropy_model: options.EntropyModel = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Write MODEL as ONNX graphs with everything that a runtime needs, and compare them with PyTorch."""
+    if flavour not in FLAVOURS:
+        raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
+    size = options.parse_size(capacity, "--capacity")
+    models.existing(model)
+    if models.is_bundle(model):
+        raise UsageError(f"{model} is a bundle already; give the checkpoint it was made from")
+    from blt.checkpoint import load
+    from blt_export import export as run
+
+    manifest = run(
+        load(model, entropy_model=entropy_model), out, flavour=flavour, precision=precision, capacity=size,
+        check=check, force=force,
+    )  # fmt: skip
+    rows = manifest.to_json()["parity"]
+    if as_json:
+        console.print_json("blt.export/1", {"bundle": out, "flavour": flavour, "parity": rows})
+        return
+    if rows:
+        console.stdout_console().print(parity_table(rows))
+    print(out)
