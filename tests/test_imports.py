@@ -1,0 +1,196 @@
+"""Who may import whom, what an import loads, and what the packages say is public."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PACKAGES = {"blt": REPO / "blt", "blt_export": REPO / "export/blt_export", "blt_runtime": REPO / "runtime/blt_runtime"}
+
+# What a package may import at all, beyond the standard library and itself ...
+MAY = {
+    "blt_runtime": {"numpy"},
+    "blt": {"numpy", "torch", "pydantic", "yaml", "safetensors", "zstandard", "matplotlib", "blt_runtime"},
+    "blt_export": {
+        "numpy", "torch", "pydantic", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt_rtx", "ml_dtypes",
+        "blt", "blt_runtime",
+    },
+    "blt.cli": {
+        "numpy", "typer", "rich", "torch", "onnxruntime", "matplotlib", "pyppmd", "blt", "blt_export", "blt_runtime",
+    },
+}  # fmt: skip
+# ... and what may come only inside a function, so that the import of the module stays light.
+LAZY = {
+    "blt_runtime": {"onnxruntime", "tensorrt"},
+    "blt": {"matplotlib", "zstandard", "safetensors"},
+    "blt_export": {"tensorrt_rtx", "onnxruntime"},
+    "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "blt_export"},
+}
+CLI_MAY_LOAD = ("blt.__version__", "blt.cli", "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.patching")
+
+
+@dataclass(frozen=True)
+class Import:
+    file: Path
+    line: int
+    module: str
+    lazy: bool
+
+    @property
+    def top(self) -> str:
+        return self.module.split(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(REPO)}:{self.line} imports {self.module}"
+
+
+def is_typing_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    """Every import that runs: at the top (lazy False) or inside a function (lazy True)."""
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if is_typing_only(child):
+                continue
+            if isinstance(child, ast.Import):
+                yield from (Import(file, child.lineno, alias.name, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.level == 0 and child.module:
+                inside = child.module in PACKAGES or child.module == "blt.cli"
+                names = [f"{child.module}.{a.name}" if inside else child.module for a in child.names]
+                yield from (Import(file, child.lineno, name, lazy) for name in names)
+            yield from walk(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    yield from walk(ast.parse(file.read_text()), lazy=False)
+
+
+def package_of(file: Path) -> str:
+    for name, folder in PACKAGES.items():
+        if file.is_relative_to(folder):
+            return "blt.cli" if file.is_relative_to(REPO / "blt/cli") else name
+    raise AssertionError(file)
+
+
+ALL_IMPORTS = [i for folder in PACKAGES.values() for file in sorted(folder.rglob("*.py")) for i in imports_of(file)]
+
+
+def test_every_import_is_allowed() -> None:
+    assert len(ALL_IMPORTS) > 100  # the walk found the packages
+    wrong = []
+    for found in ALL_IMPORTS:
+        package = package_of(found.file)
+        own = package.split(".")[0]
+        known = found.top in sys.stdlib_module_names or found.top == own or found.top in MAY[package] | LAZY[package]
+        if not known:
+            wrong.append(str(found))
+    assert not wrong
+
+
+def test_heavy_libraries_are_imported_inside_functions() -> None:
+    wrong = [str(i) for i in ALL_IMPORTS if not i.lazy and i.top in LAZY[package_of(i.file)]]
+    assert not wrong
+
+
+def test_the_runtime_names_a_backends_library_only_in_that_backend() -> None:
+    wrong = [
+        str(i)
+        for i in ALL_IMPORTS
+        if package_of(i.file) == "blt_runtime" and i.top in LAZY["blt_runtime"] and i.file.parent.name != "backends"
+    ]
+    assert not wrong
+
+
+def test_only_the_command_line_imports_the_command_line() -> None:
+    wrong = [str(i) for i in ALL_IMPORTS if package_of(i.file) != "blt.cli" and i.module.startswith("blt.cli")]
+    assert not wrong
+
+
+def test_the_command_line_loads_only_light_modules_at_the_top() -> None:
+    """blt_runtime's pure parts and itself; everything else of ours inside the command that needs it."""
+    ours = [i for i in ALL_IMPORTS if package_of(i.file) == "blt.cli" and not i.lazy and i.top in PACKAGES]
+    assert not [str(i) for i in ours if not i.module.startswith(CLI_MAY_LOAD)]
+
+
+def loaded_by(code: str, *arguments: str) -> set[str]:
+    """Top-level modules in a fresh interpreter behind `code`."""
+    program = (
+        f"import sys; sys.path[:0] = {[str(REPO), str(REPO / 'export'), str(REPO / 'runtime')]!r}\n"
+        f"{code}\nimport json; print('\\n' + json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_runtime_loads_numpy_and_nothing_else() -> None:
+    heavy = {"torch", "onnx", "onnxruntime", "pydantic", "typer", "rich", "yaml", "blt", "blt_export"}
+    loaded = loaded_by("import blt_runtime")
+    assert "blt_runtime" in loaded
+    assert not heavy & loaded
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["train", "blt", "--help"], ["--version"]])
+def test_help_loads_neither_torch_nor_onnx(arguments: list[str]) -> None:
+    loaded = loaded_by(f"from blt.cli import run; assert run({arguments!r}) == 0")
+    assert "typer" in loaded
+    assert not {"torch", "onnx", "onnxruntime", "matplotlib", "blt_export"} & loaded
+
+
+def test_data_is_read_without_torch() -> None:
+    assert not {"torch", "onnx", "onnxruntime"} & loaded_by("import blt.data.dataset, blt.data.prepare")
+
+
+def test_importing_blt_is_light() -> None:
+    assert "torch" not in loaded_by("import blt; blt.__version__")
+
+
+def sort_key(name: str) -> tuple[int, str]:
+    """Constants, then classes, then functions: the order that ruff (RUF022) keeps."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_is_sorted_and_complete(package: str) -> None:
+    module = importlib.import_module(package)
+    names = list(module.__all__)
+    assert names == sorted(names, key=sort_key)
+    assert len(names) == len(set(names))
+    for name in names:
+        assert getattr(module, name) is not None
+    tree = ast.parse((PACKAGES[package] / "__init__.py").read_text())
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] in PACKAGES)
+        for alias in node.names
+    }
+    assert imported <= set(names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_typed(package: str) -> None:
+    assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert importlib.import_module("blt").__version__ == project["version"]
+
+
+def test_the_cli_names_an_extra_that_exists() -> None:
+    from blt.cli.failures import EXTRAS
+
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS.values()) <= set(project["optional-dependencies"])
