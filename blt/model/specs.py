@@ -1,0 +1,151 @@
+"""What the four steps look like to the code that drives them: tensor names, shapes, caches and limits.
+
+One description serves the steps run directly, both exported flavours and the bundle's manifest. Letters as in
+`blt_runtime.spec`: capitals B, S, N, P, L, R vary from call to call, everything else is a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blt.model.config import BLTConfig, EntropyConfig, TransformerConfig
+from blt_runtime.errors import ConfigError
+from blt_runtime.patching import PatchRule
+from blt_runtime.spec import CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
+
+CHUNK = 128
+"""Bytes per prefill call: large enough to be bound by arithmetic, small enough that a ring of window + chunk is
+hardly slower to read than one of the window alone."""
+ALIGN = 64
+WindowLayout = Literal["ring", "window"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one stream can hold: bytes, patches, and bytes per call."""
+
+    bytes: int
+    patches: int
+    chunk: int = CHUNK
+
+    @classmethod
+    def of(
+        cls, config: BLTConfig, capacity: int | None = None, patches: int | None = None, chunk: int = CHUNK
+    ) -> Limits:
+        """The trained lengths by default; a larger `capacity` (bytes) is granted, as rotary tables extend."""
+        n_bytes = capacity or min(config.encoder.max_seqlen, config.decoder.max_seqlen)
+        n_patches = patches or (
+            config.latent.max_seqlen if capacity is None else max(config.latent.max_seqlen, capacity)
+        )
+        if min(n_bytes, n_patches, chunk) < 2:
+            raise ConfigError("capacity, patches and chunk must each be at least 2")
+        return cls(n_bytes, min(n_patches, n_bytes), min(chunk, n_bytes))
+
+
+def cache_spec(config: TransformerConfig, capacity: int, chunk: int, layout: WindowLayout) -> CacheSpec:
+    """A ring (or evicting window) for windowed layers, a plain buffer of `capacity` positions for the others."""
+    if config.window is None or config.window + chunk >= capacity:
+        return CacheSpec("linear", capacity, config.window, config.n_layers)
+    slots = ALIGN * -(-(config.window - 1 + chunk) // ALIGN)
+    return CacheSpec(layout, slots, config.window, config.n_layers)
+
+
+def _f32(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name, "float32", shape)
+
+
+def _i64(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name, "int64", shape)
+
+
+def _graph(
+    name: str,
+    config: TransformerConfig,
+    cache: CacheSpec,
+    inputs: list[TensorSpec],
+    outputs: list[TensorSpec],
+) -> GraphSpec:
+    clock = "P" if name == "latent" else "S"
+    shape = ("B", config.kv_heads, cache.capacity, config.head_size)
+    parts = [f"{part}.{layer}" for layer in range(config.n_layers) for part in ("key", "value")]
+    past = [_f32(f"past_{part}", *shape) for part in parts]
+    present = [_f32(f"present_{part}", *shape) for part in parts]
+    return GraphSpec(
+        name,
+        (*inputs, _i64("positions", "B", clock), _i64("doc_start", "B", clock), *past),
+        (*outputs, *present),
+        {f"present_{part}": f"past_{part}" for part in parts},
+        cache,
+    )
+
+
+def model_spec(
+    config: BLTConfig,
+    entropy: EntropyConfig | None,
+    rule: PatchRule,
+    limits: Limits,
+    layout: WindowLayout = "ring",
+    chunk_crosses_documents: bool = True,
+) -> ModelSpec:
+    """The whole model, its windowed caches laid out as `layout`."""
+    D, X = config.local_dim, config.encoder_cross_layers
+    kv = (config.decoder_cross_layers, 2, config.cross_k, D)
+    ids = _i64("ids", "B", "S")
+    hashed = [_f32("hash_embedding", "B", "S", D)] if config.hash else []
+    own_start = [_i64("own_start", "B", "P")] if config.encoder_cross_window > 1 else []
+    local = {
+        part: cache_spec(part_config, limits.bytes, limits.chunk, layout)
+        for part, part_config in _byte_parts(config, entropy)
+    }
+    latent = cache_spec(config.latent, limits.patches, limits.chunk, layout)
+    graphs = {
+        "encoder": _graph(
+            "encoder", config.encoder, local["encoder"], [ids, *hashed], [_f32("byte_states", "B", "S", X, D)]
+        ),
+        "latent": _graph(
+            "latent",
+            config.latent,
+            latent,
+            [
+                _f32("byte_states", "N", X, D),
+                _i64("byte_index", "B", "P", "L"),
+                _i64("patch_length", "B", "P"),
+                *own_start,
+            ],
+            [_f32("patch_kv", "B", "P", *kv)],
+        ),
+        "decoder": _graph(
+            "decoder",
+            config.decoder,
+            local["decoder"],
+            [
+                _f32("byte_states", "B", "S", X, D),
+                _f32("patch_kv", "R", *kv),
+                _i64("patch_row", "B", "S", config.decoder_cross_window),
+            ],
+            [_f32("logits", "B", "S", config.vocab_size)],
+        ),
+    }
+    if entropy is not None:
+        outputs = [_f32("entropy", "B", "S"), _f32("logits", "B", "S", entropy.vocab_size)]
+        graphs["entropy"] = _graph("entropy", entropy, local["entropy"], [ids], outputs)
+    h = config.hash
+    return ModelSpec(
+        vocab_size=config.vocab_size,
+        hash=HashSpec(h.sizes, h.functions, h.rows, D) if h else None,
+        patch_rule=rule,
+        encoder_window=config.encoder_cross_window,
+        decoder_window=config.decoder_cross_window,
+        capacity_bytes=limits.bytes,
+        capacity_patches=limits.patches,
+        chunk=limits.chunk,
+        chunk_crosses_documents=chunk_crosses_documents,
+        latent_document_mask=config.latent_document_mask,
+        graphs=graphs,
+    )
+
+
+def _byte_parts(config: BLTConfig, entropy: EntropyConfig | None) -> list[tuple[str, TransformerConfig]]:
+    parts: list[tuple[str, TransformerConfig]] = [("encoder", config.encoder), ("decoder", config.decoder)]
+    return parts if entropy is None else [*parts, ("entropy", entropy)]

@@ -1,0 +1,99 @@
+"""The cached PyTorch form of generation: the step modules behind the runtime's backend protocol.
+
+`blt_runtime.Stream` drives it exactly as it drives an exported bundle, so there is one generation loop. Buffers are
+numpy arrays that torch tensors share; caches are updated in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blt.checkpoint import Checkpoint, load
+from blt.model.specs import CHUNK, Limits, model_spec
+from blt.model.steps import DecoderStep, EncoderStep, EntropyStep, LatentStep, Step
+from blt_runtime import Model
+from blt_runtime.backends.protocol import Buffer, Call, HostBuffer
+from blt_runtime.errors import BackendError
+from blt_runtime.spec import GraphSpec, ModelSpec
+
+
+class TorchSession:
+    """One step module. Its outputs are copied into the bound buffers, its caches are those buffers."""
+
+    def __init__(self, step: Step, spec: GraphSpec) -> None:
+        self.spec = spec
+        self._step = step
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+        tensors = {name: torch.from_numpy(buffer.array) for name, buffer in buffers.items()}
+        missing = [t.name for t in (*self.spec.inputs, *self.spec.outputs) if t.name not in tensors]
+        if missing:
+            raise BackendError(f"graph {self.spec.name!r}: nothing bound to {', '.join(missing)}")
+        inputs = [tensors[t.name] for t in self.spec.inputs]
+        outputs = [tensors[t.name] for t in self.spec.outputs if t.name not in self.spec.aliases]
+        step = self._step
+
+        def call() -> None:
+            with torch.inference_mode():
+                results: tuple[Tensor, ...] = step(*inputs)
+                for output, result in zip(outputs, results, strict=False):
+                    output.copy_(result)
+
+        return call
+
+
+class TorchBackend:
+    """The steps of one checkpoint, float32 on the CPU."""
+
+    name = "torch"
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        blt, _ = checkpoint.require_blt()
+        n_bytes, n_patches = spec.capacity_bytes, spec.capacity_patches
+        steps: dict[str, Step] = {
+            "encoder": EncoderStep(blt, n_bytes),
+            "latent": LatentStep(blt, n_patches),
+            "decoder": DecoderStep(blt, n_bytes),
+        }
+        if checkpoint.entropy is not None:
+            steps["entropy"] = EntropyStep(checkpoint.entropy, n_bytes)
+        self._sessions = {name: TorchSession(step.eval(), spec.graphs[name]) for name, step in steps.items()}
+
+    def session(self, group: str) -> TorchSession:
+        return self._sessions[group]
+
+    def buffer(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+        return HostBuffer(dtype, shape)
+
+
+def open_model(
+    checkpoint: str | Path | Checkpoint,
+    entropy_model: str | Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    *,
+    capacity: int | None = None,
+    patches: int | None = None,
+    chunk: int = CHUNK,
+) -> Model:
+    """A runtime model over a checkpoint, or over the path of one. Raises CheckpointError, BackendError.
+
+    capacity, patches: what a stream can hold (default: the trained lengths).  threads: torch's, for this process.
+    """
+    if torch.device(device).type != "cpu":
+        raise BackendError(f"the torch backend runs on the CPU, not on {device}: export a bundle for other devices")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load(checkpoint, entropy_model)
+    blt, rule = checkpoint.require_blt()
+    entropy = checkpoint.entropy.config if checkpoint.entropy else None
+    spec = model_spec(blt.config, entropy, rule, Limits.of(blt.config, capacity, patches, chunk))
+    tables = None
+    if blt.hash_embedding is not None:
+        tables = blt.hash_embedding.tables.weight.detach().numpy()
+    return Model(spec, TorchBackend(checkpoint, spec), tables)

@@ -1,0 +1,66 @@
+"""Three forms of one model agree: the slow reference, whole rows, and the cached steps in any cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from blt import reference
+from blt.checkpoint import Checkpoint
+from blt.torch_backend import open_model
+from tests.tiny import VARIANTS, hard_text, prompts, tiny
+
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    return tiny(request.param)
+
+
+def test_whole_rows_and_cached_chunks_agree_with_the_reference(checkpoint: Checkpoint) -> None:
+    blt, rule = checkpoint.require_blt()
+    ids = hard_text()
+    lengths = reference.lengths_of(checkpoint, ids.tolist())
+    assert 20 < len(lengths) < len(ids) or rule.scheme == "byte"
+    truth = reference.forward(blt, ids.tolist(), lengths).logits.numpy()
+    with torch.no_grad():
+        whole = blt(torch.from_numpy(ids)[None], torch.tensor([lengths]), max(lengths))[0].numpy()
+    np.testing.assert_allclose(whole, truth, rtol=0, atol=TOLERANCE)
+    for chunk in (7, 64):
+        score = open_model(checkpoint, chunk=chunk).stream().score_ids(ids)
+        assert score.patch_lengths.tolist() == lengths
+        np.testing.assert_allclose(score.logits, truth, rtol=0, atol=TOLERANCE)
+        if checkpoint.entropy is not None:
+            with torch.no_grad():
+                values = reference.entropies(checkpoint.entropy, ids.tolist(), rule.reset_newlines)[0]
+            np.testing.assert_allclose(score.entropies, values, rtol=0, atol=TOLERANCE)
+
+
+def test_single_steps_agree_with_the_reference(checkpoint: Checkpoint) -> None:
+    blt, _ = checkpoint.require_blt()
+    ids = hard_text()
+    truth = reference.forward(blt, ids.tolist(), reference.lengths_of(checkpoint, ids.tolist())).logits.numpy()
+    stream = open_model(checkpoint, chunk=16).stream(bos=False)
+    for token, logits in zip(ids, truth, strict=True):
+        stream.append_ids([token])
+        np.testing.assert_allclose(stream.logits, logits, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("prompt", range(3))
+def test_greedy_text_is_identical(checkpoint: Checkpoint, prompt: int) -> None:
+    ids = prompts()[prompt]
+    stream = open_model(checkpoint, chunk=16).stream(bos=False)
+    stream.append_ids(ids)
+    assert list(stream.generate_ids(120)) == reference.generate(checkpoint, ids, 120)
+
+
+def test_given_patch_lengths_replace_the_rule(checkpoint: Checkpoint) -> None:
+    blt, _ = checkpoint.require_blt()
+    ids = hard_text()[:61]
+    lengths = [1, 30, 1, 1, 29]
+    score = open_model(checkpoint).stream().score_ids(ids, lengths)
+    assert score.patch_lengths.tolist() == lengths
+    truth = reference.forward(blt, ids.tolist(), lengths).logits.numpy()
+    np.testing.assert_allclose(score.logits, truth, rtol=0, atol=TOLERANCE)
