@@ -1,0 +1,8 @@
+"""Export: a checkpoint becomes a bundle of ONNX graphs that `blt_runtime` runs.
+
+The pipeline is the list `blt_export.pipeline.STEPS`.
+"""
+
+from .pipeline import ExportReport, StepReport, export
+
+__all__ = ["ExportReport", "StepReport", "export"]

@@ -1,0 +1,99 @@
+"""The bundle on disk: graphs with their weights beside them, hash tables, manifest; all of it or nothing.
+
+    manifest.json
+    entropy.onnx  entropy.weights      one pair per graph; weights lie at page-aligned offsets, so that they can be mapped
+    hash_tables.npy                    [tables * rows, width], written a block of rows at a time
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from blt_runtime import manifest as manifests
+from blt_runtime.bundle import entry_of
+from blt_runtime.errors import UsageError
+from blt_runtime.manifest import FileEntry
+
+HASH_TABLES = "hash_tables.npy"
+_PAGE = 4096
+_INLINE = 1024
+"""Bytes below which an initializer stays in the .onnx file: shape constants, not weights."""
+_BLOCK = 64 << 20
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Raises UsageError if `out` holds something that must not be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / manifests.FILE_NAME).is_file():
+        raise UsageError(f"{out} exists and is not a bundle; give a new folder")
+    if not force:
+        raise UsageError(f"{out} holds a bundle already; give another folder, or --force to replace it")
+
+
+@contextlib.contextmanager
+def staged(out: Path, force: bool) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends, and vanishes if it raises."""
+    check_target(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise UsageError(f"cannot write to {out.parent}: {error.strerror}") from error
+    try:
+        yield work
+        work.chmod(0o755)
+        _move(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _move(work: Path, out: Path) -> None:
+    """`os.replace` works on empty folders only, so an old bundle steps aside first."""
+    if out.exists() and any(out.iterdir()):
+        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+        os.replace(out, aside)
+        try:
+            os.replace(work, out)
+        except BaseException:
+            os.replace(aside, out)
+            raise
+        shutil.rmtree(aside)
+    else:
+        os.replace(work, out)
+
+
+def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
+    """`name.onnx` and, with its larger initializers, `name.weights`."""
+    path = folder / f"{name}.onnx"
+    ir.save(model, path, external_data=f"{name}.weights", size_threshold_bytes=_INLINE, alignment=_PAGE,
+            align_threshold=_PAGE)
+    return path
+
+
+def write_hash_tables(weight_RD: torch.Tensor, folder: Path) -> Path:
+    """Stream the rows, so that a table larger than memory (a mapped checkpoint) passes through block by block."""
+    path = folder / HASH_TABLES
+    rows, width = weight_RD.shape
+    block = max(1, _BLOCK // (4 * width))
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, rows, block):
+            part = weight_RD[start : start + block].detach().to(torch.float32).cpu().numpy()
+            file.write(np.ascontiguousarray(part).data)
+    return path
+
+
+def entries(folder: Path) -> dict[str, FileEntry]:
+    """Size and sha256 of every file that is there."""
+    return {path.name: entry_of(path) for path in sorted(folder.iterdir())}

@@ -1,0 +1,174 @@
+"""Parity: the exported graphs, run by ONNX Runtime as a stream would, against the PyTorch steps over a whole row.
+
+The reference makes one call per graph over the whole sequence; the graphs make many calls, single steps and chunks,
+with their own caches. Each graph is fed the reference's intermediate values, so that an error is that graph's own.
+
+Error of an output: max |got - want| / max(1, |want|). A number that is not finite counts as infinite error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from blt.checkpoint import Checkpoint
+from blt_runtime.errors import CheckFailed
+from blt_runtime.manifest import Parity
+from blt_runtime.spec import GraphSpec, ModelSpec, TensorSpec
+
+from .parity_plan import Plan, graph_calls, make_plan
+
+TOLERANCE = {"fp32": 2e-5}
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The table, and the positions whose entropy is too near the threshold for the two sides to be sure to agree."""
+
+    rows: tuple[Parity, ...]
+    near_threshold: tuple[int, ...]
+
+
+def check_parity(checkpoint: Checkpoint, steps: Mapping[str, nn.Module], spec: ModelSpec, files: Mapping[str, Path],
+                 precision: str = "fp32") -> ParityReport:
+    """Compare every output of every graph. Raises CheckFailed, which names the output and its largest error."""
+    plan = make_plan(spec)
+    tolerance = TOLERANCE[precision]
+    inputs = _row_inputs(checkpoint, spec, plan)
+    rows: list[Parity] = []
+    entropy_N = np.zeros(0)
+    for name, graph in spec.graphs.items():
+        want = _reference(steps[name], graph, inputs[name])
+        got = _exported(files[name], graph, spec, inputs[name])
+        for tensor in _plain(graph.outputs, graph):
+            error = _error(got[tensor.name], want[tensor.name])
+            rows.append(Parity(f"{name}.{tensor.name}", error, tolerance, want[tensor.name].shape[1]))
+        if name == "entropy":
+            entropy_N = want["entropy"][0]
+        _hand_on(inputs, name, want)
+    _demand(rows)
+    return ParityReport(tuple(rows), _near(entropy_N, spec, tolerance))
+
+
+def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str, Arrays]:
+    """Inputs of each graph over the whole row, one row; what another graph makes is added by `_hand_on`."""
+    blt, _ = checkpoint.require_blt()
+    inputs: dict[str, Arrays] = {}
+    for name in spec.graphs:
+        start = plan.doc_start[name]
+        inputs[name] = {"positions": np.arange(len(start))[None], "doc_start": start[None]}
+        if name in ("entropy", "encoder"):
+            inputs[name]["ids"] = plan.ids_N[None]
+    if blt.hash_embedding is not None:
+        with torch.no_grad():
+            inputs["encoder"]["hash_embedding"] = blt.hash_embedding(torch.from_numpy(plan.ids_N[None])).numpy()
+    inputs["latent"].update(byte_index=plan.byte_index_PL[None], patch_length=plan.patch_length_P[None],
+                            own_start=plan.own_start_P[None])
+    inputs["decoder"]["patch_row"] = plan.patch_row_NW[None]
+    return inputs
+
+
+def _hand_on(inputs: dict[str, Arrays], name: str, outputs: Arrays) -> None:
+    if name == "encoder":
+        inputs["latent"]["byte_states"] = outputs["byte_states"][0]
+        inputs["decoder"]["byte_states"] = outputs["byte_states"]
+    elif name == "latent":
+        inputs["decoder"]["patch_kv"] = outputs["patch_kv"][0]
+
+
+def _plain(tensors: tuple[TensorSpec, ...], graph: GraphSpec) -> list[TensorSpec]:
+    """The tensors that are no cache."""
+    caches = {*graph.aliases, *graph.aliases.values()}
+    return [t for t in tensors if t.name not in caches]
+
+
+def _reference(step: nn.Module, graph: GraphSpec, inputs: Arrays) -> Arrays:
+    """Plain outputs of one PyTorch call over the whole row, with caches that hold all of it."""
+    names = _plain(graph.inputs, graph)
+    slots = inputs["positions"].shape[1]
+    caches = [torch.zeros(1, t.shape[1], slots, t.shape[3]) for t in graph.inputs if t not in names]  # type: ignore[arg-type]
+    with torch.no_grad():
+        outputs = step(*(torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in names), *caches)
+    return {t.name: value.numpy() for t, value in zip(graph.outputs, outputs, strict=True) if t.name not in graph.aliases}
+
+
+def _exported(path: Path, graph: GraphSpec, spec: ModelSpec, inputs: Arrays) -> Arrays:
+    """The same by the exported graph, call after call."""
+    run = GraphRun(path, graph)
+    pieces: dict[str, list[npt.NDArray[Any]]] = {t.name: [] for t in _plain(graph.outputs, graph)}
+    start_N = inputs["doc_start"][0]
+    for a, b in graph_calls(len(start_N), graph, spec, start_N):
+        given = {t.name: _part(inputs[t.name], t, a, b) for t in _plain(graph.inputs, graph)}
+        for name, value in run(given).items():
+            pieces[name].append(value)
+    return {name: np.concatenate(values, 1) for name, values in pieces.items()}
+
+
+def _part(value: npt.NDArray[Any], tensor: TensorSpec, a: int, b: int) -> npt.NDArray[Any]:
+    """Positions a..b of an input; pools (no B in their shape) are given whole."""
+    return np.ascontiguousarray(value[:, a:b] if tensor.shape[0] == "B" else value)
+
+
+class GraphRun:
+    """One graph with its caches on ONNX Runtime's CPU provider; present and past are the same memory."""
+
+    def __init__(self, path: Path, graph: GraphSpec, rows: int = 1) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._graph = graph
+        cached = set(graph.aliases.values())
+        self.caches = {t.name: np.zeros(t.resolve(B=rows), t.dtype) for t in graph.inputs if t.name in cached}
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        binding = self._session.io_binding()
+        for name, array in {**inputs, **self.caches}.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for tensor in self._graph.outputs:
+            source = self._graph.aliases.get(tensor.name)
+            if source is None:
+                binding.bind_output(tensor.name, "cpu")
+            else:
+                cache = self.caches[source]
+                binding.bind_output(tensor.name, "cpu", 0, cache.dtype, cache.shape, cache.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        results = dict(zip((t.name for t in self._graph.outputs), binding.get_outputs(), strict=True))
+        return {name: value.numpy() for name, value in results.items() if name not in self._graph.aliases}
+
+
+def _error(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return math.inf
+    return float((np.abs(got - want) / np.maximum(1.0, np.abs(want))).max(initial=0.0))
+
+
+def _demand(rows: list[Parity]) -> None:
+    bad = [row for row in rows if not row.max_abs_error <= row.tolerance]
+    if bad:
+        worst = max(bad, key=lambda row: row.max_abs_error)
+        raise CheckFailed(f"parity: {worst.output} differs from PyTorch by {worst.max_abs_error:.3g} "
+                          f"(tolerance {worst.tolerance:.3g}); no bundle was written")
+
+
+def _near(entropy_N: npt.NDArray[Any], spec: ModelSpec, tolerance: float) -> tuple[int, ...]:
+    """Positions where an error within tolerance could move a patch boundary."""
+    rule = spec.patch_rule
+    level = rule.threshold
+    if level is None or not len(entropy_N):
+        return ()
+    compared_N = np.diff(entropy_N, prepend=np.inf) if rule.monotonic else entropy_N
+    near_N = np.abs(compared_N - level) <= tolerance * np.maximum(1.0, np.abs(entropy_N))
+    if rule.threshold_add is not None and not rule.monotonic:
+        near_N |= np.abs(np.diff(entropy_N, prepend=np.inf) - rule.threshold_add) <= tolerance * np.maximum(1.0, entropy_N)
+    return tuple(int(i) for i in np.flatnonzero(near_N))

@@ -1,0 +1,257 @@
+"""The whole export, as one list of named steps.
+
+`STEPS` runs from top to bottom on one `Job`; each step says what it changed, and how long it took is logged.
+Up to `lower` both flavours are the same; nothing in the list changes numerics.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import nn
+
+from blt.checkpoint import Checkpoint, load
+from blt.model.steps import DecoderStep, EncoderStep, EntropyStep, LatentStep
+from blt_runtime import manifest as manifests
+from blt_runtime.errors import BltError, UsageError
+from blt_runtime.manifest import FileRef, Manifest, Parity
+from blt_runtime.spec import GraphSpec, ModelSpec
+
+from . import bundle, capture, parity
+from .lower import ort, portable
+from .passes import (
+    cleanup,
+    fix_capacity,
+    fold_constants,
+    fold_weights,
+    gather_once,
+    name_io,
+    simplify_gathers,
+    simplify_reshapes,
+)
+from .rewrite import diff, op_counts
+from .specs import FLAVOURS, Flavour, model_spec
+
+log = logging.getLogger("blt_export")
+
+PRECISIONS = ("fp32",)
+LATER = ("fp16", "bf16", "int8", "int4")
+MIN_ONNXRUNTIME = "1.30"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A step that ran: what it changed, and seconds."""
+
+    name: str
+    changed: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did: the bundle's manifest, its parity rows, node counts and the log of its steps."""
+
+    path: Path
+    manifest: Manifest
+    near_threshold: tuple[int, ...]
+    nodes: dict[str, int]
+    steps: tuple[StepReport, ...]
+
+    @property
+    def parity(self) -> tuple[Parity, ...]:
+        return self.manifest.parity
+
+    @property
+    def seconds(self) -> float:
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's content, the steps and the node counts."""
+        steps = [{"name": s.name, "changed": s.changed, "seconds": round(s.seconds, 3)} for s in self.steps]
+        return {**self.manifest.to_json(), "steps": steps, "nodes": self.nodes}
+
+
+@dataclass
+class Job:
+    """What the steps hand from one to the next."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    flavour: Flavour
+    precision: str
+    check: bool
+    folder: Path = Path()
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    graphs: dict[str, ir.Model] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    parity: parity.ParityReport = parity.ParityReport((), ())
+    manifest: Manifest | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    run: Callable[[Job], str]
+
+
+def each(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[Job], str]:
+    """A pass over every graph of the job; says how the operators changed."""
+
+    def over_all(job: Job) -> str:
+        changes = []
+        for name, model in job.graphs.items():
+            before = op_counts(model)
+            try:
+                run(model, job.spec.graphs[name])
+            except ValueError as error:
+                raise BltError(f"cannot export this model: graph {name}: {error}") from error
+            changes.append(f"{name}: {diff(before, op_counts(model))}")
+        return "; ".join(changes)
+
+    return over_all
+
+
+def make_modules(job: Job) -> str:
+    blt, _ = job.checkpoint.require_blt()
+    capacity, patches = job.spec.capacity_bytes, job.spec.capacity_patches
+    if "entropy" in job.spec.graphs and job.checkpoint.entropy is not None:
+        job.modules["entropy"] = EntropyStep(job.checkpoint.entropy, capacity).eval()
+    job.modules["encoder"] = EncoderStep(blt, capacity).eval()
+    job.modules["latent"] = LatentStep(blt, patches).eval()
+    job.modules["decoder"] = DecoderStep(blt, capacity).eval()
+    return ", ".join(job.modules)
+
+
+def capture_graphs(job: Job) -> str:
+    for name, graph in job.spec.graphs.items():
+        job.graphs[name] = capture.capture(job.modules[name], graph)
+    return ", ".join(f"{name}: {len(model.graph)} nodes" for name, model in job.graphs.items())
+
+
+def lower(job: Job) -> str:
+    lowering = {"portable": portable.lower, "ort": ort.lower}[job.flavour]
+    return each(lambda model, _: lowering(model))(job)
+
+
+def write_graphs(job: Job) -> str:
+    for name, model in job.graphs.items():
+        job.files[name] = bundle.write_graph(model, job.folder, name)
+    return ", ".join(f"{name}: {len(model.graph)} nodes" for name, model in job.graphs.items())
+
+
+def write_hash_tables(job: Job) -> str:
+    blt, _ = job.checkpoint.require_blt()
+    if blt.hash_embedding is None:
+        return "the model has none"
+    path = bundle.write_hash_tables(blt.hash_embedding.tables.weight, job.folder)
+    return f"{path.stat().st_size} bytes"
+
+
+def check_parity(job: Job) -> str:
+    if not job.check:
+        return "not asked for"
+    job.parity = parity.check_parity(job.checkpoint, job.modules, job.spec, job.files, job.precision)
+    near = len(job.parity.near_threshold)
+    if near:
+        log.warning("%d of the checked positions have an entropy within tolerance of the threshold", near)
+    return ", ".join(f"{row.output} {row.max_abs_error:.1e}" for row in job.parity.rows)
+
+
+def write_manifest(job: Job) -> str:
+    files = bundle.entries(job.folder)
+    job.manifest = Manifest(
+        producer=producer(), flavour=job.flavour, precision=job.precision, opset=capture.OPSET,
+        min_onnxruntime=MIN_ONNXRUNTIME, config=configurations(job.checkpoint), spec=job.spec,
+        graphs={name: FileRef(path.name) for name, path in job.files.items()},
+        hash_tables=FileRef(bundle.HASH_TABLES) if job.spec.hash else None, files=files, parity=job.parity.rows)
+    manifests.write(job.folder / manifests.FILE_NAME, job.manifest)
+    return f"{len(files)} files, {sum(entry.bytes for entry in files.values())} bytes"
+
+
+STEPS = (
+    Step("make the step modules", make_modules),
+    Step("capture", capture_graphs),
+    Step("name inputs and outputs", each(name_io.run)),
+    Step("fix the caches' capacity", each(fix_capacity.run)),
+    Step("fold weights", each(lambda model, _: fold_weights.run(model))),
+    Step("fold constants", each(lambda model, _: fold_constants.run(model))),
+    Step("simplify gathers", each(lambda model, _: simplify_gathers.run(model))),
+    Step("gather patches once", each(lambda model, _: gather_once.run(model))),
+    Step("simplify reshapes", each(lambda model, _: simplify_reshapes.run(model))),
+    Step("clean up", each(lambda model, _: cleanup.run(model))),
+    Step("lower", lower),
+    Step("clean up again", each(lambda model, _: cleanup.run(model))),
+    Step("write graphs", write_graphs),
+    Step("write hash tables", write_hash_tables),
+    Step("parity", check_parity),
+    Step("write manifest", write_manifest),
+)
+
+
+def export(checkpoint: Checkpoint | str | Path, out_dir: str | Path, *, flavour: str = "ort", precision: str = "fp32",
+           capacity: int | None = None, patches: int | None = None, chunk: int = 128, check: bool = True,
+           force: bool = False, progress: Progress | None = None) -> ExportReport:
+    """Write a checkpoint as a bundle in the folder `out_dir`, which appears only when everything went well.
+
+    flavour: "ort" (fastest on ONNX Runtime) or "portable" (standard operators: ONNX Runtime and TensorRT).
+    capacity, patches: bytes and patches that one stream can hold. chunk: most bytes per call.
+    check: compare every graph with PyTorch. force: replace a bundle that is there. progress: told each step's name.
+
+    Raises UsageError (arguments, target folder), CheckpointError, CheckFailed (parity), BltError (a model that the
+    lowering cannot express).
+    """
+    job = _job(checkpoint, flavour, precision, capacity, patches, chunk, check)
+    reports = []
+    with bundle.staged(Path(out_dir), force) as job.folder:
+        for step in STEPS:
+            if progress is not None:
+                progress(step.name)
+            started = time.perf_counter()
+            changed = step.run(job)
+            reports.append(StepReport(step.name, changed, time.perf_counter() - started))
+            log.info("%s (%.2f s): %s", step.name, reports[-1].seconds, changed)
+    assert job.manifest is not None
+    nodes = {name: len(model.graph) for name, model in job.graphs.items()}
+    return ExportReport(Path(out_dir), job.manifest, job.parity.near_threshold, nodes, tuple(reports))
+
+
+def _job(checkpoint: Checkpoint | str | Path, flavour: str, precision: str, capacity: int | None, patches: int | None,
+         chunk: int, check: bool) -> Job:
+    if flavour not in FLAVOURS:
+        raise UsageError(f"flavour {flavour!r}: choose one of {', '.join(FLAVOURS)}")
+    if precision in LATER:
+        raise UsageError(f"precision {precision} is not supported yet; export with fp32")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    known: Flavour = "ort" if flavour == "ort" else "portable"
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
+    return Job(loaded, model_spec(loaded, known, capacity, patches, chunk), known, precision, check)
+
+
+def producer() -> dict[str, str]:
+    """Versions of what made the bundle."""
+    found = {}
+    for name in ("blt-lm", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def configurations(checkpoint: Checkpoint) -> dict[str, Any]:
+    parts = (("blt", checkpoint.blt), ("entropy", checkpoint.entropy))
+    return {name: model.config.model_dump(mode="json") for name, model in parts if model is not None}
