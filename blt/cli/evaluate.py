@@ -155,9 +155,9 @@ def evaluate(
     if not limited:
         raise InputError(f"{data} holds no text in the split {split!r}")
     with scoring.open_scorer(
-        model, backend=backend, entropy_model=entropy_model, device=device, threads=threads
+        model, size + 2, backend=backend, entropy_model=entropy_model, device=device, threads=threads
     ) as scorer:
-        tallies = _score_all(scorer, limited, size)
+        tallies = _score_all(scorer, limited, min(size, scorer.capacity - 2))
     _add_baselines(tallies, limited, names)
     shown = tallies if by == "group" else {ALL: tallies[ALL]}
     if as_json:

@@ -10,11 +10,16 @@ from pathlib import Path
 from blt_runtime.errors import UsageError
 
 
+def check_folder(path: Path) -> None:
+    """Raise UsageError if the folder of `path` does not exist: before the work, not behind it."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A draft name beside `path`; it takes the place of `path` when the block ends without an error."""
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
+    check_folder(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield draft

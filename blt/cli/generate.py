@@ -38,7 +38,9 @@ class Timing:
         """Bytes per second are counted behind the first byte, so that reading the prompt is not in them."""
         first = self.first_byte if self.first_byte is not None else self.last_byte
         spent = self.last_byte - first
-        lengths = [int(n) for n in patch_lengths][1:]  # the first patch is BOS alone
+        lengths = [int(n) for n in patch_lengths]
+        lengths[-1] -= 1  # the virtual next token
+        lengths = [n for n in lengths[1:] if n > 0]  # the first patch is BOS alone
         return {
             "prompt_bytes": self.prompt_bytes,
             "new_bytes": self.n_bytes,
@@ -117,7 +119,6 @@ def generate(
     if raw and as_json:
         raise UsageError("--raw writes bytes and --json writes text; leave one of them out")
     given = _prompt_bytes(prompt, unconditional)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     stops = [os.fsencode(text) for text in stop or []]
     with models.open_model(
         model, backend=backend, entropy_model=entropy_model, device=device, threads=threads
@@ -125,7 +126,8 @@ def generate(
         stream = opened.stream(bos=True, seed=seed)
         timing = Timing(len(given))
         stream.append(given)
-        pieces = timing.watch(stream.generate(size, stop=stops, stop_at_eos=not ignore_eos, **sampling))
+        made = stream.generate(size, temperature, top_k, top_p, min_p, seed, stops, not ignore_eos)
+        pieces = timing.watch(made)
         if as_json:
             text = "".join(_texts(pieces))
             console.print_json("blt.generate/1", {"text": text, **timing.summary(stream.patch_lengths)})

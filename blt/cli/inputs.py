@@ -19,9 +19,14 @@ def text_bytes(text: str) -> bytes:
 
 def file_or_text(argument: str) -> bytes:
     """The file's bytes if `argument` names a file, standard input for `-`, else the argument itself."""
-    if argument != "-" and len(argument) < 4096 and Path(argument).is_file():
-        return Path(argument).read_bytes()
-    return text_bytes(argument)
+    return Path(argument).read_bytes() if _names_a_file(argument) else text_bytes(argument)
+
+
+def _names_a_file(argument: str) -> bool:
+    try:
+        return argument != "-" and Path(argument).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a NUL byte: a text
+        return False
 
 
 def read_file(argument: str) -> bytes:

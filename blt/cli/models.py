@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blt.cli import devices
 from blt_runtime.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -58,9 +59,11 @@ def open_model(
     entropy_model: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
+    capacity: int | None = None,
 ) -> Iterator[Model]:
     """The model at `path`, ready for `model.stream()`.
 
+    capacity: bytes that a stream of a checkpoint must hold (default: the trained length); a bundle's is fixed.
     Raises UsageError for a wrong argument, CheckpointError or BundleError for a damaged file, and
     ModuleNotFoundError (exit 4) where the backend's library is not installed.
     """
@@ -71,12 +74,13 @@ def open_model(
     elif backend == "onnx":
         with tempfile.TemporaryDirectory(prefix="blt-bundle-") as folder:
             bundle = Path(folder) / "bundle"
-            _export(path, bundle, entropy_model)
+            _export(path, bundle, entropy_model, capacity)
             yield _open_bundle(bundle, backend, None, device, threads)
     else:
         from blt.torch_backend import open_model as open_torch
 
-        yield open_torch(path, entropy_model=entropy_model, device=device, threads=threads)
+        chosen = "cpu" if device == "auto" else devices.torch_device(device)
+        yield open_torch(path, entropy_model=entropy_model, device=chosen, threads=threads, capacity=capacity)
 
 
 def _open_bundle(path: Path, backend: str, entropy_model: Path | None, device: str, threads: int | None) -> Model:
@@ -89,9 +93,9 @@ def _open_bundle(path: Path, backend: str, entropy_model: Path | None, device: s
     return Model.open(path, backend="onnx", threads=threads, providers=providers_of(device))
 
 
-def _export(path: Path, bundle: Path, entropy_model: Path | None) -> None:
+def _export(path: Path, bundle: Path, entropy_model: Path | None, capacity: int | None) -> None:
     from blt.checkpoint import load
     from blt_export import export
 
     log.info("exporting %s to a temporary bundle (blt export makes a lasting one)", path)
-    export(load(path, entropy_model=entropy_model), bundle, check=False)
+    export(load(path, entropy_model=entropy_model), bundle, capacity=capacity, check=False)

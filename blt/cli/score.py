@@ -43,20 +43,21 @@ def score(
     """Write ids [N], entropies [N] (nats), patch_lengths [P] (sum N + 1) and logits [N, 260] of FILE to OUT."""
     if npz.suffix != ".npz":
         raise UsageError(f"--npz {npz}: the name must end in .npz")
+    files.check_folder(npz)
     ids = _ids(file)
     lengths = None if patch_lengths is None else inputs.load_patch_lengths(patch_lengths, len(ids))
     with scoring.open_scorer(
-        model, backend=backend, entropy_model=entropy_model, device=device, threads=threads
+        model, len(ids), backend=backend, entropy_model=entropy_model, device=device, threads=threads
     ) as scorer:
         result = scorer(ids, lengths)
-    arrays = {
-        "ids": result.ids,
-        "entropies": result.entropies,
-        "patch_lengths": result.patch_lengths,
-        "logits": result.logits,
-    }
     with files.replacing(npz) as draft, draft.open("wb") as out:
-        np.savez(out, **arrays)
+        np.savez(
+            out,
+            ids=result.ids,
+            entropies=result.entropies,
+            patch_lengths=result.patch_lengths,
+            logits=result.logits,
+        )
     summary = {"file": npz, "ids": len(ids), "patches": len(result.patch_lengths)}
     if as_json:
         console.print_json("blt.score/1", summary)

@@ -17,46 +17,35 @@ from blt_runtime.patching import PatchRule
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from blt_runtime import Score
+    from blt_runtime import Score, Stream
 
-Scorer = Callable[["NDArray[np.int64]", "NDArray[np.int64] | None"], "Score"]
+
+@dataclass(frozen=True)
+class Scorer:
+    """Call it with ids [N] and patch lengths [P] (None: the rule's). `capacity`: the longest N."""
+
+    stream: Stream
+    capacity: int
+
+    def __call__(self, ids_N: NDArray[np.int64], lengths_P: NDArray[np.int64] | None = None) -> Score:
+        return self.stream.score_ids(ids_N, lengths_P)
 
 
 @contextmanager
 def open_scorer(
     path: Path,
+    n_ids: int,
     *,
     backend: str = "auto",
     entropy_model: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
 ) -> Iterator[Scorer]:
-    """A function of ids [N] and patch lengths [P] (None: the rule's) that returns a Score."""
-    models.check_backend(backend)
-    models.existing(path)
-    if not models.is_bundle(path) and backend != "onnx":
-        yield _torch_scorer(path, entropy_model, device, threads)
-        return
-    with models.open_model(path, backend=backend, entropy_model=entropy_model, device=device, threads=threads) as model:
-        stream = model.stream(bos=False)
-
-        def score(ids_N: NDArray[np.int64], lengths_P: NDArray[np.int64] | None) -> Score:
-            stream.reset()
-            return stream.score_ids(ids_N, lengths_P)
-
-        yield score
-
-
-def _torch_scorer(path: Path, entropy_model: Path | None, device: str, threads: int | None) -> Scorer:
-    """Whole sequences in one pass of the training modules: 10 to 100 times faster than byte by byte."""
-    from blt.checkpoint import load
-    from blt.score import score_ids
-
-    devices.limit_torch_threads(threads)
-    chosen = devices.torch_device(device)
-    checkpoint = load(path, entropy_model=entropy_model)
-    checkpoint.require_blt()
-    return lambda ids_N, lengths_P: score_ids(checkpoint, ids_N, lengths_P, device=chosen)
+    """A scorer for up to `n_ids` ids; a bundle's capacity is fixed and may be less."""
+    with models.open_model(
+        path, backend=backend, entropy_model=entropy_model, device=device, threads=threads, capacity=n_ids
+    ) as model:
+        yield Scorer(model.stream(bos=False), model.spec.capacity_bytes)
 
 
 @dataclass(frozen=True)
@@ -72,11 +61,10 @@ def open_entropies(path: Path, entropy_model: Path | None, threads: int | None) 
     """The entropy model of a checkpoint (also of an entropy model alone) or of a bundle."""
     models.existing(path)
     if models.is_bundle(path):
-        with open_scorer(path, entropy_model=entropy_model, threads=threads) as scorer:
-            from blt_runtime.bundle import Bundle
-
-            spec = Bundle.open(path, verify="sizes").manifest.spec
-            yield Entropies(lambda ids_N: scorer(ids_N, None).entropies, spec.patch_rule)
+        with open_scorer(path, 0, entropy_model=entropy_model, threads=threads) as scorer:
+            has_entropies = "entropy" in scorer.stream.spec.graphs
+            rule = scorer.stream.spec.patch_rule
+            yield Entropies(lambda ids_N: scorer(ids_N).entropies if has_entropies else None, rule)
         return
     yield _torch_entropies(path, entropy_model, threads)
 

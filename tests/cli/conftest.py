@@ -1,0 +1,62 @@
+"""Running commands in the test's own process, and in a fresh one."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from blt.cli import run
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: bytes
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out.decode()
+
+
+@pytest.fixture
+def blt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`blt("patch", "text")` in this process; stdin is bytes."""
+
+    def call(*arguments: object, stdin: bytes = b"") -> Result:
+        out, err = io.BytesIO(), io.StringIO()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", write_through=True))
+        monkeypatch.setattr(sys, "stderr", err)
+        code = run([str(argument) for argument in arguments])
+        written = out.getvalue()
+        monkeypatch.undo()
+        return Result(code, written, err.getvalue())
+
+    return call
+
+
+@pytest.fixture
+def blt_process() -> Callable[..., Result]:
+    """The same in a fresh interpreter, with extra environment variables."""
+
+    def call(*arguments: object, stdin: bytes = b"", **environment: str) -> Result:
+        path = os.pathsep.join(str(REPO / part) for part in ("", "export", "runtime"))
+        done = subprocess.run(
+            [sys.executable, "-m", "blt.cli", *(str(argument) for argument in arguments)],
+            input=stdin,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+        )
+        return Result(done.returncode, done.stdout, done.stderr.decode())
+
+    return call

@@ -1,0 +1,180 @@
+"""Bad input: one line on stderr that says what and what to do, and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blt.cli import console, failures, options
+from blt_runtime.errors import BltError, CapacityError, CheckFailed, MissingExtra, UsageError
+
+Call = Callable[..., Any]
+
+WRONG = [
+    # arguments, exit code, words of the message
+    (["nonsense"], 2, "nonsense"),
+    (["patch"], 2, "TEXT"),
+    (["generate", "no-such-model", "hello"], 2, "no such file"),
+    (["generate", "{model}", ""], 2, "--unconditional"),
+    (["generate", "{model}"], 2, "--unconditional"),
+    (["generate", "{model}", "hello", "--unconditional"], 2, "leave one"),
+    (["generate", "{model}", "hello", "-n", "many"], 2, "-n"),
+    (["generate", "{model}", "hello", "--backend", "tensorflow"], 2, "torch, onnx"),
+    (["generate", "{model}", "hello", "--raw", "--json"], 2, "--raw"),
+    (["generate", "{model}", "hello", "--temprature", "1"], 2, "--temprature"),
+    (["generate", "{model}", "hello", "--temperature", "hot"], 2, "temperature"),
+    (["generate", "{garbage}", "hello"], 1, "checkpoint"),
+    (["generate", "{empty}", "hello"], 1, "model.pt"),
+    (["patch", ""], 2, "empty"),
+    (["patch", "hello"], 2, "--model"),
+    (["patch", "hello", "--scheme", "static:0"], 2, "static:N"),
+    (["patch", "hello", "--scheme", "words"], 2, "static:N"),
+    (["patch", "hello", "--scheme", "space", "--threshold", "1"], 2, "--threshold"),
+    (["patch", "hello", "--scheme", "byte", "--plot", "x.gif"], 2, ".png or .html"),
+    (["score", "{model}", "{text}", "--npz", "out.txt"], 2, ".npz"),
+    (["score", "{model}", "no-such-file", "--npz", "{tmp}/o.npz"], 2, "no-such-file"),
+    (["score", "{model}", "{ids}", "--npz", "{tmp}/no/folder/o.npz"], 2, "folder"),
+    (["score", "{model}", "{high}", "--npz", "{tmp}/o.npz"], 1, "0..259"),
+    (["score", "{model}", "{floats}", "--npz", "{tmp}/o.npz"], 1, "whole numbers"),
+    (["score", "{model}", "{garbage_npy}", "--npz", "{tmp}/o.npz"], 1, ".npy"),
+    (["score", "{model}", "{ids}", "--npz", "{tmp}/o.npz", "--patch-lengths", "{short}"], 1, "sum to"),
+    (["eval", "{model}", "no-such-data"], 2, "no-such-data"),
+    (["eval", "{model}", "{text}", "--by", "language"], 2, "group"),
+    (["eval", "{model}", "{text}", "--baseline", "zip"], 2, "ppmd, xz"),
+    (["eval", "{model}", "{empty}"], 2, "blt data prepare"),
+    (["export", "{model}", "-o", "{tmp}/b", "--flavour", "vanilla"], 2, "portable"),
+    (["export", "{model}", "-o", "{tmp}/b", "--capacity", "lots"], 2, "--capacity"),
+    (["inspect", "{garbage}"], 1, "checkpoint"),
+    (["data", "info", "{empty}"], 1, "data folder"),
+    (["data", "prepare", "{text}", "-o", "{tmp}/d", "--split", "half"], 2, "98/1/1"),
+    (["train", "entropy", "-c", "no-such.yaml"], 2, "no-such.yaml"),
+    (["train", "blt"], 2, "config"),
+]
+
+
+@pytest.fixture
+def files(tmp_path: Path, golden: Path) -> dict[str, Path]:
+    """Inputs that are wrong in one way each."""
+    made = {name: tmp_path / name for name in ("garbage", "empty", "text")}
+    made |= {name: tmp_path / f"{name}.npy" for name in ("ids", "high", "floats", "garbage_npy", "short")}
+    made["garbage"].write_bytes(b"not a checkpoint" * 10)
+    made["garbage_npy"].write_bytes(b"not an array")
+    made["empty"].mkdir()
+    made["text"].write_text("some text")
+    np.save(made["ids"], np.array([1, 80, 81]))
+    np.save(made["high"], np.array([1, 260]))
+    np.save(made["floats"], np.array([1.0, 2.0]))
+    np.save(made["short"], np.array([1, 2]))
+    return {**made, "tmp": tmp_path, "model": golden / "a" / "blt"}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), WRONG, ids=[" ".join(w[0])[:60] for w in WRONG])
+def test_bad_input_is_one_line(blt: Call, files: dict[str, Path], arguments: list[str], code: int, words: str) -> None:
+    result = blt(*(argument.format(**files) for argument in arguments))
+    assert result.code == code, result.err
+    assert result.out == b""
+    assert result.err.startswith("blt: error: ")
+    assert result.err.count("\n") == 1
+    assert words in result.err
+
+
+def test_the_traceback_comes_with_v_only(blt: Call) -> None:
+    assert "Traceback" not in blt("generate", "no-such-model", "x").err
+    loud = blt("generate", "no-such-model", "x", "-v")
+    assert "Traceback" in loud.err
+    assert loud.err.splitlines()[-1].startswith("blt: error: ")
+    assert loud.code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("x"), 2),
+        (CapacityError("x"), 1),
+        (CheckFailed("x"), 3),
+        (MissingExtra("PyTorch", "train"), 4),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device"), 1),
+        (RuntimeError("two\nlines"), 1),
+        (BltError("x"), 1),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    console.start_logging()
+    assert failures.report(error) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+class _Hidden(MetaPathFinder):
+    """Makes a library look as if it was not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname.split(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
+@contextmanager
+def hidden(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        for module in [m for m in sys.modules if m.split(".")[0] == name]:
+            patch.delitem(sys.modules, module)
+        patch.setattr(sys, "meta_path", [_Hidden(name), *sys.meta_path])
+        yield
+
+
+def test_a_missing_library_names_its_extra(blt: Call, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with hidden(monkeypatch, "matplotlib"):
+        result = blt("patch", "hello", "--model", files["model"], "--plot", files["tmp"] / "figure.png", "--no-table")
+    assert result.code == 4
+    assert "blt-lm[plot]" in result.err
+    assert not (files["tmp"] / "figure.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("256", 256), ("4k", 4096), ("4K", 4096), ("1.5M", 3 << 19), ("2G", 2 << 30)]
+)
+def test_sizes(text: str, value: int) -> None:
+    assert options.parse_size(text, "-n") == value
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "4 k", "1e3", "0x10", "4kB"])
+def test_wrong_sizes_name_the_option(text: str) -> None:
+    with pytest.raises(UsageError, match="--capacity"):
+        options.parse_size(text, "--capacity")
+
+
+def test_version_and_env(blt: Call) -> None:
+    from blt import __version__
+
+    assert blt("--version").text == f"blt {__version__}\n"
+    report = json.loads(blt("env").text)
+    assert report["schema"] == "blt.env/1"
+    assert report["blt"] == __version__
+    assert "numpy" in report["packages"]
+
+
+def test_env_does_not_load_torch(blt_process: Call) -> None:
+    done = blt_process("env", PYTHONVERBOSE="")
+    assert json.loads(done.text)["packages"]["numpy"]
+    loaded = blt_process("env", PYTHONPROFILEIMPORTTIME="1")
+    assert "| torch" not in loaded.err
+    assert "numpy" in loaded.err
+
+
+def test_help_is_on_stdout(blt: Call) -> None:
+    for arguments in (["-h"], ["generate", "-h"], ["data", "prepare", "--help"]):
+        result = blt(*arguments)
+        assert result.code == 0
+        assert "Usage" in result.text
+        assert result.err == ""
