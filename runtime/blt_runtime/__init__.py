@@ -1,1 +1,34 @@
-"""Run exported Byte Latent Transformers: numpy and a backend's library, no torch, no onnx."""
+"""Run exported Byte Latent Transformers: numpy and a backend's library, no torch, no onnx.
+
+from blt_runtime import Model
+model = Model.open("bundle")
+stream = model.stream()
+stream.append("Once upon a time")
+for piece in stream.generate(200): sys.stdout.buffer.write(piece)
+"""
+
+from .bundle import Bundle
+from .errors import BltError
+from .manifest import Manifest
+from .model import Model
+from .patching import PatchRule, PatchState, patch_lengths
+from .sampling import Sampler
+from .spec import ModelSpec
+from .stream import Score, Stream
+from .text import StopMatcher, Utf8Stream
+
+__all__ = [
+    "BltError",
+    "Bundle",
+    "Manifest",
+    "Model",
+    "ModelSpec",
+    "PatchRule",
+    "PatchState",
+    "Sampler",
+    "Score",
+    "StopMatcher",
+    "Stream",
+    "Utf8Stream",
+    "patch_lengths",
+]

@@ -13,7 +13,7 @@ from .spec import CacheSpec
 
 
 class CacheTrack:
-    """Which positions a cache was written with since it was last empty. Units: the graph's tokens (bytes or patches)."""
+    """How far a cache was written since it was last empty. Units: the graph's tokens (bytes or patches)."""
 
     def __init__(self, spec: CacheSpec | None, crosses_documents: bool) -> None:
         self.spec = spec
@@ -35,7 +35,7 @@ class CacheTrack:
         if self.spec is None or position == document == 0:
             return True
         if self.spec.kind == "ring":
-            # slot s is taken to hold the newest position <= the call's last that is s mod C: older ones must be out of sight
+            # slots are taken to hold the C newest positions: what they really hold must be out of sight
             assert self.spec.window is not None
             return self._end <= self.spec.capacity or self._end - self.spec.capacity <= position - self.spec.window + 1
         if self._restarts and position == document:

@@ -160,7 +160,7 @@ def _decoder(arrays: Mapping[str, Array], attend: Any) -> None:
 
 def _peaks(value_S: Array) -> Array:
     """Logits with one highest id per token, falling off on both sides."""
-    return -np.abs(np.arange(VOCAB) - (value_S % VOCAB)[:, None]) / 8
+    return np.asarray(-np.abs(np.arange(VOCAB) - (value_S % VOCAB)[:, None]) / 8)
 
 
 _BODIES = {"entropy": _entropy, "encoder": _encoder, "latent": _latent, "decoder": _decoder}

@@ -1,0 +1,236 @@
+"""All memory of one stream: what was read, the caches of the four graphs, byte states and patch vectors
+still in use.
+
+Bookkeeping only; `stream` and `prefill` run the graphs. History is kept in buffers as long as the capacity,
+so that a call on positions a..b binds a part of them and copies nothing. Pages that no token reached are
+never touched.
+
+Letters: N byte capacity, P patch capacity, R rows, X cross-attention layers, D width, W patches that a byte
+reads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from .backends.protocol import Array, Backend, Buffer, Call
+from .caches import CacheTrack
+from .errors import CapacityError
+from .hashing import HashEmbedding
+from .ids import EOS, NEWLINE, Ids
+from .patching import PatchState
+from .spec import GraphSpec, ModelSpec
+
+MARKS = 16
+"""Patch boundaries that a rewind can return to without replaying everything."""
+
+
+class Graph:
+    """One graph of a stream: its own caches, and calls bound to the stream's buffers."""
+
+    def __init__(self, backend: Backend, spec: GraphSpec, crosses_documents: bool) -> None:
+        self.spec = spec
+        self.track = CacheTrack(spec.cache, crosses_documents)
+        self._backend = backend
+        self._session = backend.session(spec.name)
+        self._caches: dict[str, Buffer] = {}
+        for output, source in spec.aliases.items():
+            tensor = spec.tensor(source)
+            buffer = backend.buffer(tensor.dtype, tensor.resolve(B=1))
+            self._caches[source] = self._caches[output] = buffer
+
+    def new(self, tensor: str, **sizes: int) -> Buffer:
+        """Memory for an input or output, letters replaced by sizes (B is 1)."""
+        found = self.spec.tensor(tensor)
+        return self._backend.buffer(found.dtype, found.resolve(B=1, **sizes))
+
+    def bind(self, **buffers: Buffer) -> Call:
+        return self._session.bind({**buffers, **self._caches})
+
+
+class StatePool:
+    """Byte states [R, X, D] of the newest positions, in order: row r holds position base + r."""
+
+    def __init__(self, encoder: Graph, rows: int) -> None:
+        self._encoder = encoder
+        self.base = 0
+        self.buffer = self._new(rows)
+
+    def _new(self, rows: int) -> Buffer:
+        states_1SXD = self._encoder.new("byte_states", S=rows)
+        return states_1SXD.part(0, states_1SXD.shape[1:])
+
+    @property
+    def rows(self) -> int:
+        return self.buffer.shape[0]
+
+    def rows_of(self, start: int, end: int) -> Buffer:
+        """The states of positions start..end as one call's [1, S, X, D]."""
+        width = self.buffer.shape[1:]
+        return self.buffer.part((start - self.base) * width[0] * width[1], (1, end - start, *width))
+
+    def reserve(self, position: int, end: int, keep: int) -> bool:
+        """Makes room up to `end`, forgetting what is before `keep`. True if the memory moved (bind again)."""
+        if end - self.base <= self.rows:
+            return False
+        kept = self.buffer.array[keep - self.base : position - self.base]
+        rows = self.rows
+        while end - keep > rows:
+            rows *= 2
+        moved = rows != self.rows
+        target = self._new(rows) if moved else self.buffer
+        target.array[: len(kept)] = kept.copy()
+        self.buffer, self.base = target, keep
+        return moved
+
+
+class Mark(NamedTuple):
+    """A patch boundary to come back to: tokens and patches before it, and the rule's state there."""
+
+    position: int
+    patches: int
+    rule: PatchState
+
+
+class Memory:
+    """History and buffers of one stream. `position` tokens and `patches` finished patches have been taken in."""
+
+    def __init__(self, spec: ModelSpec, backend: Backend, tables: Array | None) -> None:
+        self.spec = spec
+        self.graphs = {name: Graph(backend, graph, spec.chunk_crosses_documents) for name, graph in spec.graphs.items()}
+        self._make_history(backend)
+        self.hash: HashEmbedding | None = None
+        if spec.hash is not None and tables is not None:
+            self.hash = HashEmbedding(tables, spec.hash.sizes, spec.hash.functions, spec.hash.rows)
+        self.pool = StatePool(self.graphs["encoder"], 2 * spec.chunk)
+        self.kv_rows = MARKS + spec.decoder_window
+        kv_ring = self.graphs["latent"].new("patch_kv", P=self.kv_rows)
+        self.kv_ring = kv_ring.part(0, kv_ring.shape[1:])
+        self.clear()
+
+    def _make_history(self, backend: Backend) -> None:
+        spec, self.pad = self.spec, max(self.spec.hash.sizes) - 1 if self.spec.hash else 0
+        n, p = spec.capacity_bytes, spec.capacity_patches
+        self.ids = backend.buffer("int64", (1, self.pad + n))
+        self.positions = backend.buffer("int64", (1, max(n, p)))
+        self.positions.array[0] = np.arange(max(n, p))
+        self.documents = backend.buffer("int64", (1, n + 1))
+        self.entropy_documents = self.documents
+        if spec.patch_rule.reset_newlines:
+            self.entropy_documents = backend.buffer("int64", (1, n + 1))
+        self.entropies = backend.buffer("float32", (1, n))
+        self.starts_P = np.zeros(p + 1, dtype=np.int64)
+        self.patch_documents = backend.buffer("int64", (1, p + 1))
+
+    def clear(self) -> None:
+        """Forgets everything; the memory stays."""
+        self.position = self.patches = 0
+        self.rule = PatchState(self.spec.patch_rule)
+        self.marks: deque[Mark] = deque(maxlen=MARKS)
+        self.pool.base = 0
+        self.entropies.array[...] = np.nan
+        for graph in self.graphs.values():
+            graph.track.clear()
+        for buffer in (self.documents, self.entropy_documents, self.patch_documents):
+            buffer.array[0, 0] = 0
+
+    def history(self, buffer: Buffer, start: int, end: int) -> Buffer:
+        """Positions start..end of a history buffer as one call's [1, S]."""
+        return buffer.part(start + (self.pad if buffer is self.ids else 0), (1, end - start))
+
+    @property
+    def ids_N(self) -> Ids:
+        return self.ids.array[0, self.pad : self.pad + self.position]
+
+    def window(self, start: int, end: int) -> Ids:
+        """Ids of positions start..end with the predecessors that the hash windows need."""
+        return self.ids.array[0, start : end + self.pad]
+
+    def check_room(self, tokens: int) -> None:
+        """Raises CapacityError if `tokens` more do not fit, or if every patch is used up."""
+        spec = self.spec
+        if self.position + tokens > spec.capacity_bytes:
+            raise CapacityError(
+                f"{self.position} + {tokens} tokens exceed the capacity of {spec.capacity_bytes}: "
+                "export with a larger --capacity, or reset the stream"
+            )
+        self.check_patches(self.patches + 1 if tokens else 0)
+
+    def check_patches(self, patches: int) -> None:
+        """Raises CapacityError if the latent transformer cannot hold that many patches."""
+        if patches > self.spec.capacity_patches:
+            raise CapacityError(
+                f"the text needs more than the capacity of {self.spec.capacity_patches} patches: "
+                "export with a larger --capacity, or reset the stream"
+            )
+
+    def place(self, ids_N: Ids) -> None:
+        """Writes ids behind the present position, with the documents they belong to; takes nothing in yet."""
+        start, end = self.position, self.position + len(ids_N)
+        self.ids.array[0, self.pad + start : self.pad + end] = ids_N
+        _continue_documents(self.documents.array[0], start, ids_N == EOS)
+        if self.entropy_documents is not self.documents:
+            _continue_documents(self.entropy_documents.array[0], start, (ids_N == EOS) | (ids_N == NEWLINE))
+
+    def close_patch(self, end: int) -> None:
+        """The open patch ends before position `end` (its latent step is the caller's)."""
+        patch = self.patches
+        has_eos = self.documents.array[0, end] > self.starts_P[patch]
+        masked = has_eos and self.spec.latent_document_mask
+        documents_P = self.patch_documents.array[0]
+        documents_P[patch + 1] = patch + 1 if masked else documents_P[patch]
+        self.starts_P[patch + 1] = end
+        self.patches = patch + 1
+
+    def first_byte(self, patch: int) -> int:
+        """The first position that patch `patch` reads: its own start, or that of an earlier one."""
+        return int(self.starts_P[max(0, patch - self.spec.encoder_window + 1)])
+
+    def go_back(self, tokens: int, entropy_end: int | None = None) -> bool:
+        """Returns to the newest boundary before `tokens` tokens; False if only a replay helps.
+
+        entropy_end: how far the entropy cache was written, if further than `position`.
+        """
+        self._note_writes(entropy_end)
+        while self.marks and self.marks[-1].position >= tokens:
+            self.marks.pop()
+        if not self.marks or not self._can_resume(self.marks[-1]):
+            return False
+        mark = self.marks[-1]
+        self.position, self.patches, self.rule = mark.position, mark.patches, mark.rule.copy()
+        if self.first_byte(self.patches) == self.position:
+            self.pool.base = self.position
+        return True
+
+    def _note_writes(self, entropy_end: int | None) -> None:
+        """Tells the caches how far they were written; the steps do not, to stay lean."""
+        ends = {"latent": self.patches, "entropy": entropy_end or self.position}
+        for name, graph in self.graphs.items():
+            end = ends.get(name, self.position)
+            if end > 0:
+                graph.track.wrote(end, int(self._documents_of(name)[end - 1]))
+
+    def _can_resume(self, mark: Mark) -> bool:
+        first = self.first_byte(mark.patches)
+        if first < self.pool.base and first != mark.position:
+            return False
+        ends = {"latent": mark.patches}
+        return all(
+            graph.track.can_resume(end, int(self._documents_of(name)[end]))
+            for name, graph in self.graphs.items()
+            for end in (ends.get(name, mark.position),)
+        )
+
+    def _documents_of(self, graph: str) -> Ids:
+        by_graph = {"latent": self.patch_documents, "entropy": self.entropy_documents}
+        documents_N: Ids = by_graph.get(graph, self.documents).array[0]
+        return documents_N
+
+
+def _continue_documents(documents_N: Ids, start: int, ends_N: Array) -> None:
+    """doc_start of the tokens behind `start`: a document begins behind every true place of ends."""
+    after_N = np.where(ends_N, np.arange(start + 1, start + 1 + len(ends_N)), documents_N[start])
+    documents_N[start + 1 : start + 1 + len(ends_N)] = np.maximum.accumulate(after_N)

@@ -1,0 +1,105 @@
+"""A model that is ready to run: shared and read-only. Streams made from it own everything that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy.typing as npt
+
+from .backends.protocol import Array, Backend
+from .bundle import Bundle, Verify
+from .errors import ConfigError, UsageError
+from .manifest import Manifest
+from .spec import ModelSpec
+from .stream import Score, Stream
+from .text import Utf8Stream
+
+
+class Model:
+    """A spec, a backend that runs its graphs, and its hash tables [T * rows, D_l] (None if the model has
+    none).
+
+    Threads may share a model as long as each uses streams of its own.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: Backend,
+        hash_tables: Array | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.spec = spec
+        self.backend = backend
+        self.manifest = manifest
+        self._hash_tables = hash_tables
+        if (spec.hash is None) != (hash_tables is None):
+            raise ConfigError("hash tables must be given exactly when the spec has a hash")
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        backend: str = "onnx",
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+        verify: Verify = "auto",
+    ) -> Model:
+        """Opens the bundle folder `path`.
+
+        backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: of one call, None lets
+        the backend choose. providers: ONNX Runtime execution providers, CPU by default; one that does not
+        load is an error. verify: see `Bundle.open`. Raises BundleError, BackendError or MissingExtra.
+        """
+        bundle = Bundle.open(path, verify)
+        spec = bundle.manifest.spec
+        return cls(spec, _backend(backend, bundle, threads, providers), bundle.hash_tables(), bundle.manifest)
+
+    def stream(self, bos: bool = True, seed: int | None = None) -> Stream:
+        """A new stream: caches for the bundle's capacity, nothing read yet but BOS."""
+        return Stream(self.spec, self.backend, self._hash_tables, bos, seed)
+
+    def score(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
+        """`Stream.score_ids` on a stream of its own."""
+        return self.stream(bos=False).score_ids(ids, patch_lengths)
+
+    def generate_text(
+        self,
+        prompt: str | bytes,
+        n: int,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Iterable[str | bytes] | str | bytes | None = None,
+        stop_at_eos: bool = True,
+    ) -> Iterator[str]:
+        """Text that continues `prompt`, up to `n` bytes, yielded as whole characters (invalid bytes become U+FFFD)."""
+        stream = self.stream(seed=seed)
+        stream.append(prompt)
+        pieces = stream.generate(n, temperature, top_k, top_p, min_p, None, stop, stop_at_eos)
+        return _as_text(pieces)
+
+
+def _as_text(pieces: Iterator[bytes]) -> Iterator[str]:
+    text = Utf8Stream()
+    for piece in pieces:
+        if complete := text.feed(piece):
+            yield complete
+    if rest := text.flush():
+        yield rest
+
+
+def _backend(name: str, bundle: Bundle, threads: int | None, providers: Sequence[str] | None) -> Backend:
+    if name == "onnx":
+        from .backends.onnx import OnnxBackend
+
+        return OnnxBackend(bundle, threads=threads, providers=providers)
+    if name == "null":
+        from .backends.null import NullBackend
+
+        return NullBackend(bundle.manifest.spec)
+    raise UsageError(f"backend {name!r} is unknown; known: onnx, null")
