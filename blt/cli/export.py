@@ -18,8 +18,10 @@ def export(
     model: options.ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the bundle.")],
     flavour: Annotated[str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (also TensorRT).")] = "ort",
-    precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
-    capacity: Annotated[str, typer.Option(metavar="SIZE", help="Bytes that one stream can hold.")] = "8k",
+    precision: Annotated[str, typer.Option(help="fp32 is the one there is.")] = "fp32",
+    capacity: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes that one stream can hold (default: the trained length).")
+    ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with PyTorch; fail if too far.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an older bundle.")] = False,
     entropy_model: options.EntropyModel = None,
@@ -30,21 +32,18 @@ def export(
     """Write MODEL as ONNX graphs with everything that a runtime needs, and compare them with PyTorch."""
     if flavour not in FLAVOURS:
         raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
-    size = options.parse_size(capacity, "--capacity")
+    size = None if capacity is None else options.parse_size(capacity, "--capacity")
     models.existing(model)
     if models.is_bundle(model):
         raise UsageError(f"{model} is a bundle already; give the checkpoint it was made from")
     from blt.checkpoint import load
     from blt_export import export as run
 
-    manifest = run(
-        load(model, entropy_model=entropy_model), out, flavour=flavour, precision=precision, capacity=size,
-        check=check, force=force,
-    )  # fmt: skip
-    rows = manifest.to_json()["parity"]
+    loaded = load(model, entropy_model=entropy_model)
+    report = run(loaded, out, flavour=flavour, precision=precision, capacity=size, check=check, force=force)
     if as_json:
-        console.print_json("blt.export/1", {"bundle": out, "flavour": flavour, "parity": rows})
+        console.print_json("blt.export/1", {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json()})
         return
-    if rows:
-        console.stdout_console().print(parity_table(rows))
-    print(out)
+    if report.parity:
+        console.stdout_console().print(parity_table(report.parity))
+    print(f"{out}: {report.bytes:,} bytes, {flavour}, {precision}, made in {report.seconds:.1f} s")

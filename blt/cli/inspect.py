@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from blt.cli import console, models, options
 if TYPE_CHECKING:
     from blt.checkpoint import Checkpoint
     from blt_runtime.bundle import Bundle
+    from blt_runtime.manifest import Parity
 
 
 def inspect(
@@ -121,7 +123,7 @@ def _inspect_bundle(bundle: Bundle, tensors: bool, as_json: bool) -> None:
         out.print(_graphs_table(bundle))
     if manifest.parity:
         out.print()
-        out.print(parity_table(bundle.manifest.to_json()["parity"]))
+        out.print(parity_table(manifest.parity))
 
 
 def _graphs_table(bundle: Bundle) -> Table:
@@ -135,18 +137,12 @@ def _graphs_table(bundle: Bundle) -> Table:
     return table
 
 
-def parity_table(rows: list[dict[str, Any]]) -> Table:
+def parity_table(rows: Sequence[Parity]) -> Table:
     """The export's comparison with PyTorch, one row per output."""
     table = Table(title="parity with PyTorch", title_justify="left", box=None, pad_edge=False)
     for name in ("output", "positions", "largest error", "tolerance", ""):
         table.add_column(name, justify="left" if name in ("output", "") else "right")
     for row in rows:
-        passed = row["max_abs_error"] <= row["tolerance"]
-        table.add_row(
-            row["output"],
-            str(row["positions"]),
-            f"{row['max_abs_error']:.2e}",
-            f"{row['tolerance']:.0e}",
-            "ok" if passed else "FAILED",
-        )
+        verdict = "ok" if row.max_abs_error <= row.tolerance else "FAILED"
+        table.add_row(row.output, f"{row.positions:,}", f"{row.max_abs_error:.2e}", f"{row.tolerance:.0e}", verdict)
     return table
