@@ -207,7 +207,7 @@ class PatchState:
 
     def closes(self, id: int, entropy: float) -> bool:
         """Takes the next token and its entropy (nats; unused by most rules): does its patch end here?"""
-        closes = self.position == 0 or self._scheme_closes(id, entropy)
+        closes = self._scheme_closes(id, entropy) or self.position == 0
         self.position += 1
         self.open += 1
         if self.rule.max_patch_length is not None and self.open >= self.rule.max_patch_length:
