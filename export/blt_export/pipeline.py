@@ -86,7 +86,8 @@ class ExportReport:
 
 @dataclass
 class Job:
-    """What the steps hand from one to the next."""
+    """What the steps hand from one to the next. `captured` may be given to a second job with another flavour: both
+    flavours come from one capture."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
@@ -95,6 +96,7 @@ class Job:
     check: bool
     folder: Path = Path()
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    captured: dict[str, ir.Model] = field(default_factory=dict)
     graphs: dict[str, ir.Model] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     parity: parity.ParityReport = parity.ParityReport((), ())
@@ -137,7 +139,9 @@ def make_modules(job: Job) -> str:
 
 def capture_graphs(job: Job) -> str:
     for name, graph in job.spec.graphs.items():
-        job.graphs[name] = capture.capture(job.modules[name], graph)
+        if name not in job.captured:
+            job.captured[name] = capture.capture(job.modules[name], graph)
+        job.graphs[name] = job.captured[name].clone()
     return ", ".join(f"{name}: {len(model.graph)} nodes" for name, model in job.graphs.items())
 
 
@@ -213,9 +217,13 @@ def export(checkpoint: Checkpoint | str | Path, out_dir: str | Path, *, flavour:
     Raises UsageError (arguments, target folder), CheckpointError, CheckFailed (parity), BltError (a model that the
     lowering cannot express).
     """
-    job = _job(checkpoint, flavour, precision, capacity, patches, chunk, check)
+    return run(make_job(checkpoint, flavour, precision, capacity, patches, chunk, check), Path(out_dir), force, progress)
+
+
+def run(job: Job, out: Path, force: bool = False, progress: Progress | None = None) -> ExportReport:
+    """All steps, in order, into a folder that becomes `out` at the end."""
     reports = []
-    with bundle.staged(Path(out_dir), force) as job.folder:
+    with bundle.staged(out, force) as job.folder:
         for step in STEPS:
             if progress is not None:
                 progress(step.name)
@@ -225,11 +233,12 @@ def export(checkpoint: Checkpoint | str | Path, out_dir: str | Path, *, flavour:
             log.info("%s (%.2f s): %s", step.name, reports[-1].seconds, changed)
     assert job.manifest is not None
     nodes = {name: len(model.graph) for name, model in job.graphs.items()}
-    return ExportReport(Path(out_dir), job.manifest, job.parity.near_threshold, nodes, tuple(reports))
+    return ExportReport(out, job.manifest, job.parity.near_threshold, nodes, tuple(reports))
 
 
-def _job(checkpoint: Checkpoint | str | Path, flavour: str, precision: str, capacity: int | None, patches: int | None,
-         chunk: int, check: bool) -> Job:
+def make_job(checkpoint: Checkpoint | str | Path, flavour: str, precision: str = "fp32", capacity: int | None = None,
+             patches: int | None = None, chunk: int = 128, check: bool = True) -> Job:
+    """Check the arguments of an export and load the checkpoint."""
     if flavour not in FLAVOURS:
         raise UsageError(f"flavour {flavour!r}: choose one of {', '.join(FLAVOURS)}")
     if precision in LATER:

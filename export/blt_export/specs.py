@@ -16,6 +16,8 @@ from blt.model import BLTConfig, TransformerConfig
 from blt_runtime.errors import UsageError
 from blt_runtime.spec import CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
 
+from .lower import ort
+
 Flavour = Literal["ort", "portable"]
 FLAVOURS: tuple[Flavour, ...] = ("ort", "portable")
 _ALIGN = 64
@@ -53,8 +55,9 @@ class _Sizes:
     def cache(self, stack: TransformerConfig, positions: int) -> CacheSpec:
         if stack.window is None:
             return CacheSpec("linear", positions, None, stack.n_layers)
+        ring = self.flavour == "portable" or not ort.takes_head_size(stack.head_size)
         slots = _ALIGN * -(-(stack.window - 1 + self.chunk) // _ALIGN)
-        return CacheSpec("ring" if self.flavour == "portable" else "window", slots, stack.window, stack.n_layers)
+        return CacheSpec("ring" if ring else "window", slots, stack.window, stack.n_layers)
 
 
 def _hash(config: BLTConfig) -> HashSpec | None:

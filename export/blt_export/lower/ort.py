@@ -11,6 +11,9 @@ Heads stay packed, [B, S, H*K]: Reshape and Transpose around the attention go. R
 GroupQueryAttention both take the packed form (RMSNormalization and RotaryEmbedding of the standard are as fast on
 CPU as their older contrib forms: 0.5 us at width 512).
 
+GroupQueryAttention takes head sizes that are multiples of 8. A graph with another one gets the portable lowering, and
+its window cache is a ring (`takes_head_size` decides both here and in `specs`).
+
 Letters: B rows, S positions of this call, H heads, G key/value heads, K head size.
 """
 
@@ -21,14 +24,22 @@ import onnx_ir as ir
 
 from ..rewrite import Builder, dims, nodes, replace, required, static
 from ..translate import DOMAIN
+from . import portable
 from .common import check_lowered, lower_norms, lower_ropes
 
 CONTRIB = "com.microsoft"
 _SPLIT_HEADS = [0, 2, 1, 3]
 
 
+def takes_head_size(head_size: int) -> bool:
+    """Whether GroupQueryAttention accepts heads of this size."""
+    return head_size % 8 == 0
+
+
 def lower(model: ir.Model) -> int:
     """Replace every `blt` operator; returns how many."""
+    if not all(takes_head_size(static(node.inputs[0], 3)) for node in nodes(model, "CachedAttention", DOMAIN)):
+        return portable.lower(model)
     model.graph.opset_imports[CONTRIB] = 1
     lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]] = {}
     attentions = nodes(model, "CachedAttention", DOMAIN)

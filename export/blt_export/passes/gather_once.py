@@ -8,22 +8,19 @@ Rules
 2. Gather(Gather(pool, i, axis 1), rows, axis 0) with a constant scalar i becomes
    Gather(Gather(pool, rows, axis 0), i, axis rank(rows)): the inner one is equal in all layers and is computed once
    (cleanup merges it).
-3. Reshape(Reshape(x)) with constant targets becomes one Reshape, if the outer target copies no size (0) beyond those
-   that the inner one copied.
 
 Requires: GatherND simplified. Ensures: one look-up in the pool a graph.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from ..rewrite import Builder, constant, dims, nodes, replace, required
 
 
 def run(model: ir.Model) -> int:
-    return _slices(model) + _rows_first(model) + _reshapes(model)
+    return _slices(model) + _rows_first(model)
 
 
 def _slices(model: ir.Model) -> int:
@@ -59,25 +56,6 @@ def _rows_first(model: ir.Model) -> int:
         replace(node, [b.op("Gather", taken, layer.inputs[1], axis=rank)])
         changed += 1
     return changed
-
-
-def _reshapes(model: ir.Model) -> int:
-    changed = 0
-    for node in nodes(model, "Reshape"):
-        inner = required(node.inputs[0]).producer()
-        if inner is None or inner.op_type != "Reshape":
-            continue
-        outer_target, inner_target = constant(node.inputs[1]), constant(inner.inputs[1])
-        if outer_target is None or inner_target is None or not _merges(outer_target, inner_target):
-            continue
-        replace(node, [Builder(model.graph, node).op("Reshape", inner.inputs[0], node.inputs[1])])
-        changed += 1
-    return changed
-
-
-def _merges(outer: np.ndarray, inner: np.ndarray) -> bool:
-    """A size that the outer Reshape copies must be one that the inner one copied from the same place."""
-    return all(axis < len(inner) and inner[axis] == 0 for axis in np.flatnonzero(outer == 0))
 
 
 def _axis(node: ir.Node) -> int:
