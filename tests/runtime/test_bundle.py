@@ -1,0 +1,167 @@
+"""Bundles: what is written is read back, and every kind of damage is one clear, quick error."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blt_runtime import Bundle, Manifest, Model
+from blt_runtime.backends.null import null_spec
+from blt_runtime.errors import BundleError, ManifestError, UsageError, VersionError
+from tests.runtime.bundles import edit, write_bundle
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_manifest_survives_the_disk(folder: Path) -> None:
+    written = write_bundle(folder)
+    assert Bundle.open(folder).manifest == written
+    assert Manifest.from_json(json.loads(json.dumps(written.to_json()))) == written
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_bundle_runs(tmp_path: Path, dtype: str) -> None:
+    write_bundle(tmp_path / "b", dtype=dtype)
+    model = Model.open(tmp_path / "b", backend="null")
+    assert isinstance(model._hash_tables, np.memmap)
+    assert not model._hash_tables.flags.writeable
+    assert len(list(model.stream().generate_ids(30))) == 30
+
+
+def replace(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def link(folder: Path) -> None:
+    (folder.parent / "elsewhere").write_bytes((folder / "latent.onnx").read_bytes())
+    (folder / "latent.onnx").unlink()
+    (folder / "latent.onnx").symlink_to("../elsewhere")
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "encoder.onnx", 3)
+
+
+def fifo(folder: Path) -> None:
+    (folder / "encoder.onnx").unlink()
+    os.mkfifo(folder / "encoder.onnx")
+
+
+def name_outside(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = dict(manifest["files"])
+        files[name] = files.pop("entropy.onnx")
+        edit(folder, files=files, graphs={**manifest["graphs"], "entropy": {"file": name}})
+
+    return damage
+
+
+def spec_with(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, spec={**json.loads((folder / "manifest.json").read_text())["spec"], **changes})
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), BundleError, "has no manifest.json"),
+    "missing file": (lambda f: (f / "decoder.onnx").unlink(), BundleError, "decoder.onnx is missing"),
+    "changed file": (replace("decoder.onnx", b"graph decodeR"), BundleError, "decoder.onnx was changed"),
+    "truncated file": (truncate, BundleError, "3 bytes instead of"),
+    "link": (link, BundleError, "links are refused"),
+    "pipe": (fifo, BundleError, "not a plain file"),
+    "parent": (name_outside("../entropy.onnx"), ManifestError, "not a plain file name"),
+    "absolute": (name_outside("/etc/passwd"), ManifestError, "not a plain file name"),
+    "backslash": (name_outside("..\\entropy.onnx"), ManifestError, "not a plain file name"),
+    "dots": (name_outside(".."), ManifestError, "not a plain file name"),
+    "itself": (name_outside("manifest.json"), ManifestError, "not a plain file name"),
+    "newer": (lambda f: edit(f, version=2, surprise=1), VersionError, "upgrade"),
+    "no version": (lambda f: edit(f, drop=["version"]), ManifestError, "version number"),
+    "other format": (lambda f: edit(f, format="gguf"), ManifestError, "blt-bundle"),
+    "broken JSON": (replace("manifest.json", b'{"format": '), ManifestError, "not valid JSON"),
+    "no text": (replace("manifest.json", b"\xff\xfe\x00"), ManifestError, "not valid JSON"),
+    "deep JSON": (replace("manifest.json", b"[" * 200_000), ManifestError, "not valid JSON"),
+    "no object": (replace("manifest.json", b"[1]"), ManifestError, "must hold an object"),
+    "unknown key": (lambda f: edit(f, flavor="ort"), ManifestError, "did you mean 'flavour'"),
+    "missing key": (lambda f: edit(f, drop=["spec"]), ManifestError, "lacks the key 'spec'"),
+    "wrong type": (lambda f: edit(f, opset="24"), ManifestError, "opset must be int"),
+    "wrong choice": (lambda f: edit(f, flavour="fast"), ManifestError, "'ort' or 'portable'"),
+    "unlisted file": (lambda f: edit(f, files={}), ManifestError, "does not list"),
+    "no tables": (lambda f: edit(f, hash_tables=None), ManifestError, "hash"),
+    "other graphs": (
+        lambda f: edit(f, graphs={"encoder": {"file": "encoder.onnx"}}),
+        ManifestError,
+        "different graphs",
+    ),
+    "unknown spec key": (spec_with(chunks=3), ManifestError, "did you mean 'chunk'"),
+    "bad capacity": (spec_with(capacity_bytes=0), ManifestError, "capacity_bytes must be at least 1"),
+    "bad rule": (spec_with(patch_rule={"scheme": "entropy"}), ManifestError, "threshold"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_one_quick_line(folder: Path, kind: str) -> None:
+    damage, error_type, message = DAMAGE[kind]
+    damage(folder)
+    start = time.perf_counter()
+    with pytest.raises(error_type) as error:
+        Model.open(folder, backend="null")
+    assert time.perf_counter() - start < 1
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no such folder"):
+        Bundle.open(tmp_path / "nothing")
+
+
+def retable(folder: Path, content: object) -> None:
+    np.save(folder / "hash_tables.npy", content, allow_pickle=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    size = (folder / "hash_tables.npy").stat().st_size
+    edit(folder, files={**manifest["files"], "hash_tables.npy": {"bytes": size, "sha256": ""}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros((3, 4), np.float32), "shape"),
+        (np.zeros((100, 4), np.float64), "float64"),
+        (np.array([{"a": 1}], dtype=object), "not an array file"),
+    ],
+)
+def test_bad_tables(folder: Path, content: object, message: str) -> None:
+    retable(folder, content)
+    with pytest.raises(BundleError, match=message):
+        Model.open(folder, backend="null", verify="sizes")
+
+
+def test_verify_levels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace("decoder.onnx", b"graph decodeR")(folder)
+    Bundle.open(folder, verify="sizes")
+    monkeypatch.setattr("blt_runtime.bundle.HASH_WHOLE_BUNDLE", 10)
+    monkeypatch.setattr("blt_runtime.bundle.HASH_FILE", 12)
+    Bundle.open(folder, verify="auto")
+    with pytest.raises(BundleError, match="changed"):
+        Bundle.open(folder, verify="full")
+    with pytest.raises(UsageError, match="verify"):
+        Bundle.open(folder, verify="maybe")  # type: ignore[arg-type]
+
+
+def test_unknown_backend(folder: Path) -> None:
+    with pytest.raises(UsageError, match="onnx, null"):
+        Model.open(folder, backend="tpu")
+
+
+def test_manifest_without_hash(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", null_spec())
+    assert Bundle.open(tmp_path / "b").hash_tables() is None

@@ -1,0 +1,58 @@
+"""Samplers: greedy ties, trimming, and frequencies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from blt_runtime import Sampler
+from blt_runtime.errors import UsageError
+
+LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
+
+
+def kept(**options: float) -> list[int]:
+    order, _ = Sampler(temperature=1.0, **options).candidates(LOGITS)
+    return order.tolist()
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    assert Sampler()(np.array([0.0, 2.0, 2.0], dtype=np.float32)) == 1
+
+
+def test_trimming() -> None:
+    assert kept() == [1, 3, 2, 0]
+    assert kept(top_k=2) == [1, 3]
+    assert kept(top_p=0.69) == [1, 3]
+    assert kept(top_p=0.71) == [1, 3, 2]
+    assert kept(top_p=1.0) == [1, 3, 2, 0]
+    assert kept(min_p=0.49) == [1, 3, 2]
+    assert kept(min_p=1.0) == [1]
+    assert kept(top_k=3, top_p=0.3) == [1]
+
+
+def test_frequencies() -> None:
+    sampler = Sampler(temperature=1.0, seed=0)
+    counts = np.bincount([sampler(LOGITS) for _ in range(20_000)], minlength=4) / 20_000
+    np.testing.assert_allclose(counts, np.exp(LOGITS), atol=0.015)
+    cold = Sampler(temperature=0.5, seed=0)
+    counts = np.bincount([cold(LOGITS) for _ in range(20_000)], minlength=4) / 20_000
+    np.testing.assert_allclose(counts, np.exp(2 * LOGITS) / np.exp(2 * LOGITS).sum(), atol=0.015)
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert {Sampler(temperature=1e-9, seed=s)(LOGITS) for s in range(20)} == {1}
+
+
+def test_seeds() -> None:
+    first, second = (Sampler(temperature=1.0, seed=7) for _ in range(2))
+    assert [first(LOGITS) for _ in range(50)] == [second(LOGITS) for _ in range(50)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}],
+)
+def test_bad_options(options: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        Sampler(**options)  # type: ignore[arg-type]
