@@ -1,0 +1,250 @@
+"""Commands that run a model: generate, score, eval, inspect, export; on PyTorch and on a bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from blt.checkpoint import Checkpoint, save
+from blt.cli import run
+from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, HashConfig, TransformerConfig
+from blt_runtime.patching import PatchRule
+
+REPO = Path(__file__).resolve().parents[2]
+Call = Callable[..., Any]
+TEXT = "The quick brown fox – naïve – jumps over the lazy dog. "
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of 16 dimensions with everything on disk in one model.pt."""
+    part = {"dim": 16, "n_layers": 1, "n_heads": 2, "ffn_dim": 32, "max_seqlen": 512}
+    local = TransformerConfig(**part, window=64)
+    latent = TransformerConfig(**{**part, "dim": 32})
+    config = BLTConfig(encoder=local, latent=latent, decoder=local, hash=HashConfig(rows=50, sizes=(3, 4)))
+    blt, entropy = BLT(config), EntropyModel(EntropyConfig(**part, window=64))
+    generator = torch.Generator().manual_seed(0)
+    blt.init_weights(generator)
+    entropy.init_weights(generator)
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    save(path, Checkpoint(blt, entropy, PatchRule(threshold=5.2)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    """The same model exported by the command line."""
+    out = checkpoint.parent / "bundle"
+    assert run(["export", str(checkpoint), "-o", str(out), "-q"]) == 0
+    return out
+
+
+@pytest.fixture(params=["checkpoint", "bundle"])
+def model(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+def test_generate_writes_the_new_bytes_and_nothing_else(blt: Call, model: Path) -> None:
+    options = ["-n", 40, "--temperature", 0, "--raw", "--ignore-eos"]
+    whole = blt("generate", model, TEXT, *options)
+    assert whole.code == 0
+    assert whole.err == ""
+    assert 30 <= len(whole.out) <= 40  # special ids write nothing
+    assert blt("generate", model, "-", *options, stdin=TEXT.encode()).out == whole.out
+    assert blt("generate", model, TEXT, *options, "--no-stream").out == whole.out
+
+
+def test_both_backends_write_the_same(blt: Call, checkpoint: Path, bundle: Path) -> None:
+    options = ["-n", 60, "--temperature", 0, "--raw"]
+    assert blt("generate", checkpoint, TEXT, *options).out == blt("generate", bundle, TEXT, *options).out
+
+
+def test_text_is_complete_utf8(blt: Call, model: Path) -> None:
+    """The random model writes arbitrary bytes; text output replaces what is no UTF-8."""
+    options = ["-n", 50, "--seed", 3, "--temperature", 1, "--ignore-eos"]
+    raw = blt("generate", model, TEXT, *options, "--raw").out
+    assert blt("generate", model, TEXT, *options).out.decode() == raw.decode(errors="replace")
+    with pytest.raises(UnicodeDecodeError):
+        raw.decode()
+
+
+def test_seeds(blt: Call, bundle: Path) -> None:
+    def sample(seed: int) -> bytes:
+        out: bytes = blt("generate", bundle, "x", "-n", 32, "--seed", seed, "--raw").out
+        return out
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_stats_and_json(blt: Call, model: Path) -> None:
+    result = blt("generate", model, TEXT, "-n", 20, "--temperature", 0, "--stats", "--json", "--ignore-eos")
+    report = json.loads(result.text)
+    assert report["schema"] == "blt.generate/1"
+    assert report["prompt_bytes"] == len(TEXT.encode())
+    assert 0 < report["new_bytes"] <= 20
+    assert report["mean_patch_bytes"] > 0
+    assert "bytes/s" in result.err
+    assert "mean patch" in result.err
+
+
+def test_stop(blt: Call, bundle: Path) -> None:
+    options = ["-n", 40, "--temperature", 0, "--raw"]
+    whole = blt("generate", bundle, TEXT, *options).out
+    ascii_only = [bytes([b]) for b in whole if b < 128]
+    stop = ascii_only[-1].decode()
+    assert blt("generate", bundle, TEXT, *options, "--stop", stop).out == whole[: whole.index(stop.encode())]
+
+
+def test_unconditional(blt: Call, model: Path) -> None:
+    assert blt("generate", model, "--unconditional", "-n", 8, "--raw", "--ignore-eos").code == 0
+
+
+def test_a_prompt_beyond_the_capacity_is_one_line(blt: Call, model: Path) -> None:
+    result = blt("generate", model, "-", stdin=b"x" * 600)
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    assert "512" in result.err
+
+
+def test_score_is_the_same_on_both(blt: Call, checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    for name, model in (("torch", checkpoint), ("onnx", bundle)):
+        assert blt("score", model, tmp_path / "text", "--npz", tmp_path / f"{name}.npz").code == 0
+    a, b = np.load(tmp_path / "torch.npz"), np.load(tmp_path / "onnx.npz")
+    n = len(TEXT.encode()) + 1
+    assert set(a) == set(b) == {"ids", "entropies", "patch_lengths", "logits"}
+    assert a["ids"].tolist() == [1, *(4 + byte for byte in TEXT.encode())]
+    assert a["patch_lengths"].sum() == n + 1
+    assert (a["patch_lengths"] == b["patch_lengths"]).all()
+    assert a["logits"].shape == (n, 260)
+    assert np.abs(a["logits"] - b["logits"]).max() < 2e-5
+    assert np.abs(a["entropies"] - b["entropies"]).max() < 2e-5
+
+
+def test_score_takes_ids_and_patches_as_they_are(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    ids, lengths = np.array([1, 70, 2, 71, 72]), np.array([1, 2, 3])
+    np.save(tmp_path / "ids.npy", ids)
+    np.save(tmp_path / "lengths.npy", lengths)
+    npz = tmp_path / "out.npz"
+    result = blt("score", checkpoint, tmp_path / "ids.npy", "--patch-lengths", tmp_path / "lengths.npy", "--npz", npz)
+    assert result.code == 0, result.err
+    assert (np.load(npz)["ids"] == ids).all()
+    assert (np.load(npz)["patch_lengths"] == lengths).all()
+
+
+def test_eval_counts_bits_per_byte(blt: Call, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(TEXT.encode() + b"\0" + b"second document")
+    result = blt("eval", model, tmp_path / "a.txt", "--json", "--by", "group", "--baseline", "ppmd,xz")
+    report = json.loads(result.text)
+    assert report["schema"] == "blt.eval/1"
+    assert report["documents"] == 2
+    assert report["bytes"] == len(TEXT.encode()) + len("second document")
+    assert 6 < report["bits_per_byte"] < 12  # random weights: near log2(260)
+    assert set(report["baselines"]) == {"ppmd", "xz"}
+    assert list(report["groups"]) == ["a"]
+
+
+def test_eval_equals_the_sum_over_scores(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    data = b"just one document"
+    (tmp_path / "a.txt").write_bytes(data)
+    np.save(tmp_path / "ids.npy", np.array([1, *(4 + b for b in data), 2]))
+    blt("score", checkpoint, tmp_path / "ids.npy", "--npz", tmp_path / "s.npz")
+    logits = torch.from_numpy(np.load(tmp_path / "s.npz")["logits"]).double()
+    targets = torch.tensor([*(4 + b for b in data), 2])
+    nats = torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
+    report = json.loads(blt("eval", checkpoint, tmp_path / "a.txt", "--json").text)
+    assert report["bits_per_byte"] == pytest.approx(nats.item() / np.log(2) / len(data), abs=1e-4)
+
+
+def test_eval_of_a_data_folder(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "in" / split).mkdir()
+        for group in ("one", "two"):
+            (tmp_path / "in" / split / f"{group}.txt").write_text(f"{split} {group}\0more of {group}\0")
+    assert blt("data", "prepare", tmp_path / "in", "-o", tmp_path / "out").code == 0
+    info = json.loads(blt("data", "info", tmp_path / "out", "--json").text)
+    assert info["schema"] == "blt.data/1"
+    assert info["splits"]["test"]["documents"] == 4
+    table = blt("eval", checkpoint, tmp_path / "out", "--by", "group", "--limit", "10").text
+    assert [line.split()[0] for line in table.splitlines()] == ["group", "one", "two", "ALL"]
+    assert table.splitlines()[-1].split()[2] == "20"  # ten bytes of each group
+
+
+def test_fail_above_exits_3_behind_the_result(blt: Call, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert blt("eval", bundle, tmp_path / "a.txt", "--fail-above", "20").code == 0
+    result = blt("eval", bundle, tmp_path / "a.txt", "--fail-above", "1.5")
+    assert result.code == 3
+    assert "bits/byte" in result.text
+    assert "--fail-above" in result.err
+
+
+def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
+    from blt.checkpoint import load
+
+    loaded = load(checkpoint)
+    report = json.loads(blt("inspect", checkpoint, "--json", "--tensors").text)
+    assert loaded.blt is not None
+    assert loaded.entropy is not None
+    counted = sum(p.numel() for m in (loaded.blt, loaded.entropy) for p in m.parameters())
+    assert report["parameters"]["total"] == counted
+    assert "blt.decoder.output.weight" in report["tensors"]
+    text = blt("inspect", bundle, "--tensors").text
+    assert "parity with PyTorch" in text
+    assert "decoder.logits" in text
+    assert json.loads(blt("inspect", bundle, "--json").text)["manifest"]["format"] == "blt-bundle"
+
+
+def test_patch_with_a_bundle(blt: Call, checkpoint: Path, bundle: Path) -> None:
+    lengths = [
+        json.loads(blt("patch", TEXT, "--model", m, "--json").text)["patch_lengths"] for m in (checkpoint, bundle)
+    ]
+    assert lengths[0] == lengths[1]
+
+
+def test_export_refuses_a_folder_that_is_not_empty(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("keep me")
+    result = blt("export", checkpoint, "-o", tmp_path)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert (tmp_path / "precious").read_text() == "keep me"
+
+
+def test_bundle_and_backend_must_fit(blt: Call, bundle: Path, checkpoint: Path) -> None:
+    for arguments in (
+        ["generate", bundle, "x", "--backend", "torch"],
+        ["generate", bundle, "x", "--entropy-model", checkpoint],
+        ["export", bundle, "-o", bundle.parent / "again"],
+        ["generate", bundle, "x", "--device", "tpu"],
+    ):
+        result = blt(*arguments)
+        assert result.code == 2
+        assert result.err.count("\n") == 1
+
+
+def test_a_bundle_runs_without_torch_and_onnx(blt_process: Call, bundle: Path) -> None:
+    done = blt_process("generate", bundle, "x", "-n", 4, "--raw", PYTHONPROFILEIMPORTTIME="1")
+    assert done.code == 0
+    loaded = {line.split("|")[-1].strip() for line in done.err.splitlines()}
+    assert "onnxruntime" in loaded
+    assert not {"torch", "onnx", "blt.checkpoint"} & loaded
+
+
+def test_a_closed_pipe_is_silent(bundle: Path) -> None:
+    program = f"{sys.executable} -m blt.cli generate {bundle} x -n 200 --raw --ignore-eos | head -c 1"
+    path = os.pathsep.join(str(REPO / part) for part in ("", "export", "runtime"))
+    done = subprocess.run(["bash", "-c", program], capture_output=True, env={**os.environ, "PYTHONPATH": path})
+    assert len(done.stdout) == 1
+    assert done.stderr == b""
