@@ -62,7 +62,10 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph: tensors in order, its cache, and `aliases`: output -> input bound to the same memory."""
+    """One graph: tensors in order, its cache, and `aliases`: output -> input bound to the same memory.
+
+    In a graph only the node that writes an aliased output may read its input: nothing orders other readers.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
