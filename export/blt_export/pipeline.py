@@ -37,7 +37,7 @@ from .passes import (
     simplify_reshapes,
 )
 from .rewrite import diff, op_counts
-from .specs import FLAVOURS, Flavour, model_spec
+from .specs import FLAVOURS, Flavour, export_spec
 
 log = logging.getLogger("blt_export")
 
@@ -129,7 +129,7 @@ def each(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[Job], str]:
 def make_modules(job: Job) -> str:
     blt, _ = job.checkpoint.require_blt()
     capacity, patches = job.spec.capacity_bytes, job.spec.capacity_patches
-    if "entropy" in job.spec.graphs and job.checkpoint.entropy is not None:
+    if job.checkpoint.entropy is not None:
         job.modules["entropy"] = EntropyStep(job.checkpoint.entropy, capacity).eval()
     job.modules["encoder"] = EncoderStep(blt, capacity).eval()
     job.modules["latent"] = LatentStep(blt, patches).eval()
@@ -147,7 +147,7 @@ def capture_graphs(job: Job) -> str:
 
 def lower(job: Job) -> str:
     lowering = {"portable": portable.lower, "ort": ort.lower}[job.flavour]
-    return each(lambda model, _: lowering(model))(job)
+    return each(lowering)(job)
 
 
 def write_graphs(job: Job) -> str:
@@ -247,7 +247,7 @@ def make_job(checkpoint: Checkpoint | str | Path, flavour: str, precision: str =
         raise UsageError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     known: Flavour = "ort" if flavour == "ort" else "portable"
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
-    return Job(loaded, model_spec(loaded, known, capacity, patches, chunk), known, precision, check)
+    return Job(loaded, export_spec(loaded, known, capacity, patches, chunk), known, precision, check)
 
 
 def producer() -> dict[str, str]:

@@ -5,14 +5,15 @@ length, not the capacity. The cache restarts at slot 0 with each document, so th
    seqlens_k[b]          = last position - doc_start            (entries after this call, less one)
    total_sequence_length = the largest of them, plus one
 computed once per graph. Rotation stays a node of its own, because positions go on across documents.
-Window layers: sliding_window_cache 1, local_window_size = window; the operator evicts.
+Window layers: local_window_size = window; sliding_window_cache 1 where the cache is shorter than the stream, and then
+the operator evicts.
 
 Heads stay packed, [B, S, H*K]: Reshape and Transpose around the attention go. RotaryEmbedding and
 GroupQueryAttention both take the packed form (RMSNormalization and RotaryEmbedding of the standard are as fast on
 CPU as their older contrib forms: 0.5 us at width 512).
 
 GroupQueryAttention takes head sizes that are multiples of 8. A graph with another one gets the portable lowering, and
-its window cache is a ring (`takes_head_size` decides both here and in `specs`).
+its window cache is a ring (`takes` decides, here and in `specs`).
 
 Letters: B rows, S positions of this call, H heads, G key/value heads, K head size.
 """
@@ -21,6 +22,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
+from blt_runtime.spec import GraphSpec
 
 from ..rewrite import Builder, dims, nodes, replace, required, static
 from ..translate import DOMAIN
@@ -31,26 +34,27 @@ CONTRIB = "com.microsoft"
 _SPLIT_HEADS = [0, 2, 1, 3]
 
 
-def takes_head_size(head_size: int) -> bool:
-    """Whether GroupQueryAttention accepts heads of this size."""
-    return head_size % 8 == 0
+def takes(spec: GraphSpec) -> bool:
+    """Whether GroupQueryAttention accepts the heads of this graph."""
+    head_sizes = {spec.tensor(name).shape[3] for name in spec.aliases}
+    return all(isinstance(size, int) and size % 8 == 0 for size in head_sizes)
 
 
-def lower(model: ir.Model) -> int:
+def lower(model: ir.Model, spec: GraphSpec) -> int:
     """Replace every `blt` operator; returns how many."""
-    if not all(takes_head_size(static(node.inputs[0], 3)) for node in nodes(model, "CachedAttention", DOMAIN)):
-        return portable.lower(model)
+    if not takes(spec):
+        return portable.lower(model, spec)
     model.graph.opset_imports[CONTRIB] = 1
     lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]] = {}
     attentions = nodes(model, "CachedAttention", DOMAIN)
     for node in attentions:
-        _lower_attention(model.graph, node, lengths, attentions[0])
+        _lower_attention(model.graph, node, spec, lengths, attentions[0])
     count = len(attentions) + lower_norms(model) + _remove_dead_ropes(model) + lower_ropes(model)
     check_lowered(model)
     return count
 
 
-def _lower_attention(graph: ir.Graph, node: ir.Node,
+def _lower_attention(graph: ir.Graph, node: ir.Node, spec: GraphSpec,
                      lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]],
                      first: ir.Node) -> None:
     q, k, v, past_key, past_value, positions, doc_start = (required(value) for value in node.inputs)
@@ -58,14 +62,21 @@ def _lower_attention(graph: ir.Graph, node: ir.Node,
     if key not in lengths:
         lengths[key] = _lengths(Builder(graph, first), positions, doc_start)
     b = Builder(graph, node)
-    window = node.attributes["window"].as_int()
     heads, head_size = static(q, 1), static(q, 3)
     packed_out, present_key, present_value = b.op(
         "GroupQueryAttention", _packed(b, q), _packed(b, k), _packed(b, v), past_key, past_value, *lengths[key],
         domain=CONTRIB, outputs=3, num_heads=heads, kv_num_heads=static(past_key, 1), do_rotary=0,
-        **({"local_window_size": window, "sliding_window_cache": 1} if window else {}))
+        **_window(node, spec))
     _unpack(b, node.outputs[0], packed_out, heads, head_size)
     replace(node, [None, present_key, present_value])
+
+
+def _window(node: ir.Node, spec: GraphSpec) -> dict[str, int]:
+    window = node.attributes["window"].as_int()
+    if not window:
+        return {}
+    evicts = spec.cache is not None and spec.cache.kind == "window"
+    return {"local_window_size": window, **({"sliding_window_cache": 1} if evicts else {})}
 
 
 def _lengths(b: Builder, positions_BS: ir.Value, doc_start_BS: ir.Value) -> tuple[ir.Value, ir.Value]:

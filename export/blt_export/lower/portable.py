@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from blt_runtime.spec import GraphSpec
+
 from ..rewrite import Builder, nodes, replace, required, static
 from ..translate import DOMAIN
 from .common import check_lowered, lower_norms, lower_ropes
 
 
-def lower(model: ir.Model) -> int:
-    """Replace every `blt` operator; returns how many."""
+def lower(model: ir.Model, spec: GraphSpec) -> int:
+    """Replace every `blt` operator; returns how many. The spec adds nothing here: every cache is addressed alike."""
+    del spec
     shared: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
     attentions = nodes(model, "CachedAttention", DOMAIN)
     for node in attentions:
