@@ -228,7 +228,7 @@ def export_bundle(shape: str, folder: Path) -> tuple[float, float]:
     checkpoint = make_checkpoint(shape)
     export(checkpoint, folder, capacity=CAPACITY)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return size, sum(graph.cache_bytes() for graph in Model.open(folder, verify="none").spec.graphs.values())
+    return size, sum(graph.cache_bytes() for graph in Model.open(folder, verify="sizes").spec.graphs.values())
 
 
 def child(arguments: list[str], threads: int) -> Any:

@@ -81,16 +81,15 @@ def blt_config(params: Mapping[str, Any], weights: Mapping[str, Tensor]) -> BLTC
         raise CheckpointError("params.json has no section 'model': this is no BLT (an entropy model, perhaps?)")
     _reject_unsupported(args)
     local_dim, rope = args["dim_local_encoder"], args.get("rope_theta") or 10000.0
-    kv = {stack: _kv_rows(weights, stack) for stack in ("local_encoder", "global_transformer", "local_decoder")}
 
     def stack(name: str, dim: int, layers: int, heads: int, **more: Any) -> TransformerConfig:
-        head = args.get("head_dim") or dim // heads
+        q_rows, kv_rows = (_rows(weights, f"{name}.layers.0.attention.{part}.weight") for part in ("wq", "wk"))
         return TransformerConfig(
             dim=dim,
             n_layers=layers,
             n_heads=heads,
-            n_kv_heads=max(1, kv[name] // head),
-            head_dim=args.get("head_dim"),
+            n_kv_heads=max(1, kv_rows * heads // q_rows),
+            head_dim=q_rows // heads,
             ffn_dim=swiglu_dim(dim, args.get("multiple_of", 256), args.get("ffn_dim_multiplier")),
             norm_eps=args.get("norm_eps", 1e-5),
             rope_theta=rope,
@@ -152,9 +151,8 @@ def _reject_unsupported(args: Mapping[str, Any]) -> None:
             raise CheckpointError(f"params.json: model.{key} = {args[key]} is not supported, only {value} is")
 
 
-def _kv_rows(weights: Mapping[str, Tensor], stack: str) -> int:
-    """Rows of wk: the reference derives them from one of several arguments, the weight is what counts."""
-    name = f"{stack}.layers.0.attention.wk.weight"
+def _rows(weights: Mapping[str, Tensor], name: str) -> int:
+    """Rows of a weight: the reference derives head counts from one of several arguments, the weight is what counts."""
     if name not in weights:
         raise CheckpointError(f"the checkpoint has no tensor {name}")
     return weights[name].shape[0]
@@ -175,28 +173,22 @@ def entropy_config(params: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
     args = params.get("entropy_model") or params.get("model")
     if not isinstance(args, dict):
         raise CheckpointError("params.json has no section 'entropy_model'")
-    dim, heads = args["dim"], args["n_heads"]
-    head = args.get("head_dim") or dim // heads
-    kv_rows, hidden = (_rows(weights, f"layers.0.{part}.weight") for part in ("attention.wk", "feed_forward.w1"))
+    heads = args["n_heads"]
+    parts = ("attention.wq", "attention.wk", "feed_forward.w1")
+    q_rows, kv_rows, hidden = (_rows(weights, f"layers.0.{part}.weight") for part in parts)
     return EntropyConfig(
         vocab_size=args.get("vocab_size", 260),
-        dim=dim,
+        dim=args["dim"],
         n_layers=args["n_layers"],
         n_heads=heads,
-        n_kv_heads=max(1, kv_rows // head),
-        head_dim=args.get("head_dim"),
+        n_kv_heads=max(1, kv_rows * heads // q_rows),
+        head_dim=q_rows // heads,
         ffn_dim=hidden,
         norm_eps=args.get("norm_eps", 1e-5),
         rope_theta=args.get("rope_theta") or 10000.0,
         window=args.get("sliding_window") or 512,
         max_seqlen=max(8192, args.get("max_seqlen") or 0),
     )
-
-
-def _rows(weights: Mapping[str, Tensor], name: str) -> int:
-    if name not in weights:
-        raise CheckpointError(f"the entropy model has no tensor {name}")
-    return weights[name].shape[0]
 
 
 def patch_rule(params: Mapping[str, Any]) -> PatchRule:

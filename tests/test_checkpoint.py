@@ -1,0 +1,171 @@
+"""Checkpoints: what is written comes back, and every damaged or foreign file is one clear error."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blt.checkpoint import Checkpoint, load, save
+from blt_runtime.errors import CheckpointError
+from tests.tiny import tiny
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    save(tmp_path / "model.pt", tiny())
+    return tmp_path / "model.pt"
+
+
+def test_round_trip(model_file: Path) -> None:
+    before, after = tiny(), load(model_file)
+    assert after.patch_rule == before.patch_rule
+    assert before.blt is not None
+    assert before.entropy is not None
+    assert after.blt is not None
+    assert after.entropy is not None
+    for one, other in ((before.blt, after.blt), (before.entropy, after.entropy)):
+        assert one.config == other.config
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_a_folder_stands_for_its_model_file(model_file: Path) -> None:
+    assert load(model_file.parent).patch_rule == load(model_file).patch_rule
+
+
+def test_half_precision_file_loads_as_float32(tmp_path: Path) -> None:
+    save(tmp_path / "half.pt", tiny(), dtype=torch.float16)
+    blt = load(tmp_path / "half.pt").blt
+    assert blt is not None
+    assert {p.dtype for p in blt.parameters()} == {torch.float32}
+
+
+def test_entropy_model_alone(tmp_path: Path) -> None:
+    save(tmp_path / "entropy.pt", Checkpoint(None, tiny().entropy, None))
+    alone = load(tmp_path / "entropy.pt")
+    with pytest.raises(CheckpointError, match="entropy model only"):
+        alone.require_blt()
+
+
+def test_save_leaves_nothing_half_written(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = model_file.read_bytes()
+
+    def full_disk(_: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(model_file, tiny())
+    assert model_file.read_bytes() == content
+    assert [path.name for path in model_file.parent.iterdir()] == ["model.pt"]
+
+
+class Foreign:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        import os
+
+        return os.system, ("echo pwned",)
+
+
+def _foreign_zip(path: Path) -> None:
+    torch.save({"format": "blt-model", "x": Foreign()}, path)
+
+
+def _foreign_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Foreign(), protocol=2))
+
+
+def _noise(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 8)
+
+
+def _truncated(path: Path) -> None:
+    save(path, tiny())
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def _not_ours(path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, path)
+
+
+def _edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        save(path, tiny())
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return make
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "noise": (_noise, "no PyTorch checkpoint"),
+    "empty": (lambda path: path.write_bytes(b"") and None, "no PyTorch checkpoint"),
+    "truncated": (_truncated, "truncated"),
+    "foreign global": (_foreign_zip, "other than tensors"),
+    "foreign global, plain pickle": (_foreign_pickle, "other than tensors"),
+    "other content": (_not_ours, "not a blt-model file"),
+    "newer": (_edited(lambda c: c.update(version=99)), "version 99.*upgrade"),
+    "unknown key": (_edited(lambda c: c["config"]["blt"].update(cros_k=2)), "cros_k"),
+    "sizes that do not divide": (_edited(lambda c: c["config"]["blt"]["encoder"].update(n_heads=5)), "not divisible"),
+    "missing tensor": (_edited(lambda c: c["blt"].pop("decoder.norm.weight")), "missing decoder.norm.weight"),
+    "misshapen tensor": (
+        _edited(lambda c: c["blt"].update({"decoder.norm.weight": torch.ones(3)})),
+        r"decoder.norm.weight is \(3,\), expected \(32,\)",
+    ),
+    "bad rule": (_edited(lambda c: c["config"]["patch_rule"].update(treshold=1)), "threshold"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_one_clear_error(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make, message = BAD_FILES[name]
+    make(tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(tmp_path / "bad.pt")
+    assert "\n" not in str(caught.value)
+    assert "pwned" not in capfd.readouterr().out
+
+
+def test_missing_path() -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load("nowhere/model.pt")
+
+
+@pytest.fixture
+def reference_folder(golden: Path, tmp_path: Path) -> Path:
+    shutil.copytree(golden / "a", tmp_path / "a", ignore=shutil.ignore_patterns("cases*", "hf"))
+    return tmp_path / "a" / "blt"
+
+
+def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    params = json.loads((folder / "params.json").read_text())
+    change(params)
+    (folder / "params.json").write_text(json.dumps(params))
+
+
+def test_reference_format_is_found_with_its_entropy_model(reference_folder: Path) -> None:
+    assert load(reference_folder).entropy is not None
+    shutil.move(reference_folder.parent / "entropy_model", reference_folder.parent / "elsewhere")
+    with pytest.raises(CheckpointError, match="--entropy-model"):
+        load(reference_folder).require_blt()
+    assert load(reference_folder, reference_folder.parent / "elsewhere").entropy is not None
+
+
+def test_reference_format_errors(reference_folder: Path) -> None:
+    edit_params(reference_folder, lambda p: p["model"].update(n_layers_local_decoder=4))
+    with pytest.raises(CheckpointError, match=r"missing .*local_decoder\.layers\.3\.attention\.wq\.weight"):
+        load(reference_folder)
+    edit_params(reference_folder, lambda p: p["model"].update(n_layers_local_decoder=3, use_rope=False))
+    with pytest.raises(CheckpointError, match="use_rope"):
+        load(reference_folder)
+    (reference_folder / "params.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"params\.json"):
+        load(reference_folder)
