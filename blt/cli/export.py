@@ -36,11 +36,13 @@ def export(
     models.existing(model)
     if models.is_bundle(model):
         raise UsageError(f"{model} is a bundle already; give the checkpoint it was made from")
+    import blt_export  # first: where PyTorch is missing too, the extra to install is `export`
     from blt.checkpoint import load
-    from blt_export import export as run
 
     loaded = load(model, entropy_model=entropy_model)
-    report = run(loaded, out, flavour=flavour, precision=precision, capacity=size, check=check, force=force)
+    report = blt_export.export(
+        loaded, out, flavour=flavour, precision=precision, capacity=size, check=check, force=force
+    )
     if as_json:
         console.print_json("blt.export/1", {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json()})
         return

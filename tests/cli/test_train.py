@@ -1,0 +1,106 @@
+"""`blt train` and `blt data` as commands; the training itself is tested in tests/train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blt.checkpoint import load
+from blt.cli import console, run
+
+Call = Callable[..., Any]
+CONFIG = """
+kind: entropy
+model: {dim: 16, n_layers: 1, n_heads: 2, ffn_dim: 32, window: 32, max_seqlen: 128}
+batch: {rows: 2, byte_buckets: [32]}
+schedule: {steps: 3, warmup: 1}
+run: {compile: false, log_every: 1, valid_every: 100, checkpoint_every: 100}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "entropy.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("\0".join(f"document number {i}, a few words long" for i in range(60)))
+    assert run(["data", "prepare", str(tmp_path / "text.txt"), "-o", str(tmp_path / "data"), "--split", "8/1/1"]) == 0
+    return tmp_path / "data"
+
+
+def test_dry_run_prints_and_trains_nothing(blt: Call, config: Path) -> None:
+    report = json.loads(blt("train", "entropy", "-c", config, "--dry-run", "--json").text)
+    assert report["schema"] == "blt.dry-run/1"
+    assert report["parameters"] > 0
+    assert "flops_per_byte" in blt("train", "entropy", "-c", config, "--dry-run").text
+    assert [p.name for p in config.parent.iterdir()] == [config.name]
+
+
+def test_set_reaches_the_model(blt: Call, config: Path) -> None:
+    def parameters(*options: str) -> int:
+        report = json.loads(blt("train", "entropy", "-c", config, "--dry-run", "--json", *options).text)
+        return int(report["parameters"])
+
+    assert parameters("--set", "model.n_layers=3") > parameters()
+
+
+def test_train_writes_a_model(blt: Call, config: Path, data: Path, tmp_path: Path) -> None:
+    result = blt("train", "entropy", "-c", config, "--data", data, "-o", tmp_path / "run", "--seed", 1, "--threads", 1)
+    assert result.code == 0, result.err
+    assert result.text.strip() == str(tmp_path / "run" / "model.pt")
+    assert load(tmp_path / "run").entropy is not None
+    assert (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train", "blt", "-c", "{config}", "-o", "x"], 2, "blt train entropy"),
+        (["train", "entropy", "-c", "{config}"], 2, "-o RUN"),
+        (["train", "entropy", "-c", "{config}", "-o", "{tmp}/x"], 2, "--data"),
+        (["train", "entropy", "-c", "{config}", "--dry-run", "--set", "model.n_layer=3"], 2, "n_layers"),
+        (["train", "entropy", "-c", "{config}", "--dry-run", "--set", "model.n_heads=3"], 2, "model"),
+        (["train", "entropy", "-c", "{config}", "-o", "{tmp}/x", "--data", "{tmp}/nothing"], 1, "nothing"),
+        (["train", "entropy", "-c", "{config}", "-o", "{tmp}/x", "--device", "gpu"], 2, "cuda"),
+    ],
+)
+def test_mistakes_are_one_line(
+    blt: Call, config: Path, tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    result = blt(*(argument.format(config=config, tmp=tmp_path) for argument in arguments))
+    assert result.code == code
+    assert result.err.startswith("blt: error: ")
+    assert result.err.count("\n") == 1
+    assert words in result.err
+
+
+def test_ctrl_c_exits_130(blt: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blt.cli import inputs
+
+    def interrupt(argument: str) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs, "file_or_text", interrupt)
+    assert run(["patch", "-", "--scheme", "byte"]) == 130
+
+
+def test_progress_without_a_terminal_is_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "PROGRESS_EVERY_S", 0.0)
+    console.start_logging()
+    with console.progress("work", 10) as advance:
+        advance(5)
+    assert "work 50 %" in capsys.readouterr().err
+    console.set_verbosity(-1)
+    with console.progress("work", 10) as advance:
+        advance(5)
+    assert capsys.readouterr().err == ""
