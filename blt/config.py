@@ -1,0 +1,238 @@
+"""Run configurations: YAML enters here, with `--set a.b=value` on top, and leaves as one frozen object.
+
+An unknown key is an error that names the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from blt.model.config import BLTConfig, EntropyConfig
+from blt_runtime.errors import ConfigError
+from blt_runtime.patching import PatchRule
+
+
+class Section(BaseModel):
+    """Immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """What to train on: a folder made by `blt data prepare` (or `--data`), all groups of it or some."""
+
+    path: str | None = None
+    groups: tuple[str, ...] | None = None
+    valid_bytes: int = Field(default=1 << 20, ge=1)
+
+
+class PatchingConfig(Section):
+    """The patch rule. A null entropy threshold is chosen on training data so that patches have `target_patch_size`
+    bytes in the mean. `max_patch_length` is also the static width of the encoder's gather, so training needs it."""
+
+    scheme: Literal["entropy", "space", "static", "byte"] = "entropy"
+    threshold: float | None = None
+    threshold_add: float | None = None
+    monotonic: bool = False
+    patch_size: int | None = Field(default=None, ge=1)
+    max_patch_length: int | None = Field(default=16, ge=2)
+    reset_newlines: bool = False
+    target_patch_size: float = Field(default=4.5, gt=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> typing.Self:
+        if self.scheme == "static" and self.patch_size is None:
+            raise ValueError("scheme static needs patch_size")
+        if self.scheme in ("entropy", "space") and self.max_patch_length is None:
+            raise ValueError(f"scheme {self.scheme} needs max_patch_length: it fixes the width of the encoder's gather")
+        return self
+
+    @property
+    def needs_threshold(self) -> bool:
+        return self.scheme == "entropy" and self.threshold is None
+
+    @property
+    def longest_patch(self) -> int:
+        """The static gather width L."""
+        fixed = {"static": self.patch_size, "byte": 1}.get(self.scheme)
+        return min(limit for limit in (fixed, self.max_patch_length) if limit is not None)
+
+    def rule(self, threshold: float | None = None) -> PatchRule:
+        """The rule, with `threshold` where the configuration leaves it open."""
+        given = self.model_dump(exclude={"target_patch_size"})
+        return PatchRule(**(given | {"threshold": threshold} if self.threshold is None else given))
+
+
+class OptimizerConfig(Section):
+    """AdamW on all parameters (spec section 11); `clip` is the largest gradient norm."""
+
+    lr: float = Field(default=4e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then a cosine down to `min_ratio` of the learning rate at `steps`."""
+
+    steps: int = Field(default=1000, ge=1)
+    warmup: int = Field(default=100, ge=0)
+    min_ratio: float = Field(default=0.1, ge=0, le=1)
+
+
+class BatchConfig(Section):
+    """`rows` rows a step; `patches` a row (BLT only); the byte lengths that rows are padded to, ascending."""
+
+    rows: int = Field(default=8, ge=1)
+    patches: int | None = Field(default=None, ge=2)
+    byte_buckets: tuple[Annotated[int, Field(ge=2)], ...] = (512,)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> typing.Self:
+        if not self.byte_buckets or list(self.byte_buckets) != sorted(set(self.byte_buckets)):
+            raise ValueError("byte_buckets must be different lengths in ascending order")
+        return self
+
+
+class RunSettings(Section):
+    """How the run goes: numbers are steps unless the name says otherwise."""
+
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = True
+    deterministic: bool = True
+    log_every: int = Field(default=10, ge=1)
+    valid_every: int = Field(default=200, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class _Run(Section):
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig = BatchConfig()
+    run: RunSettings = RunSettings()
+
+
+class EntropyRun(_Run):
+    """Training of an entropy model on rows of bytes."""
+
+    kind: Literal["entropy"]
+    model: EntropyConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> typing.Self:
+        if self.batch.patches is not None:
+            raise ValueError("batch.patches is for BLT runs; an entropy model trains on rows of bytes")
+        _check_rows(self.batch.byte_buckets[-1], {"model": self.model.max_seqlen})
+        return self
+
+
+class BLTRun(_Run):
+    """Training of a BLT on rows of patches. `entropy_model` is a model.pt or a run folder (`--entropy-model`)."""
+
+    kind: Literal["blt"]
+    model: BLTConfig
+    patching: PatchingConfig = PatchingConfig()
+    entropy_model: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> typing.Self:
+        if self.batch.patches is None:
+            raise ValueError("batch.patches is missing: how many patches a row has")
+        encoder, decoder = self.model.encoder.max_seqlen, self.model.decoder.max_seqlen
+        _check_rows(self.batch.byte_buckets[-1], {"model.encoder": encoder, "model.decoder": decoder})
+        if self.batch.patches > self.model.latent.max_seqlen:
+            raise ValueError(f"batch.patches {self.batch.patches} is more than model.latent.max_seqlen")
+        return self
+
+
+RunConfig = EntropyRun | BLTRun
+_KINDS: dict[str, type[EntropyRun] | type[BLTRun]] = {"entropy": EntropyRun, "blt": BLTRun}
+
+
+def _check_rows(longest: int, limits: Mapping[str, int]) -> None:
+    for name, limit in limits.items():
+        if longest > limit:
+            raise ValueError(f"batch.byte_buckets has {longest}, more than {name}.max_seqlen {limit}")
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The configuration in a YAML file with `a.b=value` overrides (values are YAML). Raises ConfigError."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file with --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: not a mapping of sections; see the files in configs/")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> RunConfig:
+    """The configuration in plain mappings. Raises ConfigError naming the key."""
+    kind = raw.get("kind")
+    if kind not in _KINDS:
+        raise ConfigError(f"kind is {kind!r}; it must be 'entropy' or 'blt'")
+    _check_keys(raw, _KINDS[kind], "")
+    try:
+        return _KINDS[kind].model_validate(dict(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {message}" if where else message) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    node = raw
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {key} is a value, not a section")
+    try:
+        node[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML") from error
+
+
+def _check_keys(raw: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+    known = list(section.model_fields)
+    for key, value in raw.items():
+        if key not in known:
+            raise ConfigError(_unknown(f"{prefix}{key}", str(key), prefix, known))
+        inner = _section_of(section.model_fields[key].annotation)
+        if inner is not None and isinstance(value, Mapping):
+            _check_keys(value, inner, f"{prefix}{key}.")
+
+
+def _unknown(name: str, key: str, prefix: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"unknown key {name!r}; the nearest known one is {prefix + near[0]!r}"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section behind an annotation like `HashConfig | None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        found = [_section_of(part) for part in typing.get_args(annotation)]
+        return next((part for part in found if part is not None), None)
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation if is_section else None

@@ -1,0 +1,143 @@
+"""Reading a data folder: memory-mapped shards, documents by index, the manifest as a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blt_runtime.errors import InputError
+from blt_runtime.ids import BOS, EOS, OFFSET
+
+FORMAT, VERSION, MANIFEST = "blt-data", 1, "manifest.json"
+
+
+def is_data_folder(path: Path) -> bool:
+    """True if `path` holds a manifest of ours (its shards are not looked at)."""
+    try:
+        return bool(json.loads((path / MANIFEST).read_text()).get("format") == FORMAT)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a data folder. Raises InputError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such data folder; make one with `blt data prepare`")
+    if not is_data_folder(folder):
+        raise InputError(f"{folder} is not a data folder (no {MANIFEST} of ours); make one with `blt data prepare`")
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    if manifest["version"] > VERSION:
+        raise InputError(f"{folder} was made by a newer version (format {manifest['version']}); upgrade this package")
+    return manifest
+
+
+def info(folder: str | Path) -> dict[str, Any]:
+    """What a data folder holds, with every shard's size checked; plain values, ready for JSON."""
+    dataset = Dataset(folder)
+    splits = {
+        name: {key: value for key, value in split.items() if key != "shards"} | {"shards": len(split["shards"])}
+        for name, split in dataset.manifest["splits"].items()
+    }
+    return {"path": str(folder), "splits": splits, "options": dataset.manifest["options"]}
+
+
+class Documents:
+    """The documents of one split, in shard order. `groups[i]` names the group of document i."""
+
+    def __init__(self, folder: Path, shards: list[dict[str, Any]], group_names: list[str]):
+        self.names = group_names
+        stems = [folder / shard["name"] for shard in shards]
+        self._data = [np.memmap(f"{stem}.bin", np.uint8, mode="r") for stem in stems]
+        offsets = [np.load(f"{stem}.offsets.npy", allow_pickle=False) for stem in stems]
+        ids = [np.load(f"{stem}.groups.npy", allow_pickle=False) for stem in stems]
+        empty = np.empty(0, np.int64)
+        self._shard = np.repeat(np.arange(len(stems)), [len(group) for group in ids])
+        self._start = np.concatenate([empty, *(offset[:-1] for offset in offsets)])
+        self.lengths = np.concatenate([empty, *(np.diff(offset) for offset in offsets)])
+        self.group_ids = np.concatenate([empty, *ids]).astype(np.int64)
+        self.sha256 = [str(shard["sha256"]) for shard in shards]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self.lengths.sum())
+
+    @cached_property
+    def token_offsets(self) -> NDArray[np.int64]:
+        """Where each document's tokens (BOS, bytes, EOS) begin in the whole split, [documents + 1]."""
+        return np.concatenate([[0], np.cumsum(self.lengths + 2)]).astype(np.int64)
+
+    def group(self, index: int) -> str:
+        return self.names[int(self.group_ids[index])]
+
+    def of_groups(self, groups: Iterable[str]) -> NDArray[np.int64]:
+        """Indices of the documents of these groups. Raises InputError for a group that is not in the data."""
+        wanted = list(groups)
+        unknown = [group for group in wanted if group not in self.names]
+        if unknown:
+            raise InputError(f"no group {unknown[0]!r} in the data; it has {', '.join(self.names)}")
+        return np.flatnonzero(np.isin(self.group_ids, [self.names.index(group) for group in wanted]))
+
+    def bytes(self, index: int) -> bytes:
+        return self._bytes(index).tobytes()
+
+    def ids(self, index: int) -> NDArray[np.int16]:
+        """BOS, the document's bytes, EOS as ids, int16 [length + 2]."""
+        data = self._bytes(index)
+        ids = np.empty(len(data) + 2, np.int16)
+        ids[0], ids[-1] = BOS, EOS
+        np.add(data, OFFSET, out=ids[1:-1], dtype=np.int16)
+        return ids
+
+    def _bytes(self, index: int) -> NDArray[np.uint8]:
+        start = int(self._start[index])
+        return self._data[int(self._shard[index])][start : start + int(self.lengths[index])]
+
+
+class Dataset:
+    """A data folder opened for reading. Sizes are checked at once, contents by `verify`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        for name in self.manifest["splits"]:
+            for shard in self._shards(name):
+                self._check_size(shard)
+
+    def _shards(self, split: str) -> list[dict[str, Any]]:
+        shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
+        return shards
+
+    def _check_size(self, shard: dict[str, Any]) -> None:
+        path = self.folder / f"{shard['name']}.bin"
+        parts = [path, *(self.folder / f"{shard['name']}.{part}.npy" for part in ("offsets", "groups"))]
+        for part in parts:
+            if not part.is_file():
+                raise InputError(f"{part}: missing; run `blt data prepare` again")
+        if path.stat().st_size != shard["bytes"]:
+            size = path.stat().st_size
+            raise InputError(f"{path}: {size} bytes, the manifest says {shard['bytes']}; run `blt data prepare` again")
+
+    def split(self, name: str) -> Documents:
+        """The documents of `train`, `valid` or `test` (there may be none)."""
+        if name not in self.manifest["splits"]:
+            raise InputError(f"no split {name!r} in {self.folder}; it has {', '.join(self.manifest['splits'])}")
+        return Documents(self.folder, self._shards(name), self.manifest["groups"])
+
+    def verify(self) -> None:
+        """Reads every shard and compares its sha256 with the manifest's. Raises InputError."""
+        for name in self.manifest["splits"]:
+            for shard in self._shards(name):
+                path = self.folder / f"{shard['name']}.bin"
+                if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
+                    raise InputError(f"{path} has changed since it was prepared; run `blt data prepare` again")

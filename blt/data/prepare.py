@@ -1,0 +1,194 @@
+"""`prepare`: inputs of many kinds to one data folder, written beside its final place and renamed when complete.
+
+A data folder holds, per split, shards of raw bytes (`.bin`, documents back to back, no separators), the document ends
+(`.offsets.npy`, int64 [documents + 1]) and the documents' groups (`.groups.npy`, int32), and one manifest.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
+from blt.data.readers import SPLITS, Source, find_sources, read_all
+from blt_runtime.errors import InputError
+
+SHARD_BYTES = 256 << 20
+
+
+class _SplitWriter:
+    """Appends documents to the shards of one split and counts them."""
+
+    def __init__(self, folder: Path, split: str, shard_bytes: int):
+        self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
+        self.shards: list[dict[str, Any]] = []
+        self.groups: dict[str, dict[str, int]] = {}
+        self._file: BinaryIO | None = None
+        self._ends: list[int] = [0]
+        self._ids: list[int] = []
+
+    def add(self, document: bytes, group: str, group_id: int) -> None:
+        if self._file is None:
+            self._file = (self.folder / f"{self._stem()}.bin").open("wb")
+            self._sha = hashlib.sha256()
+        self._file.write(document)
+        self._sha.update(document)
+        self._ends.append(self._ends[-1] + len(document))
+        self._ids.append(group_id)
+        count = self.groups.setdefault(group, {"bytes": 0, "documents": 0})
+        count["bytes"] += len(document)
+        count["documents"] += 1
+        if self._ends[-1] >= self.shard_bytes:
+            self.close()
+
+    def _stem(self) -> str:
+        return f"{self.split}-{len(self.shards):05d}"
+
+    def close(self) -> None:
+        """Ends the current shard."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        stem = self._stem()
+        offsets, groups = np.array(self._ends, np.int64), np.array(self._ids, np.int32)
+        np.save(self.folder / f"{stem}.offsets.npy", offsets)
+        np.save(self.folder / f"{stem}.groups.npy", groups)
+        self.shards.append(
+            {"name": stem, "bytes": self._ends[-1], "documents": len(groups), "sha256": self._sha.hexdigest()}
+        )
+        self._ends, self._ids = [0], []
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "bytes": sum(shard["bytes"] for shard in self.shards),
+            "documents": sum(shard["documents"] for shard in self.shards),
+            "groups": dict(sorted(self.groups.items())),
+            "shards": self.shards,
+        }
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    format: str = "auto",
+    split: Sequence[float] = (98, 1, 1),
+    dedup: bool = False,
+    text_field: str = "text",
+    workers: int = 1,
+    seed: int = 0,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Writes the data folder `out` and returns its manifest.
+
+    `split` are the shares of train, valid and test for documents that are not already split by subfolders: a hash of
+    the seed and the content decides, so equal documents never straddle two splits and the result does not depend on
+    the order of the inputs. Exact duplicates are dropped with `dedup`. Empty documents are never written.
+    Raises InputError for bad input or when `out` is not empty (`force` replaces an older data folder).
+    """
+    shares = _shares(split)
+    sources = find_sources(inputs, format)
+    out = Path(out)
+    _check_target(out, force)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        manifest = _write(temporary, sources, shares, dedup, text_field, workers, seed, shard_bytes)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        _replace(out, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def _write(
+    folder: Path,
+    sources: list[Source],
+    shares: tuple[float, ...],
+    dedup: bool,
+    text_field: str,
+    workers: int,
+    seed: int,
+    shard_bytes: int,
+) -> dict[str, Any]:
+    group_ids = {group: index for index, group in enumerate(sorted({source.group for source in sources}))}
+    writers = {name: _SplitWriter(folder, name, shard_bytes) for name in SPLITS}
+    # With dedup a document that is in several splits stays where it is scarcest: held-out text first.
+    order = sorted(sources, key=lambda source: source.split in (None, "train")) if dedup else sources
+    is_new = _duplicate_filter(dedup)
+    duplicates = 0
+    for source, document in read_all(order, text_field, workers):
+        if not is_new(document):
+            duplicates += 1
+            continue
+        name = source.split or _choose_split(document, shares, seed)
+        writers[name].add(document, source.group, group_ids[source.group])
+    for writer in writers.values():
+        writer.close()
+    splits = {name: writer.summary() for name, writer in writers.items()}
+    if not splits["train"]["documents"]:
+        raise InputError("no document for the train split: the inputs are empty, or --split leaves it nothing")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "groups": list(group_ids),
+        "splits": splits,
+        "duplicates_dropped": duplicates,
+        "options": {"split": list(shares), "dedup": dedup, "seed": seed},
+    }
+
+
+def _shares(split: Sequence[float]) -> tuple[float, ...]:
+    if len(split) != len(SPLITS) or any(share < 0 for share in split) or not sum(split) > 0 or not split[0] > 0:
+        raise InputError("split must be three shares for train, valid and test, like 98/1/1, with train above 0")
+    return tuple(float(share) for share in split)
+
+
+def _choose_split(document: bytes, shares: tuple[float, ...], seed: int) -> str:
+    digest = hashlib.sha256(seed.to_bytes(8, "little", signed=True) + document).digest()
+    point = int.from_bytes(digest[:8], "little") / 2**64 * sum(shares)
+    return SPLITS[0] if point < shares[0] else SPLITS[1] if point < shares[0] + shares[1] else SPLITS[2]
+
+
+def _duplicate_filter(dedup: bool) -> Callable[[bytes], bool]:
+    seen: set[bytes] = set()
+
+    def is_new(document: bytes) -> bool:
+        if not dedup:
+            return True
+        key = hashlib.sha256(document).digest()[:16]
+        return key not in seen and not seen.add(key)  # type: ignore[func-returns-value]
+
+    return is_new
+
+
+def _check_target(out: Path, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another output folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not force:
+        raise InputError(f"{out} is not empty; choose another folder, or --force to replace a data folder")
+    if not is_data_folder(out):
+        raise InputError(f"{out} is not a data folder of ours, so --force does not replace it; choose another folder")
+
+
+def _replace(out: Path, temporary: Path) -> None:
+    """Puts the finished folder in place; an older one is moved aside first, so `out` is never half written."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = out.parent / f".{out.name}.{os.getpid()}.old"
+    out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old)

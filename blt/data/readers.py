@@ -1,0 +1,157 @@
+"""Documents from files and folders, in an order that depends on nothing but the inputs' names.
+
+A text file holds documents separated by NUL bytes, a JSONL file one document per line. The group of a document is the
+stem of its file. A folder is read whole; its subfolders train, valid and test, when present, are splits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from blt_runtime.errors import InputError
+
+SPLITS = ("train", "valid", "test")
+FORMATS = ("auto", "txt", "jsonl", "dir", "parquet")
+READ_BYTES = 1 << 22
+_COMPRESSED = (".gz", ".zst")
+_JSONL = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to read. `split` is None where a document's content decides."""
+
+    path: Path
+    group: str
+    format: str
+    split: str | None
+
+
+def find_sources(inputs: Sequence[str | Path], format: str = "auto") -> list[Source]:
+    """The files behind `inputs`, sorted inside each folder. Raises InputError for what cannot be read."""
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    if not inputs:
+        raise InputError("no input: name at least one file or folder")
+    sources: list[Source] = []
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        if format == "dir" and not path.is_dir():
+            raise InputError(f"{path} is a file; --format dir reads folders")
+        sources += _folder(path, format) if path.is_dir() else [_source(path, format, None)]
+    if not sources:
+        raise InputError(f"{inputs[0]}: the folder holds no files")
+    return sources
+
+
+def _folder(folder: Path, format: str) -> list[Source]:
+    splits = [name for name in SPLITS if (folder / name).is_dir()]
+    found: list[Source] = []
+    roots: list[tuple[Path, str | None]] = [(folder / name, name) for name in splits]
+    for root, split in roots or [(folder, None)]:
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        found += [_source(path, format, split) for path in files if not _hidden(path, root)]
+    return found
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _source(path: Path, format: str, split: str | None) -> Source:
+    name = path.name
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        name, suffixes = name[: -len(suffixes[-1])], suffixes[:-1]
+    last = suffixes[-1] if suffixes else ""
+    if format == "parquet" or (format in ("auto", "dir") and last == ".parquet"):
+        raise InputError(f"{path}: parquet is not supported yet; convert it to JSONL (one object per line)")
+    kind = format if format in ("txt", "jsonl") else ("jsonl" if last in _JSONL else "txt")
+    group = name[: -len(last)] if last in (".txt", ".bin", *_JSONL) else name
+    return Source(path, group or name, kind, split)
+
+
+def read_documents(source: Source, text_field: str = "text") -> Iterator[bytes]:
+    """The documents of one file, empty ones left out."""
+    with _open(source.path) as file:
+        documents = _jsonl(file, source.path, text_field) if source.format == "jsonl" else _text(file)
+        try:
+            yield from (document for document in documents if document)
+        except (EOFError, gzip.BadGzipFile, OSError) as error:
+            raise InputError(f"{source.path}: cannot be read to its end ({error}); is the file complete?") from error
+
+
+def read_all(sources: Iterable[Source], text_field: str = "text", workers: int = 1) -> Iterator[tuple[Source, bytes]]:
+    """(source, document) of all sources, in their order whatever `workers` is.
+
+    Threads, since decompression and hashing release the interpreter lock; at most `workers` files are held in memory.
+    """
+    if workers <= 1:
+        for source in sources:
+            for document in read_documents(source, text_field):
+                yield source, document
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        pending: list[tuple[Source, object]] = []
+        todo = iter(sources)
+        while True:
+            for source in todo:
+                pending.append((source, pool.submit(lambda s: list(read_documents(s, text_field)), source)))
+                if len(pending) >= workers:
+                    break
+            if not pending:
+                return
+            source, future = pending.pop(0)
+            for document in future.result():  # type: ignore[attr-defined]
+                yield source, document
+
+
+def _open(path: Path) -> BinaryIO:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if suffix == ".zst":
+        return _open_zstd(path)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror})") from error
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(f"{path}: reading .zst needs the package zstandard; install it or decompress first") from error
+    return zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
+
+
+def _text(file: BinaryIO) -> Iterator[bytes]:
+    """Documents between NUL bytes; a file without NUL is one document."""
+    rest = b""
+    while block := file.read(READ_BYTES):
+        *whole, rest = (rest + block).split(b"\0")
+        yield from whole
+    yield rest
+
+
+def _jsonl(file: BinaryIO, path: Path, field: str) -> Iterator[bytes]:
+    for number, line in enumerate(io.BufferedReader(file), start=1):  # type: ignore[type-var]
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not a JSON object ({error})") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise InputError(f"{path}:{number}: no text under the key {field!r}; name the right one with --text-field")
+        # A lone surrogate cannot be encoded; it is dropped, as the tokenizer does with text (spec section 1).
+        yield record[field].encode("utf-8", errors="ignore")

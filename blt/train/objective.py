@@ -1,0 +1,77 @@
+"""What a step computes: the summed cross-entropy of a batch, compiled once per batch shape.
+
+Letters: B rows, N bytes, P patches, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blt.data.packing import Batch
+from blt.model import BLT, EntropyModel
+from blt_runtime.errors import ConfigError
+
+MAX_BUCKETS = 32
+
+
+class Objective:
+    """Σ −ln p(target) over the unmasked positions of a batch.
+
+    The same compiled code serves training and validation: a graph for validation alone (without gradients) would
+    double the compilations, and saves only memory.
+    """
+
+    def __init__(
+        self,
+        model: EntropyModel | BLT,
+        longest_patch: int = 0,
+        *,
+        bf16: bool = False,
+        compile: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        self.model, self.longest_patch, self.bf16 = model, longest_patch, bf16
+        self.device = torch.device(device)
+        self._sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = self._loss_sum
+        if compile:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_BUCKETS)
+            self._sum = torch.compile(self._loss_sum, fullgraph=True, dynamic=False)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, int]:
+        """(sum of nats over the unmasked targets, their number)."""
+        lengths = None if batch.patch_lengths is None else self._tensor(batch.patch_lengths)
+        total = self._sum(self._tensor(batch.ids), self._tensor(batch.targets), self._tensor(batch.mask), lengths)
+        return total, int(batch.mask.sum())
+
+    def _tensor(self, array: object) -> Tensor:
+        return torch.as_tensor(array, device=self.device)
+
+    def _loss_sum(self, ids_BN: Tensor, targets_BN: Tensor, mask_BN: Tensor, lengths_BP: Tensor | None) -> Tensor:
+        with self._autocast():
+            if lengths_BP is None:
+                logits_BNV = self.model(ids_BN)
+            else:
+                logits_BNV = self.model(ids_BN, lengths_BP, self.longest_patch)
+        loss_BN = F.cross_entropy(logits_BNV.float().flatten(0, 1), targets_BN.flatten(), reduction="none")
+        return (loss_BN * mask_BN.flatten()).sum()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def check_finite(value: float, what: str, step: int) -> None:
+    """Raises ConfigError (training cannot go on) if `value` is not a finite number."""
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ConfigError(
+            f"{what} is {value} at step {step}; nothing of this step was kept: resume with a lower optimizer.lr, "
+            "a longer schedule.warmup or run.dtype=fp32"
+        )
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
