@@ -72,6 +72,9 @@ class Bundle:
 
     def _verify(self, verify: Verify) -> None:
         entries = self.manifest.files
+        for path in self.path.iterdir():
+            if path.is_symlink():  # also an unlisted one: a graph may name it as its external data
+                raise BundleError(f"{path.name} in {self.path} is a link, which a bundle must not hold")
         for name, entry in entries.items():
             _check_file(self.path / name, entry)
         if verify == "sizes":
@@ -93,7 +96,7 @@ def _check_file(path: Path, entry: FileEntry) -> None:
     except OSError as error:
         raise BundleError(f"{path.name} is missing in {path.parent}: copy or export the bundle again") from error
     if not stat.S_ISREG(info.st_mode):
-        raise BundleError(f"{path.name} in {path.parent} is not a plain file (links are refused)")
+        raise BundleError(f"{path.name} in {path.parent} is not a plain file")
     if info.st_size != entry.bytes:
         raise BundleError(
             f"{path.name} has {info.st_size} bytes instead of {entry.bytes}: copy or export the bundle again"

@@ -270,8 +270,8 @@ def _checked(ids: npt.ArrayLike, vocab_size: int) -> Ids:
 
 
 def _checked_closes(lengths: npt.ArrayLike, n_ids: int) -> npt.NDArray[Any]:
-    lengths_P = np.asarray(lengths)
-    if lengths_P.ndim != 1 or lengths_P.size == 0 or lengths_P.dtype.kind not in "iu" or lengths_P.min() < 1:
+    lengths_P = np.trim_zeros(np.asarray(lengths).reshape(-1), "b")  # the reference pads with zeros
+    if lengths_P.size == 0 or lengths_P.dtype.kind not in "iu" or lengths_P.min() < 1:
         raise InputError("patch lengths must be whole numbers of at least 1")
     if lengths_P.sum() != n_ids + 1 or lengths_P[0] != 1:
         raise InputError(f"patch lengths must begin with 1 and sum to {n_ids + 1} (the ids and one next token)")

@@ -76,7 +76,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "missing file": (lambda f: (f / "decoder.onnx").unlink(), BundleError, "decoder.onnx is missing"),
     "changed file": (replace("decoder.onnx", b"graph decodeR"), BundleError, "decoder.onnx was changed"),
     "truncated file": (truncate, BundleError, "3 bytes instead of"),
-    "link": (link, BundleError, "links are refused"),
+    "link": (link, BundleError, "is a link"),
+    "unlisted link": (
+        lambda f: (f / "weights").symlink_to("/etc/passwd"),
+        BundleError,
+        "weights in",
+    ),
     "pipe": (fifo, BundleError, "not a plain file"),
     "parent": (name_outside("../entropy.onnx"), ManifestError, "not a plain file name"),
     "absolute": (name_outside("/etc/passwd"), ManifestError, "not a plain file name"),

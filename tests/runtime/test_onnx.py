@@ -92,7 +92,7 @@ def buffers(tokens: int) -> dict[str, HostBuffer]:
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"threads": 1, "spin": False, "prepack": True}])
+@pytest.mark.parametrize("options", [{}, {"threads": 2, "spin": True, "prepack": False}])
 def test_calls_update_the_cache_in_place(bundle: Bundle, options: dict[str, int]) -> None:
     session = OnnxBackend(bundle, **options).session("encoder")
     bound = buffers(1)

@@ -175,6 +175,11 @@ def test_bad_patch_lengths(lengths: list[float]) -> None:
         model_of(null_spec()).score([1, 5, 6, 7], np.array(lengths))
 
 
+def test_padded_patch_lengths_are_those_without_the_padding() -> None:
+    score = model_of(null_spec()).score([1, 5, 6, 7], [1, 3, 1, 0, 0])
+    assert score.patch_lengths.tolist() == [1, 3, 1]
+
+
 def test_scoring_needs_ids() -> None:
     with pytest.raises(InputError, match="no ids"):
         model_of(null_spec()).score([])
