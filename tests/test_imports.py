@@ -21,7 +21,7 @@ PACKAGES = {"blt": REPO / "blt", "blt_export": REPO / "export/blt_export", "blt_
 # What a package may import at all, beyond the standard library and itself ...
 MAY = {
     "blt_runtime": {"numpy"},
-    "blt": {"numpy", "torch", "pydantic", "yaml", "safetensors", "zstandard", "matplotlib", "blt_runtime"},
+    "blt": {"numpy", "torch", "pydantic", "yaml", "zstandard", "matplotlib", "blt_runtime"},
     "blt_export": {
         "numpy", "torch", "pydantic", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt_rtx", "ml_dtypes",
         "blt", "blt_runtime",
@@ -33,7 +33,7 @@ MAY = {
 # ... and what may come only inside a function, so that the import of the module stays light.
 LAZY = {
     "blt_runtime": {"onnxruntime", "tensorrt"},
-    "blt": {"matplotlib", "zstandard", "safetensors"},
+    "blt": {"matplotlib", "zstandard"},
     "blt_export": {"tensorrt_rtx", "onnxruntime"},
     "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "blt_export"},
 }

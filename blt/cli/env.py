@@ -16,7 +16,7 @@ from blt.cli import console, options
 
 PACKAGES = (
     "numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx",
-    "pydantic", "pyyaml", "rich", "safetensors", "typer", "matplotlib",
+    "pydantic", "pyyaml", "rich", "typer", "matplotlib",
 )  # fmt: skip
 
 

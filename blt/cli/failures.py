@@ -21,10 +21,10 @@ EXTRAS = {
     "onnxscript": "export",
     "pydantic": "train",
     "pyppmd": "dev",
-    "safetensors": "train",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "aot",
     "torch": "train",
+    "zstandard": "train",
 }
 
 
