@@ -21,13 +21,12 @@ from blt.model.init import init_weights
 from blt.model.layers import Attend, CrossAttention, RMSNorm, Rotation, Stack, linear
 from blt.model.masks import (
     PatchLayout,
-    causal_mask,
-    dense_attend,
     document_ids,
     gather_rows,
     patch_document_ids,
     patch_layout,
 )
+from blt.model.windows import row_attend
 
 
 def cross_layers(n: int, dim: int, n_heads: int, eps: float) -> nn.ModuleList:
@@ -170,8 +169,7 @@ class BLT(nn.Module):
         return x_BND if self.hash_embedding is None else x_BND + self.hash_embedding(ids_BN)
 
     def encode(self, ids_BN: Tensor, document_BN: Tensor) -> list[Tensor]:
-        mask = causal_mask(document_BN, self.encoder.config.window)
-        return self.encoder.byte_states(self.embed(ids_BN), *self._whole(self.encoder, mask))
+        return self.encoder.byte_states(self.embed(ids_BN), *self._whole(self.encoder, document_BN))
 
     def pool(self, states_BND: Sequence[Tensor], layout: PatchLayout) -> Tensor:
         gathered = [gather_rows(state, layout.byte_index) for state in states_BND]
@@ -180,8 +178,7 @@ class BLT(nn.Module):
     def think(self, p_BPE: Tensor, patch_document_BP: Tensor) -> Tensor:
         if not self.config.latent_document_mask:
             patch_document_BP = torch.zeros_like(patch_document_BP)
-        mask = causal_mask(patch_document_BP, self.latent.config.window)
-        out: Tensor = self.latent(p_BPE, *self._whole(self.latent, mask))
+        out: Tensor = self.latent(p_BPE, *self._whole(self.latent, patch_document_BP))
         return out
 
     def decode(self, h_BND: Tensor, g_BPG: Tensor, layout: PatchLayout, document_BN: Tensor) -> Tensor:
@@ -189,10 +186,10 @@ class BLT(nn.Module):
         n_patches = patch_kv.shape[1]
         base_B11 = torch.arange(h_BND.shape[0], device=h_BND.device)[:, None, None] * n_patches
         row_BNW = torch.where(layout.decoder_row >= 0, layout.decoder_row + base_B11, -1)
-        mask = causal_mask(document_BN, self.decoder.config.window)
-        logits: Tensor = self.decoder(h_BND, patch_kv.flatten(0, 1), row_BNW, *self._whole(self.decoder, mask))
+        logits: Tensor = self.decoder(h_BND, patch_kv.flatten(0, 1), row_BNW, *self._whole(self.decoder, document_BN))
         return logits
 
     @staticmethod
-    def _whole(stack: Stack, mask_BNN: Tensor) -> tuple[Rotation, list[Attend]]:
-        return stack.rotary.first(mask_BNN.shape[-1]), [dense_attend(mask_BNN)] * len(stack.layers)
+    def _whole(stack: Stack, document_BN: Tensor) -> tuple[Rotation, list[Attend]]:
+        attend = row_attend(document_BN, stack.config.window)
+        return stack.rotary.first(document_BN.shape[1]), [attend] * len(stack.layers)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from blt.model.config import EntropyConfig
 from blt.model.init import init_weights
 from blt.model.layers import RMSNorm, Stack, linear
-from blt.model.masks import causal_mask, dense_attend, document_ids
+from blt.model.masks import document_ids
+from blt.model.windows import row_attend
 
 
 def entropy_of(logits_BNV: Tensor) -> Tensor:
@@ -33,8 +34,7 @@ class EntropyModel(Stack):
 
         `reset_newlines` hides everything up to the last newline, too (paper, section 4.4).
         """
-        mask = causal_mask(document_ids(ids_BN, reset_newlines), self.config.window)
-        attends = [dense_attend(mask)] * len(self.layers)
+        attends = [row_attend(document_ids(ids_BN, reset_newlines), self.config.window)] * len(self.layers)
         h_BND = self.run_layers(self.byte_embedding(ids_BN), self.rotary.first(ids_BN.shape[1]), attends)
         logits: Tensor = self.output(self.norm(h_BND)).float()
         return logits
