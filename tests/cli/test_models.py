@@ -248,3 +248,13 @@ def test_a_closed_pipe_is_silent(bundle: Path) -> None:
     done = subprocess.run(["bash", "-c", program], capture_output=True, env={**os.environ, "PYTHONPATH": path})
     assert len(done.stdout) == 1
     assert done.stderr == b""
+
+
+def test_the_readmes_python_example_runs(bundle: Path) -> None:
+    readme = (REPO / "README.md").read_text()
+    example = readme.split("```python\n")[1].split("```")[0]
+    path = os.pathsep.join(str(REPO / part) for part in ("export", "runtime"))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, cwd=bundle.parent, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout

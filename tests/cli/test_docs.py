@@ -1,0 +1,51 @@
+"""What README.md and docs/cli.md show exists: commands, options, make targets, links, exit codes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Call = Callable[..., Any]
+REPO = Path(__file__).resolve().parents[2]
+README = (REPO / "README.md").read_text()
+CLI = (REPO / "docs" / "cli.md").read_text()
+GROUPS = ("data", "train")
+
+COMMANDS = re.findall(r"^blt .*$", README, re.MULTILINE) + re.findall(r"^\| `(blt .*?)`", CLI, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_documented_command_exists_with_its_options(blt: Call, line: str) -> None:
+    words = shlex.split(re.sub(r"\\\||[\[\]]", " ", line))[1:]
+    name = words[: 2 if words[0] in GROUPS else 1]
+    shown = blt(*name, "-h")
+    assert shown.code == 0, shown.err
+    for option in (word for word in words if word.startswith("-") and word != "-"):
+        assert re.search(rf"{re.escape(option)}\b", shown.text), f"{option} of {line}"
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) > 12
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z]+)`", README)) <= targets
+    assert {"demo", "test", "check", "format"} <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    file = REPO / page
+    for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
+        assert (file.parent / target).exists(), target
+
+
+def test_configs_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"configs/[\w-]+\.yaml", README):
+        assert (REPO / name).is_file(), name
