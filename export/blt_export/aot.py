@@ -20,8 +20,14 @@ from blt_runtime.spec import GraphSpec
 Range = tuple[int, int, int]
 
 #: (least, usual, most) of each letter of a graph's shapes, for the optimisation profile.
-DEFAULT_RANGES: dict[str, Range] = {"B": (1, 1, 4), "S": (1, 1, 64), "P": (1, 1, 16), "L": (1, 8, 64), "N": (1, 8, 256),
-                                    "R": (1, 2, 64)}
+DEFAULT_RANGES: dict[str, Range] = {
+    "B": (1, 1, 4),
+    "S": (1, 1, 64),
+    "P": (1, 1, 16),
+    "L": (1, 8, 64),
+    "N": (1, 8, 256),
+    "R": (1, 2, 64),
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,9 @@ class Compiled:
     outputs: tuple[str, ...]
 
 
-def compile_graph(path: str | Path, spec: GraphSpec, ranges: dict[str, Range] | None = None,
-                  architectures: Sequence[str] = ()) -> Compiled:
+def compile_graph(
+    path: str | Path, spec: GraphSpec, ranges: dict[str, Range] | None = None, architectures: Sequence[str] = ()
+) -> Compiled:
     """Compile one portable graph. `architectures` are names such as SM89; none given means the builder's default.
 
     Raises CheckFailed (refused, or an input is dropped) and MissingExtra (tensorrt-rtx is not installed).
@@ -72,7 +79,7 @@ def _library() -> ModuleType:
 
 
 def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

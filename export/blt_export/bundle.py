@@ -1,14 +1,13 @@
 """The bundle on disk: graphs with their weights beside them, hash tables, manifest; all of it or nothing.
 
-    manifest.json
-    entropy.onnx  entropy.weights      one pair per graph; weights lie at page-aligned offsets, so that they can be mapped
-    hash_tables.npy                    [tables * rows, width], written a block of rows at a time
+manifest.json
+entropy.onnx  entropy.weights      one pair per graph; weights at page-aligned offsets, so that they can be mapped
+hash_tables.npy                    [tables * rows, width], written a block of rows at a time
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -58,25 +57,31 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
 
 
 def _move(work: Path, out: Path) -> None:
-    """`os.replace` works on empty folders only, so an old bundle steps aside first."""
+    """A folder can only be renamed over an empty one, so an old bundle steps aside first."""
     if out.exists() and any(out.iterdir()):
         aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-        os.replace(out, aside)
+        out.replace(aside)
         try:
-            os.replace(work, out)
+            work.replace(out)
         except BaseException:
-            os.replace(aside, out)
+            aside.replace(out)
             raise
         shutil.rmtree(aside)
     else:
-        os.replace(work, out)
+        work.replace(out)
 
 
 def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
     """`name.onnx` and, with its larger initializers, `name.weights`."""
     path = folder / f"{name}.onnx"
-    ir.save(model, path, external_data=f"{name}.weights", size_threshold_bytes=_INLINE, alignment=_PAGE,
-            align_threshold=_PAGE)
+    ir.save(
+        model,
+        path,
+        external_data=f"{name}.weights",
+        size_threshold_bytes=_INLINE,
+        alignment=_PAGE,
+        align_threshold=_PAGE,
+    )
     return path
 
 

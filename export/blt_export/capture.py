@@ -36,10 +36,16 @@ def capture(module: nn.Module, spec: GraphSpec) -> ir.Model:
     arguments = tuple(_example(t) for t in spec.inputs)
     shapes = tuple(_dynamic(t, sizes) for t in spec.inputs)
     with _quiet(), torch.no_grad():
-        program = torch.export.export(_Flat(module).eval(), (arguments,), dynamic_shapes=(shapes,),
-                                      strict=False)
-        result = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
-                                   custom_translation_table=translation_table())
+        program = torch.export.export(_Flat(module).eval(), (arguments,), dynamic_shapes=(shapes,), strict=False)
+        result = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            optimize=False,
+            custom_translation_table=translation_table(),
+        )
     assert result is not None
     for name in list(result.model.graph.initializers):
         _rename(result.model.graph, name, name.removeprefix(_PREFIX))

@@ -38,8 +38,13 @@ class ParityReport:
     near_threshold: tuple[int, ...]
 
 
-def check_parity(checkpoint: Checkpoint, steps: Mapping[str, nn.Module], spec: ModelSpec, files: Mapping[str, Path],
-                 precision: str = "fp32") -> ParityReport:
+def check_parity(
+    checkpoint: Checkpoint,
+    steps: Mapping[str, nn.Module],
+    spec: ModelSpec,
+    files: Mapping[str, Path],
+    precision: str = "fp32",
+) -> ParityReport:
     """Compare every output of every graph. Raises CheckFailed, which names the output and its largest error."""
     plan = make_plan(spec)
     tolerance = TOLERANCE[precision]
@@ -71,8 +76,9 @@ def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str
     if blt.hash_embedding is not None:
         with torch.no_grad():
             inputs["encoder"]["hash_embedding"] = blt.hash_embedding(torch.from_numpy(plan.ids_N[None])).numpy()
-    inputs["latent"].update(byte_index=plan.byte_index_PL[None], patch_length=plan.patch_length_P[None],
-                            own_start=plan.own_start_P[None])
+    inputs["latent"].update(
+        byte_index=plan.byte_index_PL[None], patch_length=plan.patch_length_P[None], own_start=plan.own_start_P[None]
+    )
     inputs["decoder"]["patch_row"] = plan.patch_row_NW[None]
     return inputs
 
@@ -98,7 +104,8 @@ def _reference(step: nn.Module, graph: GraphSpec, inputs: Arrays) -> Arrays:
     caches = [torch.zeros(1, t.shape[1], slots, t.shape[3]) for t in graph.inputs if t not in names]  # type: ignore[arg-type]
     with torch.no_grad():
         outputs = step(*(torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in names), *caches)
-    return {t.name: value.numpy() for t, value in zip(graph.outputs, outputs, strict=True) if t.name not in graph.aliases}
+    named = zip(graph.outputs, outputs, strict=True)
+    return {t.name: value.numpy() for t, value in named if t.name not in graph.aliases}
 
 
 def _exported(path: Path, graph: GraphSpec, spec: ModelSpec, inputs: Arrays) -> Arrays:
@@ -157,8 +164,10 @@ def _demand(rows: list[Parity]) -> None:
     bad = [row for row in rows if not row.max_abs_error <= row.tolerance]
     if bad:
         worst = max(bad, key=lambda row: row.max_abs_error)
-        raise CheckFailed(f"parity: {worst.output} differs from PyTorch by {worst.max_abs_error:.3g} "
-                          f"(tolerance {worst.tolerance:.3g}); no bundle was written")
+        raise CheckFailed(
+            f"parity: {worst.output} differs from PyTorch by {worst.max_abs_error:.3g} "
+            f"(tolerance {worst.tolerance:.3g}); no bundle was written"
+        )
 
 
 def _near(entropy_N: npt.NDArray[Any], spec: ModelSpec, tolerance: float) -> tuple[int, ...]:
@@ -167,8 +176,9 @@ def _near(entropy_N: npt.NDArray[Any], spec: ModelSpec, tolerance: float) -> tup
     level = rule.threshold
     if level is None or not len(entropy_N):
         return ()
-    compared_N = np.diff(entropy_N, prepend=np.inf) if rule.monotonic else entropy_N
-    near_N = np.abs(compared_N - level) <= tolerance * np.maximum(1.0, np.abs(entropy_N))
+    margin_N = tolerance * np.maximum(1.0, entropy_N)
+    rise_N = np.diff(entropy_N, prepend=np.inf)
+    near_N = np.abs((rise_N if rule.monotonic else entropy_N) - level) <= margin_N
     if rule.threshold_add is not None and not rule.monotonic:
-        near_N |= np.abs(np.diff(entropy_N, prepend=np.inf) - rule.threshold_add) <= tolerance * np.maximum(1.0, entropy_N)
+        near_N |= np.abs(rise_N - rule.threshold_add) <= margin_N
     return tuple(int(i) for i in np.flatnonzero(near_N))

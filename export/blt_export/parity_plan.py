@@ -25,7 +25,7 @@ _TEXT = "Bytes, not tokens.\nGrüße — байты, 字节, 🙂 and e\u0301. T
 _PATCHES = (1, 4, 1, 7, 3, 16, 2, 1, 5, 9, 1, 1, 6)
 _CALLS = (1, 1, 1, 1, 0, 3, 1, 1, 1, 1, 17, 0)
 """Tokens per call, in turn; 0 is a whole chunk."""
-_LEAST, _MORE = 256, 96
+_LEAST, _MORE = 640, 96
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def sequence(n: int) -> Array:
     """n ids: BOS, text, raw bytes, an EOS and BOS near one third and near the end."""
     rng = np.random.Generator(np.random.PCG64(0))
     raw = np.concatenate([np.arange(256), rng.integers(0, 256, 64)]).astype(np.uint8).tobytes()
-    body = _TEXT.encode() * 2 + raw
-    data = np.frombuffer(body * (n // len(body) + 1), np.uint8)[:n].astype(np.int64) + tokens.OFFSET
+    body = _TEXT.encode() + raw + _TEXT.encode()
+    data = np.frombuffer(body * (n // len(body) + 1), np.uint8).astype(np.int64) + tokens.OFFSET
     for end in (n // 3, n - n // 8):
-        data[end], data[end + 1] = tokens.EOS, tokens.BOS
+        data = np.insert(data, end, [tokens.EOS, tokens.BOS])
     data[0] = tokens.BOS
-    return data
+    return data[:n]
 
 
 def graph_calls(n: int, graph: GraphSpec, spec: ModelSpec, doc_start: Array) -> Iterator[tuple[int, int]]:

@@ -26,6 +26,7 @@ from blt_runtime.spec import GraphSpec, ModelSpec
 
 from . import bundle, capture, parity
 from .lower import ort, portable
+from .parity import ParityReport
 from .passes import (
     cleanup,
     fix_capacity,
@@ -99,7 +100,7 @@ class Job:
     captured: dict[str, ir.Model] = field(default_factory=dict)
     graphs: dict[str, ir.Model] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
-    parity: parity.ParityReport = parity.ParityReport((), ())
+    parity: ParityReport = field(default_factory=lambda: ParityReport((), ()))
     manifest: Manifest | None = None
 
 
@@ -177,10 +178,18 @@ def check_parity(job: Job) -> str:
 def write_manifest(job: Job) -> str:
     files = bundle.entries(job.folder)
     job.manifest = Manifest(
-        producer=producer(), flavour=job.flavour, precision=job.precision, opset=capture.OPSET,
-        min_onnxruntime=MIN_ONNXRUNTIME, config=configurations(job.checkpoint), spec=job.spec,
+        producer=producer(),
+        flavour=job.flavour,
+        precision=job.precision,
+        opset=capture.OPSET,
+        min_onnxruntime=MIN_ONNXRUNTIME,
+        config=configurations(job.checkpoint),
+        spec=job.spec,
         graphs={name: FileRef(path.name) for name, path in job.files.items()},
-        hash_tables=FileRef(bundle.HASH_TABLES) if job.spec.hash else None, files=files, parity=job.parity.rows)
+        hash_tables=FileRef(bundle.HASH_TABLES) if job.spec.hash else None,
+        files=files,
+        parity=job.parity.rows,
+    )
     manifests.write(job.folder / manifests.FILE_NAME, job.manifest)
     return f"{len(files)} files, {sum(entry.bytes for entry in files.values())} bytes"
 
@@ -205,9 +214,19 @@ STEPS = (
 )
 
 
-def export(checkpoint: Checkpoint | str | Path, out_dir: str | Path, *, flavour: str = "ort", precision: str = "fp32",
-           capacity: int | None = None, patches: int | None = None, chunk: int = 128, check: bool = True,
-           force: bool = False, progress: Progress | None = None) -> ExportReport:
+def export(
+    checkpoint: Checkpoint | str | Path,
+    out_dir: str | Path,
+    *,
+    flavour: str = "ort",
+    precision: str = "fp32",
+    capacity: int | None = None,
+    patches: int | None = None,
+    chunk: int = 128,
+    check: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
     """Write a checkpoint as a bundle in the folder `out_dir`, which appears only when everything went well.
 
     flavour: "ort" (fastest on ONNX Runtime) or "portable" (standard operators: ONNX Runtime and TensorRT).
@@ -217,7 +236,8 @@ def export(checkpoint: Checkpoint | str | Path, out_dir: str | Path, *, flavour:
     Raises UsageError (arguments, target folder), CheckpointError, CheckFailed (parity), BltError (a model that the
     lowering cannot express).
     """
-    return run(make_job(checkpoint, flavour, precision, capacity, patches, chunk, check), Path(out_dir), force, progress)
+    job = make_job(checkpoint, flavour, precision, capacity, patches, chunk, check)
+    return run(job, Path(out_dir), force, progress)
 
 
 def run(job: Job, out: Path, force: bool = False, progress: Progress | None = None) -> ExportReport:
@@ -236,8 +256,15 @@ def run(job: Job, out: Path, force: bool = False, progress: Progress | None = No
     return ExportReport(out, job.manifest, job.parity.near_threshold, nodes, tuple(reports))
 
 
-def make_job(checkpoint: Checkpoint | str | Path, flavour: str, precision: str = "fp32", capacity: int | None = None,
-             patches: int | None = None, chunk: int = 128, check: bool = True) -> Job:
+def make_job(
+    checkpoint: Checkpoint | str | Path,
+    flavour: str,
+    precision: str = "fp32",
+    capacity: int | None = None,
+    patches: int | None = None,
+    chunk: int = 128,
+    check: bool = True,
+) -> Job:
     """Check the arguments of an export and load the checkpoint."""
     if flavour not in FLAVOURS:
         raise UsageError(f"flavour {flavour!r}: choose one of {', '.join(FLAVOURS)}")

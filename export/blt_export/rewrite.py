@@ -5,8 +5,9 @@ Passes work in place on an `onnx_ir.Model` and return how many places they chang
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,15 +85,28 @@ class Builder:
         data = np.asarray(array, dtype)
         name = f"const_{data.dtype}_" + ("x".join(map(str, data.shape)) or "scalar") + "_" + _digest(data)
         if name not in self.graph.initializers:
-            value = ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(data.dtype)),
-                             shape=ir.Shape(data.shape), const_value=ir.tensor(data, name=name))
+            value = ir.Value(
+                name=name,
+                type=ir.TensorType(ir.DataType.from_numpy(data.dtype)),
+                shape=ir.Shape(data.shape),
+                const_value=ir.tensor(data, name=name),
+            )
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
-    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1,
-           dtype: ir.DataType | None = None, shape: Sequence[Dim] | None = None, **attributes: Any) -> Any:
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        outputs: int = 1,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[Dim] | None = None,
+        attributes: Mapping[str, int] | None = None,
+        **more: Any,
+    ) -> Any:
         """One node; returns its output, or a tuple of them when there are several."""
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs)
+        node = ir.node(op_type, list(inputs), {**more, **(attributes or {})}, domain=domain, num_outputs=outputs)
         if self.anchor is None:
             self.graph.append(node)
         else:
@@ -107,8 +121,6 @@ class Builder:
 def _digest(data: np.ndarray) -> str:
     if data.size <= 4 and data.dtype.kind in "iub":
         return "_".join(str(x) for x in data.reshape(-1).tolist())
-    import hashlib
-
     return hashlib.sha256(data.tobytes()).hexdigest()[:12]
 
 

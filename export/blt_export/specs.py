@@ -1,8 +1,8 @@
 """What the exported graphs promise: `blt.model.specs`, with the cache layout of the flavour.
 
-    portable    windowed layers: ring, slots addressed by absolute position; a call may span documents
-    ort         windowed layers: the evicting cache of GroupQueryAttention; a call must stay within a document
-                (a graph whose heads that operator does not take keeps the ring)
+portable    windowed layers: ring, slots addressed by absolute position; a call may span documents
+ort         windowed layers: the evicting cache of GroupQueryAttention; a call must stay within a document
+            (a graph whose heads that operator does not take keeps the ring)
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Flavour = Literal["ort", "portable"]
 FLAVOURS: tuple[Flavour, ...] = ("ort", "portable")
 
 
-def export_spec(checkpoint: Checkpoint, flavour: Flavour, capacity: int | None, patches: int | None,
-                chunk: int) -> ModelSpec:
+def export_spec(
+    checkpoint: Checkpoint, flavour: Flavour, capacity: int | None, patches: int | None, chunk: int
+) -> ModelSpec:
     """`capacity` bytes and `patches` a stream (default: the trained lengths), `chunk` bytes a call.
 
     Raises CheckpointError if the checkpoint cannot generate, ConfigError for sizes that make no sense.

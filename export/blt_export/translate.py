@@ -67,8 +67,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     register_schemas()
     opset = Opset(DOMAIN, VERSION)
 
-    def cached_attention(q: Any, k: Any, v: Any, past_key: Any, past_value: Any, positions: Any,
-                         doc_start: Any, window: int) -> Any:
+    def cached_attention(
+        q: Any, k: Any, v: Any, past_key: Any, past_value: Any, positions: Any, doc_start: Any, window: int
+    ) -> Any:
         return opset.CachedAttention(q, k, v, past_key, past_value, positions, doc_start, window=window)
 
     def rms_norm(x: Any, weight: Any, eps: float) -> Any:

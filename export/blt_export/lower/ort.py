@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from blt_runtime.spec import GraphSpec
 
-from ..rewrite import Builder, dims, nodes, replace, required, static
+from ..rewrite import Builder, dims, nodes, replace, required, static, swap
 from ..translate import DOMAIN
 from . import portable
 from .common import check_lowered, lower_norms, lower_ropes
@@ -54,9 +54,13 @@ def lower(model: ir.Model, spec: GraphSpec) -> int:
     return count
 
 
-def _lower_attention(graph: ir.Graph, node: ir.Node, spec: GraphSpec,
-                     lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]],
-                     first: ir.Node) -> None:
+def _lower_attention(
+    graph: ir.Graph,
+    node: ir.Node,
+    spec: GraphSpec,
+    lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]],
+    first: ir.Node,
+) -> None:
     q, k, v, past_key, past_value, positions, doc_start = (required(value) for value in node.inputs)
     key = (positions.name, doc_start.name)
     if key not in lengths:
@@ -64,9 +68,20 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, spec: GraphSpec,
     b = Builder(graph, node)
     heads, head_size = static(q, 1), static(q, 3)
     packed_out, present_key, present_value = b.op(
-        "GroupQueryAttention", _packed(b, q), _packed(b, k), _packed(b, v), past_key, past_value, *lengths[key],
-        domain=CONTRIB, outputs=3, num_heads=heads, kv_num_heads=static(past_key, 1), do_rotary=0,
-        **_window(node, spec))
+        "GroupQueryAttention",
+        _packed(b, q),
+        _packed(b, k),
+        _packed(b, v),
+        past_key,
+        past_value,
+        *lengths[key],
+        domain=CONTRIB,
+        outputs=3,
+        num_heads=heads,
+        kv_num_heads=static(past_key, 1),
+        do_rotary=0,
+        attributes=_window(node, spec),
+    )
     _unpack(b, node.outputs[0], packed_out, heads, head_size)
     replace(node, [None, present_key, present_value])
 
@@ -92,13 +107,15 @@ def _packed(b: Builder, x_BHSK: ir.Value) -> ir.Value:
     node = x_BHSK.producer()
     if node is not None and (node.domain, node.op_type) == (DOMAIN, "Rope"):
         x, cos, sin = (required(value) for value in node.inputs)
-        return b.op("RotaryEmbedding", _packed(b, x), cos, sin, interleaved=1, num_heads=static(x_BHSK, 1))
+        packed: ir.Value = b.op("RotaryEmbedding", _packed(b, x), cos, sin, interleaved=1, num_heads=static(x_BHSK, 1))
+        return packed
     if node is not None and node.op_type == "Transpose" and _perm(node) == _SPLIT_HEADS:
         split = required(node.inputs[0]).producer()
         if split is not None and split.op_type == "Reshape" and len(dims(split.inputs[0]) or []) == 3:
             return required(split.inputs[0])
     x_BSHK = b.op("Transpose", x_BHSK, perm=_SPLIT_HEADS)
-    return b.op("Reshape", x_BSHK, b.const([0, 0, static(x_BHSK, 1) * static(x_BHSK, 3)]))
+    x_BSD: ir.Value = b.op("Reshape", x_BSHK, b.const([0, 0, static(x_BHSK, 1) * static(x_BHSK, 3)]))
+    return x_BSD
 
 
 def _unpack(b: Builder, out_BHSK: ir.Value, packed_BSD: ir.Value, heads: int, head_size: int) -> None:
@@ -112,8 +129,8 @@ def _unpack(b: Builder, out_BHSK: ir.Value, packed_BSD: ir.Value, heads: int, he
                 b.graph.remove(user, safe=True)
     if out_BHSK.uses() or out_BHSK.is_graph_output():
         x_BSHK = b.op("Reshape", packed_BSD, b.const([0, 0, heads, head_size]))
-        ir.convenience.replace_all_uses_with(out_BHSK, b.op("Transpose", x_BSHK, perm=_SPLIT_HEADS),
-                                             replace_graph_outputs=True)
+        split_BHSK = b.op("Transpose", x_BSHK, dtype=out_BHSK.dtype, shape=dims(out_BHSK), perm=_SPLIT_HEADS)
+        swap(out_BHSK, split_BHSK)
 
 
 def _perm(node: ir.Node) -> list[int]:

@@ -37,8 +37,9 @@ def lower(model: ir.Model, spec: GraphSpec) -> int:
     return count
 
 
-def _lower_attention(graph: ir.Graph, node: ir.Node, shared: dict[tuple[object, ...], tuple[ir.Value, ir.Value]],
-                     first: ir.Node) -> None:
+def _lower_attention(
+    graph: ir.Graph, node: ir.Node, shared: dict[tuple[object, ...], tuple[ir.Value, ir.Value]], first: ir.Node
+) -> None:
     q, k, v, past_key, past_value, positions, doc_start = (required(value) for value in node.inputs)
     capacity, window = static(past_key, 2), node.attributes["window"].as_int()
     key = (positions.name, doc_start.name, capacity, window)
@@ -52,8 +53,9 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, shared: dict[tuple[object, 
     replace(node, [out, present_key, present_value])
 
 
-def _slot_and_mask(b: Builder, positions_BS: ir.Value, doc_start_BS: ir.Value, capacity: int,
-                   window: int) -> tuple[ir.Value, ir.Value]:
+def _slot_and_mask(
+    b: Builder, positions_BS: ir.Value, doc_start_BS: ir.Value, capacity: int, window: int
+) -> tuple[ir.Value, ir.Value]:
     """First slot to write [B] and visibility [B, 1, S, C]."""
     slots_C = b.const(range(capacity))
     modulus = b.const(capacity)

@@ -33,12 +33,12 @@ def run(model: ir.Model) -> int:
 def _transposed(graph: ir.Graph, weight: ir.Value, order: tuple[int, ...]) -> ir.Value:
     source = weight.const_value
     assert source is not None
-    shape = ir.Shape([source.shape[axis] for axis in order])
+    shape = ir.Shape(np.array(source.shape)[list(order)].tolist())
     name = f"{weight.name}.T" if order == (1, 0) else f"{weight.name}.{''.join(map(str, order))}"
     if name in graph.initializers:
         return graph.initializers[name]
 
-    def compute() -> ir.Tensor:
+    def compute() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(source.numpy().transpose(order)), dtype=source.dtype, name=name)
 
     lazy = ir.LazyTensor(compute, dtype=source.dtype, shape=shape, name=name)

@@ -10,6 +10,8 @@ Requires: a captured graph. Ensures: names, element types and letters of the spe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from blt_runtime.spec import GraphSpec, TensorSpec
@@ -51,7 +53,7 @@ def _collect(letters: dict[str, str], value: ir.Value, tensor: TensorSpec) -> No
             letters.setdefault(size, want)
 
 
-def _rename(values: list[ir.Value], tensors: tuple[TensorSpec, ...]) -> None:
+def _rename(values: Sequence[ir.Value], tensors: tuple[TensorSpec, ...]) -> None:
     for value in values:
         value.name = None
     for value, tensor in zip(values, tensors, strict=True):

@@ -54,7 +54,7 @@ def _target(before: list[int | str], after: list[int | str]) -> list[int] | None
             target.append(0)
         else:
             target.append(-1)
-    return target if target.count(-1) <= 1 and not (0 in after) else None
+    return target if target.count(-1) <= 1 and 0 not in after else None
 
 
 def _merge(model: ir.Model) -> int:

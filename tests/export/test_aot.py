@@ -1,0 +1,64 @@
+"""The compile gate: TensorRT-RTX builds every portable graph; what it would refuse or ignore is an error here."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from blt_export import ExportReport, aot
+from blt_runtime.errors import CheckFailed, MissingExtra
+from blt_runtime.spec import GraphSpec, TensorSpec
+from tests.export.conftest import VARIANTS
+
+needs_tensorrt = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (extra aot)"
+)
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("graph", ["entropy", "encoder", "latent", "decoder"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_portable_graphs_compile(bundle_of: Callable[[str, str], ExportReport], variant: str, graph: str) -> None:
+    report = bundle_of(variant, "portable")
+    spec = report.manifest.spec.graphs[graph]
+    compiled = aot.compile_graph(report.path / f"{graph}.onnx", spec)
+    assert set(compiled.outputs) == {t.name for t in spec.outputs}
+    assert compiled.plan_bytes > 0
+
+
+def _one_node(path: Path, op_type: str, *, unused: bool = False) -> GraphSpec:
+    x, y = (ir.Value(name=n, shape=ir.Shape(["B", 4]), type=ir.TensorType(ir.DataType.FLOAT)) for n in "xy")
+    node = ir.node(op_type, [x], num_outputs=1)
+    node.outputs[0].name = "out"
+    node.outputs[0].dtype = ir.DataType.INT64 if op_type == "NonZero" else ir.DataType.FLOAT
+    node.outputs[0].shape = ir.Shape(["R", "N"] if op_type == "NonZero" else ["B", 4])
+    graph = ir.Graph([x, y] if unused else [x], node.outputs, nodes=[node], opset_imports={"": 24}, name="g")
+    ir.save(ir.Model(graph, ir_version=11), path)
+    tensors = tuple(TensorSpec(v.name or "", "float32", ("B", 4)) for v in graph.inputs)
+    return GraphSpec("g", tensors, (TensorSpec("out", "float32", ("B", 4)),), {}, None)
+
+
+@needs_tensorrt
+def test_a_refused_operator_is_named(tmp_path: Path) -> None:
+    spec = _one_node(tmp_path / "g.onnx", "NonZero")
+    with pytest.raises(CheckFailed, match=r"compile gate: g is refused: .*NonZero"):
+        aot.compile_graph(tmp_path / "g.onnx", spec)
+
+
+@needs_tensorrt
+def test_an_input_that_the_parser_does_not_see_is_named(tmp_path: Path) -> None:
+    spec = _one_node(tmp_path / "g.onnx", "Relu")
+    more = replace(spec, inputs=(*spec.inputs, TensorSpec("nonpad", "int64", ("B",))))
+    with pytest.raises(CheckFailed, match="g ignores its inputs nonpad"):
+        aot.compile_graph(tmp_path / "g.onnx", more)
+
+
+def test_without_tensorrt_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingExtra, match="blt-lm\\[aot\\]"):
+        aot.compile_graph("unused.onnx", GraphSpec("g", (), (), {}, None))

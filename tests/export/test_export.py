@@ -1,0 +1,142 @@
+"""The whole export: both flavours of one capture agree with PyTorch, and a bundle appears only when all went well."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+import blt_export
+from blt_export import ExportReport, bundle, pipeline
+from blt_export.rewrite import op_counts
+from blt_runtime.bundle import Bundle
+from blt_runtime.errors import CheckFailed, CheckpointError, UsageError
+from tests.export.conftest import FLAVOURS, VARIANTS, MakeJob
+from tests.tiny import tiny
+
+BundleOf = Callable[[str, str], ExportReport]
+OUTPUTS = {"entropy.entropy", "entropy.logits", "encoder.byte_states", "latent.patch_kv", "decoder.logits"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_output_agrees_with_pytorch(bundle_of: BundleOf, variant: str, flavour: str) -> None:
+    report = bundle_of(variant, flavour)
+    assert {row.output for row in report.parity} == OUTPUTS
+    for row in report.parity:
+        assert 0 < row.max_abs_error <= row.tolerance == 2e-5
+        assert row.positions >= 50
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_bundle_opens_and_says_what_it_is(bundle_of: BundleOf, variant: str, flavour: str) -> None:
+    report = bundle_of(variant, flavour)
+    opened = Bundle.open(report.path, verify="full")
+    assert opened.manifest == report.manifest
+    assert opened.manifest.flavour == flavour
+    assert opened.manifest.spec.chunk_crosses_documents == (flavour == "portable")
+    tables, own = opened.hash_tables(), tiny(variant).require_blt()[0].hash_embedding
+    assert tables is not None
+    assert own is not None
+    np.testing.assert_array_equal(tables, own.tables.weight.detach().numpy())
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_graphs_have_the_names_shapes_and_operators_they_promise(bundle_of: BundleOf, flavour: str) -> None:
+    report = bundle_of(VARIANTS[1], flavour)
+    for name, spec in report.manifest.spec.graphs.items():
+        graph = ir.load(report.path / f"{name}.onnx").graph
+        assert [v.name for v in graph.inputs] == [t.name for t in spec.inputs]
+        assert [v.name for v in graph.outputs] == [t.name for t in spec.outputs]
+        for v, t in zip((*graph.inputs, *graph.outputs), (*spec.inputs, *spec.outputs), strict=True):
+            assert [d if isinstance(d, int) else d.value for d in v.shape] == list(t.shape)
+        assert {node.domain for node in graph} <= ({"", "com.microsoft"} if flavour == "ort" else {""})
+        for node in graph:
+            if node.op_type == "MatMul" and node.inputs[1].const_value is not None:
+                assert node.inputs[1].name.endswith(".weight.T")
+
+
+def test_both_flavours_come_from_one_capture(make_job: MakeJob, bundle_of: BundleOf) -> None:
+    for flavour in FLAVOURS:
+        bundle_of(VARIANTS[0], flavour)
+    captured = make_job(VARIANTS[0], "ort").captured
+    assert set(captured) == {"entropy", "encoder", "latent", "decoder"}
+    for model in captured.values():  # still bare: lowering worked on copies
+        assert op_counts(model)["blt.CachedAttention"] == 2
+
+
+def test_each_step_says_what_it_changed(make_job: MakeJob, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+    with caplog.at_level(logging.INFO, logger="blt_export"):
+        report = pipeline.run(make_job(VARIANTS[0], "ort"), tmp_path / "b", progress=seen.append)
+    assert seen == [step.name for step in pipeline.STEPS] == [step.name for step in report.steps]
+    assert all(step.changed for step in report.steps)
+    assert "+2 com.microsoft.GroupQueryAttention" in caplog.text
+
+
+def test_a_wrong_weight_fails_parity_and_leaves_no_bundle(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = bundle.write_graph
+
+    def corrupt(model: ir.Model, folder: Path, name: str) -> Path:
+        path = written(model, folder, name)
+        if name == "decoder":
+            weights = np.memmap(folder / "decoder.weights", np.float32, "r+")
+            weights[np.flatnonzero(weights)[100:132]] += 0.05
+        return path
+
+    monkeypatch.setattr(bundle, "write_graph", corrupt)
+    with pytest.raises(CheckFailed, match=r"decoder\.logits differs from PyTorch by .* \(tolerance 2e-05\)"):
+        pipeline.run(make_job(VARIANTS[0], "ort"), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_check_writes_no_parity_rows(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(VARIANTS[0], "ort")
+    job.check = False
+    assert pipeline.run(job, tmp_path / "b").parity == ()
+
+
+def test_an_older_bundle_is_replaced_only_by_force(make_job: MakeJob, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    job = make_job(VARIANTS[0], "ort")
+    job.check = False
+    pipeline.run(job, out)
+    (out / "stale").write_text("x")
+    with pytest.raises(UsageError, match="holds a bundle already"):
+        pipeline.run(job, out)
+    pipeline.run(job, out, force=True)
+    assert not (out / "stale").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match="is not a bundle; give a new folder"):
+        bundle.check_target(tmp_path, force=True)
+
+
+def test_bad_arguments() -> None:
+    checkpoint = tiny(VARIANTS[0])
+    with pytest.raises(UsageError, match="int8 is not supported yet"):
+        blt_export.export(checkpoint, "unused", precision="int8")
+    with pytest.raises(UsageError, match="precision 'fp31'"):
+        blt_export.export(checkpoint, "unused", precision="fp31")
+    with pytest.raises(UsageError, match="choose one of ort, portable"):
+        blt_export.export(checkpoint, "unused", flavour="onnx")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        blt_export.export("no/such/model.pt", "unused")
+
+
+def test_hash_tables_are_written_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "_BLOCK", 4 * 3 * 5)
+    weight = torch.randn(17, 3, dtype=torch.float64)
+    path = bundle.write_hash_tables(weight, tmp_path)
+    np.testing.assert_array_equal(np.load(path, allow_pickle=False), weight.float().numpy())

@@ -1,0 +1,165 @@
+"""Each lowering of cached attention, rotary embedding and norm against the operators' own eager semantics.
+
+One small module that has nothing else in it, driven step after step: single tokens and chunks, rings that wrap,
+documents that begin inside the row, rows of a batch at different positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blt.model import ops
+from blt_export import capture
+from blt_export.lower import ort, portable
+from blt_export.parity import GraphRun
+from blt_export.passes import cleanup, fix_capacity, fold_constants, name_io
+from blt_export.rewrite import op_counts
+from blt_runtime.spec import CacheSpec, GraphSpec, TensorSpec
+
+HEADS, GROUPS, SIZE, WINDOW, ROWS = 4, 2, 8, 16, 512
+LOWER = {"portable": portable.lower, "ort": ort.lower}
+TOLERANCE = 5e-6
+
+
+class Attend(nn.Module):
+    """x [B, S, heads + 2 groups, K] -> attention output, caches: norm, rotation, attention, nothing else."""
+
+    def __init__(self, window: int, size: int) -> None:
+        super().__init__()
+        self.window, self.weight = window, nn.Parameter(torch.linspace(0.5, 1.5, size))
+        angle = torch.arange(ROWS)[:, None] * torch.logspace(0, -2, size // 2)
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
+
+    def forward(
+        self, x: Tensor, positions: Tensor, doc_start: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, ...]:
+        q, k, v = ops.rms_norm(x, self.weight, 1e-5).transpose(1, 2).split([HEADS, GROUPS, GROUPS], 1)
+        cos, sin = self.cos[positions], self.sin[positions]
+        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        return ops.cached_attention(q, k, v, key, value, positions, doc_start, self.window)
+
+
+def spec_of(kind: str, capacity: int, window: int, size: int) -> GraphSpec:
+    cache_shape = ("B", GROUPS, capacity, size)
+    return GraphSpec(
+        "attend",
+        (TensorSpec("x", "float32", ("B", "S", HEADS + 2 * GROUPS, size)), TensorSpec("positions", "int64", ("B", "S")),
+         TensorSpec("doc_start", "int64", ("B", "S")), TensorSpec("past_key.0", "float32", cache_shape),
+         TensorSpec("past_value.0", "float32", cache_shape)),
+        (TensorSpec("out", "float32", ("B", HEADS, "S", size)), TensorSpec("present_key.0", "float32", cache_shape),
+         TensorSpec("present_value.0", "float32", cache_shape)),
+        {"present_key.0": "past_key.0", "present_value.0": "past_value.0"},
+        CacheSpec(kind, capacity, window or None, 1),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@cache
+def captured(window: int, size: int) -> tuple[Attend, ir.Model]:
+    module = Attend(window, size)
+    return module, capture.capture(module, spec_of("linear", ROWS, window, size))
+
+
+@dataclass
+class Case:
+    flavour: str
+    spec: GraphSpec
+    window: int
+    size: int = SIZE
+
+    def lowered(self) -> ir.Model:
+        model = captured(self.window, self.size)[1].clone()
+        name_io.run(model, self.spec)
+        fix_capacity.run(model, self.spec)
+        fold_constants.run(model)
+        LOWER[self.flavour](model, self.spec)
+        cleanup.run(model)
+        return model
+
+    def check(self, folder: Path, start_BN: np.ndarray, positions_BN: np.ndarray, calls: list[int]) -> None:
+        """Run the calls against eager attention with a cache that holds everything; assert they agree throughout."""
+        path = folder / "attend.onnx"
+        ir.save(self.lowered(), path)
+        rows = start_BN.shape[0]
+        run, module = GraphRun(path, self.spec, rows), captured(self.window, self.size)[0]
+        past = [torch.zeros(rows, GROUPS, ROWS, self.size) for _ in range(2)]
+        rng = np.random.default_rng(0)
+        at = 0
+        for count in calls:
+            part = slice(at, at + count)
+            x = rng.standard_normal((rows, count, HEADS + 2 * GROUPS, self.size), np.float32)
+            place = {"positions": positions_BN[:, part].copy(), "doc_start": start_BN[:, part].copy()}
+            with torch.no_grad():
+                out, *past = module(*map(torch.from_numpy, (x, *place.values())), *past)
+            got = run({"x": x, **place})["out"]
+            np.testing.assert_allclose(got, out.numpy(), atol=TOLERANCE, err_msg=f"call at {at} of {count}")
+            at += count
+        assert at == start_BN.shape[1]
+
+
+def starts(n: int, *documents: int) -> np.ndarray:
+    """doc_start of a row whose documents begin at 0 and at `documents`."""
+    start = np.zeros(n, np.int64)
+    for document in documents:
+        start[document:] = document
+    return start
+
+
+RING = spec_of("ring", 64, WINDOW, SIZE)
+EVICTING = spec_of("window", 24, WINDOW, SIZE)
+LINEAR = spec_of("linear", 320, 0, SIZE)
+LINEAR_WINDOW = spec_of("linear", 320, WINDOW, SIZE)
+
+
+CASES = [
+    pytest.param(Case("portable", RING, WINDOW), [7, 64, 113], [7, 1, 1, 3, 36, 16, 1, 48, 15, *[1] * 130], id="ring"),
+    pytest.param(Case("portable", LINEAR, 0), [40], [1, 1, 37, 1, 60, *[1] * 50], id="portable-linear"),
+    pytest.param(Case("ort", EVICTING, WINDOW), [7, 64, 113], [7, 1, 1, 40, 15, 1, 30, 18, *[1] * 140], id="evicting"),
+    pytest.param(Case("ort", LINEAR, 0), [40], [1, 1, 38, 1, 60, *[1] * 50], id="ort-linear"),
+    pytest.param(Case("ort", LINEAR_WINDOW, WINDOW), [40], [1, 1, 38, 1, 60, *[1] * 50], id="ort-linear-window"),
+]
+
+
+@pytest.mark.parametrize(("case", "documents", "calls"), CASES)
+def test_agrees_with_eager_over_many_calls(case: Case, documents: list[int], calls: list[int], tmp_path: Path) -> None:
+    n = sum(calls)
+    case.check(tmp_path, starts(n, *documents)[None], np.arange(n)[None], calls)
+
+
+@pytest.mark.parametrize(
+    "case", [Case("portable", RING, WINDOW), Case("ort", EVICTING, WINDOW), Case("ort", LINEAR, 0)]
+)
+def test_rows_of_a_batch_may_begin_documents_at_different_places(case: Case, tmp_path: Path) -> None:
+    start = np.stack([starts(120, 9, 70), starts(120, 31), starts(120)])
+    case.check(tmp_path, start, np.tile(np.arange(120), (3, 1)), [1] * 120)
+
+
+def test_heads_that_grouped_query_attention_refuses_get_the_portable_lowering(tmp_path: Path) -> None:
+    case = Case("ort", spec_of("ring", 64, WINDOW, 4), WINDOW, size=4)
+    counts = op_counts(case.lowered())
+    assert counts["com.microsoft.GroupQueryAttention"] == 0
+    assert counts["TensorScatter"] == 2
+    case.check(tmp_path, starts(100, 30)[None], np.arange(100)[None], [1] * 40 + [24] + [1] * 36)
+
+
+def test_ort_packs_heads_without_transposing(make_job, bundle_of) -> None:  # type: ignore[no-untyped-def]
+    report = bundle_of("all_layers_gqa_projection", "ort")
+    for name in ("entropy", "encoder"):
+        counts = op_counts(ir.load(report.path / f"{name}.onnx"))
+        assert counts["com.microsoft.GroupQueryAttention"] == 2
+        assert counts["Transpose"] == 0
+
+
+def test_the_mask_is_computed_once_a_graph(bundle_of) -> None:  # type: ignore[no-untyped-def]
+    counts = op_counts(ir.load(bundle_of("all_layers_gqa_projection", "portable").path / "entropy.onnx"))
+    assert counts["Attention"] == 2
+    assert counts["LessOrEqual"] == counts["GreaterOrEqual"] == 1
+    assert counts["Gather"] == 5  # bytes, two rotary tables, first and last position
