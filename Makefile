@@ -5,8 +5,6 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PROMPT ?= The
 NEW    ?= 600
-# One thread: the shipped model is small, and on two busy cores a second one cost a factor of 6 (280 against 42 bytes/s).
-THREADS ?= 1
 
 BIN    := $(VENV)/bin
 MODEL  := configs/demo/model.pt
@@ -26,7 +24,7 @@ help:
 demo: $(BUNDLE)/manifest.json
 	@$(BIN)/blt inspect $(BUNDLE)
 	@echo; printf '%s' "$(PROMPT)"
-	@$(BIN)/blt generate $(BUNDLE) "$(PROMPT)" -n $(NEW) --seed 1 --threads $(THREADS) --stats
+	@$(BIN)/blt generate $(BUNDLE) "$(PROMPT)" -n $(NEW) --seed 1 --stats
 	@echo
 
 $(BUNDLE)/manifest.json: $(MODEL) $(VENV)/.demo
