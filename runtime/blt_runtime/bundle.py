@@ -44,7 +44,8 @@ class Bundle:
             raise UsageError(f"verify must be 'auto', 'full' or 'sizes', not {verify!r}")
         folder = Path(path)
         if not folder.is_dir():
-            raise BundleError(f"{folder} is not a bundle: there is no such folder")
+            reason = "it is a file, not a folder" if folder.exists() else "there is no such folder"
+            raise BundleError(f"{folder} is not a bundle: {reason}")
         if not (folder / manifests.FILE_NAME).is_file():
             raise BundleError(f"{folder} is not a bundle: it has no {manifests.FILE_NAME}")
         bundle = cls(folder, manifests.read(folder / manifests.FILE_NAME))

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from .errors import BltError, ConfigError
+from .errors import BltError, ConfigError, nearest
 from .patching import PatchRule
 from .records import from_dict, to_dict
 
 GRAPHS = ("entropy", "encoder", "latent", "decoder")
+LETTERS = "BSNPLR"
+DTYPE_BYTES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 CacheKind = Literal["ring", "window", "linear"]
 
 
@@ -28,6 +30,13 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"tensor {self.name!r} has the type {self.dtype!r}: {nearest(self.dtype, DTYPE_BYTES)}")
+        for size in self.shape:
+            if size not in LETTERS if isinstance(size, str) else size < 0:
+                raise ConfigError(f"tensor {self.name!r} has the size {size!r}, not a number or one of {LETTERS}")
 
     def resolve(self, **sizes: int) -> tuple[int, ...]:
         """The shape with the letters replaced. Raises KeyError for a letter that is not given."""
@@ -91,9 +100,8 @@ class GraphSpec:
 
     def cache_bytes(self) -> int:
         """Bytes of the caches of one stream."""
-        widths = {"float32": 4, "float16": 2, "bfloat16": 2}
         names = set(self.aliases.values())
-        return sum(math.prod(t.resolve(B=1)) * widths[t.dtype] for t in self.inputs if t.name in names)
+        return sum(math.prod(t.resolve(B=1)) * DTYPE_BYTES[t.dtype] for t in self.inputs if t.name in names)
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,9 @@ class ModelSpec:
     graphs: dict[str, GraphSpec]
 
     def __post_init__(self) -> None:
+        for name, graph in self.graphs.items():
+            if name != graph.name:
+                raise ConfigError(f"the graph {graph.name!r} is listed as {name!r}")
         for name in GRAPHS[1:]:
             if name not in self.graphs:
                 raise ConfigError(f"the model lacks the graph {name!r}")

@@ -71,6 +71,20 @@ def spec_with(**changes: object) -> Callable[[Path], None]:
     return lambda folder: edit(folder, spec={**json.loads((folder / "manifest.json").read_text())["spec"], **changes})
 
 
+def spec_graph(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        spec = json.loads((folder / "manifest.json").read_text())["spec"]
+        spec["graphs"]["encoder"].update(changes)
+        edit(folder, spec=spec)
+
+    return damage
+
+
+def spec_tensor(**changes: object) -> Callable[[Path], None]:
+    tensor = {"name": "ids", "dtype": "int64", "shape": ["B", "S"], **changes}
+    return spec_graph(inputs=[tensor], aliases={})
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), BundleError, "has no manifest.json"),
     "missing file": (lambda f: (f / "decoder.onnx").unlink(), BundleError, "decoder.onnx is missing"),
@@ -108,6 +122,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     ),
     "unknown spec key": (spec_with(chunks=3), ManifestError, "did you mean 'chunk'"),
     "bad capacity": (spec_with(capacity_bytes=0), ManifestError, "capacity_bytes must be at least 1"),
+    "bad graph": (spec_graph(name="other"), ManifestError, "is listed as 'encoder'"),
+    "bad dtype": (spec_tensor(dtype="float99"), ManifestError, "float99"),
+    "bad letter": (spec_tensor(shape=["B", "Q"]), ManifestError, "'Q'"),
     "bad rule": (spec_with(patch_rule={"scheme": "entropy"}), ManifestError, "threshold"),
 }
 
@@ -127,6 +144,9 @@ def test_damage_is_one_quick_line(folder: Path, kind: str) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such folder"):
         Bundle.open(tmp_path / "nothing")
+    (tmp_path / "model.pt").write_bytes(b"x")
+    with pytest.raises(BundleError, match="it is a file"):
+        Bundle.open(tmp_path / "model.pt")
 
 
 def retable(folder: Path, content: object) -> None:

@@ -62,6 +62,7 @@ SPECS = {
     "newlines, ring": null_spec(PatchRule("entropy", threshold=3.5, reset_newlines=True)),
     "monotonic": null_spec(PatchRule("entropy", threshold=0.5, monotonic=True, max_patch_length=5)),
     "long patches": null_spec(PatchRule("entropy", threshold=4.9), chunk=32, slack=32),
+    "huge patches": null_spec(PatchRule("static", patch_size=70), encoder_window=2),
     "space": null_spec(PatchRule("space"), entropy=False),
     "static": null_spec(PatchRule("static", patch_size=3), hash=HASH),
     "no latent mask": null_spec(latent_document_mask=False, local_kind="window"),
@@ -121,6 +122,18 @@ def test_any_sequence_of_calls(data: st.DataObject) -> None:
             stream.rewind(data.draw(st.integers(0, stream.position - 1)))
             ids = ids[: stream.position]
         assert_is_truth(stream, ids)
+
+
+def test_latent_calls_are_cut_to_their_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(100)
+    spec = null_spec(chunk=64, slack=64)
+    whole = model_of(spec)
+    whole.score(ids)
+    monkeypatch.setattr("blt_runtime.prefill.GATHER_BYTES", 200)
+    cut = model_of(spec)
+    score = cut.score(ids)
+    assert cut.backend.calls["latent"] > 2 * whole.backend.calls["latent"]
+    np.testing.assert_array_equal(score.logits, compute(spec, ids).logits.astype(np.float32))
 
 
 def test_a_short_rewind_replays_only_the_tail() -> None:

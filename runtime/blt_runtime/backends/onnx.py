@@ -95,7 +95,7 @@ class OnnxBackend:
             raise BackendError(f"onnxruntime refuses {path.name}: {_first_line(error)}") from error
         if session.get_providers()[0] != self._providers[0]:
             raise BackendError(
-                f"{self._providers[0]} did not load for {path.name}; it would run on {session.get_providers()[0]}"
+                f"{self._providers[0]} did not load for {path.name}: only {session.get_providers()[0]} did"
             )
         return OnnxSession(session, bundle.manifest.spec.graphs[group])
 
