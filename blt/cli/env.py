@@ -30,7 +30,7 @@ def _version(package: str) -> str | None:
 def _memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):  # not POSIX
+    except (AttributeError, ValueError, OSError):  # not POSIX
         return None
 
 

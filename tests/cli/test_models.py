@@ -132,6 +132,15 @@ def test_score_is_the_same_on_both(blt: Call, checkpoint: Path, bundle: Path, tm
     assert np.abs(a["entropies"] - b["entropies"]).max() < 2e-5
 
 
+def test_a_checkpoint_runs_on_onnx_through_a_temporary_bundle(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    for backend in ("torch", "onnx"):
+        options = ["--backend", backend, "--npz", tmp_path / f"{backend}.npz"]
+        assert blt("score", checkpoint, tmp_path / "text", *options).code == 0
+    a, b = np.load(tmp_path / "torch.npz"), np.load(tmp_path / "onnx.npz")
+    assert 0 < np.abs(a["logits"] - b["logits"]).max() < 2e-5  # not the same code, and the same result
+
+
 def test_score_takes_ids_and_patches_as_they_are(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
     ids, lengths = np.array([1, 70, 2, 71, 72]), np.array([1, 2, 3])
     np.save(tmp_path / "ids.npy", ids)
