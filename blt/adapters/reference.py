@@ -199,11 +199,12 @@ def patch_rule(params: Mapping[str, Any]) -> PatchRule:
     if scheme not in ("entropy", "space", "static", "byte", "bpe"):
         raise CheckpointError(f"params.json: patching_mode {scheme!r} is not supported")
     is_entropy = scheme == "entropy"
+    monotonic = is_entropy and bool(args.get("monotonicity"))  # it wins over threshold_add
     return PatchRule(
         scheme=cast(Scheme, scheme),
         threshold=args["threshold"] if is_entropy else None,
-        threshold_add=args.get("threshold_add") if is_entropy else None,
-        monotonic=bool(args.get("monotonicity")) and is_entropy,
+        threshold_add=args.get("threshold_add") if is_entropy and not monotonic else None,
+        monotonic=monotonic,
         patch_size=int(args["patch_size"]) if scheme == "static" else None,
         max_patch_length=args.get("max_patch_length"),
     )
