@@ -3,7 +3,9 @@
 The reference makes one call per graph over the whole sequence; the graphs make many calls, single steps and chunks,
 with their own caches. Each graph is fed the reference's intermediate values, so that an error is that graph's own.
 
-Error of an output: max |got - want| / max(1, |want|). A number that is not finite counts as infinite error.
+Error of an output: max |got - want| / max(1, |want|), where |want| is the largest of the vector (logits of a position,
+state of a byte): rounding errors of a product are as large as its largest terms allow, in every element of it.
+A number that is not finite counts as infinite error.
 """
 
 from __future__ import annotations
@@ -157,7 +159,8 @@ class GraphRun:
 def _error(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
     if got.shape != want.shape or not np.isfinite(got).all():
         return math.inf
-    return float((np.abs(got - want) / np.maximum(1.0, np.abs(want))).max(initial=0.0))
+    size = np.abs(want) if want.ndim == 2 else np.abs(want).max(-1, keepdims=True)
+    return float((np.abs(got - want) / np.maximum(1.0, size)).max(initial=0.0))
 
 
 def _demand(rows: list[Parity]) -> None:
