@@ -20,6 +20,8 @@ from blt_runtime.spec import GraphSpec, TensorSpec
 
 from .translate import translation_table
 
+log = logging.getLogger("blt_export")
+
 OPSET = 24
 
 # Different sizes, so that two letters which happen to be equal are not taken for one.
@@ -37,19 +39,41 @@ def capture(module: nn.Module, spec: GraphSpec) -> ir.Model:
     shapes = tuple(_dynamic(t, sizes) for t in spec.inputs)
     with _quiet(), torch.no_grad():
         program = torch.export.export(_Flat(module).eval(), (arguments,), dynamic_shapes=(shapes,), strict=False)
-        result = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            verbose=False,
-            optimize=False,
-            custom_translation_table=translation_table(),
-        )
+        model = _to_onnx(program)
+    for name in list(model.graph.initializers):
+        _rename(model.graph, name, name.removeprefix(_PREFIX))
+    return model
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
+    """Translate the program as it was traced; decompose its operators only if one of them has no translation.
+
+    The exporter always decomposes first, which traces the program twice more and takes nearly half of the time
+    (10.5 against 5.7 s for a model of two layers a stage). Its own translations cover what we use undecomposed, with
+    the few in `translate` that it lacks; the graphs after the passes are the same.
+    """
+    program.run_decompositions = lambda *_, **__: program
+    try:
+        return _export(program)
+    except torch.onnx.OnnxExporterError as error:
+        log.debug("decomposing first: %s", str(error).splitlines()[-1])
+    del program.run_decompositions
+    return _export(program)
+
+
+def _export(program: torch.export.ExportedProgram) -> ir.Model:
+    result = torch.onnx.export(
+        program,
+        (),
+        dynamo=True,
+        opset_version=OPSET,
+        verbose=False,
+        optimize=False,
+        custom_translation_table=translation_table(),
+    )
     assert result is not None
-    for name in list(result.model.graph.initializers):
-        _rename(result.model.graph, name, name.removeprefix(_PREFIX))
-    return result.model
+    model: ir.Model = result.model
+    return model
 
 
 def _rename(graph: ir.Graph, old: str, new: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import onnx
 import torch
+from onnxscript import opset18
 from onnxscript.values import Opset
 
 import blt.model.ops  # noqa: F401  (registers torch.ops.blt)
@@ -61,6 +62,27 @@ def register_schemas() -> None:
             onnx.defs.register_schema(_schema(name))
 
 
+def _to_dtype(x: Any, dtype: int, *_: Any) -> Any:
+    return opset18.Cast(x, to=dtype)
+
+
+def _and(a: Any, b: Any) -> Any:
+    return opset18.And(a, b)
+
+
+def _or(a: Any, b: Any) -> Any:
+    return opset18.Or(a, b)
+
+
+_UNDECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.to.dtype: _to_dtype,
+    torch.ops.aten.__and__.Tensor: _and,
+    torch.ops.aten.__or__.Tensor: _or,
+}
+"""Operators of a program as traced that torch.onnx translates only after decomposing them. `&` and `|` are used on
+booleans only."""
+
+
 @functools.cache
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """`custom_translation_table` for `torch.onnx.export`: one bare node per custom operator."""
@@ -80,6 +102,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     ops = torch.ops.blt
     return {
+        **_UNDECOMPOSED,
         ops.cached_attention.default: cached_attention,
         ops.rms_norm.default: rms_norm,
         ops.rope.default: rope,
