@@ -37,7 +37,8 @@ def _block_attend(document_BN: Tensor, window: int) -> Attend:
     mask = (near_W2W & (own_BJW[..., None] == both_BJ2W[:, :, None])).flatten(0, 1)
 
     def blocks(x_BHNK: Tensor) -> Tensor:
-        return F.pad(x_BHNK, (0, 0, 0, pad)).unflatten(2, (-1, window)).transpose(1, 2)
+        blocks_BJHWK: Tensor = F.pad(x_BHNK, (0, 0, 0, pad)).unflatten(2, (-1, window)).transpose(1, 2)
+        return blocks_BJHWK
 
     def with_previous(x_BGNK: Tensor) -> Tensor:
         own_BJGWK = blocks(x_BGNK)
@@ -46,6 +47,7 @@ def _block_attend(document_BN: Tensor, window: int) -> Attend:
 
     def attend(q_BHNK: Tensor, k_BGNK: Tensor, v_BGNK: Tensor) -> Tensor:
         out = ops.attend_dense(blocks(q_BHNK).flatten(0, 1), with_previous(k_BGNK), with_previous(v_BGNK), mask)
-        return out.unflatten(0, (q_BHNK.shape[0], -1)).transpose(1, 2).flatten(2, 3)[:, :, :n]
+        rows_BHNK: Tensor = out.unflatten(0, (q_BHNK.shape[0], -1)).transpose(1, 2).flatten(2, 3)[:, :, :n]
+        return rows_BHNK
 
     return attend

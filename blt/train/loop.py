@@ -176,11 +176,12 @@ def _same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
 def _determinism(wanted: bool) -> Iterator[None]:
     """Deterministic kernels while inside, without that mode's filling of fresh memory (it costs time alone)."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = deterministic.fill_uninitialized_memory
+    settings: Any = deterministic  # a property that the type stubs do not know
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(wanted)
-    deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
