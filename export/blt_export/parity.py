@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from blt.checkpoint import Checkpoint
+from blt_runtime.backends.onnx import load_library
 from blt_runtime.errors import CheckFailed
 from blt_runtime.manifest import Parity
 from blt_runtime.spec import GraphSpec, ModelSpec, TensorSpec
@@ -29,6 +30,7 @@ from blt_runtime.spec import GraphSpec, ModelSpec, TensorSpec
 from .parity_plan import Plan, graph_calls, make_plan
 
 TOLERANCE = {"fp32": 2e-5}
+MIN_ONNXRUNTIME = "1.30"
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -131,8 +133,7 @@ class GraphRun:
     """One graph with its caches on ONNX Runtime's CPU provider; present and past are the same memory."""
 
     def __init__(self, path: Path, graph: GraphSpec, rows: int = 1) -> None:
-        import onnxruntime
-
+        onnxruntime = load_library(MIN_ONNXRUNTIME)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

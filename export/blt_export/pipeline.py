@@ -44,7 +44,6 @@ log = logging.getLogger("blt_export")
 
 PRECISIONS = ("fp32",)
 LATER = ("fp16", "bf16", "int8", "int4")
-MIN_ONNXRUNTIME = "1.30"
 Progress = Callable[[str], None]
 
 
@@ -120,7 +119,7 @@ def each(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[Job], str]:
             try:
                 run(model, job.spec.graphs[name])
             except ValueError as error:
-                raise BltError(f"cannot export this model: graph {name}: {error}") from error
+                raise ValueError(f"graph {name}: {error}") from error
             changes.append(f"{name}: {diff(before, op_counts(model))}")
         return "; ".join(changes)
 
@@ -141,7 +140,10 @@ def make_modules(job: Job) -> str:
 def capture_graphs(job: Job) -> str:
     for name, graph in job.spec.graphs.items():
         if name not in job.captured:
-            job.captured[name] = capture.capture(job.modules[name], graph)
+            try:
+                job.captured[name] = capture.capture(job.modules[name], graph)
+            except RuntimeError as error:
+                raise RuntimeError(f"graph {name}: {error}") from error
         job.graphs[name] = job.captured[name].clone()
     return ", ".join(f"{name}: {len(model.graph)} nodes" for name, model in job.graphs.items())
 
@@ -182,7 +184,7 @@ def write_manifest(job: Job) -> str:
         flavour=job.flavour,
         precision=job.precision,
         opset=capture.OPSET,
-        min_onnxruntime=MIN_ONNXRUNTIME,
+        min_onnxruntime=parity.MIN_ONNXRUNTIME,
         config=configurations(job.checkpoint),
         spec=job.spec,
         graphs={name: FileRef(path.name) for name, path in job.files.items()},
@@ -242,18 +244,28 @@ def export(
 
 def run(job: Job, out: Path, force: bool = False, progress: Progress | None = None) -> ExportReport:
     """All steps, in order, into a folder that becomes `out` at the end."""
-    reports = []
+    reports: list[StepReport] = []
     with bundle.staged(out, force) as job.folder:
         for step in STEPS:
             if progress is not None:
                 progress(step.name)
             started = time.perf_counter()
-            changed = step.run(job)
+            changed = _run_step(step, job, reports)
             reports.append(StepReport(step.name, changed, time.perf_counter() - started))
             log.info("%s (%.2f s): %s", step.name, reports[-1].seconds, changed)
     assert job.manifest is not None
     nodes = {name: len(model.graph) for name, model in job.graphs.items()}
     return ExportReport(out, job.manifest, job.parity.near_threshold, nodes, tuple(reports))
+
+
+def _run_step(step: Step, job: Job, before: list[StepReport]) -> str:
+    """An error that a step did not expect names the step and the one before it."""
+    try:
+        return step.run(job)
+    except (ValueError, RuntimeError) as error:
+        where = f"step {step.name!r}" + (f" (after {before[-1].name!r})" if before else "")
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BltError(f"cannot export this model: {where}: {reason}; please report it") from error
 
 
 def make_job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 import blt_export
-from blt_export import ExportReport, bundle, pipeline
+from blt_export import ExportReport, bundle, capture, pipeline
 from blt_export.rewrite import op_counts
 from blt_runtime.bundle import Bundle
-from blt_runtime.errors import CheckFailed, CheckpointError, UsageError
+from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
 from tests.export.conftest import FLAVOURS, VARIANTS, MakeJob
 from tests.tiny import tiny
 
@@ -140,3 +141,27 @@ def test_hash_tables_are_written_block_by_block(tmp_path: Path, monkeypatch: pyt
     weight = torch.randn(17, 3, dtype=torch.float64)
     path = bundle.write_hash_tables(weight, tmp_path)
     np.testing.assert_array_equal(np.load(path, allow_pickle=False), weight.float().numpy())
+
+
+def test_an_error_names_the_graph_the_step_and_the_one_before(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(VARIANTS[0], "ort")
+    graph = job.spec.graphs["latent"]
+    monkeypatch.setitem(job.spec.graphs, "latent", replace(graph, outputs=graph.outputs[:-1], aliases={}))
+    with pytest.raises(BltError, match=r"'name inputs and outputs' \(after 'capture'\): graph latent: .* has 5 values"):
+        pipeline.run(job, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_cannot_be_traced_is_named(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> ir.Model:
+        raise RuntimeError("data-dependent branch")
+
+    job = make_job(VARIANTS[0], "ort")
+    job.captured = {}
+    monkeypatch.setattr(capture, "capture", refuse)
+    with pytest.raises(BltError, match=r"step 'capture' .*: graph encoder: data-dependent branch"):
+        pipeline.run(job, tmp_path / "b")

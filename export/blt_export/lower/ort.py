@@ -20,6 +20,8 @@ Letters: B rows, S positions of this call, H heads, G key/value heads, K head si
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import onnx_ir as ir
 
@@ -29,6 +31,8 @@ from ..rewrite import Builder, dims, nodes, replace, required, static, swap
 from ..translate import DOMAIN
 from . import portable
 from .common import check_lowered, lower_norms, lower_ropes
+
+log = logging.getLogger("blt_export")
 
 CONTRIB = "com.microsoft"
 _SPLIT_HEADS = [0, 2, 1, 3]
@@ -43,6 +47,7 @@ def takes(spec: GraphSpec) -> bool:
 def lower(model: ir.Model, spec: GraphSpec) -> int:
     """Replace every `blt` operator; returns how many."""
     if not takes(spec):
+        log.info("%s: GroupQueryAttention takes heads of 8, 16, ... numbers: lowered as portable", spec.name)
         return portable.lower(model, spec)
     model.graph.opset_imports[CONTRIB] = 1
     lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]] = {}
