@@ -3,9 +3,9 @@
 Definition used for training. Each document (BOS, bytes, EOS) is evaluated alone, in float32. One that is longer than a
 row of 4 windows is cut into pieces that overlap by one window, and the overlap's entropies come from the earlier piece.
 So every token has at least a full window of its own document in front of it, as in generation; what the deeper layers
-know of the text before that window starts afresh with the piece. Reading on to the exact receptive field,
-n_layers x window, would cost n_layers / 4 as much again; this costs a third, and boundaries change for few tokens (a
-test bounds the difference).
+know of the text before that window starts afresh with the piece (a test bounds what that changes; one layer is exact).
+The overlap costs a third. Pieces that overlap by the whole receptive field, n_layers x window, would be exact and cost
+n_layers times that.
 
 Entropies are stored, not boundaries: another threshold or rule then costs nothing. The file is keyed by the entropy
 model's weights, its configuration and the shards' checksums.

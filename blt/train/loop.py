@@ -65,6 +65,7 @@ class Trainer:
     def run(self, steps: int) -> None:
         """Trains up to `steps` in all. Raises Terminated after SIGTERM or Ctrl-C, with everything saved."""
         run = self.config.run
+        self.out.mkdir(parents=True, exist_ok=True)
         with _determinism(run.deterministic), self._signals():
             self.window.reset()
             while self.step < steps:

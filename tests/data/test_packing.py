@@ -1,0 +1,203 @@
+"""Rows and batches: no token lost or doubled, exact state, the reference's convention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blt.data import Batch, BatchShape, Dataset, Documents, Loader, PatchIndex, prepare
+from blt.data.packing import cut_rows, row_patch_lengths
+from blt_runtime.errors import ConfigError, InputError
+from blt_runtime.patching import PatchRule
+
+RULE = PatchRule("space", max_patch_length=6)
+Make = Callable[..., Loader]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("packing")
+    random = np.random.default_rng(0)
+    words = [b"a", b"bit", b"of", b"wonderfully", b"plain", "tëxt".encode(), b"\n"]
+    documents = [b" ".join(words[i] for i in random.integers(0, len(words), n)) for n in random.integers(1, 60, 50)]
+    (folder / "a.txt").write_bytes(b"\0".join(documents))
+    prepare([folder / "a.txt"], folder / "data", split=(1, 0, 0))
+    return Dataset(folder / "data")
+
+
+@pytest.fixture
+def loader(dataset: Dataset) -> Make:
+    def make(shape: BatchShape, **options: Any) -> Loader:
+        starts = PatchIndex(dataset, "train").with_rule(RULE) if shape.patches else None
+        return Loader(dataset.split("train"), shape, starts, **options)
+
+    return make
+
+
+SHAPES = [BatchShape(4, (50,)), BatchShape(3, (40, 60, 90), patches=16), BatchShape(1, (30,), patches=40)]
+
+
+def row_stream(batches: list[Batch]) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
+    """(block, place) -> inputs and targets of every row that is not blank."""
+    rows = {}
+    for batch in batches:
+        for b in np.flatnonzero(batch.starts >= 0):
+            key = (batch.block, int(batch.starts[b]))
+            assert key not in rows
+            mask = batch.mask[b]
+            rows[key] = batch.ids[b][mask].tolist(), batch.targets[b][mask].tolist()
+    return dict(sorted(rows.items()))
+
+
+def documents_of(batches: list[Batch]) -> list[list[int]]:
+    """All tokens of an epoch, block by block, from the targets alone (and each block's first input)."""
+    blocks: dict[int, list[int]] = {}
+    for (block, _), (inputs, targets) in row_stream(batches).items():
+        stream = blocks.setdefault(block, [inputs[0]])
+        assert inputs == [stream[-1], *targets[:-1]]
+        stream += targets
+    return [*blocks.values()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block_tokens", [1 << 20, 700])
+def test_an_epoch_holds_every_document_once(
+    dataset: Dataset, loader: Make, shape: BatchShape, block_tokens: int
+) -> None:
+    batches = list(loader(shape, block_tokens=block_tokens).one_pass())
+    documents = dataset.split("train")
+    found = []
+    for stream in documents_of(batches):
+        ends = np.flatnonzero(np.array(stream) == 2) + 1
+        found += [part.tolist() for part in np.split(np.array(stream), ends) if len(part)]
+    assert sorted(found) == sorted(documents.ids(i).tolist() for i in range(len(documents)))
+    assert sum(batch.n_bytes for batch in batches) == documents.n_bytes
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_patch_lengths_are_those_of_the_documents(dataset: Dataset, loader: Make, shape: BatchShape) -> None:
+    starts_of = {}
+    documents, index = dataset.split("train"), PatchIndex(dataset, "train").with_rule(RULE)
+    for i in range(len(documents)):
+        starts_of[documents.ids(i).tobytes()] = index.starts(i)
+    stream_starts = np.concatenate([index.starts(i) for i in range(len(documents))])
+    for batch in loader(shape, shuffle=False).one_pass():
+        assert batch.patch_lengths is not None
+        assert (batch.patch_lengths.sum(1) == batch.ids.shape[1] + 1).all()
+        assert (batch.patch_lengths[:, 0] == 1).all()
+        for b, begin in enumerate(batch.starts):
+            n = int(batch.mask[b].sum())
+            if begin < 0:
+                assert n == 0
+                continue
+            lengths = batch.patch_lengths[b]
+            cuts = np.cumsum(lengths)[: np.count_nonzero(lengths) - 1]
+            expected = {1} | {int(t) for t in np.flatnonzero(stream_starts[begin : begin + n + 1]) if t >= 1}
+            assert set(cuts.tolist()) == expected
+            assert lengths[: len(cuts)].max() <= 6
+
+
+def test_padding_is_zero_and_masked(loader: Make) -> None:
+    for batch in loader(SHAPES[1]).one_pass():
+        assert not batch.ids[~batch.mask].any()
+        assert not batch.targets[~batch.mask].any()
+        assert batch.padding == int((~batch.mask).sum())
+
+
+def test_batches_have_few_shapes_and_buckets_fit(loader: Make) -> None:
+    batches = list(loader(SHAPES[1]).one_pass())
+    assert {batch.ids.shape for batch in batches} <= {(3, n) for n in (40, 60, 90)}
+    full = [batch for batch in batches if (batch.starts >= 0).all() and batch.ids.shape[1] == 60]
+    assert any((batch.mask.sum(1) > 40).all() for batch in full)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_resume_at_every_batch(loader: Make, shape: BatchShape) -> None:
+    whole = loader(shape, seed=3, block_tokens=900)
+    states, batches = [], []
+    for _ in range(90):
+        states.append(whole.state())
+        batches.append(next(whole))
+    assert whole.epoch > 0 or shape.rows == 1
+    for at in (0, 1, 13, 89):
+        again = loader(shape, seed=3, block_tokens=900)
+        again.restore(states[at])
+        for batch, expected in zip(islice(again, 90 - at), batches[at:], strict=True):
+            np.testing.assert_array_equal(batch.ids, expected.ids)
+            np.testing.assert_array_equal(batch.targets, expected.targets)
+            np.testing.assert_array_equal(batch.patch_lengths, expected.patch_lengths)
+
+
+def test_seed_and_epoch_change_the_order(loader: Make) -> None:
+    def order(seed: int, epoch: int) -> list[tuple[int, ...]]:
+        one = loader(SHAPES[0], seed=seed)
+        one.restore({"epoch": epoch, "block": 0, "batch": 0})
+        return [tuple(batch.ids.ravel()) for batch in one.one_pass()]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) != order(0, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=80),
+    st.integers(2, 20),
+    st.integers(2, 40),
+)
+def test_rows_tile_any_stream(lengths: list[int], patches: int, cap: int) -> None:
+    n = sum(lengths) + 1
+    boundaries = np.cumsum([0, *lengths])[:-1].astype(np.int64)
+    rows = cut_rows(n, boundaries, patches, cap)
+    assert rows.begin[0] == 0
+    assert rows.end[-1] == n
+    np.testing.assert_array_equal(rows.begin[1:], rows.end[:-1] - 1)
+    assert rows.lengths.min() >= 1
+    assert rows.lengths.max() <= cap
+    for begin, end in zip(rows.begin, rows.end, strict=True):
+        found = row_patch_lengths(int(begin), int(end), boundaries, patches, cap)
+        assert found.sum() == cap + 1
+        real = np.count_nonzero(found)
+        assert (found[:real] > 0).all()
+        # A row is short of patches only if it is full of bytes or the stream ends.
+        assert real == patches or end - begin - 1 == cap or end == n
+
+
+def test_published_rows_have_our_layout(golden: Path) -> None:
+    """What the reference's loader made: the padding belongs to the last patch, and the rest is ours exactly."""
+    case = np.load(golden / "a" / "cases.npz")
+    names = ("tokens", "patch_lengths", "mask")
+    padded = 0
+    for tokens, lengths, mask in zip(*(case[f"train_batch/{name}"] for name in names), strict=True):
+        n, real = len(tokens), int(mask.sum())
+        starts = np.cumsum(lengths) - lengths
+        boundaries = starts[lengths > 0][1:]
+        ours = row_patch_lengths(0, max(real, int(boundaries[-1])) + 1, boundaries, len(lengths), n)
+        np.testing.assert_array_equal(ours, lengths)
+        assert not tokens[real + 1 :].any()
+        padded += n - real
+    assert padded > 1
+
+
+class _Empty(Documents):
+    def __init__(self) -> None:
+        self.lengths = np.empty(0, np.int64)
+
+
+def test_bad_shapes_and_empty_data() -> None:
+    for options in ({"rows": 0, "buckets": (4,)}, {"rows": 1, "buckets": ()}, {"rows": 1, "buckets": (8, 4)}):
+        with pytest.raises(ConfigError, match="byte_buckets"):
+            BatchShape(**options)
+    with pytest.raises(ConfigError, match="at least 2"):
+        BatchShape(1, (8,), patches=1)
+    with pytest.raises(ConfigError, match="patch boundaries"):
+        Loader(_Empty(), BatchShape(1, (8,), patches=4))
+    with pytest.raises(InputError, match="no documents"):
+        Loader(_Empty(), BatchShape(1, (8,)))

@@ -1,0 +1,189 @@
+"""`prepare`, `info` and reading back: nothing lost, splits respected, bad input refused in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blt.data import Dataset, info, prepare
+from blt_runtime.errors import BltError, InputError
+from blt_runtime.ids import BOS, EOS, OFFSET
+
+
+def everything(folder: Path) -> Counter[bytes]:
+    dataset = Dataset(folder)
+    splits = [dataset.split(name) for name in ("train", "valid", "test")]
+    return Counter(split.bytes(index) for split in splits for index in range(len(split)))
+
+
+def write_text(path: Path, documents: list[bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\0".join(documents))
+    return path
+
+
+DOCUMENTS = [bytes([65 + i % 26]) * (i + 1) + bytes(range(1, 256)) for i in range(60)]
+
+
+def test_every_document_is_in_exactly_one_split(tmp_path: Path) -> None:
+    source = write_text(tmp_path / "many.txt", DOCUMENTS)
+    manifest = prepare([source], tmp_path / "data", split=(60, 20, 20))
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS)
+    assert all(manifest["splits"][name]["documents"] > 0 for name in ("train", "valid", "test"))
+    assert sum(split["bytes"] for split in manifest["splits"].values()) == sum(map(len, DOCUMENTS))
+
+
+def test_the_split_follows_content_and_seed_not_order(tmp_path: Path) -> None:
+    prepare([write_text(tmp_path / "a.txt", DOCUMENTS)], tmp_path / "1", split=(1, 1, 1))
+    prepare([write_text(tmp_path / "b.txt", DOCUMENTS[::-1])], tmp_path / "2", split=(1, 1, 1))
+    prepare([tmp_path / "a.txt"], tmp_path / "3", split=(1, 1, 1), seed=7)
+    found = [Dataset(tmp_path / name).split("valid") for name in "123"]
+    first, second, third = ({split.bytes(i) for i in range(len(split))} for split in found)
+    assert first == second
+    assert first != third
+
+
+def test_a_file_without_nul_is_one_document_and_raw_bytes_are_fine(tmp_path: Path) -> None:
+    content = bytes(range(1, 256)) * 3
+    (tmp_path / "raw").write_bytes(content)
+    prepare([tmp_path / "raw"], tmp_path / "data", split=(1, 0, 0))
+    documents = Dataset(tmp_path / "data").split("train")
+    assert [documents.bytes(i) for i in range(len(documents))] == [content]
+    expected = [BOS, *(byte + OFFSET for byte in content), EOS]
+    np.testing.assert_array_equal(documents.ids(0), expected)
+
+
+def test_documents_longer_than_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blt.data.readers.READ_BYTES", 7)
+    source = write_text(tmp_path / "a.txt", DOCUMENTS)
+    prepare([source], tmp_path / "data")
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS)
+
+
+def test_split_folders_groups_shards_and_workers(tmp_path: Path) -> None:
+    for split, part in {"train": DOCUMENTS[:40], "valid": DOCUMENTS[40:50], "test": DOCUMENTS[50:]}.items():
+        write_text(tmp_path / "in" / split / "code.go.txt", part[::2])
+        write_text(tmp_path / "in" / split / "prose.en.txt", part[1::2])
+    prepare([tmp_path / "in"], tmp_path / "data", shard_bytes=2000, workers=3)
+    dataset = Dataset(tmp_path / "data")
+    valid = dataset.split("valid")
+    assert {valid.bytes(i) for i in range(len(valid))} == set(DOCUMENTS[40:50])
+    assert {valid.group(i) for i in range(len(valid))} == {"code.go", "prose.en"}
+    assert {valid.bytes(int(i)) for i in valid.of_groups(["code.go"])} == set(DOCUMENTS[40:50:2])
+    assert len(dataset.manifest["splits"]["train"]["shards"]) > 3
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS)
+    prepare([tmp_path / "in"], tmp_path / "one", shard_bytes=2000, workers=1)
+    assert Dataset(tmp_path / "one").manifest == dataset.manifest
+    report = info(tmp_path / "data")
+    assert report["splits"]["test"]["groups"]["prose.en"]["documents"] == 5
+    dataset.verify()
+
+
+def test_dedup_keeps_one_and_prefers_held_out_text(tmp_path: Path) -> None:
+    write_text(tmp_path / "in" / "train" / "a.txt", [b"same", b"same", b"only here"])
+    write_text(tmp_path / "in" / "valid" / "a.txt", [b"same"])
+    manifest = prepare([tmp_path / "in"], tmp_path / "data", dedup=True)
+    assert everything(tmp_path / "data") == Counter([b"same", b"only here"])
+    assert manifest["splits"]["valid"]["documents"] == 1
+    assert manifest["duplicates_dropped"] == 2
+
+
+def test_jsonl_plain_and_gzip(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"body": f"text {i} ä"}) + "\n\n" for i in range(20))
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(lines)
+    prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"], tmp_path / "data", text_field="body")
+    assert everything(tmp_path / "data") == Counter({f"text {i} ä".encode(): 2 for i in range(20)})
+    assert Dataset(tmp_path / "data").manifest["groups"] == ["a", "b"]
+
+
+def test_zstandard(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"\0".join(DOCUMENTS)))
+    prepare([tmp_path / "a.txt.zst"], tmp_path / "data")
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS)
+
+
+def broken_inputs(tmp_path: Path) -> dict[str, Path]:
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text"\n')
+    (tmp_path / "field.jsonl").write_text('{"other": "x"}\n')
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
+    names = {"empty": "empty.txt", "no files": "folder", "bad.jsonl:2": "bad.jsonl", "--text-field": "field.jsonl"}
+    names |= {"parquet is not supported": "x.parquet", "no such file": "missing", "complete": "cut.txt.gz"}
+    return {message: tmp_path / name for message, name in names.items()}
+
+
+def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    for message, path in broken_inputs(tmp_path).items():
+        with pytest.raises(InputError, match=message) as caught:
+            prepare([path], tmp_path / "data")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "data").exists()
+        assert not list(tmp_path.glob(".data*"))
+
+
+@pytest.mark.parametrize("split", [(0, 1, 1), (1, -1, 1), (1, 1)])
+def test_bad_shares(tmp_path: Path, split: tuple[float, ...]) -> None:
+    source = write_text(tmp_path / "a.txt", DOCUMENTS)
+    with pytest.raises(InputError, match="98/1/1"):
+        prepare([source], tmp_path / "data", split=split)
+
+
+def test_a_folder_in_use_is_not_replaced_unless_forced(tmp_path: Path) -> None:
+    source = write_text(tmp_path / "a.txt", DOCUMENTS)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    for force in (False, True):
+        with pytest.raises(InputError, match="not empty|not a data folder"):
+            prepare([source], other, force=force)
+    assert (other / "thesis.txt").read_text() == "precious"
+    prepare([source], tmp_path / "data")
+    with pytest.raises(InputError, match="--force"):
+        prepare([source], tmp_path / "data")
+    prepare([write_text(tmp_path / "b.txt", DOCUMENTS[:5])], tmp_path / "data", force=True)
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS[:5])
+    assert not list(tmp_path.glob(".data*"))
+
+
+def test_opening_what_is_no_data_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such data folder"):
+        info(tmp_path / "missing")
+    with pytest.raises(InputError, match="is not a data folder"):
+        info(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "blt-data", "version": 99}')
+    with pytest.raises(InputError, match="newer version"):
+        info(tmp_path)
+
+
+def test_a_changed_or_missing_shard_is_found(tmp_path: Path) -> None:
+    prepare([write_text(tmp_path / "a.txt", DOCUMENTS)], tmp_path / "data")
+    shard = tmp_path / "data" / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="has changed"):
+        Dataset(tmp_path / "data").verify()
+    shard.write_bytes(bytes(content[:-1]))
+    with pytest.raises(InputError, match="the manifest says"):
+        Dataset(tmp_path / "data")
+    shard.unlink()
+    with pytest.raises(InputError, match="missing"):
+        Dataset(tmp_path / "data")
+
+
+def test_unknown_split_and_group(tmp_path: Path) -> None:
+    prepare([write_text(tmp_path / "a.txt", DOCUMENTS)], tmp_path / "data")
+    with pytest.raises(BltError, match="no split 'tset'"):
+        Dataset(tmp_path / "data").split("tset")
+    with pytest.raises(BltError, match="no group 'b'"):
+        Dataset(tmp_path / "data").split("train").of_groups(["b"])

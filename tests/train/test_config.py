@@ -1,0 +1,87 @@
+"""Configurations: every shipped one loads, and every mistake is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blt.config import BLTRun, EntropyRun, load_config
+from blt.train import dry_run
+from blt_runtime.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_is_costed(path: Path) -> None:
+    config = load_config(path)
+    assert isinstance(config, EntropyRun if "entropy" in path.stem else BLTRun)
+    report = dry_run(config)
+    assert report["parameters"] == sum(report["parameters_by_part"].values()) == config.model.n_params()
+    assert report["flops_per_byte"] > 0
+    assert report["memory_bytes"]["total"] > 16 * report["parameters"]
+
+
+def test_the_papers_shapes_have_the_papers_sizes(repo: Path) -> None:
+    """Measured sizes of the released models: field.md's 19 M, 154 to 160 M, 1.28 B and 3.07 B."""
+    parts = dry_run(load_config(repo / "configs" / "blt-1b.yaml"))["parameters_by_part"]
+    assert parts["hash tables"] == pytest.approx(3.07e9, rel=0.01)
+    assert parts["latent transformer"] == pytest.approx(1.28e9, rel=0.01)
+    assert parts["local decoder"] == pytest.approx(1.57e8, rel=0.02)
+    assert parts["local encoder"] == pytest.approx(1.9e7, rel=0.05)
+    assert dry_run(load_config(repo / "configs" / "entropy-100m.yaml"))["parameters"] == pytest.approx(1e8, rel=0.02)
+
+
+def test_overrides(repo: Path) -> None:
+    path = repo / "configs" / "tiny.yaml"
+    config = load_config(path, ["optimizer.lr=1e-3", "batch.byte_buckets=[64, 80]", "run.dtype=bf16"])
+    assert (config.optimizer.lr, config.batch.byte_buckets, config.run.dtype) == (1e-3, (64, 80), "bf16")
+    assert load_config(path, ["data.groups=[a]"]).data.groups == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1", "'optimizer.learning_rat'"),
+        ("optimiser.lr=1", "nearest known one is 'optimizer'"),
+        ("model.latent.n_layer=1", "nearest known one is 'model.latent.n_layers'"),
+        ("model.hash.row=1", "nearest known one is 'model.hash.rows'"),
+        ("patching.treshold=1", "nearest known one is 'patching.threshold'"),
+        ("model.latent.n_heads=3", "not divisible"),
+        ("model.encoder.dim=18", "model.encoder: head size 9 is odd"),
+        ("optimizer.lr=-1", "optimizer.lr"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("batch.byte_buckets=[96, 64]", "ascending"),
+        ("batch.byte_buckets=[4096]", "max_seqlen"),
+        ("batch.patches=null", "batch.patches"),
+        ("batch.patches=4000", "max_seqlen"),
+        ("patching.max_patch_length=null", "max_patch_length"),
+        ("patching.scheme=static", "patch_size"),
+        ("patching.scheme=bite", "patching.scheme"),
+        ("kind=bpe", "kind is 'bpe'"),
+        ("optimizer", "section.key=value"),
+        ("kind.x=1", "is a value, not a section"),
+        ("run.seed=[", "not YAML"),
+    ],
+)
+def test_mistakes_are_named(repo: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(repo / "configs" / "tiny.yaml", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_entropy_run_has_no_patches(repo: Path) -> None:
+    with pytest.raises(ConfigError, match="rows of bytes"):
+        load_config(repo / "configs" / "tiny-entropy.yaml", ["batch.patches=4"])
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(path)
+    for content, message in {"a: [": "not YAML", "- 1": "not a mapping", "model: {}": "kind is None"}.items():
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_config(path)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,70 @@
+"""kill -9 at an arbitrary moment, resume, and the losses are those of a run that nobody touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys, torch
+from blt.config import load_config
+from blt.train import train
+torch.set_num_threads(1)
+train(load_config(sys.argv[1], ["schedule.steps=60", "run.log_every=1", "run.checkpoint_every=3"]),
+      sys.argv[2], data=sys.argv[3], entropy_model=sys.argv[4])
+"""
+
+
+def start(repo: Path, out: Path, data: Path, entropy_run: Path) -> subprocess.Popen[bytes]:
+    paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
+    arguments = [str(repo / "configs" / "tiny.yaml"), str(out), str(data), str(entropy_run)]
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment)
+
+
+def lines(out: Path) -> list[tuple[int, float, float]]:
+    text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
+    records = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [(record["step"], record["loss"], record["norm"]) for record in records if "loss" in record]
+
+
+def wait_for_step(process: subprocess.Popen[bytes], out: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while len(lines(out)) < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(repo, whole, data, entropy_run).wait(300) == 0
+    for step in (8, 31):
+        process = start(repo, killed, data, entropy_run)
+        wait_for_step(process, killed, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(repo, killed, data, entropy_run).wait(300) == 0
+    assert lines(killed) == lines(whole)
+    assert [step for step, *_ in lines(killed)] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_next_start_goes_on(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(repo, out, data, entropy_run)
+    wait_for_step(process, out, 10)
+    process.terminate()
+    process.wait(60)
+    stopped = lines(out)[-1][0]
+    assert (out / "checkpoints" / f"step-{stopped:08d}.pt").is_file()
+    assert start(repo, out, data, entropy_run).wait(300) == 0
+    assert [step for step, *_ in lines(out)] == list(range(1, 61))

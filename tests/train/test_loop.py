@@ -1,0 +1,270 @@
+"""The loop: it learns, stops and resumes bit for bit, and says what it did."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from blt import checkpoint
+from blt.config import BLTRun, EntropyRun, RunConfig, load_config
+from blt.data import Batch
+from blt.train import Terminated, Trainer, snapshots, train
+from blt.train.objective import Objective
+from blt.train.optim import learning_rate, make_optimizer
+from blt.train.run import prepare_run
+from blt_runtime.errors import BltError, CheckpointError, ConfigError, InputError
+
+
+def records(out: Path, *keys: str) -> list[tuple[Any, ...]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line.get(key) for key in keys) for line in lines]
+
+
+def trainer_of(config: RunConfig, out: Path, data: Path, entropy: Path | None = None) -> Trainer:
+    return prepare_run(config, out, data, entropy)[0]
+
+
+def same_state(a: Trainer, b: Trainer) -> bool:
+    pairs = zip(a.objective.model.state_dict().values(), b.objective.model.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_the_entropy_model_learns_and_is_saved(entropy_run: Path) -> None:
+    valid = [bpb for _, bpb in records(entropy_run, "step", "valid_bpb") if bpb is not None]
+    assert valid[-1] < valid[0] < math.log2(260)
+    saved = checkpoint.load(entropy_run)
+    assert saved.blt is None
+    assert saved.entropy is not None
+    assert saved.entropy.config.dim == 16
+
+
+def test_the_blt_learns_and_carries_all_it_needs(
+    blt_config: BLTRun, data: Path, entropy_run: Path, tmp_path: Path
+) -> None:
+    path = train(blt_config, tmp_path / "run", data=data, entropy_model=entropy_run)
+    rows = records(tmp_path / "run", "step", "valid_bpb", "loss", "patch_size", "padding", "bytes_per_s", "lr", "bpb")
+    valid = [row[1] for row in rows if row[1] is not None]
+    assert valid[-1] < valid[0]
+    logged = [row for row in rows if row[2] is not None]
+    assert [row[0] for row in logged] == [10, 20, 30, 40]
+    assert all(isinstance(value, float) for row in logged for value in row[2:])
+    assert np.mean([row[3] for row in logged]) == pytest.approx(4.0, rel=0.25)
+    saved = checkpoint.load(path)
+    _, rule = saved.require_blt()
+    assert rule.threshold is not None
+    assert rule.max_patch_length == 8
+    assert len(snapshots.snapshots(tmp_path / "run" / "checkpoints")) == 2
+
+
+def test_stop_and_resume_is_bit_exact(blt_config: BLTRun, data: Path, entropy_run: Path, tmp_path: Path) -> None:
+    whole = trainer_of(blt_config, tmp_path / "whole", data, entropy_run)
+    losses = [whole.train_step() for _ in range(12)]
+    first = trainer_of(blt_config, tmp_path / "run", data, entropy_run)
+    for _ in range(5):
+        first.train_step()
+    first.save()
+    second = trainer_of(blt_config, tmp_path / "run", data, entropy_run)
+    content = snapshots.read_newest(second.folder)
+    assert content is not None
+    second.restore(content)
+    assert second.bytes == first.bytes
+    assert [second.train_step() for _ in range(7)] == losses[5:]
+    assert same_state(second, whole)
+
+
+def test_resume_through_train_gives_the_same_model_and_metrics(
+    entropy_config: EntropyRun, data: Path, entropy_run: Path, tmp_path: Path
+) -> None:
+    """Stopped at 20 of 40 steps by a shorter target, not by another schedule."""
+    out = tmp_path / "run"
+    stopped = trainer_of(entropy_config, out, data)
+    stopped.run(20)
+    with (out / "metrics.jsonl").open("a") as file:  # what a kill between two checkpoints leaves behind
+        file.write('{"step": 30, "loss": 9.0}\n{"step": 3')
+    path = train(entropy_config, out, data=data)
+    assert records(out, "step", "loss", "valid_bpb") == records(entropy_run, "step", "loss", "valid_bpb")
+    ours, theirs = checkpoint.load(path).entropy, checkpoint.load(entropy_run).entropy
+    assert ours is not None
+    assert theirs is not None
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_sigterm_saves_and_says_143(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    step = trainer.train_step
+
+    def interrupted() -> float:
+        if trainer.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    trainer.train_step = interrupted  # type: ignore[method-assign]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="step 7") as caught:
+        trainer.run(40)
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    content = snapshots.read_newest(trainer.folder)
+    assert content is not None
+    assert content["step"] == 7
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    trainer = trainer_of(entropy_config, out, data)
+    for _ in range(3):
+        trainer.train_step()
+        trainer.save()
+    older, newest = snapshots.snapshots(trainer.folder)
+    newest.write_bytes(newest.read_bytes()[:-500])
+    content = snapshots.read_newest(trainer.folder)
+    assert content is not None
+    assert content["step"] == 2
+    assert newest.name in caplog.text
+    older.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="--resume none"):
+        train(entropy_config, out, data=data)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    trainer.train_step()
+    trainer.save()
+    trainer.train_step()
+
+    def full(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(OSError, match="No space"):
+        trainer.save()
+    assert [path.name for path in trainer.folder.iterdir()] == ["step-00000001.pt"]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_stops_before_it_is_taken(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    weight = trainer.objective.model.norm.weight
+    before = weight.detach().clone()
+    if what == "loss":
+        with torch.no_grad():
+            weight[0] = before[0] = float("inf")
+    else:
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ConfigError, match=f"{what}.* step 0") as caught:
+        trainer.train_step()
+    assert "\n" not in str(caught.value)
+    assert torch.equal(weight, before)
+    assert trainer.step == 0
+
+
+def test_resuming_something_else_is_refused(
+    entropy_config: EntropyRun, entropy_run: Path, data: Path, repo: Path, tmp_path: Path
+) -> None:
+    other = load_config(repo / "configs" / "tiny-entropy.yaml", ["model.dim=32"])
+    with pytest.raises(CheckpointError, match="'model' section"):
+        train(other, tmp_path / "a", data=data, resume=str(entropy_run))
+    with pytest.raises(ConfigError, match="--resume auto"):
+        train(entropy_config, entropy_run, data=data, resume="none")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(entropy_config, tmp_path / "b", data=data, resume=str(tmp_path))
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
+        train(entropy_config, tmp_path / "c", data=data, resume=str(entropy_run / "model.pt"))
+
+
+def test_what_a_run_needs_is_asked_for(
+    blt_config: BLTRun, entropy_config: EntropyRun, data: Path, repo: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--data"):
+        train(entropy_config, tmp_path / "run")
+    with pytest.raises(InputError, match="no such data folder"):
+        train(entropy_config, tmp_path / "run", data=tmp_path / "missing")
+    with pytest.raises(ConfigError, match="--entropy-model"):
+        train(blt_config, tmp_path / "run", data=data)
+    with pytest.raises(BltError, match="no group"):
+        train(load_config(repo / "configs" / "tiny-entropy.yaml", ["data.groups=[x]"]), tmp_path / "run", data=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_space_patches_need_no_entropy_model(data: Path, repo: Path, tmp_path: Path) -> None:
+    config = load_config(repo / "configs" / "tiny.yaml", ["patching.scheme=space", "schedule.steps=2"])
+    saved = checkpoint.load(train(config, tmp_path / "run", data=data))
+    assert saved.entropy is None
+    assert saved.patch_rule is not None
+    assert saved.patch_rule.scheme == "space"
+
+
+def test_padding_costs_nothing_and_counts_nothing(
+    blt_config: BLTRun, data: Path, entropy_run: Path, tmp_path: Path
+) -> None:
+    """The same rows in a longer bucket have the same loss."""
+    trainer = trainer_of(blt_config, tmp_path, data, entropy_run)
+    batch = next(trainer.loader)
+    lengths = batch.patch_lengths
+    assert lengths is not None
+    last = (lengths > 0).sum(1) - 1
+    longer = lengths.copy()
+    longer[np.arange(len(last)), last] += 20
+
+    def wide(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, 0), (0, 20)))
+
+    padded = Batch(wide(batch.ids), wide(batch.targets), wide(batch.mask), longer, batch.starts, batch.block)
+    (short, n), (long, m) = trainer.objective(batch), trainer.objective(padded)
+    assert n == m
+    assert long.item() == pytest.approx(short.item(), rel=1e-6)
+    short.backward()
+    assert padded.padding == batch.padding + 80
+
+
+def test_golden_training_loss_and_gradients(golden: Path) -> None:
+    """Loss and every gradient norm of the reference's training batch, through our objective."""
+    truth = json.loads((golden / "a" / "train.json").read_text())
+    case = np.load(golden / "a" / "cases.npz")
+    blt, _ = checkpoint.load(golden / "a" / "blt").require_blt()
+    tokens, lengths = case["train_batch/tokens"], case["train_batch/patch_lengths"]
+    real = np.array(truth["mask"]).astype(bool)
+    batch = Batch(tokens, np.array(truth["targets"]), real, lengths, np.zeros(2, np.int64), 0)
+    total, n = Objective(blt.train(), int(lengths[:, :-1].max()))(batch)
+    loss = total / n
+    assert loss.item() == pytest.approx(truth["loss"], rel=1e-5)
+
+
+def test_the_schedule() -> None:
+    schedule = load_config_schedule(steps=100, warmup=10, min_ratio=0.1)
+    rates = [learning_rate(step, 2.0, schedule) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.1)
+    assert rates[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def load_config_schedule(**values: Any) -> Any:
+    from blt.config import ScheduleConfig
+
+    return ScheduleConfig(**values)
+
+
+def test_weight_decay_is_on_all_parameters(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
+    model = trainer_of(entropy_config, tmp_path, data).objective.model
+    optimizer = make_optimizer(model, entropy_config.optimizer)
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 0.1
+    assert group["betas"] == (0.9, 0.95)
+    assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in model.parameters())
