@@ -1,0 +1,91 @@
+"""The third form: exported bundles, both flavours, write what the slow reference writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from blt import reference
+from blt.checkpoint import Checkpoint
+from blt_export import pipeline
+from blt_runtime import Model
+from tests.tiny import hard_text, prompts, tiny
+
+VARIANTS = ("plain", "all_layers_gqa_projection", "cross_windows_own_heads_newlines", "no_hash_space_causal_latent")
+VARIANTS += ("max_patch_length", "bytes_no_window")
+TOLERANCE = 2e-5
+NEW = 60
+
+Truth = Callable[[str, int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    """(variant, prompt) -> the reference's greedy text, computed once for both flavours."""
+    done: dict[tuple[str, int], list[int]] = {}
+
+    def generate(variant: str, prompt: int) -> list[int]:
+        if (variant, prompt) not in done:
+            done[variant, prompt] = reference.generate(tiny(variant), beginnings()[prompt], NEW)
+        return done[variant, prompt]
+
+    return generate
+
+
+def beginnings() -> list[list[int]]:
+    """Short prompts, and the hard text up to a place inside its raw bytes, several windows long."""
+    return [*prompts(), hard_text()[:150].tolist()]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def models(variant: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    """A model per flavour, both from one capture."""
+    folder, captured = tmp_path_factory.mktemp("bundles"), None
+    opened = {}
+    for flavour in ("ort", "portable"):
+        job = pipeline.make_job(tiny(variant), flavour, capacity=600, chunk=32)
+        job.captured = captured or job.captured
+        captured = job.captured
+        opened[flavour] = Model.open(pipeline.run(job, folder / flavour).path)
+    return opened
+
+
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_greedy_text_is_identical(models: dict[str, Model], variant: str, flavour: str, truth: Truth) -> None:
+    for index, ids in enumerate(beginnings()):
+        stream = models[flavour].stream(bos=False)
+        stream.append_ids(ids)
+        assert list(stream.generate_ids(NEW)) == truth(variant, index)
+
+
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_scores_agree_with_the_reference(models: dict[str, Model], variant: str, flavour: str) -> None:
+    checkpoint: Checkpoint = tiny(variant)
+    blt, _ = checkpoint.require_blt()
+    ids = hard_text()
+    lengths = reference.lengths_of(checkpoint, ids.tolist())
+    score = models[flavour].score(ids)
+    assert score.patch_lengths.tolist() == lengths
+    np.testing.assert_allclose(score.logits, reference.forward(blt, ids.tolist(), lengths).logits, 0, TOLERANCE)
+
+
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_a_stream_goes_on_after_more_input_and_back(models: dict[str, Model], flavour: str) -> None:
+    """Generated, rewound, appended to and generated again: as if the final text had been given at once."""
+    stream = models[flavour].stream()
+    stream.append("The first words, and then ")
+    first = list(stream.generate_ids(40))
+    stream.rewind(25)
+    stream.append("some more input\n")
+    again = list(stream.generate_ids(40))
+    fresh = models[flavour].stream(bos=False)
+    fresh.append_ids(stream.ids[:-40])
+    assert stream.ids[-40:].tolist() == again == list(fresh.generate_ids(40))
+    assert len(first) == 40
