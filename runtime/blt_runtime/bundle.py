@@ -9,6 +9,7 @@ leaves the folder.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,9 @@ class Bundle:
             raise BundleError(f"{reference.file} does not have the shape that the manifest says")
         if tables.dtype not in (np.dtype(np.float32), np.dtype(np.float16)):
             raise BundleError(f"{reference.file} holds {tables.dtype}, not float32 or float16")
+        mapped: Any = tables.base
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)  # scattered rows: reading ahead would fetch the whole file
         return tables
 
     def _verify(self, verify: Verify) -> None:

@@ -1,11 +1,10 @@
 """ONNX Runtime: sessions on the bundle's graphs, buffers bound by address.
 
 A bound call costs 3 to 27 us against 6 to 84 us of `run(dict)`, and a cache whose input and output are one
-address is updated in place. Two defaults differ from ONNX Runtime's use elsewhere, measured on two busy
-cores with three sessions in turn (58 MB of weights, one token): idle threads do not spin, since each
-session has its own and they would take the cores from the next session (4 ms a round against 17); weights
-are prepacked (2.4 ms against 4.0), which does not raise the peak memory because every tensor is released
-once it is packed, but costs 2 s per GB when opening.
+address is updated in place. Two settings, measured on shape M of benchmarks/generation.py, two idle cores: threads
+spin while a graph runs and stop when it ends, because each session has threads of its own, which would otherwise
+take the cores from the next session (43 bytes/s; 39 without spinning; 26 when they spin on); weights are prepacked
+(43 bytes/s against 37), which makes them private memory and costs 2 s per GB when opening.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class OnnxBackend:
         bundle: Bundle,
         threads: int | None = None,
         providers: Sequence[str] | None = None,
-        spin: bool = False,
+        spin: bool = True,
         prepack: bool = True,
     ) -> None:
         if threads is not None and threads < 1:
@@ -84,6 +83,7 @@ class OnnxBackend:
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         return options
 
