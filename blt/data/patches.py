@@ -163,6 +163,11 @@ class PatchIndex:
         other._entropies, other.compile = self._entropies, self.compile
         return other
 
+    def compute(self) -> None:
+        """Makes or opens the cache now, and not at the first document asked for."""
+        if self.model is not None and self._entropies is None and len(self.documents):
+            self._entropies = self._load()
+
     def starts(self, document: int) -> NDArray[np.bool_]:
         """True where a patch begins, [length + 2] over BOS ... EOS."""
         assert self.rule is not None
@@ -174,8 +179,8 @@ class PatchIndex:
 
     def entropies(self, document: int) -> Float:
         """Next-byte entropies in nats, [length + 2]."""
-        if self._entropies is None:
-            self._entropies = self._load()
+        self.compute()
+        assert self._entropies is not None
         begin, end = self.documents.token_offsets[document : document + 2]
         return self._entropies[begin:end]
 

@@ -26,8 +26,6 @@ from blt.train.objective import Objective, check_finite
 from blt.train.optim import learning_rate, make_optimizer
 from blt_runtime.errors import BltError, CheckpointError
 
-LN2 = 0.6931471805599453
-
 
 class Terminated(BltError):
     """The run was told to stop, and saved its state first."""
@@ -74,10 +72,11 @@ class Trainer:
                 if self.step % run.log_every == 0 or last:
                     self.log()
                 if self.valid is not None and (self.step % run.valid_every == 0 or last):
-                    self.metrics.write({"step": self.step, **self.validate()})
-                    self.window.began += self._validation_seconds
+                    with self.window.paused():
+                        self.metrics.write({"step": self.step, **self.validate()})
                 if self.step % run.checkpoint_every == 0 or last or self._signal:
-                    self.save()
+                    with self.window.paused():
+                        self.save()
                 if self._signal:
                     raise Terminated(self._signal, self.step)
 
@@ -114,9 +113,7 @@ class Trainer:
             window.add(self.objective(batch)[0].item(), batch)
             if window.bytes >= self.config.data.valid_bytes:
                 break
-        summary = window.summary()
-        self._validation_seconds = summary["bytes_per_s"] and window.bytes / summary["bytes_per_s"]
-        return {"valid_bpb": summary["bpb"], "valid_bytes": window.bytes}
+        return {"valid_bpb": window.summary()["bpb"], "valid_bytes": window.bytes}
 
     def save(self) -> None:
         """Writes the snapshot of this step, once."""

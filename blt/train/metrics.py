@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,13 @@ class Window:
         self.nats = 0.0
         self.targets = self.bytes = self.patches = self.tokens = self.places = self.padding = 0
         self.began = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        before = time.monotonic()
+        yield
+        self.began += time.monotonic() - before
 
     def add(self, nats: float, batch: Batch) -> None:
         self.nats += nats

@@ -101,6 +101,8 @@ def _blt_run(
         name: PatchIndex(dataset, name, entropy, reset_newlines=newlines, compile=compiled)
         for name in ("train", "valid")
     }
+    for part in index.values():
+        part.compute()
     rule = _rule(config, dataset, index["train"])
     loaders = {name: _loader(config, dataset, name, index[name].with_rule(rule)) for name in ("train", "valid")}
     model = _initial(BLT(config.model), config.run.seed, device)

@@ -144,7 +144,7 @@ def test_a_folder_in_use_is_not_replaced_unless_forced(tmp_path: Path) -> None:
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
     for force in (False, True):
-        with pytest.raises(InputError, match="not empty|not a data folder"):
+        with pytest.raises(InputError, match=r"not empty|not a data folder"):
             prepare([source], other, force=force)
     assert (other / "thesis.txt").read_text() == "precious"
     prepare([source], tmp_path / "data")

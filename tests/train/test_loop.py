@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from blt import checkpoint
 from blt.config import BLTRun, EntropyRun, RunConfig, load_config
-from blt.data import Batch
+from blt.data import Batch, prepare
 from blt.train import Terminated, Trainer, snapshots, train
 from blt.train.objective import Objective
 from blt.train.optim import learning_rate, make_optimizer
@@ -209,6 +210,15 @@ def test_space_patches_need_no_entropy_model(data: Path, repo: Path, tmp_path: P
     assert saved.patch_rule.scheme == "space"
 
 
+def test_a_run_without_validation_text(entropy_run: Path, tmp_path: Path, repo: Path) -> None:
+    (tmp_path / "one.txt").write_bytes(b"the only document, " * 50)
+    prepare([tmp_path / "one.txt"], tmp_path / "data", split=(1, 0, 0))
+    config = load_config(repo / "configs" / "tiny.yaml", ["schedule.steps=20"])
+    train(config, tmp_path / "run", data=tmp_path / "data", entropy_model=entropy_run)
+    assert [bpb for (bpb,) in records(tmp_path / "run", "valid_bpb") if bpb is not None] == []
+    assert records(tmp_path / "run", "step") == [(10,), (20,)]
+
+
 def test_padding_costs_nothing_and_counts_nothing(
     blt_config: BLTRun, data: Path, entropy_run: Path, tmp_path: Path
 ) -> None:
@@ -252,7 +262,7 @@ def test_the_schedule() -> None:
     assert rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.1)
     assert rates[100] == pytest.approx(0.2)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def load_config_schedule(**values: Any) -> Any:
