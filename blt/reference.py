@@ -21,13 +21,13 @@ from blt.checkpoint import Checkpoint
 from blt.model import BLT, EntropyModel
 from blt.model.layers import Attention, Block, CrossAttention, FeedForward, RMSNorm, Stack
 from blt_runtime.hashing import PRIMES
-from blt_runtime.ids import EOS, OFFSET
+from blt_runtime.ids import EOS, NEWLINE
 from blt_runtime.patching import PatchRule, patch_lengths
 
 
 @dataclass
 class Trace:
-    """Every quantity of one row: what `blt score` prints, and the states in between."""
+    """One row: its logits, and the states on the way to them."""
 
     ids: list[int]
     patch_lengths: list[int]
@@ -87,7 +87,7 @@ def cross_attention(x_QD: Tensor, c_JD: Tensor, c: CrossAttention, mask_QJ: Tens
 
 
 def documents(ids: Sequence[int], reset_newlines: bool = False) -> Tensor:
-    ends = (EOS, OFFSET + 10) if reset_newlines else (EOS,)
+    ends = (EOS, NEWLINE) if reset_newlines else (EOS,)
     number, numbers = 0, []
     for token in ids:
         numbers.append(number)

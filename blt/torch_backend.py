@@ -14,10 +14,10 @@ from torch import Tensor
 
 from blt.checkpoint import Checkpoint, load
 from blt.model.specs import CHUNK, Limits, model_spec
-from blt.model.steps import DecoderStep, EncoderStep, EntropyStep, LatentStep, Step
+from blt.model.steps import Step, make_steps
 from blt_runtime import Model
 from blt_runtime.backends.protocol import Buffer, Call, HostBuffer
-from blt_runtime.errors import BackendError
+from blt_runtime.errors import BackendError, UsageError
 from blt_runtime.spec import GraphSpec, ModelSpec
 
 
@@ -53,15 +53,8 @@ class TorchBackend:
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
         blt, _ = checkpoint.require_blt()
-        n_bytes, n_patches = spec.capacity_bytes, spec.capacity_patches
-        steps: dict[str, Step] = {
-            "encoder": EncoderStep(blt, n_bytes),
-            "latent": LatentStep(blt, n_patches),
-            "decoder": DecoderStep(blt, n_bytes),
-        }
-        if checkpoint.entropy is not None:
-            steps["entropy"] = EntropyStep(checkpoint.entropy, n_bytes)
-        self._sessions = {name: TorchSession(step.eval(), spec.graphs[name]) for name, step in steps.items()}
+        steps = make_steps(blt, checkpoint.entropy, spec.capacity_bytes, spec.capacity_patches)
+        self._sessions = {name: TorchSession(step, spec.graphs[name]) for name, step in steps.items()}
 
     def session(self, group: str) -> TorchSession:
         return self._sessions[group]
@@ -84,9 +77,11 @@ def open_model(
 
     capacity, patches: what a stream can hold (default: the trained lengths).  threads: torch's, for this process.
     """
-    if torch.device(device).type != "cpu":
-        raise BackendError(f"the torch backend runs on the CPU, not on {device}: export a bundle for other devices")
+    if device != "cpu":
+        raise BackendError(f"the torch backend runs on the CPU, not on {device!r}: export a bundle for other devices")
     if threads is not None:
+        if threads < 1:
+            raise UsageError("threads must be at least 1")
         torch.set_num_threads(threads)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load(checkpoint, entropy_model)

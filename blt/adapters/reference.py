@@ -1,27 +1,34 @@
 """The reference implementation's training format: a folder with `params.json` and `consolidated.pth`.
 
-Facts from spec sections 4, 5, 13.1 and 13.3. Semantics are the reference's own, read row by row in float32. Its
-entropy loader ignores most of the entropy model's arguments; we honour them, and fill in its forced window of 512
-where the file names none.
+Facts from spec sections 4, 5, 13.1 and 13.3. Semantics are the reference's own, read row by row in float32, with
+three deliberate differences. Its entropy loader ignores most of the entropy model's arguments; we honour them, and
+fill in its forced window of 512 where the file names none. Its entropy calls start without context every 8,192
+tokens; ours never do. `attn_impl` chooses kernels there, and with all but xformers loses the masks; we always mask.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
-from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig, swiglu_dim
-from blt_runtime.errors import CheckpointError
-from blt_runtime.patching import PatchRule, Scheme
+from blt.model import BLT, EntropyModel
+from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
+from blt.tensors import fill, read_tensors
+from blt_runtime.errors import BltError, CheckpointError
+from blt_runtime.patching import PatchRule
 
+log = logging.getLogger("blt.adapters")
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
 HASH_TABLES = "hash_embedding.tables.weight"
+Weights = Mapping[str, Tensor]
 
 # ours -> theirs; the first that matches is applied
 RENAMES = (
@@ -51,8 +58,103 @@ def hash_table_name(table: int) -> str:
     return f"encoder_hash_tok_embedding.{table}.weight"
 
 
+class Arguments(BaseModel):
+    """The arguments that decide what the weights compute. The files hold many more, for training; those are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class ModelArguments(Arguments):
+    dim_local_encoder: PositiveInt
+    dim_local_decoder: PositiveInt
+    dim_global: PositiveInt
+    n_layers_local_encoder: PositiveInt
+    n_layers_local_decoder: PositiveInt
+    n_layers_global: PositiveInt
+    n_heads_local_encoder: PositiveInt
+    n_heads_local_decoder: PositiveInt
+    n_heads_global: PositiveInt
+    vocab_size: PositiveInt = 260
+    norm_eps: float = 1e-5
+    rope_theta: float | None = None
+    max_encoder_seq_length: PositiveInt | None = None
+    max_seqlen: PositiveInt | None = None
+    local_attention_window_len: PositiveInt | None = None
+    cross_attn_k: PositiveInt | None = None
+    cross_attn_nheads: PositiveInt | None = None
+    cross_attn_all_layers_encoder: bool | None = None
+    cross_attn_all_layers_decoder: bool | None = None
+    cross_attn_window_encoder: PositiveInt | None = None
+    cross_attn_window_decoder: PositiveInt | None = None
+    downsampling_by_pooling: Literal["max", "mean", "min"] | None = None
+    encoder_hash_byte_group_size: list[PositiveInt] | None = None
+    encoder_hash_byte_group_vocab: PositiveInt = 30000
+    encoder_hash_byte_group_nb_functions: PositiveInt | None = None
+    attn_bias_type: Literal["block_causal", "causal"] | None = None
+    attn_impl: str | None = None
+    patch_in_forward: bool = False
+    patching_mode: str | None = None
+    max_patch_length: PositiveInt | None = None
+    # what we have only one form of
+    use_rope: Literal[True] = True
+    cross_attn_encoder: Literal[True] | None = True
+    cross_attn_decoder: Literal[True] | None = True
+    cross_attn_init_by_pooling: Literal[True] = True
+    use_local_encoder_transformer: Literal[True] = True
+    weight_tying: Literal[False] = False
+
+
+class EntropyArguments(Arguments):
+    dim: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    vocab_size: PositiveInt = 260
+    norm_eps: float = 1e-5
+    rope_theta: float | None = None
+    sliding_window: PositiveInt | None = None
+    max_seqlen: PositiveInt | None = None
+
+
+class PatcherArguments(Arguments):
+    patching_mode: Literal["entropy", "space", "static", "byte", "bpe"] = "entropy"
+    threshold: float | None = Field(default=None, allow_inf_nan=False)
+    threshold_add: float | None = Field(default=None, allow_inf_nan=False)
+    monotonicity: bool = False
+    max_patch_length: PositiveInt | None = None
+    patch_size: float | None = None
+
+
+Section = TypeVar("Section", bound=Arguments)
+
+
 def is_reference(path: Path) -> bool:
     return (path / PARAMS).is_file()
+
+
+def load(path: Path) -> tuple[BLT | None, EntropyModel | None, PatchRule | None]:
+    """What a folder of this format holds: a BLT and its rule, or an entropy model. Raises CheckpointError."""
+    params, weights = read_params(path), read_weights(path)
+    try:
+        if params.get("train_entropy_model"):
+            return None, _entropy_model(params, weights, path), None
+        rule, config = patch_rule(params), blt_config(params, weights)
+    except CheckpointError:
+        raise
+    except ValidationError as error:  # the configurations' own checks
+        raise CheckpointError(f"{path / PARAMS}: {error.errors()[0]['msg']}") from None
+    except BltError as error:
+        raise CheckpointError(f"{path / PARAMS}: {error}") from None
+    with torch.device("meta"):
+        names = list(BLT(config).state_dict())
+    state = our_state(weights, names, config.hash.n_tables if config.hash else 0)
+    return fill(BLT(config), state, path), None, rule
+
+
+def _entropy_model(params: Mapping[str, Any], weights: Weights, path: Path) -> EntropyModel:
+    config = entropy_config(params, weights)
+    with torch.device("meta"):
+        names = list(EntropyModel(config).state_dict())
+    return fill(EntropyModel(config), our_state(weights, names, 0, entropy=True), path)
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -66,8 +168,6 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    from blt.checkpoint import read_tensors  # the one place that opens pickled tensors
-
     content = read_tensors(path / WEIGHTS)
     weights = content.get("model", content)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -75,139 +175,127 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def blt_config(params: Mapping[str, Any], weights: Mapping[str, Tensor]) -> BLTConfig:
-    args = params.get("model")
-    if not isinstance(args, dict):
-        raise CheckpointError("params.json has no section 'model': this is no BLT (an entropy model, perhaps?)")
-    _reject_unsupported(args)
-    local_dim, rope = args["dim_local_encoder"], args.get("rope_theta") or 10000.0
+def _section(kind: type[Section], params: Mapping[str, Any], *keys: str) -> Section:
+    """One section of params.json, checked. Raises CheckpointError that names the argument."""
+    values: Any = params
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    where = ".".join(keys)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{PARAMS} has no section {where!r}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in (where, *first["loc"]))
+        raise CheckpointError(f"{PARAMS}: {name}: {first['msg']}; it is {first['input']!r}") from None
 
-    def stack(name: str, dim: int, layers: int, heads: int, **more: Any) -> TransformerConfig:
-        q_rows, kv_rows = (_rows(weights, f"{name}.layers.0.attention.{part}.weight") for part in ("wq", "wk"))
+
+def blt_config(params: Mapping[str, Any], weights: Weights) -> BLTConfig:
+    args = _section(ModelArguments, params, "model")
+    if args.attn_impl not in (None, "xformers"):
+        log.warning("%s names attn_impl %s; windows and documents are masked as with xformers", PARAMS, args.attn_impl)
+
+    def stack(
+        name: str, dim: int, layers: int, heads: int, length: int | None, window: int | None = None
+    ) -> TransformerConfig:
         return TransformerConfig(
             dim=dim,
             n_layers=layers,
-            n_heads=heads,
-            n_kv_heads=max(1, kv_rows * heads // q_rows),
-            head_dim=q_rows // heads,
-            ffn_dim=swiglu_dim(dim, args.get("multiple_of", 256), args.get("ffn_dim_multiplier")),
-            norm_eps=args.get("norm_eps", 1e-5),
-            rope_theta=rope,
-            **more,
+            norm_eps=args.norm_eps,
+            rope_theta=args.rope_theta or 10000.0,
+            max_seqlen=length or 8192,
+            window=window,
+            **_shapes(weights, f"{name}.layers.0.", heads),
         )
 
-    window, length = args.get("local_attention_window_len"), args.get("max_encoder_seq_length") or 8192
-    cross_heads = args.get("cross_attn_nheads")
+    window, length = args.local_attention_window_len, args.max_encoder_seq_length
+    encoder = (args.dim_local_encoder, args.n_layers_local_encoder, args.n_heads_local_encoder, length)
+    latent = (args.dim_global, args.n_layers_global, args.n_heads_global, args.max_seqlen)
+    decoder = (args.dim_local_decoder, args.n_layers_local_decoder, args.n_heads_local_decoder, length)
     return BLTConfig(
-        vocab_size=args.get("vocab_size", 260),
-        encoder=stack(
-            "local_encoder",
-            local_dim,
-            args["n_layers_local_encoder"],
-            args["n_heads_local_encoder"],
-            window=window,
-            max_seqlen=length,
-        ),
-        latent=stack(
-            "global_transformer",
-            args["dim_global"],
-            args["n_layers_global"],
-            args["n_heads_global"],
-            max_seqlen=args.get("max_seqlen") or 4096,
-        ),
-        decoder=stack(
-            "local_decoder",
-            args["dim_local_decoder"],
-            args["n_layers_local_decoder"],
-            args["n_heads_local_decoder"],
-            window=window,
-            max_seqlen=length,
-        ),
-        cross_k=args.get("cross_attn_k") or 1,
-        encoder_cross_heads=cross_heads,
-        decoder_cross_heads=cross_heads,
-        encoder_cross_all_layers=bool(args.get("cross_attn_all_layers_encoder")),
-        decoder_cross_all_layers=bool(args.get("cross_attn_all_layers_decoder")),
-        encoder_cross_window=args.get("cross_attn_window_encoder") or 1,
-        decoder_cross_window=args.get("cross_attn_window_decoder") or 1,
+        vocab_size=args.vocab_size,
+        encoder=stack("local_encoder", *encoder, window),
+        latent=stack("global_transformer", *latent),
+        decoder=stack("local_decoder", *decoder, window),
+        cross_k=args.cross_attn_k or 1,
+        encoder_cross_heads=args.cross_attn_nheads,
+        decoder_cross_heads=args.cross_attn_nheads,
+        encoder_cross_all_layers=bool(args.cross_attn_all_layers_encoder),
+        decoder_cross_all_layers=bool(args.cross_attn_all_layers_decoder),
+        encoder_cross_window=args.cross_attn_window_encoder or 1,
+        decoder_cross_window=args.cross_attn_window_decoder or 1,
         decoder_projection="local_decoder.patch_embedding_projection.weight" in weights,
-        pooling=args.get("downsampling_by_pooling") or "max",
+        pooling=args.downsampling_by_pooling or "max",
         hash=_hash_config(args),
-        latent_document_mask=args.get("attn_bias_type") == "block_causal",
+        latent_document_mask=args.attn_bias_type == "block_causal",
     )
 
 
-def _reject_unsupported(args: Mapping[str, Any]) -> None:
-    wanted = {
-        "use_rope": True,
-        "cross_attn_encoder": True,
-        "cross_attn_decoder": True,
-        "cross_attn_init_by_pooling": True,
-        "use_local_encoder_transformer": True,
-        "weight_tying": False,
+def _shapes(weights: Weights, layer: str, heads: int) -> dict[str, int]:
+    """Head counts and widths from a layer's weights: the reference derives them from one of several arguments each,
+    and the weights are what counts."""
+    rows = {}
+    for part in ("attention.wq", "attention.wk", "feed_forward.w1"):
+        name = f"{layer}{part}.weight"
+        if name not in weights or weights[name].ndim != 2:
+            raise CheckpointError(f"the checkpoint has no matrix {name}")
+        rows[part] = weights[name].shape[0]
+    head_dim = rows["attention.wq"] // heads
+    if head_dim == 0 or rows["attention.wq"] % heads or rows["attention.wk"] % head_dim:
+        raise CheckpointError(f"{layer}attention.wq.weight and wk do not divide into {heads} heads")
+    return {
+        "n_heads": heads,
+        "n_kv_heads": rows["attention.wk"] // head_dim,
+        "head_dim": head_dim,
+        "ffn_dim": rows["feed_forward.w1"],
     }
-    for key, value in wanted.items():
-        if args.get(key, value) != value:
-            raise CheckpointError(f"params.json: model.{key} = {args[key]} is not supported, only {value} is")
 
 
-def _rows(weights: Mapping[str, Tensor], name: str) -> int:
-    """Rows of a weight: the reference derives head counts from one of several arguments, the weight is what counts."""
-    if name not in weights:
-        raise CheckpointError(f"the checkpoint has no tensor {name}")
-    return weights[name].shape[0]
-
-
-def _hash_config(args: Mapping[str, Any]) -> HashConfig | None:
-    sizes = args.get("encoder_hash_byte_group_size")
-    if not sizes:
+def _hash_config(args: ModelArguments) -> HashConfig | None:
+    if not args.encoder_hash_byte_group_size:
         return None
     return HashConfig(
-        sizes=tuple(sizes),
-        rows=args["encoder_hash_byte_group_vocab"],
-        functions=args.get("encoder_hash_byte_group_nb_functions") or 1,
+        sizes=tuple(args.encoder_hash_byte_group_size),
+        rows=args.encoder_hash_byte_group_vocab,
+        functions=args.encoder_hash_byte_group_nb_functions or 1,
     )
 
 
-def entropy_config(params: Mapping[str, Any], weights: Mapping[str, Tensor]) -> EntropyConfig:
-    args = params.get("entropy_model") or params.get("model")
-    if not isinstance(args, dict):
-        raise CheckpointError("params.json has no section 'entropy_model'")
-    heads = args["n_heads"]
-    parts = ("attention.wq", "attention.wk", "feed_forward.w1")
-    q_rows, kv_rows, hidden = (_rows(weights, f"layers.0.{part}.weight") for part in parts)
+def entropy_config(params: Mapping[str, Any], weights: Weights) -> EntropyConfig:
+    args = _section(EntropyArguments, params, "entropy_model" if params.get("entropy_model") else "model")
     return EntropyConfig(
-        vocab_size=args.get("vocab_size", 260),
-        dim=args["dim"],
-        n_layers=args["n_layers"],
-        n_heads=heads,
-        n_kv_heads=max(1, kv_rows * heads // q_rows),
-        head_dim=q_rows // heads,
-        ffn_dim=hidden,
-        norm_eps=args.get("norm_eps", 1e-5),
-        rope_theta=args.get("rope_theta") or 10000.0,
-        window=args.get("sliding_window") or 512,
-        max_seqlen=max(8192, args.get("max_seqlen") or 0),
+        vocab_size=args.vocab_size,
+        dim=args.dim,
+        n_layers=args.n_layers,
+        norm_eps=args.norm_eps,
+        rope_theta=args.rope_theta or 10000.0,
+        window=args.sliding_window or 512,
+        max_seqlen=max(8192, args.max_seqlen or 0),
+        **_shapes(weights, "layers.0.", args.n_heads),
     )
 
 
 def patch_rule(params: Mapping[str, Any]) -> PatchRule:
-    args = (params.get("data") or {}).get("patcher_args") or {}
-    scheme = args.get("patching_mode") or "entropy"
-    if scheme == "entropy" and args.get("threshold") is None:
-        raise CheckpointError("params.json: data.patcher_args has no threshold; entropy patching needs one")
-    if scheme not in ("entropy", "space", "static", "byte", "bpe"):
-        raise CheckpointError(f"params.json: patching_mode {scheme!r} is not supported")
-    is_entropy = scheme == "entropy"
-    monotonic = is_entropy and bool(args.get("monotonicity"))  # it wins over threshold_add
-    return PatchRule(
-        scheme=cast(Scheme, scheme),
-        threshold=args["threshold"] if is_entropy else None,
-        threshold_add=args.get("threshold_add") if is_entropy and not monotonic else None,
-        monotonic=monotonic,
-        patch_size=int(args["patch_size"]) if scheme == "static" else None,
-        max_patch_length=args.get("max_patch_length"),
-    )
+    """The rule of `data.patcher_args`, or of the model where it patches by itself (spec section 5)."""
+    model = _section(ModelArguments, params, "model")
+    if model.patch_in_forward:
+        if model.patching_mode not in ("space", "byte"):
+            raise CheckpointError(f"{PARAMS}: model.patch_in_forward works for space and byte patching only")
+        return PatchRule.from_dict({"scheme": model.patching_mode, "max_patch_length": model.max_patch_length})
+    args = _section(PatcherArguments, params, "data", "patcher_args")
+    rule: dict[str, Any] = {"scheme": args.patching_mode, "max_patch_length": args.max_patch_length}
+    if args.patching_mode == "entropy":
+        if args.threshold is None:
+            raise CheckpointError(f"{PARAMS}: data.patcher_args has no threshold; entropy patching needs one")
+        # monotonicity wins over threshold_add
+        add = None if args.monotonicity else args.threshold_add
+        rule |= {"threshold": args.threshold, "threshold_add": add, "monotonic": args.monotonicity}
+    if args.patching_mode == "static":
+        if args.patch_size is None or args.patch_size != int(args.patch_size):
+            raise CheckpointError(f"{PARAMS}: static patching needs a whole patch_size, not {args.patch_size}")
+        rule["patch_size"] = int(args.patch_size)
+    return PatchRule.from_dict(rule)
 
 
 def our_state(

@@ -4,7 +4,7 @@ This is the form that trains. `blt.model.steps` runs the same modules incrementa
 slowly and plainly, and tests hold the three together.
 
 Letters: B rows, N tokens, P patches, V width of the byte gather, k slices a patch, D local width, E = k * D,
-G latent width, W patches a decoder token may read.
+G latent width, W patches a decoder token may read, Y cross-attention layers of the decoder.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class LocalDecoder(Stack):
         self.output = linear(D, config.vocab_size)
 
     def patch_keys_values(self, g_BPG: Tensor) -> Tensor:
-        """What the bytes read of each patch, once per patch for all layers: [B, P, X, 2, k, D]."""
+        """What the bytes read of each patch, once per patch for all layers: [B, P, Y, 2, k, D]."""
         slices = g_BPG if self.patch_projection is None else self.patch_projection(g_BPG)
         c_BPkD = slices.unflatten(-1, (self.k, -1))
         return torch.stack([torch.stack(cross.keys_values(c_BPkD), 2) for cross in crosses(self.cross)], 2)
@@ -115,7 +115,7 @@ class LocalDecoder(Stack):
     def forward(
         self,
         h_BND: Tensor,
-        patch_kv_RX2kD: Tensor,
+        patch_kv_RY2kD: Tensor,
         row_BNW: Tensor,
         rotation: Rotation,
         attends: Sequence[Attend],
@@ -126,7 +126,7 @@ class LocalDecoder(Stack):
         cross = crosses(self.cross)
         for i, (layer, attend) in enumerate(zip(self.layers, attends, strict=True)):
             if i < len(cross):
-                kv_BNW2kD = patch_kv_RX2kD[:, i][row_BNW]
+                kv_BNW2kD = patch_kv_RY2kD[:, i][row_BNW]
                 key, value = kv_BNW2kD.unbind(3)
                 h_BND = 2 * h_BND + cross[i].read_few(h_BND, key.flatten(2, 3), value.flatten(2, 3), visible_BNJ)
             h_BND = layer(h_BND, rotation, attend)

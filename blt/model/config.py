@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-VOCAB_SIZE = 260
+from blt_runtime.ids import VOCAB
 
 
 class Frozen(BaseModel):
@@ -89,7 +89,7 @@ class TransformerConfig(Frozen):
 class EntropyConfig(TransformerConfig):
     """The byte-level language model whose next-byte entropy places the patch boundaries."""
 
-    vocab_size: int = VOCAB_SIZE
+    vocab_size: int = VOCAB
     window: int | None = Field(default=512, ge=1)
     rope_theta: float = Field(default=10000.0, gt=0)
 
@@ -127,7 +127,7 @@ class HashConfig(Frozen):
 class BLTConfig(Frozen):
     """Local encoder, latent transformer and local decoder. The encoder and decoder share one width."""
 
-    vocab_size: int = VOCAB_SIZE
+    vocab_size: int = VOCAB
     encoder: TransformerConfig
     latent: TransformerConfig
     decoder: TransformerConfig

@@ -1,8 +1,8 @@
 """The blocks that every stage is made of: norm, rotary embedding, attention, feed-forward, cross-attention.
 
 What a query may see is not decided here: a block is given an `Attend`, a function from queries, keys and values to
-the attention output. There are three of them: dense masks (`blt.model.masks`), caches updated in place and caches as
-graph inputs and outputs (`blt.model.steps`).
+the attention output. There are four of them: dense masks (`blt.model.masks`), blocks of a window
+(`blt.model.windows`), caches updated in place, and caches as graph inputs and outputs (`blt.model.steps`).
 
 Letters: B rows, S positions, D width, H heads, G key/value heads, K head size, J keys.
 """

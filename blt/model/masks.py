@@ -13,9 +13,7 @@ from torch import Tensor
 
 from blt.model import ops
 from blt.model.layers import Attend
-from blt_runtime.ids import EOS, OFFSET
-
-NEWLINE = OFFSET + 10
+from blt_runtime.ids import EOS, NEWLINE
 
 
 def document_ids(ids_BN: Tensor, reset_newlines: bool = False) -> Tensor:

@@ -34,12 +34,10 @@ class Limits:
         cls, config: BLTConfig, capacity: int | None = None, patches: int | None = None, chunk: int = CHUNK
     ) -> Limits:
         """The trained lengths by default; a larger `capacity` (bytes) is granted, as rotary tables extend."""
-        n_bytes = capacity or min(config.encoder.max_seqlen, config.decoder.max_seqlen)
-        n_patches = patches or (
-            config.latent.max_seqlen if capacity is None else max(config.latent.max_seqlen, capacity)
-        )
-        if min(n_bytes, n_patches, chunk) < 2:
-            raise ConfigError("capacity, patches and chunk must each be at least 2")
+        n_bytes = min(config.encoder.max_seqlen, config.decoder.max_seqlen) if capacity is None else capacity
+        n_patches = max(config.latent.max_seqlen, capacity or 0) if patches is None else patches
+        if min(n_bytes, n_patches, chunk) < 1:
+            raise ConfigError("capacity, patches and chunk must each be at least 1")
         return cls(n_bytes, min(n_patches, n_bytes), min(chunk, n_bytes))
 
 
@@ -89,8 +87,8 @@ def model_spec(
     chunk_crosses_documents: bool = True,
 ) -> ModelSpec:
     """The whole model, its windowed caches laid out as `layout`."""
-    D, X = config.local_dim, config.encoder_cross_layers
-    kv = (config.decoder_cross_layers, 2, config.cross_k, D)
+    D, X, Y = config.local_dim, config.encoder_cross_layers, config.decoder_cross_layers
+    kv = (Y, 2, config.cross_k, D)
     ids = _i64("ids", "B", "S")
     hashed = [_f32("hash_embedding", "B", "S", D)] if config.hash else []
     own_start = [_i64("own_start", "B", "P")] if config.encoder_cross_window > 1 else []

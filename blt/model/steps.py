@@ -5,7 +5,8 @@ directly, caches are updated in place (the cached PyTorch form of generation); u
 and outputs of `blt::cached_attention`, which every export flavour lowers in its own way.
 
 Letters: B rows, S bytes of this call, P patches of this call, L longest patch, N pooled byte states, R pooled
-patches, C cache slots, D local width, X cross-attention layers, k slices a patch, W patches a decoder byte may read.
+patches, C cache slots, D local width, X and Y cross-attention layers of the encoder and the decoder, k slices a patch,
+W patches a decoder byte may read.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class LatentStep(Step):
     """Finished patches to what the decoder reads of them.
 
     byte_states [N, X, D], byte_index [B, P, L], patch_length [B, P], own_start [B, P] (only with an encoder window
-    above 1), positions, doc_start [B, P] in patches, caches -> patch_kv [B, P, X, 2, k, D], caches.
+    above 1), positions, doc_start [B, P] in patches, caches -> patch_kv [B, P, Y, 2, k, D], caches.
     """
 
     def __init__(self, model: BLT, capacity: int) -> None:
@@ -144,7 +145,7 @@ class LatentStep(Step):
 
 
 class DecoderStep(Step):
-    """byte_states [B, S, X, D], patch_kv [R, X, 2, k, D], patch_row [B, S, W], positions, doc_start, caches
+    """byte_states [B, S, X, D], patch_kv [R, Y, 2, k, D], patch_row [B, S, W], positions, doc_start, caches
     -> logits [B, S, V], caches."""
 
     def __init__(self, model: BLT, capacity: int) -> None:
@@ -164,3 +165,12 @@ class DecoderStep(Step):
         h_BSD = byte_states[:, :, -1]
         logits = self.decoder(h_BSD, patch_kv, patch_row, self.rotary.at(positions), opened)
         return logits, *_present(opened)
+
+
+def make_steps(blt: BLT, entropy: EntropyModel | None, capacity_bytes: int, capacity_patches: int) -> dict[str, Step]:
+    """The steps of a model by graph name, in evaluation mode, for streams of these capacities."""
+    steps: dict[str, Step] = {} if entropy is None else {"entropy": EntropyStep(entropy, capacity_bytes)}
+    steps["encoder"] = EncoderStep(blt, capacity_bytes)
+    steps["latent"] = LatentStep(blt, capacity_patches)
+    steps["decoder"] = DecoderStep(blt, capacity_bytes)
+    return {name: step.eval() for name, step in steps.items()}

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from blt.checkpoint import atomic_save, read_tensors
+from blt.tensors import atomic_save, read_tensors
 from blt_runtime.errors import CheckpointError
 
 FORMAT, VERSION = "blt-train", 1

@@ -1,0 +1,169 @@
+"""The reference's training format: every variant goes there and back, and what does not fit is one clear error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from blt import reference
+from blt.adapters.reference import reference_state
+from blt.checkpoint import Checkpoint, load, save
+from blt.torch_backend import open_model
+from blt_runtime.errors import CheckpointError
+from tests.tiny import ENTROPY, VARIANTS, hard_text, tiny
+
+# newline resets and separate head counts are ours alone; everything else the format can say
+FOREIGN = [name for name in VARIANTS if name != "cross_windows_own_heads_newlines"]
+
+
+def write_reference(folder: Path, checkpoint: Checkpoint) -> Path:
+    """The checkpoint as folders `blt` and `entropy_model`; returns the former."""
+    blt, rule = checkpoint.require_blt()
+    c, h = blt.config, blt.config.hash
+    model: dict[str, Any] = {
+        "dim_local_encoder": c.local_dim,
+        "dim_local_decoder": c.local_dim,
+        "dim_global": c.latent.dim,
+        "n_layers_local_encoder": c.encoder.n_layers,
+        "n_layers_local_decoder": c.decoder.n_layers,
+        "n_layers_global": c.latent.n_layers,
+        "n_heads_local_encoder": c.encoder.n_heads,
+        "n_heads_local_decoder": c.decoder.n_heads,
+        "n_heads_global": c.latent.n_heads,
+        "rope_theta": c.encoder.rope_theta,
+        "max_encoder_seq_length": c.encoder.max_seqlen,
+        "max_seqlen": c.latent.max_seqlen,
+        "local_attention_window_len": c.encoder.window,
+        "cross_attn_k": c.cross_k,
+        "cross_attn_nheads": c.encoder_heads,
+        "cross_attn_all_layers_encoder": c.encoder_cross_all_layers,
+        "cross_attn_all_layers_decoder": c.decoder_cross_all_layers,
+        "downsampling_by_pooling": c.pooling,
+        "encoder_hash_byte_group_size": list(h.sizes) if h else [],
+        "encoder_hash_byte_group_vocab": h.rows if h else 1,
+        "encoder_hash_byte_group_nb_functions": h.functions if h else None,
+        "attn_bias_type": "block_causal" if c.latent_document_mask else "causal",
+        "something_for_training": {"ignored": True},
+    }
+    patcher = {
+        "patching_mode": rule.scheme,
+        "threshold": rule.threshold if rule.threshold is not None else 1.3,
+        "threshold_add": rule.threshold_add,
+        "monotonicity": rule.monotonic,
+        "max_patch_length": rule.max_patch_length,
+        "patch_size": rule.patch_size or 4.5,
+    }
+    state = reference_state(blt.state_dict(), h.n_tables if h else 0)
+    _write(folder / "blt", {"model": model, "data": {"patcher_args": patcher}}, state)
+    if checkpoint.entropy is not None:
+        e = ENTROPY
+        args = {
+            "dim": e.dim,
+            "n_layers": e.n_layers,
+            "n_heads": e.n_heads,
+            "sliding_window": e.window,
+            "max_seqlen": 640,
+        }
+        params = {"train_entropy_model": True, "entropy_model": args, "model": None}
+        _write(folder / "entropy_model", params, reference_state(checkpoint.entropy.state_dict(), 0, entropy=True))
+    return folder / "blt"
+
+
+def _write(folder: Path, params: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    (folder / "params.json").write_text(json.dumps(params))
+    torch.save({"model": state}, folder / "consolidated.pth")
+
+
+@pytest.mark.parametrize("variant", FOREIGN)
+def test_every_variant_scores_the_same_from_the_reference_format(variant: str, tmp_path: Path) -> None:
+    checkpoint = tiny(variant)
+    blt, rule = checkpoint.require_blt()
+    ids = hard_text()[:120].tolist()
+    lengths = reference.lengths_of(checkpoint, ids)
+    score = open_model(write_reference(tmp_path, checkpoint)).stream().score_ids(ids)
+    assert load(tmp_path / "blt").patch_rule == rule
+    assert score.patch_lengths.tolist() == lengths
+    np.testing.assert_allclose(score.logits, reference.forward(blt, ids, lengths).logits, rtol=0, atol=2e-5)
+
+
+def test_one_id_scores(tmp_path: Path) -> None:
+    score = open_model(write_reference(tmp_path, tiny()), capacity=1).stream(bos=False).score_ids([1])
+    assert score.patch_lengths.tolist() == [1, 1]
+
+
+def test_a_model_that_patches_by_itself(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny("no_hash_space_causal_latent"))
+    edit(folder, lambda p: p["data"]["patcher_args"].update(patching_mode="entropy"))
+    edit(folder, lambda p: p["model"].update(patch_in_forward=True, patching_mode="space"))
+    rule = load(folder).patch_rule
+    assert rule is not None
+    assert rule.scheme == "space"
+    edit(folder, lambda p: p["model"].update(patching_mode="entropy"))
+    with pytest.raises(CheckpointError, match="patch_in_forward"):
+        load(folder)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    params = json.loads((folder / "params.json").read_text())
+    change(params)
+    (folder / "params.json").write_text(json.dumps(params))
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "missing": (lambda p: p["model"].pop("dim_global"), r"model\.dim_global: Field required"),
+    "heads 0": (lambda p: p["model"].update(n_heads_global=0), r"model\.n_heads_global"),
+    "heads do not divide": (lambda p: p["model"].update(n_heads_global=5), "do not divide into 5 heads"),
+    "text for a number": (lambda p: p["model"].update(n_layers_global="2"), r"model\.n_layers_global.*'2'"),
+    "sizes": (lambda p: p["model"].update(encoder_hash_byte_group_size="345"), "encoder_hash_byte_group_size"),
+    "other mask": (lambda p: p["model"].update(attn_bias_type="local_block_causal"), "attn_bias_type"),
+    "data is a list": (lambda p: p.update(data=[]), r"no section 'data\.patcher_args'"),
+    "no threshold": (lambda p: p["data"]["patcher_args"].update(threshold=None), "threshold"),
+    "no number": (lambda p: p["data"]["patcher_args"].update(threshold="high"), "threshold"),
+    "unknown mode": (lambda p: p["data"]["patcher_args"].update(patching_mode="words"), "patching_mode"),
+    "half a byte": (lambda p: p["data"]["patcher_args"].update(patching_mode="static"), r"whole patch_size, not 4\.5"),
+    "more layers": (lambda p: p["model"].update(n_layers_global=3), r"missing .*global_transformer\.layers\.2"),
+    "fewer layers": (lambda p: p["model"].update(n_layers_global=1), r"unknown .*global_transformer\.layers\.1"),
+    "width": (
+        lambda p: p["model"].update(encoder_hash_byte_group_vocab=98),
+        r"tables.weight is \(291, 32\), expected \(",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_parameters_are_one_clear_error(name: str, tmp_path: Path) -> None:
+    change, message = BAD[name]
+    folder = write_reference(tmp_path, tiny())
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_named_entropy_model_counts(tmp_path: Path) -> None:
+    checkpoint = tiny()
+    folder = write_reference(tmp_path, checkpoint)
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        load(folder, tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no entropy model"):
+        load(folder, _without_entropy(tmp_path))
+    save(tmp_path / "own.pt", tiny(seed=1))
+    own, replaced = tiny(seed=1).entropy, load(folder, tmp_path / "own.pt").entropy
+    assert own is not None
+    assert replaced is not None
+    torch.testing.assert_close(replaced.state_dict(), own.state_dict())
+    edit(folder.parent / "entropy_model", lambda p: p["entropy_model"].pop("dim"))
+    with pytest.raises(CheckpointError, match=r"entropy_model\.dim: Field required"):
+        load(folder)
+
+
+def _without_entropy(folder: Path) -> Path:
+    save(folder / "space.pt", tiny("no_hash_space_causal_latent"))
+    return folder / "space.pt"
