@@ -8,6 +8,7 @@ hash_tables.npy                    [tables * rows, width], written a block of ro
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,10 +34,18 @@ def check_target(out: Path, force: bool) -> None:
     """Raises UsageError if `out` holds something that must not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / manifests.FILE_NAME).is_file():
+    if not _is_bundle(out):
         raise UsageError(f"{out} exists and is not a bundle; give a new folder")
     if not force:
         raise UsageError(f"{out} holds a bundle already; give another folder, or --force to replace it")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """A manifest.json alone is no proof: data folders have one too."""
+    try:
+        return bool(json.loads((folder / manifests.FILE_NAME).read_text())["format"] == manifests.FORMAT)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 @contextlib.contextmanager
