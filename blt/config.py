@@ -13,39 +13,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
-from blt.model.config import BLTConfig, EntropyConfig
-from blt_runtime.errors import ConfigError
+from blt.model.config import BLTConfig, EntropyConfig, Frozen
+from blt_runtime.errors import ConfigError, RuleError
+from blt_runtime.ids import VOCAB
 from blt_runtime.patching import PatchRule
 
-
-class Section(BaseModel):
-    """Immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class DataConfig(Section):
+class DataConfig(Frozen):
     """What to train on: a folder made by `blt data prepare` (or `--data`), all groups of it or some."""
 
     path: str | None = None
-    groups: tuple[str, ...] | None = None
+    groups: tuple[str, ...] | None = Field(default=None, min_length=1)
     valid_bytes: int = Field(default=1 << 20, ge=1)
 
 
-class PatchingConfig(Section):
+class PatchingConfig(Frozen):
     """The patch rule. A null entropy threshold is chosen on training data so that patches have `target_patch_size`
     bytes in the mean. `max_patch_length` is also the static width of the encoder's gather, so training needs it."""
 
     scheme: Literal["entropy", "space", "static", "byte"] = "entropy"
-    threshold: float | None = None
-    threshold_add: float | None = None
+    threshold: FiniteFloat | None = None
+    threshold_add: FiniteFloat | None = None
     monotonic: bool = False
     patch_size: int | None = Field(default=None, ge=1)
     max_patch_length: int | None = Field(default=16, ge=2)
     reset_newlines: bool = False
-    target_patch_size: float = Field(default=4.5, gt=1)
+    target_patch_size: FiniteFloat = Field(default=4.5, gt=1)
 
     @model_validator(mode="after")
     def _complete(self) -> typing.Self:
@@ -53,11 +50,20 @@ class PatchingConfig(Section):
             raise ValueError("scheme static needs patch_size")
         if self.scheme in ("entropy", "space") and self.max_patch_length is None:
             raise ValueError(f"scheme {self.scheme} needs max_patch_length: it fixes the width of the encoder's gather")
+        try:
+            self.rule(0.0)
+        except RuleError as error:
+            raise ValueError(str(error)) from error
         return self
 
     @property
     def needs_threshold(self) -> bool:
         return self.scheme == "entropy" and self.threshold is None
+
+    @property
+    def mean_patch_size(self) -> float:
+        """Bytes: exact for static and byte patches, the target for entropy patches, a guess for space patches."""
+        return {"static": self.patch_size, "byte": 1}.get(self.scheme) or self.target_patch_size
 
     @property
     def longest_patch(self) -> int:
@@ -71,25 +77,31 @@ class PatchingConfig(Section):
         return PatchRule(**(given | {"threshold": threshold} if self.threshold is None else given))
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Frozen):
     """AdamW on all parameters (spec section 11); `clip` is the largest gradient norm."""
 
-    lr: float = Field(default=4e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    clip: float = Field(default=1.0, gt=0)
+    lr: FiniteFloat = Field(default=4e-4, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: FiniteFloat = Field(default=1e-8, gt=0)
+    weight_decay: FiniteFloat = Field(default=0.1, ge=0)
+    clip: FiniteFloat = Field(default=1.0, gt=0)
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(Frozen):
     """Linear warm-up, then a cosine down to `min_ratio` of the learning rate at `steps`."""
 
     steps: int = Field(default=1000, ge=1)
     warmup: int = Field(default=100, ge=0)
     min_ratio: float = Field(default=0.1, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> typing.Self:
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup {self.warmup} is more than steps {self.steps}")
+        return self
 
-class BatchConfig(Section):
+
+class BatchConfig(Frozen):
     """`rows` rows a step; `patches` a row (BLT only); the byte lengths that rows are padded to, ascending."""
 
     rows: int = Field(default=8, ge=1)
@@ -103,10 +115,10 @@ class BatchConfig(Section):
         return self
 
 
-class RunSettings(Section):
+class RunSettings(Frozen):
     """How the run goes: numbers are steps unless the name says otherwise."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = True
     deterministic: bool = True
@@ -117,7 +129,7 @@ class RunSettings(Section):
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
-class _Run(Section):
+class _Run(Frozen):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -135,6 +147,7 @@ class EntropyRun(_Run):
     def _fits(self) -> typing.Self:
         if self.batch.patches is not None:
             raise ValueError("batch.patches is for BLT runs; an entropy model trains on rows of bytes")
+        _check_vocabulary(self.model.vocab_size)
         _check_rows(self.batch.byte_buckets[-1], {"model": self.model.max_seqlen})
         return self
 
@@ -151,6 +164,7 @@ class BLTRun(_Run):
     def _fits(self) -> typing.Self:
         if self.batch.patches is None:
             raise ValueError("batch.patches is missing: how many patches a row has")
+        _check_vocabulary(self.model.vocab_size)
         encoder, decoder = self.model.encoder.max_seqlen, self.model.decoder.max_seqlen
         _check_rows(self.batch.byte_buckets[-1], {"model.encoder": encoder, "model.decoder": decoder})
         if self.batch.patches > self.model.latent.max_seqlen:
@@ -160,6 +174,11 @@ class BLTRun(_Run):
 
 RunConfig = EntropyRun | BLTRun
 _KINDS: dict[str, type[EntropyRun] | type[BLTRun]] = {"entropy": EntropyRun, "blt": BLTRun}
+
+
+def _check_vocabulary(size: int) -> None:
+    if size != VOCAB:
+        raise ValueError(f"model.vocab_size is {size}; bytes and special ids are {VOCAB}, so leave it out")
 
 
 def _check_rows(longest: int, limits: Mapping[str, int]) -> None:
@@ -174,7 +193,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raw = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file with --config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: not a mapping of sections; see the files in configs/")
@@ -186,7 +205,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     """The configuration in plain mappings. Raises ConfigError naming the key."""
     kind = raw.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"kind is {kind!r}; it must be 'entropy' or 'blt'")
     _check_keys(raw, _KINDS[kind], "")
     try:
@@ -210,7 +229,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {key} is a value, not a section")
     try:
         node[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise ConfigError(f"--set {override}: the value is not YAML") from error
 
 

@@ -26,7 +26,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         flops = {"entropy model": config.model.flops_per_byte(context)}
         stacks: list[tuple[TransformerConfig, int]] = [(config.model, tokens)]
     else:
-        patches, patch = config.batch.patches or 1, config.patching.target_patch_size
+        patches, patch = config.batch.patches or 1, config.patching.mean_patch_size
         parts = config.model.params()
         flops = config.model.flops(patch, context)
         stacks = [(part, tokens) for part in (config.model.encoder, config.model.decoder)]

@@ -24,7 +24,7 @@ def test_every_shipped_config_loads_and_is_costed(path: Path) -> None:
 
 
 def test_the_papers_shapes_have_the_papers_sizes(repo: Path) -> None:
-    """Measured sizes of the released models: field.md's 19 M, 154 to 160 M, 1.28 B and 3.07 B."""
+    """Measured sizes of the released models: 19 M, 154 to 160 M, 1.28 B and 3.07 B weights."""
     parts = dry_run(load_config(repo / "configs" / "blt-1b.yaml"))["parameters_by_part"]
     assert parts["hash tables"] == pytest.approx(3.07e9, rel=0.01)
     assert parts["latent transformer"] == pytest.approx(1.28e9, rel=0.01)
@@ -63,12 +63,29 @@ def test_overrides(repo: Path) -> None:
         ("optimizer", "section.key=value"),
         ("kind.x=1", "is a value, not a section"),
         ("run.seed=[", "not YAML"),
+        ("run.seed=2024-13-45", "not YAML"),
+        ("run.seed=-1", "run.seed"),
+        ("kind=[blt]", "kind is"),
+        ("optimizer.betas=[2, 3]", "optimizer.betas"),
+        ("optimizer.lr=.inf", "optimizer.lr"),
+        ("patching.threshold=.nan", "patching.threshold"),
+        ("patching={monotonic: true, threshold_add: 1.0}", "not both"),
+        ("schedule.warmup=41", "warmup 41 is more than steps 40"),
+        ("data.groups=[]", "data.groups"),
+        ("model.vocab_size=100", "vocab_size is 100"),
     ],
 )
 def test_mistakes_are_named(repo: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(repo / "configs" / "tiny.yaml", [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("patching", "size"), [("scheme: static, patch_size: 6", 6.0), ("scheme: byte", 1.0)])
+def test_costs_of_fixed_patches_use_their_size(repo: Path, patching: str, size: float) -> None:
+    config = load_config(repo / "configs" / "tiny.yaml", [f"patching={{{patching}}}"])
+    assert isinstance(config, BLTRun)
+    assert dry_run(config)["flops_per_byte"] == config.model.flops_per_byte(size, 128)
 
 
 def test_an_entropy_run_has_no_patches(repo: Path) -> None:
