@@ -20,6 +20,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=value", hel
 Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder made by blt data prepare.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")]
 Resume = Annotated[str, typer.Option(help="auto, none, or a checkpoint.")]
+Force = Annotated[bool, typer.Option("--force", help="Train into a folder that holds something else.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Length of the schedule.")]
 Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the step.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print size, FLOPs and memory; train nothing.")]
@@ -32,6 +33,7 @@ def entropy(
     data: Data = None,
     out: Out = None,
     resume: Resume = "auto",
+    force: Force = False,
     steps: Steps = None,
     compile: Compile = None,
     dry_run: DryRun = False,
@@ -49,7 +51,7 @@ def entropy(
     if dry_run:
         _dry_run(run, as_json)
     else:
-        _train(run, out, data, None, resume, compile, device, threads, as_json)
+        _train(run, out, data, None, resume, force, compile, device, threads, as_json)
 
 
 @app.command("blt")
@@ -59,6 +61,7 @@ def blt(
     out: Out = None,
     entropy_model: options.EntropyModel = None,
     resume: Resume = "auto",
+    force: Force = False,
     steps: Steps = None,
     compile: Compile = None,
     dry_run: DryRun = False,
@@ -76,7 +79,7 @@ def blt(
     if dry_run:
         _dry_run(run, as_json)
     else:
-        _train(run, out, data, entropy_model, resume, compile, device, threads, as_json)
+        _train(run, out, data, entropy_model, resume, force, compile, device, threads, as_json)
 
 
 def _load(
@@ -113,6 +116,7 @@ def _train(
     data: Path | None,
     entropy_model: Path | None,
     resume: str,
+    force: bool,
     compile: bool | None,
     device: str,
     threads: int | None,
@@ -124,7 +128,9 @@ def _train(
         raise UsageError("name the folder of the run with -o RUN")
     chosen = devices.torch_device(device)
     devices.limit_torch_threads(threads)
-    path = train(config, out, data=data, entropy_model=entropy_model, resume=resume, compile=compile, device=chosen)
+    path = train(
+        config, out, data=data, entropy_model=entropy_model, resume=resume, force=force, compile=compile, device=chosen
+    )
     if as_json:
         console.print_json("blt.train/1", {"model": path})
     else:

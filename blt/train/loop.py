@@ -26,6 +26,16 @@ from blt.train.objective import Objective, check_finite
 from blt.train.optim import learning_rate, make_optimizer
 from blt_runtime.errors import BltError, CheckpointError
 
+# Sections of the configuration (or keys of one) that a resumed run shares with the checkpoint.
+SAME: dict[str, tuple[str, ...]] = {
+    "kind": (),
+    "model": (),
+    "batch": (),
+    "patching": (),
+    "data": ("groups",),
+    "run": ("seed", "dtype"),
+}
+
 
 class Terminated(BltError):
     """The run was told to stop, and saved its state first."""
@@ -65,7 +75,7 @@ class Trainer:
         run = self.config.run
         self.out.mkdir(parents=True, exist_ok=True)
         with _determinism(run.deterministic), self._signals():
-            self.window.reset()
+            self.window.start()
             while self.step < steps:
                 self.train_step()
                 last = self.step == steps
@@ -126,6 +136,7 @@ class Trainer:
             "loader": self.loader.state(),
             "bytes": self.bytes,
             "rng": torch.get_rng_state(),
+            "window": self.window.state(),
             "extra": self.extra,
         }
         snapshots.write(self.folder, self.step, content, self.config.run.keep_checkpoints)
@@ -136,11 +147,14 @@ class Trainer:
         _same_run(content["config"], self.config.model_dump(mode="json"))
         self.objective.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
+        chosen = self.config.optimizer  # a state dict also brings the settings that it was saved with
+        for group in self.optimizer.param_groups:
+            group.update(betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay)
         self.loader.restore(content["loader"])
         torch.set_rng_state(content["rng"])
         self.step, self.bytes = content["step"], content["bytes"]
         self._saved = self.step
-        self.metrics.cut(self.step)
+        self.window.restore(content.get("window", {}))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -161,13 +175,16 @@ class Trainer:
 
 
 def _same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """The sections that decide what the weights and the next batch are must agree; schedule and logging may change."""
-    for section in ("kind", "model", "data", "batch", "patching"):
-        if old.get(section) != new.get(section):
-            raise CheckpointError(
-                f"the checkpoint was made with another {section!r} section; "
-                "use the same configuration, another output folder, or --resume none"
-            )
+    """What decides the weights' shapes and the next batch must agree; optimizer, schedule and logging may change."""
+    for section, keys in SAME.items():
+        for key in keys or (section,):
+            before, now = (config[section].get(key) if keys else config.get(section) for config in (old, new))
+            if before != now:
+                where = f"{section}.{key}" if keys else section
+                raise CheckpointError(
+                    f"the checkpoint was made with another {where!r}; "
+                    "use the same configuration, or start anew in another output folder"
+                )
 
 
 @contextmanager

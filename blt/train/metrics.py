@@ -1,7 +1,7 @@
 """metrics.jsonl (one object per line) and the log line for people.
 
-Rates are means over the steps since the last line. On resume, lines behind the checkpoint's step are cut off, so that
-the file reads like that of an uninterrupted run.
+Rates are means over the steps since the last line, also across a stop. On resume, lines behind the
+checkpoint's step are cut off, so that the file reads like that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +28,24 @@ class Window:
         self.reset()
 
     def reset(self) -> None:
-        self.nats = 0.0
-        self.targets = self.bytes = self.patches = self.tokens = self.places = self.padding = 0
-        self.began = time.monotonic()
+        self.nats = self.seconds = 0.0
+        self.targets = self.bytes = self.patches = self.places = self.padding = 0
+        self.start()
+
+    def start(self) -> None:
+        """The clock runs from here, on top of the seconds that were restored."""
+        self.began = time.monotonic() - self.seconds
+
+    def state(self) -> dict[str, float]:
+        """The sums and the seconds so far."""
+        sums = {name: value for name, value in vars(self).items() if name != "began"}
+        return sums | {"seconds": time.monotonic() - self.began}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Goes on from a `state`; an empty one is that of a new window."""
+        self.reset()
+        vars(self).update(state)
+        self.start()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -67,12 +83,22 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         log.info("%s", " ".join(f"{key} {_short(value)}" for key, value in record.items()))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole file or none, also if the power goes."""
+    draft = path.with_name(f".{path.name}.part")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
 
 
 def _step_of(line: str) -> float:

@@ -5,6 +5,7 @@ Letters: B rows, N bytes, P patches, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 from blt.data.packing import Batch
 from blt.model import BLT, EntropyModel
-from blt_runtime.errors import ConfigError
+from blt_runtime.errors import BltError
 
 MAX_BUCKETS = 32
+
+
+class Diverged(BltError):
+    """The loss or a gradient is no longer finite: training cannot go on from here."""
 
 
 class Objective:
@@ -65,9 +70,9 @@ class Objective:
 
 
 def check_finite(value: float, what: str, step: int) -> None:
-    """Raises ConfigError (training cannot go on) if `value` is not a finite number."""
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ConfigError(
+    """Raises Diverged if `value` is not a finite number."""
+    if not math.isfinite(value):
+        raise Diverged(
             f"{what} is {value} at step {step}; nothing of this step was kept: resume with a lower optimizer.lr, "
             "a longer schedule.warmup or run.dtype=fp32"
         )

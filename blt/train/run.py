@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +21,13 @@ from blt.data.patches import PatchIndex, choose_threshold
 from blt.model import BLT, EntropyModel
 from blt.train import snapshots
 from blt.train.loop import Trainer
+from blt.train.metrics import replace_text
 from blt.train.objective import Objective, count_parameters
-from blt_runtime.errors import CheckpointError, ConfigError
+from blt_runtime.errors import CheckpointError, ConfigError, UsageError
 from blt_runtime.patching import PatchRule
 
 log = logging.getLogger("blt.train")
+CONFIG_FILE = "config.json"
 Model = TypeVar("Model", EntropyModel, BLT)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,28 +39,46 @@ def train(
     data: str | Path | None = None,
     entropy_model: str | Path | None = None,
     resume: str = "auto",
-    steps: int | None = None,
+    force: bool = False,
     compile: bool | None = None,
     device: str = "cpu",
 ) -> Path:
     """Trains and returns the path of `model.pt`.
 
-    `data` and `entropy_model` replace the configuration's; `steps` the length of the schedule; `resume` is "auto" (the
-    newest checkpoint in `out`, if any), "none" (refused if `out` has some) or a checkpoint's path.
-    Raises InputError, ConfigError, CheckpointError, and Terminated after SIGTERM with everything saved.
+    `data` and `entropy_model` replace the configuration's; `resume` is "auto" (the newest checkpoint in `out`, if any),
+    "none" (refused if `out` has some) or a checkpoint's path; `force` trains into a folder that holds something else.
+    Raises UsageError, InputError, ConfigError, CheckpointError, and Terminated after SIGTERM with everything saved.
     """
-    if steps is not None:
-        schedule = config.schedule.model_copy(update={"steps": steps})
-        config = config.model_copy(update={"schedule": schedule})
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise UsageError("training in several processes is not supported yet; start one, without torchrun")
+    _check_target(Path(out), force)
     trainer, finish = prepare_run(config, Path(out), data, entropy_model, compile, device)
     _resume(trainer, resume)
     Path(out).mkdir(parents=True, exist_ok=True)
-    (Path(out) / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    replace_text(Path(out) / CONFIG_FILE, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    trainer.metrics.cut(trainer.step)
     trainer.run(config.schedule.steps)
     path = Path(out) / checkpoint.MODEL_FILE
     checkpoint.save(path, finish(), DTYPES[config.run.save_dtype])
     log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
     return path
+
+
+def _check_target(out: Path, force: bool) -> None:
+    """Raises UsageError if `out` holds something that is no run. Hidden files may be what a kill left behind."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder for the run")
+    if force or not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):
+        return
+    if not snapshots.snapshots(out / "checkpoints") and not _is_run(out / CONFIG_FILE):
+        raise UsageError(f"{out} is not empty and no run; choose another folder, or --force to train into it")
+
+
+def _is_run(config_file: Path) -> bool:
+    try:
+        return json.loads(config_file.read_text())["kind"] in ("entropy", "blt")
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def prepare_run(
@@ -73,6 +94,7 @@ def prepare_run(
     if folder is None:
         raise ConfigError("no data: name a folder made by `blt data prepare` with --data or data.path")
     dataset = Dataset(folder)
+    _check_groups(config, dataset.split("train"))
     compiled = config.run.compile if compile is None else compile
     if isinstance(config, EntropyRun):
         return _entropy_run(config, out, dataset, compiled, device)
@@ -133,6 +155,12 @@ def _rule(config: BLTRun, dataset: Dataset, index: PatchIndex) -> PatchRule:
     return patching.rule(threshold)
 
 
+def _check_groups(config: RunConfig, documents: Documents) -> None:
+    for group in config.data.groups or ():
+        if not len(documents.of_groups([group])):
+            raise ConfigError(f"data.groups: {group!r} has no training documents; see `blt data info`")
+
+
 def _members(config: RunConfig, documents: Documents) -> np.ndarray[Any, np.dtype[np.int64]]:
     groups = config.data.groups
     return np.arange(len(documents)) if groups is None else documents.of_groups(groups)
@@ -164,19 +192,24 @@ def _initial(model: Model, seed: int, device: str) -> Model:
 def _resume(trainer: Trainer, resume: str) -> None:
     if resume == "none":
         if snapshots.snapshots(trainer.folder):
-            raise ConfigError(f"{trainer.out} holds a run; resume it with --resume auto or choose another folder")
+            raise ConfigError(
+                f"{trainer.out} holds a run; resume it with --resume auto, or choose another output folder"
+            )
         return
     if resume == "auto":
         content = snapshots.read_newest(trainer.folder)
     else:
         path = Path(resume)
+        if not path.exists():
+            raise UsageError(f"--resume {path}: no such file or folder; give auto, none, or a checkpoint")
         content = snapshots.read(path) if path.is_file() else snapshots.read_newest(_snapshot_folder(path))
         if content is None:
             raise CheckpointError(f"{path}: no checkpoint to resume from")
     if content is not None:
         if content["extra"] != trainer.extra:
             raise CheckpointError(
-                "the checkpoint used other data, another patch rule or entropy model; use the same, or --resume none"
+                "the checkpoint used other data, another patch rule or entropy model; "
+                "use the same, or start anew in another output folder"
             )
         trainer.restore(content)
         log.info("resumed at step %d", trainer.step)

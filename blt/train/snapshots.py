@@ -14,8 +14,10 @@ log = logging.getLogger("blt.train")
 
 
 def write(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
-    """Saves `content` as the snapshot of `step` and removes all but the newest `keep`."""
+    """Saves `content` as the snapshot of `step` and removes all but the newest `keep`, and what kills left behind."""
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".step-*.part"):
+        stale.unlink(missing_ok=True)
     path = folder / f"step-{step:08d}.pt"
     atomic_save(path, {"format": FORMAT, "version": VERSION, "step": step, **content})
     for old in snapshots(folder)[:-keep]:
@@ -47,5 +49,5 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
     if found:
-        raise CheckpointError(f"{folder}: no checkpoint can be read; start again with --resume none")
+        raise CheckpointError(f"{folder}: no checkpoint can be read; start anew in another output folder")
     return None
