@@ -8,25 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-SCRIPT = """
-import sys, torch
-from blt.config import load_config
-from blt.train import train
-torch.set_num_threads(1)
-train(load_config(sys.argv[1], ["schedule.steps=60", "run.log_every=1", "run.checkpoint_every=3"]),
-      sys.argv[2], data=sys.argv[3], entropy_model=sys.argv[4])
-"""
+SETTINGS = ("run.log_every=1", "run.checkpoint_every=3")
 
 
-def start(repo: Path, out: Path, data: Path, entropy_run: Path) -> subprocess.Popen[bytes]:
+def start(
+    repo: Path, out: Path, data: Path, entropy_run: Path, settings: Sequence[str] = SETTINGS
+) -> subprocess.Popen[bytes]:
+    """The command itself, 60 steps."""
     paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
-    arguments = [str(repo / "configs" / "tiny.yaml"), str(out), str(data), str(entropy_run)]
+    arguments = ["train", "blt", "-c", str(repo / "configs" / "tiny.yaml"), "-o", str(out), "--data", str(data)]
+    arguments += ["--entropy-model", str(entropy_run), "--steps", "60", "--threads", "1"]
+    arguments += [word for setting in settings for word in ("--set", setting)]
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment)
+    return subprocess.Popen([sys.executable, "-m", "blt.cli", *arguments], env=environment)
 
 
 def lines(out: Path) -> list[tuple[int, float, float]]:
@@ -58,12 +57,23 @@ def test_killed_twice_and_resumed(repo: Path, data: Path, entropy_run: Path, tmp
 
 
 @pytest.mark.slow
+def test_killed_before_the_first_checkpoint(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "run", ("run.log_every=1", "run.checkpoint_every=1000")
+    process = start(repo, out, data, entropy_run, settings)
+    wait_for_step(process, out, 5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert start(repo, out, data, entropy_run, settings).wait(300) == 0
+    assert [step for step, *_ in lines(out)] == list(range(1, 61))
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_the_next_start_goes_on(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(repo, out, data, entropy_run)
     wait_for_step(process, out, 10)
     process.terminate()
-    process.wait(60)
+    assert process.wait(60) == 143
     stopped = lines(out)[-1][0]
     assert (out / "checkpoints" / f"step-{stopped:08d}.pt").is_file()
     assert start(repo, out, data, entropy_run).wait(300) == 0
