@@ -37,7 +37,6 @@ def test_as_many_compilations_as_buckets(repo: Path, data: Path, entropy_run: Pa
         trainer.train_step()
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
-    assert not counters["recompiles"]
 
 
 @pytest.mark.slow
