@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blt_runtime.errors import InputError
+from blt_runtime.errors import InputError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET
 
 FORMAT, VERSION, MANIFEST = "blt-data", 1, "manifest.json"
+_COUNT = {"bytes": int, "documents": int}
+_SHARD = _COUNT | {"name": str, "sha256": str}
+_EACH = "*"
+_SHAPE = {
+    "version": int,
+    "groups": [str],
+    "splits": {_EACH: _COUNT | {"groups": {_EACH: _COUNT}, "shards": [_SHARD]}},
+    "options": dict,
+}
+"""What a manifest must hold: types, lists of one kind, mappings with these keys or (`_EACH`) any."""
 
 
 def is_data_folder(path: Path) -> bool:
@@ -27,26 +37,63 @@ def is_data_folder(path: Path) -> bool:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a data folder. Raises InputError."""
+    """The manifest of a data folder, checked. Raises InputError, and UsageError if there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such data folder; make one with `blt data prepare`")
+        raise UsageError(f"{folder}: no such data folder; make one with `blt data prepare`")
     if not is_data_folder(folder):
         raise InputError(f"{folder} is not a data folder (no {MANIFEST} of ours); make one with `blt data prepare`")
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    if manifest["version"] > VERSION:
-        raise InputError(f"{folder} was made by a newer version (format {manifest['version']}); upgrade this package")
+    version = manifest.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise InputError(f"{folder} was made by a newer version (format {version}); upgrade this package")
+    shards = [s for split in manifest["splits"].values() for s in split["shards"]] if _fits(manifest, _SHAPE) else None
+    if shards is None or any(Path(s["name"]).name != s["name"] for s in shards):
+        raise InputError(f"{folder / MANIFEST} is damaged; run `blt data prepare` again")
     return manifest
 
 
-def info(folder: str | Path) -> dict[str, Any]:
-    """What a data folder holds, with every shard's size checked; plain values, ready for JSON."""
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, type):
+        return isinstance(value, shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(item, shape[0]) for item in value)
+    if not isinstance(value, dict):
+        return False
+    if _EACH in shape:
+        return all(_fits(item, shape[_EACH]) for item in value.values())
+    return all(key in value and _fits(value[key], inner) for key, inner in shape.items())
+
+
+def info(folder: str | Path, verify: bool = False) -> dict[str, Any]:
+    """What a data folder holds, with every shard's size (`verify`: and content) checked; plain values for JSON."""
     dataset = Dataset(folder)
+    if verify:
+        dataset.verify()
     splits = {
         name: {key: value for key, value in split.items() if key != "shards"} | {"shards": len(split["shards"])}
         for name, split in dataset.manifest["splits"].items()
     }
     return {"path": str(folder), "splits": splits, "options": dataset.manifest["options"]}
+
+
+def _integers(path: Path, length: int) -> NDArray[np.int64]:
+    """Whole numbers [length] of a .npy file. Raises InputError."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); run `blt data prepare` again") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "i" or array.shape != (length,):
+        raise InputError(f"{path} does not fit the manifest; run `blt data prepare` again")
+    return array
+
+
+def _offsets(path: Path, shard: dict[str, Any]) -> NDArray[np.int64]:
+    """Where the documents of a shard begin and end, [documents + 1]. Raises InputError."""
+    offsets = _integers(path, shard["documents"] + 1)
+    if offsets[0] != 0 or offsets[-1] != shard["bytes"] or (np.diff(offsets) < 0).any():
+        raise InputError(f"{path} does not fit its shard; run `blt data prepare` again")
+    return offsets
 
 
 class Documents:
@@ -56,8 +103,10 @@ class Documents:
         self.names = group_names
         stems = [folder / shard["name"] for shard in shards]
         self._data = [np.memmap(f"{stem}.bin", np.uint8, mode="r") for stem in stems]
-        offsets = [np.load(f"{stem}.offsets.npy", allow_pickle=False) for stem in stems]
-        ids = [np.load(f"{stem}.groups.npy", allow_pickle=False) for stem in stems]
+        offsets = [_offsets(Path(f"{stem}.offsets.npy"), shard) for stem, shard in zip(stems, shards, strict=True)]
+        ids = [_integers(Path(f"{stem}.groups.npy"), s["documents"]) for stem, s in zip(stems, shards, strict=True)]
+        if any(part.size and not 0 <= part.min() <= part.max() < len(group_names) for part in ids):
+            raise InputError(f"{folder}: groups that the manifest does not name; run `blt data prepare` again")
         empty = np.empty(0, np.int64)
         self._shard = np.repeat(np.arange(len(stems)), [len(group) for group in ids])
         self._start = np.concatenate([empty, *(offset[:-1] for offset in offsets)])
@@ -105,7 +154,7 @@ class Documents:
 
 
 class Dataset:
-    """A data folder opened for reading. Sizes are checked at once, contents by `verify`."""
+    """A data folder opened for reading. Manifest and sizes are checked at once, contents by `verify`."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
 from blt.data.readers import SPLITS, Source, find_sources, read_all
-from blt_runtime.errors import InputError
+from blt_runtime.errors import InputError, UsageError
 
 SHARD_BYTES = 256 << 20
 
@@ -93,12 +94,13 @@ def prepare(
     `split` are the shares of train, valid and test for documents that are not already split by subfolders: a hash of
     the seed and the content decides, so equal documents never straddle two splits and the result does not depend on
     the order of the inputs. Exact duplicates are dropped with `dedup`. Empty documents are never written.
-    Raises InputError for bad input or when `out` is not empty (`force` replaces an older data folder).
+    Raises InputError for bad input, UsageError for bad arguments or when `out` is not empty (`force` replaces an older
+    data folder).
     """
     shares = _shares(split)
     sources = find_sources(inputs, format)
-    out = Path(out)
-    _check_target(out, force)
+    out = Path(out).resolve()
+    _check_target(out, force, [Path(path).resolve() for path in inputs])
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -149,8 +151,8 @@ def _write(
 
 
 def _shares(split: Sequence[float]) -> tuple[float, ...]:
-    if len(split) != len(SPLITS) or any(share < 0 for share in split) or not sum(split) > 0 or not split[0] > 0:
-        raise InputError("split must be three shares for train, valid and test, like 98/1/1, with train above 0")
+    if len(split) != len(SPLITS) or not all(0 <= share < math.inf for share in split) or not split[0] > 0:
+        raise UsageError("split must be three shares for train, valid and test, like 98/1/1, with train above 0")
     return tuple(float(share) for share in split)
 
 
@@ -172,15 +174,20 @@ def _duplicate_filter(dedup: bool) -> Callable[[bytes], bool]:
     return is_new
 
 
-def _check_target(out: Path, force: bool) -> None:
+def _check_target(out: Path, force: bool, inputs: Sequence[Path]) -> None:
+    if Path.cwd().is_relative_to(out):
+        raise UsageError(f"{out} is the current folder or around it; choose a new folder")
+    for path in inputs:
+        if out.is_relative_to(path) or path.is_relative_to(out):
+            raise UsageError(f"the input {path} and the output {out} lie in each other; choose another folder")
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose another output folder")
+        raise UsageError(f"{out} is a file; choose another output folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not force:
-        raise InputError(f"{out} is not empty; choose another folder, or --force to replace a data folder")
+        raise UsageError(f"{out} is not empty; choose another folder, or --force to replace a data folder")
     if not is_data_folder(out):
-        raise InputError(f"{out} is not a data folder of ours, so --force does not replace it; choose another folder")
+        raise UsageError(f"{out} is not a data folder of ours, so --force does not replace it; choose another folder")
 
 
 def _replace(out: Path, temporary: Path) -> None:
@@ -190,5 +197,9 @@ def _replace(out: Path, temporary: Path) -> None:
         return
     old = out.parent / f".{out.name}.{os.getpid()}.old"
     out.rename(old)
-    temporary.rename(out)
+    try:
+        temporary.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
     shutil.rmtree(old)

@@ -1,7 +1,7 @@
 """Documents from files and folders, in an order that depends on nothing but the inputs' names.
 
 A text file holds documents separated by NUL bytes, a JSONL file one document per line. The group of a document is the
-stem of its file. A folder is read whole; its subfolders train, valid and test, when present, are splits.
+stem of its file. A folder is read whole, or it holds nothing but the subfolders train, valid and test: the splits.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from blt_runtime.errors import InputError
+from blt.data.dataset import is_data_folder
+from blt_runtime.errors import InputError, MissingExtra, UsageError
 
 SPLITS = ("train", "valid", "test")
 FORMATS = ("auto", "txt", "jsonl", "dir", "parquet")
@@ -35,17 +37,18 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str | Path], format: str = "auto") -> list[Source]:
-    """The files behind `inputs`, sorted inside each folder. Raises InputError for what cannot be read."""
+    """The files behind `inputs`, sorted inside each folder. Raises UsageError for wrong arguments and InputError
+    for what cannot be read."""
     if format not in FORMATS:
-        raise InputError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+        raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
     if not inputs:
-        raise InputError("no input: name at least one file or folder")
+        raise UsageError("no input: name at least one file or folder")
     sources: list[Source] = []
     for path in map(Path, inputs):
         if not path.exists():
-            raise InputError(f"{path}: no such file or folder")
+            raise UsageError(f"{path}: no such file or folder")
         if format == "dir" and not path.is_dir():
-            raise InputError(f"{path} is a file; --format dir reads folders")
+            raise UsageError(f"{path} is a file; --format dir reads folders")
         sources += _folder(path, format) if path.is_dir() else [_source(path, format, None)]
     if not sources:
         raise InputError(f"{inputs[0]}: the folder holds no files")
@@ -53,7 +56,15 @@ def find_sources(inputs: Sequence[str | Path], format: str = "auto") -> list[Sou
 
 
 def _folder(folder: Path, format: str) -> list[Source]:
+    if is_data_folder(folder):
+        raise UsageError(f"{folder} is a data folder already; give the text that it was made from")
     splits = [name for name in SPLITS if (folder / name).is_dir()]
+    beside = sorted(path.name for path in folder.iterdir() if path.name not in splits and not _hidden(path, folder))
+    if splits and beside:
+        raise InputError(
+            f"{folder}: {', '.join(splits)} are its splits, so {', '.join(beside[:5])} beside them would be ignored; "
+            "move that into a split, or name every input by itself"
+        )
     found: list[Source] = []
     roots: list[tuple[Path, str | None]] = [(folder / name, name) for name in splits]
     for root, split in roots or [(folder, None)]:
@@ -81,11 +92,14 @@ def _source(path: Path, format: str, split: str | None) -> Source:
 
 def read_documents(source: Source, text_field: str = "text") -> Iterator[bytes]:
     """The documents of one file, empty ones left out."""
+    damage: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
+    if source.path.suffix.lower() == ".zst":
+        damage += (_zstandard(source.path).ZstdError,)
     with _open(source.path) as file:
         documents = _jsonl(file, source.path, text_field) if source.format == "jsonl" else _text(file)
         try:
             yield from (document for document in documents if document)
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except damage as error:
             raise InputError(f"{source.path}: cannot be read to its end ({error}); is the file complete?") from error
 
 
@@ -119,19 +133,20 @@ def _open(path: Path) -> BinaryIO:
     if suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
-        return _open_zstd(path)
+        reader = _zstandard(path).ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
+        return reader  # type: ignore[no-any-return]
     try:
         return path.open("rb")
     except OSError as error:
         raise InputError(f"{path}: cannot be opened ({error.strerror})") from error
 
 
-def _open_zstd(path: Path) -> BinaryIO:
+def _zstandard(path: Path) -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise InputError(f"{path}: reading .zst needs the package zstandard; install it or decompress first") from error
-    return zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
+        raise MissingExtra(f"{path} cannot be read: zstandard", "train") from error
+    return zstandard
 
 
 def _text(file: BinaryIO) -> Iterator[bytes]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from blt.data import Dataset, info, prepare
-from blt_runtime.errors import BltError, InputError
+from blt_runtime.errors import BltError, InputError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET
 
 
@@ -116,9 +118,13 @@ def broken_inputs(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text"\n')
     (tmp_path / "field.jsonl").write_text('{"other": "x"}\n')
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "x.zst").write_bytes(b"no zstd at all")
+    (tmp_path / "mixed" / "train").mkdir(parents=True)
+    (tmp_path / "mixed" / "more.txt").write_text("text")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
     names = {"empty": "empty.txt", "no files": "folder", "bad.jsonl:2": "bad.jsonl", "--text-field": "field.jsonl"}
-    names |= {"parquet is not supported": "x.parquet", "no such file": "missing", "complete": "cut.txt.gz"}
+    names |= {"parquet is not supported": "x.parquet", "complete": "cut.txt.gz"}
+    names |= {"is the file complete": "x.zst", "more.txt beside them would be ignored": "mixed"}
     return {message: tmp_path / name for message, name in names.items()}
 
 
@@ -131,10 +137,10 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         assert not list(tmp_path.glob(".data*"))
 
 
-@pytest.mark.parametrize("split", [(0, 1, 1), (1, -1, 1), (1, 1)])
+@pytest.mark.parametrize("split", [(0, 1, 1), (1, -1, 1), (1, 1), (1, float("nan"), 1)])
 def test_bad_shares(tmp_path: Path, split: tuple[float, ...]) -> None:
     source = write_text(tmp_path / "a.txt", DOCUMENTS)
-    with pytest.raises(InputError, match="98/1/1"):
+    with pytest.raises(UsageError, match="98/1/1"):
         prepare([source], tmp_path / "data", split=split)
 
 
@@ -144,19 +150,104 @@ def test_a_folder_in_use_is_not_replaced_unless_forced(tmp_path: Path) -> None:
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
     for force in (False, True):
-        with pytest.raises(InputError, match=r"not empty|not a data folder"):
+        with pytest.raises(UsageError, match=r"not empty|not a data folder"):
             prepare([source], other, force=force)
     assert (other / "thesis.txt").read_text() == "precious"
     prepare([source], tmp_path / "data")
-    with pytest.raises(InputError, match="--force"):
+    with pytest.raises(UsageError, match="--force"):
         prepare([source], tmp_path / "data")
     prepare([write_text(tmp_path / "b.txt", DOCUMENTS[:5])], tmp_path / "data", force=True)
     assert everything(tmp_path / "data") == Counter(DOCUMENTS[:5])
     assert not list(tmp_path.glob(".data*"))
 
 
+def test_inputs_and_outputs_that_would_harm_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_text(tmp_path / "in" / "a.txt", DOCUMENTS)
+    prepare([source], tmp_path / "data")
+    with pytest.raises(UsageError, match="lie in each other"):
+        prepare([tmp_path / "in"], tmp_path / "in" / "data")
+    with pytest.raises(UsageError, match="lie in each other"):
+        prepare([tmp_path / "data" / "train-00000.bin"], tmp_path / "data", force=True)
+    with pytest.raises(UsageError, match="is a data folder already"):
+        prepare([tmp_path / "data"], tmp_path / "again")
+    with pytest.raises(UsageError, match="no such file"):
+        prepare([tmp_path / "missing"], tmp_path / "again")
+    monkeypatch.chdir(tmp_path / "data")
+    with pytest.raises(UsageError, match="current folder"):
+        prepare([source], ".", force=True)
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS)
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    source = write_text(tmp_path / "a.txt", DOCUMENTS)
+    prepare([source], tmp_path / "data")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    prepare([write_text(tmp_path / "b.txt", DOCUMENTS[:5])], tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS[:5])
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_be_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_text(tmp_path / "a.txt", DOCUMENTS)
+    prepare([source], tmp_path / "data")
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="No space"):
+        prepare([source], tmp_path / "data", force=True)
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS)
+
+
+def damage_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("splits"),
+        lambda m: m.pop("groups"),
+        lambda m: m.update(version="1"),
+        lambda m: m["splits"].update(train=[]),
+        lambda m: m["splits"]["train"].pop("shards"),
+        lambda m: m["splits"]["train"]["groups"].update(a=3),
+        lambda m: m["splits"]["train"]["shards"][0].update(bytes="many"),
+        lambda m: m["splits"]["train"]["shards"][0].update(name="../elsewhere"),
+    ],
+)
+def test_a_damaged_manifest(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    prepare([write_text(tmp_path / "a.txt", DOCUMENTS)], tmp_path / "data")
+    damage_manifest(tmp_path / "data", change)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        info(tmp_path / "data")
+
+
+@pytest.mark.parametrize("part", ["offsets", "groups"])
+def test_a_damaged_array(tmp_path: Path, part: str) -> None:
+    prepare([write_text(tmp_path / "a.txt", DOCUMENTS)], tmp_path / "data")
+    path = tmp_path / "data" / f"train-00000.{part}.npy"
+    array = np.load(path)
+    for broken in (array[:-1], array + 1, array.astype(np.float32)):
+        np.save(path, broken)
+        with pytest.raises(InputError, match="run `blt data prepare` again"):
+            Dataset(tmp_path / "data").split("train")
+    for content in (b"", b"not an array", path.read_bytes()[:-4]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="damaged"):
+            Dataset(tmp_path / "data").split("train")
+
+
 def test_opening_what_is_no_data_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such data folder"):
+    with pytest.raises(UsageError, match="no such data folder"):
         info(tmp_path / "missing")
     with pytest.raises(InputError, match="is not a data folder"):
         info(tmp_path)
