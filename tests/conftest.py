@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: where the golden data lies, one thread for torch."""
+"""Fixtures of all tests: where the golden data lies, one thread for torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ def repo() -> Path:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of the reference's outputs (tests/golden/README.md says what each file holds)."""
-    for folder in (REPO / "tests" / "golden", REPO.parent / "shared" / "golden"):
-        if (folder / "hash.json").is_file():
-            return folder
-    pytest.skip("golden data not found: tests/golden is not part of this checkout")
+    folder = REPO / "tests" / "golden"
+    assert (folder / "hash.json").is_file(), "tests/golden is missing; it belongs to the checkout"
+    return folder

@@ -1,4 +1,4 @@
-"""What README.md and docs/cli.md show exists: commands, options, make targets, links, exit codes."""
+"""What README.md and docs/cli.md show exists: commands, options, make targets, links, configurations."""
 
 from __future__ import annotations
 
