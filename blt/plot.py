@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blt_runtime.errors import UsageError
+from blt_runtime.ids import OFFSET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 ROW = 64  # bytes in a row: 64 monospaced letters stay readable at the width of a page
 BAR, BAR_START, EDGE, THRESHOLD, INK, MUTED = "#9db7d5", "#d9822b", "#c3cad3", "#b3261e", "#1f2933", "#7b8794"
 BANDS = ("#ffffff", "#f1f4f8")
-ID_OFFSET = 4  # ids below are BOE, BOS, EOS, BPE
-SPECIAL = ("BOE", "BOS", "EOS", "BPE")
+SPECIAL = ("BOE", "BOS", "EOS", "BPE")  # names of the ids below OFFSET
 WEAK = "␣↵⇥·"  # labels that are no letter
 BLANKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
@@ -55,7 +55,7 @@ def glyphs(ids: Sequence[int], drawable: Callable[[str], bool] = str.isprintable
     labels: list[str] = []
     for is_text, run in _runs(ids):
         if is_text:
-            labels += _text_glyphs(bytes(i - ID_OFFSET for i in run), drawable)
+            labels += _text_glyphs(bytes(i - OFFSET for i in run), drawable)
         else:
             labels += [SPECIAL[i] for i in run]
     return labels
@@ -64,12 +64,12 @@ def glyphs(ids: Sequence[int], drawable: Callable[[str], bool] = str.isprintable
 def _runs(ids: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
     run: list[int] = []
     for i in ids:
-        if run and (run[0] >= ID_OFFSET) != (i >= ID_OFFSET):
-            yield run[0] >= ID_OFFSET, run
+        if run and (run[0] >= OFFSET) != (i >= OFFSET):
+            yield run[0] >= OFFSET, run
             run = []
         run.append(i)
     if run:
-        yield run[0] >= ID_OFFSET, run
+        yield run[0] >= OFFSET, run
 
 
 def _text_glyphs(data: bytes, drawable: Callable[[str], bool]) -> list[str]:

@@ -37,7 +37,10 @@ LAZY = {
     "blt_export": {"tensorrt_rtx", "onnxruntime"},
     "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "blt_export"},
 }
-CLI_MAY_LOAD = ("blt.__version__", "blt.cli", "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.patching")
+CLI_MAY_LOAD = (
+    "blt.__version__", "blt.cli", "blt.plot",
+    "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.patching",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def _shares(text: str) -> tuple[float, ...]:
         shares = tuple(float(part) for part in text.split("/"))
     except ValueError:
         shares = ()
-    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+    if len(shares) != 3:  # the rest is checked by prepare
         raise UsageError(f"--split {text}: write the shares of train, valid and test, as in 98/1/1")
     return shares
 
@@ -33,7 +33,7 @@ def prepare(
     split: Annotated[str, typer.Option(help="Shares of train/valid/test.")] = "98/1/1",
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop exact duplicates.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Reading processes.")] = 1,
-    seed: Annotated[int, typer.Option(help="Another split of the same documents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Another split of the same documents.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -54,6 +54,7 @@ def prepare(
 @app.command("info")
 def info(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by blt data prepare.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every shard and compare its sha256.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = 0,
@@ -61,7 +62,7 @@ def info(
     """Splits, groups, documents and bytes of a data folder."""
     from blt.data.dataset import info as describe
 
-    _show(describe(folder), as_json)
+    _show(describe(folder, verify), as_json)
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:

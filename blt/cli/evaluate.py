@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from blt_runtime import Score
 
-ALL = "ALL"
+ALL = ""  # the sum over all groups; no group has an empty name
 Document = tuple[str, bytes]  # group, text
 
 
@@ -149,11 +149,15 @@ def evaluate(
         raise UsageError(f"--by {by}: only group is known")
     if not data.exists():
         raise UsageError(f"{data}: no such file or folder")
+    if fail_above is not None and math.isnan(fail_above):
+        raise UsageError("--fail-above nan: give a number of bits per byte")
     names = _baselines(baseline)
-    size = options.parse_size(context, "--context")
-    limited = list(_limited(_documents(data, split), None if limit is None else options.parse_size(limit, "--limit")))
+    size = options.parse_size(context, "--context", at_least=1)
+    most = None if limit is None else options.parse_size(limit, "--limit", at_least=1)
+    limited = list(_limited(_documents(data, split), most))
     if not limited:
-        raise InputError(f"{data} holds no text in the split {split!r}")
+        where = "is empty" if data.is_file() else f"holds no text in the split {split!r}"
+        raise InputError(f"{data} {where}")
     with scoring.open_scorer(
         model, size + 2, backend=backend, entropy_model=entropy_model, device=device, threads=threads
     ) as scorer:
@@ -202,7 +206,7 @@ def _table(tallies: dict[str, Tally], baselines: list[str]) -> Table:
     for name, tally in tallies.items():
         r = tally.report()
         table.add_row(
-            name,
+            name or "ALL",
             f"{r['bits_per_byte']:.4f}",
             *(f"{tally.baselines[b]:.4f}" for b in baselines),
             f"{r['bytes']:,}",
@@ -214,5 +218,5 @@ def _table(tallies: dict[str, Tally], baselines: list[str]) -> Table:
 
 
 def _check(bits_per_byte: float, limit: float | None) -> None:
-    if limit is not None and bits_per_byte > limit:
-        raise CheckFailed(f"{bits_per_byte:.4f} bits per byte is above the limit of {limit:g} (--fail-above)")
+    if limit is not None and not bits_per_byte <= limit:  # also if it is NaN
+        raise CheckFailed(f"{bits_per_byte:.4f} bits per byte is not within the limit of {limit:g} (--fail-above)")

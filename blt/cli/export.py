@@ -32,7 +32,7 @@ def export(
     """Write MODEL as ONNX graphs with everything that a runtime needs, and compare them with PyTorch."""
     if flavour not in FLAVOURS:
         raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
-    size = None if capacity is None else options.parse_size(capacity, "--capacity")
+    size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=1)
     models.existing(model)
     if models.is_bundle(model):
         raise UsageError(f"{model} is a bundle already; give the checkpoint it was made from")

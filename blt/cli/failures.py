@@ -40,6 +40,8 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "", BROKEN_PIPE
     if isinstance(error, ModuleNotFoundError):
         return _missing_module(error)
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
+        return "", USAGE
     if callable(format_message := getattr(error, "format_message", None)):  # typer's and click's own errors
         return f"{one_line(format_message())} (-h shows the usage)", int(getattr(error, "exit_code", USAGE))
     if isinstance(error, OSError) and error.strerror:

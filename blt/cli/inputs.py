@@ -30,13 +30,15 @@ def _names_a_file(argument: str) -> bool:
 
 
 def read_file(argument: str) -> bytes:
-    """The bytes of a file or of standard input (`-`); raises UsageError if there is no such file."""
-    if argument == "-":
-        return sys.stdin.buffer.read()
+    """The bytes of a file or of standard input (`-`). Raises UsageError if there is no such file, InputError if it is
+    empty."""
     path = Path(argument)
-    if not path.is_file():
+    if argument != "-" and not path.is_file():
         raise UsageError(f"{argument}: no such file; give a file or - for standard input")
-    return path.read_bytes()
+    data = sys.stdin.buffer.read() if argument == "-" else path.read_bytes()
+    if not data:
+        raise InputError(f"{'standard input' if argument == '-' else argument} is empty; give some text")
+    return data
 
 
 def load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:

@@ -31,9 +31,16 @@ def check_backend(backend: str) -> None:
 
 
 def existing(path: Path) -> Path:
-    """`path` itself; raises UsageError if there is nothing at it."""
+    """`path` itself; raises UsageError if there is nothing at it, or a folder that is no model."""
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; give model.pt, a run folder or a bundle")
+    if is_bundle(path):
+        from blt.data.dataset import is_data_folder
+
+        if is_data_folder(path):
+            raise UsageError(f"{path} is a data folder, made for training; give model.pt, a run folder or a bundle")
+    elif (path / "checkpoints").is_dir() and not (path / "model.pt").exists():
+        raise UsageError(f"{path} is an unfinished run: the same `blt train` command finishes it")
     return path
 
 

@@ -8,21 +8,24 @@ from typing import Annotated
 
 import typer
 
-from blt.cli import console
+from blt.cli import console, models
 from blt_runtime.errors import UsageError
 
 _UNITS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def parse_size(text: str, option: str) -> int:
+def parse_size(text: str, option: str, at_least: int = 0) -> int:
     """`4096`, `4k`, `4K`, `1.5M`, `2G` as a whole number; k is 1024.
 
-    Raises UsageError that names `option` for anything else.
+    Raises UsageError that names `option` for anything else, and for less than `at_least`.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMG]?)", text.strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([kKMG]?)", text.strip())
     if not match:
         raise UsageError(f"{option}: {text!r} is not a size; write a number with k, K, M or G behind it, as in 4k")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size < at_least:
+        raise UsageError(f"{option} {text}: must be at least {at_least}")
+    return size
 
 
 def _quiet(value: bool) -> bool:
@@ -37,6 +40,10 @@ def _verbose(value: int) -> int:
     return value
 
 
+def _existing(path: Path | None) -> Path | None:
+    return None if path is None else models.existing(path)
+
+
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", callback=_quiet, help="Warnings and errors only.")]
 Verbose = Annotated[
     int, typer.Option("-v", "--verbose", count=True, callback=_verbose, help="More output, tracebacks.")
@@ -48,7 +55,12 @@ ModelPath = Annotated[
 ]
 EntropyModel = Annotated[
     Path | None,
-    typer.Option("--entropy-model", metavar="PATH", help="Entropy model, where MODEL's format keeps it apart."),
+    typer.Option(
+        "--entropy-model",
+        metavar="PATH",
+        callback=_existing,
+        help="Entropy model, where MODEL's format keeps it apart.",
+    ),
 ]
 Backend = Annotated[str, typer.Option("--backend", help="auto, torch or onnx.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:n].")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blt.cli import console, files, inputs, options, scoring
+from blt.plot import SPECIAL
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import OFFSET, decode, encode
 from blt_runtime.patching import PatchRule, patch_lengths
@@ -62,7 +65,7 @@ def escaped(ids: NDArray[np.int64]) -> str:
             continue
         shown += "".join(_escape(char) for char in decode(run).decode("utf-8", "surrogateescape"))
         run = []
-        shown += "" if i is None else f"<{('BOE', 'BOS', 'EOS', 'BPE')[i]}>"
+        shown += "" if i is None else f"<{SPECIAL[i]}>"
     return shown
 
 
@@ -74,13 +77,15 @@ def _escape(char: str) -> str:
 
 def parse_scheme(scheme: str, threshold: float | None) -> PatchRule | None:
     """The rule of --scheme; None for entropy without a threshold (the model's own rule). Raises UsageError."""
-    name, _, size = scheme.partition(":")
-    if name == "static" and size.isdigit() and int(size) > 0:
-        return PatchRule(scheme="static", patch_size=int(size))
-    if scheme not in ("entropy", "space", "byte"):
+    static = re.fullmatch(r"static:([1-9][0-9]{0,8})", scheme)
+    if static is None and scheme not in ("entropy", "space", "byte"):
         raise UsageError(f"--scheme {scheme}: choose one of {SCHEMES}")
     if threshold is not None and scheme != "entropy":
         raise UsageError(f"--threshold belongs to --scheme entropy, not {scheme}; leave it out")
+    if threshold is not None and not math.isfinite(threshold):
+        raise UsageError(f"--threshold {threshold}: give a number of nats")
+    if static is not None:
+        return PatchRule(scheme="static", patch_size=int(static[1]))
     if scheme == "entropy":
         return None if threshold is None else PatchRule(scheme="entropy", threshold=threshold)
     return PatchRule(scheme="space" if scheme == "space" else "byte")

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from blt.checkpoint import Checkpoint, save
-from blt.cli import run
+from blt.cli import evaluate, run
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, HashConfig, TransformerConfig
+from blt_runtime.errors import CheckFailed
 from blt_runtime.patching import PatchRule
 
 REPO = Path(__file__).resolve().parents[2]
@@ -198,6 +199,15 @@ def test_fail_above_exits_3_behind_the_result(blt: Call, bundle: Path, tmp_path:
     assert result.code == 3
     assert "bits/byte" in result.text
     assert "--fail-above" in result.err
+    for bits in (float("nan"), float("inf")):
+        with pytest.raises(CheckFailed):
+            evaluate._check(bits, 20.0)
+
+
+def test_a_group_named_all_is_counted_once(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "ALL.txt").write_text(TEXT)
+    report = json.loads(blt("eval", checkpoint, tmp_path / "ALL.txt", "--by", "group", "--json").text)
+    assert report["bytes"] == report["groups"]["ALL"]["bytes"] == len(TEXT.encode())
 
 
 def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
@@ -210,6 +220,8 @@ def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
     counted = sum(p.numel() for m in (loaded.blt, loaded.entropy) for p in m.parameters())
     assert report["parameters"]["total"] == counted
     assert "blt.decoder.output.weight" in report["tensors"]
+    read = sum(loaded.blt.config.weights_read(4.5).values()) + loaded.entropy.config.weights_read()
+    assert report["weight bytes read per byte (float32)"]["total"] == pytest.approx(4 * read)
     text = blt("inspect", bundle, "--tensors").text
     assert "parity with PyTorch" in text
     assert "decoder.logits" in text

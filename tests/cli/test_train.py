@@ -68,7 +68,7 @@ def test_train_writes_a_model(blt: Call, config: Path, data: Path, tmp_path: Pat
         (["train", "entropy", "-c", "{config}", "-o", "{tmp}/x"], 2, "--data"),
         (["train", "entropy", "-c", "{config}", "--dry-run", "--set", "model.n_layer=3"], 2, "n_layers"),
         (["train", "entropy", "-c", "{config}", "--dry-run", "--set", "model.n_heads=3"], 2, "model"),
-        (["train", "entropy", "-c", "{config}", "-o", "{tmp}/x", "--data", "{tmp}/nothing"], 1, "nothing"),
+        (["train", "entropy", "-c", "{config}", "-o", "{tmp}/x", "--data", "{tmp}/nothing"], 2, "nothing"),
         (["train", "entropy", "-c", "{config}", "-o", "{tmp}/x", "--device", "gpu"], 2, "cuda"),
     ],
 )
@@ -80,6 +80,32 @@ def test_mistakes_are_one_line(
     assert result.err.startswith("blt: error: ")
     assert result.err.count("\n") == 1
     assert words in result.err
+
+
+def test_a_data_folder_is_no_model_and_no_place_for_one(
+    blt: Call, config: Path, data: Path, golden: Path, tmp_path: Path
+) -> None:
+    before = sorted(data.iterdir())
+    for arguments in (
+        ["generate", data, "x"],
+        ["train", "entropy", "-c", config, "--data", data, "-o", data],
+        ["export", golden / "a" / "blt", "-o", data, "--force"],
+    ):
+        result = blt(*arguments)
+        assert result.code == 2
+        assert str(data) in result.err
+        assert result.err.count("\n") == 1
+        assert sorted(data.iterdir()) == before
+
+
+def test_data_info_verify(blt: Call, data: Path) -> None:
+    assert blt("data", "info", data, "--verify").code == 0
+    shard = data / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[::-1])
+    assert blt("data", "info", data).code == 0
+    result = blt("data", "info", data, "--verify")
+    assert result.code == 1
+    assert "has changed" in result.err
 
 
 def test_ctrl_c_exits_130(blt: Call, monkeypatch: pytest.MonkeyPatch) -> None:
