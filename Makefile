@@ -27,7 +27,7 @@ demo: $(BUNDLE)/manifest.json
 	@$(BIN)/blt generate $(BUNDLE) "$(PROMPT)" -n $(NEW) --seed 1 --stats
 	@echo
 
-$(BUNDLE)/manifest.json: $(MODEL) $(VENV)/.demo
+$(BUNDLE)/manifest.json: $(MODEL) | $(VENV)/.demo
 	@mkdir -p build
 	$(BIN)/blt export $(MODEL) -o $(BUNDLE) --force --quiet > build/export.log || { cat build/export.log; exit 1; }
 
