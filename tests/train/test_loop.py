@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -279,6 +280,24 @@ def test_what_a_run_needs_is_asked_for(
     with pytest.raises(BltError, match="no group"):
         train(load_config(repo / "configs" / "tiny-entropy.yaml", ["data.groups=[x]"]), tmp_path / "run", data=data)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_group_without_training_text_is_named(repo: Path, tmp_path: Path) -> None:
+    for split, group in (("train", "a"), ("valid", "a"), ("valid", "b")):
+        (tmp_path / "in" / split).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / split / f"{group}.txt").write_text(f"{split} {group}")
+    prepare([tmp_path / "in"], tmp_path / "data")
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", ["data.groups=[a, b]"])
+    with pytest.raises(ConfigError, match="'b' has no training documents"):
+        train(config, tmp_path / "run", data=tmp_path / "data")
+
+
+def test_the_data_may_move_and_validation_may_change(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "moved")
+    settings = [f"data.path={tmp_path / 'moved'}", "data.valid_bytes=100", "schedule.steps=41"]
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", settings)
+    train(config, tmp_path / "run", resume=str(entropy_run))
+    assert records(tmp_path / "run", "step") == [(41,), (41,)]
 
 
 def test_space_patches_need_no_entropy_model(data: Path, repo: Path, tmp_path: Path) -> None:
