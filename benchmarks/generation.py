@@ -246,9 +246,8 @@ def report(shape: str, results: dict[str, Any], bandwidth: float, sizes: tuple[f
     floor_bytes = 4 * (entropy.weights_read() + sum(blt.weights_read(MEAN_PATCH).values()))
     print(f"shape {shape}, float32, batch 1, {threads} threads, patches of about {MEAN_PATCH} bytes; medians")
     print(f"weights read per byte {floor_bytes / 1e6:.0f} MB; read bandwidth {bandwidth / 1e9:.1f} GB/s")
-    print(
-        f"floor {bandwidth / floor_bytes:.1f} bytes/s; weights with hash tables {sizes[0] / 1e6:.0f} MB, caches {sizes[1] / 1e6:.0f} MB\n"
-    )
+    print(f"floor {bandwidth / floor_bytes:.1f} bytes/s")
+    print(f"weights with hash tables {sizes[0] / 1e6:.0f} MB, caches of one stream {sizes[1] / 1e6:.0f} MB\n")
     print("| bytes/s after a prompt of | " + " | ".join(f"{n} bytes" for n in PROMPTS) + " | bandwidth | peak memory |")
     print("|---" * (len(PROMPTS) + 3) + "|")
     for engine, result in results.items():

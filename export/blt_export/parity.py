@@ -24,8 +24,9 @@ from torch import nn
 from blt.checkpoint import Checkpoint
 from blt_runtime.backends.onnx import load_library
 from blt_runtime.errors import CheckFailed
+from blt_runtime.hashing import HashEmbedding
 from blt_runtime.manifest import Parity
-from blt_runtime.spec import GraphSpec, ModelSpec, TensorSpec
+from blt_runtime.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 
 from .parity_plan import Plan, graph_calls, make_plan
 
@@ -47,13 +48,21 @@ def check_parity(
     steps: Mapping[str, nn.Module],
     spec: ModelSpec,
     files: Mapping[str, Path],
+    hash_tables: Path,
     precision: str = "fp32",
 ) -> ParityReport:
-    """Compare every output of every graph. Raises CheckFailed, which names the output and its largest error."""
+    """Compare every output of every graph, and what the written hash tables give.
+
+    Raises CheckFailed, which names the output and its largest error.
+    """
     plan = make_plan(spec)
     tolerance = TOLERANCE[precision]
     inputs = _row_inputs(checkpoint, spec, plan)
     rows: list[Parity] = []
+    if spec.hash is not None:
+        written = _hash_embedding(hash_tables, spec.hash, plan.ids_N)
+        error = _error(written, inputs["encoder"]["hash_embedding"])
+        rows.append(Parity("hash_embedding", error, tolerance, len(plan.ids_N)))
     entropy_N = np.zeros(0)
     for name, graph in spec.graphs.items():
         want = _reference(steps[name], graph, inputs[name])
@@ -85,6 +94,14 @@ def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str
     )
     inputs["decoder"]["patch_row"] = plan.patch_row_NW[None]
     return inputs
+
+
+def _hash_embedding(tables: Path, spec: HashSpec, ids_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """What the runtime computes from the written tables: [1, N, D]."""
+    embedding = HashEmbedding(np.load(tables, mmap_mode="r"), spec.sizes, spec.functions, spec.rows)
+    out_ND = np.empty((len(ids_N), spec.dim), np.float32)
+    embedding.many(np.concatenate([np.zeros(max(spec.sizes) - 1, np.int64), ids_N]), out_ND)
+    return out_ND[None]
 
 
 def _hand_on(inputs: dict[str, Arrays], name: str, outputs: Arrays) -> None:

@@ -170,7 +170,8 @@ def write_hash_tables(job: Job) -> str:
 def check_parity(job: Job) -> str:
     if not job.check:
         return "not asked for"
-    job.parity = parity.check_parity(job.checkpoint, job.modules, job.spec, job.files, job.precision)
+    tables = job.folder / bundle.HASH_TABLES
+    job.parity = parity.check_parity(job.checkpoint, job.modules, job.spec, job.files, tables, job.precision)
     near = len(job.parity.near_threshold)
     if near:
         log.warning("%d of the checked positions have an entropy within tolerance of the threshold", near)

@@ -80,6 +80,8 @@ class Bundle:
         for path in self.path.iterdir():
             if path.is_symlink():  # also an unlisted one: a graph may name it as its external data
                 raise BundleError(f"{path.name} in {self.path} is a link, which a bundle must not hold")
+            if path.name not in entries and path.name != manifests.FILE_NAME:
+                raise BundleError(f"{path.name} in {self.path} is not listed in the manifest: remove it")
         for name, entry in entries.items():
             _check_file(self.path / name, entry)
         if verify == "sizes":

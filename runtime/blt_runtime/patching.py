@@ -11,6 +11,7 @@ Letters: N tokens, P patches. `closes_N[t]`: token t is the last of its patch.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -48,6 +49,14 @@ class PatchRule:
     def __post_init__(self) -> None:
         if self.scheme not in get_args(Scheme):
             raise RuleError(f"patch scheme {self.scheme!r} is unknown; known: {', '.join(get_args(Scheme))}")
+        for name in ("threshold", "threshold_add"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise RuleError(f"{name} must be a finite number of nats, not {value!r}")
+        for name in ("patch_size", "max_patch_length"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise RuleError(f"{name} must be a whole number, not {value!r}")
         if self.scheme == "entropy" and self.threshold is None:
             raise RuleError("patch scheme 'entropy' needs a threshold in nats")
         if self.scheme == "static" and (self.patch_size is None or self.patch_size < 1):

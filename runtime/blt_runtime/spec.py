@@ -35,7 +35,7 @@ class TensorSpec:
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"tensor {self.name!r} has the type {self.dtype!r}: {nearest(self.dtype, DTYPE_BYTES)}")
         for size in self.shape:
-            if size not in LETTERS if isinstance(size, str) else size < 0:
+            if size not in tuple(LETTERS) if isinstance(size, str) else size < 0:
                 raise ConfigError(f"tensor {self.name!r} has the size {size!r}, not a number or one of {LETTERS}")
 
     def resolve(self, **sizes: int) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from .errors import CapacityError, InputError, UsageError
 from .ids import BOS, EOS, OFFSET, Ids, encode
 from .memory import Mark, Memory
 from .patching import closes_from_lengths
+from .patching import patch_lengths as rule_lengths
 from .prefill import Prefill
 from .sampling import Sampler
 from .spec import ModelSpec
@@ -160,6 +161,8 @@ class Stream:
         if not len(ids_N):
             raise InputError("there is nothing to score: no ids")
         closes_N = None if patch_lengths is None else _checked_closes(patch_lengths, len(ids_N))
+        if closes_N is None and self.spec.patch_rule.scheme == "bpe":  # a delimiter in last place closes nothing
+            closes_N = closes_from_lengths(rule_lengths(self.spec.patch_rule, ids_N))
         logits_NV = np.empty((len(ids_N), self.spec.vocab_size), dtype=np.float32)
         with self._exclusive(repair=True):
             self._memory.clear()

@@ -91,6 +91,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "changed file": (replace("decoder.onnx", b"graph decodeR"), BundleError, "decoder.onnx was changed"),
     "truncated file": (truncate, BundleError, "3 bytes instead of"),
     "link": (link, BundleError, "is a link"),
+    "file beside": (lambda f: (f / "weights").write_bytes(b"x"), BundleError, "is not listed in the manifest"),
     "unlisted link": (
         lambda f: (f / "weights").symlink_to("/etc/passwd"),
         BundleError,

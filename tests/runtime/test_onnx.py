@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from blt_runtime import Bundle, ModelSpec, PatchRule
 from blt_runtime.backends.protocol import HostBuffer
+from blt_runtime.bundle import entry_of
 from blt_runtime.errors import BackendError, MissingExtra, UsageError
 from blt_runtime.spec import CacheSpec, GraphSpec, TensorSpec
 from tests.runtime.bundles import edit, write_bundle
@@ -133,6 +136,9 @@ def with_weights(folder: Path, location: str) -> Bundle:
     """A bundle whose encoder keeps its weights in the file `location`."""
     write_bundle(folder, spec(), {**dict.fromkeys(GRAPHS, accumulator()), "encoder": accumulator(location)})
     (folder / location).write_bytes(np.full((1, 256), 2, np.float32).tobytes())
+    if (folder / location).parent == folder:
+        listed = json.loads((folder / "manifest.json").read_text())["files"]
+        edit(folder, files={**listed, location: asdict(entry_of(folder / location))})
     return Bundle.open(folder)
 
 

@@ -126,3 +126,18 @@ def test_rule_survives_json() -> None:
 def test_entropies_are_required() -> None:
     with pytest.raises(RuleError, match="entropies"):
         patch_lengths(PatchRule("entropy", threshold=1.0), [1, 2])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"threshold": "high"},
+        {"threshold": float("nan")},
+        {"threshold": 1.0, "threshold_add": float("inf")},
+        {"threshold": 1.0, "max_patch_length": 2.5},
+        {"scheme": "static", "patch_size": 4.5},
+    ],
+)
+def test_a_rule_refuses_values_of_the_wrong_kind(values: dict[str, Any]) -> None:
+    with pytest.raises(RuleError, match="must be a"):
+        PatchRule(**values)

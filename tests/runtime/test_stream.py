@@ -13,6 +13,7 @@ from blt_runtime import Model, PatchRule, Sampler, Stream
 from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.errors import BackendError, CapacityError, InputError, UsageError
 from blt_runtime.ids import BOS, EOS, NEWLINE, encode
+from blt_runtime.patching import patch_lengths
 from blt_runtime.spec import HashSpec, ModelSpec
 from tests.runtime.null_reference import compute
 
@@ -386,3 +387,10 @@ def test_threads_share_a_model() -> None:
     for thread in threads:
         thread.join()
     assert results == [results[0]] * 4
+
+
+def test_scores_follow_the_reference_where_a_delimiter_comes_last() -> None:
+    """Scheme bpe: a delimiter in last place closes no patch yet (spec section 5)."""
+    spec = null_spec(PatchRule("bpe"))
+    score = Model(spec, NullBackend(spec)).score([1, 5, 6, 7, 3])
+    assert score.patch_lengths.tolist() == patch_lengths(spec.patch_rule, [1, 5, 6, 7, 3]).tolist() == [1, 5]
