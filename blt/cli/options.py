@@ -65,4 +65,4 @@ EntropyModel = Annotated[
 Backend = Annotated[str, typer.Option("--backend", help="auto, torch or onnx.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:n].")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the sampling.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the sampling.")]

@@ -30,12 +30,12 @@ class Sampler:
         min_p: float | None = None,
         seed: int | np.random.Generator | None = None,
     ) -> None:
-        _check("temperature", math.isfinite(temperature) and temperature >= 0, "a number from 0 up")
-        _check("top_k", top_k is None or top_k >= 1, "at least 1")
-        _check("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1")
-        _check("min_p", min_p is None or 0 <= min_p <= 1, "between 0 and 1")
+        _check("temperature", _is_number(temperature) and temperature >= 0, "a number from 0 up")
+        _check("top_k", top_k is None or (is_whole(top_k) and top_k >= 1), "a whole number of at least 1")
+        _check("top_p", top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "a number above 0 and at most 1")
+        _check("min_p", min_p is None or (_is_number(min_p) and 0 <= min_p <= 1), "a number between 0 and 1")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self._random = np.random.default_rng(seed)
+        self._random = generator(seed)
 
     def __call__(self, logits_V: Array) -> int:
         """The next id."""
@@ -58,6 +58,23 @@ class Sampler:
         if self.min_p is not None:
             keep = min(keep, int((mass_V >= self.min_p * mass_V[0]).sum()))
         return order_V[:keep], mass_V[:keep]
+
+
+def generator(seed: int | np.random.Generator | None) -> np.random.Generator:
+    """The generator of a seed; None takes fresh entropy. Raises UsageError."""
+    if not isinstance(seed, np.random.Generator):
+        _check("seed", seed is None or (is_whole(seed) and seed >= 0), "a whole number from 0 up")
+    return np.random.default_rng(seed)
+
+
+def is_whole(value: object) -> bool:
+    """A Python or numpy integer, and no truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    """A finite Python or numpy number, and no truth value."""
+    return is_whole(value) or (isinstance(value, float | np.floating) and math.isfinite(value))
 
 
 def _check(name: str, ok: bool, wanted: str) -> None:

@@ -24,7 +24,7 @@ from .memory import Mark, Memory
 from .patching import closes_from_lengths
 from .patching import patch_lengths as rule_lengths
 from .prefill import Prefill
-from .sampling import Sampler
+from .sampling import Sampler, generator
 from .spec import ModelSpec
 from .step import StepCalls
 from .text import StopMatcher
@@ -64,7 +64,7 @@ class Stream:
         self._memory = Memory(spec, backend, hash_tables)
         self._calls = StepCalls(self._memory)
         self._prefill = Prefill(self._memory)
-        self._random = np.random.default_rng(seed)
+        self._random = generator(seed)
         self._bos = bos
         self._with_entropy = spec.patch_rule.needs_entropy
         self._lock = threading.Lock()

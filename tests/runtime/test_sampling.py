@@ -51,8 +51,22 @@ def test_seeds() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}],
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": "a"},
+        {"top_k": 0},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_p": "a"},
+        {"min_p": 2},
+        {"min_p": [0.5]},
+        {"seed": -1},
+        {"seed": 1.5},
+    ],
 )
-def test_bad_options(options: dict[str, float]) -> None:
+def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         Sampler(**options)  # type: ignore[arg-type]

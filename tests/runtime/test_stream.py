@@ -333,6 +333,10 @@ def test_bad_arguments() -> None:
         stream.generate(-1)
     with pytest.raises(UsageError, match="temperature"):
         stream.generate(1, temperature=-1)
+    with pytest.raises(UsageError, match="seed"):
+        stream.generate(1, seed=-1)
+    with pytest.raises(UsageError, match="seed"):
+        model_of(null_spec()).stream(seed=-1)
 
 
 def test_two_threads_on_one_stream_are_refused() -> None:
