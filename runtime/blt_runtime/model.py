@@ -11,6 +11,7 @@ from .backends.protocol import Array, Backend
 from .bundle import Bundle, Verify
 from .errors import ConfigError, UsageError
 from .manifest import Manifest
+from .sampling import is_whole
 from .spec import ModelSpec
 from .stream import Score, Stream
 from .text import Utf8Stream
@@ -50,8 +51,11 @@ class Model:
 
         backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: of one call, None lets
         the backend choose. providers: ONNX Runtime execution providers, CPU by default; one that does not
-        load is an error. verify: see `Bundle.open`. Raises BundleError, BackendError or MissingExtra.
+        load is an error. verify: see `Bundle.open`. Raises UsageError, BundleError, BackendError
+        or MissingExtra.
         """
+        if threads is not None and not (is_whole(threads) and threads >= 1):
+            raise UsageError("threads must be a whole number of at least 1")
         bundle = Bundle.open(path, verify)
         spec = bundle.manifest.spec
         return cls(spec, _backend(backend, bundle, threads, providers), bundle.hash_tables(), bundle.manifest)

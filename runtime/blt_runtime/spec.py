@@ -9,18 +9,22 @@ L longest patch in this call, R patches in the decoder's pool. Everything else i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
-from .errors import BltError, ConfigError, nearest
+from .errors import ConfigError, nearest
+from .hashing import PRIMES
 from .patching import PatchRule
-from .records import from_dict, to_dict
 
 GRAPHS = ("entropy", "encoder", "latent", "decoder")
-LETTERS = "BSNPLR"
+LETTERS = frozenset("BSNPLR")
 DTYPE_BYTES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 CacheKind = Literal["ring", "window", "linear"]
+Shape = tuple[int | str | None, ...]
+"""Letters and numbers; None is any number."""
+LONGEST_HASH = 1024
+"""Ids of the longest hash window that we are willing to keep; the released models have 8."""
+_INTEGERS = {"ids", "positions", "doc_start", "byte_index", "patch_length", "own_start", "patch_row"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class TensorSpec:
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"tensor {self.name!r} has the type {self.dtype!r}: {nearest(self.dtype, DTYPE_BYTES)}")
         for size in self.shape:
-            if size not in tuple(LETTERS) if isinstance(size, str) else size < 0:
-                raise ConfigError(f"tensor {self.name!r} has the size {size!r}, not a number or one of {LETTERS}")
+            if size not in LETTERS if isinstance(size, str) else size < 0:
+                known = ", ".join(sorted(LETTERS))
+                raise ConfigError(f"tensor {self.name!r} has the size {size!r}, not a number or one of {known}")
 
     def resolve(self, **sizes: int) -> tuple[int, ...]:
         """The shape with the letters replaced. Raises KeyError for a letter that is not given."""
@@ -58,6 +63,8 @@ class CacheSpec:
     layers: int
 
     def __post_init__(self) -> None:
+        if min(self.capacity, self.layers) < 1 or (self.window is not None and self.window < 1):
+            raise ConfigError("a cache's capacity, window and layers must be at least 1")
         if self.kind != "linear" and (self.window is None or self.window > self.capacity):
             raise ConfigError(f"a {self.kind} cache needs a window of at most its capacity {self.capacity}")
 
@@ -113,6 +120,14 @@ class HashSpec:
     rows: int
     dim: int
 
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 1 or max(self.sizes) > LONGEST_HASH:
+            raise ConfigError(f"hash sizes must be numbers from 1 to {LONGEST_HASH}, not {list(self.sizes)}")
+        if not 1 <= self.functions <= len(PRIMES):
+            raise ConfigError(f"a hash has 1 to {len(PRIMES)} functions, not {self.functions}")
+        if min(self.rows, self.dim) < 1:
+            raise ConfigError("rows and dim of a hash must be at least 1")
+
     @property
     def tables(self) -> int:
         return self.functions * len(self.sizes)
@@ -144,6 +159,8 @@ class ModelSpec:
         for name, graph in self.graphs.items():
             if name != graph.name:
                 raise ConfigError(f"the graph {graph.name!r} is listed as {name!r}")
+            if name not in GRAPHS:
+                raise ConfigError(f"the graph {name!r} is unknown: {nearest(name, GRAPHS)}")
         for name in GRAPHS[1:]:
             if name not in self.graphs:
                 raise ConfigError(f"the model lacks the graph {name!r}")
@@ -152,11 +169,69 @@ class ModelSpec:
         for field in ("chunk", "capacity_bytes", "capacity_patches", "encoder_window", "decoder_window"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1")
+        if self.chunk > self.capacity_bytes:
+            raise ConfigError(f"chunk {self.chunk} is more than capacity_bytes {self.capacity_bytes}")
+        interface = _interface(self)
+        for name, graph in self.graphs.items():
+            inputs, outputs = interface[name]
+            _check_tensors(graph, "input", graph.inputs, inputs)
+            _check_tensors(graph, "output", graph.outputs, outputs)
+            _check_cache(graph, "capacity_patches" if name == "latent" else "capacity_bytes", self)
 
-    def to_dict(self) -> dict[str, Any]:
-        return to_dict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], error: type[BltError] = ConfigError) -> Self:
-        """Raises `error` for unknown or missing keys and wrong types."""
-        return from_dict(cls, data, "spec", error)
+def _interface(spec: ModelSpec) -> dict[str, tuple[dict[str, Shape], dict[str, Shape]]]:
+    """Inputs and outputs of each graph besides its caches: what the stream binds."""
+    byte: Shape = ("B", "S")
+    patch: Shape = ("B", "P")
+    kv: Shape = (None, 2, None, None)
+    byte_clock, patch_clock = ({"positions": clock, "doc_start": clock} for clock in (byte, patch))
+    hashed: dict[str, Shape] = {} if spec.hash is None else {"hash_embedding": (*byte, spec.hash.dim)}
+    own_start = {"own_start": patch} if spec.encoder_window > 1 else {}
+    states: Shape = (*byte, None, None)
+    pool: dict[str, Shape] = {"byte_states": ("N", None, None), "byte_index": (*patch, "L"), "patch_length": patch}
+    patches: dict[str, Shape] = {"patch_kv": ("R", *kv), "patch_row": (*byte, spec.decoder_window)}
+    return {
+        "entropy": ({"ids": byte, **byte_clock}, {"entropy": byte, "logits": (*byte, None)}),
+        "encoder": ({"ids": byte, **hashed, **byte_clock}, {"byte_states": states}),
+        "latent": ({**pool, **own_start, **patch_clock}, {"patch_kv": (*patch, *kv)}),
+        "decoder": ({"byte_states": states, **patches, **byte_clock}, {"logits": (*byte, spec.vocab_size)}),
+    }
+
+
+def _check_tensors(graph: GraphSpec, kind: str, tensors: tuple[TensorSpec, ...], wanted: dict[str, Shape]) -> None:
+    """The tensors that are no cache are exactly the wanted ones."""
+    caches = {*graph.aliases, *graph.aliases.values()}
+    found = {t.name: t for t in tensors if t.name not in caches}
+    for name in [n for n in wanted if n not in found]:
+        raise ConfigError(f"graph {graph.name!r} lacks the {kind} {name!r}")
+    for name, tensor in found.items():
+        if name not in wanted:
+            raise ConfigError(f"graph {graph.name!r} has the unknown {kind} {name!r}")
+        if (tensor.dtype == "int64") != (name in _INTEGERS):
+            raise ConfigError(f"graph {graph.name!r}: {name!r} must not be {tensor.dtype}")
+        if not _fits(tensor.shape, wanted[name]):
+            shape = ", ".join("a number" if size is None else str(size) for size in wanted[name])
+            raise ConfigError(f"graph {graph.name!r}: {name!r} has the shape {list(tensor.shape)}, not [{shape}]")
+
+
+def _fits(shape: tuple[int | str, ...], wanted: Shape) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    return all(isinstance(a, int) if b is None else a == b for a, b in zip(shape, wanted, strict=True))
+
+
+def _check_cache(graph: GraphSpec, limit: str, spec: ModelSpec) -> None:
+    """The cache is as long as its tensors, and one that never evicts holds a whole stream."""
+    cache, tokens = graph.cache, getattr(spec, limit)
+    if cache is None or not graph.aliases:
+        if cache is not None or graph.aliases:
+            raise ConfigError(f"graph {graph.name!r} must have 'cache' and cache tensors, or neither")
+        return
+    for output, source in graph.aliases.items():
+        past, present = graph.tensor(source), graph.tensor(output)
+        if not _fits(past.shape, ("B", None, cache.capacity, None)):
+            raise ConfigError(f"graph {graph.name!r}: {source!r} must be [B, heads, {cache.capacity}, head size]")
+        if (past.shape, past.dtype) != (present.shape, present.dtype):
+            raise ConfigError(f"graph {graph.name!r}: {output!r} and {source!r} differ in shape or type")
+    if cache.kind == "linear" and cache.capacity < tokens:
+        raise ConfigError(f"graph {graph.name!r}: a linear cache of {cache.capacity} is below {limit} {tokens}")

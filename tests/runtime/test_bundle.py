@@ -85,6 +85,29 @@ def spec_tensor(**changes: object) -> Callable[[Path], None]:
     return spec_graph(inputs=[tensor], aliases={})
 
 
+def graph_without(graph: str, tensor: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        spec = json.loads((folder / "manifest.json").read_text())["spec"]
+        spec["graphs"][graph]["inputs"] = [t for t in spec["graphs"][graph]["inputs"] if t["name"] != tensor]
+        edit(folder, spec=spec)
+
+    return damage
+
+
+def cache_with(graph: str, **changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        spec = json.loads((folder / "manifest.json").read_text())["spec"]
+        spec["graphs"][graph]["cache"].update(changes)
+        edit(folder, spec=spec)
+
+    return damage
+
+
+def hash_with(**changes: object) -> Callable[[Path], None]:
+    hash = {"sizes": [3, 4], "functions": 1, "rows": 50, "dim": 4, **changes}
+    return spec_with(hash=hash)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), BundleError, "has no manifest.json"),
     "missing file": (lambda f: (f / "decoder.onnx").unlink(), BundleError, "decoder.onnx is missing"),
@@ -125,6 +148,33 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "bad capacity": (spec_with(capacity_bytes=0), ManifestError, "capacity_bytes must be at least 1"),
     "bad graph": (spec_graph(name="other"), ManifestError, "is listed as 'encoder'"),
     "bad dtype": (spec_tensor(dtype="float99"), ManifestError, "float99"),
+    "two letters": (spec_tensor(shape=["B", "SN"]), ManifestError, "'SN'"),
+    "no letter": (spec_tensor(shape=["B", ""]), ManifestError, "size ''"),
+    "negative hash size": (hash_with(sizes=[3, -1]), ManifestError, "hash sizes"),
+    "huge hash size": (hash_with(sizes=[3, 1 << 40]), ManifestError, "hash sizes"),
+    "no hash size": (hash_with(sizes=[]), ManifestError, "hash sizes"),
+    "many hash functions": (hash_with(functions=12), ManifestError, "1 to 11 functions"),
+    "no hash rows": (hash_with(rows=0), ManifestError, "rows and dim"),
+    "other hash width": (hash_with(dim=5), ManifestError, "'hash_embedding' has the shape"),
+    "no positions": (graph_without("latent", "positions"), ManifestError, "'latent' lacks the input 'positions'"),
+    "no cache input": (graph_without("latent", "past_key.0"), ManifestError, "lacks 'present_key.0' or its alias"),
+    "own_start missing": (spec_with(encoder_window=2), ManifestError, "lacks the input 'own_start'"),
+    "other decoder window": (spec_with(decoder_window=3), ManifestError, "'patch_row' has the shape"),
+    "other vocabulary": (spec_with(vocab_size=300), ManifestError, "'logits' has the shape"),
+    "no cache": (spec_graph(cache=None), ManifestError, "must have 'cache' and cache tensors, or neither"),
+    "other capacity": (cache_with("encoder", capacity=99), ManifestError, "'past_key.0' must be [B, heads, 99"),
+    "no window": (cache_with("encoder", window=0), ManifestError, "capacity, window and layers"),
+    "short linear cache": (
+        cache_with("encoder", kind="linear"),
+        ManifestError,
+        "a linear cache of 16 is below capacity_bytes 512",
+    ),
+    "short latent cache": (
+        spec_with(capacity_patches=300),
+        ManifestError,
+        "a linear cache of 256 is below capacity_patches 300",
+    ),
+    "huge chunk": (spec_with(chunk=1 << 40), ManifestError, "more than capacity_bytes 512"),
     "bad letter": (spec_tensor(shape=["B", "Q"]), ManifestError, "'Q'"),
     "bad rule": (spec_with(patch_rule={"scheme": "entropy"}), ManifestError, "threshold"),
 }
@@ -186,6 +236,13 @@ def test_verify_levels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_backend(folder: Path) -> None:
     with pytest.raises(UsageError, match="onnx, null"):
         Model.open(folder, backend="tpu")
+
+
+@pytest.mark.parametrize("backend", ["null", "onnx"])
+@pytest.mark.parametrize("threads", [0, 2.5, True])
+def test_bad_threads(folder: Path, backend: str, threads: int) -> None:
+    with pytest.raises(UsageError, match="threads"):
+        Model.open(folder, backend=backend, threads=threads)
 
 
 def test_manifest_without_hash(tmp_path: Path) -> None:
