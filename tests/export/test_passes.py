@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from blt_export.lower.common import check_lowered
 from blt_export.passes import (
     cleanup,
     fix_capacity,
@@ -17,7 +18,7 @@ from blt_export.passes import (
     simplify_reshapes,
 )
 from blt_export.rewrite import Builder, op_counts
-from blt_runtime.spec import CacheSpec, GraphSpec, TensorSpec
+from blt_runtime.spec import DTYPE_BYTES, CacheSpec, GraphSpec, TensorSpec
 
 F, INT = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -64,6 +65,44 @@ def test_name_io_refuses_another_element_type() -> None:
     spec = GraphSpec("g", (TensorSpec("x", "float32", ("B",)),), (TensorSpec("y", "int64", ("B",)),), {}, None)
     with pytest.raises(ValueError, match="x has type INT64, its spec says float32"):
         name_io.run(model, spec)
+
+
+def test_name_io_knows_every_type_of_a_spec() -> None:
+    assert set(name_io.TYPES) == set(DTYPE_BYTES)
+
+
+@pytest.mark.parametrize("shape", [("B", 5), ("B", 4, 1), ("B",)])
+def test_name_io_refuses_another_rank_or_fixed_size(shape: tuple[int | str, ...]) -> None:
+    model, b = model_of([value("a", "s0", 4)])
+    finish(model, b.op("Relu", model.graph.inputs[0], dtype=F, shape=["s0", 4]))
+    spec = GraphSpec("g", (TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", shape),), {}, None)
+    with pytest.raises(ValueError, match="x has shape"):
+        name_io.run(model, spec)
+
+
+def test_name_io_leaves_the_capacity_of_caches_to_fix_capacity() -> None:
+    model, b = model_of([value("a", "s0", 2, 8, 4)])
+    finish(model, b.op("Relu", model.graph.inputs[0], dtype=F, shape=["s0", 2, 8, 4]))
+    past, present = (TensorSpec(f"{name}_key.0", "float32", ("B", 2, 640, 4)) for name in ("past", "present"))
+    spec = GraphSpec("g", (past,), (present,), {present.name: past.name}, CacheSpec("linear", 640, None, 1))
+    assert name_io.run(model, spec) == 2
+
+
+@pytest.mark.parametrize("second_reader", [False, True])
+def test_a_cache_is_read_by_its_writer_alone(second_reader: bool) -> None:
+    model, b = model_of([value("past", "B", 1, 8, 4), value("new", "B", 1, 1, 4), value("slot", "B", dtype=INT)])
+    present = b.op("TensorScatter", *model.graph.inputs, axis=-2, dtype=F, shape=["B", 1, 8, 4])
+    present.name = "present"
+    other = b.op("Relu", model.graph.inputs[0] if second_reader else present, dtype=F, shape=["B", 1, 8, 4])
+    finish(model, other, present)
+    shape = ("B", 1, 8, 4)
+    inputs = (TensorSpec("past", "float32", shape),)
+    outputs = (TensorSpec("present", "float32", shape),)
+    spec = GraphSpec("g", inputs, outputs, {"present": "past"}, CacheSpec("linear", 8, None, 1))
+    if not second_reader:
+        return check_lowered(model, spec)
+    with pytest.raises(ValueError, match="past is read by Relu"):
+        check_lowered(model, spec)
 
 
 def test_fix_capacity_sets_both_ends_of_a_cache() -> None:

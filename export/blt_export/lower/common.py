@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from blt_runtime.spec import GraphSpec
+
 from ..rewrite import Builder, nodes, replace
 from ..translate import DOMAIN
 
@@ -31,9 +33,17 @@ def lower_ropes(model: ir.Model) -> int:
     return len(found)
 
 
-def check_lowered(model: ir.Model) -> None:
-    """No `blt` operator is left."""
+def check_lowered(model: ir.Model, spec: GraphSpec) -> None:
+    """No `blt` operator is left, and each cache is read by the node that writes it alone: input and output are one
+    buffer, and nothing orders another reader before or after the write."""
     left = [node.op_type for node in model.graph if node.domain == DOMAIN]
     if left:
         raise ValueError(f"operators without a lowering: {', '.join(sorted(set(left)))}")
     model.graph.opset_imports.pop(DOMAIN, None)
+    values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for output, source in spec.aliases.items():
+        writer = values[output].producer()
+        readers = [node for node in values[source].consumers() if node is not writer]
+        if readers or values[source].is_graph_output():
+            what = readers[0].op_type if readers else "an output"
+            raise ValueError(f"{source} is read by {what}, not only by the node that writes {output}")

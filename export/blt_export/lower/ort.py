@@ -55,7 +55,7 @@ def lower(model: ir.Model, spec: GraphSpec) -> int:
     for node in attentions:
         _lower_attention(model.graph, node, spec, lengths, attentions[0])
     count = len(attentions) + lower_norms(model) + _remove_dead_ropes(model) + lower_ropes(model)
-    check_lowered(model)
+    check_lowered(model, spec)
     return count
 
 

@@ -3,7 +3,8 @@
 Rules
 1. The i-th graph input (output) gets the name of the i-th input (output) of the spec.
 2. Every symbolic size gets the spec's letter (B, S, ...), in all values of the graph.
-3. An input whose element type or fixed sizes differ from the spec is an error: runtime and graph would disagree.
+3. An input or output whose element type, rank or fixed sizes differ from the spec is an error: runtime and graph
+   would disagree. Sizes of the caches may differ; fix_capacity sets them.
 
 Requires: a captured graph. Ensures: names, element types and letters of the spec.
 """
@@ -18,7 +19,12 @@ from blt_runtime.spec import GraphSpec, TensorSpec
 
 from ..rewrite import dims
 
-TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int64": ir.DataType.INT64}
+TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+}
 
 
 def run(model: ir.Model, spec: GraphSpec) -> int:
