@@ -47,7 +47,7 @@ def make_plan(spec: ModelSpec) -> Plan:
     ends_P = _patch_ends(n)[: spec.capacity_patches]
     document_N = _document_starts(ids_N == tokens.EOS)
     newline = spec.patch_rule.reset_newlines
-    entropy_N = _document_starts((ids_N == tokens.EOS) | (newline & (ids_N == tokens.OFFSET + 10)))
+    entropy_N = _document_starts((ids_N == tokens.EOS) | (newline & (ids_N == tokens.NEWLINE)))
     patch_document_P = _document_starts(_has_eos(ids_N, ends_P))
     if not spec.latent_document_mask:
         patch_document_P = np.zeros_like(patch_document_P)

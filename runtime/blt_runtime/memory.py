@@ -72,19 +72,17 @@ class StatePool:
         width = self.buffer.shape[1:]
         return self.buffer.part((start - self.base) * width[0] * width[1], (1, end - start, *width))
 
-    def reserve(self, position: int, end: int, keep: int) -> bool:
-        """Makes room up to `end`, forgetting what is before `keep`. True if the memory moved (bind again)."""
+    def reserve(self, position: int, end: int, keep: int) -> None:
+        """Makes room up to `end`, forgetting what is before `keep`. Where it must grow, `buffer` is another one."""
         if end - self.base <= self.rows:
-            return False
+            return
         kept = self.buffer.array[keep - self.base : position - self.base]
         rows = self.rows
         while end - keep > rows:
             rows *= 2
-        moved = rows != self.rows
-        target = self._new(rows) if moved else self.buffer
+        target = self.buffer if rows == self.rows else self._new(rows)
         target.array[: len(kept)] = kept.copy()
         self.buffer, self.base = target, keep
-        return moved
 
 
 class Mark(NamedTuple):
