@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from torch import nn
 
 from blt.checkpoint import Checkpoint, load
-from blt.model.steps import DecoderStep, EncoderStep, EntropyStep, LatentStep
+from blt.model.steps import Step as ModelStep
+from blt.model.steps import make_steps
 from blt_runtime import manifest as manifests
 from blt_runtime.errors import BltError, UsageError
 from blt_runtime.manifest import FileRef, Manifest, Parity
@@ -95,7 +95,7 @@ class Job:
     precision: str
     check: bool
     folder: Path = Path()
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    modules: dict[str, ModelStep] = field(default_factory=dict)
     captured: dict[str, ir.Model] = field(default_factory=dict)
     graphs: dict[str, ir.Model] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
@@ -128,12 +128,7 @@ def each(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[Job], str]:
 
 def make_modules(job: Job) -> str:
     blt, _ = job.checkpoint.require_blt()
-    capacity, patches = job.spec.capacity_bytes, job.spec.capacity_patches
-    if job.checkpoint.entropy is not None:
-        job.modules["entropy"] = EntropyStep(job.checkpoint.entropy, capacity).eval()
-    job.modules["encoder"] = EncoderStep(blt, capacity).eval()
-    job.modules["latent"] = LatentStep(blt, patches).eval()
-    job.modules["decoder"] = DecoderStep(blt, capacity).eval()
+    job.modules = make_steps(blt, job.checkpoint.entropy, job.spec.capacity_bytes, job.spec.capacity_patches)
     return ", ".join(job.modules)
 
 
