@@ -19,6 +19,7 @@ import numpy as np
 
 from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
 from blt.data.readers import SPLITS, Source, find_sources, read_all
+from blt.folders import replace_folder
 from blt_runtime.errors import InputError, UsageError
 
 SHARD_BYTES = 256 << 20
@@ -107,7 +108,7 @@ def prepare(
     try:
         manifest = _write(temporary, sources, shares, dedup, text_field, workers, seed, shard_bytes)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        _replace(out, temporary)
+        replace_folder(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
@@ -188,18 +189,3 @@ def _check_target(out: Path, force: bool, inputs: Sequence[Path]) -> None:
         raise UsageError(f"{out} is not empty; choose another folder, or --force to replace a data folder")
     if not is_data_folder(out):
         raise UsageError(f"{out} is not a data folder of ours, so --force does not replace it; choose another folder")
-
-
-def _replace(out: Path, temporary: Path) -> None:
-    """Puts the finished folder in place; an older one is moved aside first, so `out` is never half written."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    out.rename(old)
-    try:
-        temporary.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from blt.folders import replace_folder
 from blt_runtime import manifest as manifests
 from blt_runtime.bundle import entry_of
 from blt_runtime.errors import UsageError
@@ -60,24 +61,9 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     try:
         yield work
         work.chmod(0o755)
-        _move(work, out)
+        replace_folder(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _move(work: Path, out: Path) -> None:
-    """A folder can only be renamed over an empty one, so an old bundle steps aside first."""
-    if out.exists() and any(out.iterdir()):
-        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-        out.replace(aside)
-        try:
-            work.replace(out)
-        except BaseException:
-            aside.replace(out)
-            raise
-        shutil.rmtree(aside)
-    else:
-        work.replace(out)
 
 
 def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
