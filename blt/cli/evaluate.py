@@ -10,7 +10,7 @@ import lzma
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,17 +20,13 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from blt.cli import console, options, scoring
-from blt_runtime.errors import CheckFailed, InputError, UsageError
-from blt_runtime.ids import encode
+from blt.cli import console, options, scoring, texts
+from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from blt_runtime import Score
 
 ALL = ""  # the sum over all groups; no group has an empty name
-Document = tuple[str, bytes]  # group, text
 
 
 @dataclass
@@ -46,7 +42,7 @@ class Tally:
 
     def add(self, score: Score, seconds: float) -> None:
         """`score` is of one piece: BOS, bytes and maybe EOS."""
-        self.bits += bits_of(score.logits, score.ids)
+        self.bits += scoring.bits_of(score.logits, score.ids)
         self.n_bytes += int((score.ids >= 4).sum())
         starts_P = np.cumsum(score.patch_lengths)[:-1]
         self.patches += int((starts_P < len(score.ids)).sum())
@@ -61,47 +57,6 @@ class Tally:
             "bytes_per_s": round(self.n_bytes / self.seconds, 1) if self.seconds else None,
             **({"baselines": self.baselines} if self.baselines else {}),
         }
-
-
-def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.int64]) -> float:
-    """Bits of ids 1..N-1 under the logits at the place before each."""
-    x_NV = logits_NV[:-1].astype(np.float64)
-    top_N = x_NV.max(-1)
-    log_sum_N = top_N + np.log(np.exp(x_NV - top_N[:, None]).sum(-1))
-    chosen_N = np.take_along_axis(x_NV, ids_N[1:, None], 1)[:, 0]
-    return float((log_sum_N - chosen_N).sum() / math.log(2))
-
-
-def _documents(data: Path, split: str) -> Iterator[Document]:
-    from blt.data.dataset import Dataset, is_data_folder
-    from blt.data.readers import find_sources, read_all
-
-    if is_data_folder(data):
-        documents = Dataset(data).split(split)
-        for i in range(len(documents)):
-            yield documents.group(i), documents.bytes(i)
-        return
-    if data.is_dir():
-        raise UsageError(f"{data} is not a data folder; make one with blt data prepare, or give a file")
-    for source, text in read_all(find_sources([data])):
-        yield source.group, text
-
-
-def _limited(documents: Iterator[Document], limit: int | None) -> Iterator[Document]:
-    """At most `limit` bytes of each group; the last document is cut."""
-    used: dict[str, int] = defaultdict(int)
-    for group, text in documents:
-        if limit is not None:
-            text = text[: limit - used[group]]
-        used[group] += len(text)
-        if text:
-            yield group, text
-
-
-def _pieces(text: bytes, context: int) -> Iterator[NDArray[np.int64]]:
-    """BOS + at most `context` bytes each; EOS behind the last."""
-    for start in range(0, len(text), context):
-        yield encode(text[start : start + context], bos=True, eos=start + context >= len(text))
 
 
 def _xz(data: bytes) -> int:
@@ -147,17 +102,14 @@ def evaluate(
     """Bits per byte, bytes per patch and bytes per second of a model on text."""
     if by not in (None, "group"):
         raise UsageError(f"--by {by}: only group is known")
-    if not data.exists():
-        raise UsageError(f"{data}: no such file or folder")
     if fail_above is not None and math.isnan(fail_above):
         raise UsageError("--fail-above nan: give a number of bits per byte")
     names = _baselines(baseline)
     size = options.parse_size(context, "--context", at_least=1)
     most = None if limit is None else options.parse_size(limit, "--limit", at_least=1)
-    limited = list(_limited(_documents(data, split), most))
+    limited = list(texts.limited(texts.documents(data, split), most))
     if not limited:
-        where = "is empty" if data.is_file() else f"holds no text in the split {split!r}"
-        raise InputError(f"{data} {where}")
+        raise texts.nothing(data, split)
     with scoring.open_scorer(
         model, size + 2, backend=backend, entropy_model=entropy_model, device=device, threads=threads
     ) as scorer:
@@ -172,14 +124,14 @@ def evaluate(
     _check(tallies[ALL].report()["bits_per_byte"], fail_above)
 
 
-def _score_all(scorer: scoring.Scorer, documents: list[Document], context: int) -> dict[str, Tally]:
+def _score_all(scorer: scoring.Scorer, documents: list[texts.Document], context: int) -> dict[str, Tally]:
     tallies: dict[str, Tally] = defaultdict(Tally)
     total = sum(len(text) for _, text in documents)
     with console.progress("eval", total) as advance:
         for group, text in documents:
             for name in (group, ALL):
                 tallies[name].documents += 1
-            for ids in _pieces(text, context):
+            for ids in texts.pieces(text, context):
                 started = time.perf_counter()
                 score = scorer(ids, None)
                 seconds = time.perf_counter() - started
@@ -189,7 +141,7 @@ def _score_all(scorer: scoring.Scorer, documents: list[Document], context: int) 
     return dict(sorted(tallies.items(), key=lambda item: (item[0] == ALL, item[0])))
 
 
-def _add_baselines(tallies: dict[str, Tally], documents: list[Document], names: list[str]) -> None:
+def _add_baselines(tallies: dict[str, Tally], documents: list[texts.Document], names: list[str]) -> None:
     """Each group compressed as one file, documents ended by NUL; bits per byte of text."""
     by_group = sorted(documents, key=lambda document: document[0])
     joined = {g: b"".join(t + b"\0" for _, t in part) for g, part in groupby(by_group, key=lambda d: d[0])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,15 @@ class Scorer:
 
     def __call__(self, ids_N: NDArray[np.int64], lengths_P: NDArray[np.int64] | None = None) -> Score:
         return self.stream.score_ids(ids_N, lengths_P)
+
+
+def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.int64]) -> float:
+    """Bits of ids 1..N-1 under the logits at the place before each."""
+    x_NV = logits_NV[:-1].astype(np.float64)
+    top_N = x_NV.max(-1)
+    log_sum_N = top_N + np.log(np.exp(x_NV - top_N[:, None]).sum(-1))
+    chosen_N = np.take_along_axis(x_NV, ids_N[1:, None], 1)[:, 0]
+    return float((log_sum_N - chosen_N).sum() / math.log(2))
 
 
 @contextmanager

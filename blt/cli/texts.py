@@ -1,0 +1,71 @@
+"""Text that a model is measured on: documents of a file or a data folder, cut into rows with a BOS each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blt_runtime.errors import InputError, UsageError
+from blt_runtime.ids import encode
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Document = tuple[str, bytes]  # group, text
+
+
+def documents(data: Path, split: str) -> Iterator[Document]:
+    """The documents of a file, or of a split of a data folder. Raises UsageError for anything else."""
+    from blt.data.dataset import Dataset, is_data_folder
+    from blt.data.readers import find_sources, read_all
+
+    if not data.exists():
+        raise UsageError(f"{data}: no such file or folder")
+    if is_data_folder(data):
+        found = Dataset(data).split(split)
+        for i in range(len(found)):
+            yield found.group(i), found.bytes(i)
+        return
+    if data.is_dir():
+        raise UsageError(f"{data} is not a data folder; make one with blt data prepare, or give a file")
+    for source, text in read_all(find_sources([data])):
+        yield source.group, text
+
+
+def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
+    """At most `limit` bytes of each group; the last document is cut. Empty documents are left out."""
+    used: dict[str, int] = defaultdict(int)
+    for group, text in found:
+        if limit is not None:
+            text = text[: limit - used[group]]
+        used[group] += len(text)
+        if text:
+            yield group, text
+
+
+def nothing(data: Path, split: str) -> InputError:
+    """The error for data without text."""
+    where = "is empty" if data.is_file() else f"holds no text in the split {split!r}"
+    return InputError(f"{data} {where}")
+
+
+def pieces(text: bytes, context: int) -> Iterator[NDArray[np.int64]]:
+    """BOS + at most `context` bytes each; EOS behind the last."""
+    for start in range(0, len(text), context):
+        yield encode(text[start : start + context], bos=True, eos=start + context >= len(text))
+
+
+def spread(data: Path, split: str, context: int, most: int) -> list[NDArray[np.int64]]:
+    """Pieces of the whole of `data`, evenly spread, of about `most` bytes together; always the same ones.
+
+    The data is read twice (sizes, then text), so that only what is kept is held in memory.
+    """
+    total = sum(len(text) for _, text in documents(data, split))
+    if not total:
+        raise nothing(data, split)
+    every = -(-total // most)
+    all_pieces = (piece for _, text in documents(data, split) for piece in pieces(text, context))
+    return [piece for i, piece in enumerate(all_pieces) if i % every == 0]
