@@ -11,6 +11,7 @@ from typing import Literal
 
 from blt.model.config import BLTConfig, EntropyConfig, TransformerConfig
 from blt_runtime.errors import ConfigError
+from blt_runtime.hashing import TableDtype
 from blt_runtime.patching import PatchRule
 from blt_runtime.spec import CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
 
@@ -85,8 +86,9 @@ def model_spec(
     limits: Limits,
     layout: WindowLayout = "ring",
     chunk_crosses_documents: bool = True,
+    table_dtype: TableDtype = "float32",
 ) -> ModelSpec:
-    """The whole model, its windowed caches laid out as `layout`."""
+    """The whole model, its windowed caches laid out as `layout`, its hash tables stored as `table_dtype`."""
     D, X, Y = config.local_dim, config.encoder_cross_layers, config.decoder_cross_layers
     kv = (Y, 2, config.cross_k, D)
     ids = _i64("ids", "B", "S")
@@ -131,7 +133,7 @@ def model_spec(
     h = config.hash
     return ModelSpec(
         vocab_size=config.vocab_size,
-        hash=HashSpec(h.sizes, h.functions, h.rows, D) if h else None,
+        hash=HashSpec(h.sizes, h.functions, h.rows, D, table_dtype) if h else None,
         patch_rule=rule,
         encoder_window=config.encoder_cross_window,
         decoder_window=config.decoder_cross_window,

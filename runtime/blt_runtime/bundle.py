@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from . import manifest as manifests
 from .errors import BundleError, UsageError
+from .hashing import TABLE_DTYPES
 from .manifest import FileEntry, Manifest
 
 Verify = Literal["auto", "full", "sizes"]
@@ -51,6 +52,7 @@ class Bundle:
             raise BundleError(f"{folder} is not a bundle: it has no {manifests.FILE_NAME}")
         bundle = cls(folder, manifests.read(folder / manifests.FILE_NAME))
         bundle._verify(verify)
+        bundle.hash_tables()  # its header only: a table of another shape or type is found now
         return bundle
 
     def graph_file(self, group: str) -> Path:
@@ -58,7 +60,10 @@ class Bundle:
         return self.path / self.manifest.graphs[group].file
 
     def hash_tables(self) -> npt.NDArray[Any] | None:
-        """All hash tables [T * rows, D_l], memory-mapped read-only; None if the model has none."""
+        """All hash tables [T * rows, D_l] as stored, memory-mapped read-only; None if the model has none.
+
+        bfloat16 comes as uint16 (`blt_runtime.hashing`). Raises BundleError.
+        """
         reference, spec = self.manifest.hash_tables, self.manifest.spec.hash
         if reference is None or spec is None:
             return None
@@ -68,8 +73,11 @@ class Bundle:
             raise BundleError(f"{reference.file} is not an array file: export the bundle again") from error
         if not isinstance(tables, np.ndarray) or tables.shape != (spec.tables * spec.rows, spec.dim):
             raise BundleError(f"{reference.file} does not have the shape that the manifest says")
-        if tables.dtype not in (np.dtype(np.float32), np.dtype(np.float16)):
-            raise BundleError(f"{reference.file} holds {tables.dtype}, not float32 or float16")
+        if tables.dtype != (stored := TABLE_DTYPES[spec.dtype]) or not tables.flags.c_contiguous:
+            found = f"{tables.dtype} by {'rows' if tables.flags.c_contiguous else 'columns'}"
+            raise BundleError(
+                f"{reference.file} holds {found}, but {spec.dtype} tables are {stored} by rows: export the bundle again"
+            )
         mapped: Any = tables.base
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
             mapped.madvise(mmap.MADV_RANDOM)  # scattered rows: reading ahead would fetch the whole file

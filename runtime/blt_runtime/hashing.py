@@ -9,12 +9,14 @@ Letters: N ids, T tables (functions x sizes, functions outer), G longest window,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from .errors import ConfigError
 from .ids import Ids
 
 PRIMES: Final = (
@@ -23,6 +25,12 @@ PRIMES: Final = (
 )  # fmt: skip
 
 Array = npt.NDArray[Any]
+Tables = Array | Sequence[Array]
+"""All tables in one array [T * V, D], or T arrays [V, D]."""
+TableDtype = Literal["float32", "float16", "bfloat16"]
+TABLE_DTYPES: Final = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+"""How rows lie in memory and on disk. numpy has no bfloat16: the upper half of a float32's bits, held as uint16."""
+_UPPER = 1 if sys.byteorder == "little" else 0
 
 
 def powers(sizes: Sequence[int], functions: int) -> Ids:
@@ -55,21 +63,48 @@ def hash_windows(padded: Ids, coefficients_TG: Ids, rows: int) -> Ids:
     return np.remainder(hash_NT, rows, out=hash_NT)
 
 
+def widen(rows: Array) -> Array:
+    """Rows as float32, exactly; uint16 is taken for bfloat16."""
+    if rows.dtype != np.uint16:
+        return rows.astype(np.float32)
+    return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDtype) -> None:
+    """Raises ConfigError unless `tables` are `count` tables of that shape and type, together or apart."""
+    fused, pieces = isinstance(tables, np.ndarray), _pieces(tables)
+    shape = (count * rows if fused else rows, dim)
+    if len(pieces) != (1 if fused else count):
+        raise ConfigError(f"the model has {count} hash tables, not {len(pieces)}")
+    for piece in pieces:
+        if piece.shape != shape:
+            raise ConfigError(f"a hash table has the shape {list(piece.shape)}, not {list(shape)}")
+        if piece.dtype != TABLE_DTYPES[dtype]:
+            raise ConfigError(f"a hash table holds {piece.dtype}, but the spec says {dtype} ({TABLE_DTYPES[dtype]})")
+
+
 class HashEmbedding:
     """Sums the table rows of the newest ids: whole chunks, or one position without allocating.
 
-    `tables_RD` holds all tables in one array [T * V, D], usually a read-only memory map of which only the
-    touched pages are ever loaded. One instance per stream: it owns scratch memory.
+    `tables` are float32, float16 or uint16 (bfloat16), usually read-only memory maps of which only the touched
+    pages are ever loaded, D at least 2. Rows are widened to float32 exactly and added in table order by both
+    forms, so they agree to the last bit. One instance per stream: it owns scratch memory.
     """
 
-    def __init__(self, tables_RD: Array, sizes: Sequence[int], functions: int, rows: int) -> None:
-        self._tables_RD = np.asarray(tables_RD)  # a plain view: indexing numpy's memmap class costs 2 us more
+    def __init__(self, tables: Tables, sizes: Sequence[int], functions: int, rows: int) -> None:
         self._coefficients_TG = powers(sizes, functions)
         n_tables, self.history = self._coefficients_TG.shape
         self._rows = rows
-        self._first_row_T = np.arange(n_tables, dtype=np.int64) * rows
         self._row_T = np.zeros(n_tables, dtype=np.int64)
-        self._picked_TD = np.zeros((n_tables, self._tables_RD.shape[1]), dtype=self._tables_RD.dtype)
+        # plain views: indexing numpy's memmap class costs 2 us more
+        fused, pieces = isinstance(tables, np.ndarray), [np.asarray(t) for t in _pieces(tables)]
+        self._first_row_T = np.arange(n_tables, dtype=np.int64) * (rows if fused else 0)
+        self._tables = pieces * n_tables if fused else pieces
+        self._wide_TD = np.zeros((n_tables, pieces[0].shape[1]), dtype=np.float32)
+        picked_TD, self._target_TD = _scratch(pieces[0].dtype, self._wide_TD)
+        self._picked_TD = picked_TD
+        parts = [slice(None)] if fused else [slice(t, t + 1) for t in range(n_tables)]
+        self._takes = [(t, self._row_T[part], picked_TD[part]) for t, part in zip(pieces, parts, strict=True)]
 
     def one(self, window_G: Ids, out_D: Array) -> None:
         """Embedding of the newest of the last G ids (zeros before the start) into out_D float32."""
@@ -77,13 +112,30 @@ class HashEmbedding:
         np.matmul(self._coefficients_TG, window_G, out=row_T)
         np.remainder(row_T, self._rows, out=row_T)
         np.add(row_T, self._first_row_T, out=row_T)
-        # mode "raise" would copy through a buffer; the rows are in range by construction
-        self._tables_RD.take(row_T, axis=0, out=self._picked_TD, mode="clip")
-        np.add.reduce(self._picked_TD, axis=0, dtype=np.float32, out=out_D)
+        for table, row, picked in self._takes:
+            # mode "raise" would copy through a buffer; the rows are in range by construction
+            table.take(row, axis=0, out=picked, mode="clip")
+        if self._target_TD is not None:
+            self._target_TD[...] = self._picked_TD
+        np.add.reduce(self._wide_TD, axis=0, out=out_D)
 
     def many(self, padded: Ids, out_ND: Array) -> None:
         """Embeddings of N ids that have their G - 1 predecessors in front, into out_ND float32."""
         row_NT = hash_windows(padded, self._coefficients_TG, self._rows) + self._first_row_T
-        out_ND[...] = self._tables_RD[row_NT[:, 0]]
+        out_ND[...] = widen(self._tables[0][row_NT[:, 0]])
         for t in range(1, row_NT.shape[1]):
-            out_ND += self._tables_RD[row_NT[:, t]]
+            out_ND += widen(self._tables[t][row_NT[:, t]])
+
+
+def _pieces(tables: Tables) -> Sequence[Array]:
+    return [tables] if isinstance(tables, np.ndarray) else tables
+
+
+def _scratch(dtype: np.dtype[Any], wide_TD: Array) -> tuple[Array, Array | None]:
+    """Where rows are gathered, and where they are then copied to become `wide` (None: they are gathered there)."""
+    if dtype == np.float32:
+        return wide_TD, None
+    picked_TD = np.zeros(wide_TD.shape, dtype=dtype)
+    if dtype == np.uint16:  # the upper halves; the lower ones stay 0
+        return picked_TD, wide_TD.view(np.uint16)[:, _UPPER::2]
+    return picked_TD, wide_TD

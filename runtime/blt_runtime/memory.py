@@ -19,7 +19,7 @@ import numpy as np
 from .backends.protocol import Array, Backend, Buffer, Call
 from .caches import CacheTrack
 from .errors import CapacityError
-from .hashing import HashEmbedding
+from .hashing import HashEmbedding, Tables
 from .ids import EOS, NEWLINE, Ids
 from .patching import PatchState
 from .spec import GraphSpec, ModelSpec
@@ -96,7 +96,7 @@ class Mark(NamedTuple):
 class Memory:
     """History and buffers of one stream. `position` tokens and `patches` finished patches have been taken in."""
 
-    def __init__(self, spec: ModelSpec, backend: Backend, tables: Array | None) -> None:
+    def __init__(self, spec: ModelSpec, backend: Backend, tables: Tables | None) -> None:
         self.spec = spec
         self.graphs = {name: Graph(backend, graph, spec.chunk_crosses_documents) for name, graph in spec.graphs.items()}
         self._make_history(backend)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy.typing as npt
 
-from .backends.protocol import Array, Backend
+from .backends.protocol import Backend
 from .bundle import Bundle, Verify
 from .errors import ConfigError, UsageError
+from .hashing import Tables, check_tables
 from .manifest import Manifest
 from .sampling import is_whole
 from .spec import ModelSpec
@@ -18,8 +19,8 @@ from .text import Utf8Stream
 
 
 class Model:
-    """A spec, a backend that runs its graphs, and its hash tables [T * rows, D_l] (None if the model has
-    none).
+    """A spec, a backend that runs its graphs, and its hash tables in the spec's type: one array [T * rows, D_l]
+    or T arrays [rows, D_l] (None if the model has none).
 
     Threads may share a model as long as each uses streams of its own.
     """
@@ -28,7 +29,7 @@ class Model:
         self,
         spec: ModelSpec,
         backend: Backend,
-        hash_tables: Array | None = None,
+        hash_tables: Tables | None = None,
         manifest: Manifest | None = None,
     ) -> None:
         self.spec = spec
@@ -37,6 +38,8 @@ class Model:
         self._hash_tables = hash_tables
         if (spec.hash is None) != (hash_tables is None):
             raise ConfigError("hash tables must be given exactly when the spec has a hash")
+        if spec.hash is not None and hash_tables is not None:
+            check_tables(hash_tables, spec.hash.tables, spec.hash.rows, spec.hash.dim, spec.hash.dtype)
 
     @classmethod
     def open(

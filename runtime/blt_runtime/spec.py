@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import ConfigError, nearest
-from .hashing import PRIMES
+from .hashing import PRIMES, TABLE_DTYPES, TableDtype
 from .patching import PatchRule
 
 GRAPHS = ("entropy", "encoder", "latent", "decoder")
@@ -113,20 +113,23 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class HashSpec:
-    """Hash n-gram tables: functions x len(sizes) of them, `rows` rows each, `dim` wide."""
+    """Hash n-gram tables: functions x len(sizes) of them, `rows` rows each, `dim` wide, stored as `dtype`."""
 
     sizes: tuple[int, ...]
     functions: int
     rows: int
     dim: int
+    dtype: TableDtype = "float32"
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 1 or max(self.sizes) > LONGEST_HASH:
             raise ConfigError(f"hash sizes must be numbers from 1 to {LONGEST_HASH}, not {list(self.sizes)}")
         if not 1 <= self.functions <= len(PRIMES):
             raise ConfigError(f"a hash has 1 to {len(PRIMES)} functions, not {self.functions}")
-        if min(self.rows, self.dim) < 1:
-            raise ConfigError("rows and dim of a hash must be at least 1")
+        if self.rows < 1 or self.dim < 2:
+            raise ConfigError("a hash needs rows of at least 1 and a dim of at least 2")
+        if self.dtype not in TABLE_DTYPES:
+            raise ConfigError(f"hash tables of the type {self.dtype!r}: {nearest(self.dtype, TABLE_DTYPES)}")
 
     @property
     def tables(self) -> int:

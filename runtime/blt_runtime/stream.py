@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .backends.protocol import Array, Backend
 from .errors import CapacityError, InputError, UsageError
+from .hashing import Tables
 from .ids import BOS, EOS, OFFSET, Ids, encode
 from .memory import Mark, Memory
 from .patching import closes_from_lengths
@@ -56,7 +57,7 @@ class Stream:
         self,
         spec: ModelSpec,
         backend: Backend,
-        hash_tables: Array | None = None,
+        hash_tables: Tables | None = None,
         bos: bool = True,
         seed: int | None = None,
     ) -> None:

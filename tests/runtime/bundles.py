@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,41 @@ import numpy as np
 from blt_runtime import manifest as manifests
 from blt_runtime.backends.null import null_spec
 from blt_runtime.bundle import entry_of
-from blt_runtime.manifest import FileRef, Manifest, Parity
+from blt_runtime.hashing import TABLE_DTYPES, TableDtype
+from blt_runtime.manifest import FileEntry, FileRef, Manifest, Parity
 from blt_runtime.spec import HashSpec, ModelSpec
 
 HASH = HashSpec((3, 4), 1, 50, 4)
 
 
+def stored(values: np.ndarray, dtype: TableDtype) -> np.ndarray:
+    """Values as tables hold them; for bfloat16 they must need no more than its eight bits of precision."""
+    if dtype != "bfloat16":
+        return values.astype(TABLE_DTYPES[dtype])
+    bits = values.astype(np.float32).view(np.uint32)
+    assert not (bits & 0xFFFF).any()
+    return (bits >> 16).astype(np.uint16)
+
+
 def write_bundle(
-    folder: Path, spec: ModelSpec | None = None, graphs: dict[str, bytes] | None = None, dtype: str = "float32"
+    folder: Path,
+    spec: ModelSpec | None = None,
+    graphs: dict[str, bytes] | None = None,
+    dtype: TableDtype = "float32",
+    empty_tables: bool = False,
 ) -> Manifest:
-    """Writes a complete bundle for `spec` (default: the do-nothing model with hash tables) and returns its manifest."""
-    spec = spec or null_spec(hash=HASH)
+    """Writes a complete bundle for `spec` (default: the do-nothing model with hash tables) and returns its manifest.
+
+    empty_tables: zeros that take no room on disk and no checksum.
+    """
+    spec = spec or null_spec(hash=replace(HASH, dtype=dtype))
     folder.mkdir(parents=True, exist_ok=True)
     names = {name: f"{name}.onnx" for name in spec.graphs}
     for name, file in names.items():
         (folder / file).write_bytes((graphs or {}).get(name, f"graph {name}".encode()))
     listed = [*names.values()]
     if spec.hash is not None:
-        shape = (spec.hash.tables * spec.hash.rows, spec.hash.dim)
-        np.save(folder / "hash_tables.npy", np.random.default_rng(0).integers(0, 9, shape).astype(dtype))
+        _write_tables(folder / "hash_tables.npy", spec.hash, empty_tables)
         listed.append("hash_tables.npy")
     manifest = Manifest(
         producer={"blt": "0.1.0"},
@@ -41,11 +58,23 @@ def write_bundle(
         spec=spec,
         graphs={name: FileRef(file) for name, file in names.items()},
         hash_tables=FileRef("hash_tables.npy") if spec.hash else None,
-        files={name: entry_of(folder / name) for name in listed},
+        files={name: _entry(folder / name, empty_tables) for name in listed},
         parity=(Parity("logits", 1e-7, 1e-5, 64),),
     )
     manifests.write(folder / manifests.FILE_NAME, manifest)
     return manifest
+
+
+def _write_tables(path: Path, hash: HashSpec, empty: bool) -> None:
+    shape = (hash.tables * hash.rows, hash.dim)
+    if empty:
+        np.lib.format.open_memmap(path, "w+", TABLE_DTYPES[hash.dtype], shape)
+    else:
+        np.save(path, stored(np.random.default_rng(0).integers(0, 9, shape), hash.dtype))
+
+
+def _entry(path: Path, empty: bool) -> FileEntry:
+    return FileEntry(path.stat().st_size, "") if empty and path.suffix == ".npy" else entry_of(path)
 
 
 def edit(folder: Path, **changes: Any) -> None:

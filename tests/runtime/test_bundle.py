@@ -14,7 +14,8 @@ import pytest
 from blt_runtime import Bundle, Manifest, Model
 from blt_runtime.backends.null import null_spec
 from blt_runtime.errors import BundleError, ManifestError, UsageError, VersionError
-from tests.runtime.bundles import edit, write_bundle
+from blt_runtime.hashing import TableDtype
+from tests.runtime.bundles import HASH, edit, write_bundle
 
 
 @pytest.fixture
@@ -29,13 +30,29 @@ def test_manifest_survives_the_disk(folder: Path) -> None:
     assert Manifest.from_json(json.loads(json.dumps(written.to_json()))) == written
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_bundle_runs(tmp_path: Path, dtype: str) -> None:
+def test_a_bundle_without_a_table_type_holds_float32(folder: Path) -> None:
+    spec = json.loads((folder / "manifest.json").read_text())["spec"]
+    assert spec["hash"].pop("dtype") == "float32"
+    edit(folder, spec=spec)
+    assert Model.open(folder, backend="null").spec.hash == HASH
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_bundle_runs(tmp_path: Path, dtype: TableDtype) -> None:
     write_bundle(tmp_path / "b", dtype=dtype)
     model = Model.open(tmp_path / "b", backend="null")
     assert isinstance(model._hash_tables, np.memmap)
     assert not model._hash_tables.flags.writeable
     assert len(list(model.stream().generate_ids(30))) == 30
+    whole = Model.open(write_float32(tmp_path), backend="null")
+    ids = np.random.default_rng(2).integers(0, 260, 100)
+    np.testing.assert_array_equal(model.score(ids).logits, whole.score(ids).logits)
+
+
+def write_float32(folder: Path) -> Path:
+    """The same tables: `write_bundle` draws small whole numbers, which every type holds exactly."""
+    write_bundle(folder / "whole")
+    return folder / "whole"
 
 
 def replace(name: str, content: bytes) -> Callable[[Path], None]:
@@ -154,7 +171,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "huge hash size": (hash_with(sizes=[3, 1 << 40]), ManifestError, "hash sizes"),
     "no hash size": (hash_with(sizes=[]), ManifestError, "hash sizes"),
     "many hash functions": (hash_with(functions=12), ManifestError, "1 to 11 functions"),
-    "no hash rows": (hash_with(rows=0), ManifestError, "rows and dim"),
+    "no hash rows": (hash_with(rows=0), ManifestError, "rows of at least 1"),
+    "other table type": (hash_with(dtype="float16"), BundleError, "float32 by rows, but float16 tables are float16"),
+    "unknown table type": (hash_with(dtype="float8"), ManifestError, "'float16' or 'bfloat16'"),
     "other hash width": (hash_with(dim=5), ManifestError, "'hash_embedding' has the shape"),
     "no positions": (graph_without("latent", "positions"), ManifestError, "'latent' lacks the input 'positions'"),
     "no cache input": (graph_without("latent", "past_key.0"), ManifestError, "lacks 'present_key.0' or its alias"),
@@ -212,6 +231,9 @@ def retable(folder: Path, content: object) -> None:
     [
         (np.zeros((3, 4), np.float32), "shape"),
         (np.zeros((100, 4), np.float64), "float64"),
+        (np.zeros((100, 4), np.uint16), "uint16"),
+        (np.zeros((100, 4), ">f4"), ">f4"),
+        (np.zeros((100, 4), np.float32, order="F"), "by columns"),
         (np.array([{"a": 1}], dtype=object), "not an array file"),
     ],
 )

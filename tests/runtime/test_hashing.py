@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from blt_runtime import hashing
+from blt_runtime import Model, hashing
+from blt_runtime.backends.null import NullBackend, null_spec
+from blt_runtime.errors import ConfigError
+from blt_runtime.hashing import TableDtype
+from blt_runtime.spec import HashSpec
+from tests.runtime.bundles import write_bundle
 
 
 def test_golden_hash(golden: Path) -> None:
@@ -31,19 +37,108 @@ def test_tables_are_ordered_functions_outer() -> None:
             np.testing.assert_array_equal(both[:, f * 2 + s], alone)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_one_position_equals_many(dtype: str) -> None:
+def random_tables(dtype: TableDtype, count: int, rows: int, dim: int) -> np.ndarray:
+    """[count * rows, dim] in the stored type, of very different sizes so that the order of a sum shows."""
     rng = np.random.default_rng(1)
-    sizes, functions, rows = (3, 4, 8), 2, 97
-    tables = rng.standard_normal((6 * rows, 16)).astype(dtype)
-    ids = rng.integers(0, 260, 40)
-    padded = np.concatenate([np.zeros(7, dtype=np.int64), ids])
+    values = rng.standard_normal((count * rows, dim)) * 10.0 ** rng.uniform(-3, 3, (count * rows, 1))
+    if dtype == "bfloat16":
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+def exact(stored: np.ndarray) -> np.ndarray:
+    """Each element through a Python float, bfloat16 from its sign, exponent and fraction."""
+    if stored.dtype != np.uint16:
+        return np.array([float(v) for v in stored.flat], np.float32).reshape(stored.shape)
+    values = [
+        (-1.0) ** (v >> 15) * math.ldexp((v & 127) + 128 * (v >> 7 & 255 > 0), max(v >> 7 & 255, 1) - 134)
+        for v in stored.flatten().tolist()
+    ]
+    return np.array(values, np.float32).reshape(stored.shape)
+
+
+def in_table_order(rows_TD: np.ndarray) -> np.ndarray:
+    total = rows_TD[0].copy()
+    for row in rows_TD[1:]:
+        total = total + row
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("dim", "functions"), [(2, 11), (16, 2), (1024, 1)])
+def test_one_position_equals_many_to_the_last_bit(dtype: TableDtype, apart: bool, dim: int, functions: int) -> None:
+    sizes, rows = (3, 4, 8), 97
+    count = 3 * functions
+    stored = random_tables(dtype, count, rows, dim)
+    ids = np.random.default_rng(2).integers(0, 260, 40)
+    tables = list(stored.reshape(count, rows, dim)) if apart else stored
     embedding = hashing.HashEmbedding(tables, sizes, functions, rows)
-    many = np.empty((40, 16), dtype=np.float32)
+    padded = np.concatenate([np.zeros(7, dtype=np.int64), ids])
+    many, one = np.empty((40, dim), np.float32), np.empty(dim, np.float32)
     embedding.many(padded, many)
-    selected = hashing.hash_ids(ids, sizes, functions, rows) + np.arange(6) * rows
-    np.testing.assert_allclose(many, tables[selected].astype(np.float32).sum(axis=1), atol=1e-5)
-    one = np.empty(16, dtype=np.float32)
+    selected_NT = hashing.hash_ids(ids, sizes, functions, rows) + np.arange(count) * rows
     for t in range(40):
+        truth = in_table_order(exact(stored[selected_NT[t]]))
         embedding.one(padded[t : t + 8], one)
-        np.testing.assert_allclose(one, many[t], atol=1e-5)
+        np.testing.assert_array_equal(one, truth)
+        np.testing.assert_array_equal(many[t], truth)
+
+
+def test_bfloat16_is_widened_exactly() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16)
+    finite = every[(every >> 7 & 255) < 255]
+    np.testing.assert_array_equal(hashing.widen(finite), exact(finite))
+    assert hashing.widen(np.array([0x7F80, 0xFF80], np.uint16)).tolist() == [np.inf, -np.inf]
+    assert np.isnan(hashing.widen(np.array([0x7FC0], np.uint16))).all()
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (np.zeros((194, 4), np.float16), "holds float16, but the spec says bfloat16"),
+        (np.zeros((97, 4), np.uint16), r"shape \[97, 4\], not \[194, 4\]"),
+        ([np.zeros((97, 4), np.uint16)] * 3, "2 hash tables, not 3"),
+        ([np.zeros((97, 4), np.uint16), np.zeros((97, 5), np.uint16)], r"\[97, 5\], not \[97, 4\]"),
+        ([np.zeros((97, 4), np.uint16), np.zeros((97, 4), np.int16)], "holds int16"),
+    ],
+)
+def test_a_model_refuses_tables_that_do_not_fit(tables: hashing.Tables, message: str) -> None:
+    spec = null_spec(hash=HashSpec((3, 4), 1, 97, 4, "bfloat16"))
+    with pytest.raises(ConfigError, match=message):
+        Model(spec, NullBackend(spec), tables)
+
+
+def test_a_model_takes_tables_apart() -> None:
+    spec = null_spec(hash=HashSpec((3, 4), 1, 97, 4))
+    tables = np.random.default_rng(0).integers(0, 9, (194, 4)).astype(np.float32)
+    ids = np.random.default_rng(1).integers(0, 260, 50)
+    fused, apart = (Model(spec, NullBackend(spec), t).score(ids) for t in (tables, [tables[:97], tables[97:]]))
+    np.testing.assert_array_equal(fused.logits, apart.logits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages of a mapping: Linux only")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_table_stays_out_of_memory_but_for_the_rows_read(tmp_path: Path, dtype: TableDtype) -> None:
+    """A 256 MB table without a byte on disk (a sparse file); 100 bytes read 600 rows of one or two pages."""
+    hash = HashSpec(
+        (3, 4, 5, 6, 7, 8), 1, (256 << 20) // (6 * 1024 * hashing.TABLE_DTYPES[dtype].itemsize), 1024, dtype
+    )
+    write_bundle(tmp_path / "b", null_spec(hash=hash), empty_tables=True)
+    model = Model.open(tmp_path / "b", backend="null", verify="sizes")
+    assert resident("hash_tables.npy") < 1 << 20
+    stream = model.stream()
+    stream.append(bytes(range(60)))
+    read = len(list(stream.generate_ids(40)))
+    assert read == 40
+    page, row = 4096, 1024 * hashing.TABLE_DTYPES[dtype].itemsize
+    assert row * 100 < resident("hash_tables.npy") < 6 * 100 * (row + 2 * page) + (1 << 20)
+
+
+def resident(file: str) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.endswith(file)]
+    assert starts, f"{file} is not mapped"
+    sizes = [next(line for line in lines[i:] if line.startswith("Rss:")) for i in starts]
+    return sum(int(size.split()[1]) << 10 for size in sizes)
