@@ -106,12 +106,19 @@ class HashEmbedding:
         parts = [slice(None)] if fused else [slice(t, t + 1) for t in range(n_tables)]
         self._takes = [(t, self._row_T[part], picked_TD[part]) for t, part in zip(pieces, parts, strict=True)]
 
-    def one(self, window_G: Ids, out_D: Array) -> None:
-        """Embedding of the newest of the last G ids (zeros before the start) into out_D float32."""
+    def locate(self, window_G: Ids) -> Ids:
+        """Row of each table [T] for the newest of the last G ids, in memory that the next call overwrites.
+
+        In one array of all tables, rows count from its start.
+        """
         row_T = self._row_T
         np.matmul(self._coefficients_TG, window_G, out=row_T)
         np.remainder(row_T, self._rows, out=row_T)
-        np.add(row_T, self._first_row_T, out=row_T)
+        return np.add(row_T, self._first_row_T, out=row_T)
+
+    def one(self, window_G: Ids, out_D: Array) -> None:
+        """Embedding of the newest of the last G ids (zeros before the start) into out_D float32."""
+        self.locate(window_G)
         for table, row, picked in self._takes:
             # mode "raise" would copy through a buffer; the rows are in range by construction
             table.take(row, axis=0, out=picked, mode="clip")
