@@ -87,8 +87,12 @@ def hard_text() -> np.ndarray:
 
 
 def tiny(variant: str = "plain", seed: int = 0) -> Checkpoint:
-    """A random checkpoint of one of VARIANTS, its threshold in the widest gap near the text's median entropy."""
-    config, rule = VARIANTS[variant]
+    """A random checkpoint of one of VARIANTS."""
+    return random_checkpoint(*VARIANTS[variant], seed)
+
+
+def random_checkpoint(config: BLTConfig, rule: PatchRule, seed: int = 0) -> Checkpoint:
+    """Random weights, the rule's threshold in the widest gap near the text's median entropy."""
     generator = torch.Generator().manual_seed(seed)
     blt, entropy = BLT(config), EntropyModel(ENTROPY)
     for model in (blt, entropy):
