@@ -1,0 +1,236 @@
+"""Hugging Face folders of `BltForCausalLM`: `config.json` and `model.safetensors`, whole or in shards.
+
+The name map is a table of both sides' names; the configuration is read in `huggingface_config` and written in
+`huggingface_write`. One thing is said in weights and not in names: where transformers groups the key/value heads of a
+local stack, it groups those of the stack's cross-attention as well, and we have no such form there. Reading repeats
+each head's rows for every head of its group; writing a grouped local stack repeats those of its self-attention. Both
+compute exactly the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+
+from blt.adapters import huggingface_config, huggingface_write
+from blt.folders import replace_folder
+from blt.model.config import BLTConfig, TransformerConfig
+from blt.source import Part, Source, make_part
+from blt.tensors import Stored, read_safetensors, write_safetensors
+from blt_runtime.errors import CheckpointError
+
+log = logging.getLogger("blt.adapters")
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+HASH_TENSOR = "model.encoder_hash_tok_embedding.weight"
+PATCHER = "model.patcher."
+
+LAYER = (
+    ("attention_norm", "input_layernorm"),
+    ("attention.wq", "self_attn.q_proj"),
+    ("attention.wk", "self_attn.k_proj"),
+    ("attention.wv", "self_attn.v_proj"),
+    ("attention.wo", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("feed_forward.w1", "mlp.gate_proj"),
+    ("feed_forward.w3", "mlp.up_proj"),
+    ("feed_forward.w2", "mlp.down_proj"),
+)
+CROSS = (
+    ("q_norm", "q_norm"),
+    ("kv_norm", "k_norm"),
+    ("wq", "q_proj"),
+    ("wk", "k_proj"),
+    ("wv", "v_proj"),
+    ("wo", "o_proj"),
+)
+STACKS = {
+    "encoder": "model.local_encoder",
+    "latent": "model.global_transformer",
+    "decoder": "model.local_decoder",
+}
+LOCAL = {name: STACKS[name] for name in ("encoder", "decoder")}
+# ours, theirs; # is a layer's number, and .weight follows everywhere
+BLT_NAMES = (
+    ("hash_embedding.tables", "model.encoder_hash_tok_embedding"),
+    ("encoder.byte_embedding", "model.local_encoder.embed_tokens"),
+    ("encoder.patch_projection", "model.local_encoder.patch_embedding_projection"),
+    ("latent.projection", "model.global_transformer.token_embedding_projection"),
+    ("decoder.patch_projection", "model.local_decoder.patch_embedding_projection"),
+    ("decoder.norm", "model.local_decoder.norm"),
+    ("decoder.output", "lm_head"),
+    *((f"{a}.layers.#.{x}", f"{b}.layers.#.{y}") for a, b in STACKS.items() for x, y in LAYER),
+    *((f"{a}.cross.#.{x}", f"{b}.cross_attn_layers.#.{y}") for a, b in LOCAL.items() for x, y in CROSS),
+)
+ENTROPY_NAMES = (
+    ("byte_embedding", "model.patcher.embed_tokens"),
+    ("norm", "model.patcher.norm"),
+    ("output", "model.patcher.lm_head"),
+    *((f"layers.#.{x}", f"model.patcher.layers.#.{y}") for x, y in LAYER),
+)
+THEIRS = dict((*BLT_NAMES, *ENTROPY_NAMES))
+UNUSED = re.compile(r".*rotary_emb\..*")
+"""Buffers that no version reads."""
+
+
+def huggingface_name(name: str) -> str:
+    """Their name of one of our parameters, of the BLT or of the entropy model."""
+    layer = re.search(r"\.(\d+)\.", name)
+    general = name.removesuffix(".weight")
+    if layer is None:
+        return THEIRS[general] + ".weight"
+    return THEIRS[general.replace(layer[0], ".#.", 1)].replace("#", layer[1]) + ".weight"
+
+
+def matches(path: Path) -> bool:
+    """A folder whose config.json says model_type blt (a damaged file that says so belongs here, too)."""
+    try:
+        text = (path / CONFIG).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(r'"model_type"\s*:\s*"blt"', text) is not None
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Source:
+    """What a folder says; weights stay in their files. Raises CheckpointError."""
+    where = str(path / CONFIG)
+    config = huggingface_config.fields(_read_json(path / CONFIG), where)
+    blt_config, entropy_config, rule = huggingface_config.meaning(config, where)
+    found = {n: t for n, t in read_safetensors(*_weight_files(path)).items() if not UNUSED.fullmatch(n)}
+    patcher = {name: found.pop(name) for name in list(found) if name.startswith(PATCHER)}
+    if blt_config.hash is None:
+        found.pop(HASH_TENSOR, None)  # a table without rows
+    blt = make_part(blt_config, _ungrouped(blt_config, found), _names, path)
+    entropy = None
+    if patcher and entropy_config is not None:
+        entropy = make_part(entropy_config, patcher, _names, path)
+    elif patcher:
+        log.warning("%s: patch_in_forward is off, so its patcher is not read", where)
+    return Source("huggingface", path, blt, entropy, rule).check_together()
+
+
+def _names(ours: str) -> list[str]:
+    return [huggingface_name(ours)]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; copy it again") from None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The one file, or the shards that the index names: plain names of files that lie in the folder."""
+    if not (path / INDEX).is_file():
+        if not (path / WEIGHTS).is_file():
+            raise CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}; save the model with safetensors")
+        return [_inside(path, WEIGHTS)]
+    index = _read_json(path / INDEX)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{path / INDEX} has no weight_map")
+    return [_inside(path, name) for name in sorted({str(name) for name in shards.values()})]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that name. A link may lead within the folder, or within the hub's cache that the folder is of."""
+    if PurePath(name).name != name or name in ("", "..") or "\\" in name:
+        raise CheckpointError(f"{folder / INDEX} names {name!r}, which is not a plain file name; it is refused")
+    here, file = folder.resolve(), (folder / name).resolve()
+    roots = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]
+    if not any(file.is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{folder / name} is a link out of its folder; it is refused")
+    if not file.is_file():
+        raise CheckpointError(f"{folder / name} does not exist; copy all shards")
+    return folder / name
+
+
+def _ungrouped(config: BLTConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Tensors with the key/value heads of grouped cross-attention repeated."""
+    out = dict(found)
+    for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
+        kind = re.compile(re.escape(STACKS[side]) + r"\.cross_attn_layers\.\d+\.[kv]_proj\.weight")
+        out |= {name: _repeat_heads(tensor, stack) for name, tensor in found.items() if kind.fullmatch(name)}
+    return out
+
+
+def _repeat_heads(tensor: Stored, stack: TransformerConfig) -> Stored:
+    """Rows of each key/value head once for every head of its group; views of the file, nothing is copied."""
+    group = stack.n_heads // stack.kv_heads
+    if group == 1 or tensor.shape != (stack.kv_heads * stack.head_size, stack.dim):
+        return tensor
+    (rows,) = tensor.pieces
+    pieces = tuple(head for head in rows.split(stack.head_size) for _ in range(group))
+    return Stored(tensor.names * len(pieces), pieces, tensor.mapped)
+
+
+# --- writing -------------------------------------------------------------------------------------------------
+
+
+def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """A folder for `BltForCausalLM.from_pretrained`, streamed and atomic; an older folder is replaced.
+
+    dtype: of the stored weights (default: as they are). Raises CheckpointError that lists everything transformers has
+    no form for.
+    """
+    found = huggingface_write.obstacles(source)
+    if found:
+        raise CheckpointError(f"{source.path}: transformers has no form for: " + "; ".join(found))
+    tensors = _huggingface_tensors(source)
+    kinds = {tensor.dtype for tensor in tensors.values()}
+    kind = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
+    config = _config(source, kind)
+    temporary = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.part")
+    temporary.mkdir(parents=True)
+    try:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_safetensors(temporary / WEIGHTS, tensors, dtype=kind)
+        replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _warn(kind)
+
+
+def _warn(kind: torch.dtype) -> None:
+    log.warning("D2: transformers does not mask documents; behind an EOS within a text its results differ")
+    if kind in (torch.bfloat16, torch.float16):
+        log.warning("D9: transformers runs these weights in half precision unless from_pretrained gets dtype=float32")
+
+
+def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    assert source.blt_config is not None
+    assert source.patch_rule is not None
+    name = str(dtype).removeprefix("torch.")
+    return huggingface_write.to_json(source.blt_config, source.entropy_config, source.patch_rule, name)
+
+
+def _huggingface_tensors(source: Source) -> dict[str, Stored]:
+    """Everything under their names, in our order."""
+    blt, config = source.blt, source.blt_config
+    assert isinstance(blt, Part)
+    assert config is not None
+    tensors = {huggingface_name(ours): _written(ours, t, config) for ours, t in blt.weights.items()}
+    if config.hash is None:  # no functions, so the table has no rows, but it is there
+        example = next(iter(blt.weights.values()))
+        tensors[HASH_TENSOR] = Stored((HASH_TENSOR,), (torch.empty(0, config.local_dim, dtype=example.dtype),))
+    if source.entropy is not None:
+        tensors |= {huggingface_name(ours): t for ours, t in source.entropy.weights.items()}
+    return tensors
+
+
+def _written(ours: str, tensor: Stored, config: BLTConfig) -> Stored:
+    stack = {"encoder": config.encoder, "decoder": config.decoder}.get(ours.split(".")[0])
+    grouped = re.search(r"\.attention\.w[kv]\.", ours)
+    return _repeat_heads(tensor, stack) if stack is not None and grouped else tensor
