@@ -1,0 +1,125 @@
+"""Which rows are checked: patch rules that go to extremes, and rows of text with scripts, in groups.
+
+A group has as many rows as there are streams in company, so that few rows are in memory at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from blt.equality.scripts import AHEAD, Op, make_script
+from blt.equality.text import Random, given_bytes, mixed_bytes, take, with_specials
+from blt.equality.truth import Row, Uncached
+from blt_runtime.errors import UsageError
+from blt_runtime.ids import BPE, OFFSET, Ids
+from blt_runtime.patching import PatchRule
+from blt_runtime.spec import ModelSpec
+
+STREAMS = 4
+"""Streams in company: the first half begins with BOS."""
+OWN = "own"
+"""Name of the model's own rule."""
+
+
+def rules_for(rule: PatchRule, chunk: int) -> dict[str, PatchRule]:
+    """The model's own rule, and others over the same entropies.
+
+    "one patch": behind token 0 a row never ends its patch.  "bytes": each byte is a patch.  "capped": the own rule,
+    split after 3 bytes.  "long": every patch is longer than two chunks.
+    """
+    if rule.needs_entropy:
+        never = replace(rule, threshold=1e6, max_patch_length=None)
+        always = replace(never, threshold=-1e6, threshold_add=None if rule.threshold_add is None else -1e6)
+    else:
+        never, always = PatchRule("static", patch_size=1 << 40), PatchRule("byte")
+    capped, long = replace(rule, max_patch_length=3), replace(never, max_patch_length=2 * chunk + 37)
+    return {OWN: rule, "one patch": never, "bytes": always, "capped": capped, "long": long}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row, what is done to a stream on its way through it, and its name in messages."""
+
+    row: Row
+    bos: bool
+    script: list[Op]
+    where: str
+
+    @property
+    def n_bytes(self) -> int:
+        return int((self.row.ids_N >= OFFSET).sum())
+
+
+class Rows:
+    """Makes rows that the checkpoint was trained for and that every model's streams hold, with room to generate."""
+
+    def __init__(
+        self,
+        uncached: Uncached,
+        specs: Iterable[ModelSpec],
+        row_bytes: int,
+        seed: int,
+        data: bytes | None,
+        tolerance: float,
+    ) -> None:
+        specs = list(specs)
+        self.chunk = max(spec.chunk for spec in specs)
+        self.most_ids = min(uncached.longest, *(spec.capacity_bytes for spec in specs)) - AHEAD
+        patches = uncached.blt.config.latent.max_seqlen
+        self.most_patches = min(patches, *(spec.capacity_patches for spec in specs)) - AHEAD - 1
+        if min(self.most_ids, self.most_patches) < 2:
+            raise UsageError("the model's streams are too short to be checked: export with a larger --capacity")
+        self.row_bytes = min(row_bytes, self.most_ids - 1)
+        self.rules = rules_for(uncached.rule, self.chunk)
+        self.tolerance = tolerance
+        self._uncached, self._seed, self._data = uncached, seed, data
+
+    def random(self, *parts: int) -> Random:
+        """A generator of its own for each purpose, so that one more row here changes nothing there."""
+        return np.random.default_rng([self._seed, *parts])
+
+    def text(self, random: Random, rule: PatchRule) -> Iterator[Ids]:
+        pieces = mixed_bytes(random) if self._data is None else given_bytes(self._data, random)
+        return with_specials(pieces, random, rule)
+
+    def row(self, ids_N: Ids, rule: PatchRule) -> Row:
+        if ids_N[-1] == BPE:  # in last place it closes nothing unless more text follows (spec section 5)
+            ids_N[-1] = OFFSET
+        return self._uncached.row(ids_N, rule, self.tolerance, self.most_patches)
+
+    def short(self, name: str, count: int, n_bytes: int) -> Iterator[Row]:
+        """Rows of `n_bytes`, every other one with BOS."""
+        rule = self.rules[name]
+        pieces = self.text(self.random(0, self._number(name)), rule)
+        for index in range(count):
+            yield self.row(take(pieces, min(n_bytes, self.row_bytes), index % 2 == 0), rule)
+
+    def groups(self, name: str, n_bytes: int) -> Iterator[list[Job]]:
+        """Groups of STREAMS jobs that together hold `n_bytes` or more."""
+        rule, random = self.rules[name], self.random(1, self._number(name))
+        pieces, sizes = self.text(random, rule), self._sizes(name, random)
+        index = 0
+        while n_bytes > 0:
+            group = []
+            for place in range(STREAMS):
+                bos = place < STREAMS // 2
+                row = self.row(take(pieces, next(sizes), bos), rule)
+                script = make_script(len(row), int(bos), self.chunk, random)
+                group.append(Job(row, bos, script, f"rule {name!r}, row {index}"))
+                index += 1
+            n_bytes -= sum(job.n_bytes for job in group)
+            yield group
+
+    def _sizes(self, name: str, random: Random) -> Iterator[int]:
+        """Ids of rows, BOS apart: under the own rule first the empty text, the shortest ones and those near a chunk."""
+        if name == OWN:
+            near = (self.chunk + more for more in (-1, 0, 0, 1))
+            yield from (min(n, self.row_bytes) for n in (0, 1, 1, 2, *near))
+        while True:
+            yield int(random.integers(self.row_bytes // 2, self.row_bytes)) if random.random() < 0.3 else self.row_bytes
+
+    def _number(self, name: str) -> int:
+        return list(self.rules).index(name)
