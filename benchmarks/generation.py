@@ -175,11 +175,11 @@ def stream_engine(spec: Any, backend: Any, tables: Any) -> Generate:
 
 
 def torch_engine(shape: str, _: Path) -> Generate:
-    from blt.torch_backend import open_model
+    from blt.torch_backend import host_tables, open_model
 
     checkpoint = make_checkpoint(shape)
     model = open_model(checkpoint)
-    return stream_engine(model.spec, model.backend, checkpoint.blt.hash_embedding.tables.weight.detach().numpy())
+    return stream_engine(model.spec, model.backend, host_tables(checkpoint.blt))
 
 
 def runtime_engine(_: str, bundle: Path) -> Generate:

@@ -1,30 +1,26 @@
-"""Checkpoints: one file with the BLT, its entropy model, their configurations and the patch rule.
+"""Checkpoints of every format, as models in memory and as files.
 
-    {"format": "blt-model", "version": 1,
-     "config": {"blt": {...} | None, "entropy": {...} | None, "patch_rule": {...} | None},
-     "blt": state dict | None, "entropy": state dict | None}
-
-Nothing in it is code: it is read with `weights_only=True`, and so is every foreign checkpoint.
+`open_source` says what a checkpoint is without loading it, `load` builds the models, `save` writes our own format.
+Nothing in a checkpoint is ever run: pickled files are read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ValidationError
 
-from blt.adapters import reference
-from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel
-from blt.tensors import atomic_save, fill, read_tensors
-from blt_runtime.errors import BltError, CheckpointError
+from blt.adapters import ADAPTERS, hub, native
+from blt.model import BLT, EntropyModel
+from blt.model.hashing import HashEmbedding, MappedTables
+from blt.model.layers import RotaryTable
+from blt.source import HASH_TABLES, Part, Source
+from blt.tensors import Stored
+from blt_runtime.errors import CheckpointError
 from blt_runtime.patching import PatchRule
 
-FORMAT, VERSION = "blt-model", 1
-MODEL_FILE = "model.pt"
-Config = TypeVar("Config", bound=BaseModel)
+MODEL_FILE = native.MODEL_FILE
 
 
 @dataclass(frozen=True)
@@ -45,75 +41,95 @@ class Checkpoint:
             raise CheckpointError("the patch rule needs an entropy model; name one with --entropy-model PATH")
         return self.blt, self.patch_rule
 
+    def to_source(self, path: Path) -> Source:
+        """The same as weights to be written at `path`."""
+        blt = None if self.blt is None else Part(self.blt.config, _weights(self.blt))
+        entropy = None if self.entropy is None else Part(self.entropy.config, _weights(self.entropy))
+        return Source("native", path, blt, entropy, self.patch_rule)
 
-def load(path: str | Path, entropy_model: str | Path | None = None) -> Checkpoint:
-    """Load any supported checkpoint in float32, in evaluation mode.
 
-    path: a `model.pt`, a folder that contains one, or a folder in the reference's training format, whose entropy
-    model is `entropy_model` or a folder of that name beside it.  Raises CheckpointError.
+def open_source(path: str | Path, entropy_model: str | Path | None = None) -> Source:
+    """What any supported checkpoint says: configurations, rule, and weights that stay in their files.
+
+    path: a `model.pt`, a folder with one, a folder in the reference's training or hub format, a Hugging Face folder,
+    or a name on the hub.  entropy_model: the same, for formats that keep it apart; found by itself where it lies
+    beside.  Raises CheckpointError, and MissingExtra for a hub name without huggingface_hub.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if path.is_dir() and reference.is_reference(path):
-        checkpoint = Checkpoint(*reference.load(path))
-        beside = path.absolute().parent / "entropy_model"
-        if entropy_model is None and checkpoint.blt is not None and beside.is_dir():
-            entropy_model = beside
-    else:
-        checkpoint = _load_native(path / MODEL_FILE if path.is_dir() else path)
-    if entropy_model is None:
-        return checkpoint
-    given = load(entropy_model).entropy
-    if given is None:
-        raise CheckpointError(f"{entropy_model} holds no entropy model")
-    return replace(checkpoint, entropy=given)
+    source = _read(path)
+    alone = source.entropy is None and source.patch_rule is not None and source.patch_rule.needs_entropy
+    if entropy_model is None and alone:
+        entropy_model = hub.entropy_beside(path, source.path)
+    return source if entropy_model is None else source.with_entropy(_read(entropy_model))
+
+
+def _read(path: str | Path) -> Source:
+    place = hub.resolve(path)
+    adapter = next((a for a in ADAPTERS if a.matches(place)), None)
+    if adapter is None:
+        raise CheckpointError(
+            f"{path} is no checkpoint: a folder needs model.pt, params.json (reference) or config.json (hub)"
+        )
+    source: Source = adapter.read(place)
+    return source
+
+
+def load(path: str | Path, entropy_model: str | Path | None = None, trainable: bool = False) -> Checkpoint:
+    """Load any supported checkpoint in float32 and evaluation mode; hash tables stay in their file, in its dtype.
+
+    trainable: hash tables in memory and float32, too.  Other arguments and errors as `open_source`; weights that are
+    not finite are a CheckpointError.
+    """
+    return build(open_source(path, entropy_model), trainable)
+
+
+def build(source: Source, trainable: bool = False) -> Checkpoint:
+    """The models of a source. Raises CheckpointError for weights that are not finite, before memory is spent."""
+    source.check_finite()
+    blt = entropy = None
+    if source.blt is not None and source.blt_config is not None:
+        with torch.device("meta"):
+            blt = BLT(source.blt_config)
+        _materialise(blt, source.blt.weights, trainable)
+    if source.entropy is not None and source.entropy_config is not None:
+        with torch.device("meta"):
+            entropy = EntropyModel(source.entropy_config)
+        _materialise(entropy, source.entropy.weights, trainable)
+    return Checkpoint(blt, entropy, source.patch_rule)
 
 
 def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
     """Write `model.pt` atomically; `dtype` is that of the stored floating-point weights (default: as they are)."""
-    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "config": {}}
-    parts: tuple[tuple[str, BLT | EntropyModel | None], ...] = (
-        ("blt", checkpoint.blt),
-        ("entropy", checkpoint.entropy),
-    )
-    for key, model in parts:
-        content["config"][key] = model.config.model_dump(mode="json") if model else None
-        content[key] = (
-            {name: t.detach().cpu().to(dtype or t.dtype) for name, t in model.state_dict().items()} if model else None
-        )
-    content["config"]["patch_rule"] = checkpoint.patch_rule.to_dict() if checkpoint.patch_rule else None
-    atomic_save(Path(path), content)
+    native.write(checkpoint.to_source(Path(path)), Path(path), dtype)
 
 
-def _load_native(path: Path) -> Checkpoint:
-    content = read_tensors(path)
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a {FORMAT} file (train one, or give a folder with params.json)")
-    if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has format version {content.get('version')!r}, known is {VERSION}: upgrade blt-lm"
-        )
-    config = content.get("config")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} has no configuration")
-    blt = entropy = rule = None
-    if config.get("blt") is not None:
-        blt = fill(BLT(_parse(BLTConfig, config["blt"], path)), content.get("blt"), path)
-    if config.get("entropy") is not None:
-        entropy = fill(EntropyModel(_parse(EntropyConfig, config["entropy"], path)), content.get("entropy"), path)
-    if config.get("patch_rule") is not None:
-        try:
-            rule = PatchRule.from_dict(config["patch_rule"])
-        except BltError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-    return Checkpoint(blt, entropy, rule)
+def _materialise(model: BLT | EntropyModel, weights: dict[str, Stored], trainable: bool) -> None:
+    """Fill a model that was built on the meta device."""
+    mapped = not trainable and HASH_TABLES in weights and weights[HASH_TABLES].dtype != torch.float64
+    if isinstance(model, BLT) and model.hash_embedding is not None and mapped:
+        stored = weights[HASH_TABLES]
+        tables = [table for piece in stored.pieces for table in piece.detach().split(model.hash_embedding.config.rows)]
+        model.hash_embedding.tables = MappedTables(tables, stored.mapped)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, RotaryTable | HashEmbedding):
+            module.make_buffers()
+    for name, parameter in model.named_parameters():
+        weights[name].copy_to(parameter.data)
+    model.eval()
 
 
-def _parse(kind: type[Config], values: Any, path: Path) -> Config:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: configuration {where}: {first['msg']}") from None
+def stored_tables(model: BLT) -> Stored:
+    """A model's hash tables, wherever they are. Raises ValueError if it has none."""
+    if model.hash_embedding is None:
+        raise ValueError("this model has no hash tables")
+    tables = model.hash_embedding.tables
+    if isinstance(tables, MappedTables):
+        return Stored((HASH_TABLES,) * len(tables.tables), tables.tables, tables.mapped)
+    return Stored((HASH_TABLES,), (tables.weight.detach().cpu(),))
+
+
+def _weights(model: BLT | EntropyModel) -> dict[str, Stored]:
+    weights = {name: Stored((name,), (t.detach().cpu(),)) for name, t in model.state_dict().items()}
+    if isinstance(model, BLT) and model.hash_embedding is not None:
+        weights[HASH_TABLES] = stored_tables(model)
+    return weights

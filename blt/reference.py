@@ -136,8 +136,8 @@ def embed(model: BLT, ids: Sequence[int]) -> Tensor:
         return x
     pairs = [(prime, size) for prime in PRIMES[: config.functions] for size in config.sizes]
     for table, (prime, size) in enumerate(pairs):
-        rows = [table * config.rows + hash_row(ids, t, prime, size, config.rows) for t in range(len(ids))]
-        x = x + model.hash_embedding.tables.weight[rows]
+        rows = [hash_row(ids, t, prime, size, config.rows) for t in range(len(ids))]
+        x = x + model.hash_embedding.table(table)[rows].float()
     return x
 
 

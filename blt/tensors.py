@@ -1,38 +1,108 @@
-"""Tensors on disk and into models: the one place that opens pickled files, and never runs what is in them."""
+"""Tensors on disk: read without running what is in a file, and without holding more of it than one block.
+
+A released checkpoint is 9 GB, most of it hash tables. `Stored` is a tensor that stays in its file, memory-mapped;
+whoever needs it reads blocks of rows, and the pages go when the block is done. Both writers stream such tensors, so
+a conversion holds one block at a time. This is the one place that opens pickled files.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import mmap
 import os
 import pickle
+import struct
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from blt_runtime.errors import CheckpointError
+from blt_runtime.errors import CheckpointError, MissingExtra
 
-Model = TypeVar("Model", bound=nn.Module)
+BLOCK = 64 << 20
+"""Bytes that one block of rows holds at most (one row at least)."""
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+"""What a weight may be stored as, and its name in safetensors."""
 
 
-def atomic_save(path: Path, content: Any) -> None:
-    """`torch.save` to a file beside `path`, flushed to disk, then renamed over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+@dataclass(frozen=True)
+class Stored:
+    """A tensor [R, ...] in a file or in memory: `pieces` that follow each other along the first axis.
+
+    names: what the file calls each piece.  mapped: the pieces are clean pages of a memory-mapped file, which may be
+    dropped.
+    """
+
+    names: tuple[str, ...]
+    pieces: tuple[Tensor, ...]
+    mapped: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.pieces[0]
+        return tuple(first.shape) if first.ndim == 0 else (sum(len(p) for p in self.pieces), *first.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].dtype
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Consecutive rows, contiguous, in the stored dtype; what was read of the file leaves memory again."""
+        for piece in self.pieces:
+            yield from self._blocks_of(piece)
+
+    def _blocks_of(self, piece: Tensor) -> Iterator[Tensor]:
+        rows = piece if piece.ndim else piece[None]
+        size = max(1, BLOCK // max(1, rows[:1].nbytes))
+        for block in rows.split(size):
+            yield block.detach().contiguous()
+            if self.mapped:
+                _drop_pages(block)
+
+    def copy_to(self, out: Tensor) -> None:
+        """Into a tensor of the same shape and any floating dtype."""
+        start, rows = 0, out if out.ndim else out[None]
+        for block in self.blocks():
+            rows[start : start + len(block)].copy_(block)
+            start += len(block)
+
+    def not_finite(self) -> list[str]:
+        """Names of the pieces that hold a NaN or an infinity."""
+        pieces = zip(self.names, self.pieces, strict=True)
+        return [name for name, piece in pieces if not all(_finite(block) for block in self._blocks_of(piece))]
+
+
+def _finite(block: Tensor) -> bool:
+    """A sum is not finite if an element is not, and is read at the speed of memory; `isfinite` decides the rest."""
+    return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
+
+
+_MADV_DONTNEED = 4
+_PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _drop_pages(tensor: Tensor) -> None:
+    """Give back the pages that lie wholly inside a tensor of a mapped file; they are read again when needed."""
+    if _libc is None or not tensor.is_contiguous():
+        return
+    start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
+    if stop > start:
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+
+
+# --- reading -------------------------------------------------------------------------------------------------
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Unpickle tensors and plain containers, nothing else. Raises CheckpointError."""
+    """Unpickle tensors and plain containers, nothing else; tensors stay in the file. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
@@ -50,18 +120,125 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
-def fill(model: Model, state: Mapping[str, Tensor] | None, source: Path) -> Model:
-    """Copy a state dict into a model, as float32; every tensor that does not fit is named. Raises CheckpointError."""
-    own = model.state_dict()
-    state = {n: t for n, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unknown {name}" for name in state if name not in own]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{source}: tensors do not fit the configuration: " + "; ".join(problems))
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return model.eval()
+def stored(tensors: Mapping[str, Any], path: Path) -> dict[str, Stored]:
+    """Those of an unpickled mapping that are tensors; `path` is the file they lie in."""
+    mapped = zipfile.is_zipfile(path)
+    return {name: Stored((name,), (t,), mapped) for name, t in tensors.items() if isinstance(t, Tensor)}
+
+
+def read_safetensors(*paths: Path) -> dict[str, Stored]:
+    """All tensors of some files, which stay there. Raises CheckpointError for a damaged file or a name given twice."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise MissingExtra("safetensors, which this checkpoint needs,", "hub") from None
+    found: dict[str, Stored] = {}
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); copy it again") from None
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise CheckpointError(f"{path}: {', '.join(twice)} lie in another file of this checkpoint, too")
+        found |= {name: Stored((name,), (t,), mapped=True) for name, t in tensors.items()}
+    return found
+
+
+# --- writing -------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO, Path], None]) -> None:
+    """`write(file, its path)` fills a file beside `path`, which is flushed to disk and renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w+b") as file:
+            write(file, temporary)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_save(path: Path, content: Any) -> None:
+    """`torch.save`, all or nothing."""
+    atomic_write(path, lambda file, _: torch.save(content, file))
+
+
+def write_pickled(
+    path: Path, content: dict[str, Any], parts: Mapping[str, Mapping[str, Stored]], dtype: torch.dtype | None = None
+) -> None:
+    """`torch.save` of `content` with a state dict under the key of each part, streamed, all or nothing.
+
+    dtype: of the file's weights (default: as stored).  The file is laid out with room for the tensors and then
+    filled through a shared mapping, so that no tensor is ever in memory as a whole.
+    """
+    empty = {
+        key: {name: torch.empty(t.shape, dtype=dtype or t.dtype) for name, t in part.items()}
+        for key, part in parts.items()
+    }
+
+    def write(file: BinaryIO, temporary: Path) -> None:
+        with torch.serialization.skip_data():
+            torch.save({**content, **empty}, file)
+        file.flush()
+        if not any(parts.values()):
+            return
+        os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)  # a full disk is an error here, a crash later
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            room = torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+        for key, part in parts.items():
+            for name, tensor in part.items():
+                _fill(tensor, room[key][name])
+
+    atomic_write(path, write)
+
+
+def _fill(source: Stored, room: Tensor) -> None:
+    start, rows = 0, room if room.ndim else room[None]
+    for block in source.blocks():
+        target = rows[start : start + len(block)]
+        target.copy_(block)
+        _drop_pages(target)  # written through to the file, which the kernel flushes
+        start += len(block)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None = None) -> None:
+    """A safetensors file, streamed, all or nothing; the package's own writer wants all bytes in memory at once.
+
+    dtype: of the file's weights (default: as stored).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        kind = dtype or tensor.dtype
+        begin, end = end, end + torch.empty(0, dtype=kind).itemsize * _count(tensor.shape)
+        header[name] = {"dtype": DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+
+    def write(file: BinaryIO, _: Path) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            for block in tensor.blocks():
+                file.write(raw_bytes(block if dtype is None else block.to(dtype)))
+
+    atomic_write(path, write)
+
+
+def raw_bytes(block: Tensor) -> memoryview:
+    """A contiguous tensor's bytes, not copied."""
+    data: memoryview = block.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _count(shape: Iterable[int]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from blt.checkpoint import Checkpoint, load
+from blt.model import BLT
 from blt.model.specs import CHUNK, Limits, model_spec
 from blt.model.steps import Step, make_steps
 from blt_runtime import Model
@@ -87,8 +90,15 @@ def open_model(
         checkpoint = load(checkpoint, entropy_model)
     blt, rule = checkpoint.require_blt()
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
-    spec = model_spec(blt.config, entropy, rule, Limits.of(blt.config, capacity, patches, chunk))
-    tables = None
-    if blt.hash_embedding is not None:
-        tables = blt.hash_embedding.tables.weight.detach().numpy()
-    return Model(spec, TorchBackend(checkpoint, spec), tables)
+    dtype = blt.hash_embedding.stored_as if blt.hash_embedding else "float32"
+    spec = model_spec(blt.config, entropy, rule, Limits.of(blt.config, capacity, patches, chunk), table_dtype=dtype)
+    return Model(spec, TorchBackend(checkpoint, spec), host_tables(blt))
+
+
+def host_tables(blt: BLT) -> list[npt.NDArray[Any]] | None:
+    """The hash tables as the runtime reads them, one [V, D] each, not copied: bfloat16 as the uint16 it lies in."""
+    hashed = blt.hash_embedding
+    if hashed is None:
+        return None
+    tables = [hashed.table(t).detach() for t in range(hashed.config.n_tables)]
+    return [(table.view(torch.uint16) if table.dtype == torch.bfloat16 else table).numpy() for table in tables]

@@ -24,7 +24,7 @@ def model_file(tmp_path: Path) -> Path:
 
 
 def test_round_trip(model_file: Path) -> None:
-    before, after = tiny(), load(model_file)
+    before, after = tiny(), load(model_file, trainable=True)
     assert after.patch_rule == before.patch_rule
     assert before.blt is not None
     assert before.entropy is not None

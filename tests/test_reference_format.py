@@ -1,19 +1,23 @@
-"""The reference's training format: every variant goes there and back, and what does not fit is one clear error."""
+"""The reference's training and hub formats: every variant means the same from there, and what does not fit is one
+clear error."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from blt import reference
 from blt.adapters.reference import reference_state
-from blt.checkpoint import Checkpoint, load, save
+from blt.checkpoint import Checkpoint, build, load, open_source, save
+from blt.model import EntropyModel
 from blt.torch_backend import open_model
 from blt_runtime.errors import CheckpointError
 from tests.tiny import ENTROPY, VARIANTS, hard_text, tiny
@@ -22,8 +26,12 @@ from tests.tiny import ENTROPY, VARIANTS, hard_text, tiny
 FOREIGN = [name for name in VARIANTS if name != "cross_windows_own_heads_newlines"]
 
 
-def write_reference(folder: Path, checkpoint: Checkpoint) -> Path:
-    """The checkpoint as folders `blt` and `entropy_model`; returns the former."""
+Form = Literal["training", "hub"]
+
+
+def write_reference(folder: Path, checkpoint: Checkpoint, form: Form = "training") -> Path:
+    """The checkpoint as folders `blt` and `entropy_model`; returns the former. The training format knows one window of
+    the entropy model (spec section 4)."""
     blt, rule = checkpoint.require_blt()
     c, h = blt.config, blt.config.hash
     model: dict[str, Any] = {
@@ -60,35 +68,53 @@ def write_reference(folder: Path, checkpoint: Checkpoint) -> Path:
         "patch_size": rule.patch_size or 4.5,
     }
     state = reference_state(blt.state_dict(), h.n_tables if h else 0)
-    _write(folder / "blt", {"model": model, "data": {"patcher_args": patcher}}, state)
+    _write(folder / "blt", {"model": model, "data": {"patcher_args": patcher}}, "model", state, form)
     if checkpoint.entropy is not None:
         e = ENTROPY
         args = {
             "dim": e.dim,
             "n_layers": e.n_layers,
             "n_heads": e.n_heads,
-            "sliding_window": e.window,
+            "sliding_window": e.window if form == "hub" else 512,
             "max_seqlen": 640,
         }
         params = {"train_entropy_model": True, "entropy_model": args, "model": None}
-        _write(folder / "entropy_model", params, reference_state(checkpoint.entropy.state_dict(), 0, entropy=True))
+        state = reference_state(checkpoint.entropy.state_dict(), 0, entropy=True)
+        _write(folder / "entropy_model", params, "entropy_model", state, form)
     return folder / "blt"
 
 
-def _write(folder: Path, params: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+def _write(folder: Path, params: dict[str, Any], key: str, state: dict[str, torch.Tensor], form: Form) -> None:
     folder.mkdir()
-    (folder / "params.json").write_text(json.dumps(params))
-    torch.save({"model": state}, folder / "consolidated.pth")
+    if form == "training":
+        (folder / "params.json").write_text(json.dumps(params))
+        torch.save({"model": state}, folder / "consolidated.pth")
+        return
+    (folder / "config.json").write_text(json.dumps({"args": params[key]}))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    if key == "model":
+        (folder / "train_args.json").write_text(json.dumps(params))
 
 
+def forced_window(checkpoint: Checkpoint) -> Checkpoint:
+    """The same weights with the entropy model's window as the training format has it."""
+    if checkpoint.entropy is None:
+        return checkpoint
+    entropy = EntropyModel(ENTROPY.model_copy(update={"window": 512}))
+    entropy.load_state_dict(checkpoint.entropy.state_dict())
+    return replace(checkpoint, entropy=entropy.eval())
+
+
+@pytest.mark.parametrize("form", ["training", "hub"])
 @pytest.mark.parametrize("variant", FOREIGN)
-def test_every_variant_scores_the_same_from_the_reference_format(variant: str, tmp_path: Path) -> None:
-    checkpoint = tiny(variant)
+def test_every_variant_scores_the_same_from_the_reference_format(variant: str, form: Form, tmp_path: Path) -> None:
+    checkpoint = tiny(variant) if form == "hub" else forced_window(tiny(variant))
     blt, rule = checkpoint.require_blt()
     ids = hard_text()[:120].tolist()
     lengths = reference.lengths_of(checkpoint, ids)
-    score = open_model(write_reference(tmp_path, checkpoint)).stream().score_ids(ids)
-    assert load(tmp_path / "blt").patch_rule == rule
+    source = open_source(write_reference(tmp_path, checkpoint, form))
+    score = open_model(build(source)).stream().score_ids(ids)
+    assert (source.format, source.patch_rule) == ("hub" if form == "hub" else "reference", rule)
     assert score.patch_lengths.tolist() == lengths
     np.testing.assert_allclose(score.logits, reference.forward(blt, ids, lengths).logits, rtol=0, atol=2e-5)
 
@@ -132,7 +158,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "fewer layers": (lambda p: p["model"].update(n_layers_global=1), r"unknown .*global_transformer\.layers\.1"),
     "width": (
         lambda p: p["model"].update(encoder_hash_byte_group_vocab=98),
-        r"tables.weight is \(291, 32\), expected \(",
+        r"encoder_hash_tok_embedding.0.weight is \(97, 32\), expected \(98, 32\)",
     ),
 }
 
@@ -167,3 +193,58 @@ def test_the_named_entropy_model_counts(tmp_path: Path) -> None:
 def _without_entropy(folder: Path) -> Path:
     save(folder / "space.pt", tiny("no_hash_space_causal_latent"))
     return folder / "space.pt"
+
+
+@pytest.mark.parametrize(("name", "value"), [("sliding_window", 24), ("rope_theta", 500000.0), ("norm_eps", 1e-6)])
+def test_what_the_references_loader_ignores_is_an_error(name: str, value: float, tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny())
+    edit(tmp_path / "entropy_model", lambda p: p["entropy_model"].update({name: value}))
+    with pytest.raises(CheckpointError, match=f"entropy model has {name} .*does not belong"):
+        load(folder)
+
+
+def test_an_entropy_model_of_another_vocabulary_does_not_belong(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny())
+    other = EntropyModel(ENTROPY.model_copy(update={"vocab_size": 300}))
+    save(tmp_path / "other.pt", Checkpoint(None, other, None))
+    with pytest.raises(CheckpointError, match="entropy model has 300 ids, a byte-level model has 260"):
+        load(folder, tmp_path / "other.pt")
+
+
+def test_hub_format_without_train_args_has_no_threshold(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny(), "hub")
+    (folder / "train_args.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no train_args\.json.*threshold"):
+        load(folder)
+
+
+def test_swapped_shapes_are_all_named(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny())
+    content = torch.load(folder / "consolidated.pth", weights_only=True)
+    state = content["model"]
+    names = ["local_encoder.patch_embedding_projection.weight", "local_decoder.output.weight"]
+    for name in names:
+        state[name] = state[name].T.contiguous()
+    torch.save(content, folder / "consolidated.pth")
+    with pytest.raises(CheckpointError, match=f"{names[0]} is .*; {names[1]} is "):
+        load(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["encoder_hash_tok_embedding.1.weight", "global_transformer.layers.1.ffn_norm.weight"])
+def test_weights_that_are_not_finite_are_named(name: str, bad: float, tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny())
+    content = torch.load(folder / "consolidated.pth", weights_only=True)
+    content["model"][name].view(-1)[-1] = bad
+    torch.save(content, folder / "consolidated.pth")
+    with pytest.raises(CheckpointError, match=f"NaN or infinite weights in {name}"):
+        load(folder)
+
+
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny())
+    content = torch.load(folder / "consolidated.pth", weights_only=True)
+    content["model"]["local_decoder.norm.weight"] = torch.ones(32, dtype=torch.int8)
+    torch.save(content, folder / "consolidated.pth")
+    with pytest.raises(CheckpointError, match=r"local_decoder\.norm\.weight is int8, weights are floating-point"):
+        load(folder)

@@ -1,1 +1,6 @@
-"""Foreign checkpoint formats, one module each: a readable name map and a configuration reader."""
+"""Checkpoint formats, one module each: `matches(path)`, `read(path) -> Source`, and for two of them `write`."""
+
+from blt.adapters import huggingface, native, reference
+
+ADAPTERS = (native, reference, huggingface)
+"""In the order in which a path is offered to them."""

@@ -1,9 +1,11 @@
-"""The reference implementation's training format: a folder with `params.json` and `consolidated.pth`.
+"""The reference implementation's two formats, which share names and arguments.
 
-Facts from spec sections 4, 5, 13.1 and 13.3. Semantics are the reference's own, read row by row in float32, with
-three deliberate differences. Its entropy loader ignores most of the entropy model's arguments; we honour them, and
-fill in its forced window of 512 where the file names none. Its entropy calls start without context every 8,192
-tokens; ours never do. `attn_impl` chooses kernels there, and with all but xformers loses the masks; we always mask.
+Training: a folder with `params.json` and `consolidated.pth`. Hub: `config.json` with `args`, `model.safetensors`, and
+for a BLT `train_args.json`, which is the params.json. Both keep the entropy model in a folder of its own.
+
+Facts from spec sections 4, 5, 13.1 to 13.3. Semantics are the reference's own, read row by row in float32, with two
+deliberate differences. Its entropy calls start without context every 8,192 tokens; ours never do. `attn_impl` chooses
+kernels there, and with all but xformers loses the masks; we always mask.
 """
 
 from __future__ import annotations
@@ -15,20 +17,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
-from blt.model import BLT, EntropyModel
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
-from blt.tensors import fill, read_tensors
+from blt.source import HASH_TABLES, Part, Source, make_part, parse
+from blt.tensors import Stored, read_safetensors, read_tensors, stored
 from blt_runtime.errors import BltError, CheckpointError
 from blt_runtime.patching import PatchRule
 
 log = logging.getLogger("blt.adapters")
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
-HASH_TABLES = "hash_embedding.tables.weight"
-Weights = Mapping[str, Tensor]
+HUB_CONFIG, HUB_WEIGHTS, TRAIN_ARGS = "config.json", "model.safetensors", "train_args.json"
+Tensors = Mapping[str, Stored]
 
 # ours -> theirs; the first that matches is applied
 RENAMES = (
@@ -127,74 +128,107 @@ class PatcherArguments(Arguments):
 Section = TypeVar("Section", bound=Arguments)
 
 
-def is_reference(path: Path) -> bool:
-    return (path / PARAMS).is_file()
+def matches(path: Path) -> bool:
+    """The training format by its params.json, the hub format by the arguments in its config.json."""
+    return path.is_dir() and ((path / PARAMS).is_file() or "args" in _json(path / HUB_CONFIG, required=False))
 
 
-def load(path: Path) -> tuple[BLT | None, EntropyModel | None, PatchRule | None]:
-    """What a folder of this format holds: a BLT and its rule, or an entropy model. Raises CheckpointError."""
-    params, weights = read_params(path), read_weights(path)
+def read(path: Path) -> Source:
+    """A BLT and its rule, or an entropy model. Raises CheckpointError."""
     try:
-        if params.get("train_entropy_model"):
-            return None, _entropy_model(params, weights, path), None
-        rule, config = patch_rule(params), blt_config(params, weights)
+        source = _read_training(path) if (path / PARAMS).is_file() else _read_hub(path)
     except CheckpointError:
         raise
     except ValidationError as error:  # the configurations' own checks
-        raise CheckpointError(f"{path / PARAMS}: {error.errors()[0]['msg']}") from None
+        raise CheckpointError(f"{path}: {error.errors()[0]['msg']}") from None
     except BltError as error:
-        raise CheckpointError(f"{path / PARAMS}: {error}") from None
-    with torch.device("meta"):
-        names = list(BLT(config).state_dict())
-    state = our_state(weights, names, config.hash.n_tables if config.hash else 0)
-    return fill(BLT(config), state, path), None, rule
+        raise CheckpointError(f"{path}: {error}") from None
+    return source.check_together()
 
 
-def _entropy_model(params: Mapping[str, Any], weights: Weights, path: Path) -> EntropyModel:
-    config = entropy_config(params, weights)
-    with torch.device("meta"):
-        names = list(EntropyModel(config).state_dict())
-    return fill(EntropyModel(config), our_state(weights, names, 0, entropy=True), path)
+def _read_training(path: Path) -> Source:
+    params, tensors = _json(path / PARAMS), _read_pickled(path / WEIGHTS)
+    if params.get("train_entropy_model"):
+        key = "entropy_model" if params.get("entropy_model") else "model"
+        entropy = _section(EntropyArguments, PARAMS, params, key)
+        _check_forced(entropy)
+        return Source("reference", path, entropy=_entropy_part(entropy, tensors, path))
+    args = _section(ModelArguments, PARAMS, params, "model")
+    rule = patch_rule(args, params, PARAMS)
+    return Source("reference", path, _blt_part(args, tensors, path), None, rule)
 
 
-def read_params(path: Path) -> dict[str, Any]:
+def _read_hub(path: Path) -> Source:
+    config, tensors = _json(path / HUB_CONFIG), read_safetensors(path / HUB_WEIGHTS)
+    if "dim_global" not in config["args"]:
+        entropy = _section(EntropyArguments, HUB_CONFIG, config, "args")
+        return Source("hub", path, entropy=_entropy_part(entropy, tensors, path))
+    if not (path / TRAIN_ARGS).is_file():
+        raise CheckpointError(f"{path} has no {TRAIN_ARGS}, and the threshold of its patches is written only there")
+    args = _section(ModelArguments, HUB_CONFIG, config, "args")
+    rule = patch_rule(args, _json(path / TRAIN_ARGS), TRAIN_ARGS)
+    return Source("hub", path, _blt_part(args, tensors, path), None, rule)
+
+
+def _blt_part(args: ModelArguments, tensors: Tensors, path: Path) -> Part:
+    config = blt_config(args, tensors)
+    n_tables = config.hash.n_tables if config.hash else 0
+
+    def names_of(ours: str) -> list[str]:
+        return [hash_table_name(t) for t in range(n_tables)] if ours == HASH_TABLES else [reference_name(ours)]
+
+    return make_part(config, tensors, names_of, path, UNUSED)
+
+
+def _entropy_part(args: EntropyArguments, tensors: Tensors, path: Path) -> Part:
+    return make_part(entropy_config(args, tensors), tensors, lambda n: [reference_name(n, entropy=True)], path, UNUSED)
+
+
+def _check_forced(args: EntropyArguments) -> None:
+    """The reference's loader does not read these arguments but takes its own values (spec section 4): a model that was
+    trained with others gives entropies there that nobody meant."""
+    for name, forced in (("sliding_window", 512), ("rope_theta", 10000.0), ("norm_eps", 1e-5)):
+        value = getattr(args, name)
+        if value is not None and value != forced:
+            raise CheckpointError(
+                f"{PARAMS}: the entropy model has {name} {value}, but the reference runs every one with {forced}: "
+                f"it does not belong to the BLT's patches; write {forced} to get what the reference computes"
+            )
+
+
+def _json(path: Path, required: bool = True) -> dict[str, Any]:
+    if not required and not path.is_file():
+        return {}
     try:
-        params = json.loads((path / PARAMS).read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path / PARAMS}: {error}") from None
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path / PARAMS} is not a JSON object")
-    return params
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return values
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    content = read_tensors(path / WEIGHTS)
+def _read_pickled(path: Path) -> Tensors:
+    content = read_tensors(path)
     weights = content.get("model", content)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path / WEIGHTS} holds no state dict under the key 'model'")
-    return weights
+        raise CheckpointError(f"{path} holds no state dict under the key 'model'")
+    return stored(weights, path)
 
 
-def _section(kind: type[Section], params: Mapping[str, Any], *keys: str) -> Section:
-    """One section of params.json, checked. Raises CheckpointError that names the argument."""
-    values: Any = params
+def _section(kind: type[Section], file: str, values: Any, *keys: str) -> Section:
+    """One section of a JSON file, checked. Raises CheckpointError that names the argument."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     where = ".".join(keys)
     if not isinstance(values, dict):
-        raise CheckpointError(f"{PARAMS} has no section {where!r}")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in (where, *first["loc"]))
-        raise CheckpointError(f"{PARAMS}: {name}: {first['msg']}; it is {first['input']!r}") from None
+        raise CheckpointError(f"{file} has no section {where!r}")
+    return parse(kind, values, file, where)
 
 
-def blt_config(params: Mapping[str, Any], weights: Weights) -> BLTConfig:
-    args = _section(ModelArguments, params, "model")
+def blt_config(args: ModelArguments, weights: Tensors) -> BLTConfig:
     if args.attn_impl not in (None, "xformers"):
-        log.warning("%s names attn_impl %s; windows and documents are masked as with xformers", PARAMS, args.attn_impl)
+        log.warning("attn_impl is %s; windows and documents are masked as with xformers", args.attn_impl)
 
     def stack(
         name: str, dim: int, layers: int, heads: int, length: int | None, window: int | None = None
@@ -232,13 +266,13 @@ def blt_config(params: Mapping[str, Any], weights: Weights) -> BLTConfig:
     )
 
 
-def _shapes(weights: Weights, layer: str, heads: int) -> dict[str, int]:
+def _shapes(weights: Tensors, layer: str, heads: int) -> dict[str, int]:
     """Head counts and widths from a layer's weights: the reference derives them from one of several arguments each,
     and the weights are what counts."""
     rows = {}
     for part in ("attention.wq", "attention.wk", "feed_forward.w1"):
         name = f"{layer}{part}.weight"
-        if name not in weights or weights[name].ndim != 2:
+        if name not in weights or len(weights[name].shape) != 2:
             raise CheckpointError(f"the checkpoint has no matrix {name}")
         rows[part] = weights[name].shape[0]
     head_dim = rows["attention.wq"] // heads
@@ -262,8 +296,7 @@ def _hash_config(args: ModelArguments) -> HashConfig | None:
     )
 
 
-def entropy_config(params: Mapping[str, Any], weights: Weights) -> EntropyConfig:
-    args = _section(EntropyArguments, params, "entropy_model" if params.get("entropy_model") else "model")
+def entropy_config(args: EntropyArguments, weights: Tensors) -> EntropyConfig:
     return EntropyConfig(
         vocab_size=args.vocab_size,
         dim=args.dim,
@@ -276,43 +309,25 @@ def entropy_config(params: Mapping[str, Any], weights: Weights) -> EntropyConfig
     )
 
 
-def patch_rule(params: Mapping[str, Any]) -> PatchRule:
+def patch_rule(model: ModelArguments, params: Mapping[str, Any], file: str) -> PatchRule:
     """The rule of `data.patcher_args`, or of the model where it patches by itself (spec section 5)."""
-    model = _section(ModelArguments, params, "model")
     if model.patch_in_forward:
         if model.patching_mode not in ("space", "byte"):
-            raise CheckpointError(f"{PARAMS}: model.patch_in_forward works for space and byte patching only")
+            raise CheckpointError(f"{file}: model.patch_in_forward works for space and byte patching only")
         return PatchRule.from_dict({"scheme": model.patching_mode, "max_patch_length": model.max_patch_length})
-    args = _section(PatcherArguments, params, "data", "patcher_args")
+    args = _section(PatcherArguments, file, params, "data", "patcher_args")
     rule: dict[str, Any] = {"scheme": args.patching_mode, "max_patch_length": args.max_patch_length}
     if args.patching_mode == "entropy":
         if args.threshold is None:
-            raise CheckpointError(f"{PARAMS}: data.patcher_args has no threshold; entropy patching needs one")
+            raise CheckpointError(f"{file}: data.patcher_args has no threshold; entropy patching needs one")
         # monotonicity wins over threshold_add
         add = None if args.monotonicity else args.threshold_add
         rule |= {"threshold": args.threshold, "threshold_add": add, "monotonic": args.monotonicity}
     if args.patching_mode == "static":
         if args.patch_size is None or args.patch_size != int(args.patch_size):
-            raise CheckpointError(f"{PARAMS}: static patching needs a whole patch_size, not {args.patch_size}")
+            raise CheckpointError(f"{file}: static patching needs a whole patch_size, not {args.patch_size}")
         rule["patch_size"] = int(args.patch_size)
     return PatchRule.from_dict(rule)
-
-
-def our_state(
-    weights: Mapping[str, Tensor], names: list[str], n_tables: int, entropy: bool = False
-) -> dict[str, Tensor]:
-    """State dict under our names; every missing or unknown tensor is listed at once."""
-    theirs = {reference_name(name, entropy): name for name in names if name != HASH_TABLES}
-    tables = [hash_table_name(table) for table in range(n_tables)]
-    missing = [name for name in [*theirs, *tables] if name not in weights]
-    unknown = [name for name in weights if name not in theirs and name not in tables and not UNUSED.fullmatch(name)]
-    if missing or unknown:
-        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
-        raise CheckpointError("tensors do not fit the configuration: " + "; ".join(parts))
-    state = {ours: weights[name].float() for name, ours in theirs.items()}
-    if tables:
-        state[HASH_TABLES] = torch.cat([weights[name].float() for name in tables])
-    return state
 
 
 def reference_state(state: Mapping[str, Tensor], n_tables: int, entropy: bool = False) -> dict[str, Tensor]:

@@ -19,6 +19,12 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the bundle.")],
     flavour: Annotated[str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (also TensorRT).")] = "ort",
     precision: Annotated[str, typer.Option(help="fp32 is the one there is.")] = "fp32",
+    table_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE", help="Hash tables as float32, float16 or bfloat16 (default: as in the checkpoint)."
+        ),
+    ] = None,
     capacity: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes that one stream can hold (default: the trained length).")
     ] = None,
@@ -41,7 +47,14 @@ def export(
 
     loaded = load(model, entropy_model=entropy_model)
     report = blt_export.export(
-        loaded, out, flavour=flavour, precision=precision, capacity=size, check=check, force=force
+        loaded,
+        out,
+        flavour=flavour,
+        precision=precision,
+        capacity=size,
+        check=check,
+        force=force,
+        table_dtype=table_dtype,
     )
     if as_json:
         console.print_json("blt.export/1", {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json()})

@@ -5,14 +5,21 @@ Letters: B rows, N tokens, T tables, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blt.model.config import HashConfig
-from blt_runtime.hashing import PRIMES
+from blt_runtime.hashing import PRIMES, TableDtype
 
 _WORD = 1 << 64
+_TABLE_DTYPES: dict[torch.dtype, TableDtype] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 
 
 def wrap64(value: int) -> int:
@@ -41,19 +48,60 @@ def hash_ids(ids_BN: Tensor, sizes: tuple[int, ...], functions: int, rows: int) 
     return torch.stack(tables, -1)
 
 
+class MappedTables(nn.Module):
+    """Tables that stay in their file, in its dtype: nothing to train, and only the rows that are read are in memory.
+
+    tables: T tensors [rows, D].  mapped: they are pages of a file, which may be dropped.
+    """
+
+    def __init__(self, tables: Sequence[Tensor], mapped: bool) -> None:
+        super().__init__()
+        self.tables, self.mapped = tuple(tables), mapped
+
+    def forward(self, rows_BNT: Tensor) -> Tensor:
+        """Sum of one row of each table, float32 [B, N, D]."""
+        return sum(
+            (
+                F.embedding(rows_BN, table).float()
+                for rows_BN, table in zip(rows_BNT.unbind(-1), self.tables, strict=True)
+            ),
+            start=torch.zeros(()),
+        )
+
+
 class HashEmbedding(nn.Module):
-    """All tables in one [T * rows, D] weight; table f * |sizes| + index(size) starts at row table * rows."""
+    """All tables in one [T * rows, D] weight, table f * |sizes| + index(size) at row table * rows; or, in a loaded
+    model, `MappedTables`."""
 
     offset: Tensor
 
     def __init__(self, config: HashConfig, dim: int) -> None:
         super().__init__()
         self.config = config
-        self.tables = nn.Embedding(config.n_tables * config.rows, dim)
-        self.register_buffer("offset", torch.arange(config.n_tables) * config.rows, persistent=False)
+        self.tables: nn.Embedding | MappedTables = nn.Embedding(config.n_tables * config.rows, dim)
+        self.make_buffers()
+
+    def make_buffers(self) -> None:
+        """Again after the module was built on the meta device."""
+        self.register_buffer("offset", torch.arange(self.config.n_tables) * self.config.rows, persistent=False)
+
+    @property
+    def stored_as(self) -> TableDtype:
+        """float32, float16 or bfloat16."""
+        return _TABLE_DTYPES[self.table(0).dtype]
+
+    def table(self, t: int) -> Tensor:
+        """[rows, D] of one table, as it is stored."""
+        if isinstance(self.tables, MappedTables):
+            return self.tables.tables[t]
+        return self.tables.weight[t * self.config.rows : (t + 1) * self.config.rows]
 
     def forward(self, ids_BN: Tensor) -> Tensor:
         """Sum of one row of each table: [B, N, D]."""
         c = self.config
-        rows_BNT = hash_ids(ids_BN, c.sizes, c.functions, c.rows) + self.offset
+        rows_BNT = hash_ids(ids_BN, c.sizes, c.functions, c.rows)
+        if isinstance(self.tables, MappedTables):
+            mapped: Tensor = self.tables(rows_BNT)
+            return mapped
+        rows_BNT = rows_BNT + self.offset
         return F.embedding_bag(rows_BNT.flatten(0, 1), self.tables.weight, mode="sum").view(*ids_BN.shape, -1)

@@ -38,6 +38,12 @@ class RotaryTable(nn.Module):
 
     def __init__(self, rows: int, head_size: int, theta: float) -> None:
         super().__init__()
+        self._made_of = rows, head_size, theta
+        self.make_buffers()
+
+    def make_buffers(self) -> None:
+        """Again after the module was built on the meta device."""
+        rows, head_size, theta = self._made_of
         frequency_K = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
         angle_NK = torch.outer(torch.arange(rows, dtype=torch.float32), frequency_K)
         self.register_buffer("cos", angle_NK.cos(), persistent=False)

@@ -19,16 +19,17 @@ import onnx_ir as ir
 import torch
 
 from blt.folders import replace_folder
+from blt.tensors import Stored, raw_bytes
 from blt_runtime import manifest as manifests
 from blt_runtime.bundle import entry_of
 from blt_runtime.errors import UsageError
+from blt_runtime.hashing import TABLE_DTYPES, TableDtype
 from blt_runtime.manifest import FileEntry
 
 HASH_TABLES = "hash_tables.npy"
 _PAGE = 4096
 _INLINE = 1024
 """Bytes below which an initializer stays in the .onnx file: shape constants, not weights."""
-_BLOCK = 64 << 20
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -80,17 +81,14 @@ def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
     return path
 
 
-def write_hash_tables(weight_RD: torch.Tensor, folder: Path) -> Path:
-    """Stream the rows, so that a table larger than memory (a mapped checkpoint) passes through block by block."""
+def write_hash_tables(tables: Stored, folder: Path, dtype: TableDtype) -> Path:
+    """Stream the rows, so that tables larger than memory (a mapped checkpoint) pass through block by block."""
     path = folder / HASH_TABLES
-    rows, width = weight_RD.shape
-    block = max(1, _BLOCK // (4 * width))
-    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+    header = {"descr": TABLE_DTYPES[dtype].str, "fortran_order": False, "shape": tables.shape}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, rows, block):
-            part = weight_RD[start : start + block].detach().to(torch.float32).cpu().numpy()
-            file.write(np.ascontiguousarray(part).data)
+        for block in tables.blocks():
+            file.write(raw_bytes(block.to(getattr(torch, dtype))))
     return path
 
 

@@ -12,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 
-from blt.checkpoint import Checkpoint, load
+from blt.checkpoint import Checkpoint, load, stored_tables
 from blt.model.steps import Step as ModelStep
 from blt.model.steps import make_steps
 from blt_runtime import manifest as manifests
 from blt_runtime.errors import BltError, UsageError
+from blt_runtime.hashing import TABLE_DTYPES, TableDtype
 from blt_runtime.manifest import FileRef, Manifest, Parity
 from blt_runtime.spec import GraphSpec, ModelSpec
 
@@ -156,10 +157,10 @@ def write_graphs(job: Job) -> str:
 
 def write_hash_tables(job: Job) -> str:
     blt, _ = job.checkpoint.require_blt()
-    if blt.hash_embedding is None:
+    if job.spec.hash is None:
         return "the model has none"
-    path = bundle.write_hash_tables(blt.hash_embedding.tables.weight, job.folder)
-    return f"{path.stat().st_size} bytes"
+    path = bundle.write_hash_tables(stored_tables(blt), job.folder, job.spec.hash.dtype)
+    return f"{path.stat().st_size} bytes, {job.spec.hash.dtype}"
 
 
 def check_parity(job: Job) -> str:
@@ -224,17 +225,19 @@ def export(
     check: bool = True,
     force: bool = False,
     progress: Progress | None = None,
+    table_dtype: str | None = None,
 ) -> ExportReport:
     """Write a checkpoint as a bundle in the folder `out_dir`, which appears only when everything went well.
 
     flavour: "ort" (fastest on ONNX Runtime) or "portable" (standard operators: ONNX Runtime and TensorRT).
     capacity, patches: bytes and patches that one stream can hold. chunk: most bytes per call.
     check: compare every graph with PyTorch. force: replace a bundle that is there. progress: told each step's name.
+    table_dtype: of the hash tables: "float32", "float16" or "bfloat16" (default: as the checkpoint stores them).
 
     Raises UsageError (arguments, target folder), CheckpointError, CheckFailed (parity), BltError (a model that the
     lowering cannot express).
     """
-    job = make_job(checkpoint, flavour, precision, capacity, patches, chunk, check)
+    job = make_job(checkpoint, flavour, precision, capacity, patches, chunk, check, table_dtype)
     return run(job, Path(out_dir), force, progress)
 
 
@@ -272,6 +275,7 @@ def make_job(
     patches: int | None = None,
     chunk: int = 128,
     check: bool = True,
+    table_dtype: str | None = None,
 ) -> Job:
     """Check the arguments of an export and load the checkpoint."""
     if flavour not in FLAVOURS:
@@ -280,9 +284,12 @@ def make_job(
         raise UsageError(f"precision {precision} is not supported yet; export with fp32")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if table_dtype is not None and table_dtype not in TABLE_DTYPES:
+        raise UsageError(f"table_dtype {table_dtype!r}: choose one of {', '.join(TABLE_DTYPES)}")
     known: Flavour = "ort" if flavour == "ort" else "portable"
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
-    return Job(loaded, export_spec(loaded, known, capacity, patches, chunk), known, precision, check)
+    spec = export_spec(loaded, known, capacity, patches, chunk, cast(TableDtype | None, table_dtype))
+    return Job(loaded, spec, known, precision, check)
 
 
 def producer() -> dict[str, str]:

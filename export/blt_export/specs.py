@@ -12,6 +12,7 @@ from typing import Literal
 
 from blt.checkpoint import Checkpoint
 from blt.model.specs import Limits, model_spec
+from blt_runtime.hashing import TableDtype
 from blt_runtime.spec import GraphSpec, ModelSpec
 
 from .lower import ort
@@ -21,18 +22,25 @@ FLAVOURS: tuple[Flavour, ...] = ("ort", "portable")
 
 
 def export_spec(
-    checkpoint: Checkpoint, flavour: Flavour, capacity: int | None, patches: int | None, chunk: int
+    checkpoint: Checkpoint,
+    flavour: Flavour,
+    capacity: int | None,
+    patches: int | None,
+    chunk: int,
+    table_dtype: TableDtype | None = None,
 ) -> ModelSpec:
-    """`capacity` bytes and `patches` a stream (default: the trained lengths), `chunk` bytes a call.
+    """`capacity` bytes and `patches` a stream (default: the trained lengths), `chunk` bytes a call; hash tables as
+    `table_dtype` (default: as the checkpoint stores them).
 
     Raises CheckpointError if the checkpoint cannot generate, ConfigError for sizes that make no sense.
     """
     blt, rule = checkpoint.require_blt()
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
     limits = Limits.of(blt.config, capacity, patches, chunk)
+    dtype = table_dtype or (blt.hash_embedding.stored_as if blt.hash_embedding else "float32")
     if flavour == "portable":
-        return model_spec(blt.config, entropy, rule, limits)
-    spec = model_spec(blt.config, entropy, rule, limits, layout="window", chunk_crosses_documents=False)
+        return model_spec(blt.config, entropy, rule, limits, table_dtype=dtype)
+    spec = model_spec(blt.config, entropy, rule, limits, "window", chunk_crosses_documents=False, table_dtype=dtype)
     return replace(spec, graphs={name: _ring_if_refused(graph) for name, graph in spec.graphs.items()})
 
 

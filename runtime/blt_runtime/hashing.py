@@ -28,7 +28,11 @@ Array = npt.NDArray[Any]
 Tables = Array | Sequence[Array]
 """All tables in one array [T * V, D], or T arrays [V, D]."""
 TableDtype = Literal["float32", "float16", "bfloat16"]
-TABLE_DTYPES: Final = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+TABLE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
 """How rows lie in memory and on disk. numpy has no bfloat16: the upper half of a float32's bits, held as uint16."""
 _UPPER = 1 if sys.byteorder == "little" else 0
 

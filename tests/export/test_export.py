@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -14,10 +14,14 @@ import pytest
 import torch
 
 import blt_export
+from blt import tensors
+from blt.checkpoint import save
+from blt.tensors import Stored
 from blt_export import ExportReport, bundle, capture, pipeline
 from blt_export.rewrite import op_counts
 from blt_runtime.bundle import Bundle
 from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
+from blt_runtime.hashing import TableDtype
 from tests.export.conftest import FLAVOURS, VARIANTS, MakeJob
 from tests.tiny import tiny
 
@@ -47,7 +51,7 @@ def test_the_bundle_opens_and_says_what_it_is(bundle_of: BundleOf, variant: str,
     tables, own = opened.hash_tables(), tiny(variant).require_blt()[0].hash_embedding
     assert tables is not None
     assert own is not None
-    np.testing.assert_array_equal(tables, own.tables.weight.detach().numpy())
+    np.testing.assert_array_equal(tables, np.concatenate([own.table(t).detach() for t in range(own.config.n_tables)]))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -113,8 +117,8 @@ def test_a_wrong_weight_fails_parity_and_leaves_no_bundle(
 def test_a_wrong_hash_table_fails_parity(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = bundle.write_hash_tables
 
-    def corrupt(weight: torch.Tensor, folder: Path) -> Path:
-        return written(weight.roll(1, 0), folder)
+    def corrupt(tables: Stored, folder: Path, dtype: TableDtype) -> Path:
+        return written(replace(tables, pieces=(tables.pieces[0].roll(1, 0),)), folder, dtype)
 
     monkeypatch.setattr(bundle, "write_hash_tables", corrupt)
     with pytest.raises(CheckFailed, match="hash_embedding differs from PyTorch"):
@@ -154,15 +158,40 @@ def test_bad_arguments() -> None:
         blt_export.export(checkpoint, "unused", precision="fp31")
     with pytest.raises(UsageError, match="choose one of ort, portable"):
         blt_export.export(checkpoint, "unused", flavour="onnx")
+    with pytest.raises(UsageError, match="table_dtype 'int8'"):
+        blt_export.export(checkpoint, "unused", table_dtype="int8")
     with pytest.raises(CheckpointError, match="does not exist"):
         blt_export.export("no/such/model.pt", "unused")
 
 
 def test_hash_tables_are_written_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "_BLOCK", 4 * 3 * 5)
-    weight = torch.randn(17, 3, dtype=torch.float64)
-    path = bundle.write_hash_tables(weight, tmp_path)
-    np.testing.assert_array_equal(np.load(path, allow_pickle=False), weight.float().numpy())
+    monkeypatch.setattr(tensors, "BLOCK", 4 * 3 * 5)
+    pieces = tuple(torch.randn(n, 3) for n in (17, 4))
+    want = torch.cat(pieces)
+    for dtype, stored in (
+        ("float32", want),
+        ("float16", want.half()),
+        ("bfloat16", want.bfloat16().view(torch.uint16)),
+    ):
+        path = bundle.write_hash_tables(Stored(("a", "b"), pieces), tmp_path, cast(TableDtype, dtype))
+        np.testing.assert_array_equal(np.load(path, allow_pickle=False), stored.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tables_keep_the_dtype_of_the_checkpoint(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A bundle from half-precision weights holds the same numbers, not twice the bytes."""
+    save(tmp_path / "model.pt", tiny(), dtype)
+    report = blt_export.export(tmp_path / "model.pt", tmp_path / "bundle")
+    kept = "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
+    assert report.manifest.spec.hash is not None
+    assert report.manifest.spec.hash.dtype == kept
+    assert report.parity[0].output == "hash_embedding"
+    assert report.parity[0].max_abs_error <= 1e-6
+    narrow = blt_export.export(tmp_path / "model.pt", tmp_path / "narrow", table_dtype="bfloat16")
+    tables = Bundle.open(tmp_path / "narrow").hash_tables()
+    assert tables is not None
+    assert tables.dtype == np.uint16
+    assert (narrow.parity[0].max_abs_error > 1e-4) == (dtype != torch.bfloat16)
 
 
 def test_an_error_names_the_graph_the_step_and_the_one_before(

@@ -25,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def checkpoint(golden: Path) -> Checkpoint:
-    return load(golden / "a" / "blt")
+    return load(golden / "a" / "blt", trainable=True)
 
 
 @pytest.fixture(scope="module")

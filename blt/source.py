@@ -1,0 +1,149 @@
+"""What a checkpoint of any format says, before anything of it is in memory.
+
+An adapter (`blt.adapters`) turns files into a `Source`: configurations, the patch rule, and weights under our names
+that still lie in their files. Everything that can be wrong with names, shapes, dtypes and numbers is found here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel
+from blt.tensors import DTYPES, Stored
+from blt_runtime.errors import CheckpointError
+from blt_runtime.ids import VOCAB
+from blt_runtime.patching import PatchRule
+
+HASH_TABLES = "hash_embedding.tables.weight"
+Config = TypeVar("Config", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A BLT or an entropy model: configuration, and a `Stored` for each of its parameters, by our names."""
+
+    config: BLTConfig | EntropyConfig
+    weights: dict[str, Stored]
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.nbytes for tensor in self.weights.values() for piece in tensor.pieces)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as it lies on disk. `format`: native, reference, hub or huggingface."""
+
+    format: str
+    path: Path
+    blt: Part | None = None
+    entropy: Part | None = None
+    patch_rule: PatchRule | None = None
+
+    @property
+    def blt_config(self) -> BLTConfig | None:
+        return self.blt.config if self.blt is not None and isinstance(self.blt.config, BLTConfig) else None
+
+    @property
+    def entropy_config(self) -> EntropyConfig | None:
+        part = self.entropy
+        return part.config if part is not None and isinstance(part.config, EntropyConfig) else None
+
+    def parts(self) -> dict[str, Part]:
+        named = {"blt": self.blt, "entropy": self.entropy}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def with_entropy(self, other: Source) -> Source:
+        """The same with the entropy model of `other`. Raises CheckpointError if it has none, or another vocabulary."""
+        if other.entropy is None:
+            raise CheckpointError(f"{other.path} holds no entropy model")
+        return replace(self, entropy=other.entropy).check_together()
+
+    def check_together(self) -> Source:
+        """Raises CheckpointError where BLT and entropy model do not belong together."""
+        blt, entropy = self.blt_config, self.entropy_config
+        for name, config in (("BLT", blt), ("entropy model", entropy)):
+            if config is not None and config.vocab_size != VOCAB:
+                raise CheckpointError(
+                    f"{self.path}: the {name} has {config.vocab_size} ids, a byte-level model has {VOCAB}"
+                )
+        if entropy is not None and entropy.window is not None and entropy.window > entropy.max_seqlen:
+            raise CheckpointError(
+                f"{self.path}: the entropy model's window of {entropy.window} is longer than its sequences "
+                f"({entropy.max_seqlen}); it belongs to another model"
+            )
+        return self
+
+    def check_finite(self) -> None:
+        """Raises CheckpointError that names every tensor with a NaN or an infinity. Reads all weights once."""
+        bad = [name for part in self.parts().values() for t in part.weights.values() for name in t.not_finite()]
+        if bad:
+            raise CheckpointError(f"{self.path}: NaN or infinite weights in {', '.join(bad)}; it was saved broken")
+
+
+def make_part(
+    config: BLTConfig | EntropyConfig,
+    found: Mapping[str, Stored],
+    names_of: Callable[[str], list[str]],
+    where: Path,
+    unused: re.Pattern[str] | None = None,
+) -> Part:
+    """A part from tensors under a file's own names; everything that does not fit is listed in one CheckpointError.
+
+    names_of: the file's name of one of our parameters (several where it keeps the hash tables apart, one for each).
+    unused: names that the format stores and never reads.
+    """
+    weights: dict[str, Stored] = {}
+    problems: list[str] = []
+    left = dict(found)
+    for ours, shape in shapes(config).items():
+        theirs = names_of(ours)
+        expected = shape if len(theirs) == 1 else (shape[0] // len(theirs), *shape[1:])
+        pieces = [left.pop(name, None) for name in theirs]
+        problems += [f"missing {name}" for name, piece in zip(theirs, pieces, strict=True) if piece is None]
+        here = [piece for piece in pieces if piece is not None]
+        wrong = [problem for piece in here if (problem := _problem(piece, expected))]
+        problems += wrong
+        if here and not wrong and len({piece.dtype for piece in here}) > 1:
+            problems.append(f"{theirs[0]} and the other tables are of several dtypes")
+        if here:
+            tensors = tuple(tensor for piece in here for tensor in piece.pieces)
+            names = tuple(name for piece in here for name in piece.names)
+            weights[ours] = Stored(names, tensors, all(piece.mapped for piece in here))
+    problems += [f"unknown {name}" for name in left if not (unused and unused.fullmatch(name))]
+    if problems:
+        raise CheckpointError(f"{where}: tensors do not fit the configuration: " + "; ".join(problems))
+    return Part(config, weights)
+
+
+def _problem(tensor: Stored, expected: tuple[int, ...]) -> str | None:
+    if tensor.shape != expected:
+        return f"{tensor.names[0]} is {tensor.shape}, expected {expected}"
+    if tensor.dtype not in DTYPES:
+        return f"{tensor.names[0]} is {str(tensor.dtype).removeprefix('torch.')}, weights are floating-point numbers"
+    return None
+
+
+def shapes(config: BLTConfig | EntropyConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameter names and shapes; nothing is allocated."""
+    with torch.device("meta"):
+        model = BLT(config) if isinstance(config, BLTConfig) else EntropyModel(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def parse(kind: type[Config], values: Any, file: str, section: str = "") -> Config:
+    """A pydantic model from a file's values. Raises CheckpointError that names the field."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in (section, *first["loc"]) if part != "")
+        given = "" if isinstance(first["input"], dict) else f"; it is {first['input']!r}"
+        raise CheckpointError(f"{file}: {field}: {first['msg']}{given}") from None
