@@ -2,8 +2,8 @@
 
 Both forms answer the same question, "does token t + 1 start a new patch?", which is known at token t. Patch
 0 is always token 0 alone. A sequence of N tokens has patch lengths that sum to N + 1: the last patch
-contains one virtual next token, and nobody ever reads that patch. Entropies are compared in float32,
-thresholds too.
+contains one virtual next token, and nobody ever reads that patch. Entropies, differences and thresholds are
+compared in the rule's `entropy_dtype`: float32, or bfloat16 as the reference's loader leaves them (section 4).
 
 Letters: N tokens, P patches. `closes_N[t]`: token t is the last of its patch.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -24,6 +24,7 @@ from .ids import BPE, OFFSET, Ids
 from .records import from_dict, to_dict
 
 Scheme = Literal["entropy", "space", "static", "byte", "bpe"]
+EntropyDtype = Literal["float32", "bfloat16"]
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
 
@@ -35,7 +36,8 @@ class PatchRule:
     scheme entropy: a patch ends at t when e[t] > threshold (nats); with `monotonic` when e[t] - e[t-1] >
     threshold; with `threshold_add` when e[t] > threshold and e[t] - e[t-1] > threshold_add. `patch_size`
     belongs to static (lengths 1, s, s, ...). `max_patch_length` splits longer patches. `reset_newlines`
-    lets the entropy model forget at newlines.
+    lets the entropy model forget at newlines. `entropy_dtype` bfloat16 rounds (to nearest, ties to even) entropies,
+    their differences and the thresholds before they are compared; it belongs to the scheme entropy alone.
     """
 
     scheme: Scheme = "entropy"
@@ -45,6 +47,7 @@ class PatchRule:
     patch_size: int | None = None
     max_patch_length: int | None = None
     reset_newlines: bool = False
+    entropy_dtype: EntropyDtype = "float32"
 
     def __post_init__(self) -> None:
         if self.scheme not in get_args(Scheme):
@@ -63,6 +66,10 @@ class PatchRule:
             raise RuleError("patch scheme 'static' needs patch_size >= 1")
         if self.max_patch_length is not None and self.max_patch_length < 1:
             raise RuleError("max_patch_length must be at least 1")
+        if self.entropy_dtype not in get_args(EntropyDtype):
+            raise RuleError(f"entropy_dtype must be 'float32' or 'bfloat16', not {self.entropy_dtype!r}")
+        if self.entropy_dtype != "float32" and not self.needs_entropy:
+            raise RuleError(f"entropy_dtype {self.entropy_dtype} needs the patch scheme 'entropy', not {self.scheme!r}")
         if self.monotonic and self.threshold_add is not None:
             raise RuleError("choose monotonic (difference) or threshold_add (level and difference), not both")
 
@@ -77,6 +84,23 @@ class PatchRule:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Raises ConfigError for an unknown key (names the nearest) or a value of the wrong type."""
         return from_dict(cls, data, "patch rule")
+
+
+def to_bfloat16(values: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """float32 values rounded to the nearest bfloat16, ties to even; as float32."""
+    exact = np.asarray(values, dtype=np.float32)
+    bits = exact.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(exact), exact, rounded.view(np.float32))
+
+
+def _to_float32(values: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    return np.asarray(values, dtype=np.float32)
+
+
+def _rounding(rule: PatchRule) -> Callable[[npt.ArrayLike], npt.NDArray[np.float32]]:
+    """To the type that the rule compares in."""
+    return to_bfloat16 if rule.entropy_dtype == "bfloat16" else _to_float32
 
 
 def patch_lengths(
@@ -134,15 +158,17 @@ def _closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
 
 def _entropy_closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
     assert rule.threshold is not None
-    closes_N = entropies_N > np.float32(rule.threshold)
+    rounded = _rounding(rule)
+    entropies_N = rounded(entropies_N)
+    closes_N = entropies_N > rounded(rule.threshold)
     if not rule.monotonic and rule.threshold_add is None:
         return closes_N
-    rises_N = np.diff(entropies_N, prepend=entropies_N[:1])
+    rises_N = rounded(np.diff(entropies_N, prepend=entropies_N[:1]))
     if rule.monotonic:
-        closes_N = rises_N > np.float32(rule.threshold)
+        closes_N = rises_N > rounded(rule.threshold)
     else:
         assert rule.threshold_add is not None
-        closes_N &= rises_N > np.float32(rule.threshold_add)
+        closes_N &= rises_N > rounded(rule.threshold_add)
         closes_N[2:3] = False  # the reference never starts a patch at 3 (spec section 5)
     closes_N[1:2] = True  # and always starts one at 2
     return closes_N
@@ -208,8 +234,10 @@ class PatchState:
         """Tokens of the unfinished patch."""
         self._previous_entropy = 0.0
         self._previous_spacelike = True
-        self._limit = np.float32(0.0 if rule.threshold is None else rule.threshold)
-        self._rise = np.float32(0.0 if rule.threshold_add is None else rule.threshold_add)
+        self._rounded = _rounding(rule)
+        self._in_float32 = rule.entropy_dtype == "float32"
+        self._limit = np.float32(self._rounded(0.0 if rule.threshold is None else rule.threshold))
+        self._rise = np.float32(self._rounded(0.0 if rule.threshold_add is None else rule.threshold_add))
 
     def copy(self) -> PatchState:
         return copy.copy(self)
@@ -239,9 +267,13 @@ class PatchState:
 
     def _entropy_closes(self, entropy: float) -> bool:
         rule = self.rule
+        if not self._in_float32:
+            entropy = float(self._rounded(entropy))
         if not rule.monotonic and rule.threshold_add is None:
             return bool(entropy > self._limit)
         rise = np.float32(entropy) - np.float32(self._previous_entropy)
+        if not self._in_float32:
+            rise = np.float32(self._rounded(rise))
         self._previous_entropy = entropy
         if self.position == 1:
             return True
