@@ -85,7 +85,9 @@ class Source:
         """Raises CheckpointError that names every tensor with a NaN or an infinity. Reads all weights once."""
         bad = [name for part in self.parts().values() for t in part.weights.values() for name in t.not_finite()]
         if bad:
-            raise CheckpointError(f"{self.path}: NaN or infinite weights in {', '.join(bad)}; it was saved broken")
+            raise CheckpointError(
+                f"{self.path}: NaN or infinite weights in {', '.join(dict.fromkeys(bad))}; it was saved broken"
+            )
 
 
 def make_part(
