@@ -56,6 +56,7 @@ def _rule_obstacles(rule: PatchRule | None) -> list[str]:
         f"D4 max_patch_length {rule.max_patch_length}": rule.max_patch_length is not None,
         "D6 monotonic patch rule": rule.monotonic,
         f"D6 threshold_add {rule.threshold_add}": rule.threshold_add is not None,
+        f"D9 entropies compared in {rule.entropy_dtype}": rule.entropy_dtype != "float32",
         "reset_newlines": rule.reset_newlines,
     }
     return [name for name, holds in checks.items() if holds and rule.scheme == "entropy"]

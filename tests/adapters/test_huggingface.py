@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_every_obstacle_is_listed_at_once(tmp_path: Path) -> None:
             "pooling": "mean",
         }
     )
-    rule = replace(BY_ENTROPY, monotonic=True, max_patch_length=3, reset_newlines=True)
+    rule = replace(BY_ENTROPY, monotonic=True, max_patch_length=3, reset_newlines=True, entropy_dtype="bfloat16")
     source = replace(random_checkpoint(config, rule).to_source(tmp_path), entropy=None)
     with pytest.raises(CheckpointError) as caught:
         huggingface.write(source, tmp_path / "hf")
@@ -142,6 +143,7 @@ def test_every_obstacle_is_listed_at_once(tmp_path: Path) -> None:
         "D3 encoder_cross_all_layers with 2 encoder layers",
         "D4 max_patch_length 3",
         "D6 monotonic",
+        "D9 entropies compared in bfloat16",
         "D6 encoder_cross_window 2",
         "D6 decoder_cross_window 3",
         "D6 encoder_cross_heads 4 beside 2 heads",
@@ -274,7 +276,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: c["encoder_config"].update(cross_attn_all_layers=True, num_hidden_layers=2),
         r"cross_attn_all_layers with 2 layers.*D3",
     ),
-    "angles": (lambda c: c["encoder_config"].update(rope_parameters={"rope_type": "yarn"}), "encoder_config: rope_type"),
+    "angles": (lambda c: c["encoder_config"].update(rope_scaling={"type": "yarn"}), "encoder_config: rope_type 'yarn'"),
     "activation": (lambda c: c["decoder_config"].update(hidden_act="gelu"), r"decoder_config\.hidden_act.*'gelu'"),
     "tied": (lambda c: c.update(tie_word_embeddings=True), "tie_word_embeddings"),
     "slices": (lambda c: c["decoder_config"].update(cross_attn_k=3), r"decoder_config\.cross_attn_k 3 .*_k 2"),
@@ -360,6 +362,35 @@ def test_a_patcher_that_is_half_there(folder: Path) -> None:
     save_state(folder, state)
     with pytest.raises(CheckpointError, match=r"missing model\.patcher\.layers\.1\.self_attn\.o_proj\.weight$"):
         open_source(folder)
+
+
+def group_heads(folder: Path) -> None:
+    """The local stacks with one key/value head for two heads, as transformers has it: in cross-attention, too."""
+    edit(folder, lambda c: [c[f"{side}_config"].update(num_key_value_heads=1) for side in ("encoder", "decoder")])
+    local = re.compile(r"model\.local_.*\.[kv]_proj\.weight")
+    state = load_state(folder)
+    save_state(folder, {n: t[:16].contiguous() if local.fullmatch(n) else t for n, t in state.items()})
+
+
+def test_grouped_cross_attention_is_read_head_by_head(folder: Path) -> None:
+    group_heads(folder)
+    source, state = open_source(folder), load_state(folder)
+    assert source.blt is not None
+    head = state["model.local_decoder.cross_attn_layers.1.v_proj.weight"]
+    assert head.shape == (16, 32)
+    assert torch.equal(rows(source.blt.weights["decoder.cross.1.wv.weight"]), torch.cat([head, head]))
+    assert source.blt.weights["decoder.layers.1.attention.wv.weight"].shape == (16, 32)
+
+
+def test_a_grouped_weight_that_is_no_number_is_named_once(folder: Path) -> None:
+    group_heads(folder)
+    state = load_state(folder)
+    state["model.local_encoder.cross_attn_layers.0.k_proj.weight"][3] = float("inf")
+    save_state(folder, state)
+    with pytest.raises(
+        CheckpointError, match=r"weights in model\.local_encoder\.cross_attn_layers\.0\.k_proj\.weight;"
+    ):
+        load(folder)
 
 
 def test_a_weight_that_is_no_number(folder: Path) -> None:
