@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from blt.adapters import ADAPTERS, hub, native
+from blt import hub
+from blt.adapters import ADAPTERS, native
 from blt.model import BLT, EntropyModel
 from blt.model.hashing import HashEmbedding, MappedTables
 from blt.model.layers import RotaryTable

@@ -1,7 +1,7 @@
 """From a MODEL argument to something that runs.
 
-A MODEL is a bundle (a folder with manifest.json: runs on ONNX Runtime, needs no torch) or a checkpoint
-(model.pt, run folder, reference-format folder: runs on PyTorch, or on ONNX Runtime through a temporary bundle).
+A MODEL is a bundle (a folder with manifest.json: runs on ONNX Runtime, needs no torch) or a checkpoint (model.pt, run
+folder, reference or Hugging Face folder, hub name: runs on PyTorch, or on ONNX Runtime through a temporary bundle).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from blt.cli import devices
 from blt_runtime.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
+    from blt.checkpoint import Checkpoint
     from blt_runtime import Model
 
 BACKENDS = ("auto", "torch", "onnx")
@@ -31,9 +32,13 @@ def check_backend(backend: str) -> None:
 
 
 def existing(path: Path) -> Path:
-    """`path` itself; raises UsageError if there is nothing at it, or a folder that is no model."""
+    """`path` itself, which may be a name on the hub; raises UsageError if there is nothing at it, or no model."""
     if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; give model.pt, a run folder or a bundle")
+        from blt.hub import is_name
+
+        if is_name(path):
+            return path
+        raise UsageError(f"{path}: no such file or folder; give a checkpoint, a run folder, a bundle or a hub name")
     if is_bundle(path):
         from blt.data.dataset import is_data_folder
 
@@ -79,10 +84,11 @@ def open_model(
     if is_bundle(path):
         yield _open_bundle(path, backend, entropy_model, device, threads)
     elif backend == "onnx":
-        with tempfile.TemporaryDirectory(prefix="blt-bundle-") as folder:
-            bundle = Path(folder) / "bundle"
-            _export(path, bundle, entropy_model, capacity)
-            yield _open_bundle(bundle, backend, None, device, threads)
+        from blt.checkpoint import load
+
+        log.info("exporting %s to a temporary bundle (blt export makes a lasting one)", path)
+        with _exported(load(path, entropy_model=entropy_model), device, threads, capacity) as model:
+            yield model
     else:
         from blt.torch_backend import open_model as open_torch
 
@@ -100,9 +106,26 @@ def _open_bundle(path: Path, backend: str, entropy_model: Path | None, device: s
     return Model.open(path, backend="onnx", threads=threads, providers=providers_of(device))
 
 
-def _export(path: Path, bundle: Path, entropy_model: Path | None, capacity: int | None) -> None:
-    from blt.checkpoint import load
+@contextmanager
+def open_checkpoint(
+    checkpoint: Checkpoint, backend: str, *, threads: int | None = None, capacity: int | None = None
+) -> Iterator[Model]:
+    """A checkpoint in memory as a model on the CPU: on PyTorch, or on ONNX Runtime through a temporary bundle."""
+    check_backend(backend)
+    if backend == "onnx":
+        with _exported(checkpoint, "auto", threads, capacity) as model:
+            yield model
+    else:
+        from blt.torch_backend import open_model as open_torch
+
+        yield open_torch(checkpoint, threads=threads, capacity=capacity)
+
+
+@contextmanager
+def _exported(checkpoint: Checkpoint, device: str, threads: int | None, capacity: int | None) -> Iterator[Model]:
     from blt_export import export
 
-    log.info("exporting %s to a temporary bundle (blt export makes a lasting one)", path)
-    export(load(path, entropy_model=entropy_model), bundle, capacity=capacity, check=False)
+    with tempfile.TemporaryDirectory(prefix="blt-bundle-") as folder:
+        bundle = Path(folder) / "bundle"
+        export(checkpoint, bundle, capacity=capacity, check=False)
+        yield _open_bundle(bundle, "onnx", None, device, threads)

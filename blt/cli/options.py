@@ -51,7 +51,10 @@ Verbose = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ModelPath = Annotated[
     Path,
-    typer.Argument(metavar="MODEL", help="model.pt, a run folder, a folder in the reference format, or a bundle."),
+    typer.Argument(
+        metavar="MODEL",
+        help="model.pt, a run folder, a folder in the reference's or Hugging Face's format, a hub name, or a bundle.",
+    ),
 ]
 EntropyModel = Annotated[
     Path | None,

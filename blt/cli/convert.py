@@ -1,0 +1,69 @@
+"""`blt convert`: a checkpoint of any format becomes our own or a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blt.cli import console, models, options
+from blt_runtime.errors import UsageError
+
+FORMATS = ("native", "hf")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def convert(
+    model: options.ModelPath,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write (or a .pt file, native).")],
+    to: Annotated[str, typer.Option("--to", help="native (model.pt) or hf (transformers' BltForCausalLM).")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Weights as float32, float16 or bfloat16 (default: as they are).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    entropy_model: options.EntropyModel = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Write MODEL in another format. Weights are streamed: memory holds one block of one tensor at a time."""
+    if to not in FORMATS:
+        raise UsageError(f"--to {to}: choose one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if to == "hf" and out.suffix == ".pt":
+        raise UsageError(f"-o {out}: a Hugging Face checkpoint is a folder")
+    models.existing(model)
+    if models.is_bundle(model):
+        raise UsageError(
+            f"{model} is a bundle: weights do not come back out of it; give the checkpoint it was made from"
+        )
+    target = out if to == "hf" or out.suffix == ".pt" else out / "model.pt"
+    _check_target(target, force)
+
+    import torch
+
+    from blt.adapters import huggingface, native
+    from blt.checkpoint import open_source
+
+    started = time.perf_counter()
+    source = open_source(model, entropy_model=entropy_model)
+    source.check_finite()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write = huggingface.write if to == "hf" else native.write
+    write(source, target, None if dtype is None else getattr(torch, dtype))
+    seconds = time.perf_counter() - started
+    size = sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
+    if as_json:
+        report = {"from": source.format, "to": to, "path": target, "bytes": size, "seconds": round(seconds, 2)}
+        console.print_json("blt.convert/1", report)
+        return
+    print(f"{target}: {size:,} bytes, {source.format} to {to} in {seconds:.1f} s")
+
+
+def _check_target(target: Path, force: bool) -> None:
+    there = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if there and not force:
+        raise UsageError(f"{target} exists; give another place, or --force to replace it")
