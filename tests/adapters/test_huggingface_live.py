@@ -184,3 +184,16 @@ def test_behind_an_eos_the_two_differ_and_not_before(tmp_path: Path) -> None:
     assert np.abs(a.entropies - b.entropies)[:31].max() < live.TOLERANCE
     assert np.abs(a.entropies - b.entropies)[31:].max() > 0.01
     assert np.abs(a.logits - b.logits)[31:].max() > 0.1
+
+
+@pytest.mark.parametrize("case", ["ascii", "code", "long"])
+def test_the_golden_reference_checkpoint_runs_there(case: str, golden: Path, tmp_path: Path) -> None:
+    """Reference format to Hugging Face: transformers gives the logits of the reference implementation."""
+    huggingface.write(open_source(golden / "a" / "blt"), tmp_path / "hf")
+    with np.load(golden / "a" / "cases.npz") as arrays:
+        expected = {name: arrays[f"{case}/{name}"] for name in ("tokens", "logit_positions", "patch_lengths", "logits")}
+    found = live.theirs(live.open_theirs(tmp_path / "hf"), expected["tokens"].tolist())
+    assert found.lengths == expected["patch_lengths"].tolist()
+    np.testing.assert_allclose(
+        found.logits[expected["logit_positions"]], expected["logits"], atol=live.TOLERANCE, rtol=0
+    )
