@@ -1,9 +1,8 @@
-"""Hugging Face folders without the package: there and back, what they cannot say, and what is wrong with a folder."""
+"""Hugging Face folders without the package: there and back, what they cannot say, and what a config.json may say."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from blt.adapters import huggingface, huggingface_config, native
-from blt.checkpoint import Checkpoint, load, open_source
+from blt.checkpoint import open_source
 from blt.model.config import HashConfig
 from blt.source import Source
 from blt.tensors import Stored
@@ -22,14 +21,8 @@ from blt.torch_backend import open_model
 from blt_runtime.errors import CheckpointError
 from blt_runtime.ids import EOS
 from blt_runtime.patching import PatchRule
+from tests.adapters.folders import edit, load_state, rows, save_state, write
 from tests.tiny import BY_ENTROPY, PLAIN, VARIANTS, WINDOW, random_checkpoint, stack, tiny
-
-safetensors = pytest.importorskip("safetensors.torch", reason="the format: pip install safetensors")
-
-
-def write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> Path:
-    huggingface.write(checkpoint.to_source(Path("memory.pt")), folder, dtype)
-    return folder
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -63,10 +56,6 @@ def filled(source: Source) -> Any:
     return c.model_copy(update=said)
 
 
-def rows(tensor: Stored) -> torch.Tensor:
-    return torch.cat(list(tensor.blocks()))
-
-
 def test_tables_kept_apart_are_written_fused(tmp_path: Path) -> None:
     checkpoint = tiny()
     source = checkpoint.to_source(tmp_path)
@@ -76,7 +65,7 @@ def test_tables_kept_apart_are_written_fused(tmp_path: Path) -> None:
     pieces = Stored((name,) * 3, tuple(whole.split(97)))
     apart = replace(source, blt=replace(source.blt, weights=source.blt.weights | {name: pieces}))
     huggingface.write(apart, tmp_path / "hf")
-    fused = safetensors.load_file(tmp_path / "hf" / "model.safetensors")["model.encoder_hash_tok_embedding.weight"]
+    fused = load_state(tmp_path / "hf")["model.encoder_hash_tok_embedding.weight"]
     assert len(pieces.pieces) == 3
     assert torch.equal(fused, whole)
 
@@ -203,17 +192,6 @@ def test_an_older_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 # --- what a config.json may say ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write(tiny(), tmp_path / "hf")
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 def test_missing_fields_are_the_defaults_of_transformers() -> None:
     """Older versions write only what differs from the default; the released 1B is all defaults."""
     blt, entropy, rule = huggingface_config.meaning(huggingface_config.fields({"encoder_config": None}, ""), "")
@@ -320,157 +298,4 @@ def test_a_damaged_configuration(folder: Path) -> None:
         open_source(folder)
     file.write_text('["model_type": "blt"]')
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
-        open_source(folder)
-
-
-# --- weights -----------------------------------------------------------------------------------------------
-
-
-def load_state(folder: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = safetensors.load_file(folder / "model.safetensors")
-    return state
-
-
-def save_state(folder: Path, state: dict[str, torch.Tensor], file: str = "model.safetensors") -> None:
-    safetensors.save_file(state, folder / file, metadata={"format": "pt"})
-
-
-def test_every_tensor_that_does_not_fit_is_listed(folder: Path) -> None:
-    state = load_state(folder)
-    del state["lm_head.weight"], state["model.global_transformer.layers.1.mlp.up_proj.weight"]
-    state["model.local_decoder.layers.7.mlp.up_proj.weight"] = torch.zeros(1)
-    state["model.local_encoder.layers.0.mlp.down_proj.weight"] = torch.zeros(64, 32)
-    state["model.local_decoder.norm.weight"] = torch.zeros(32, dtype=torch.int64)
-    save_state(folder, state)
-    with pytest.raises(CheckpointError) as caught:
-        open_source(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in (
-        "missing lm_head.weight",
-        "missing model.global_transformer.layers.1.mlp.up_proj.weight",
-        "unknown model.local_decoder.layers.7.mlp.up_proj.weight",
-        "model.local_encoder.layers.0.mlp.down_proj.weight is (64, 32), expected (32, 64)",
-        "model.local_decoder.norm.weight is int64",
-    ):
-        assert part in message
-
-
-def test_a_patcher_that_is_half_there(folder: Path) -> None:
-    state = load_state(folder)
-    del state["model.patcher.layers.1.self_attn.o_proj.weight"]
-    save_state(folder, state)
-    with pytest.raises(CheckpointError, match=r"missing model\.patcher\.layers\.1\.self_attn\.o_proj\.weight$"):
-        open_source(folder)
-
-
-def group_heads(folder: Path) -> None:
-    """The local stacks with one key/value head for two heads, as transformers has it: in cross-attention, too."""
-    edit(folder, lambda c: [c[f"{side}_config"].update(num_key_value_heads=1) for side in ("encoder", "decoder")])
-    local = re.compile(r"model\.local_.*\.[kv]_proj\.weight")
-    state = load_state(folder)
-    save_state(folder, {n: t[:16].contiguous() if local.fullmatch(n) else t for n, t in state.items()})
-
-
-def test_grouped_cross_attention_is_read_head_by_head(folder: Path) -> None:
-    group_heads(folder)
-    source, state = open_source(folder), load_state(folder)
-    assert source.blt is not None
-    head = state["model.local_decoder.cross_attn_layers.1.v_proj.weight"]
-    assert head.shape == (16, 32)
-    assert torch.equal(rows(source.blt.weights["decoder.cross.1.wv.weight"]), torch.cat([head, head]))
-    assert source.blt.weights["decoder.layers.1.attention.wv.weight"].shape == (16, 32)
-
-
-def test_a_grouped_weight_that_is_no_number_is_named_once(folder: Path) -> None:
-    group_heads(folder)
-    state = load_state(folder)
-    state["model.local_encoder.cross_attn_layers.0.k_proj.weight"][3] = float("inf")
-    save_state(folder, state)
-    with pytest.raises(
-        CheckpointError, match=r"weights in model\.local_encoder\.cross_attn_layers\.0\.k_proj\.weight;"
-    ):
-        load(folder)
-
-
-def test_a_weight_that_is_no_number(folder: Path) -> None:
-    state = load_state(folder)
-    state["model.patcher.norm.weight"][3] = float("nan")
-    save_state(folder, state)
-    with pytest.raises(CheckpointError, match=r"model\.patcher\.norm\.weight"):
-        load(folder)
-
-
-def test_no_weights_at_all(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
-        open_source(folder)
-
-
-def test_truncated_weights(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="copy it again"):
-        open_source(folder)
-
-
-def shard(folder: Path) -> dict[str, str]:
-    """The folder's weights in two files and an index; returns its weight_map."""
-    state = load_state(folder)
-    names = {name: f"model-0000{1 + ('patcher' in name)}-of-00002.safetensors" for name in state}
-    for file in set(names.values()):
-        save_state(folder, {name: state[name] for name in state if names[name] == file}, file)
-    (folder / "model.safetensors").unlink()
-    write_index(folder, names)
-    return names
-
-
-def write_index(folder: Path, names: dict[str, str]) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-
-
-def test_shards(folder: Path) -> None:
-    whole = open_source(folder)
-    shard(folder)
-    for key, part in open_source(folder).parts().items():
-        for name, tensor in part.weights.items():
-            assert tensor.shape == whole.parts()[key].weights[name].shape
-    (folder / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors does not exist"):
-        open_source(folder)
-
-
-@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/hostname", "sub/a.safetensors", "..", "", "a\\b"])
-def test_shards_outside_the_folder_are_refused(name: str, folder: Path) -> None:
-    names = shard(folder)
-    write_index(folder, names | {"lm_head.weight": name})
-    with pytest.raises(CheckpointError, match="not a plain file name"):
-        open_source(folder)
-
-
-def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
-    file = folder / "model.safetensors"
-    file.rename(tmp_path / "elsewhere")
-    file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="link out of its folder"):
-        open_source(folder)
-
-
-def test_links_within_the_cache_of_the_hub_are_followed(folder: Path, tmp_path: Path) -> None:
-    """The hub keeps files as blobs/HASH and a revision's folder as links to them."""
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
-    blobs = tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for file in list(folder.iterdir()):
-        file.rename(blobs / file.name)
-        (snapshot / file.name).symlink_to(blobs / file.name)
-    assert open_source(snapshot).blt is not None
-
-
-@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": 3}'])
-def test_a_damaged_index(index: str, folder: Path) -> None:
-    shard(folder)
-    (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=r"index\.json"):
         open_source(folder)
