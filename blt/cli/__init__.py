@@ -14,7 +14,9 @@ import typer
 
 from blt import __version__
 from blt.cli import (
+    calibrate,
     console,
+    convert,
     data,
     env,
     evaluate,
@@ -39,10 +41,12 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.command("patch")(patch.patch)
+app.command("calibrate")(calibrate.calibrate)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(evaluate.evaluate)
 app.command("score")(score.score)
 app.command("export")(export.export)
+app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)
 app.command("env")(env.env)
 

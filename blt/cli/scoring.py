@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Scorer:
         return self.stream.score_ids(ids_N, lengths_P)
 
 
-def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.int64]) -> float:
+def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]]) -> float:
     """Bits of ids 1..N-1 under the logits at the place before each."""
     x_NV = logits_NV[:-1].astype(np.float64)
     top_N = x_NV.max(-1)

@@ -1,0 +1,224 @@
+"""`blt calibrate`: the threshold that gives a wanted mean patch, and what other thresholds would cost.
+
+Not here: the search (`blt.calibrate`), the measurements (`costs`), what is shown (`tradeoff`, `blt.plot_tradeoff`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+
+from blt.cli import console, costs, devices, files, models, options, texts, tradeoff
+from blt_runtime.errors import CheckFailed, CheckpointError, UsageError
+from blt_runtime.patching import PatchRule
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from blt.calibrate import Piece
+    from blt.checkpoint import Checkpoint
+    from blt.model import EntropyModel
+
+    Halves = tuple[list[Piece], list[Piece]]  # to choose on, held out
+
+MEANS = (2.0, 3.0, 4.0, 4.5, 6.0, 8.0)  # beside the wanted one
+
+
+@dataclass(frozen=True)
+class _Costing:
+    """How costs are measured: backend and threads, and the bytes to score with each rule."""
+
+    backend: str
+    threads: int | None
+    bytes: int
+
+
+def calibrate(
+    model: options.ModelPath,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by blt data prepare, or a file.")],
+    mean_patch: Annotated[float, typer.Option("--mean-patch", metavar="BYTES", help="Wanted bytes per patch.")],
+    rule: Annotated[
+        str | None, typer.Option("--rule", metavar="global|monotonic", help="Default: as the model's own rule.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="MODEL", help="Write the model with the new rule.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the table as .png or .html.")] = None,
+    split: Annotated[str, typer.Option(help="train, valid or test of a data folder.")] = "valid",
+    n_bytes: Annotated[
+        str, typer.Option("--bytes", metavar="SIZE", help="About so much text, spread over DATA.")
+    ] = "4M",
+    bpb_bytes: Annotated[
+        str, typer.Option("--bpb-bytes", metavar="SIZE", help="Held-out text scored with each rule; 0: none.")
+    ] = "32k",
+    context: Annotated[str, typer.Option(metavar="SIZE", help="Longer documents are cut into pieces.")] = "4k",
+    tolerance: Annotated[float, typer.Option(help="Exit 3 if held-out text misses the mean by more.")] = 0.02,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older -o MODEL.")] = False,
+    backend: options.Backend = "auto",
+    entropy_model: options.EntropyModel = None,
+    device: Annotated[str, typer.Option("--device", help="Of the entropy model: auto, cpu or cuda[:n].")] = "auto",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Find the threshold for a wanted mean patch size, and what it costs in bits per byte and speed."""
+    _check(model, mean_patch, tolerance, backend, out, force, plot)
+    size = options.parse_size(context, "--context", at_least=1)
+    most = options.parse_size(n_bytes, "--bytes", at_least=1)
+    scored = options.parse_size(bpb_bytes, "--bpb-bytes")
+    from blt.adapters import native
+    from blt.calibrate import base_rule, halves, sizes
+    from blt.checkpoint import build, open_source
+
+    devices.limit_torch_threads(threads)
+    source = open_source(models.existing(model), entropy_model)
+    if source.entropy_config is None:
+        raise CheckpointError(f"{model} has no entropy model; name one with --entropy-model PATH")
+    base, place = base_rule(source.patch_rule, rule), devices.torch_device(device)
+    text = texts.spread(data, split, min(size, source.entropy_config.max_seqlen - 2), most)
+    checkpoint = build(source)
+    parts = halves(_pieces(_present(checkpoint.entropy), base.reset_newlines, text, place))
+    rows, unreachable = _rows(source.patch_rule, base, mean_patch, parts)
+    rule_found, cost = rows[0].rule, None
+    if checkpoint.blt is not None:
+        how = _Costing("onnx" if backend == "onnx" else "torch", threads, scored)
+        rows, cost = _with_costs(rows, checkpoint, base, parts[1], how)
+    chosen_on, held_out = sizes(rule_found, parts[0]), rows[0].sizes
+    result = tradeoff.Result(mean_patch, tolerance, rule_found, chosen_on, held_out, rows, unreachable, cost)
+    if plot is not None:
+        _plot(result, plot)
+    written = out if result.problem is None else None
+    if written is not None:
+        native.write(replace(source, patch_rule=result.rule), written)
+    if as_json:
+        console.print_json("blt.calibrate/1", tradeoff.report(result, written))
+    else:
+        console.stdout_console().print(tradeoff.table(result))
+        print("\n".join(tradeoff.notes(result, written)), flush=True)
+    if result.problem:
+        raise CheckFailed(result.problem + (f"; {out} was not written" if out else ""))
+
+
+def _check(
+    model: Path, mean: float, tolerance: float, backend: str, out: Path | None, force: bool, plot: Path | None
+) -> None:
+    """What can be wrong before anything is read."""
+    models.check_backend(backend)
+    if not (math.isfinite(mean) and mean >= 1):
+        raise UsageError(f"--mean-patch {mean:g}: a patch has at least 1 byte")
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        raise UsageError(f"--tolerance {tolerance:g}: give a share such as 0.02")
+    if models.is_bundle(model):
+        models.existing(model)
+        raise UsageError(f"{model} is a bundle; calibrate the checkpoint it was made from, and export that again")
+    if plot is not None and plot.suffix.lower() not in (".png", ".html"):
+        raise UsageError(f"--plot {plot}: the name must end in .png or .html")
+    for path in (out, plot):
+        if path is not None:
+            files.check_folder(path)
+    if out is not None and out.is_dir():
+        raise UsageError(f"-o {out} is a folder; name the file to write, such as {out / 'model.pt'}")
+    if out is not None and out.exists() and not force:
+        raise UsageError(f"{out} exists; --force replaces it")
+
+
+def _present(model: EntropyModel | None) -> EntropyModel:
+    assert model is not None  # its source has a configuration
+    return model
+
+
+def _pieces(model: EntropyModel, reset_newlines: bool, rows: Sequence[NDArray[np.int64]], device: str) -> list[Piece]:
+    """Pieces of the text with their entropies, each row computed alone and whole."""
+    import torch
+
+    from blt.calibrate import Piece
+    from blt.model import entropy_of
+
+    model.to(device)
+
+    @torch.inference_mode()
+    def entropies(ids_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits_BNV = model(torch.from_numpy(ids_N)[None].to(device), reset_newlines)
+        found_N: NDArray[np.float32] = entropy_of(logits_BNV)[0].cpu().numpy()
+        return found_N
+
+    with console.progress("entropies", sum(map(len, rows))) as advance:
+        pieces = []
+        for ids_N in rows:
+            pieces.append(Piece(ids_N, entropies(ids_N)))
+            advance(len(ids_N))
+    model.to("cpu")
+    return pieces
+
+
+def _rows(
+    own: PatchRule | None, base: PatchRule, wanted: float, halves: Halves
+) -> tuple[list[tradeoff.Row], list[float]]:
+    """Rows without costs: the wanted mean first, the model's own rule, MEANS; and those of MEANS out of reach."""
+    from blt.calibrate import find_rule, sizes
+
+    chosen_on, held_out = halves
+    found = find_rule(base, chosen_on, wanted)
+    rows, unreachable = [tradeoff.Row(wanted, found, sizes(found, held_out))], []
+    if own is not None:
+        rows.append(tradeoff.Row(None, own, sizes(own, held_out)))
+    for mean in MEANS:
+        try:
+            rule = find_rule(base, chosen_on, mean)
+        except UsageError:
+            unreachable.append(mean)
+            continue
+        if mean != wanted:
+            rows.append(tradeoff.Row(mean, rule, sizes(rule, held_out)))
+    return rows, unreachable
+
+
+def _with_costs(
+    rows: list[tradeoff.Row], checkpoint: Checkpoint, base: PatchRule, held_out: Sequence[Piece], how: _Costing
+) -> tuple[list[tradeoff.Row], tradeoff.Cost]:
+    """Rows with bits per byte and expected speed, and how those were measured."""
+    sample = _sample(held_out, how.bytes)
+    longest = max(held_out, key=lambda piece: len(piece.ids)).ids
+    # Scoring brings its own patches, so the rule that the model is opened with is that of the timing.
+    timed = replace(checkpoint, patch_rule=costs.clocked(base))
+    with (
+        models.open_checkpoint(timed, how.backend, threads=how.threads, capacity=len(longest)) as model,
+        console.progress("bits per byte", len(rows)) as advance,
+    ):
+        times = costs.measure_times(model, longest)
+        found = []
+        for row in rows:
+            bits = costs.bits_per_byte(model, row.rule, sample) if sample else None
+            speed = times.bytes_per_s(row.sizes.mean) if times else None
+            found.append(replace(row, bits_per_byte=bits, bytes_per_s=speed))
+            advance()
+    return found, tradeoff.Cost(sum(piece.n_bytes for piece in sample), times, how.backend)
+
+
+def _sample(pieces: Sequence[Piece], most: int) -> list[Piece]:
+    """Evenly spread pieces of about `most` bytes."""
+    if not most:
+        return []
+    return list(pieces[:: math.ceil(sum(piece.n_bytes for piece in pieces) / most)])
+
+
+def _plot(result: tradeoff.Result, path: Path) -> None:
+    from blt.plot_tradeoff import Point, Tradeoff, render
+
+    rule, mean = result.rule, result.held_out.mean
+    points = []
+    for row in result.sorted_rows():
+        comparable = tradeoff.form(row.rule) == tradeoff.form(rule)  # a rise is no level: no common axis
+        threshold = row.rule.threshold if comparable else None
+        mark = tradeoff.mark(row, result)
+        points.append(Point(row.sizes.mean, threshold, row.bits_per_byte, row.bytes_per_s, mark))
+    title = f"{tradeoff.form(rule)} rule: threshold {rule.threshold} gives {mean:.2f} bytes a patch"
+    with files.replacing(path) as draft:
+        draft.write_bytes(render(Tradeoff(points, title), path.suffix.lower().removeprefix(".")))
