@@ -15,6 +15,7 @@ import typer
 from blt import __version__
 from blt.cli import (
     calibrate,
+    check,
     console,
     convert,
     data,
@@ -45,6 +46,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(evaluate.evaluate)
 app.command("score")(score.score)
+app.command("check")(check.check)
 app.command("export")(export.export)
 app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)

@@ -60,11 +60,12 @@ def check(
     shares = {name: n_bytes if name == OWN else max(1, n_bytes // SHARE) for name in rows.rules}
     for name, share in shares.items():
         bench.slow(name)
-        sides = bench.sides(name)
+        sides, left = bench.sides(name), share
         for group in rows.groups(name, share):
-            done = bench.compare(sides, name, group)
+            done = min(bench.compare(sides, name, group), left)
+            left -= done
             if progress is not None:
-                progress(min(done, share) / sum(shares.values()))
+                progress(done / sum(shares.values()))
     bench.greedy(min(greedy, rows.most_ids // 2, rows.most_patches // 2))
     return bench.report(seed)
 

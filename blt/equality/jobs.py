@@ -100,7 +100,7 @@ class Rows:
     def groups(self, name: str, n_bytes: int) -> Iterator[list[Job]]:
         """Groups of STREAMS jobs that together hold `n_bytes` or more."""
         rule, random = self.rules[name], self.random(1, self._number(name))
-        pieces, sizes = self.text(random, rule), self._sizes(name, random)
+        pieces, sizes = self.text(random, rule), self._sizes(name, n_bytes, random)
         index = 0
         while n_bytes > 0:
             group = []
@@ -113,13 +113,19 @@ class Rows:
             n_bytes -= sum(job.n_bytes for job in group)
             yield group
 
-    def _sizes(self, name: str, random: Random) -> Iterator[int]:
-        """Ids of rows, BOS apart: under the own rule first the empty text, the shortest ones and those near a chunk."""
+    def _sizes(self, name: str, n_bytes: int, random: Random) -> Iterator[int]:
+        """Ids of rows, BOS apart: under the own rule first the empty text, the shortest ones and those near a chunk.
+
+        Where there is little text, rows of the other rules are shorter, but long enough for the rule "long".
+        """
+        longest = self.row_bytes
         if name == OWN:
             near = (self.chunk + more for more in (-1, 0, 0, 1))
-            yield from (min(n, self.row_bytes) for n in (0, 1, 1, 2, *near))
+            yield from (min(n, longest) for n in (0, 1, 1, 2, *near))
+        else:
+            longest = min(longest, max(n_bytes // STREAMS, 4 * self.chunk))
         while True:
-            yield int(random.integers(self.row_bytes // 2, self.row_bytes)) if random.random() < 0.3 else self.row_bytes
+            yield int(random.integers(longest // 2, longest)) if random.random() < 0.3 else longest
 
     def _number(self, name: str) -> int:
         return list(self.rules).index(name)

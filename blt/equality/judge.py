@@ -26,9 +26,10 @@ TOLERANCE = 2e-5
 class Line:
     """One row of the report: `form` computed text in the way `how` under the patch rule `rule`.
 
-    positions: vectors of logits compared.  entropy_error, logit_error: the largest.  near: positions whose boundary an
-    error within tolerance could move; moved: those where it did.  ties: positions whose two largest logits it could
-    exchange; parted: greedy texts that end there.  failures: everything that no tolerance explains.
+    positions: vectors of logits compared.  entropy_error, logit_error: the largest (None: nothing to compare).
+    near: positions whose boundary an error within tolerance could move; moved: those where it did.  ties: positions
+    whose two largest logits it could exchange; parted: greedy texts that end there.  failures: what no tolerance
+    explains.
     """
 
     form: str
@@ -36,14 +37,18 @@ class Line:
     rule: str
     tolerance: float
     positions: int = 0
-    entropy_error: float = 0.0
-    logit_error: float = 0.0
+    entropy_error: float | None = None
+    logit_error: float | None = None
     near: int = 0
     moved: int = 0
     ties: int = 0
     parted: int = 0
     failures: int = 0
     first_failure: str | None = None
+
+    def worst(self, name: str, error: float) -> None:
+        """Enters an error; the largest stays."""
+        setattr(self, name, max(error, getattr(self, name) or 0.0))
 
     def fail(self, what: str, count: int = 1) -> None:
         self.failures += count
@@ -53,8 +58,9 @@ class Line:
         """Sums and largest errors of both; the first failure stays."""
         for name in ("positions", "near", "moved", "ties", "parted", "failures"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.entropy_error = max(self.entropy_error, other.entropy_error)
-        self.logit_error = max(self.logit_error, other.logit_error)
+        for name in ("entropy_error", "logit_error"):
+            if (error := getattr(other, name)) is not None:
+                self.worst(name, error)
         self.first_failure = self.first_failure or other.first_failure
 
 
@@ -78,12 +84,13 @@ class Report:
         return sum(line.failures for line in self.lines)
 
     def by_how(self) -> list[Line]:
-        """The lines with the rules of each form and way summed up."""
+        """The lines with the rules of each form and way summed up, form after form."""
         sums: dict[tuple[str, str], Line] = {}
         for line in self.lines:
             key = (line.form, line.how)
             sums.setdefault(key, Line(line.form, line.how, "all", line.tolerance)).add(line)
-        return list(sums.values())
+        forms = list(dict.fromkeys(form for form, _ in sums))
+        return sorted(sums.values(), key=lambda line: forms.index(line.form))
 
 
 @dataclass
@@ -131,12 +138,12 @@ class Judge:
 
     def entropies(self, at_S: Ids, got_S: Floats) -> None:
         error_S = errors(got_S, self.row.entropies_N[at_S])
-        self.line.entropy_error = max(self.line.entropy_error, float(error_S.max(initial=0.0)))
+        self.line.worst("entropy_error", float(error_S.max(initial=0.0)))
         self._demand("entropy", at_S, error_S)
 
     def logits(self, at_S: Ids, got_SV: Floats, closes_M: Bools) -> None:
         error_S = errors(got_SV, self.row.logits_under(closes_M)[at_S])
-        self.line.logit_error = max(self.line.logit_error, float(error_S.max(initial=0.0)))
+        self.line.worst("logit_error", float(error_S.max(initial=0.0)))
         self.line.positions += len(at_S)
         self.seen_N[at_S] = True
         at = np.unique(at_S)
@@ -201,8 +208,7 @@ def _compare_taken(first: Taken, second: Taken, line: Line, where: str) -> None:
             line.fail(f"{where}: {name} at other positions")
             continue
         error_S = errors(got, want)
-        attribute = "entropy_error" if name == "entropy" else "logit_error"
-        setattr(line, attribute, max(getattr(line, attribute), float(error_S.max(initial=0.0))))
+        line.worst("entropy_error" if name == "entropy" else "logit_error", float(error_S.max(initial=0.0)))
         line.positions += len(at_S) if name == "logits" else 0
         if len(bad := np.flatnonzero(~(error_S <= line.tolerance))):
             line.fail(f"{where}, position {at_S[bad[0]]}: {name} off by {error_S[bad[0]]:.3g}", len(bad))

@@ -1,0 +1,161 @@
+"""`blt check`: do the cached forms of a model compute what whole rows compute, in every order of calls?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from blt.cli import console, devices, models, options
+from blt_runtime.errors import CheckFailed, UsageError
+
+if TYPE_CHECKING:
+    from blt.checkpoint import Checkpoint
+    from blt.equality import Line, Report
+    from blt_runtime import Model
+
+FORMS = ("torch", "onnx")
+ROOM = 400
+"""Ids that a stream holds beyond a row at least: prompts of greedy text may be longer than short rows."""
+
+
+def check(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A checkpoint: model.pt, a run folder or a foreign one.")
+    ],
+    n_bytes: Annotated[str, typer.Option("--bytes", metavar="SIZE", help="Text under the model's own rule.")] = "100k",
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="FORMS", help="Cached forms: torch,onnx or one.")
+    ] = "torch,onnx",
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The bundle made from MODEL (default: a temporary one).")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to use instead of generated text.")] = None,
+    row_bytes: Annotated[str, typer.Option("--row-bytes", metavar="SIZE", help="Bytes that a whole row holds.")] = "2k",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of text, cuts and order.")] = 0,
+    entropy_model: options.EntropyModel = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Compare cached streams with whole rows: entropies, boundaries, logits and greedy text, alone and in company."""
+    from blt.equality import check as compare
+
+    forms = _forms(backend, model, bundle)
+    amount = options.parse_size(n_bytes, "--bytes", at_least=1)
+    row = options.parse_size(row_bytes, "--row-bytes", at_least=1)
+    text = None if data is None else _text(data)
+    started = time.monotonic()
+    with (
+        _open(model, forms, bundle, entropy_model, threads, row + ROOM) as (checkpoint, sides),
+        console.progress("check", 1.0) as advance,
+    ):
+        report = compare(checkpoint, sides, amount, row_bytes=row, seed=seed, data=text, progress=advance)
+    seconds = round(time.monotonic() - started, 1)
+    if as_json:
+        console.print_json("blt.check/1", {"ok": report.ok, **_finite(asdict(report)), "seconds": seconds})
+    else:
+        console.stdout_console().print(_table(report, seconds))
+    _demand(report)
+
+
+def _forms(backend: str, model: Path, bundle: Path | None) -> list[str]:
+    forms = [name.strip() for name in backend.split(",")]
+    for name in forms:
+        if name not in FORMS:
+            raise UsageError(f"--backend {name}: choose from {', '.join(FORMS)}")
+    models.existing(model)
+    if models.is_bundle(model):
+        raise UsageError(f"{model} is a bundle; give the checkpoint it was made from, and --bundle {model}")
+    if bundle is not None and not models.is_bundle(bundle):
+        raise UsageError(f"--bundle {bundle}: no bundle there; blt export makes one")
+    if bundle is not None and "onnx" not in forms:
+        raise UsageError("--bundle is of use with --backend onnx only")
+    return forms
+
+
+def _text(file: Path) -> bytes:
+    if not file.is_file():
+        raise UsageError(f"--data {file}: no such file")
+    if text := file.read_bytes():
+        return text
+    raise UsageError(f"--data {file}: the file is empty")
+
+
+@contextmanager
+def _open(
+    path: Path, forms: list[str], bundle: Path | None, entropy_model: Path | None, threads: int | None, capacity: int
+) -> Iterator[tuple[Checkpoint, dict[str, Model]]]:
+    """The checkpoint and its cached forms. The export comes first: what it loads is gone when the rest is loaded."""
+    from blt.checkpoint import load
+    from blt.torch_backend import open_model
+
+    devices.limit_torch_threads(threads)
+    with ExitStack() as stack:
+        sides = {}
+        if "onnx" in forms:
+            inside = None if bundle is not None else entropy_model  # a bundle holds its own
+            opened = models.open_model(
+                bundle or path, backend="onnx", entropy_model=inside, threads=threads, capacity=capacity
+            )
+            sides["onnx"] = stack.enter_context(opened)
+        checkpoint = load(path, entropy_model=entropy_model)
+        if "torch" in forms:
+            sides["torch"] = open_model(checkpoint, capacity=capacity)
+        yield checkpoint, {name: sides[name] for name in forms}
+
+
+def _table(report: Report, seconds: float) -> Table:
+    title = (
+        f"{report.n_bytes:,} bytes in {report.rows} rows of up to {report.longest_row:,} ids, patches of up to "
+        f"{report.longest_patch:,}, tolerance {report.lines[0].tolerance:g}, seed {report.seed}, {seconds:,.0f} s"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("form", "how"):
+        table.add_column(name, no_wrap=True)
+    for name in ("positions", "entropies", "logits", "near", "moved", "ties", "parted", "failures"):
+        table.add_column(name, justify="right")
+    for line in report.by_how():
+        counts = (line.near, line.moved, line.ties, line.parted, line.failures)
+        worst = (_error(line.entropy_error), _error(line.logit_error))
+        table.add_row(line.form, line.how, f"{line.positions:,}", *worst, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _finite(value: Any) -> Any:
+    """The same with infinite errors as "inf", which JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return "inf" if value == math.inf else value
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}" if value else "0"
+
+
+def _demand(report: Report) -> None:
+    """Raises CheckFailed that shows where the first failure is; the log names the first of every line."""
+    failed = [line for line in report.lines if line.failures]
+    for line in failed:
+        console.log.warning("%s: %d failures, first: %s", _name(line), line.failures, line.first_failure)
+    if failed:
+        first = failed[0]
+        raise CheckFailed(
+            f"{report.failures} differences that no tolerance explains; {_name(first)}: {first.first_failure}"
+        )
+    if not report.ok:
+        raise CheckFailed("a way of computing was compared at no position at all: use more --bytes")
+
+
+def _name(line: Line) -> str:
+    return f"{line.form}, {line.how}"
