@@ -21,7 +21,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blt.calibrate import Piece, find_rule
 from blt.data.dataset import Dataset, Documents
 from blt.model import EntropyModel, entropy_of
-from blt_runtime.errors import ConfigError, InputError
+from blt_runtime.errors import ConfigError, InputError, UsageError
 from blt_runtime.patching import PatchRule, patch_lengths
 
 DEFINITION = 1
@@ -247,29 +248,17 @@ def choose_threshold(
     members: Sequence[int] | NDArray[np.int64],
     sample_tokens: int = 2 << 20,
 ) -> float:
-    """The threshold (nats) at which `rule` gives patches of `target` tokens in the mean on a sample of `members`.
+    """The threshold (nats) at which `rule` gives the mean patch closest to `target` bytes on a sample of `members`.
 
-    Found by bisection on whole documents, so that a longest patch or the monotonic rule is accounted for.
-    Raises ConfigError if no threshold reaches the target.
+    Bytes per patch are those of `blt.calibrate` and `blt eval`. Raises ConfigError if no threshold reaches the target.
     """
     sample = _sample(index.documents, members, sample_tokens)
-
-    def mean_patch(threshold: float) -> float:
-        trial = index.with_rule(replace(rule, threshold=threshold))
-        counts = [(len(starts), int(starts.sum())) for starts in map(trial.starts, sample)]
-        return sum(n for n, _ in counts) / sum(p for _, p in counts)
-
-    index.entropies(sample[0])
-    low, high = -8.0, 8.0
-    if not mean_patch(low) < target < mean_patch(high):
-        raise ConfigError(
-            f"no threshold gives patches of {target} bytes, only {mean_patch(low):.2f} to {mean_patch(high):.2f}; "
-            "change patching.target_patch_size or patching.max_patch_length"
-        )
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean_patch(middle) < target else (low, middle)
-    return round(high, 6)
+    try:
+        found = find_rule(rule, [Piece(index.documents.ids(i), index.entropies(i)) for i in sample], target)
+    except UsageError as error:
+        raise ConfigError(f"{error}; change patching.target_patch_size or patching.max_patch_length") from None
+    assert found.threshold is not None
+    return found.threshold
 
 
 def _sample(documents: Documents, members: Sequence[int] | NDArray[np.int64], tokens: int) -> list[int]:
