@@ -243,9 +243,7 @@ def run(folder: Path) -> int:
     bench = Bench(folder)
     convert(bench)
     bench.blt("inspect native", "inspect", "native/model.pt")
-    bench.blt(
-        "export, parity", "export", "native/model.pt", "-o", "bundle", "--capacity", "8k", "--force", limit=EXPORT_PEAK
-    )
+    bench.blt("export, parity", "export", "native/model.pt", "-o", "bundle", "--force", limit=EXPORT_PEAK)
     facts = json.loads(bench.run("open, 64 bytes", [sys.executable, "-c", OPEN, "bundle", PROMPT]))
     bench.expect(facts["open"] < OPEN_SECONDS, f"opening takes {facts['open']:.2f} s")
     bench.expect(facts["tables_resident"] < 64 << 20, f"{facts['tables_resident']:,} bytes of hash tables are resident")

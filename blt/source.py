@@ -102,6 +102,9 @@ def make_part(
     names_of: the file's name of one of our parameters (several where it keeps the hash tables apart, one for each).
     unused: names that the format stores and never reads.
     """
+    layers = config.n_layers if isinstance(config, EntropyConfig) else _blt_layers(config)
+    if layers > len(found):
+        raise CheckpointError(f"{where}: the configuration has {layers} layers, the file only {len(found)} tensors")
     weights: dict[str, Stored] = {}
     problems: list[str] = []
     left = dict(found)
@@ -123,6 +126,10 @@ def make_part(
     if problems:
         raise CheckpointError(f"{where}: tensors do not fit the configuration: " + "; ".join(problems))
     return Part(config, weights)
+
+
+def _blt_layers(config: BLTConfig) -> int:
+    return config.encoder.n_layers + config.latent.n_layers + config.decoder.n_layers
 
 
 def _problem(tensor: Stored, expected: tuple[int, ...]) -> str | None:

@@ -253,8 +253,8 @@ def blt_config(args: ModelArguments, weights: Tensors) -> BLTConfig:
         latent=stack("global_transformer", *latent),
         decoder=stack("local_decoder", *decoder, window),
         cross_k=args.cross_attn_k or 1,
-        encoder_cross_heads=args.cross_attn_nheads,
-        decoder_cross_heads=args.cross_attn_nheads,
+        encoder_cross_heads=None if args.cross_attn_nheads == encoder[2] else args.cross_attn_nheads,
+        decoder_cross_heads=None if args.cross_attn_nheads == decoder[2] else args.cross_attn_nheads,
         encoder_cross_all_layers=bool(args.cross_attn_all_layers_encoder),
         decoder_cross_all_layers=bool(args.cross_attn_all_layers_decoder),
         encoder_cross_window=args.cross_attn_window_encoder or 1,
@@ -266,7 +266,7 @@ def blt_config(args: ModelArguments, weights: Tensors) -> BLTConfig:
     )
 
 
-def _shapes(weights: Tensors, layer: str, heads: int) -> dict[str, int]:
+def _shapes(weights: Tensors, layer: str, heads: int) -> dict[str, Any]:
     """Head counts and widths from a layer's weights: the reference derives them from one of several arguments each,
     and the weights are what counts."""
     rows = {}
@@ -278,10 +278,11 @@ def _shapes(weights: Tensors, layer: str, heads: int) -> dict[str, int]:
     head_dim = rows["attention.wq"] // heads
     if head_dim == 0 or rows["attention.wq"] % heads or rows["attention.wk"] % head_dim:
         raise CheckpointError(f"{layer}attention.wq.weight and wk do not divide into {heads} heads")
+    default = weights[f"{layer}attention.wq.weight"].shape[1] == heads * head_dim
     return {
         "n_heads": heads,
         "n_kv_heads": rows["attention.wk"] // head_dim,
-        "head_dim": head_dim,
+        "head_dim": None if default else head_dim,
         "ffn_dim": rows["feed_forward.w1"],
     }
 

@@ -33,6 +33,8 @@ from .parity_plan import Plan, graph_calls, make_plan
 TOLERANCE = {"fp32": 2e-5}
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 MIN_ONNXRUNTIME = "1.30"
+PREPACK_UP_TO = 1 << 30
+"""Bytes of a graph's weights beyond which they stay mapped: a packed copy beside PyTorch's would not fit."""
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -100,8 +102,8 @@ def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str
 
 
 def _table_tolerance(checkpoint: Checkpoint, spec: HashSpec, exact: float) -> float:
-    """Tables in the checkpoint's own dtype are the same numbers; a sum over narrower ones has T roundings of half a unit
-    in the last place each."""
+    """Tables in the checkpoint's own dtype are the same numbers; a sum over narrower ones has T roundings of half a
+    unit in the last place each."""
     blt, _ = checkpoint.require_blt()
     if blt.hash_embedding is None or blt.hash_embedding.stored_as == spec.dtype or spec.dtype == "float32":
         return exact
@@ -165,6 +167,9 @@ class GraphRun:
         onnxruntime = load_library(MIN_ONNXRUNTIME)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        weights = path.with_suffix(".weights")
+        if weights.exists() and weights.stat().st_size > PREPACK_UP_TO:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._graph = graph
         cached = set(graph.aliases.values())

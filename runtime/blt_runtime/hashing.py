@@ -9,6 +9,7 @@ Letters: N ids, T tables (functions x sizes, functions outer), G longest window,
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Sequence
 from typing import Any, Final, Literal
@@ -34,6 +35,10 @@ TABLE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "bfloat16": np.dtype("<u2"),
 }
 """How rows lie in memory and on disk. numpy has no bfloat16: the upper half of a float32's bits, held as uint16."""
+RELEASE_FROM, RELEASE_AFTER = 1 << 30, 64
+"""Bytes of tables from which on pages are given back, and after how many positions. The kernel maps what lies around a
+row, too (64 KB and more where the file is in its cache), so a long text would end with all tables resident. It costs
+75 us a position, for rows that are mapped anew; models with such tables take a thousand times that."""
 _UPPER = 1 if sys.byteorder == "little" else 0
 
 
@@ -109,6 +114,8 @@ class HashEmbedding:
         self._picked_TD = picked_TD
         parts = [slice(None)] if fused else [slice(t, t + 1) for t in range(n_tables)]
         self._takes = [(t, self._row_T[part], picked_TD[part]) for t, part in zip(pieces, parts, strict=True)]
+        self._mapping = _mapping(tables) if isinstance(tables, np.ndarray) else None
+        self._positions = 0
 
     def locate(self, window_G: Ids) -> Ids:
         """Row of each table [T] for the newest of the last G ids, in memory that the next call overwrites.
@@ -129,6 +136,7 @@ class HashEmbedding:
         if self._target_TD is not None:
             self._target_TD[...] = self._picked_TD
         np.add.reduce(self._wide_TD, axis=0, out=out_D)
+        self._release(1)
 
     def many(self, padded: Ids, out_ND: Array) -> None:
         """Embeddings of N ids that have their G - 1 predecessors in front, into out_ND float32."""
@@ -136,6 +144,23 @@ class HashEmbedding:
         out_ND[...] = widen(self._tables[0][row_NT[:, 0]])
         for t in range(1, row_NT.shape[1]):
             out_ND += widen(self._tables[t][row_NT[:, t]])
+        self._release(len(row_NT))
+
+    def _release(self, n: int) -> None:
+        """Unmap the pages of the last positions, now and then; they stay in the kernel's cache."""
+        self._positions += n
+        if self._positions >= RELEASE_AFTER and self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+            self._positions = 0
+
+
+def _mapping(array: Array) -> mmap.mmap | None:
+    """The map of a file that an array is a view of, if pages can be given back here."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    large = array.nbytes >= RELEASE_FROM and hasattr(mmap, "MADV_DONTNEED")
+    return base if large and isinstance(base, mmap.mmap) else None
 
 
 def _pieces(tables: Tables) -> Sequence[Array]:

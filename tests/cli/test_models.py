@@ -213,7 +213,7 @@ def test_a_group_named_all_is_counted_once(blt: Call, checkpoint: Path, tmp_path
 def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
     from blt.checkpoint import load
 
-    loaded = load(checkpoint)
+    loaded = load(checkpoint, trainable=True)
     report = json.loads(blt("inspect", checkpoint, "--json", "--tensors").text)
     assert loaded.blt is not None
     assert loaded.entropy is not None
@@ -221,7 +221,12 @@ def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
     assert report["parameters"]["total"] == counted
     assert "blt.decoder.output.weight" in report["tensors"]
     read = sum(loaded.blt.config.weights_read(4.5).values()) + loaded.entropy.config.weights_read()
-    assert report["weight bytes read per byte (float32)"]["total"] == pytest.approx(4 * read)
+    weight_bytes = report["weight bytes read per byte (patches of 4.5)"]
+    assert weight_bytes["total"] == pytest.approx(4 * read)
+    assert report["patch rule"]["entropy_dtype"] == "float32"
+    of_bundle = json.loads(blt("inspect", bundle, "--json").text)["weight bytes read per byte (patches of 4.5)"]
+    assert of_bundle["hash tables"] == weight_bytes["hash tables"]
+    assert of_bundle["total"] == pytest.approx(weight_bytes["total"], rel=0.2)  # with embeddings, as whole files
     text = blt("inspect", bundle, "--tensors").text
     assert "parity with PyTorch" in text
     assert "decoder.logits" in text

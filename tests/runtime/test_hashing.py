@@ -135,6 +135,29 @@ def test_a_table_stays_out_of_memory_but_for_the_rows_read(tmp_path: Path, dtype
     assert row * 100 < resident("hash_tables.npy") < 6 * 100 * (row + 2 * page) + (1 << 20)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages of a mapping: Linux only")
+def test_pages_of_large_tables_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is in the kernel's cache is mapped 64 KB at a time around each row; after 640 positions, little of
+    it is left, and the sums are the same."""
+    sizes, rows, dim = (3, 4, 5, 6, 7, 8), 5000, 256
+    tables = np.random.default_rng(0).normal(size=(len(sizes) * rows, dim)).astype(np.float32)
+    np.save(tmp_path / "tables.npy", tables)
+    ids = np.random.default_rng(1).integers(4, 260, 640 + 7)
+    want = np.empty((640, dim), np.float32)
+    hashing.HashEmbedding(tables, sizes, 1, rows).many(ids, want)
+    left = {}
+    for start in (1 << 60, 0):
+        monkeypatch.setattr(hashing, "RELEASE_FROM", start)
+        mapped = np.load(tmp_path / "tables.npy", mmap_mode="r")
+        embedding, out = hashing.HashEmbedding(mapped, sizes, 1, rows), np.empty(dim, np.float32)
+        for i in range(640):
+            embedding.one(ids[i : i + 8], out)
+            np.testing.assert_array_equal(out, want[i])
+        left[start] = resident("tables.npy")
+        del mapped, embedding
+    assert left[0] < 1 << 20 < left[1 << 60]
+
+
 def resident(file: str) -> int:
     """Bytes of a mapped file that are in this process's memory."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
