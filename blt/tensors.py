@@ -63,7 +63,7 @@ class Stored:
         for block in rows.split(size):
             yield block.detach().contiguous()
             if self.mapped:
-                _drop_pages(block)
+                drop_pages(block)
 
     def copy_to(self, out: Tensor) -> None:
         """Into a tensor of the same shape and any floating dtype."""
@@ -88,8 +88,9 @@ _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def _drop_pages(tensor: Tensor) -> None:
-    """Give back the pages that lie wholly inside a tensor of a mapped file; they are read again when needed."""
+def drop_pages(tensor: Tensor) -> None:
+    """Give back the pages that lie wholly inside a tensor of a mapped file; they are read again when needed. Of memory
+    that is no file's, it would be the content."""
     if _libc is None or not tensor.is_contiguous():
         return
     start = -(-tensor.data_ptr() // _PAGE) * _PAGE
@@ -176,7 +177,7 @@ def write_pickled(
     """`torch.save` of `content` with a state dict under the key of each part, streamed, all or nothing.
 
     dtype: of the file's weights (default: as stored).  The file is laid out with room for the tensors and then
-    filled through a shared mapping, so that no tensor is ever in memory as a whole.
+    filled through a shared mapping, so that no tensor is ever in memory as a whole. Equal content gives equal bytes.
     """
     empty = {
         key: {name: torch.empty(t.shape, dtype=dtype or t.dtype) for name, t in part.items()}
@@ -185,7 +186,7 @@ def write_pickled(
 
     def write(file: BinaryIO, temporary: Path) -> None:
         with torch.serialization.skip_data():
-            torch.save({**content, **empty}, file)
+            torch.save(_interned({**content, **empty}), file)
         file.flush()
         if not any(parts.values()):
             return
@@ -199,12 +200,21 @@ def write_pickled(
     atomic_write(path, write)
 
 
+def _interned(value: Any) -> Any:
+    """The same with equal strings as one object: a pickle depends on which objects are the same."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, dict):
+        return {_interned(key): _interned(item) for key, item in value.items()}
+    return [_interned(item) for item in value] if isinstance(value, list) else value
+
+
 def _fill(source: Stored, room: Tensor) -> None:
     start, rows = 0, room if room.ndim else room[None]
     for block in source.blocks():
         target = rows[start : start + len(block)]
         target.copy_(block)
-        _drop_pages(target)  # written through to the file, which the kernel flushes
+        drop_pages(target)  # written through to the file, which the kernel flushes
         start += len(block)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blt.model.config import HashConfig
+from blt.tensors import drop_pages
 from blt_runtime.hashing import PRIMES, TableDtype
 
 _WORD = 1 << 64
@@ -60,13 +61,12 @@ class MappedTables(nn.Module):
 
     def forward(self, rows_BNT: Tensor) -> Tensor:
         """Sum of one row of each table, float32 [B, N, D]."""
-        return sum(
-            (
-                F.embedding(rows_BN, table).float()
-                for rows_BN, table in zip(rows_BNT.unbind(-1), self.tables, strict=True)
-            ),
-            start=torch.zeros(()),
-        )
+        total = torch.zeros(())
+        for rows_BN, table in zip(rows_BNT.unbind(-1), self.tables, strict=True):
+            total = total + F.embedding(rows_BN, table).float()
+            if self.mapped:  # the kernel maps up to a megabyte around each row
+                drop_pages(table)
+        return total
 
 
 class HashEmbedding(nn.Module):

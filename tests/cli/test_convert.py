@@ -1,0 +1,108 @@
+"""`blt convert`: every format into ours and Hugging Face's, bit by bit, and what cannot be said there is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from blt.checkpoint import load, open_source, save
+from tests.cli.conftest import Result
+from tests.test_reference_format import Form, write_reference
+from tests.tiny import tiny
+
+pytest.importorskip("safetensors")
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture(name="blt")
+def blt_with_code(blt: Callable[..., Result]) -> Call:
+    """`blt(..., code=2)`: the command ends with that exit code."""
+
+    def call(*arguments: object, code: int = 0) -> Result:
+        result = blt(*arguments)
+        assert result.code == code, result.err
+        return result
+
+    return call
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    save(tmp_path / "model.pt", tiny())
+    return tmp_path / "model.pt"
+
+
+def same_weights(one: Path, other: Path) -> None:
+    for left, right in zip(open_source(one).parts().values(), open_source(other).parts().values(), strict=True):
+        assert left.weights.keys() == right.weights.keys()
+        for name, tensor in left.weights.items():
+            assert tensor.dtype == right.weights[name].dtype
+            assert all(torch.equal(a, b) for a, b in zip(tensor.blocks(), right.weights[name].blocks(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_there_and_back_gives_the_same_file(blt: Call, native: Path, tmp_path: Path, dtype: str | None) -> None:
+    if dtype is not None:
+        blt("convert", native, "-o", tmp_path / "narrow.pt", "--to", "native", "--dtype", dtype)
+        native = tmp_path / "narrow.pt"
+        assert {t.dtype for part in open_source(native).parts().values() for t in part.weights.values()} == {
+            torch.bfloat16
+        }
+    blt("convert", native, "-o", tmp_path / "hf", "--to", "hf")
+    blt("convert", tmp_path / "hf", "-o", tmp_path / "back", "--to", "native")
+    same_weights(native, tmp_path / "back")
+    assert load(tmp_path / "back").patch_rule == load(native).patch_rule
+    blt("convert", tmp_path / "hf", "-o", tmp_path / "again", "--to", "native")
+    assert (tmp_path / "again" / "model.pt").read_bytes() == (tmp_path / "back" / "model.pt").read_bytes()
+
+
+def test_every_format_becomes_the_same_native_file(blt: Call, tmp_path: Path) -> None:
+    """Split tables, a fused one, pickles and safetensors: one model, one file, whichever way it came."""
+    forms: tuple[Form, ...] = ("training", "hub")
+    for form in forms:
+        (tmp_path / form).mkdir()
+        write_reference(tmp_path / form, tiny("no_hash_space_causal_latent"), form)
+        blt("convert", tmp_path / form / "blt", "-o", tmp_path / f"{form}.pt", "--to", "native")
+    assert (tmp_path / "training.pt").read_bytes() == (tmp_path / "hub.pt").read_bytes()
+
+
+def test_the_report(blt: Call, native: Path, tmp_path: Path) -> None:
+    report = json.loads(blt("convert", native, "-o", tmp_path / "hf", "--to", "hf", "--json").text)
+    assert (report["schema"], report["from"], report["to"]) == ("blt.convert/1", "native", "hf")
+    assert report["bytes"] == sum(file.stat().st_size for file in (tmp_path / "hf").iterdir())
+
+
+def test_a_target_that_exists_is_replaced_only_by_force(blt: Call, native: Path, tmp_path: Path) -> None:
+    again = ("convert", native, "-o", tmp_path / "hf", "--to", "hf")
+    blt(*again)
+    assert "exists" in blt(*again, code=2).err
+    blt(*again, "--force")
+    before = native.read_bytes()
+    assert "exists" in blt("convert", native, "-o", native, "--to", "native", code=2).err
+    blt("convert", native, "-o", native, "--to", "native", "--force")
+    assert native.read_bytes() == before
+
+
+@pytest.mark.parametrize("variant", ["max_patch_length", "cross_windows_own_heads_newlines", "static"])
+def test_what_transformers_has_no_form_for_is_named(blt: Call, variant: str, tmp_path: Path) -> None:
+    save(tmp_path / "model.pt", tiny(variant))
+    error = blt("convert", tmp_path / "model.pt", "-o", tmp_path / "hf", "--to", "hf", code=1).err
+    number = {"max_patch_length": "D4", "static": "D5"}.get(variant, "D6")
+    assert number in error
+    assert not (tmp_path / "hf").exists()
+
+
+def test_weights_that_are_not_finite_are_not_converted(blt: Call, tmp_path: Path) -> None:
+    checkpoint = tiny()
+    assert checkpoint.blt is not None
+    with torch.no_grad():
+        checkpoint.blt.decoder.norm.weight[3] = float("nan")
+    save(tmp_path / "model.pt", checkpoint)
+    error = blt("convert", tmp_path / "model.pt", "-o", tmp_path / "out", "--to", "native", code=1).err
+    assert "NaN or infinite weights in decoder.norm.weight" in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,86 @@
+"""Names on the hub: what is taken for one, and every way in which a download fails is one clear error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blt import hub
+from blt.checkpoint import load, save
+from blt_runtime.errors import CheckpointError, MissingExtra
+from tests.test_reference_format import forced_window, write_reference
+from tests.tiny import tiny
+
+huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub extra is not installed")
+
+
+def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert hub.is_name("facebook/blt-1b")
+    for path in ("runs/demo", "model.pt", "a/b/c", "../a", "/a/b", "a/b.pt", "./a", "a/", "-a/b"):
+        assert not hub.is_name(path), path
+        with pytest.raises(CheckpointError, match="does not exist"):
+            hub.resolve(path)
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, download: Callable[..., str]) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+
+def test_a_name_and_the_entropy_model_of_the_same_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert "*.safetensors" in allow_patterns
+        assert not any(pattern.endswith((".pt", ".pth", ".bin", ".py")) for pattern in allow_patterns)
+        return str(tmp_path / name.replace("/", "--"))
+
+    write_reference(tmp_path, tiny(), "hub")
+    (tmp_path / "blt").rename(tmp_path / "facebook--blt-1b")
+    (tmp_path / "entropy_model").rename(tmp_path / "facebook--blt-entropy")
+    serve(monkeypatch, download)
+    checkpoint = load("facebook/blt-1b")
+    assert asked == ["facebook/blt-1b", "facebook/blt-entropy"]
+    assert checkpoint.entropy is not None
+    assert checkpoint.patch_rule == tiny().patch_rule
+
+
+FAILURES = {
+    "gated": ("GatedRepoError", "is gated: accept its licence"),
+    "unknown": ("RepositoryNotFoundError", "does not exist, or is private"),
+    "server": ("HfHubHTTPError", "the hub cannot be reached"),
+    "offline": ("LocalEntryNotFoundError", "the hub cannot be reached"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_download_that_fails_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, message = FAILURES[name]
+    error = getattr(huggingface_hub.errors, kind)
+    raised = error.__new__(error, "out of order")  # without the HTTP response that its __init__ asks for
+
+    def download(*_: object, **__: object) -> str:
+        raise raised
+
+    serve(monkeypatch, download)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load("facebook/blt-1b")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtra, match=r"blt-lm\[hub\]"):
+        load("facebook/blt-1b")
+
+
+def test_an_entropy_model_is_looked_for_only_where_the_rule_needs_one(tmp_path: Path) -> None:
+    write_reference(tmp_path, forced_window(tiny()))
+    save(tmp_path / "space.pt", tiny("no_hash_space_causal_latent"))
+    assert load(tmp_path / "space.pt").entropy is None
+    assert load(tmp_path / "blt").entropy is not None

@@ -1,0 +1,118 @@
+"""Tensors on disk: both writers stream what they are given, and damaged files are one clear error each."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blt import tensors
+from blt.tensors import Stored, read_safetensors, read_tensors, stored, write_pickled, write_safetensors
+from blt_runtime.errors import CheckpointError
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+TENSORS = {
+    "pieces": Stored(("a", "b"), (torch.randn(5, 3), torch.randn(4, 3))),
+    "vector": Stored(("v",), (torch.arange(7.0),)),
+    "scalar": Stored(("s",), (torch.tensor(2.5),)),
+    "strided": Stored(("t",), (torch.randn(4, 6).T,)),
+    "none": Stored(("n",), (torch.empty(0, 3),)),
+}
+
+
+def whole(tensor: Stored) -> torch.Tensor:
+    return torch.cat(tensor.pieces) if len(tensor.pieces) > 1 else tensor.pieces[0]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 40, 64 << 20])
+def test_both_writers_give_what_their_libraries_read(
+    block: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "BLOCK", block)
+    write_safetensors(tmp_path / "m.safetensors", TENSORS, dtype)
+    write_pickled(tmp_path / "m.pt", {"format": "x", "n": 1}, {"state": TENSORS, "nothing": {}}, dtype)
+    pickled = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert (pickled["format"], pickled["n"], pickled["nothing"]) == ("x", 1, {})
+    for state in (safetensors.load_file(tmp_path / "m.safetensors"), pickled["state"]):
+        assert state.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            want = whole(tensor).to(dtype or tensor.dtype)
+            assert state[name].dtype == want.dtype
+            assert torch.equal(state[name], want)
+
+
+def test_what_is_read_back_stays_in_the_file_and_reads_the_same_twice(tmp_path: Path) -> None:
+    big = {"w": Stored(("w",), (torch.randn(300, 1000),))}
+    write_safetensors(tmp_path / "m.safetensors", big)
+    write_pickled(tmp_path / "m.pt", {}, {"state": big})
+    read = (
+        read_safetensors(tmp_path / "m.safetensors"),
+        stored(read_tensors(tmp_path / "m.pt")["state"], tmp_path / "m.pt"),
+    )
+    for found in read:
+        assert found["w"].mapped
+        for _ in range(2):  # pages are dropped behind each reading
+            assert torch.equal(torch.cat(list(found["w"].blocks())), big["w"].pieces[0])
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pickled(tmp_path / "m.pt", {}, {"state": TENSORS})
+    before = (tmp_path / "m.pt").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensors.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        write_pickled(tmp_path / "m.pt", {}, {"state": {}, "more": TENSORS})
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+    assert (tmp_path / "m.pt").read_bytes() == before
+
+
+def _header(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
+    def edit(data: bytes) -> bytes:
+        (size,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + size])
+        change(header)
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+    return edit
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "truncated data": lambda data: data[:-4],
+    "truncated header": lambda data: data[:20],
+    "empty": lambda data: b"",
+    "noise": lambda data: bytes(range(256)) * 4,
+    "header longer than the file": lambda data: struct.pack("<Q", 1 << 40) + data[8:],
+    "overlapping": _header(lambda h: h["b"].update(data_offsets=[8, 40])),
+    "a hole": _header(lambda h: h["b"].update(data_offsets=[36, 68])),
+    "beyond the end": _header(lambda h: h["b"].update(data_offsets=[32, 1 << 40])),
+    "shape and bytes differ": _header(lambda h: h["b"].update(shape=[9])),
+    "unknown dtype": _header(lambda h: h["b"].update(dtype="F33")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_safetensors_file_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {"a": Stored(("a",), (torch.ones(8),)), "b": Stored(("b",), (torch.ones(8),))})
+    path.write_bytes(DAMAGE[name](path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"m\.safetensors is damaged or no safetensors file") as caught:
+        read_safetensors(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_in_two_files_is_an_error(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        write_safetensors(tmp_path / name, {"twice": Stored(("twice",), (torch.ones(1),))})
+    with pytest.raises(CheckpointError, match="twice lie in another file"):
+        read_safetensors(tmp_path / "1", tmp_path / "2")
