@@ -40,6 +40,11 @@ class Tradeoff:
     points: Sequence[Point]
     title: str = ""
 
+    @property
+    def legend(self) -> str:
+        """Names the marked points."""
+        return ", ".join(f"{point.mark}: {point.mean:.2f}" for point in self.points if point.mark)
+
     def panels(self) -> dict[str, list[tuple[float, float, str]]]:
         """Label of the y axis: (mean, value, mark) of the points that have the value."""
         values = {
@@ -75,7 +80,7 @@ def to_png(tradeoff: Tradeoff) -> bytes:
     for ax, (name, points) in zip(axes, panels.items(), strict=True):
         _draw(ax, name, points)
     axes[-1].set_xlabel("mean patch (bytes)", fontsize=8, color=INK)
-    canvas.suptitle(tradeoff.title, fontsize=9, color=INK, x=0.012, ha="left")
+    canvas.suptitle(f"{tradeoff.title}\n{tradeoff.legend}", fontsize=8, color=INK, x=0.012, ha="left")
     out = io.BytesIO()
     canvas.savefig(out, format="png")
     return out.getvalue()
@@ -87,7 +92,7 @@ def _draw(ax: Axes, name: str, points: Sequence[tuple[float, float, str]]) -> No
     for x, y, mark in points:
         if mark:
             ax.plot([x], [y], color=BAR_START, marker="o", markersize=6, zorder=3)
-            ax.annotate(mark, (x, y), xytext=(0, 8), textcoords="offset points", fontsize=6, color=MUTED, ha="center")
+        ax.annotate(_number(y), (x, y), xytext=(0, 6), textcoords="offset points", fontsize=6, color=MUTED, ha="center")
     ax.margins(x=0.06, y=0.25)
     ax.set_ylabel(name, fontsize=8, color=INK)
     ax.tick_params(labelsize=7, colors=MUTED)
@@ -96,12 +101,17 @@ def _draw(ax: Axes, name: str, points: Sequence[tuple[float, float, str]]) -> No
         ax.spines[side].set_visible(False)
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
+
+
 _CSS = f"""
 :root {{ color-scheme: light; }}
 body {{ margin: 2rem auto; max-width: 52rem; padding: 0 1rem; background: #fff; color: {INK};
   font: 14px/1.4 system-ui, sans-serif; }}
 h1 {{ font-size: 15px; font-weight: 600; }}
 svg {{ width: 100%; }}
+b {{ color: {BAR_START}; }}
 text {{ font-size: 11px; fill: {MUTED}; }}
 .name {{ fill: {INK}; }}
 """.strip()
@@ -118,7 +128,8 @@ def to_html(tradeoff: Tradeoff) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width"><style>\n{_CSS}\n</style></head>\n'
-        f'<body><h1>{title}</h1>\n<svg viewBox="0 0 {WIDTH} {height}">\n{"".join(drawn)}{axis}\n</svg></body></html>\n'
+        f"<body><h1>{title}</h1>\n<p><b>●</b> {html.escape(tradeoff.legend)}</p>\n"
+        f'<svg viewBox="0 0 {WIDTH} {height}">\n{"".join(drawn)}{axis}\n</svg></body></html>\n'
     )
 
 
@@ -146,7 +157,7 @@ def _panel(name: str, points: Sequence[tuple[float, float, str]], across: tuple[
     for mean, value, mark in points:
         x, y = place(mean, value)
         colour, radius = (BAR_START, 5) if mark else (LINE, 3.5)
-        shown = f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
+        shown = _number(value)
         says = html.escape(f"{mean:.3f} bytes per patch, {name} {shown} {mark}".strip())
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"><title>{says}</title></circle>')
         parts.append(f'<text x="{x:.1f}" y="{y - 9:.1f}" text-anchor="middle">{shown}</text>')

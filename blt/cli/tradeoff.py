@@ -145,8 +145,8 @@ def _how(cost: Cost) -> list[str]:
     lines = []
     if cost.scored_bytes:
         lines.append(
-            f"bits/byte: {cost.scored_bytes:,} held-out bytes, the same weights under every rule. A BLT predicts best "
-            "with the patches it was trained with; what it would reach if trained with others is not measured here."
+            f"bits/byte: {cost.scored_bytes:,} held-out bytes, the same weights under every rule. A BLT trained with "
+            "one threshold loses with another; what it would reach if trained with that one is not measured here."
         )
     if cost.times is not None:
         lines.append(
