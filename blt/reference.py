@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from blt.checkpoint import Checkpoint
-from blt.model import BLT, EntropyModel
+from blt.model import BLT, EntropyModel, entropy_of
+from blt.model.bfloat16 import BFloat16EntropyModel
 from blt.model.layers import Attention, Block, CrossAttention, FeedForward, RMSNorm, Stack
 from blt_runtime.hashing import PRIMES
 from blt_runtime.ids import EOS, NEWLINE
@@ -107,7 +108,13 @@ def patch_ids(lengths: Sequence[int], n: int) -> list[int]:
 
 
 def entropies(model: EntropyModel, ids: Sequence[int], reset_newlines: bool = False) -> tuple[Tensor, Tensor]:
-    """Next-byte entropies [N] in nats, and the logits [N, 260] they come from (spec section 4)."""
+    """Next-byte entropies [N] in nats, and the logits [N, 260] they come from (spec section 4).
+
+    bfloat16 has no plainer form than its model: the grouping of sums is part of it.
+    """
+    if isinstance(model, BFloat16EntropyModel):
+        rounded = model(torch.tensor([list(ids)]), reset_newlines)[0]
+        return entropy_of(rounded), rounded.float()
     x = model.byte_embedding.weight[list(ids)]
     mask = block_causal(documents(ids, reset_newlines), model.config.window)
     for layer in model.layers:

@@ -16,9 +16,12 @@ from blt.model.windows import row_attend
 
 
 def entropy_of(logits_BNV: Tensor) -> Tensor:
-    """Entropy in nats of each next-byte distribution, in float32 (spec section 4). [B, N]"""
-    log_p_BNV = logits_BNV.float().log_softmax(-1)
-    return -(log_p_BNV.exp() * log_p_BNV).sum(-1)
+    """Entropy in nats of each next-byte distribution, float32 [B, N] (spec section 4).
+
+    Computed in float32, or step by step in bfloat16 if the logits are: only those of `BFloat16EntropyModel` are.
+    """
+    log_p_BNV = (logits_BNV if logits_BNV.dtype == torch.bfloat16 else logits_BNV.float()).log_softmax(-1)
+    return -(log_p_BNV.exp() * log_p_BNV).sum(-1).float()
 
 
 class EntropyModel(Stack):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from blt.model import ops
+from blt.model.bfloat16 import ROWS, BFloat16EntropyModel, BlockAttention, BlockCache
 from blt.model.blt import BLT
 from blt.model.entropy import EntropyModel, entropy_of
 from blt.model.layers import Attend, RotaryTable, Stack
@@ -75,11 +76,11 @@ class Step(nn.Module):
 
     def _open(
         self, caches: Sequence[Tensor], positions_BS: Tensor, doc_start_BS: Tensor
-    ) -> list[GraphCache] | list[LiveCache]:
+    ) -> list[GraphCache] | list[LiveCache] | list[BlockCache]:
         return open_caches(caches, positions_BS, doc_start_BS, self.window)
 
 
-def _present(opened: Sequence[GraphCache] | Sequence[LiveCache]) -> list[Tensor]:
+def _present(opened: Sequence[GraphCache] | Sequence[LiveCache] | Sequence[BlockCache]) -> list[Tensor]:
     return [tensor for cache in opened for tensor in cache.present]
 
 
@@ -94,8 +95,26 @@ class EntropyStep(Step):
         opened: Sequence[Attend] = (held := self._open(caches, positions, doc_start))
         model = self.model
         h_BSD = model.run_layers(model.byte_embedding(ids), self.rotary.at(positions), opened)
-        logits = model.output(model.norm(h_BSD)).float()
-        return entropy_of(logits), logits, *_present(held)
+        logits = model.output(model.norm(h_BSD))
+        return entropy_of(logits), logits.float(), *_present(held)
+
+
+class BFloat16EntropyStep(EntropyStep):
+    """The same on a `BFloat16EntropyModel`, with its layout of the attention; not for export."""
+
+    def forward(self, ids: Tensor, positions: Tensor, doc_start: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        n = ids.shape[1]
+        if n < ROWS:  # the same token again, into the same slot
+            ids, positions, doc_start = (x.expand(-1, ROWS) for x in (ids, positions, doc_start))
+        entropy, logits, *held = super().forward(ids, positions, doc_start, *caches)
+        return entropy[:, :n], logits[:, :n], *held
+
+    def _open(
+        self, caches: Sequence[Tensor], positions_BS: Tensor, doc_start_BS: Tensor
+    ) -> list[GraphCache] | list[LiveCache] | list[BlockCache]:
+        attention = BlockAttention(positions_BS, doc_start_BS, self.window, caches[0].shape[2])
+        pairs = zip(caches[::2], caches[1::2], strict=True)
+        return [BlockCache(key, value, positions_BS, attention) for key, value in pairs]
 
 
 class EncoderStep(Step):
@@ -169,7 +188,10 @@ class DecoderStep(Step):
 
 def make_steps(blt: BLT, entropy: EntropyModel | None, capacity_bytes: int, capacity_patches: int) -> dict[str, Step]:
     """The steps of a model by graph name, in evaluation mode, for streams of these capacities."""
-    steps: dict[str, Step] = {} if entropy is None else {"entropy": EntropyStep(entropy, capacity_bytes)}
+    steps: dict[str, Step] = {}
+    if entropy is not None:
+        kind = BFloat16EntropyStep if isinstance(entropy, BFloat16EntropyModel) else EntropyStep
+        steps["entropy"] = kind(entropy, capacity_bytes)
     steps["encoder"] = EncoderStep(blt, capacity_bytes)
     steps["latent"] = LatentStep(blt, capacity_patches)
     steps["decoder"] = DecoderStep(blt, capacity_bytes)

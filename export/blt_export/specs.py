@@ -12,6 +12,7 @@ from typing import Literal
 
 from blt.checkpoint import Checkpoint
 from blt.model.specs import Limits, model_spec
+from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TableDtype
 from blt_runtime.spec import GraphSpec, ModelSpec
 
@@ -32,9 +33,14 @@ def export_spec(
     """`capacity` bytes and `patches` a stream (default: the trained lengths), `chunk` bytes a call; hash tables as
     `table_dtype` (default: as the checkpoint stores them).
 
-    Raises CheckpointError if the checkpoint cannot generate, ConfigError for sizes that make no sense.
+    Raises CheckpointError if the checkpoint cannot generate, ConfigError for sizes that make no sense, UsageError for
+    bfloat16 entropies.
     """
     blt, rule = checkpoint.require_blt()
+    if rule.entropy_dtype != "float32":
+        raise UsageError(
+            f"a bundle computes entropies in float32, not {rule.entropy_dtype}: export with float32 entropies"
+        )
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
     limits = Limits.of(blt.config, capacity, patches, chunk)
     dtype = table_dtype or (blt.hash_embedding.stored_as if blt.hash_embedding else "float32")

@@ -1,0 +1,140 @@
+"""The reference loader's bfloat16 entropies: against its own numbers, and steps against rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blt import reference
+from blt.checkpoint import Checkpoint, load
+from blt.entropy_dtype import with_entropy_dtype
+from blt.model import EntropyModel, entropy_of
+from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
+from blt.torch_backend import open_model
+from blt_runtime.errors import RuleError, UsageError
+from blt_runtime.patching import PatchRule, patch_lengths
+from blt_runtime.patching import to_bfloat16 as round_to_bfloat16
+from tests.tiny import hard_text, tiny
+
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+ENTROPY_RULES = ("plain", "all_layers_gqa_projection", "cross_windows_own_heads_newlines", "max_patch_length")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(golden: Path) -> Checkpoint:
+    return load(golden / "a" / "blt")
+
+
+@pytest.fixture(scope="module")
+def arrays(golden: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(golden / "a" / "cases.npz"))
+
+
+@pytest.fixture(scope="module")
+def cases(golden: Path) -> list[str]:
+    return [*json.loads((golden / "a" / "cases.json").read_text())["cases"]]
+
+
+def whole_row(model: EntropyModel | None, ids: np.ndarray, reset_newlines: bool = False) -> np.ndarray:
+    assert model is not None
+    with torch.no_grad():
+        return entropy_of(model(torch.from_numpy(ids)[None], reset_newlines))[0].numpy()
+
+
+def test_golden_entropies_and_patches(checkpoint: Checkpoint, arrays: dict[str, np.ndarray], cases: list[str]) -> None:
+    rounded = with_entropy_dtype(checkpoint, "bfloat16")
+    equal = same_patches = in_float32 = 0
+    for case in cases:
+        ids, truth = arrays[f"{case}/tokens"], arrays[f"{case}/entropies_bf16_loader"]
+        lengths = arrays[f"{case}/patch_lengths_bf16_loader"].tolist()
+        entropies = whole_row(rounded.entropy, ids)
+        assert np.abs(entropies - truth).max() < (0.06 if AVX512 else 0.15)
+        equal += int((entropies == truth).sum())
+        same_patches += reference.lengths_of(rounded, ids.tolist()) == lengths
+        in_float32 += reference.lengths_of(checkpoint, ids.tolist()) == lengths
+    assert len(cases) == 15
+    assert in_float32 == 11
+    if AVX512:  # older kernels group their sums otherwise
+        assert (equal, same_patches) == (2260, 15)
+    else:
+        assert same_patches >= 11
+
+
+@pytest.mark.parametrize("variant", ENTROPY_RULES)
+def test_steps_equal_rows(variant: str) -> None:
+    """Chunks and single bytes give the bits of whole rows: rings that wrap, documents, newlines that reset."""
+    rounded = with_entropy_dtype(tiny(variant), "bfloat16")
+    ids, rule = hard_text(), rounded.patch_rule
+    assert rule is not None
+    truth = whole_row(rounded.entropy, ids, rule.reset_newlines)
+    np.testing.assert_array_equal(truth, round_to_bfloat16(truth))
+    assert (truth != whole_row(tiny(variant).entropy, ids, rule.reset_newlines)).mean() > 0.5
+    model = open_model(rounded, chunk=32)
+    score = model.score(ids)
+    np.testing.assert_array_equal(score.entropies, truth)
+    assert score.patch_lengths.tolist() == patch_lengths(rule, ids, truth).tolist()
+    bytewise = open_model(rounded, chunk=1).score(ids)
+    np.testing.assert_array_equal(bytewise.entropies, truth)
+
+
+def test_generated_bytes_equal_the_slow_form() -> None:
+    rounded = with_entropy_dtype(tiny(), "bfloat16")
+    prompt = hard_text()[:60].tolist()
+    stream = open_model(rounded).stream(bos=False)
+    stream.append_ids(prompt)
+    found = list(stream.generate_ids(40))
+    assert found == reference.generate(rounded, prompt, 40)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 31, 33, 511, 513, 600])
+def test_a_prefix_has_the_entropies_of_its_row(length: int) -> None:
+    model = to_bfloat16(tiny().entropy)
+    ids = np.random.default_rng(0).integers(3, 260, 640)
+    np.testing.assert_array_equal(whole_row(model, ids[:length]), whole_row(model, ids)[:length])
+
+
+def test_rows_of_a_batch_do_not_see_each_other() -> None:
+    model = to_bfloat16(tiny().entropy)
+    ids = np.stack([hard_text()[:300], hard_text()[-300:]])
+    with torch.no_grad():
+        both = entropy_of(model(torch.from_numpy(ids))).numpy()
+    for row, row_ids in zip(both, ids, strict=True):
+        np.testing.assert_array_equal(row, whole_row(model, row_ids))
+
+
+def test_the_switch_leaves_the_checkpoint_as_it_was(checkpoint: Checkpoint) -> None:
+    rounded = with_entropy_dtype(checkpoint, "bfloat16")
+    assert rounded.blt is checkpoint.blt
+    assert rounded.patch_rule == replace(checkpoint.patch_rule, entropy_dtype="bfloat16")
+    assert {p.dtype for p in rounded.entropy.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in rounded.entropy.buffers()} == {torch.float32}
+    assert {p.dtype for p in checkpoint.entropy.parameters()} == {torch.float32}
+    assert with_entropy_dtype(rounded, "bfloat16").entropy is rounded.entropy
+    back = with_entropy_dtype(replace(checkpoint, patch_rule=rounded.patch_rule), "float32")
+    assert (back.entropy, back.patch_rule) == (checkpoint.entropy, checkpoint.patch_rule)
+
+
+def test_an_entropy_model_alone_is_converted() -> None:
+    alone = with_entropy_dtype(Checkpoint(None, tiny().entropy, None), "bfloat16")
+    assert isinstance(alone.entropy, BFloat16EntropyModel)
+    assert alone.patch_rule is None
+
+
+def test_a_switch_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(RuleError, match="has none"):
+        with_entropy_dtype(tiny("static"), "bfloat16")
+    with pytest.raises(RuleError, match="load the checkpoint again"):
+        with_entropy_dtype(with_entropy_dtype(tiny(), "bfloat16"), "float32")
+    with pytest.raises(RuleError, match="needs the patch scheme 'entropy'"):
+        with_entropy_dtype(replace(tiny(), patch_rule=PatchRule("space")), "bfloat16")
+
+
+def test_bfloat16_entropies_are_not_exported() -> None:
+    pipeline = pytest.importorskip("blt_export.pipeline")
+    with pytest.raises(UsageError, match="float32, not bfloat16"):
+        pipeline.make_job(with_entropy_dtype(tiny(), "bfloat16"), "portable")
