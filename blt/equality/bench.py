@@ -5,7 +5,7 @@ Rows under the model's own rule hold the bytes asked for; an eighth of that is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -40,6 +40,7 @@ def check(
     seed: int = 0,
     data: bytes | None = None,
     greedy: int = 64,
+    rules: Collection[str] | None = None,
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
 ) -> Report:
@@ -47,7 +48,8 @@ def check(
 
     n_bytes: of text under the model's own rule; there is more under others.  row_bytes: of one row, cut to what the
     checkpoint was trained for and to what a stream holds.  data: text to use instead of generated text.  greedy: ids
-    to write behind each prompt.  progress: called with the share of the work (of 1) done since its last call.
+    to write behind each prompt.  rules: names of `jobs.rules_for`, all by default.  progress: called with the share
+    of the work (of 1) done since its last call.
 
     Raises UsageError for numbers that make no sense, CheckpointError for a checkpoint that cannot generate. Whatever
     differs is in the report and not raised.
@@ -57,7 +59,8 @@ def check(
     uncached = Uncached(checkpoint)
     rows = Rows(uncached, (model.spec for model in models.values()), row_bytes, seed, data, tolerance)
     bench = _Bench(uncached, models, rows)
-    shares = {name: n_bytes if name == OWN else max(1, n_bytes // SHARE) for name in rows.rules}
+    chosen = [name for name in rows.rules if rules is None or name in rules]
+    shares = {name: n_bytes if name == OWN else max(1, n_bytes // SHARE) for name in chosen}
     for name, share in shares.items():
         bench.slow(name)
         sides, left = bench.sides(name), share

@@ -35,8 +35,13 @@ def rules_for(rule: PatchRule, chunk: int) -> dict[str, PatchRule]:
         always = replace(never, threshold=-1e6, threshold_add=None if rule.threshold_add is None else -1e6)
     else:
         never, always = PatchRule("static", patch_size=1 << 40), PatchRule("byte")
-    capped, long = replace(rule, max_patch_length=3), replace(never, max_patch_length=2 * chunk + 37)
+    capped, long = replace(rule, max_patch_length=3), replace(never, max_patch_length=long_patch(chunk))
     return {OWN: rule, "one patch": never, "bytes": always, "capped": capped, "long": long}
+
+
+def long_patch(chunk: int) -> int:
+    """Longer than two chunks, and no multiple of one."""
+    return 2 * chunk + 37
 
 
 @dataclass(frozen=True)
@@ -116,14 +121,14 @@ class Rows:
     def _sizes(self, name: str, n_bytes: int, random: Random) -> Iterator[int]:
         """Ids of rows, BOS apart: under the own rule first the empty text, the shortest ones and those near a chunk.
 
-        Where there is little text, rows of the other rules are shorter, but long enough for the rule "long".
+        Where there is little text, rows of the other rules are shorter, but hold a patch of the rule "long".
         """
-        longest = self.row_bytes
+        longest, chunk = self.row_bytes, self.chunk
         if name == OWN:
-            near = (self.chunk + more for more in (-1, 0, 0, 1))
-            yield from (min(n, longest) for n in (0, 1, 1, 2, *near))
+            first = (0, longest, chunk, longest, 1, chunk + 1, 2, chunk - 1)
+            yield from (min(n, longest) for n in first)
         else:
-            longest = min(longest, max(n_bytes // STREAMS, 4 * self.chunk))
+            longest = min(longest, max(n_bytes // STREAMS, 2 * long_patch(chunk)))
         while True:
             yield int(random.integers(longest // 2, longest)) if random.random() < 0.3 else longest
 

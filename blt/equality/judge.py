@@ -186,17 +186,27 @@ def errors(got: Floats, want: Floats) -> Any:
 def compare_runs(alone: Run, together: Run, line: Line, where: str) -> None:
     """The same script twice: everything computed must agree, call by call (both sides are cached).
 
-    A boundary that moved differs; both sides have been compared with the uncached side by then, so that the stretch is
-    left out here.
+    A stretch whose boundaries differ at near decisions is left out: both have been compared with the uncached side.
     """
     if len(alone.settled) != len(together.settled):
         return line.fail(f"{where}: {len(alone.settled)} stretches alone, {len(together.settled)} in company")
     for first, second in zip(alone.settled, together.settled, strict=True):
-        if not np.array_equal(first.lengths_P, second.lengths_P):
-            line.moved += 1
-        else:
+        if np.array_equal(first.lengths_P, second.lengths_P):
             _compare_taken(first.taken, second.taken, line, where)
+        else:
+            _compare_boundaries(alone.row, first.lengths_P, second.lengths_P, line, where)
     return None
+
+
+def _compare_boundaries(row: Row, alone_P: Ids, together_P: Ids, line: Line, where: str) -> None:
+    near, wrong = set[int](), set[int]()
+    for lengths_P in (alone_P, together_P):
+        near_here, wrong_here = row.moved(closes_from_lengths(lengths_P)[: len(row)])
+        near ^= set(near_here)
+        wrong ^= set(wrong_here)
+    line.moved += len(near)
+    if wrong:
+        line.fail(f"{where}, position {min(wrong)}: the boundary differs", len(wrong))
 
 
 def _compare_taken(first: Taken, second: Taken, line: Line, where: str) -> None:

@@ -110,7 +110,7 @@ def with_specials(pieces: Iterator[bytes], random: Random, rule: PatchRule) -> I
             special = [BOE] if random.random() < 0.5 else [BPE]
         if rule.scheme == "bpe":
             special = [BPE]
-        if rule.scheme == "bpe" or random.random() < 0.4:
+        if rule.scheme == "bpe" or random.random() < 0.7:
             ids_N = np.insert(ids_N, int(random.integers(0, len(ids_N) + 1)), special)
         yield ids_N
 

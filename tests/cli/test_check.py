@@ -1,0 +1,72 @@
+"""`blt check`: the table and the JSON of a sound model, exit code 3 for another model's bundle, wrong usage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blt.checkpoint import save
+from blt_export import export
+from tests.tiny import tiny
+
+Call = Callable[..., Any]
+SHORT = ("--bytes", 200, "--row-bytes", 40, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("check") / "model.pt"
+    save(path, tiny())
+    return path
+
+
+@pytest.fixture(scope="module")
+def foreign(checkpoint: Path) -> Path:
+    """A bundle of the same shape with other weights."""
+    out = checkpoint.parent / "bundle"
+    export(tiny(seed=1), out, capacity=600, check=False)
+    return out
+
+
+def test_a_sound_model_passes(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"A text of one's own, " * 9)
+    done = blt("check", checkpoint, *SHORT, "--data", text, "--backend", "torch")
+    assert done.code == 0, done.err
+    assert "cut anywhere, together" in done.text
+    assert "greedy text, alone" in done.text
+    assert "onnx" not in done.text
+
+
+def test_another_models_bundle_fails_with_exit_code_3(blt: Call, checkpoint: Path, foreign: Path) -> None:
+    done = blt("check", checkpoint, *SHORT, "--bundle", foreign, "--json")
+    assert done.code == 3
+    assert "differences that no tolerance explains" in done.err
+    report = json.loads(done.text)
+    assert report["schema"] == "blt.check/1"
+    assert not report["ok"]
+    assert report["n_bytes"] >= 200
+    failed = {line["form"] for line in report["lines"] if line["failures"]}
+    assert failed == {"onnx"}
+    assert {line["form"] for line in report["lines"]} == {"torch", "onnx", "whole rows"}
+
+
+def test_wrong_usage_is_told_in_one_line(blt: Call, checkpoint: Path, foreign: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for arguments, words in (
+        ([foreign], "give the checkpoint it was made from"),
+        ([checkpoint, "--backend", "tensorrt"], "choose from torch, onnx"),
+        ([checkpoint, "--bundle", tmp_path], "no bundle there"),
+        ([checkpoint, "--bundle", foreign, "--backend", "torch"], "onnx only"),
+        ([checkpoint, "--data", tmp_path / "missing"], "no such file"),
+        ([checkpoint, "--data", tmp_path / "empty"], "is empty"),
+        ([checkpoint, "--bytes", "0"], "at least 1"),
+    ):
+        done = blt("check", *arguments)
+        assert done.code == 2
+        assert words in done.err
+        assert done.err.count("\n") == 1
