@@ -6,7 +6,7 @@ Nothing in a checkpoint is ever run: pickled files are read with `weights_only=T
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ import torch
 from blt import hub
 from blt.adapters import ADAPTERS, native
 from blt.model import BLT, EntropyModel
+from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.model.hashing import HashEmbedding, MappedTables
 from blt.model.layers import RotaryTable
 from blt.source import HASH_TABLES, Part, Source
 from blt.tensors import Stored
-from blt_runtime.errors import CheckpointError
-from blt_runtime.patching import PatchRule
+from blt_runtime.errors import CheckpointError, RuleError
+from blt_runtime.patching import EntropyDtype, PatchRule
 
 MODEL_FILE = native.MODEL_FILE
 
@@ -41,6 +42,27 @@ class Checkpoint:
         if self.patch_rule.needs_entropy and self.entropy is None:
             raise CheckpointError("the patch rule needs an entropy model; name one with --entropy-model PATH")
         return self.blt, self.patch_rule
+
+    def with_entropy_dtype(self, dtype: EntropyDtype) -> Checkpoint:
+        """The same with the entropy model and the patch rule in `dtype`: float32 is ours, bfloat16 what the reference's
+        loader computes (spec section 4). The BLT is the same object.
+
+        Raises RuleError if bfloat16 is asked of a checkpoint whose patches need no entropies, or float32 of one whose
+        entropy model was rounded already.
+        """
+        model, rule = self.entropy, self.patch_rule
+        rounded = isinstance(model, BFloat16EntropyModel)
+        if dtype == "float32" and rounded:
+            raise RuleError(
+                "the entropy model was rounded to bfloat16: load the checkpoint again for float32 entropies"
+            )
+        if dtype == "bfloat16" and model is None:
+            raise RuleError("bfloat16 entropies need an entropy model, and this checkpoint has none: leave float32")
+        if rule is not None:
+            rule = replace(rule, entropy_dtype=dtype)
+        if dtype == "bfloat16" and model is not None and not rounded:
+            model = to_bfloat16(model)
+        return replace(self, entropy=model, patch_rule=rule)
 
     def to_source(self, path: Path) -> Source:
         """The same as weights to be written at `path`."""
@@ -74,13 +96,22 @@ def _read(path: str | Path) -> Source:
     return source
 
 
-def load(path: str | Path, entropy_model: str | Path | None = None, trainable: bool = False) -> Checkpoint:
+def load(
+    path: str | Path,
+    entropy_model: str | Path | None = None,
+    trainable: bool = False,
+    entropy_dtype: EntropyDtype | None = None,
+) -> Checkpoint:
     """Load any supported checkpoint in float32 and evaluation mode; hash tables stay in their file, in its dtype.
 
-    trainable: hash tables in memory and float32, too.  Other arguments and errors as `open_source`; weights that are
-    not finite are a CheckpointError.
+    trainable: hash tables in memory and float32, too.  entropy_dtype: see `Checkpoint.with_entropy_dtype` (default:
+    what the checkpoint's rule says).  Other arguments and errors as `open_source`; weights that are not finite are a
+    CheckpointError.
     """
-    return build(open_source(path, entropy_model), trainable)
+    checkpoint = build(open_source(path, entropy_model), trainable)
+    if entropy_dtype is None:
+        entropy_dtype = checkpoint.patch_rule.entropy_dtype if checkpoint.patch_rule else "float32"
+    return checkpoint.with_entropy_dtype(entropy_dtype)
 
 
 def build(source: Source, trainable: bool = False) -> Checkpoint:

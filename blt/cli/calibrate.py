@@ -83,7 +83,7 @@ def calibrate(
         raise CheckpointError(f"{model} has no entropy model; name one with --entropy-model PATH")
     base, place = base_rule(source.patch_rule, rule), devices.torch_device(device)
     text = texts.spread(data, split, min(size, source.entropy_config.max_seqlen - 2), most)
-    checkpoint = build(source)
+    checkpoint = build(source).with_entropy_dtype(base.entropy_dtype)
     parts = halves(_pieces(_present(checkpoint.entropy), base.reset_newlines, text, place))
     rows, unreachable = _rows(source.patch_rule, base, mean_patch, parts)
     rule_found, cost = rows[0].rule, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ def convert(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     entropy_model: options.EntropyModel = None,
+    entropy_dtype: options.EntropyDtype = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = 0,
@@ -50,6 +52,8 @@ def convert(
 
     started = time.perf_counter()
     source = open_source(model, entropy_model=entropy_model)
+    if entropy_dtype is not None and source.patch_rule is not None:
+        source = replace(source, patch_rule=replace(source.patch_rule, entropy_dtype=entropy_dtype))
     source.check_finite()
     target.parent.mkdir(parents=True, exist_ok=True)
     write = huggingface.write if to == "hf" else native.write

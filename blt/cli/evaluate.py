@@ -93,6 +93,7 @@ def evaluate(
     fail_above: Annotated[float | None, typer.Option(metavar="BPB", help="Exit 3 above so many bits per byte.")] = None,
     backend: options.Backend = "auto",
     entropy_model: options.EntropyModel = None,
+    entropy_dtype: options.EntropyDtype = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -111,7 +112,13 @@ def evaluate(
     if not limited:
         raise texts.nothing(data, split)
     with scoring.open_scorer(
-        model, size + 2, backend=backend, entropy_model=entropy_model, device=device, threads=threads
+        model,
+        size + 2,
+        backend=backend,
+        entropy_model=entropy_model,
+        device=device,
+        threads=threads,
+        entropy_dtype=entropy_dtype,
     ) as scorer:
         tallies = _score_all(scorer, limited, min(size, scorer.capacity - 2))
     _add_baselines(tallies, limited, names)

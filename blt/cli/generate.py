@@ -107,6 +107,7 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Speed and mean patch size on stderr.")] = False,
     backend: options.Backend = "auto",
     entropy_model: options.EntropyModel = None,
+    entropy_dtype: options.EntropyDtype = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     seed: options.Seed = None,
@@ -121,7 +122,12 @@ def generate(
     given = _prompt_bytes(prompt, unconditional)
     stops = [os.fsencode(text) for text in stop or []]
     with models.open_model(
-        model, backend=backend, entropy_model=entropy_model, device=device, threads=threads
+        model,
+        backend=backend,
+        entropy_model=entropy_model,
+        device=device,
+        threads=threads,
+        entropy_dtype=entropy_dtype,
     ) as opened:
         stream = opened.stream(bos=True, seed=seed)
         timing = Timing(len(given))

@@ -19,6 +19,7 @@ from blt_runtime.errors import BackendError, UsageError
 if TYPE_CHECKING:
     from blt.checkpoint import Checkpoint
     from blt_runtime import Model
+    from blt_runtime.patching import EntropyDtype
 
 BACKENDS = ("auto", "torch", "onnx")
 
@@ -72,28 +73,34 @@ def open_model(
     device: str = "auto",
     threads: int | None = None,
     capacity: int | None = None,
+    entropy_dtype: EntropyDtype | None = None,
 ) -> Iterator[Model]:
     """The model at `path`, ready for `model.stream()`.
 
     capacity: bytes that a stream of a checkpoint must hold (default: the trained length); a bundle's is fixed.
+    entropy_dtype: of a checkpoint's entropies (default: what it says).
     Raises UsageError for a wrong argument, CheckpointError or BundleError for a damaged file, and
     ModuleNotFoundError (exit 4) where the backend's library is not installed.
     """
     check_backend(backend)
     existing(path)
     if is_bundle(path):
+        if entropy_dtype == "bfloat16":
+            raise UsageError(f"{path} is a bundle, which computes entropies in float32; give the checkpoint")
         yield _open_bundle(path, backend, entropy_model, device, threads)
-    elif backend == "onnx":
-        from blt.checkpoint import load
+        return
+    from blt.checkpoint import load
 
+    checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype)
+    if backend == "onnx":
         log.info("exporting %s to a temporary bundle (blt export makes a lasting one)", path)
-        with _exported(load(path, entropy_model=entropy_model), device, threads, capacity) as model:
+        with _exported(checkpoint, device, threads, capacity) as model:
             yield model
     else:
         from blt.torch_backend import open_model as open_torch
 
         chosen = "cpu" if device == "auto" else devices.torch_device(device)
-        yield open_torch(path, entropy_model=entropy_model, device=chosen, threads=threads, capacity=capacity)
+        yield open_torch(checkpoint, device=chosen, threads=threads, capacity=capacity)
 
 
 def _open_bundle(path: Path, backend: str, entropy_model: Path | None, device: str, threads: int | None) -> Model:

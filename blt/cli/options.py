@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from blt.cli import console, models
+from blt_runtime import patching
 from blt_runtime.errors import UsageError
 
 _UNITS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -63,6 +64,13 @@ EntropyModel = Annotated[
         metavar="PATH",
         callback=_existing,
         help="Entropy model, where MODEL's format keeps it apart.",
+    ),
+]
+EntropyDtype = Annotated[
+    patching.EntropyDtype | None,
+    typer.Option(
+        "--entropy-dtype",
+        help="float32, or bfloat16: entropies and threshold as the reference's loader computes them (PyTorch only).",
     ),
 ]
 Backend = Annotated[str, typer.Option("--backend", help="auto, torch or onnx.")]

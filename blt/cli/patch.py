@@ -18,7 +18,7 @@ from blt.cli import console, files, inputs, options, scoring
 from blt.plot import SPECIAL
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import OFFSET, decode, encode
-from blt_runtime.patching import PatchRule, patch_lengths
+from blt_runtime.patching import EntropyDtype, PatchRule, patch_lengths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,6 +99,7 @@ def patch(
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the figure as .png or .html.")] = None,
     table: Annotated[bool, typer.Option("--table/--no-table", help="List the patches.")] = True,
     entropy_model: options.EntropyModel = None,
+    entropy_dtype: options.EntropyDtype = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -111,7 +112,7 @@ def patch(
     if plot is not None and plot.suffix.lower() not in (".png", ".html"):
         raise UsageError(f"--plot {plot}: the name must end in .png or .html")
     rule = parse_scheme(scheme or "entropy", threshold)
-    cut = _cut(encode(data, bos=True), rule, scheme, model, entropy_model, threads)
+    cut = _cut(encode(data, bos=True), rule, scheme, model, entropy_model, threads, entropy_dtype)
     if plot is not None:
         _plot(cut, plot)
     if as_json:
@@ -131,14 +132,17 @@ def _cut(
     model: Path | None,
     entropy_model: Path | None,
     threads: int | None,
+    entropy_dtype: EntropyDtype | None,
 ) -> Patches:
     if model is None:
         if rule is None or rule.needs_entropy:
             raise UsageError("entropies come from a model: give --model MODEL, or --scheme space, static:N or byte")
         return Patches(rule, ids, None, patch_lengths(rule, ids))
-    with scoring.open_entropies(model, entropy_model, threads) as source:
+    with scoring.open_entropies(model, entropy_model, threads, entropy_dtype) as source:
         entropies = source.entropies(ids)
         rule = _resolve(rule, scheme, source.rule)
+        if rule.needs_entropy and entropy_dtype is not None:  # an entropy model alone has no rule to say it
+            rule = replace(rule, entropy_dtype=entropy_dtype)
         return Patches(rule, ids, entropies, patch_lengths(rule, ids, entropies))
 
 

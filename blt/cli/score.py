@@ -34,6 +34,7 @@ def score(
     ] = None,
     backend: options.Backend = "auto",
     entropy_model: options.EntropyModel = None,
+    entropy_dtype: options.EntropyDtype = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -47,7 +48,13 @@ def score(
     ids = _ids(file)
     lengths = None if patch_lengths is None else inputs.load_patch_lengths(patch_lengths, len(ids))
     with scoring.open_scorer(
-        model, len(ids), backend=backend, entropy_model=entropy_model, device=device, threads=threads
+        model,
+        len(ids),
+        backend=backend,
+        entropy_model=entropy_model,
+        device=device,
+        threads=threads,
+        entropy_dtype=entropy_dtype,
     ) as scorer:
         result = scorer(ids, lengths)
     with files.replacing(npz) as draft, draft.open("wb") as out:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from blt_runtime import Score, Stream
+    from blt_runtime.patching import EntropyDtype
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,17 @@ def open_scorer(
     entropy_model: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
+    entropy_dtype: EntropyDtype | None = None,
 ) -> Iterator[Scorer]:
     """A scorer for up to `n_ids` ids; a bundle's capacity is fixed and may be less."""
     with models.open_model(
-        path, backend=backend, entropy_model=entropy_model, device=device, threads=threads, capacity=n_ids
+        path,
+        backend=backend,
+        entropy_model=entropy_model,
+        device=device,
+        threads=threads,
+        capacity=n_ids,
+        entropy_dtype=entropy_dtype,
     ) as model:
         yield Scorer(model.stream(bos=False), model.spec.capacity_bytes)
 
@@ -67,26 +75,30 @@ class Entropies:
 
 
 @contextmanager
-def open_entropies(path: Path, entropy_model: Path | None, threads: int | None) -> Iterator[Entropies]:
+def open_entropies(
+    path: Path, entropy_model: Path | None, threads: int | None, entropy_dtype: EntropyDtype | None = None
+) -> Iterator[Entropies]:
     """The entropy model of a checkpoint (also of an entropy model alone) or of a bundle."""
     models.existing(path)
     if models.is_bundle(path):
-        with open_scorer(path, 0, entropy_model=entropy_model, threads=threads) as scorer:
+        with open_scorer(path, 0, entropy_model=entropy_model, threads=threads, entropy_dtype=entropy_dtype) as scorer:
             has_entropies = "entropy" in scorer.stream.spec.graphs
             rule = scorer.stream.spec.patch_rule
             yield Entropies(lambda ids_N: scorer(ids_N).entropies if has_entropies else None, rule)
         return
-    yield _torch_entropies(path, entropy_model, threads)
+    yield _torch_entropies(path, entropy_model, threads, entropy_dtype)
 
 
-def _torch_entropies(path: Path, entropy_model: Path | None, threads: int | None) -> Entropies:
+def _torch_entropies(
+    path: Path, entropy_model: Path | None, threads: int | None, entropy_dtype: EntropyDtype | None
+) -> Entropies:
     import torch
 
     from blt.checkpoint import load
     from blt.model import entropy_of
 
     devices.limit_torch_threads(threads)
-    checkpoint = load(path, entropy_model=entropy_model)
+    checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype)
     model, rule = checkpoint.entropy, checkpoint.patch_rule
     if model is None:
         return Entropies(lambda ids_N: None, rule)

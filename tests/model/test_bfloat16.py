@@ -12,7 +12,6 @@ import torch
 
 from blt import reference
 from blt.checkpoint import Checkpoint, load
-from blt.entropy_dtype import with_entropy_dtype
 from blt.model import EntropyModel, entropy_of
 from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.torch_backend import open_model
@@ -47,7 +46,7 @@ def whole_row(model: EntropyModel | None, ids: np.ndarray, reset_newlines: bool 
 
 
 def test_golden_entropies_and_patches(checkpoint: Checkpoint, arrays: dict[str, np.ndarray], cases: list[str]) -> None:
-    rounded = with_entropy_dtype(checkpoint, "bfloat16")
+    rounded = checkpoint.with_entropy_dtype("bfloat16")
     equal = same_patches = in_float32 = 0
     for case in cases:
         ids, truth = arrays[f"{case}/tokens"], arrays[f"{case}/entropies_bf16_loader"]
@@ -68,7 +67,7 @@ def test_golden_entropies_and_patches(checkpoint: Checkpoint, arrays: dict[str, 
 @pytest.mark.parametrize("variant", ENTROPY_RULES)
 def test_steps_equal_rows(variant: str) -> None:
     """Chunks and single bytes give the bits of whole rows: rings that wrap, documents, newlines that reset."""
-    rounded = with_entropy_dtype(tiny(variant), "bfloat16")
+    rounded = tiny(variant).with_entropy_dtype("bfloat16")
     ids, rule = hard_text(), rounded.patch_rule
     assert rule is not None
     truth = whole_row(rounded.entropy, ids, rule.reset_newlines)
@@ -83,7 +82,7 @@ def test_steps_equal_rows(variant: str) -> None:
 
 
 def test_generated_bytes_equal_the_slow_form() -> None:
-    rounded = with_entropy_dtype(tiny(), "bfloat16")
+    rounded = tiny().with_entropy_dtype("bfloat16")
     prompt = hard_text()[:60].tolist()
     stream = open_model(rounded).stream(bos=False)
     stream.append_ids(prompt)
@@ -108,33 +107,33 @@ def test_rows_of_a_batch_do_not_see_each_other() -> None:
 
 
 def test_the_switch_leaves_the_checkpoint_as_it_was(checkpoint: Checkpoint) -> None:
-    rounded = with_entropy_dtype(checkpoint, "bfloat16")
+    rounded = checkpoint.with_entropy_dtype("bfloat16")
     assert rounded.blt is checkpoint.blt
     assert rounded.patch_rule == replace(checkpoint.patch_rule, entropy_dtype="bfloat16")
     assert {p.dtype for p in rounded.entropy.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in rounded.entropy.buffers()} == {torch.float32}
     assert {p.dtype for p in checkpoint.entropy.parameters()} == {torch.float32}
-    assert with_entropy_dtype(rounded, "bfloat16").entropy is rounded.entropy
-    back = with_entropy_dtype(replace(checkpoint, patch_rule=rounded.patch_rule), "float32")
+    assert rounded.with_entropy_dtype("bfloat16").entropy is rounded.entropy
+    back = replace(checkpoint, patch_rule=rounded.patch_rule).with_entropy_dtype("float32")
     assert (back.entropy, back.patch_rule) == (checkpoint.entropy, checkpoint.patch_rule)
 
 
 def test_an_entropy_model_alone_is_converted() -> None:
-    alone = with_entropy_dtype(Checkpoint(None, tiny().entropy, None), "bfloat16")
+    alone = Checkpoint(None, tiny().entropy, None).with_entropy_dtype("bfloat16")
     assert isinstance(alone.entropy, BFloat16EntropyModel)
     assert alone.patch_rule is None
 
 
 def test_a_switch_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(RuleError, match="has none"):
-        with_entropy_dtype(tiny("static"), "bfloat16")
+        tiny("static").with_entropy_dtype("bfloat16")
     with pytest.raises(RuleError, match="load the checkpoint again"):
-        with_entropy_dtype(with_entropy_dtype(tiny(), "bfloat16"), "float32")
+        tiny().with_entropy_dtype("bfloat16").with_entropy_dtype("float32")
     with pytest.raises(RuleError, match="needs the patch scheme 'entropy'"):
-        with_entropy_dtype(replace(tiny(), patch_rule=PatchRule("space")), "bfloat16")
+        replace(tiny(), patch_rule=PatchRule("space")).with_entropy_dtype("bfloat16")
 
 
 def test_bfloat16_entropies_are_not_exported() -> None:
     pipeline = pytest.importorskip("blt_export.pipeline")
     with pytest.raises(UsageError, match="float32, not bfloat16"):
-        pipeline.make_job(with_entropy_dtype(tiny(), "bfloat16"), "portable")
+        pipeline.make_job(tiny().with_entropy_dtype("bfloat16"), "portable")
