@@ -34,6 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "model": both,
         "entropy": Checkpoint(None, both.entropy, None),
         "no_entropy": Checkpoint(both.blt, None, both.patch_rule),
+        "bfloat16": replace(both, patch_rule=replace(both.patch_rule or PatchRule(), entropy_dtype="bfloat16")),
         "space": Checkpoint(both.blt, both.entropy, PatchRule("space", max_patch_length=9)),
     }
     for name, checkpoint in models.items():
@@ -189,6 +190,16 @@ def test_another_rule_for_a_model_of_space_patches(blt: Call, files: dict[str, P
     own = next(row for row in report["table"] if row["wanted_mean_patch"] is None)
     assert own["rule"]["scheme"] == "space"
     assert own["threshold"] is None
+
+
+def test_entropies_in_bfloat16_stay_so(blt: Call, files: dict[str, Path]) -> None:
+    """Few different entropies, and none between two of them: the mean is met as well as they allow."""
+    options = ["--mean-patch", 3, "--bytes", "16k", "--bpb-bytes", "1k", "-q", "--json", "--tolerance", 0.1]
+    result = blt("calibrate", files["bfloat16"], files["text"], *options)
+    assert result.code == 0, result.err
+    report = json.loads(result.text)
+    assert report["rule"]["entropy_dtype"] == "bfloat16"
+    assert report["chosen_on"]["mean_patch"] == pytest.approx(3, rel=0.1)
 
 
 def test_onnx_measures_the_costs_too(blt: Call, files: dict[str, Path]) -> None:
