@@ -17,7 +17,8 @@ from .records import from_dict, to_dict
 from .spec import ModelSpec
 
 FORMAT = "blt-bundle"
-VERSION = 1
+VERSION = 2
+"""2: hash tables say their type, patch rules that of their entropies; 1 is read as float32."""
 FILE_NAME = "manifest.json"
 LARGEST = 16 << 20
 """Bytes of a manifest that we are willing to parse."""

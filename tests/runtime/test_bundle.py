@@ -143,7 +143,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "backslash": (name_outside("..\\entropy.onnx"), ManifestError, "not a plain file name"),
     "dots": (name_outside(".."), ManifestError, "not a plain file name"),
     "itself": (name_outside("manifest.json"), ManifestError, "not a plain file name"),
-    "newer": (lambda f: edit(f, version=2, surprise=1), VersionError, "upgrade"),
+    "newer": (lambda f: edit(f, version=99, surprise=1), VersionError, "upgrade"),
     "no version": (lambda f: edit(f, drop=["version"]), ManifestError, "version number"),
     "other format": (lambda f: edit(f, format="gguf"), ManifestError, "blt-bundle"),
     "broken JSON": (replace("manifest.json", b'{"format": '), ManifestError, "not valid JSON"),
