@@ -104,8 +104,10 @@ class BFloat16EntropyStep(EntropyStep):
 
     def forward(self, ids: Tensor, positions: Tensor, doc_start: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         n = ids.shape[1]
-        if n < ROWS:  # the same token again, into the same slot
-            ids, positions, doc_start = (x.expand(-1, ROWS) for x in (ids, positions, doc_start))
+        if n < ROWS:  # the last token again, into the same slot
+            ids, positions, doc_start = (
+                torch.cat([x, x[:, -1:].expand(-1, ROWS - n)], 1) for x in (ids, positions, doc_start)
+            )
         entropy, logits, *held = super().forward(ids, positions, doc_start, *caches)
         return entropy[:, :n], logits[:, :n], *held
 
