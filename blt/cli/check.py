@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from blt.checkpoint import Checkpoint
     from blt.equality import Line, Report
     from blt_runtime import Model
+    from blt_runtime.patching import EntropyDtype
 
 FORMS = ("torch", "onnx")
 ROOM = 400
@@ -41,6 +42,7 @@ def check(
     row_bytes: Annotated[str, typer.Option("--row-bytes", metavar="SIZE", help="Bytes that a whole row holds.")] = "2k",
     seed: Annotated[int, typer.Option(min=0, help="Seed of text, cuts and order.")] = 0,
     entropy_model: options.EntropyModel = None,
+    entropy_dtype: options.EntropyDtype = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -50,12 +52,14 @@ def check(
     from blt.equality import check as compare
 
     forms = _forms(backend, model, bundle)
+    if entropy_dtype == "bfloat16" and "onnx" in forms:
+        raise UsageError("--entropy-dtype bfloat16: a bundle computes entropies in float32; add --backend torch")
     amount = options.parse_size(n_bytes, "--bytes", at_least=1)
     row = options.parse_size(row_bytes, "--row-bytes", at_least=1)
     text = None if data is None else _text(data)
     started = time.monotonic()
     with (
-        _open(model, forms, bundle, entropy_model, threads, row + ROOM) as (checkpoint, sides),
+        _open(model, forms, bundle, entropy_model, entropy_dtype, threads, row + ROOM) as (checkpoint, sides),
         console.progress("check", 1.0) as advance,
     ):
         report = compare(checkpoint, sides, amount, row_bytes=row, seed=seed, data=text, progress=advance)
@@ -92,7 +96,13 @@ def _text(file: Path) -> bytes:
 
 @contextmanager
 def _open(
-    path: Path, forms: list[str], bundle: Path | None, entropy_model: Path | None, threads: int | None, capacity: int
+    path: Path,
+    forms: list[str],
+    bundle: Path | None,
+    entropy_model: Path | None,
+    entropy_dtype: EntropyDtype | None,
+    threads: int | None,
+    capacity: int,
 ) -> Iterator[tuple[Checkpoint, dict[str, Model]]]:
     """The checkpoint and its cached forms. The export comes first: what it loads is gone when the rest is loaded."""
     from blt.checkpoint import load
@@ -104,10 +114,15 @@ def _open(
         if "onnx" in forms:
             inside = None if bundle is not None else entropy_model  # a bundle holds its own
             opened = models.open_model(
-                bundle or path, backend="onnx", entropy_model=inside, threads=threads, capacity=capacity
+                bundle or path,
+                backend="onnx",
+                entropy_model=inside,
+                threads=threads,
+                capacity=capacity,
+                entropy_dtype=entropy_dtype,
             )
             sides["onnx"] = stack.enter_context(opened)
-        checkpoint = load(path, entropy_model=entropy_model)
+        checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype)
         if "torch" in forms:
             sides["torch"] = open_model(checkpoint, capacity=capacity)
         yield checkpoint, {name: sides[name] for name in forms}

@@ -65,6 +65,7 @@ def test_wrong_usage_is_told_in_one_line(blt: Call, checkpoint: Path, foreign: P
         ([checkpoint, "--data", tmp_path / "missing"], "no such file"),
         ([checkpoint, "--data", tmp_path / "empty"], "is empty"),
         ([checkpoint, "--bytes", "0"], "at least 1"),
+        ([checkpoint, "--entropy-dtype", "bfloat16"], "add --backend torch"),
     ):
         done = blt("check", *arguments)
         assert done.code == 2
