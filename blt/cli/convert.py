@@ -43,7 +43,7 @@ def convert(
             f"{model} is a bundle: weights do not come back out of it; give the checkpoint it was made from"
         )
     target = out if to == "hf" or out.suffix == ".pt" else out / "model.pt"
-    _check_target(target, force)
+    _check_target(out, target, force)
 
     import torch
 
@@ -67,7 +67,17 @@ def convert(
     print(f"{target}: {size:,} bytes, {source.format} to {to} in {seconds:.1f} s")
 
 
-def _check_target(target: Path, force: bool) -> None:
+def _check_target(out: Path, target: Path, force: bool) -> None:
+    """`target` is the file or, for Hugging Face, the folder that will be replaced as a whole: with --force, but only
+    where what goes is such a checkpoint, not somebody's run or home folder."""
+    is_file = out.suffix == ".pt"
+    if out.exists() and out.is_dir() == is_file:
+        raise UsageError(f"-o {out}: this is a {'folder' if is_file else 'file'}; give another place")
     there = target.is_file() or (target.is_dir() and any(target.iterdir()))
     if there and not force:
         raise UsageError(f"{target} exists; give another place, or --force to replace it")
+    if there and target.is_dir():
+        from blt.adapters import huggingface
+
+        if not huggingface.matches(target):
+            raise UsageError(f"{target} is no Hugging Face folder of a BLT and is not replaced; give a new folder")

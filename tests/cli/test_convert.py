@@ -88,6 +88,21 @@ def test_a_target_that_exists_is_replaced_only_by_force(blt: Call, native: Path,
     assert native.read_bytes() == before
 
 
+@pytest.mark.parametrize("to", ["hf", "native"])
+def test_force_replaces_no_foreign_folder_and_no_file_by_a_folder(
+    blt: Call, native: Path, to: str, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    for file in (tmp_path / "thesis" / "config.json", tmp_path / "notes", tmp_path / "thesis.pt" / "x"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    for out in ["notes", "thesis"] if to == "hf" else ["notes", "thesis.pt"]:
+        error = blt("convert", native, "-o", tmp_path / out, "--to", to, "--force", code=2).err
+        assert f"{out}: this is a" in error or f"{out} is no Hugging Face folder" in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("variant", ["max_patch_length", "cross_windows_own_heads_newlines", "static"])
 def test_what_transformers_has_no_form_for_is_named(blt: Call, variant: str, tmp_path: Path) -> None:
     save(tmp_path / "model.pt", tiny(variant))
