@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import os
 import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,8 +105,7 @@ def drop_pages(tensor: Tensor) -> None:
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """Unpickle tensors and plain containers, nothing else; tensors stay in the file. Raises CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+    _check_readable(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -119,6 +119,16 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def _check_readable(path: Path) -> None:
+    """Raises CheckpointError; the libraries call a file damaged that may not be read."""
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
 def stored(tensors: Mapping[str, Any], path: Path) -> dict[str, Stored]:
@@ -135,8 +145,7 @@ def read_safetensors(*paths: Path) -> dict[str, Stored]:
         raise MissingExtra("safetensors, which this checkpoint needs,", "hub") from None
     found: dict[str, Stored] = {}
     for path in paths:
-        if not path.is_file():
-            raise CheckpointError(f"{path} does not exist")
+        _check_readable(path)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -213,7 +222,7 @@ def _fill(source: Stored, room: Tensor) -> None:
     start, rows = 0, room if room.ndim else room[None]
     for block in source.blocks():
         target = rows[start : start + len(block)]
-        target.copy_(block)
+        target.copy_(cast(block, room.dtype, source.names[0]))
         drop_pages(target)  # written through to the file, which the kernel flushes
         start += len(block)
 
@@ -227,7 +236,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dt
     end = 0
     for name, tensor in tensors.items():
         kind = dtype or tensor.dtype
-        begin, end = end, end + torch.empty(0, dtype=kind).itemsize * _count(tensor.shape)
+        begin, end = end, end + kind.itemsize * math.prod(tensor.shape)
         header[name] = {"dtype": DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
@@ -236,19 +245,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dt
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             for block in tensor.blocks():
-                file.write(raw_bytes(block if dtype is None else block.to(dtype)))
+                file.write(raw_bytes(cast(block, dtype or block.dtype, tensor.names[0])))
 
     atomic_write(path, write)
+
+
+def cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Finite numbers in `dtype`. Raises CheckpointError that names the tensor if one is too large for it."""
+    narrow = block.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(block.dtype).max and not _finite(narrow):
+        raise CheckpointError(
+            f"{name} has numbers beyond {torch.finfo(dtype).max:.3g}, the largest "
+            f"{str(dtype).removeprefix('torch.')}: choose a wider type"
+        )
+    return narrow
 
 
 def raw_bytes(block: Tensor) -> memoryview:
     """A contiguous tensor's bytes, not copied."""
     data: memoryview = block.reshape(-1).view(torch.uint8).numpy().data
     return data
-
-
-def _count(shape: Iterable[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n

@@ -76,6 +76,25 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "m.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("big", [1e6, -1e6])
+def test_a_number_too_large_for_the_narrower_type_is_named(big: float, tmp_path: Path) -> None:
+    weights = {"ours": Stored(("theirs",), (torch.tensor([1.0, 65504.0, big]),))}
+    with pytest.raises(CheckpointError, match=r"theirs has numbers beyond 6\.55e\+04, the largest float16"):
+        write_pickled(tmp_path / "m.pt", {}, {"state": weights}, torch.float16)
+    with pytest.raises(CheckpointError, match="theirs has numbers beyond"):
+        write_safetensors(tmp_path / "m.safetensors", weights, torch.float16)
+    assert not list(tmp_path.iterdir())
+    write_safetensors(tmp_path / "m.safetensors", weights, torch.bfloat16)
+
+
+@pytest.mark.parametrize("reader", [read_tensors, read_safetensors])
+def test_a_folder_in_place_of_a_file_is_not_called_missing(reader: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot read {tmp_path}: Is a directory"):
+        reader(tmp_path)
+    with pytest.raises(CheckpointError, match="nothing does not exist"):
+        reader(tmp_path / "nothing")
+
+
 def _header(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
     def edit(data: bytes) -> bytes:
         (size,) = struct.unpack("<Q", data[:8])

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from blt.folders import replace_folder
-from blt.tensors import Stored, raw_bytes
+from blt.tensors import Stored, cast, raw_bytes
 from blt_runtime import manifest as manifests
 from blt_runtime.bundle import entry_of
 from blt_runtime.errors import UsageError
@@ -88,7 +88,7 @@ def write_hash_tables(tables: Stored, folder: Path, dtype: TableDtype) -> Path:
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for block in tables.blocks():
-            file.write(raw_bytes(block.to(getattr(torch, dtype))))
+            file.write(raw_bytes(cast(block, getattr(torch, dtype), tables.names[0])))
     return path
 
 
