@@ -105,10 +105,14 @@ def make_part(
     layers = config.n_layers if isinstance(config, EntropyConfig) else _blt_layers(config)
     if layers > len(found):
         raise CheckpointError(f"{where}: the configuration has {layers} layers, the file only {len(found)} tensors")
+    try:
+        expected_shapes = shapes(config)
+    except RuntimeError as error:  # torch has no number for such a size
+        raise CheckpointError(f"{where}: the configuration cannot be right: {str(error).splitlines()[0]}") from None
     weights: dict[str, Stored] = {}
     problems: list[str] = []
     left = dict(found)
-    for ours, shape in shapes(config).items():
+    for ours, shape in expected_shapes.items():
         theirs = names_of(ours)
         expected = shape if len(theirs) == 1 else (shape[0] // len(theirs), *shape[1:])
         pieces = [left.pop(name, None) for name in theirs]
@@ -136,7 +140,10 @@ def _problem(tensor: Stored, expected: tuple[int, ...]) -> str | None:
     if tensor.shape != expected:
         return f"{tensor.names[0]} is {tensor.shape}, expected {expected}"
     if tensor.dtype not in DTYPES:
-        return f"{tensor.names[0]} is {str(tensor.dtype).removeprefix('torch.')}, weights are floating-point numbers"
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"{tensor.names[0]} is {str(tensor.dtype).removeprefix('torch.')}, weights are one of {known}"
+    if any(piece.layout is not torch.strided or piece.is_meta for piece in tensor.pieces):
+        return f"{tensor.names[0]} is sparse or has no data, weights are plain tensors"
     return None
 
 

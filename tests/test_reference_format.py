@@ -156,6 +156,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "half a byte": (lambda p: p["data"]["patcher_args"].update(patching_mode="static"), r"whole patch_size, not 4\.5"),
     "more layers": (lambda p: p["model"].update(n_layers_global=3), r"missing .*global_transformer\.layers\.2"),
     "fewer layers": (lambda p: p["model"].update(n_layers_global=1), r"unknown .*global_transformer\.layers\.1"),
+    "beyond all memory": (lambda p: p["model"].update(dim_global=10**18), "/blt: the configuration cannot be right"),
     "width": (
         lambda p: p["model"].update(encoder_hash_byte_group_vocab=98),
         r"encoder_hash_tok_embedding.0.weight is \(97, 32\), expected \(98, 32\)",
@@ -230,6 +231,64 @@ def test_swapped_shapes_are_all_named(tmp_path: Path) -> None:
         load(folder)
 
 
+def change_state(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    content = torch.load(folder / "consolidated.pth", weights_only=True)
+    change(content["model"])
+    torch.save(content, folder / "consolidated.pth")
+
+
+FFN = "global_transformer.layers.0.feed_forward"
+
+
+@pytest.mark.parametrize("part", ["w1", "w2", "w3"])
+def test_a_swapped_matrix_is_named_and_not_those_beside_it(part: str, tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny())
+    change_state(folder, lambda state: state.update({f"{FFN}.{part}.weight": state[f"{FFN}.{part}.weight"].T}))
+    with pytest.raises(CheckpointError, match=rf"do not fit the configuration: {FFN}\.{part}\.weight is [^;]*$"):
+        load(folder)
+
+
+def test_matrices_that_say_how_wide_a_layer_is_are_missed_all_at_once(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny())
+    names = ["local_encoder.layers.0.attention.wq.weight", f"{FFN}.w1.weight"]
+    change_state(folder, lambda state: [state.pop(name) for name in names])
+    with pytest.raises(CheckpointError, match=f"missing {names[0]}; missing {names[1]}$"):
+        load(folder)
+    change_state(folder, lambda state: [state.pop(n) for n in list(state) if n.startswith("local_encoder.layers")])
+    with pytest.raises(CheckpointError, match=rf"missing {names[0]}; missing local_encoder\.layers\.0\.attention\.wk"):
+        load(folder)
+
+
+ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "float8_e4m3fn, weights are": lambda t: t.to(torch.float8_e4m3fn),
+    "sparse": torch.Tensor.to_sparse,
+    "sparse or has no data": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize("message", ODD)
+def test_odd_tensors_are_no_weights(message: str, tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny())
+    change_state(folder, lambda state: state.update({f"{FFN}.w1.weight": ODD[message](state[f"{FFN}.w1.weight"])}))
+    with pytest.raises(CheckpointError, match=rf"{FFN}\.w1\.weight is {message}"):
+        load(folder)
+
+
+def test_an_entropy_model_that_does_not_call_itself_one(tmp_path: Path) -> None:
+    """The reference's loader reads the section `entropy_model` and nothing else."""
+    folder = write_reference(tmp_path, tiny())
+    edit(tmp_path / "entropy_model", lambda p: p.pop("train_entropy_model"))
+    assert load(folder).entropy is not None
+
+
+@pytest.mark.parametrize("args", [None, 5, []])
+def test_arguments_that_are_none(args: object, tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, tiny(), "hub")
+    (folder / "config.json").write_text(json.dumps({"args": args}))
+    with pytest.raises(CheckpointError, match=r"blt/config\.json has no section 'args'"):
+        load(folder)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["encoder_hash_tok_embedding.1.weight", "global_transformer.layers.1.ffn_norm.weight"])
 def test_weights_that_are_not_finite_are_named(name: str, bad: float, tmp_path: Path) -> None:
@@ -246,5 +305,7 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
     content = torch.load(folder / "consolidated.pth", weights_only=True)
     content["model"]["local_decoder.norm.weight"] = torch.ones(32, dtype=torch.int8)
     torch.save(content, folder / "consolidated.pth")
-    with pytest.raises(CheckpointError, match=r"local_decoder\.norm\.weight is int8, weights are floating-point"):
+    with pytest.raises(
+        CheckpointError, match=r"local_decoder\.norm\.weight is int8, weights are one of float32, float16"
+    ):
         load(folder)

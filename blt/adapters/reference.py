@@ -23,7 +23,7 @@ from torch import Tensor
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
 from blt.source import HASH_TABLES, Part, Source, make_part, parse
 from blt.tensors import Stored, read_safetensors, read_tensors, stored
-from blt_runtime.errors import BltError, CheckpointError
+from blt_runtime.errors import BltError, CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
 
 log = logging.getLogger("blt.adapters")
@@ -147,26 +147,28 @@ def read(path: Path) -> Source:
 
 
 def _read_training(path: Path) -> Source:
-    params, tensors = _json(path / PARAMS), _read_pickled(path / WEIGHTS)
-    if params.get("train_entropy_model"):
+    file = path / PARAMS
+    params, tensors = _json(file), _read_pickled(path / WEIGHTS)
+    if params.get("train_entropy_model") or not params.get("model"):
         key = "entropy_model" if params.get("entropy_model") else "model"
-        entropy = _section(EntropyArguments, PARAMS, params, key)
-        _check_forced(entropy)
+        entropy = _section(EntropyArguments, file, params, key)
+        _check_forced(entropy, file)
         return Source("reference", path, entropy=_entropy_part(entropy, tensors, path))
-    args = _section(ModelArguments, PARAMS, params, "model")
-    rule = patch_rule(args, params, PARAMS)
+    args = _section(ModelArguments, file, params, "model")
+    rule = patch_rule(args, params, file)
     return Source("reference", path, _blt_part(args, tensors, path), None, rule)
 
 
 def _read_hub(path: Path) -> Source:
-    config, tensors = _json(path / HUB_CONFIG), read_safetensors(path / HUB_WEIGHTS)
-    if "dim_global" not in config["args"]:
-        entropy = _section(EntropyArguments, HUB_CONFIG, config, "args")
+    file, train_args = path / HUB_CONFIG, path / TRAIN_ARGS
+    config, tensors = _json(file), read_safetensors(path / HUB_WEIGHTS)
+    if not isinstance(config["args"], dict) or "dim_global" not in config["args"]:
+        entropy = _section(EntropyArguments, file, config, "args")
         return Source("hub", path, entropy=_entropy_part(entropy, tensors, path))
-    if not (path / TRAIN_ARGS).is_file():
+    if not train_args.is_file():
         raise CheckpointError(f"{path} has no {TRAIN_ARGS}, and the threshold of its patches is written only there")
-    args = _section(ModelArguments, HUB_CONFIG, config, "args")
-    rule = patch_rule(args, _json(path / TRAIN_ARGS), TRAIN_ARGS)
+    args = _section(ModelArguments, file, config, "args")
+    rule = patch_rule(args, _json(train_args), train_args)
     return Source("hub", path, _blt_part(args, tensors, path), None, rule)
 
 
@@ -184,14 +186,14 @@ def _entropy_part(args: EntropyArguments, tensors: Tensors, path: Path) -> Part:
     return make_part(entropy_config(args, tensors), tensors, lambda n: [reference_name(n, entropy=True)], path, UNUSED)
 
 
-def _check_forced(args: EntropyArguments) -> None:
+def _check_forced(args: EntropyArguments, file: Path) -> None:
     """The reference's loader does not read these arguments but takes its own values (spec section 4): a model that was
     trained with others gives entropies there that nobody meant."""
     for name, forced in (("sliding_window", 512), ("rope_theta", 10000.0), ("norm_eps", 1e-5)):
         value = getattr(args, name)
         if value is not None and value != forced:
             raise CheckpointError(
-                f"{PARAMS}: the entropy model has {name} {value}, but the reference runs every one with {forced}: "
+                f"{file}: the entropy model has {name} {value}, but the reference runs every one with {forced}: "
                 f"it does not belong to the BLT's patches; write {forced} to get what the reference computes"
             )
 
@@ -201,7 +203,7 @@ def _json(path: Path, required: bool = True) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -216,14 +218,14 @@ def _read_pickled(path: Path) -> Tensors:
     return stored(weights, path)
 
 
-def _section(kind: type[Section], file: str, values: Any, *keys: str) -> Section:
+def _section(kind: type[Section], file: Path, values: Any, *keys: str) -> Section:
     """One section of a JSON file, checked. Raises CheckpointError that names the argument."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     where = ".".join(keys)
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} has no section {where!r}")
-    return parse(kind, values, file, where)
+    return parse(kind, values, str(file), where)
 
 
 def blt_config(args: ModelArguments, weights: Tensors) -> BLTConfig:
@@ -240,7 +242,7 @@ def blt_config(args: ModelArguments, weights: Tensors) -> BLTConfig:
             rope_theta=args.rope_theta or 10000.0,
             max_seqlen=length or 8192,
             window=window,
-            **_shapes(weights, f"{name}.layers.0.", heads),
+            **_shapes(weights, f"{name}.layers.", heads),
         )
 
     window, length = args.local_attention_window_len, args.max_encoder_seq_length
@@ -266,25 +268,39 @@ def blt_config(args: ModelArguments, weights: Tensors) -> BLTConfig:
     )
 
 
-def _shapes(weights: Tensors, layer: str, heads: int) -> dict[str, Any]:
-    """Head counts and widths from a layer's weights: the reference derives them from one of several arguments each,
-    and the weights are what counts."""
-    rows = {}
-    for part in ("attention.wq", "attention.wk", "feed_forward.w1"):
-        name = f"{layer}{part}.weight"
-        if name not in weights or len(weights[name].shape) != 2:
-            raise CheckpointError(f"the checkpoint has no matrix {name}")
-        rows[part] = weights[name].shape[0]
-    head_dim = rows["attention.wq"] // heads
-    if head_dim == 0 or rows["attention.wq"] % heads or rows["attention.wk"] % head_dim:
-        raise CheckpointError(f"{layer}attention.wq.weight and wk do not divide into {heads} heads")
-    default = weights[f"{layer}attention.wq.weight"].shape[1] == heads * head_dim
+def _shapes(weights: Tensors, stack: str, heads: int) -> dict[str, Any]:
+    """Head counts and widths from a stack's weights: the reference derives them from one of several arguments each,
+    and the weights are what counts. None where the weights do not say: then they are missing and listed as such."""
+    width = _most_common(weights, stack, ("attention.wq", 0), ("attention.wo", 1))
+    shared = _most_common(weights, stack, ("attention.wk", 0), ("attention.wv", 0))
+    ffn_dim = _most_common(weights, stack, ("feed_forward.w1", 0), ("feed_forward.w3", 0), ("feed_forward.w2", 1))
+    if width is None or shared is None:
+        return {"n_heads": heads, "ffn_dim": ffn_dim}
+    head_dim = width // heads
+    if head_dim == 0 or width % heads or shared % head_dim:
+        raise ConfigError(
+            f"{stack}*.attention.wq and wk with {width} and {shared} rows do not divide into {heads} heads"
+        )
+    default = _most_common(weights, stack, ("attention.wq", 1), ("attention.wo", 0)) == width
     return {
         "n_heads": heads,
-        "n_kv_heads": rows["attention.wk"] // head_dim,
+        "n_kv_heads": shared // head_dim,
         "head_dim": None if default else head_dim,
-        "ffn_dim": rows["feed_forward.w1"],
+        "ffn_dim": ffn_dim,
     }
+
+
+def _most_common(weights: Tensors, stack: str, *places: tuple[str, int]) -> int | None:
+    """The size that most of a stack's matrices have at these places (name and axis), so that one that is misshapen is
+    not the measure of the others."""
+    named = [(name.removeprefix(stack), tensor.shape) for name, tensor in weights.items() if name.startswith(stack)]
+    sizes = [
+        shape[axis]
+        for name, shape in named
+        for part, axis in places
+        if name.endswith(f".{part}.weight") and len(shape) == 2
+    ]
+    return max(sizes, key=sizes.count) if sizes else None
 
 
 def _hash_config(args: ModelArguments) -> HashConfig | None:
@@ -306,11 +322,11 @@ def entropy_config(args: EntropyArguments, weights: Tensors) -> EntropyConfig:
         rope_theta=args.rope_theta or 10000.0,
         window=args.sliding_window or 512,
         max_seqlen=max(8192, args.max_seqlen or 0),
-        **_shapes(weights, "layers.0.", args.n_heads),
+        **_shapes(weights, "layers.", args.n_heads),
     )
 
 
-def patch_rule(model: ModelArguments, params: Mapping[str, Any], file: str) -> PatchRule:
+def patch_rule(model: ModelArguments, params: Mapping[str, Any], file: Path) -> PatchRule:
     """The rule of `data.patcher_args`, or of the model where it patches by itself (spec section 5)."""
     if model.patch_in_forward:
         if model.patching_mode not in ("space", "byte"):
