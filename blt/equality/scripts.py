@@ -22,6 +22,8 @@ from blt_runtime.ids import OFFSET, Ids, decode
 AHEAD = 8
 """Most ids that a script generates beyond the row."""
 Op = tuple[str, int]
+GOING_BACK = ("rewind", "reset", "other", "generate")
+"""What was computed before them may be computed again, and a near boundary may then fall otherwise."""
 
 
 def make_script(n_ids: int, start: int, chunk: int, random: Random) -> list[Op]:
@@ -84,7 +86,7 @@ class Run:
     def advance(self) -> None:
         """The next operation, and the end of the run behind the last one."""
         name, count = self._ops.pop()
-        if name in ("rewind", "reset", "other"):
+        if name in GOING_BACK:
             self._settle()
         getattr(self, f"_{name}")(count)
         if self.done:
