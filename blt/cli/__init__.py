@@ -14,6 +14,7 @@ import typer
 
 from blt import __version__
 from blt.cli import (
+    bench,
     calibrate,
     check,
     console,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
+app.add_typer(bench.app, name="bench")
 app.command("patch")(patch.patch)
 app.command("calibrate")(calibrate.calibrate)
 app.command("inspect")(inspect.inspect)

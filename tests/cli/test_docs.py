@@ -14,7 +14,7 @@ Call = Callable[..., Any]
 REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text()
 CLI = (REPO / "docs" / "cli.md").read_text()
-GROUPS = ("data", "train")
+GROUPS = ("data", "train", "bench")
 
 COMMANDS = re.findall(r"^blt .*$", README, re.MULTILINE) + re.findall(r"^\| `(blt .*?)`", CLI, re.MULTILINE)
 

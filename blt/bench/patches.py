@@ -1,0 +1,49 @@
+"""How fast text is cut into patches: entropies, then the rule, nothing else."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+from blt_runtime import Model, patch_lengths
+from blt_runtime.errors import UsageError
+from blt_runtime.ids import encode
+from blt_runtime.memory import Memory
+from blt_runtime.prefill import Prefill
+
+
+@dataclass(frozen=True)
+class Patching:
+    """Seconds (medians) of finding the patches of `n` bytes: their entropies, then the rule; and what was found."""
+
+    n: int
+    entropies_s: float
+    rule_s: float
+    mean_patch: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.n / (self.entropies_s + self.rule_s)
+
+
+def patching(model: Model, data: bytes, repeat: int) -> Patching:
+    """Measures patching alone, in chunks as a prompt is read. Raises CapacityError, or UsageError for no bytes."""
+    if not data:
+        raise UsageError("patching needs at least 1 byte of text")
+    ids_N, rule = encode(data, bos=True), model.spec.patch_rule
+    memory = Memory(model.spec, model.backend, None)
+    memory.check_room(len(ids_N))
+    prefill = Prefill(memory)
+    took = []
+    for _ in range(1 + repeat):  # the first one warms up
+        memory.clear()
+        began = time.perf_counter()
+        memory.place(ids_N)
+        if rule.needs_entropy:
+            prefill._run_entropy(0, len(ids_N))
+        read = time.perf_counter()
+        lengths_P = patch_lengths(rule, ids_N, memory.entropies.array[0, : len(ids_N)], include_next_token=False)
+        took.append((read - began, time.perf_counter() - read))
+    entropies_s, rule_s = (statistics.median(column) for column in zip(*took[1:], strict=True))
+    return Patching(len(data), entropies_s, rule_s, len(data) / max(1, len(lengths_P) - 1))

@@ -1,0 +1,135 @@
+"""One timed generation of given bytes.
+
+The stream computes everything that generation computes and the sampler draws a byte, but the given one is taken in: no
+model can end a run, repeat itself or drift to other patch sizes, so runs are comparable.
+
+Letters: N bytes of text, P patches, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blt_runtime import Model, Sampler, Stream
+from blt_runtime.errors import CapacityError, InputError, UsageError
+from blt_runtime.ids import encode
+
+Ids = NDArray[np.int64]
+
+_WORDS = (
+    "the of and to in a is that it was for on are with as they be at one have this from or had by but some what there "
+    "we can out other were all your when up use word how said an each she which do their time if will way about many "
+    "then them would write like so these her long make thing see him two has look more day could go come did sound no "
+    "most number who over know water than call first people may down side been now find any new work part take get "
+    "place made live where after back little only round year came show every good me give our under name very through "
+    "just form much great think say help low line before turn cause same mean differ move right old too does tell set "
+    "three want air well also play small end put home read hand port large spell add even land here must big high such "
+    "follow act why ask change went light kind off need house picture try us again animal point world near build earth"
+)
+
+
+def bench_text(n: int) -> bytes:
+    """`n` bytes of common English words in sentences that mean nothing; always the same, a longer one goes on."""
+    random, known, text = Random(0), _WORDS.split(), bytearray()
+    while len(text) < n:
+        words = [known[int(random.random() * len(known))] for _ in range(5 + int(10 * random.random()))]
+        text += (" ".join(words).capitalize() + ". ").encode()
+    return bytes(text[:n])
+
+
+class Forced(Sampler):
+    """Samples as asked and throws the draw away: the given ids come out, one after the other."""
+
+    def __init__(self, ids: Iterable[int], temperature: float) -> None:
+        super().__init__(temperature, seed=0)
+        self._ids = iter(ids)
+
+    def __call__(self, logits_V: NDArray[Any]) -> int:
+        super().__call__(logits_V)
+        return next(self._ids)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run reads in and then generates: ids without BOS."""
+
+    prompt: Ids
+    new: Ids
+
+    @classmethod
+    def of(cls, data: bytes, prompt_bytes: int, new_bytes: int) -> Text:
+        """The first bytes of `data`. Raises UsageError for a size that measures nothing, InputError if it is short."""
+        if prompt_bytes < 1 or new_bytes < 2:
+            raise UsageError("a run needs at least 1 byte of prompt and 2 new bytes: a gap lies between two bytes")
+        if len(data) < prompt_bytes + new_bytes:
+            raise InputError(f"the text has {len(data)} bytes, but the run needs {prompt_bytes + new_bytes}")
+        ids_N = encode(data[: prompt_bytes + new_bytes], bos=False)
+        return cls(ids_N[:prompt_bytes], ids_N[prompt_bytes:])
+
+    def check_room(self, capacity: int) -> None:
+        """Raises CapacityError unless a stream of `capacity` tokens holds BOS and the whole text."""
+        n = 1 + len(self.prompt) + len(self.new)
+        if n > capacity:
+            raise CapacityError(
+                f"BOS, {len(self.prompt)} bytes of prompt and {len(self.new)} new bytes are {n} tokens, but a stream "
+                f"holds {capacity}: give fewer bytes, or export with a larger --capacity"
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed generation. Seconds: of reading the prompt, from there on to the first byte included, between bytes.
+
+    closed: patches that ended while the gaps were timed, so the latent calls in them.
+    """
+
+    prefill_s: float
+    first_byte_s: float
+    gaps_s: Sequence[float]
+    closed: int
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Behind the first byte."""
+        return len(self.gaps_s) / sum(self.gaps_s)
+
+    @property
+    def mean_patch(self) -> float:
+        """Bytes per latent call in the timed part; infinity if there was none."""
+        return len(self.gaps_s) / self.closed if self.closed else math.inf
+
+
+def run(stream: Stream, text: Text, sampler: Sampler, at_first: Callable[[], None] = lambda: None) -> Run:
+    """Reads the prompt, then generates. `at_first` is called behind the first byte, outside of every timing."""
+    gc.collect()
+    began = time.perf_counter()
+    stream.append_ids(text.prompt)
+    read = time.perf_counter()
+    stamps = []
+    for _ in stream.generate_ids(len(text.new), sampler):
+        stamps.append(time.perf_counter())
+        if len(stamps) == 1:
+            at_first()
+            resumed = time.perf_counter()
+    gaps = [b - a for a, b in pairwise([resumed, *stamps[1:]])]
+    starts_P = np.cumsum(stream.patch_lengths)[:-1]
+    timed_from = stream.position - len(gaps)  # position of the first token behind the first byte
+    return Run(read - began, stamps[0] - began, gaps, int((starts_P > timed_from).sum()))
+
+
+def with_changes(model: Model, **changes: Any) -> Model:
+    """The model with another backend or spec; weights and tables are shared."""
+    other = copy.copy(model)
+    vars(other).update(changes)
+    return other

@@ -1,0 +1,274 @@
+"""`blt bench`: how fast a model runs here, and how near that is to what the memory allows."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from blt.cli import console, files, models, options
+from blt_runtime.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from blt.bench import Latency, Weights
+    from blt.source import Source
+    from blt_runtime import Model
+
+PARTS_OF_SOURCE = {
+    "entropy model": "entropy",
+    "local encoder": "encoder",
+    "latent transformer": "latent",
+    "local decoder": "decoder",
+}
+
+app = typer.Typer(no_args_is_help=True, help="How fast a model runs here.")
+
+PromptBytes = Annotated[str, typer.Option("--prompt-bytes", metavar="SIZE", help="Bytes read in.")]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="Text to use (default: English words, always the same).")
+]
+Repeat = Annotated[int, typer.Option(min=1, help="Runs; medians are shown.")]
+
+
+@app.command("latency")
+def latency(
+    model: options.ModelPath,
+    prompt_bytes: PromptBytes = "512",
+    new_bytes: Annotated[str, typer.Option("--new-bytes", metavar="SIZE", help="Bytes generated.")] = "128",
+    repeat: Repeat = 3,
+    patch_size: Annotated[
+        float | None, typer.Option(min=1.0, help="Choose the threshold that gives this mean patch (default: its own).")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
+    text: TextFile = None,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw where the time goes as .png or .html.")] = None,
+    backend: options.Backend = "auto",
+    entropy_model: options.EntropyModel = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """One stream: bytes per second, gaps between bytes, and the share of the speed at which memory gives weights."""
+    from blt import bench
+    from blt.machine import available_cores
+
+    prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
+    new_n = options.parse_size(new_bytes, "--new-bytes", at_least=2)
+    _check_plot(plot)
+    given = bench.Text.of(_text(text, prompt_n + new_n), prompt_n, new_n)
+    began = time.perf_counter()
+    with models.open_model(model, backend=backend, entropy_model=entropy_model, threads=threads) as opened:
+        open_s = time.perf_counter() - began
+        if patch_size is not None:
+            opened = bench.at_patch_size(opened, given, patch_size)
+        found = bench.latency(
+            opened,
+            given,
+            _weights(opened, model, entropy_model),
+            repeat=repeat,
+            temperature=temperature,
+            threads=threads or available_cores(),
+        )
+        report = {**_setting(opened, model, "latency"), "open_s": open_s, **latency_report(found)}
+    if plot is not None:
+        _plot(found, f"{model} on {report['backend']}, {_threads(found.bandwidth.threads)}", plot)
+    if as_json:
+        console.print_json("blt.bench/1", report)
+        return
+    _show(report, found)
+
+
+@app.command("patch")
+def patch(
+    model: options.ModelPath,
+    prompt_bytes: PromptBytes = "512",
+    repeat: Repeat = 3,
+    text: TextFile = None,
+    backend: options.Backend = "auto",
+    entropy_model: options.EntropyModel = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Patching alone: entropies of a text, then the rule."""
+    from blt import bench
+
+    size = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
+    data = _text(text, size)
+    if len(data) < size:
+        raise InputError(f"{text} has {len(data)} bytes, fewer than --prompt-bytes {size}")
+    with models.open_model(model, backend=backend, entropy_model=entropy_model, threads=threads) as opened:
+        found = bench.patching(opened, data[:size], repeat)
+        report = {
+            **_setting(opened, model, "patch"),
+            "bytes": found.n,
+            "repeat": repeat,
+            "bytes_per_s": found.bytes_per_s,
+            "entropies_s": found.entropies_s,
+            "rule_s": found.rule_s,
+            "mean_patch_bytes": found.mean_patch,
+        }
+    if as_json:
+        console.print_json("blt.bench/1", report)
+        return
+    print(
+        f"{found.bytes_per_s:,.0f} bytes/s: {found.n:,} bytes, entropies {1e3 * found.entropies_s:.3g} ms, "
+        f"rule {1e3 * found.rule_s:.3g} ms, mean patch {found.mean_patch:.2f} bytes"
+    )
+
+
+# --- parts -------------------------------------------------------------------------------------------------
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot is None:
+        return
+    if plot.suffix.lower() not in (".png", ".html"):
+        raise UsageError(f"--plot {plot}: the name must end in .png or .html")
+    files.check_folder(plot)
+
+
+def _text(path: Path | None, size: int) -> bytes:
+    """The first `size` bytes of a file (or fewer, if it has fewer), or of the built-in text."""
+    from blt.bench import bench_text
+
+    if path is None:
+        return bench_text(size)
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
+    """Weight bytes per byte: from a bundle's files, or from a checkpoint's configuration."""
+    from blt.weights import bundle_weight_bytes
+
+    if opened.manifest is not None:
+        return partial(bundle_weight_bytes, opened.manifest)
+    from blt.checkpoint import open_source
+
+    return partial(_source_weights, open_source(path, entropy_model=entropy_model))
+
+
+def _source_weights(source: Source, patch_size: float) -> dict[str, float]:
+    from blt.weights import source_weight_bytes
+
+    return {PARTS_OF_SOURCE.get(part, part): n for part, n in source_weight_bytes(source, patch_size).items()}
+
+
+def _setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "model": path,
+        "backend": opened.backend.name,
+        "precision": opened.manifest.precision if opened.manifest else "fp32",
+        "patch_rule": {k: v for k, v in opened.spec.patch_rule.to_dict().items() if v not in (None, False)},
+    }
+
+
+def latency_report(found: Latency) -> dict[str, Any]:
+    """The numbers of `blt.bench/1`, seconds and bytes."""
+    mean = found.mean_patch if found.runs[0].closed else None
+    parts = found.split
+    return {
+        "threads": found.bandwidth.threads,
+        "new_bytes": 1 + len(found.runs[0].gaps_s),
+        "prompt_bytes": found.prompt_bytes,
+        "repeat": len(found.runs),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "bytes_per_s": found.bytes_per_s,
+        "bytes_per_s_of_runs": [run.bytes_per_s for run in found.runs],
+        "time_to_first_byte_s": found.first_byte_s,
+        "gap_p50_s": found.gap_s(50),
+        "gap_p95_s": found.gap_s(95),
+        "prefill_bytes_per_s": found.prompt_bytes / found.prefill_s,
+        "mean_patch_bytes": mean,
+        "weight_bytes_per_byte": dict(found.weights) or None,
+        "read_bandwidth": vars(found.bandwidth),
+        "floor_bytes_per_s": found.floor_bytes_per_s,
+        "share_of_floor": found.share_of_floor,
+        "peak_bytes": found.peak_bytes,
+        "resident_hash_table_bytes": found.tables_bytes,
+        "seconds_per_byte": {**parts.seconds, "total": parts.total_s},
+        "latent_call_s": parts.latent_call_s,
+        "latent_calls_per_byte": parts.calls["latent"] / parts.n,
+    }
+
+
+# --- for people --------------------------------------------------------------------------------------------
+
+
+def _size(n: float | None) -> str:
+    return "unknown" if n is None else f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread{'s' if n > 1 else ''}"
+
+
+def _show(report: dict[str, Any], found: Latency) -> None:
+    from blt.plot_bench import milliseconds
+
+    bandwidth, mean, share = found.bandwidth, report["mean_patch_bytes"], found.share_of_floor
+    console.print_tree(
+        {
+            "model": f"{report['model']}, {report['precision']} on {report['backend']}, {_threads(bandwidth.threads)}",
+            "text": f"{report['prompt_bytes']:,} bytes of prompt, {report['new_bytes']:,} new bytes, "
+            f"{report['repeat']} runs, mean patch {'none ended' if mean is None else f'{mean:.2f} bytes'}",
+            "speed": f"{found.bytes_per_s:,.1f} bytes/s behind the first byte",
+            "gap between bytes": f"p50 {milliseconds(found.gap_s(50))}, p95 {milliseconds(found.gap_s(95))}",
+            "time to first byte": f"{milliseconds(found.first_byte_s)}, "
+            f"prompt at {report['prefill_bytes_per_s']:,.0f} bytes/s",
+            "weights read": f"{_size(found.weights.get('total'))} per byte",
+            "read bandwidth": f"{bandwidth.bytes_per_s / 1e9:.1f} GB/s (best sweep of {_size(bandwidth.buffer_bytes)} "
+            f"by {bandwidth.method})",
+            "floor": "unknown" if share is None else f"{found.floor_bytes_per_s:,.1f} bytes/s, reached {share:.1%}",
+            "opening": f"{report['open_s']:.2f} s",
+            "peak memory": f"{_size(found.peak_bytes)}, of it hash tables {_size(found.tables_bytes)}",
+            "load average": report["load_average"],
+        }
+    )
+    print()
+    console.stdout_console().print(split_table(found))
+
+
+def split_table(found: Latency) -> Table:
+    """Where the time of a byte goes, and how fast each part reads its weights."""
+    parts, title = found.split, "where the time of a byte goes (a pass of its own, each call timed)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("part", "µs/byte", "share", "µs/call", "calls", "MB/byte", "GB/s", "of bandwidth"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    read = found.weights
+    for part, seconds in parts.seconds.items():
+        calls, n = parts.calls.get(part, 0), read.get("hash tables" if part == "hashing" else part)
+        rate = n / seconds if n and seconds > 0 else None
+        table.add_row(
+            part,
+            f"{1e6 * seconds:,.1f}",
+            f"{seconds / parts.total_s:.1%}",
+            f"{1e6 * seconds * parts.n / calls:,.1f}" if calls else "",
+            f"{calls:,}" if calls else "",
+            "" if n is None else f"{n / 1e6:,.3f}",
+            "" if rate is None else f"{rate / 1e9:.1f}",
+            "" if rate is None else f"{rate / found.bandwidth.bytes_per_s:.0%}",
+        )
+    total = read.get("total")
+    table.add_row("total", f"{1e6 * parts.total_s:,.1f}", "", "", "", "" if total is None else f"{total / 1e6:,.3f}")
+    return table
+
+
+def _plot(found: Latency, title: str, path: Path) -> None:
+    from blt.plot_bench import Bar, Bars, render
+
+    bars = [Bar("measured", found.split.seconds)]
+    if found.weights:
+        floor = found.floor_s()
+        bars.append(Bar("weights alone", {part: floor[part] for part in found.split.seconds if part in floor}))
+    with files.replacing(path) as draft:
+        draft.write_bytes(render(Bars(bars, title), path.suffix.lower().removeprefix(".")))

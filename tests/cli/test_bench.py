@@ -1,0 +1,166 @@
+"""`blt bench`: reports, tables, figures, and what can be wrong. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blt.bench import PARTS
+from blt.checkpoint import save
+from blt.machine import MemoryReader
+from blt.plot_bench import Bar, Bars, milliseconds, render, to_html
+from blt_runtime.errors import UsageError
+from tests.tiny import tiny
+
+Call = Callable[..., Any]
+SIZES = ["--prompt-bytes", "24", "--new-bytes", "17", "--repeat", "2", "--threads", "1"]
+KEYS = {
+    "schema", "kind", "model", "backend", "precision", "patch_rule", "open_s", "threads", "prompt_bytes", "new_bytes",
+    "repeat", "load_average", "bytes_per_s", "bytes_per_s_of_runs", "time_to_first_byte_s", "gap_p50_s", "gap_p95_s",
+    "prefill_bytes_per_s", "mean_patch_bytes", "weight_bytes_per_byte", "read_bandwidth", "floor_bytes_per_s",
+    "share_of_floor", "peak_bytes", "resident_hash_table_bytes", "seconds_per_byte", "latent_call_s",
+    "latent_calls_per_byte",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random BLT as model.pt and as a bundle, one with static patches, and the first one's entropy model."""
+    from blt_export import export
+
+    folder = tmp_path_factory.mktemp("bench")
+    save(folder / "model.pt", tiny())
+    save(folder / "static.pt", tiny("static"))
+    export(tiny(), folder / "bundle", capacity=256, check=False)
+    (folder / "text").write_bytes(b"All work and no play makes a dull text. " * 4)
+    return {path.stem: path for path in folder.iterdir()} | {"tmp": folder}
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blt.bench.measure.MemoryReader", lambda threads: MemoryReader(threads, 1 << 16))
+
+
+def report_of(result: Any) -> dict[str, Any]:
+    assert result.code == 0, result.err
+    report: dict[str, Any] = json.loads(result.text)
+    assert report["schema"] == "blt.bench/1"
+    return report
+
+
+@pytest.mark.parametrize("model", ["bundle", "model"])
+def test_latency_reports_everything(blt: Call, models: dict[str, Path], model: str) -> None:
+    report = report_of(blt("bench", "latency", models[model], *SIZES, "--json"))
+    assert set(report) == KEYS
+    assert report["backend"] == {"bundle": "onnx", "model": "torch"}[model]
+    assert (report["prompt_bytes"], report["new_bytes"], report["repeat"], report["threads"]) == (24, 17, 2, 1)
+    assert len(report["bytes_per_s_of_runs"]) == 2
+    read = report["weight_bytes_per_byte"]
+    assert set(read) == {"entropy", "encoder", "latent", "decoder", "hash tables", "total"}
+    assert min(read.values()) > 0
+    assert read["total"] == pytest.approx(sum(n for part, n in read.items() if part != "total"))
+    assert report["floor_bytes_per_s"] == pytest.approx(report["read_bandwidth"]["bytes_per_s"] / read["total"])
+    assert report["share_of_floor"] == pytest.approx(report["bytes_per_s"] / report["floor_bytes_per_s"])
+    spent = report["seconds_per_byte"]
+    assert tuple(spent) == (*PARTS, "total")
+    assert spent["total"] == pytest.approx(sum(spent[part] for part in PARTS))
+    assert report["latent_calls_per_byte"] == pytest.approx(1 / report["mean_patch_bytes"])
+    assert report["latent_call_s"] * report["latent_calls_per_byte"] == pytest.approx(spent["latent"])
+    assert report["gap_p95_s"] >= report["gap_p50_s"] > 0
+
+
+def test_weight_bytes_use_the_mean_patch_of_the_run(blt: Call, models: dict[str, Path]) -> None:
+    report = report_of(blt("bench", "latency", models["bundle"], *SIZES, "--json"))
+    told = blt("inspect", models["bundle"], "--json", "--patch-size", report["mean_patch_bytes"]).text
+    of_inspect = next(value for key, value in json.loads(told).items() if key.startswith("weight bytes"))
+    assert report["weight_bytes_per_byte"] == pytest.approx(of_inspect)
+
+
+def test_a_rule_without_entropies_reads_no_entropy_model(blt: Call, models: dict[str, Path]) -> None:
+    report = report_of(blt("bench", "latency", models["static"], *SIZES, "--json"))
+    assert report["mean_patch_bytes"] == pytest.approx(16 / 3, abs=2)
+    assert "entropy" not in report["weight_bytes_per_byte"]
+    assert report["seconds_per_byte"]["entropy"] == 0
+
+
+def test_a_wanted_patch_size_and_a_text_of_ones_own(blt: Call, models: dict[str, Path]) -> None:
+    sizes = ["--prompt-bytes", "40", "--new-bytes", "101", "--text", models["text"], "--temperature", "0", "--json"]
+    report = report_of(blt("bench", "latency", models["bundle"], *sizes, "--repeat", "1", "--patch-size", "4"))
+    assert report["mean_patch_bytes"] == pytest.approx(4, rel=0.1)
+    assert report["patch_rule"]["scheme"] == "entropy"
+
+
+def test_the_table_says_what_the_report_says(blt: Call, models: dict[str, Path]) -> None:
+    shown = blt("bench", "latency", models["bundle"], *SIZES)
+    assert shown.code == 0, shown.err
+    for words in ("bytes/s behind the first byte", "p95", "floor", "reached", "GB/s", "where the time", "1 thread\n"):
+        assert words in shown.text
+    parts = [line.split()[0] for line in shown.text.splitlines() if line.split()]
+    assert [part for part in parts if part in (*PARTS, "total")] == [*PARTS, "total"]
+
+
+@pytest.mark.parametrize("name", ["figure.html", "figure.png"])
+def test_a_figure_is_written(blt: Call, models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    if name.endswith("png"):
+        pytest.importorskip("matplotlib")
+    out = tmp_path / name
+    assert blt("bench", "latency", models["bundle"], *SIZES, "--plot", out).code == 0
+    data = out.read_bytes()
+    assert data.startswith(b"\x89PNG" if name.endswith("png") else b"<!doctype html>")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_figures_pieces_lie_end_to_end() -> None:
+    bars = Bars([Bar("measured", {"entropy": 0.002, "hashing": 0.0, "latent": 0.006}), Bar("floor", {"latent": 0.004})])
+    assert list(bars.bars[0].pieces()) == [("entropy", 0.0, 0.002), ("latent", 0.002, 0.006)]
+    assert bars.parts() == ["entropy", "latent"]
+    assert bars.longest == pytest.approx(0.008)
+    page = to_html(bars)
+    assert page.count("<rect") == 3
+    assert "latent: 6 ms, 75.0%" in page
+    assert milliseconds(2.5e-5) == "25 µs"
+    with pytest.raises(UsageError):
+        render(bars, "gif")
+
+
+@pytest.mark.parametrize("model", ["bundle", "static"])
+def test_patching_alone(blt: Call, models: dict[str, Path], model: str) -> None:
+    report = report_of(blt("bench", "patch", models[model], "--prompt-bytes", "90", "--json"))
+    assert report["kind"] == "patch"
+    assert report["bytes"] == 90
+    assert report["bytes_per_s"] == pytest.approx(90 / (report["entropies_s"] + report["rule_s"]))
+    assert (report["entropies_s"] > 1e-5) == (model == "bundle")
+    assert "bytes/s: 90 bytes" in blt("bench", "patch", models[model], "--prompt-bytes", "90").text
+
+
+WRONG = [
+    (["latency", "{bundle}", "--new-bytes", "0"], 2, "--new-bytes 0: must be at least 2"),
+    (["latency", "{bundle}", "--prompt-bytes", "0"], 2, "--prompt-bytes 0: must be at least 1"),
+    (["latency", "{bundle}", "--prompt-bytes", "240"], 1, "a stream holds 256"),
+    (["latency", "{bundle}", "--prompt-bytes", "8", "--plot", "x.gif"], 2, ".png or .html"),
+    (["latency", "{bundle}", "--prompt-bytes", "8", "--plot", "{tmp}/no/x.png"], 2, "folder"),
+    (["latency", "{bundle}", "--prompt-bytes", "100", "--text", "{text}"], 1, "160 bytes"),
+    (["latency", "{bundle}", "--prompt-bytes", "100", "--text", "{tmp}/none"], 1, "No such file"),
+    (["latency", "{bundle}", "--prompt-bytes", "8", "--patch-size", "500"], 2, "no threshold gives patches of 500"),
+    (["latency", "{static}", "--prompt-bytes", "8", "--patch-size", "4"], 2, "'static'"),
+    (["latency", "{bundle}", "--backend", "torch"], 2, "for --backend torch give the model.pt"),
+    (["latency", "no-such-model"], 2, "no such file"),
+    (["patch", "{bundle}", "--prompt-bytes", "0"], 2, "--prompt-bytes 0"),
+    (["patch", "{bundle}", "--prompt-bytes", "256"], 1, "capacity of 256"),
+    (["patch", "{bundle}", "--prompt-bytes", "200", "--text", "{text}"], 1, "160 bytes"),
+    (["throughput", "{bundle}"], 2, "throughput"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), WRONG, ids=[" ".join(w[0])[:60] for w in WRONG])
+def test_bad_input_is_one_line(blt: Call, models: dict[str, Path], arguments: list[str], code: int, words: str) -> None:
+    result = blt("bench", *(argument.format(**models) for argument in arguments))
+    assert result.code == code, result.err
+    assert result.out == b""
+    assert result.err.startswith("blt: error: ")
+    assert result.err.count("\n") == 1
+    assert words in result.err

@@ -1,0 +1,268 @@
+"""The bench on the do-nothing backend: what is counted, how numbers follow from each other. Nothing is timed here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from blt import machine
+from blt.bench import PARTS, Forced, Latency, Run, Text, at_patch_size, bench_text, latency, patching, run, split
+from blt.bench.parts import Clock, Split
+from blt.machine import Bandwidth, MemoryReader
+from blt_runtime import Model
+from blt_runtime.backends.null import NullBackend, null_spec
+from blt_runtime.errors import CapacityError, InputError, UsageError
+from blt_runtime.ids import EOS, VOCAB, encode
+from blt_runtime.patching import PatchRule
+from blt_runtime.spec import HashSpec
+
+HASH = HashSpec((3, 4), 1, 50, 4)
+WEIGHTS = {"entropy": 100.0, "latent": 50.0, "total": 150.0}
+
+
+def null_model(rule: PatchRule | None = None, **options: object) -> Model:
+    spec = null_spec(rule, hash=HASH, **options)  # type: ignore[arg-type]
+    tables = np.random.default_rng(0).integers(0, 9, (HASH.tables * HASH.rows, HASH.dim)).astype(np.float32)
+    return Model(spec, NullBackend(spec), tables)
+
+
+def text(prompt: int = 20, new: int = 24) -> Text:
+    return Text.of(bench_text(prompt + new), prompt, new)
+
+
+def small_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blt.bench.measure.MemoryReader", lambda threads: MemoryReader(threads, 1 << 16))
+
+
+def test_the_text_is_english_and_always_the_same() -> None:
+    assert bench_text(300) == bench_text(5000)[:300]
+    assert len(bench_text(5000)) == 5000
+    words = bench_text(5000).decode().split()
+    assert len(set(words)) > 100
+    assert 3 < len(bench_text(5000)) / len(words) < 7
+
+
+def test_a_run_takes_in_the_given_bytes_and_samples_each() -> None:
+    model, given = null_model(), text()
+    stream, drawn = model.stream(), []
+
+    class Watched(Forced):
+        def candidates(self, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            drawn.append(logits_V.argmax())
+            return super().candidates(logits_V)
+
+    done = run(stream, given, Watched(given.new.tolist(), 0.8))
+    assert stream.ids.tolist() == [1, *given.prompt, *given.new]
+    assert len(drawn) == len(given.new)
+    assert len(done.gaps_s) == len(given.new) - 1
+    assert 0 < done.prefill_s < done.first_byte_s
+    assert min(done.gaps_s) > 0
+    assert done.bytes_per_s == pytest.approx(len(done.gaps_s) / sum(done.gaps_s))
+
+
+class EosBackend(NullBackend):
+    """A model that always wants to end the text."""
+
+    def session(self, group: str) -> object:  # type: ignore[override]
+        inner = super().session(group)
+        if group != "decoder":
+            return inner
+        bind = inner.bind
+
+        def ending(buffers: dict) -> object:
+            call = bind(buffers)
+
+            def both() -> None:
+                call()
+                buffers["logits"].array[...] = np.where(np.arange(VOCAB) == EOS, 0.0, -100.0)
+
+            return both
+
+        inner.bind = ending  # type: ignore[method-assign,assignment]
+        return inner
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_eos_does_not_end_a_run(temperature: float) -> None:
+    model = null_model()
+    model.backend = EosBackend(model.spec)
+    assert list(model.stream().generate_ids(5, stop_at_eos=True)) == []
+    stream, given = model.stream(), text()
+    run(stream, given, Forced(given.new.tolist(), temperature))
+    assert stream.ids.tolist()[-len(given.new) :] == given.new.tolist()
+
+
+@pytest.mark.parametrize("rule", [None, PatchRule("static", patch_size=5), PatchRule("byte")], ids=str)
+def test_latent_calls_of_the_timed_part_are_counted(rule: PatchRule | None) -> None:
+    model, given = null_model(rule), text()
+    calls = model.backend.calls  # type: ignore[attr-defined]
+    stream = model.stream()
+
+    def reset() -> None:
+        calls["latent"] = 0
+
+    done = run(stream, given, Forced(given.new.tolist(), 0.0), at_first=reset)
+    assert done.closed == calls["latent"] > 0
+    assert done.mean_patch == len(done.gaps_s) / done.closed
+
+
+def test_no_patch_that_ends_is_no_division_by_zero() -> None:
+    model, given = null_model(PatchRule("static", patch_size=400)), text()
+    done = run(model.stream(), given, Forced(given.new.tolist(), 0.0))
+    assert done.closed == 0
+    assert done.mean_patch == math.inf
+    parts = split(model, given, 0.8)
+    assert parts.latent_call_s is None
+
+
+def test_the_split_sums_to_the_whole_and_counts_every_call() -> None:
+    model, given = null_model(), text()
+    parts = split(model, given, 0.8)
+    n = len(given.new) - 1
+    assert tuple(parts.seconds) == PARTS
+    assert min(parts.seconds.values()) > 0
+    assert parts.total_s == pytest.approx(sum(parts.seconds.values()))
+    assert {p: parts.calls[p] for p in PARTS if p != "latent"} == {
+        **dict.fromkeys(("entropy", "hashing", "encoder", "decoder", "sampling"), n),
+        "other": 0,
+    }
+    done = run(model.stream(), given, Forced(given.new.tolist(), 0.8))
+    assert parts.calls["latent"] == done.closed
+    assert parts.latent_call_s == pytest.approx(parts.seconds["latent"] * n / done.closed)
+
+
+def test_the_clock_counts_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([1.0, 1.5, 4.0, 4.25])
+    monkeypatch.setattr("blt.bench.parts.time.perf_counter", lambda: next(ticks))
+    clock = Clock()
+    clock.clear()
+    call = clock.timed("encoder", lambda x: x + 1)
+    assert (call(1), call(2)) == (2, 3)
+    assert clock.seconds["encoder"] == 0.75
+    assert clock.calls["encoder"] == 2
+    clock.clear()
+    assert clock.seconds["encoder"] == clock.calls["encoder"] == 0
+
+
+def measured() -> Latency:
+    runs = [Run(2.0, 2.5, [0.1] * 10, 4), Run(1.0, 1.5, [0.2] * 9 + [1.2], 4), Run(3.0, 3.5, [0.4] * 10, 4)]
+    parts = Split(dict.fromkeys(PARTS, 0.01), {**dict.fromkeys(PARTS, 10), "latent": 4}, 10)
+    return Latency(runs, parts, Bandwidth(3000.0, "x", 10, 2), WEIGHTS, 1, None, 20)
+
+
+def test_medians_percentiles_and_the_floor() -> None:
+    found = measured()
+    assert found.bytes_per_s == pytest.approx(1 / 0.3)  # runs: 10, 3.33 and 2.5 bytes/s
+    assert (found.first_byte_s, found.prefill_s) == (2.5, 2.0)
+    assert found.gap_s(50) == pytest.approx(0.2)
+    gaps = sorted([0.1] * 10 + [0.2] * 9 + [1.2] + [0.4] * 10)
+    assert found.gap_s(95) == pytest.approx(np.percentile(gaps, 95))
+    assert found.gap_s(100) == pytest.approx(1.2)
+    assert found.floor_bytes_per_s == pytest.approx(20.0)
+    assert found.share_of_floor == pytest.approx(found.bytes_per_s / 20.0)
+    assert found.floor_s() == pytest.approx({"entropy": 100 / 3000, "latent": 50 / 3000})
+    unknown = replace(found, weights={})
+    assert unknown.floor_bytes_per_s is unknown.share_of_floor is None
+
+
+def test_latency_measures_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_reader(monkeypatch)
+    asked = []
+
+    def reads(mean: float) -> dict[str, float]:
+        asked.append(mean)
+        return WEIGHTS
+
+    found = latency(null_model(), text(), reads, repeat=3, temperature=0.8, threads=1)
+    assert len(found.runs) == 3
+    assert asked == [found.mean_patch]
+    assert found.bandwidth.bytes_per_s > 0
+    assert found.bandwidth.method in ("numpy bitwise_or", "memchr")
+    assert found.peak_bytes > 1 << 20
+    assert found.share_of_floor is not None
+
+
+@pytest.mark.parametrize("rule", [PatchRule(threshold=3.5), PatchRule(threshold=0.0, monotonic=True)], ids=str)
+@pytest.mark.parametrize("mean", [2.0, 4.0])
+def test_a_wanted_patch_size_is_met(rule: PatchRule, mean: float) -> None:
+    model, given = null_model(rule), text(30, 200)
+    chosen = at_patch_size(model, given, mean)
+    assert model.spec.patch_rule == rule  # the model itself stays
+    done = run(chosen.stream(), given, Forced(given.new.tolist(), 0.0))
+    assert done.mean_patch == pytest.approx(mean, rel=0.05)
+
+
+def test_a_patch_size_needs_a_threshold() -> None:
+    with pytest.raises(UsageError, match="'byte'"):
+        at_patch_size(null_model(PatchRule("byte")), text(), 4.5)
+    with pytest.raises(UsageError, match="no threshold gives patches of 300"):
+        at_patch_size(null_model(), text(), 300)
+
+
+def test_too_much_or_too_little_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_reader(monkeypatch)
+    for prompt, new in ((0, 8), (8, 0), (8, 1)):
+        with pytest.raises(UsageError, match="at least 1 byte of prompt and 2 new bytes"):
+            Text.of(b"x" * 100, prompt, new)
+    with pytest.raises(InputError, match="5 bytes"):
+        Text.of(b"x" * 5, 3, 3)
+    with pytest.raises(CapacityError, match="a stream holds 512"):
+        latency(null_model(), text(500, 12), lambda mean: {}, repeat=1, temperature=0.0, threads=1)
+    latency(null_model(), text(499, 12), lambda mean: {}, repeat=1, temperature=0.0, threads=1)  # just fits
+
+
+def test_patching_alone_finds_the_streams_patches() -> None:
+    for rule in (None, PatchRule("space"), PatchRule(threshold=3.0, reset_newlines=True)):
+        model, data = null_model(rule), bench_text(150).replace(b". ", b"\n")
+        found = patching(model, data, 2)
+        assert not any(n for graph, n in model.backend.calls.items() if graph != "entropy")  # type: ignore[attr-defined]
+        stream = model.stream()
+        stream.append(data)
+        lengths = [n for n in [*stream.patch_lengths[:-1], stream.patch_lengths[-1] - 1] if n]  # no virtual token
+        assert found.mean_patch == pytest.approx(len(data) / (len(lengths) - 1))
+        assert found.n == len(data)
+        assert found.bytes_per_s == pytest.approx(found.n / (found.entropies_s + found.rule_s))
+    with pytest.raises(UsageError):
+        patching(null_model(), b"", 1)
+    with pytest.raises(CapacityError):
+        patching(null_model(), bench_text(512), 1)
+
+
+def test_memory_is_read_from_end_to_end_on_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PIECE", 1 << 12)
+    reader = MemoryReader(2, (1 << 16) + 8 * 3)
+    read = []
+    monkeypatch.setattr(reader, "_methods", {"watched": lambda piece: read.append(piece.nbytes)})
+    best = reader.sample()
+    assert sum(read) == machine.SWEEPS * best.buffer_bytes == machine.SWEEPS * ((1 << 16) + 24)
+    assert (best.method, best.threads) == ("watched", 2)
+    assert reader.sample().bytes_per_s >= best.bytes_per_s
+    reader.close()
+
+
+def test_each_method_reads_the_whole_piece() -> None:
+    piece = np.full(1000, 0x0101010101010101, dtype=np.uint64)
+    for name, read in machine._methods().items():
+        if name == "memchr":
+            assert read(piece) is None
+            piece[-1] = 1 << 8  # a zero byte in the last word
+            assert read(piece) == piece.ctypes.data + 999 * 8
+        else:
+            assert read(np.append(piece, np.uint64(1 << 63))) == 0x8101010101010101
+
+
+def test_resident_bytes_of_a_mapped_file(tmp_path: object) -> None:
+    path = tmp_path / "rows_of_a_test.npy"  # type: ignore[operator]
+    np.save(path, np.zeros(1 << 18))
+    assert machine.resident_bytes(path.name) in (0, None)
+    mapped = np.load(path, mmap_mode="r")
+    mapped.sum()
+    assert machine.resident_bytes(path.name) in (None, *range(1 << 21, (1 << 21) + 8192))
+
+
+def test_ids_of_the_text_are_bytes_alone() -> None:
+    given = text(4, 6)
+    assert np.concatenate([given.prompt, given.new]).tolist() == encode(bench_text(10), bos=False).tolist()
