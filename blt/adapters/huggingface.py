@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 
 from blt.adapters import huggingface_config, huggingface_write
-from blt.folders import replace_folder
+from blt.folders import staged
 from blt.model.config import BLTConfig, TransformerConfig
 from blt.source import Part, Source, make_part
 from blt.tensors import Stored, read_safetensors, write_safetensors
@@ -126,7 +124,7 @@ def _names(ours: str) -> list[str]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; copy it again") from None
 
 
@@ -191,15 +189,9 @@ def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> Non
     kinds = {tensor.dtype for tensor in tensors.values()}
     kind = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     config = _config(source, kind)
-    temporary = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.part")
-    temporary.mkdir(parents=True)
-    try:
+    with staged(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_safetensors(temporary / WEIGHTS, tensors, dtype=kind)
-        replace_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     _warn(kind)
 
 

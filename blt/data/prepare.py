@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +17,7 @@ import numpy as np
 
 from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
 from blt.data.readers import SPLITS, Source, find_sources, read_all
-from blt.folders import replace_folder
+from blt.folders import staged
 from blt_runtime.errors import InputError, UsageError
 
 SHARD_BYTES = 256 << 20
@@ -102,15 +100,9 @@ def prepare(
     sources = find_sources(inputs, format)
     out = Path(out).resolve()
     _check_target(out, force, [Path(path).resolve() for path in inputs])
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with staged(out) as temporary:
         manifest = _write(temporary, sources, shares, dedup, text_field, workers, seed, shard_bytes)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        replace_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from blt.folders import replace_folder
+from blt import folders
 from blt.tensors import Stored, cast, raw_bytes
 from blt_runtime import manifest as manifests
 from blt_runtime.bundle import entry_of
@@ -54,17 +52,8 @@ def _is_bundle(folder: Path) -> bool:
 def staged(out: Path, force: bool) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends, and vanishes if it raises."""
     check_target(out, force)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise UsageError(f"cannot write to {out.parent}: {error.strerror}") from error
-    try:
+    with folders.staged(out) as work:
         yield work
-        work.chmod(0o755)
-        replace_folder(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_graph(model: ir.Model, folder: Path, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,18 @@ def test_a_target_that_exists_is_replaced_only_by_force(blt: Call, native: Path,
     assert "exists" in blt("convert", native, "-o", native, "--to", "native", code=2).err
     blt("convert", native, "-o", native, "--to", "native", "--force")
     assert native.read_bytes() == before
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way_and_a_link_stays(blt: Call, native: Path, tmp_path: Path) -> None:
+    left = tmp_path / f".hf.{os.getpid()}.part"
+    left.mkdir()
+    (left / "config.json").write_text("half")
+    blt("convert", native, "-o", tmp_path / "hf", "--to", "hf")
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    blt("convert", native, "-o", tmp_path / "link", "--to", "hf", "--force")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "link", "model.pt"]
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("to", ["hf", "native"])

@@ -195,7 +195,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_be_put(
     rename = Path.rename
 
     def fails(self: Path, target: Path) -> Path:
-        if self.name.endswith(".tmp"):
+        if self.name.endswith(".part"):
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
