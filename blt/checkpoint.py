@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from blt import hub
-from blt.adapters import ADAPTERS, native
+from blt.adapters import ADAPTERS, native, reference
 from blt.model import BLT, EntropyModel
 from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.model.hashing import HashEmbedding, MappedTables
@@ -89,11 +89,20 @@ def _read(path: str | Path) -> Source:
     place = hub.resolve(path)
     adapter = next((a for a in ADAPTERS if a.matches(place)), None)
     if adapter is None:
-        raise CheckpointError(
-            f"{path} is no checkpoint: a folder needs model.pt, params.json (reference) or config.json (hub)"
-        )
+        raise CheckpointError(f"{path} is no checkpoint: {_why_not(place)}")
     source: Source = adapter.read(place)
     return source
+
+
+def _why_not(place: Path) -> str:
+    """What is wrong with a path that no adapter takes, and what helps."""
+    config = place / reference.HUB_CONFIG
+    if config.is_file():
+        return f"its {config.name} has neither the reference's 'args' nor model_type blt, so it is another model's"
+    inside = {path.parent.name for name in (native.MODEL_FILE, reference.PARAMS) for path in place.glob(f"*/{name}")}
+    if inside:
+        return f"it is a folder with {', '.join(sorted(inside))} in it; give one of them"
+    return "a folder needs model.pt, params.json (reference) or config.json (hub)"
 
 
 def load(

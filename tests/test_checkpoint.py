@@ -46,6 +46,21 @@ def test_half_precision_file_loads_as_float32(tmp_path: Path) -> None:
     assert {p.dtype for p in blt.parameters()} == {torch.float32}
 
 
+def test_folders_that_are_no_checkpoint_say_why(tmp_path: Path) -> None:
+    for name, text in (
+        ("llama", '{"model_type": "llama"}'),
+        ("released/blt_1b", None),
+        ("released/entropy_model", None),
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / ("params.json" if text is None else "config.json")).write_text(text or "{}")
+    (tmp_path / "released" / "README.md").write_text("not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"config\.json has neither .* another model's"):
+        load(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match=r"a folder with blt_1b, entropy_model in it; give one of them"):
+        load(tmp_path / "released")
+
+
 def test_entropy_model_alone(tmp_path: Path) -> None:
     save(tmp_path / "entropy.pt", Checkpoint(None, tiny().entropy, None))
     alone = load(tmp_path / "entropy.pt")

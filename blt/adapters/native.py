@@ -32,7 +32,9 @@ def read(path: Path) -> Source:
     path = path / MODEL_FILE if path.is_dir() else path
     content = read_tensors(path)
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a {FORMAT} file (train one, or give a folder with params.json)")
+        raise CheckpointError(
+            f"{path} is not a {FORMAT} file; weights of another format are read by their folder's name"
+        )
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has format version {content.get('version')!r}, known is {VERSION}: upgrade blt-lm"

@@ -39,7 +39,8 @@ def export_spec(
     blt, rule = checkpoint.require_blt()
     if rule.entropy_dtype != "float32":
         raise UsageError(
-            f"a bundle computes entropies in float32, not {rule.entropy_dtype}: export with float32 entropies"
+            f"a bundle computes entropies in float32, not {rule.entropy_dtype}: "
+            "`blt convert --to native --entropy-dtype float32` makes a checkpoint that can be exported"
         )
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
     limits = Limits.of(blt.config, capacity, patches, chunk)
