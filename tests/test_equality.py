@@ -193,7 +193,7 @@ def test_boundaries_that_fall_otherwise_each_time_are_followed_too() -> None:
     """The cached side's entropies are off by 1e-6 in either direction, also when a rewind computes them again."""
     random = np.random.default_rng(0)
     wrap = adding("entropy", "entropy", lambda: random.choice([-1e-6, 1e-6]))
-    for seed in range(4):
+    for seed in (0, 2):  # 2: generated ids are taken back over a boundary that then falls otherwise
         report = run_torch(all_near(), wrap, seed=seed)
         assert report.ok, [line.first_failure for line in report.lines if line.failures]
         assert line_of(report, "alone against together").moved
