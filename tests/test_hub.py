@@ -73,6 +73,18 @@ def test_a_download_that_fails_says_why(name: str, monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(caught.value)
 
 
+def test_a_connection_that_breaks_off_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RemoteProtocolError(Exception):
+        """As of httpx: no OSError."""
+
+    def download(*_: object, **__: object) -> str:
+        raise RemoteProtocolError("peer closed connection\nfor more information ...")
+
+    serve(monkeypatch, download)
+    with pytest.raises(CheckpointError, match=r"the hub cannot be reached: peer closed connection$"):
+        load("facebook/blt-1b")
+
+
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"blt-lm\[hub\]"):
