@@ -44,9 +44,7 @@ def download(name: str) -> Path:
         raise CheckpointError(
             f"{name} is no file or folder here, and on the hub it does not exist, or is private: `hf auth login`"
         ) from None
-    except (
-        Exception
-    ) as error:  # its own errors, and those of the HTTP library of its version, which have no common base
+    except Exception as error:  # its own, or those of the HTTP library of its version: they have no common base
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{name} is no file or folder here, and the hub cannot be reached: {reason}") from None
 
