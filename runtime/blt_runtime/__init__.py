@@ -8,18 +8,24 @@ for piece in stream.generate(200): sys.stdout.buffer.write(piece)
 """
 
 from .bundle import Bundle
+from .drafters import Drafter, EntropyDrafter, FirstOf, LookupDrafter
 from .errors import BltError
 from .manifest import Manifest
 from .model import Model
 from .patching import PatchRule, PatchState, patch_lengths
 from .sampling import Sampler
 from .spec import ModelSpec
+from .speculate import SpeculationStats
 from .stream import Score, Stream
 from .text import StopMatcher, Utf8Stream
 
 __all__ = [
     "BltError",
     "Bundle",
+    "Drafter",
+    "EntropyDrafter",
+    "FirstOf",
+    "LookupDrafter",
     "Manifest",
     "Model",
     "ModelSpec",
@@ -27,6 +33,7 @@ __all__ = [
     "PatchState",
     "Sampler",
     "Score",
+    "SpeculationStats",
     "StopMatcher",
     "Stream",
     "Utf8Stream",

@@ -6,6 +6,7 @@ nothing that is still needed has been overwritten.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from .ids import Ids
@@ -29,6 +30,25 @@ class CacheTrack:
         highest = self.spec is not None and self.spec.kind == "ring"
         self._end = max(self._end, end) if highest else end
         self._document = document
+
+    def reached(self, end: int) -> None:
+        """Positions up to `end` were written, but the last of them may be dropped: only a ring remembers them."""
+        if self.spec is not None and self.spec.kind == "ring":
+            self._end = max(self._end, end)
+
+    def room(self, position: int, document: int) -> int:
+        """How many tokens of the document that starts at `document` may be written from `position` on, so that
+        dropping any number of the last of them is exact: `can_resume` stays true from `position` on."""
+        if self.spec is None:
+            return sys.maxsize
+        capacity, window = self.spec.capacity, self.spec.window
+        if self.spec.kind == "linear" or window is None:
+            return capacity - (position - document if self._restarts else position)
+        step = capacity - window + 1
+        if self.spec.kind == "ring":
+            return step
+        tokens = position - document  # a window evicts `step` rows at once, when one token more does not fit
+        return capacity - tokens if tokens < capacity else (capacity - tokens) % step
 
     def can_resume(self, position: int, document: int) -> bool:
         """May the next call start at `position`, a token of the document that starts at `document`?"""

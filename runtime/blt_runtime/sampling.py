@@ -59,6 +59,38 @@ class Sampler:
             keep = min(keep, int((mass_V >= self.min_p * mass_V[0]).sum()))
         return order_V[:keep], mass_V[:keep]
 
+    def draft(self, logits_V: Array) -> tuple[int, Array]:
+        """An id drawn from other logits than the model's own, and the distribution [V] it came from, for `judge`."""
+        q_V = self.probabilities(logits_V)
+        return self._draw(q_V), q_V
+
+    def judge(self, logits_V: Array, id: int, q_V: Array) -> int:
+        """`id` if it may stand, else another: the result is distributed exactly as `self(logits_V)` is.
+
+        `id` was drawn from q [V]: kept with probability min(1, p/q), and replaced by a draw from max(0, p - q)
+        (Leviathan et al. 2023, arXiv 2211.17192, appendix A.1).
+        """
+        p_V = self.probabilities(logits_V)
+        if self._random.random() * q_V[id] < p_V[id]:
+            return id
+        rest_V = np.maximum(p_V - q_V, 0.0)
+        return self._draw(rest_V if rest_V.any() else p_V)
+
+    def probabilities(self, logits_V: Array) -> Array:
+        """What `self(logits_V)` draws from: [V] float64, sum 1; one-hot at temperature 0."""
+        p_V = np.zeros(len(logits_V))
+        if self.temperature == 0:
+            p_V[int(logits_V.argmax())] = 1.0
+            return p_V
+        order_V, mass_V = self.candidates(logits_V)
+        p_V[order_V] = mass_V / mass_V.sum()
+        return p_V
+
+    def _draw(self, mass_V: Array) -> int:
+        total_V = np.cumsum(mass_V)
+        drawn = int(np.searchsorted(total_V, self._random.random() * total_V[-1], side="right"))
+        return min(drawn, int(np.flatnonzero(mass_V)[-1]))
+
 
 def generator(seed: int | np.random.Generator | None) -> np.random.Generator:
     """The generator of a seed; None takes fresh entropy. Raises UsageError."""

@@ -40,6 +40,7 @@ class StepCalls:
         self._ids = encoder.new("ids", S=1)
         self._state = encoder.new("byte_states", S=1)
         self._patch_row = decoder.new("patch_row", S=1)
+        self.patch_row_W: Array = self._patch_row.array[0, 0]
         logits = decoder.new("logits", S=1)
         self.logits_V: Array = logits.array[0, 0]
         self._bind_entropy()
@@ -67,12 +68,14 @@ class StepCalls:
         self._entropy_document = document.array[0]
         value = graph.new("entropy", S=1)
         self._entropy_value = value.array[0]
+        logits = graph.new("logits", S=1)
+        self.entropy_logits_V: Array = logits.array[0, 0]
         self.entropy = graph.bind(
             positions=self._clock["positions"],
             doc_start=document,
             ids=self._ids,
             entropy=value,
-            logits=graph.new("logits", S=1),
+            logits=logits,
         )
 
     def _bind_encoder(self) -> None:

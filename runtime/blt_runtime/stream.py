@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends.protocol import Array, Backend
+from .drafters import Drafter
 from .errors import CapacityError, InputError, UsageError
 from .hashing import Tables
 from .ids import BOS, EOS, OFFSET, Ids, encode
@@ -27,9 +28,11 @@ from .patching import patch_lengths as rule_lengths
 from .prefill import Prefill
 from .sampling import Sampler, generator
 from .spec import ModelSpec
+from .speculate import Speculate, Speculation, SpeculationStats, Speculator
 from .step import StepCalls
 from .text import StopMatcher
 
+DRAFT = 8
 BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 
 
@@ -65,6 +68,8 @@ class Stream:
         self._memory = Memory(spec, backend, hash_tables)
         self._calls = StepCalls(self._memory)
         self._prefill = Prefill(self._memory)
+        self._speculator = Speculator(self._memory, self._calls)
+        self._turns = 0
         self._random = generator(seed)
         self._bos = bos
         self._with_entropy = spec.patch_rule.needs_entropy
@@ -88,6 +93,11 @@ class Stream:
         if self.position == 0:
             raise UsageError("the stream is empty: append something first, or open it with bos=True")
         return self._calls.logits_V
+
+    @property
+    def speculation(self) -> SpeculationStats:
+        """What speculation has done on this stream so far."""
+        return self._speculator.stats
 
     @property
     def patch_lengths(self) -> Ids:
@@ -132,24 +142,41 @@ class Stream:
         seed: int | None = None,
         stop: Iterable[str | bytes] | str | bytes | None = None,
         stop_at_eos: bool = True,
+        speculate: Speculate | Drafter = "off",
+        draft: int = DRAFT,
     ) -> Iterator[bytes]:
         """Generates up to `n` tokens, yielding bytes as they come (b"" for a special id, or while bytes are
         held back because they may begin a stop string). Every token is taken into the stream before its
         bytes come out, a stop string too; an EOS that ends the text is not.
+
+        speculate, draft: see `generate_ids`.
         """
         random = self._random if seed is None else seed
         sampler, matcher = Sampler(temperature, top_k, top_p, min_p, random), StopMatcher(stop)
-        return self._generate_bytes(self.generate_ids(n, sampler, stop_at_eos), matcher)
+        return self._generate_bytes(self.generate_ids(n, sampler, stop_at_eos, speculate, draft), matcher)
 
-    def generate_ids(self, n: int, sampler: Sampler | None = None, stop_at_eos: bool = False) -> Iterator[int]:
+    def generate_ids(
+        self,
+        n: int,
+        sampler: Sampler | None = None,
+        stop_at_eos: bool = False,
+        speculate: Speculate | Drafter = "off",
+        draft: int = DRAFT,
+    ) -> Iterator[int]:
         """Generates up to `n` ids (greedily without a sampler); each is in the stream when it is yielded.
 
-        Raises CapacityError when the stream is full, UsageError if it is empty.
+        speculate: guess up to `draft` ids ahead and check them in one pass. The same ids come out as with
+        "off"; only "entropy" with a temperature draws others, from the same distribution. "entropy" lets the entropy
+        model guess, "lookup" what followed the same bytes earlier, "auto" both while they pay; or a Drafter.
+
+        Raises CapacityError when the stream is full, UsageError if it is empty, or cannot speculate so.
         """
         if n < 0:
             raise UsageError("n must not be negative")
         _ = self.logits
-        return self._generate_ids(n, sampler or Sampler(), stop_at_eos)
+        sampler = sampler or Sampler()
+        ahead = None if speculate == "off" else self._speculator.start(speculate, draft, sampler)
+        return self._generate_ids(n, sampler, stop_at_eos, ahead)
 
     def score_ids(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
         """Runs ids [N], taken as they are, through the emptied stream and returns everything it computes on
@@ -181,13 +208,20 @@ class Stream:
         if self._bos:
             self._step(BOS)
 
-    def _generate_ids(self, n: int, sampler: Sampler, stop_at_eos: bool) -> Iterator[int]:
+    def _generate_ids(self, n: int, sampler: Sampler, stop_at_eos: bool, ahead: Speculation | None) -> Iterator[int]:
+        turns = -1
         for _ in range(n):
             with self._exclusive():
-                id = sampler(self._calls.logits_V)
+                if ahead is not None and self._turns != turns + 1:
+                    ahead.forget()  # somebody else has used the stream since
+                turns = self._turns
+                id = sampler(self._calls.logits_V) if ahead is None else ahead.choose()
                 if stop_at_eos and id == EOS:
                     return
-                self._step(id)
+                if ahead is None:
+                    self._step(id)
+                else:
+                    ahead.take(id)
             yield id
 
     def _generate_bytes(self, ids: Iterator[int], matcher: StopMatcher) -> Iterator[bytes]:
@@ -253,6 +287,7 @@ class Stream:
             self._lock.release()
             raise UsageError("an earlier call on this stream failed half-way: call reset() first")
         self._damaged = True
+        self._turns += 1
         try:
             yield
             self._damaged = False
