@@ -146,11 +146,13 @@ def _text(path: Path | None, size: int) -> bytes:
 
 
 def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
-    """Weight bytes per byte: from a bundle's files, or from a checkpoint's configuration."""
-    from blt.weights import bundle_weight_bytes
+    """Weight bytes per byte: from a bundle's files, or from a checkpoint's configuration (also where it was exported
+    for this run, which keeps float32)."""
+    if models.is_bundle(path) and opened.manifest is not None:
+        from blt.weights import bundle_weight_bytes
+        from blt_runtime import Bundle
 
-    if opened.manifest is not None:
-        return partial(bundle_weight_bytes, opened.manifest)
+        return partial(bundle_weight_bytes, Bundle(path, opened.manifest))
     from blt.checkpoint import open_source
 
     return partial(_source_weights, open_source(path, entropy_model=entropy_model))

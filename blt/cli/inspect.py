@@ -102,7 +102,7 @@ def _inspect_bundle(bundle: Bundle, patch_size: float, tensors: bool, as_json: b
         report = {
             "path": bundle.path,
             "kind": "bundle",
-            f"weight bytes read per byte (patches of {patch_size:g})": bundle_weight_bytes(bundle.manifest, patch_size),
+            f"weight bytes read per byte (patches of {patch_size:g})": bundle_weight_bytes(bundle, patch_size),
             "manifest": bundle.manifest.to_json(),
         }
         console.print_json("blt.inspect/1", report)
@@ -119,7 +119,7 @@ def _inspect_bundle(bundle: Bundle, patch_size: float, tensors: bool, as_json: b
             "capacity": f"{spec.capacity_bytes:,} bytes, {spec.capacity_patches:,} patches",
             "caches": f"{sum(g.cache_bytes() for g in spec.graphs.values()):,} bytes a stream",
             "size": f"{sum(entry.bytes for entry in manifest.files.values()):,} bytes",
-            f"weight bytes read per byte (patches of {patch_size:g})": bundle_weight_bytes(bundle.manifest, patch_size),
+            f"weight bytes read per byte (patches of {patch_size:g})": bundle_weight_bytes(bundle, patch_size),
             "patch rule": _given(spec.patch_rule.to_dict()),
             "made with": manifest.producer,
         }
