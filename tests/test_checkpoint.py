@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from blt.checkpoint import Checkpoint, load, save
+from blt.model import BLT, HashConfig
 from blt_runtime.errors import CheckpointError
-from tests.tiny import tiny
+from blt_runtime.patching import PatchRule
+from tests.tiny import PLAIN, random_checkpoint, tiny
 
 
 @pytest.fixture
@@ -44,6 +47,21 @@ def test_half_precision_file_loads_as_float32(tmp_path: Path) -> None:
     blt = load(tmp_path / "half.pt").blt
     assert blt is not None
     assert {p.dtype for p in blt.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_loaded_model_keeps_its_tables(copied: Callable[[BLT], BLT], tmp_path: Path) -> None:
+    """Pages of a file may be dropped after each reading, those of a copy in memory are its content."""
+    hashed = PLAIN.model_copy(update={"hash": HashConfig(sizes=(3, 4), rows=2003)})  # tables of many pages
+    save(tmp_path / "model.pt", random_checkpoint(hashed, PatchRule("space")))
+    model = load(tmp_path / "model.pt").blt
+    assert model is not None
+    assert model.hash_embedding is not None
+    twin = copied(model).hash_embedding
+    assert twin is not None
+    ids = torch.arange(4, 260)[None]
+    for _ in range(2):
+        assert torch.equal(twin(ids), model.hash_embedding(ids))
 
 
 def test_folders_that_are_no_checkpoint_say_why(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Letters: B rows, N tokens, T tables, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,10 @@ class MappedTables(nn.Module):
     def __init__(self, tables: Sequence[Tensor], mapped: bool) -> None:
         super().__init__()
         self.tables, self.mapped = tuple(tables), mapped
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy lies in memory of its own (copy.deepcopy, pickle), whose pages must not be dropped."""
+        return {**self.__dict__, "mapped": False}
 
     def forward(self, rows_BNT: Tensor) -> Tensor:
         """Sum of one row of each table, float32 [B, N, D]."""
