@@ -74,11 +74,6 @@ class Source:
                 raise CheckpointError(
                     f"{self.path}: the {name} has {config.vocab_size} ids, a byte-level model has {VOCAB}"
                 )
-        if entropy is not None and entropy.window is not None and entropy.window > entropy.max_seqlen:
-            raise CheckpointError(
-                f"{self.path}: the entropy model's window of {entropy.window} is longer than its sequences "
-                f"({entropy.max_seqlen}); it belongs to another model"
-            )
         return self
 
     def check_finite(self) -> None:

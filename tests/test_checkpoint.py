@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from blt.checkpoint import Checkpoint, load, save
-from blt.model import BLT, HashConfig
+from blt.model import BLT, EntropyConfig, EntropyModel, HashConfig
 from blt_runtime.errors import CheckpointError
 from blt_runtime.patching import PatchRule
 from tests.tiny import PLAIN, random_checkpoint, tiny
@@ -84,6 +84,16 @@ def test_entropy_model_alone(tmp_path: Path) -> None:
     alone = load(tmp_path / "entropy.pt")
     with pytest.raises(CheckpointError, match="entropy model only"):
         alone.require_blt()
+
+
+def test_an_entropy_model_may_have_rows_shorter_than_its_window(tmp_path: Path) -> None:
+    """As one trained with `max_seqlen: 256` and the default window has."""
+    config = EntropyConfig(dim=16, n_layers=1, n_heads=2, max_seqlen=256)
+    assert config.window == 512
+    save(tmp_path / "entropy.pt", Checkpoint(None, EntropyModel(config), None))
+    loaded = load(tmp_path / "entropy.pt").entropy
+    assert loaded is not None
+    assert loaded.config == config
 
 
 def test_save_leaves_nothing_half_written(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
