@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blt.cli import console, models, options
-from blt.cli.inspect import parity_table
+from blt.cli import console, models, options, texts
+from blt.cli.inspect import judged_table, parity_table, precision_text
 from blt_runtime.errors import UsageError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 FLAVOURS = ("ort", "portable")
+EVAL_BYTES = 1 << 18
+"""Of the text given with --eval-data, in pieces spread over it: half a minute for each side with the demo model."""
+EVAL_PIECE = 4096
 
 
 def export(
     model: options.ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the bundle.")],
     flavour: Annotated[str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (also TensorRT).")] = "ort",
-    precision: Annotated[str, typer.Option(help="fp32 is the one there is.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Of the matrices: fp32, int8 or int4 (both ort only).")] = "fp32",
+    precision_of: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GRAPH=PRECISION", help="Another one for entropy, encoder, latent or decoder."),
+    ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(metavar="TEXT", help="A file or data folder: bits per byte before and after, on 256 KiB of it."),
+    ] = None,
     table_dtype: Annotated[
         str | None,
         typer.Option(
@@ -38,6 +53,7 @@ def export(
     """Write MODEL as ONNX graphs with everything that a runtime needs, and compare them with PyTorch."""
     if flavour not in FLAVOURS:
         raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
+    overrides = _overrides(precision_of or [])
     size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=1)
     models.existing(model)
     if models.is_bundle(model):
@@ -46,6 +62,7 @@ def export(
     from blt.checkpoint import load
 
     loaded = load(model, entropy_model=entropy_model)
+    eval_ids = () if eval_data is None else _eval_ids(eval_data, size)
     report = blt_export.export(
         loaded,
         out,
@@ -55,10 +72,36 @@ def export(
         check=check,
         force=force,
         table_dtype=table_dtype,
+        precision_of=overrides,
+        eval_ids=eval_ids,
     )
     if as_json:
         console.print_json("blt.export/1", {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json()})
         return
     if report.parity:
         console.stdout_console().print(parity_table(report.parity))
-    print(f"{out}: {report.bytes:,} bytes, {flavour}, {precision}, made in {report.seconds:.1f} s")
+    if report.manifest.judged is not None:
+        console.stdout_console().print(judged_table(report.manifest.judged))
+    precisions = precision_text(report.manifest)
+    print(f"{out}: {report.bytes:,} bytes, {flavour}, {precisions}, made in {report.seconds:.1f} s")
+
+
+def _overrides(pairs: list[str]) -> dict[str, str]:
+    """`["entropy=fp32"]` as a dictionary; what the names may be is checked by the export."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        graph, equals, precision = pair.partition("=")
+        if not (graph and equals and precision):
+            raise UsageError(f"--precision-of {pair}: write GRAPH=PRECISION, for example entropy=fp32")
+        if graph in found:
+            raise UsageError(f"--precision-of names {graph} twice")
+        found[graph] = precision
+    return found
+
+
+def _eval_ids(data: Path, capacity: int | None) -> list[NDArray[np.int64]]:
+    """Pieces of the test split, or of the file, that a stream can hold."""
+    context = EVAL_PIECE if capacity is None else min(EVAL_PIECE, capacity - 2)
+    if context < 1:
+        raise UsageError("--eval-data needs a --capacity of at least 3")
+    return texts.spread(data, "test", context, EVAL_BYTES)

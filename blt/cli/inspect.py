@@ -13,7 +13,7 @@ from blt.cli import console, models, options
 if TYPE_CHECKING:
     from blt.source import Source
     from blt_runtime.bundle import Bundle
-    from blt_runtime.manifest import Parity
+    from blt_runtime.manifest import Judged, Manifest, Parity
 
 
 def inspect(
@@ -113,7 +113,7 @@ def _inspect_bundle(bundle: Bundle, patch_size: float, tensors: bool, as_json: b
         {
             "bundle": bundle.path,
             "flavour": manifest.flavour,
-            "precision": manifest.precision,
+            "precision": precision_text(manifest),
             "opset": manifest.opset,
             "ONNX Runtime": f"{manifest.min_onnxruntime} or newer",
             "capacity": f"{spec.capacity_bytes:,} bytes, {spec.capacity_patches:,} patches",
@@ -129,6 +129,9 @@ def _inspect_bundle(bundle: Bundle, patch_size: float, tensors: bool, as_json: b
     if manifest.parity:
         out.print()
         out.print(parity_table(manifest.parity))
+    if manifest.judged is not None:
+        out.print()
+        out.print(judged_table(manifest.judged))
 
 
 def _graphs_table(bundle: Bundle) -> Table:
@@ -145,9 +148,30 @@ def _graphs_table(bundle: Bundle) -> Table:
 def parity_table(rows: Sequence[Parity]) -> Table:
     """The export's comparison with PyTorch, one row per output."""
     table = Table(title="parity with PyTorch", title_justify="left", box=None, pad_edge=False)
-    for name in ("output", "positions", "largest error", "tolerance", ""):
+    for name in ("output", "positions", "error", "tolerance", ""):
         table.add_column(name, justify="left" if name in ("output", "") else "right")
     for row in rows:
         verdict = "ok" if row.max_abs_error <= row.tolerance else "FAILED"
         table.add_row(row.output, f"{row.positions:,}", f"{row.max_abs_error:.2e}", f"{row.tolerance:.0e}", verdict)
+    return table
+
+
+def precision_text(manifest: Manifest) -> str:
+    """One precision, or that of each graph where they differ."""
+    each = {name: manifest.precision_of(name) for name in manifest.graphs}
+    if len(set(each.values())) == 1:
+        return next(iter(each.values()))
+    return ", ".join(f"{name} {precision}" for name, precision in each.items())
+
+
+def judged_table(judged: Judged) -> Table:
+    """The export's judgement on a text: float32 and this bundle."""
+    table = Table(title=f"on {judged.bytes:,} bytes of text", title_justify="left", box=None, pad_edge=False)
+    for name in ("", "float32", "bundle", "difference"):
+        table.add_column(name, justify="left" if name == "" else "right")
+    before, after = judged.float_bits_per_byte, judged.bits_per_byte
+    table.add_row("bits per byte", f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}")
+    found = judged.boundaries - judged.boundaries_lost + judged.boundaries_new
+    moved = f"{judged.boundaries_lost:,} lost, {judged.boundaries_new:,} new"
+    table.add_row("patch boundaries", f"{judged.boundaries:,}", f"{found:,}", moved)
     return table

@@ -1,31 +1,35 @@
 """The whole export, as one list of named steps.
 
 `STEPS` runs from top to bottom on one `Job`; each step says what it changed, and how long it took is logged.
-Up to `lower` both flavours are the same; nothing in the list changes numerics.
+Up to `lower` both flavours are the same; nothing in the list changes numerics but `quantise`, which is off unless asked
+for.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from blt.checkpoint import Checkpoint, load, stored_tables
 from blt.model.steps import Step as ModelStep
 from blt.model.steps import make_steps
 from blt_runtime import manifest as manifests
+from blt_runtime.bundle import Bundle
 from blt_runtime.errors import BltError, UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype
 from blt_runtime.manifest import FileRef, Manifest, Parity
 from blt_runtime.spec import GraphSpec, ModelSpec
 
-from . import bundle, capture, parity
+from . import bundle, capture, judge, parity, quantize
 from .lower import ort, portable
 from .parity import ParityReport
 from .passes import (
@@ -33,6 +37,7 @@ from .passes import (
     fix_capacity,
     fold_constants,
     fold_weights,
+    fuse_products,
     gather_once,
     name_io,
     simplify_gathers,
@@ -43,8 +48,6 @@ from .specs import FLAVOURS, Flavour, export_spec
 
 log = logging.getLogger("blt_export")
 
-PRECISIONS = ("fp32",)
-LATER = ("fp16", "bf16", "int8", "int4")
 Progress = Callable[[str], None]
 
 
@@ -95,10 +98,13 @@ class Job:
     flavour: Flavour
     precision: str
     check: bool
+    precisions: dict[str, str] = field(default_factory=dict)
+    eval_ids: Sequence[npt.NDArray[np.int64]] = ()
     folder: Path = Path()
     modules: dict[str, ModelStep] = field(default_factory=dict)
     captured: dict[str, ir.Model] = field(default_factory=dict)
     graphs: dict[str, ir.Model] = field(default_factory=dict)
+    quantised: dict[str, quantize.Outcome] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     parity: ParityReport = field(default_factory=lambda: ParityReport((), ()))
     manifest: Manifest | None = None
@@ -149,6 +155,17 @@ def lower(job: Job) -> str:
     return each(lowering)(job)
 
 
+def quantise(job: Job) -> str:
+    """Only the graphs that were asked for; one that has nothing to quantise is float32 and says so."""
+    wanted = {name: p for name, p in job.precisions.items() if p != "fp32"}
+    for name, precision in wanted.items():
+        outcome = job.quantised[name] = quantize.run(job.graphs[name], precision)
+        if not outcome.packed:
+            job.precisions[name] = "fp32"
+            log.warning("nothing in the graph %s could become %s: %s", name, precision, "; ".join(outcome.kept))
+    return ". ".join(f"{name}, {wanted[name]}: {job.quantised[name]}" for name in wanted) or "not asked for"
+
+
 def write_graphs(job: Job) -> str:
     for name, model in job.graphs.items():
         job.files[name] = bundle.write_graph(model, job.folder, name)
@@ -167,14 +184,15 @@ def check_parity(job: Job) -> str:
     if not job.check:
         return "not asked for"
     tables = job.folder / bundle.HASH_TABLES
-    job.parity = parity.check_parity(job.checkpoint, job.modules, job.spec, job.files, tables, job.precision)
+    packed = {name: outcome.packed for name, outcome in job.quantised.items()}
+    job.parity = parity.check_parity(job.checkpoint, job.modules, job.spec, job.files, tables, job.precisions, packed)
     near = len(job.parity.near_threshold)
     if near:
         log.warning("%d of the checked positions have an entropy within tolerance of the threshold", near)
     return ", ".join(f"{row.output} {row.max_abs_error:.1e}" for row in job.parity.rows)
 
 
-def write_manifest(job: Job) -> str:
+def make_manifest(job: Job) -> str:
     files = bundle.entries(job.folder)
     job.manifest = Manifest(
         producer=producer(),
@@ -188,9 +206,24 @@ def write_manifest(job: Job) -> str:
         hash_tables=FileRef(bundle.HASH_TABLES) if job.spec.hash else None,
         files=files,
         parity=job.parity.rows,
+        precisions=job.precisions,
     )
-    manifests.write(job.folder / manifests.FILE_NAME, job.manifest)
     return f"{len(files)} files, {sum(entry.bytes for entry in files.values())} bytes"
+
+
+def judge_on_text(job: Job) -> str:
+    assert job.manifest is not None
+    if not job.eval_ids:
+        return "no text was given"
+    found = judge.judge(job.checkpoint, Bundle(job.folder, job.manifest), job.eval_ids)
+    job.manifest = replace(job.manifest, judged=found)
+    return f"{found.float_bits_per_byte:.4f} bits per byte in float32, {found.bits_per_byte:.4f} in the bundle"
+
+
+def write_manifest(job: Job) -> str:
+    assert job.manifest is not None
+    manifests.write(job.folder / manifests.FILE_NAME, job.manifest)
+    return manifests.FILE_NAME
 
 
 STEPS = (
@@ -205,10 +238,14 @@ STEPS = (
     Step("simplify reshapes", each(lambda model, _: simplify_reshapes.run(model))),
     Step("clean up", each(lambda model, _: cleanup.run(model))),
     Step("lower", lower),
+    Step("fuse products", each(lambda model, _: fuse_products.run(model))),
     Step("clean up again", each(lambda model, _: cleanup.run(model))),
+    Step("quantise", quantise),
     Step("write graphs", write_graphs),
     Step("write hash tables", write_hash_tables),
     Step("parity", check_parity),
+    Step("make the manifest", make_manifest),
+    Step("judge on text", judge_on_text),
     Step("write manifest", write_manifest),
 )
 
@@ -226,6 +263,8 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
     table_dtype: str | None = None,
+    precision_of: Mapping[str, str] | None = None,
+    eval_ids: Sequence[npt.NDArray[np.int64]] = (),
 ) -> ExportReport:
     """Write a checkpoint as a bundle in the folder `out_dir`, which appears only when everything went well.
 
@@ -233,11 +272,15 @@ def export(
     capacity, patches: bytes and patches that one stream can hold. chunk: most bytes per call.
     check: compare every graph with PyTorch. force: replace a bundle that is there. progress: told each step's name.
     table_dtype: of the hash tables: "float32", "float16" or "bfloat16" (default: as the checkpoint stores them).
+    precision: of the matrices, "fp32", "int8" or "int4" (the latter two in the flavour "ort"); precision_of: another
+    one for some graphs ("entropy", "encoder", "latent", "decoder").
+    eval_ids: pieces of a text, ids [N] with BOS in front: the manifest then says what the bundle's bits per byte are.
 
     Raises UsageError (arguments, target folder), CheckpointError, CheckFailed (parity), BltError (a model that the
     lowering cannot express).
     """
-    job = make_job(checkpoint, flavour, precision, capacity, patches, chunk, check, table_dtype)
+    job = make_job(checkpoint, flavour, precision, capacity, patches, chunk, check, table_dtype, precision_of)
+    job.eval_ids = eval_ids
     return run(job, Path(out_dir), force, progress)
 
 
@@ -276,20 +319,19 @@ def make_job(
     chunk: int = 128,
     check: bool = True,
     table_dtype: str | None = None,
+    precision_of: Mapping[str, str] | None = None,
 ) -> Job:
     """Check the arguments of an export and load the checkpoint."""
     if flavour not in FLAVOURS:
         raise UsageError(f"flavour {flavour!r}: choose one of {', '.join(FLAVOURS)}")
-    if precision in LATER:
-        raise UsageError(f"precision {precision} is not supported yet; export with fp32")
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    quantize.check(flavour, precision, precision_of or {})
     if table_dtype is not None and table_dtype not in TABLE_DTYPES:
         raise UsageError(f"table_dtype {table_dtype!r}: choose one of {', '.join(TABLE_DTYPES)}")
     known: Flavour = "ort" if flavour == "ort" else "portable"
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
     spec = export_spec(loaded, known, capacity, patches, chunk, cast(TableDtype | None, table_dtype))
-    return Job(loaded, spec, known, precision, check)
+    precisions = quantize.choose(precision, precision_of or {}, spec.graphs)
+    return Job(loaded, spec, known, precision, check, precisions)
 
 
 def producer() -> dict[str, str]:

@@ -18,7 +18,7 @@ from .spec import ModelSpec
 
 FORMAT = "blt-bundle"
 VERSION = 2
-"""2: hash tables say their type, patch rules that of their entropies; 1 is read as float32."""
+"""2: hash tables say their type, patch rules that of their entropies, graphs their precision; 1 is read as float32."""
 FILE_NAME = "manifest.json"
 LARGEST = 16 << 20
 """Bytes of a manifest that we are willing to parse."""
@@ -41,7 +41,9 @@ class FileRef:
 
 @dataclass(frozen=True)
 class Parity:
-    """One line of the parity table that the export printed."""
+    """One line of the parity table that the export printed. The error is the largest one in float32; of a quantised
+    graph's outputs it is their root mean square, relative, and of its weights the worst block's. `positions`: how
+    many were compared (of weights: blocks)."""
 
     output: str
     max_abs_error: float
@@ -50,10 +52,25 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The model in float32 (PyTorch) and this bundle on one text of `bytes` bytes: bits per byte of each, and the
+    patch boundaries: how many the float model sets, how many of them the bundle lacks, how many it has besides."""
+
+    bytes: int
+    float_bits_per_byte: float
+    bits_per_byte: float
+    boundaries: int
+    boundaries_lost: int
+    boundaries_new: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a bundle says of itself. `config` and `producer` are for people; nothing computes from them.
 
-    `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself.
+    `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is what the
+    export was asked for, `precisions` what each graph's matrices are ("fp32", "int8", "int4"); a graph that is not
+    listed is as `precision` says.
     """
 
     producer: dict[str, Any]
@@ -67,6 +84,12 @@ class Manifest:
     hash_tables: FileRef | None
     files: dict[str, FileEntry]
     parity: tuple[Parity, ...] = field(default=())
+    precisions: dict[str, str] = field(default_factory=dict)
+    judged: Judged | None = None
+
+    def precision_of(self, graph: str) -> str:
+        """Of a graph's matrices; everything else is float32."""
+        return self.precisions.get(graph, self.precision)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **to_dict(self)}
@@ -94,6 +117,8 @@ class Manifest:
                 raise ManifestError(f"manifest.json uses {ref.file!r} but does not list it under 'files'")
         if set(self.graphs) != set(self.spec.graphs):
             raise ManifestError("manifest.json names different graphs under 'graphs' and 'spec'")
+        if not set(self.precisions) <= set(self.graphs):
+            raise ManifestError("manifest.json names graphs under 'precisions' that it does not have")
         if (self.hash_tables is None) != (self.spec.hash is None):
             raise ManifestError("manifest.json must name hash tables exactly when 'spec' has a hash")
 

@@ -152,8 +152,8 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
 
 def test_bad_arguments() -> None:
     checkpoint = tiny(VARIANTS[0])
-    with pytest.raises(UsageError, match="int8 is not supported yet"):
-        blt_export.export(checkpoint, "unused", precision="int8")
+    with pytest.raises(UsageError, match="bf16 is not supported yet"):
+        blt_export.export(checkpoint, "unused", precision="bf16")
     with pytest.raises(UsageError, match="precision 'fp31'"):
         blt_export.export(checkpoint, "unused", precision="fp31")
     with pytest.raises(UsageError, match="choose one of ort, portable"):

@@ -49,7 +49,8 @@ class OnnxBackend:
     providers in order of preference, CPU by default; the first must load or BackendError is raised. spin:
     idle threads wait busily for the next operator. prepack: copy weights into the kernels' own layout (15 % faster
     at half a billion weights); False keeps them memory-mapped and shared by processes, and opens 6 GB in a second
-    instead of 15. None packs up to PREPACK_UP_TO bytes.
+    instead of 15. None packs up to PREPACK_UP_TO bytes. Quantised graphs are always packed: their products would
+    take a thousand times as long (1024 x 1024 at 8 bits: 25 ms instead of 25 us).
     """
 
     name = "onnx"
@@ -74,8 +75,10 @@ class OnnxBackend:
             )
         if prepack is None:
             prepack = _weight_bytes(bundle) <= PREPACK_UP_TO
-        options = self._options(threads, spin, prepack)
-        self._sessions = {name: self._open(bundle, name, options) for name in bundle.manifest.spec.graphs}
+        self._sessions = {}
+        for name in bundle.manifest.spec.graphs:
+            packed = prepack or bundle.manifest.precision_of(name) != "fp32"
+            self._sessions[name] = self._open(bundle, name, self._options(threads, spin, packed))
 
     def session(self, group: str) -> OnnxSession:
         return self._sessions[group]

@@ -1,0 +1,164 @@
+"""Weights of 8 or 4 bits in blocks, packed as ONNX Runtime's `com.microsoft::MatMulNBits` reads them.
+
+A row of a weight (all inputs of one output) is cut into blocks; each block has a float32 scale and a zero point:
+weight = (code - zero) * scale. Codes are unsigned; without stored zero points the zero is 2^(bits-1). Two 4-bit codes
+share a byte, the first in the low half; so do two zero points of one row.
+
+What lies where: codes [N, J, S * bits / 8], scales [N, J], zero points [N, J * bits / 8 rounded up].
+
+Letters: N outputs, K inputs, J blocks of a row, S weights of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+_AT_ONCE = 1 << 20
+"""Weights that are rounded at once: temporary arrays stay small whatever the weight's size."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """bits: 8 or 4. block: weights that share a scale, a power of two from 16. zero_points: stored, one a block.
+    shrink: factors of the scale to try, by least squared error; a smaller scale clips the largest weights and rounds
+    the others finer."""
+
+    bits: int
+    block: int
+    zero_points: bool = False
+    shrink: tuple[float, ...] = ()
+
+    @property
+    def middle(self) -> int:
+        """The code of zero where no zero points are stored."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With its share of the scale and the zero point."""
+        return self.bits + (32 + self.bits * self.zero_points) / self.block
+
+    @property
+    def largest_error(self) -> float:
+        """That rounding can cause, root mean square of a block, relative to its largest weight (and a thousandth more,
+        for float32 itself). A shrunk scale is taken only where it is better, so the bound is that of the whole range:
+        with zero points half a step of a range that is at most twice the largest; without, a step of the largest over
+        2^(bits-1), whole, because a weight that is the largest one's opposite has no code of its own.
+        """
+        return 1.001 / ((1 << self.bits) - 1) if self.zero_points else 1.001 / self.middle
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A packed weight; shapes above."""
+
+    codes: Bytes
+    scales: Floats
+    zeros: Bytes | None
+
+
+def quantise(w_NK: Floats, form: Format) -> Blocks:
+    """Pack a weight whose K is a multiple of the block."""
+    parts = [_quantise(part_NJS, form) for part_NJS in _parts(w_NK, form)]
+    codes, scales, zeros = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    return Blocks(codes, scales, zeros if form.zero_points else None)
+
+
+def dequantise(blocks: Blocks, form: Format) -> Floats:
+    """The weight [N, K] that the packed form stands for."""
+    n, j = blocks.scales.shape
+    code_NJS = _unpack(blocks.codes, form.bits).reshape(n, j, form.block)
+    zero_NJ: Any = np.float32(form.middle)
+    if blocks.zeros is not None:
+        zero_NJ = _unpack(blocks.zeros, form.bits)[:, :j, None].astype(np.float32)
+    w_NJS: Floats = (code_NJS.astype(np.float32) - zero_NJ) * blocks.scales[:, :, None]
+    return w_NJS.reshape(n, j * form.block)
+
+
+def block_error(got_NK: Floats, want_NK: Floats, block: int) -> float:
+    """The largest root mean square error of any block, relative to its largest |want| (of zeros: absolute)."""
+    got_NJS, want_NJS = (w.reshape(len(w), -1, block) for w in (got_NK, want_NK))
+    largest_NJ = np.abs(want_NJS).max(-1)
+    error_NJ = np.sqrt(np.square(got_NJS - want_NJS).mean(-1)) / np.where(largest_NJ > 0, largest_NJ, 1)
+    return float(error_NJ.max(initial=0.0)) if np.isfinite(error_NJ).all() else float("inf")
+
+
+def _parts(w_NK: Floats, form: Format) -> Iterator[Floats]:
+    """A few rows at a time, cut into blocks."""
+    n, k = w_NK.shape
+    rows = max(1, _AT_ONCE // k)
+    for start in range(0, n, rows):
+        part_NK = np.ascontiguousarray(w_NK[start : start + rows], np.float32)
+        yield part_NK.reshape(len(part_NK), k // form.block, form.block)
+
+
+def _quantise(w_NJS: Floats, form: Format) -> tuple[Bytes, Floats, Bytes]:
+    """Packed codes, scales and packed zero points of some rows."""
+    scale_NJ, zero_NJ = _fit(w_NJS, form)
+    if form.shrink:
+        scale_NJ = _shrunk(w_NJS, scale_NJ, zero_NJ, form)
+    code_NJS = _round(w_NJS, scale_NJ, zero_NJ, form).astype(np.uint8)
+    return _pack(code_NJS, form.bits), scale_NJ, _pack(zero_NJ.astype(np.uint8), form.bits)
+
+
+def _fit(w_NJS: Floats, form: Format) -> tuple[Floats, Floats]:
+    """Scale and zero point [N, J] of each block.
+
+    With zero points the codes span the block's range (and zero, which stays exact). Without, the largest weight gets
+    the code 0, of which there is one more than on the other side; the scale carries its sign.
+    """
+    if form.zero_points:
+        low_NJ, high_NJ = np.minimum(w_NJS.min(-1), 0), np.maximum(w_NJS.max(-1), 0)
+        scale_NJ = (high_NJ - low_NJ) / np.float32((1 << form.bits) - 1)
+        return scale_NJ, np.rint(-low_NJ / _nonzero(scale_NJ))
+    at_NJ1 = np.abs(w_NJS).argmax(-1)[..., None]
+    scale_NJ = np.take_along_axis(w_NJS, at_NJ1, -1)[..., 0] / np.float32(-form.middle)
+    return scale_NJ, np.full(scale_NJ.shape, form.middle, np.float32)
+
+
+def _shrunk(w_NJS: Floats, scale_NJ: Floats, zero_NJ: Floats, form: Format) -> Floats:
+    best_NJ, least_NJ = scale_NJ, _squared_error(w_NJS, scale_NJ, zero_NJ, form)
+    for factor in form.shrink:
+        tried_NJ = scale_NJ * np.float32(factor)
+        error_NJ = _squared_error(w_NJS, tried_NJ, zero_NJ, form)
+        best_NJ, least_NJ = np.where(error_NJ < least_NJ, tried_NJ, best_NJ), np.minimum(error_NJ, least_NJ)
+    return best_NJ
+
+
+def _squared_error(w_NJS: Floats, scale_NJ: Floats, zero_NJ: Floats, form: Format) -> Floats:
+    steps_NJS = _round(w_NJS, scale_NJ, zero_NJ, form) - zero_NJ[..., None]
+    error_NJ: Floats = np.square(steps_NJS * scale_NJ[..., None] - w_NJS).sum(-1)
+    return error_NJ
+
+
+def _round(w_NJS: Floats, scale_NJ: Floats, zero_NJ: Floats, form: Format) -> Floats:
+    """The codes, as floats."""
+    code_NJS: Floats = np.rint(w_NJS / _nonzero(scale_NJ)[..., None]) + zero_NJ[..., None]
+    return code_NJS.clip(0, (1 << form.bits) - 1)
+
+
+def _nonzero(scale_NJ: Floats) -> Floats:
+    return np.where(scale_NJ == 0, np.float32(1), scale_NJ)
+
+
+def _pack(values: Bytes, bits: int) -> Bytes:
+    """Two values a byte along the last axis, the first in the low half; an odd count is padded with 0."""
+    if bits == 8:
+        return values
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
+    packed: Bytes = values[..., 0::2] | values[..., 1::2] << np.uint8(4)
+    return packed
+
+
+def _unpack(packed: Bytes, bits: int) -> Bytes:
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)

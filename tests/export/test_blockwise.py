@@ -1,0 +1,108 @@
+"""Packed weights: what ONNX Runtime's operator reads, bit for bit what its own packer writes, and errors that show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from blt_export.blockwise import Blocks, Format, block_error, dequantise, quantise
+
+FORMATS = (Format(8, 128), Format(8, 32, zero_points=True), Format(4, 32), Format(4, 32, True), Format(4, 16, True))
+SHRUNK = Format(4, 32, shrink=(0.9, 0.8))
+N, K = 9, 384
+
+
+def weight(seed: int = 0) -> np.ndarray:
+    """Blocks of zeros, of one sign, of opposites and with an outlier are among them."""
+    w_NK = np.random.default_rng(seed).standard_normal((N, K)).astype(np.float32)
+    w_NK[0] = 0
+    w_NK[1] = np.abs(w_NK[1]) + 0.5
+    w_NK[2, ::2], w_NK[2, 1::2] = -1.0, 1.0
+    w_NK[3, ::32] *= 50
+    return w_NK
+
+
+@pytest.mark.parametrize("form", [*FORMATS, SHRUNK])
+def test_rounding_stays_within_its_bound(form: Format) -> None:
+    error = block_error(dequantise(quantise(weight(), form), form), weight(), form.block)
+    assert 0 < error <= form.largest_error
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_we_read_is_what_the_operator_reads(form: Format) -> None:
+    """Rows of the unit matrix, without rounded activations, give the weight back."""
+    import onnxruntime
+
+    blocks = quantise(weight(), form)
+    given = {"codes": blocks.codes, "scales": blocks.scales}
+    given |= {} if blocks.zeros is None else {"zeros": blocks.zeros}
+    sizes = {"K": K, "N": N, "bits": form.bits, "block_size": form.block, "accuracy_level": 0}
+    node = helper.make_node("MatMulNBits", ["x", *given], ["y"], domain="com.microsoft", **sizes)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, n]) for name, n in (("x", K), ("y", N)))
+    tensors = [numpy_helper.from_array(array, name) for name, array in given.items()]
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y], tensors), opset_imports=imports, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    got_KN = session.run(None, {"x": np.eye(K, dtype=np.float32)})[0]
+    np.testing.assert_allclose(got_KN.T, dequantise(blocks, form), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_codes_are_those_of_onnxruntimes_own_packer(form: Format) -> None:
+    binding = pytest.importorskip("onnxruntime.capi._pybind_state")
+    pack = getattr(binding, f"quantize_matmul_{form.bits}bits")
+    w_NK = weight(1)[4:]  # ordinary rows: theirs leaves the scale of a block of zeros open
+    n, j = len(w_NK), K // form.block
+    codes = np.zeros((n, j, form.block * form.bits // 8), np.uint8)
+    scales, zeros = np.zeros(n * j, np.float32), np.zeros(n * -(-j * form.bits // 8), np.uint8)
+    pack(codes, np.ascontiguousarray(w_NK.T), scales, zeros, form.block, n, K, not form.zero_points)
+    ours = quantise(w_NK, form)
+    np.testing.assert_array_equal(ours.scales, scales.reshape(n, j))
+    assert (ours.codes != codes).mean() < 1e-3  # a tie may be rounded the other way
+    assert (ours.zeros is not None) == form.zero_points
+    if ours.zeros is not None:
+        np.testing.assert_array_equal(ours.zeros, zeros.reshape(ours.zeros.shape))
+
+
+def test_a_shrunk_scale_is_never_worse_and_often_better() -> None:
+    w_NK = weight()
+    plain, shrunk = (dequantise(quantise(w_NK, f), f) for f in (replace(SHRUNK, shrink=()), SHRUNK))
+    errors = [np.square(got - w_NK).reshape(N, -1, SHRUNK.block).sum(-1) for got in (plain, shrunk)]
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert errors[1][4:].sum() < 0.98 * errors[0][4:].sum()  # of the ordinary rows
+
+
+def test_large_weights_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantise(weight(), FORMATS[3])
+    monkeypatch.setattr("blt_export.blockwise._AT_ONCE", 2 * K)
+    parts = quantise(weight(), FORMATS[3])
+    for name in ("codes", "scales", "zeros"):
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+
+
+def swapped(blocks: Blocks) -> Blocks:
+    codes = blocks.codes.copy()
+    codes[5, 1] = codes[5, 1] << 4 | codes[5, 1] >> 4
+    return replace(blocks, codes=codes)
+
+
+def scaled(blocks: Blocks) -> Blocks:
+    scales = blocks.scales.copy()
+    scales[5, 1] *= 1.5
+    return replace(blocks, scales=scales)
+
+
+def moved(blocks: Blocks) -> Blocks:
+    codes = blocks.codes.copy()
+    codes[5, 1] = codes[5, 2]
+    return replace(blocks, codes=codes)
+
+
+@pytest.mark.parametrize("fault", [swapped, scaled, moved])
+@pytest.mark.parametrize("form", [*FORMATS, SHRUNK])
+def test_one_wrong_block_exceeds_the_bound(form: Format, fault: object) -> None:
+    blocks = fault(quantise(weight(), form))  # type: ignore[operator]
+    assert block_error(dequantise(blocks, form), weight(), form.block) > 1.3 * form.largest_error

@@ -1,0 +1,258 @@
+"""Quantised exports: what becomes codes and what does not, that parity fails for wrong ones, and what is reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import blt_export
+from blt.checkpoint import Checkpoint
+from blt.model import HashConfig
+from blt_export import ExportReport, parity, pipeline, quantize
+from blt_export.blockwise import Blocks, Format, quantise
+from blt_export.rewrite import op_counts
+from blt_runtime import Model
+from blt_runtime.backends.onnx import OnnxBackend
+from blt_runtime.bundle import Bundle
+from blt_runtime.errors import CheckFailed, UsageError
+from blt_runtime.ids import encode
+from blt_runtime.patching import PatchRule
+from tests import tiny as tinies
+from tests.export.conftest import CAPACITY, CHUNK, VARIANTS, MakeJob
+
+NBITS = "com.microsoft.MatMulNBits"
+TEXT = "A short text, judged twice: once in float32, once in the bundle.\n" * 6
+MakeQuantised = Callable[..., pipeline.Job]
+
+
+@pytest.fixture(scope="module")
+def wide() -> Checkpoint:
+    """Widths of 128, so that blocks of 128 fit. One entropy layer, one layer a stage."""
+    config = tinies.PLAIN.model_copy(
+        update={
+            "encoder": tinies.stack(128, 1, 2, window=24, ffn_dim=128),
+            "latent": tinies.stack(256, 1, 4, ffn_dim=128),
+            "decoder": tinies.stack(128, 1, 2, window=24, ffn_dim=128),
+            "hash": HashConfig(sizes=(3, 4), rows=97),
+        }
+    )
+    entropy = tinies.ENTROPY.model_copy(update={"dim": 128, "n_layers": 1, "ffn_dim": 128})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tinies, "ENTROPY", entropy)
+        return tinies.random_checkpoint(config, PatchRule("entropy", threshold=0.0))
+
+
+@pytest.fixture(scope="module")
+def make_quantised(wide: Checkpoint) -> MakeQuantised:
+    """(precision, precision_of) -> a job; all share one capture."""
+    captured: dict[str, ir.Model] = {}
+
+    def make(precision: str, **precision_of: str) -> pipeline.Job:
+        job = pipeline.make_job(wide, "ort", precision, CAPACITY, chunk=CHUNK, precision_of=precision_of)
+        job.captured = captured
+        return job
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def mixed(make_quantised: MakeQuantised, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """entropy float32, decoder 4 bits, the others 8 bits; judged on a text."""
+    job = make_quantised("int8", entropy="fp32", decoder="int4")
+    job.eval_ids = [encode(TEXT, bos=True), encode(TEXT.upper(), bos=True, eos=True)]
+    return pipeline.run(job, tmp_path_factory.mktemp("mixed") / "bundle")
+
+
+def graph(report: ExportReport, name: str) -> ir.Model:
+    return ir.load(report.path / f"{name}.onnx")
+
+
+def test_every_matrix_of_the_chosen_graphs_becomes_codes(mixed: ExportReport) -> None:
+    for name, (bits, block) in {"encoder": (8, 128), "latent": (8, 128), "decoder": (4, 32)}.items():
+        model = graph(mixed, name)
+        found = [node for node in model.graph if node.op_type == "MatMulNBits"]
+        assert found
+        assert not [n for n in model.graph if n.op_type == "MatMul" and n.inputs[1].const_value is not None]
+        for node in found:
+            attributes = {key: value.value for key, value in node.attributes.items()}
+            assert (attributes["bits"], attributes["block_size"], attributes["accuracy_level"]) == (bits, block, 4)
+    assert op_counts(graph(mixed, "entropy"))[NBITS] == 0
+
+
+def test_only_codes_are_narrow(mixed: ExportReport) -> None:
+    """No float copy of a quantised weight is left, and embeddings, norms and rotary tables are float32."""
+    initializers = graph(mixed, "encoder").graph.initializers
+    codes = {name for name, value in initializers.items() if value.dtype is ir.DataType.UINT8}
+    assert codes == {name for name in initializers if name.endswith(".codes")}
+    assert not [name for name in initializers if f"{name}.codes" in initializers]
+    widths = {v.dtype for name, v in initializers.items() if name not in codes and v.dtype is not None}
+    assert widths <= {ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32}
+    assert any("embed" in name for name in initializers)
+
+
+def test_the_manifest_says_the_precision_of_each_graph(mixed: ExportReport) -> None:
+    manifest = Bundle.open(mixed.path).manifest
+    assert manifest.precision == "int8"
+    assert manifest.precisions == {"entropy": "fp32", "encoder": "int8", "latent": "int8", "decoder": "int4"}
+    tolerances = {row.output: row.tolerance for row in manifest.parity}
+    assert tolerances["entropy.logits"] == 2e-5
+    assert tolerances["encoder.byte_states"] == parity.TOLERANCE["int8"]
+    assert tolerances["decoder.logits"] == parity.TOLERANCE["int4"]
+    assert "entropy.weights" not in tolerances
+    assert tolerances["latent.weights"] == Format(8, 128).largest_error
+
+
+def test_quantised_outputs_differ_but_not_much(mixed: ExportReport) -> None:
+    errors = {row.output: row.max_abs_error for row in mixed.parity}
+    assert 1e-3 < errors["latent.patch_kv"] < 0.05
+    assert 1e-2 < errors["decoder.logits"] < 0.3
+
+
+def test_the_step_says_what_it_changed(mixed: ExportReport) -> None:
+    said = next(step.changed for step in mixed.steps if step.name == "quantise")
+    assert "encoder, int8: " in said
+    assert "decoder, int4: " in said
+    assert "entropy" not in said
+    assert " bytes now " in said
+
+
+def test_the_bundle_is_judged_on_text(mixed: ExportReport) -> None:
+    judged = Bundle.open(mixed.path).manifest.judged
+    assert judged is not None
+    assert judged == mixed.manifest.judged
+    assert judged.bytes == 2 * len(TEXT)
+    assert judged.bits_per_byte != judged.float_bits_per_byte
+    assert judged.bits_per_byte == pytest.approx(judged.float_bits_per_byte, rel=0.05)
+    assert judged.boundaries > 10
+    assert (judged.boundaries_lost, judged.boundaries_new) == (0, 0)  # the entropy model is float32
+
+
+def test_boundaries_that_a_quantised_entropy_model_moves_are_counted(
+    make_quantised: MakeQuantised, tmp_path: Path
+) -> None:
+    job = make_quantised("fp32", entropy="int4")
+    job.eval_ids = [encode(TEXT, bos=True)]
+    judged = pipeline.run(job, tmp_path / "b").manifest.judged
+    assert judged is not None
+    assert judged.boundaries_lost + judged.boundaries_new > 0
+
+
+def test_the_runtime_runs_it_and_always_packs_it(mixed: ExportReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[bool] = []
+    real = OnnxBackend._options
+
+    def options(self: OnnxBackend, threads: int | None, spin: bool, prepack: bool) -> object:
+        packed.append(prepack)
+        return real(self, threads, spin, prepack)
+
+    monkeypatch.setattr(OnnxBackend, "_options", options)
+    opened = Bundle.open(mixed.path)
+    backend = OnnxBackend(opened, prepack=False)
+    assert dict(zip(opened.manifest.spec.graphs, packed, strict=True)) == {
+        name: name != "entropy" for name in opened.manifest.spec.graphs
+    }
+    stream = Model(opened.manifest.spec, backend, opened.hash_tables()).stream()
+    stream.append(TEXT[:40])
+    assert len(list(stream.generate_ids(20))) == 20
+    assert np.isfinite(stream.logits).all()
+
+
+def _scaled(blocks: Blocks) -> Blocks:
+    return replace(blocks, scales=blocks.scales * np.float32(2))
+
+
+def _swapped(blocks: Blocks) -> Blocks:
+    return replace(blocks, codes=blocks.codes << 4 | blocks.codes >> 4)
+
+
+def _rolled(blocks: Blocks) -> Blocks:
+    return replace(blocks, codes=np.roll(blocks.codes, 1, 0))
+
+
+FAULTS = {"int8": (_scaled, _rolled), "int4": (_scaled, _swapped, _rolled)}
+CASES = [(precision, fault) for precision, faults in FAULTS.items() for fault in faults]
+
+
+@pytest.mark.parametrize(("precision", "fault"), CASES)
+def test_one_wrong_weight_fails_parity_and_leaves_no_bundle(
+    make_quantised: MakeQuantised,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    fault: Callable[[Blocks], Blocks],
+) -> None:
+    """One block of one weight of the decoder is wrong in the file."""
+    done: list[int] = []
+
+    def pack(w_NK: np.ndarray, form: Format) -> Blocks:
+        blocks = quantise(w_NK, form)
+        if done:
+            return blocks
+        done.append(1)
+        wrong, codes, scales = fault(blocks), blocks.codes.copy(), blocks.scales.copy()
+        codes[7, 0], scales[7, 0] = wrong.codes[7, 0], wrong.scales[7, 0]
+        return Blocks(codes, scales, blocks.zeros)
+
+    monkeypatch.setattr(quantize, "quantise", pack)
+    with pytest.raises(CheckFailed, match=r"parity: decoder\.weights differs"):
+        pipeline.run(make_quantised("fp32", decoder=precision), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("precision", "fault"), CASES)
+def test_a_graph_that_reads_its_codes_in_another_way_fails(
+    make_quantised: MakeQuantised,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    fault: Callable[[Blocks], Blocks],
+) -> None:
+    """Even if packing and reading back were wrong in the same way, the graph's outputs show it."""
+    monkeypatch.setattr(quantize, "quantise", lambda w_NK, form: fault(quantise(w_NK, form)))
+    monkeypatch.setattr(parity, "read_error", lambda *_: 0.0)
+    with pytest.raises(CheckFailed, match=r"parity: decoder\.logits differs"):
+        pipeline.run(make_quantised("fp32", decoder=precision), tmp_path / "b")
+
+
+def test_matrices_that_do_not_divide_stay_float_and_say_why(
+    make_job: MakeJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Latent width 48: no multiple of 32, but its feed-forward (96) is; the other stages are 32 and 64 wide."""
+    job = make_job(VARIANTS[0], "ort")
+    job.precisions = dict.fromkeys(job.spec.graphs, "int4")
+    with caplog.at_level(logging.INFO, logger="blt_export"):
+        report = pipeline.run(job, tmp_path / "b")
+    said = next(step.changed for step in report.steps if step.name == "quantise")
+    assert "48 inputs are no multiple of 32" in said
+    assert op_counts(graph(report, "latent"))[NBITS] > 0
+    assert op_counts(graph(report, "latent"))["MatMul"] > 0
+
+
+def test_a_graph_without_any_such_matrix_is_float_and_warned_of(
+    make_job: MakeJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = make_job(VARIANTS[0], "ort")
+    job.precisions["encoder"] = "int8"
+    report = pipeline.run(job, tmp_path / "b")
+    assert report.manifest.precision_of("encoder") == "fp32"
+    assert "nothing in the graph encoder could become int8" in caplog.text
+
+
+def test_bad_precisions() -> None:
+    checkpoint = tinies.tiny("static")
+    with pytest.raises(UsageError, match="fp16 is not supported yet"):
+        blt_export.export(checkpoint, "unused", precision_of={"latent": "fp16"})
+    with pytest.raises(UsageError, match="precision 'int7'"):
+        blt_export.export(checkpoint, "unused", precision="int7")
+    with pytest.raises(UsageError, match=r"no such graph.*latent"):
+        blt_export.export(checkpoint, "unused", precision_of={"latnet": "int8"})
+    with pytest.raises(UsageError, match="'entropy': this model has no such graph"):
+        blt_export.export(checkpoint, "unused", precision_of={"entropy": "fp32"})
+    with pytest.raises(UsageError, match="int8 is not supported yet in the flavour portable"):
+        blt_export.export(checkpoint, "unused", flavour="portable", precision_of={"latent": "int8"})
