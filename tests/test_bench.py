@@ -18,9 +18,10 @@ from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import EOS, VOCAB, encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.spec import HashSpec
+from blt_runtime.speculate import Speculate
 
 HASH = HashSpec((3, 4), 1, 50, 4)
-WEIGHTS = {"entropy": 100.0, "latent": 50.0, "total": 150.0}
+PER_CALL = {"entropy": 100.0, "latent": 125.0}
 
 
 def null_model(rule: PatchRule | None = None, **options: object) -> Model:
@@ -109,6 +110,24 @@ def test_latent_calls_of_the_timed_part_are_counted(rule: PatchRule | None) -> N
     assert done.mean_patch == len(done.gaps_s) / done.closed
 
 
+@pytest.mark.parametrize("speculate", ["lookup", "entropy", "auto"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_guessing_changes_no_byte_and_its_calls_are_counted(speculate: Speculate, temperature: float) -> None:
+    model, given = null_model(), Text.of(b"one and two and " * 8, 64, 64)
+    stream = model.stream()
+    done = run(stream, given, Forced(given.new.tolist(), temperature), speculate)
+    assert stream.ids.tolist() == [1, *given.prompt, *given.new]
+    assert done.speculation.tokens == 64
+    parts = split(model, given, temperature, speculate)
+    assert parts.calls["sampling"] == 63
+    if speculate == "entropy":
+        return  # the do-nothing entropy model guesses nothing right
+    assert done.speculation.passes < 60
+    assert done.speculation.right > 0
+    assert parts.calls["decoder"] < 60
+    assert parts.calls["decoder"] == parts.calls["encoder"]
+
+
 def test_no_patch_that_ends_is_no_division_by_zero() -> None:
     model, given = null_model(PatchRule("static", patch_size=400)), text()
     done = run(model.stream(), given, Forced(given.new.tolist(), 0.0))
@@ -150,7 +169,7 @@ def test_the_clock_counts_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> N
 def measured() -> Latency:
     runs = [Run(2.0, 2.5, [0.1] * 10, 4), Run(1.0, 1.5, [0.2] * 9 + [1.2], 4), Run(3.0, 3.5, [0.4] * 10, 4)]
     parts = Split(dict.fromkeys(PARTS, 0.01), {**dict.fromkeys(PARTS, 10), "latent": 4}, 10)
-    return Latency(runs, parts, Bandwidth(3000.0, "x", 10, 2), WEIGHTS, 1, None, 20)
+    return Latency(runs, parts, Bandwidth(3000.0, "x", 10, 2), PER_CALL, 1, None, 20)
 
 
 def test_medians_percentiles_and_the_floor() -> None:
@@ -161,24 +180,19 @@ def test_medians_percentiles_and_the_floor() -> None:
     gaps = sorted([0.1] * 10 + [0.2] * 9 + [1.2] + [0.4] * 10)
     assert found.gap_s(95) == pytest.approx(np.percentile(gaps, 95))
     assert found.gap_s(100) == pytest.approx(1.2)
+    assert found.weights == pytest.approx({"entropy": 100.0, "latent": 50.0})  # 4 latent calls in 10 bytes
     assert found.floor_bytes_per_s == pytest.approx(20.0)
     assert found.share_of_floor == pytest.approx(found.bytes_per_s / 20.0)
     assert found.floor_s() == pytest.approx({"entropy": 100 / 3000, "latent": 50 / 3000})
-    unknown = replace(found, weights={})
+    unknown = replace(found, per_call={})
     assert unknown.floor_bytes_per_s is unknown.share_of_floor is None
 
 
 def test_latency_measures_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     small_reader(monkeypatch)
-    asked = []
-
-    def reads(mean: float) -> dict[str, float]:
-        asked.append(mean)
-        return WEIGHTS
-
-    found = latency(null_model(), text(), reads, repeat=3, temperature=0.8, threads=1)
+    found = latency(null_model(), text(), PER_CALL, repeat=3, temperature=0.8, threads=1)
     assert len(found.runs) == 3
-    assert asked == [found.mean_patch]
+    assert found.weights["latent"] == pytest.approx(125 / found.mean_patch)
     assert found.bandwidth.bytes_per_s > 0
     assert found.bandwidth.method in ("numpy bitwise_or", "memchr")
     assert found.peak_bytes > 1 << 20
@@ -210,8 +224,8 @@ def test_too_much_or_too_little_text_is_an_error(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match="5 bytes"):
         Text.of(b"x" * 5, 3, 3)
     with pytest.raises(CapacityError, match="a stream holds 512"):
-        latency(null_model(), text(500, 12), lambda mean: {}, repeat=1, temperature=0.0, threads=1)
-    latency(null_model(), text(499, 12), lambda mean: {}, repeat=1, temperature=0.0, threads=1)  # just fits
+        latency(null_model(), text(500, 12), {}, repeat=1, temperature=0.0, threads=1)
+    latency(null_model(), text(499, 12), {}, repeat=1, temperature=0.0, threads=1)  # just fits
 
 
 def test_patching_alone_finds_the_streams_patches() -> None:

@@ -6,7 +6,7 @@ Speed is measured on untouched streams, the memory's bandwidth between them; `sp
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,22 +19,23 @@ from blt.machine import Bandwidth, MemoryReader, peak_memory, resident_bytes
 from blt_runtime import Model
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS
+from blt_runtime.speculate import Speculate
 
 WARM_UP = 8
 """Bytes generated before the first timed run: lazily made memory and threads are there afterwards."""
-Weights = Callable[[float], Mapping[str, float]]
-"""Mean patch in bytes (infinity: no patch ended) -> bytes of weights read per byte, by part and "total"."""
+Weights = Mapping[str, float]
+"""Bytes of weights that one call of each of PARTS reads; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """What was measured. weights: bytes read per byte by part and "total", empty if unknown; tables_bytes: resident
-    hash tables, None if unknown or absent."""
+    """What was measured. per_call: bytes of weights that a call of each part reads; tables_bytes: resident hash tables,
+    None if unknown or absent."""
 
     runs: Sequence[Run]
     split: Split
     bandwidth: Bandwidth
-    weights: Mapping[str, float]
+    per_call: Weights
     peak_bytes: int
     tables_bytes: int | None
     prompt_bytes: int
@@ -60,10 +61,15 @@ class Latency:
         """That percentile of the gaps of all runs, linearly interpolated."""
         return float(np.percentile(np.concatenate([run.gaps_s for run in self.runs]), percent))
 
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """Bytes of weights that were read per byte, by part: calls really made, times what a call reads."""
+        return {part: read * self.split.per_byte(part) for part, read in self.per_call.items()}
+
     @property
     def floor_bytes_per_s(self) -> float | None:
         """Bytes per second if reading the weights were all there is to do; None if they are unknown."""
-        total = self.weights.get("total")
+        total = sum(self.weights.values())
         return self.bandwidth.bytes_per_s / total if total else None
 
     @property
@@ -72,32 +78,40 @@ class Latency:
         return self.bytes_per_s / floor if floor else None
 
     def floor_s(self) -> dict[str, float]:
-        """Seconds that reading the weights of each of PARTS takes at the measured bandwidth."""
-        named = {"hash tables": "hashing"}
-        return {named.get(k, k): v / self.bandwidth.bytes_per_s for k, v in self.weights.items() if k != "total"}
+        """Seconds that reading the weights for one byte takes at the measured bandwidth, by part."""
+        return {part: read / self.bandwidth.bytes_per_s for part, read in self.weights.items()}
 
 
-def latency(model: Model, text: Text, weights: Weights, *, repeat: int, temperature: float, threads: int) -> Latency:
+def latency(
+    model: Model,
+    text: Text,
+    per_call: Weights,
+    *,
+    repeat: int,
+    temperature: float,
+    threads: int,
+    speculate: Speculate = "off",
+) -> Latency:
     """Measures `repeat` runs, each on a new stream, and the memory's bandwidth on `threads` threads between them.
 
     Raises CapacityError if the text does not fit.
     """
     text.check_room(model.spec.capacity_bytes)
     warm = Text(text.prompt, text.new[:WARM_UP])
-    run(model.stream(), warm, Forced(warm.new.tolist(), temperature))
-    runs = [run(model.stream(), text, Forced(text.new.tolist(), temperature))]
+    run(model.stream(), warm, Forced(warm.new.tolist(), temperature), speculate)
+    runs = [run(model.stream(), text, Forced(text.new.tolist(), temperature), speculate)]
     peak, tables = peak_memory(), _tables_bytes(model)  # before the buffer below is there
     reader = MemoryReader(threads)
     try:
         reader.sample()
         for _ in range(repeat - 1):
-            runs.append(run(model.stream(), text, Forced(text.new.tolist(), temperature)))
+            runs.append(run(model.stream(), text, Forced(text.new.tolist(), temperature), speculate))
             reader.sample()
-        parts = split(model, text, temperature)
+        parts = split(model, text, temperature, speculate)
         bandwidth = reader.sample()
     finally:
         reader.close()
-    return Latency(runs, parts, bandwidth, weights(runs[0].mean_patch), peak, tables, len(text.prompt))
+    return Latency(runs, parts, bandwidth, per_call, peak, tables, len(text.prompt))
 
 
 def at_patch_size(model: Model, text: Text, mean: float) -> Model:

@@ -16,6 +16,7 @@ from blt.bench.runs import Forced, Text, run, with_changes
 from blt_runtime import Model
 from blt_runtime.backends.protocol import Backend, Buffer, Call, Session
 from blt_runtime.spec import GraphSpec
+from blt_runtime.speculate import Speculate
 
 PARTS = ("entropy", "hashing", "encoder", "latent", "decoder", "sampling", "other")
 
@@ -90,6 +91,10 @@ class Split:
     calls: Mapping[str, int]
     n: int
 
+    def per_byte(self, part: str) -> float:
+        """Calls of a part for one byte."""
+        return self.calls[part] / self.n
+
     @property
     def total_s(self) -> float:
         return sum(self.seconds.values())
@@ -100,7 +105,7 @@ class Split:
         return self.seconds["latent"] * self.n / self.calls["latent"] if self.calls["latent"] else None
 
 
-def split(model: Model, text: Text, temperature: float) -> Split:
+def split(model: Model, text: Text, temperature: float, speculate: Speculate = "off") -> Split:
     """Where the time of a byte goes, on a stream whose calls are timed one by one. "other" is what is left: the
     stream's Python, writing inputs, the patch rule, the timing itself."""
     clock = Clock()
@@ -109,7 +114,7 @@ def split(model: Model, text: Text, temperature: float) -> Split:
     hashed = stream._memory.hash
     if hashed is not None:
         hashed.one = clock.timed("hashing", hashed.one)  # type: ignore[method-assign]
-    done = run(stream, text, ClockedSampler(text.new.tolist(), temperature, clock), at_first=clock.clear)
+    done = run(stream, text, ClockedSampler(text.new.tolist(), temperature, clock), speculate, clock.clear)
     n = len(done.gaps_s)
     seconds = {part: clock.seconds[part] / n for part in PARTS}
     seconds["other"] = sum(done.gaps_s) / n - sum(seconds.values())

@@ -13,7 +13,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from blt_runtime import Model, Sampler, Stream
 from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import encode
+from blt_runtime.speculate import Speculate, SpeculationStats
 
 Ids = NDArray[np.int64]
 
@@ -91,13 +92,14 @@ class Text:
 class Run:
     """One timed generation. Seconds: of reading the prompt, from there on to the first byte included, between bytes.
 
-    closed: patches that ended while the gaps were timed, so the latent calls in them.
+    closed: patches that ended while the gaps were timed, so the latent calls in them. speculation: of the whole run.
     """
 
     prefill_s: float
     first_byte_s: float
     gaps_s: Sequence[float]
     closed: int
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
     @property
     def bytes_per_s(self) -> float:
@@ -110,14 +112,21 @@ class Run:
         return len(self.gaps_s) / self.closed if self.closed else math.inf
 
 
-def run(stream: Stream, text: Text, sampler: Sampler, at_first: Callable[[], None] = lambda: None) -> Run:
-    """Reads the prompt, then generates. `at_first` is called behind the first byte, outside of every timing."""
+def run(
+    stream: Stream,
+    text: Text,
+    sampler: Sampler,
+    speculate: Speculate = "off",
+    at_first: Callable[[], None] = lambda: None,
+) -> Run:
+    """Reads the prompt, then generates; guesses that are not the given bytes are refused. `at_first` is called behind
+    the first byte, outside of every timing."""
     gc.collect()
     began = time.perf_counter()
     stream.append_ids(text.prompt)
     read = time.perf_counter()
     stamps = []
-    for _ in stream.generate_ids(len(text.new), sampler):
+    for _ in stream.generate_ids(len(text.new), sampler, speculate=speculate):
         stamps.append(time.perf_counter())
         if len(stamps) == 1:
             at_first()
@@ -125,7 +134,7 @@ def run(stream: Stream, text: Text, sampler: Sampler, at_first: Callable[[], Non
     gaps = [b - a for a, b in pairwise([resumed, *stamps[1:]])]
     starts_P = np.cumsum(stream.patch_lengths)[:-1]
     timed_from = stream.position - len(gaps)  # position of the first token behind the first byte
-    return Run(read - began, stamps[0] - began, gaps, int((starts_P > timed_from).sum()))
+    return Run(read - began, stamps[0] - began, gaps, int((starts_P > timed_from).sum()), stream.speculation)
 
 
 def with_changes(model: Model, **changes: Any) -> Model:

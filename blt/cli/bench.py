@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -16,10 +15,11 @@ from blt_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from blt.bench import Latency, Weights
-    from blt.source import Source
     from blt_runtime import Model
+    from blt_runtime.speculate import Speculate, SpeculationStats
 
-PARTS_OF_SOURCE = {
+PARTS_OF = {  # names of weights -> those of the split
+    "hash tables": "hashing",
     "entropy model": "entropy",
     "local encoder": "encoder",
     "latent transformer": "latent",
@@ -45,6 +45,7 @@ def latency(
         float | None, typer.Option(min=1.0, help="Choose the threshold that gives this mean patch (default: its own).")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
+    speculate: Annotated[str, typer.Option(help="Guess ahead: off, auto, entropy or lookup.")] = "off",
     text: TextFile = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw where the time goes as .png or .html.")] = None,
     backend: options.Backend = "auto",
@@ -74,6 +75,7 @@ def latency(
             repeat=repeat,
             temperature=temperature,
             threads=threads or available_cores(),
+            speculate=cast("Speculate", speculate),
         )
         report = {**_setting(opened, model, "latency"), "open_s": open_s, **latency_report(found)}
     if plot is not None:
@@ -146,22 +148,19 @@ def _text(path: Path | None, size: int) -> bytes:
 
 
 def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
-    """Weight bytes per byte: from a bundle's files, or from a checkpoint's configuration (also where it was exported
+    """Weight bytes of a call: from a bundle's files, or from a checkpoint's configuration (also where it was exported
     for this run, which keeps float32)."""
+    from blt import weights
+
     if models.is_bundle(path) and opened.manifest is not None:
-        from blt.weights import bundle_weight_bytes
         from blt_runtime import Bundle
 
-        return partial(bundle_weight_bytes, Bundle(path, opened.manifest))
-    from blt.checkpoint import open_source
+        read = weights.bundle_weight_bytes(Bundle(path, opened.manifest), patch_size=1)
+    else:
+        from blt.checkpoint import open_source
 
-    return partial(_source_weights, open_source(path, entropy_model=entropy_model))
-
-
-def _source_weights(source: Source, patch_size: float) -> dict[str, float]:
-    from blt.weights import source_weight_bytes
-
-    return {PARTS_OF_SOURCE.get(part, part): n for part, n in source_weight_bytes(source, patch_size).items()}
+        read = weights.source_weight_bytes(open_source(path, entropy_model=entropy_model), patch_size=1)
+    return {PARTS_OF.get(part, part): n for part, n in read.items() if part != "total"}
 
 
 def _setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def _setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
 def latency_report(found: Latency) -> dict[str, Any]:
     """The numbers of `blt.bench/1`, seconds and bytes."""
     mean = found.mean_patch if found.runs[0].closed else None
-    parts = found.split
+    parts, speculation = found.split, found.runs[0].speculation
     return {
         "threads": found.bandwidth.threads,
         "new_bytes": 1 + len(found.runs[0].gaps_s),
@@ -191,7 +190,7 @@ def latency_report(found: Latency) -> dict[str, Any]:
         "gap_p95_s": found.gap_s(95),
         "prefill_bytes_per_s": found.prompt_bytes / found.prefill_s,
         "mean_patch_bytes": mean,
-        "weight_bytes_per_byte": dict(found.weights) or None,
+        "weight_bytes_per_byte": {**found.weights, "total": sum(found.weights.values())} if found.weights else None,
         "read_bandwidth": vars(found.bandwidth),
         "floor_bytes_per_s": found.floor_bytes_per_s,
         "share_of_floor": found.share_of_floor,
@@ -199,7 +198,8 @@ def latency_report(found: Latency) -> dict[str, Any]:
         "resident_hash_table_bytes": found.tables_bytes,
         "seconds_per_byte": {**parts.seconds, "total": parts.total_s},
         "latent_call_s": parts.latent_call_s,
-        "latent_calls_per_byte": parts.calls["latent"] / parts.n,
+        "calls_per_byte": {part: parts.per_byte(part) for part in parts.seconds if part != "other"},
+        "speculation": vars(speculation) if speculation.passes else None,
     }
 
 
@@ -212,6 +212,10 @@ def _size(n: float | None) -> str:
 
 def _threads(n: int) -> str:
     return f"{n} thread{'s' if n > 1 else ''}"
+
+
+def _guessing(stats: SpeculationStats) -> str:
+    return f"{stats.tokens_per_pass:.2f} bytes per decoder pass, {stats.right:,} of {stats.guesses:,} guesses right"
 
 
 def _show(report: dict[str, Any], found: Latency) -> None:
@@ -227,10 +231,11 @@ def _show(report: dict[str, Any], found: Latency) -> None:
             "gap between bytes": f"p50 {milliseconds(found.gap_s(50))}, p95 {milliseconds(found.gap_s(95))}",
             "time to first byte": f"{milliseconds(found.first_byte_s)}, "
             f"prompt at {report['prefill_bytes_per_s']:,.0f} bytes/s",
-            "weights read": f"{_size(found.weights.get('total'))} per byte",
+            "weights read": f"{_size(sum(found.weights.values()) or None)} per byte",
             "read bandwidth": f"{bandwidth.bytes_per_s / 1e9:.1f} GB/s (best sweep of {_size(bandwidth.buffer_bytes)} "
             f"by {bandwidth.method})",
             "floor": "unknown" if share is None else f"{found.floor_bytes_per_s:,.1f} bytes/s, reached {share:.1%}",
+            **({"speculation": _guessing(found.runs[0].speculation)} if report["speculation"] else {}),
             "opening": f"{report['open_s']:.2f} s",
             "peak memory": f"{_size(found.peak_bytes)}, of it hash tables {_size(found.tables_bytes)}",
             "load average": report["load_average"],
@@ -248,7 +253,7 @@ def split_table(found: Latency) -> Table:
         table.add_column(name, justify="left" if name == "part" else "right")
     read = found.weights
     for part, seconds in parts.seconds.items():
-        calls, n = parts.calls.get(part, 0), read.get("hash tables" if part == "hashing" else part)
+        calls, n = parts.calls.get(part, 0), read.get(part)
         rate = n / seconds if n and seconds > 0 else None
         table.add_row(
             part,
@@ -260,8 +265,9 @@ def split_table(found: Latency) -> Table:
             "" if rate is None else f"{rate / 1e9:.1f}",
             "" if rate is None else f"{rate / found.bandwidth.bytes_per_s:.0%}",
         )
-    total = read.get("total")
-    table.add_row("total", f"{1e6 * parts.total_s:,.1f}", "", "", "", "" if total is None else f"{total / 1e6:,.3f}")
+    table.add_row(
+        "total", f"{1e6 * parts.total_s:,.1f}", "", "", "", f"{sum(read.values()) / 1e6:,.3f}" if read else ""
+    )
     return table
 
 

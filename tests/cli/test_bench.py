@@ -23,7 +23,7 @@ KEYS = {
     "repeat", "load_average", "bytes_per_s", "bytes_per_s_of_runs", "time_to_first_byte_s", "gap_p50_s", "gap_p95_s",
     "prefill_bytes_per_s", "mean_patch_bytes", "weight_bytes_per_byte", "read_bandwidth", "floor_bytes_per_s",
     "share_of_floor", "peak_bytes", "resident_hash_table_bytes", "seconds_per_byte", "latent_call_s",
-    "latent_calls_per_byte",
+    "calls_per_byte", "speculation",
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_latency_reports_everything(blt: Call, models: dict[str, Path], model: s
     assert (report["prompt_bytes"], report["new_bytes"], report["repeat"], report["threads"]) == (24, 17, 2, 1)
     assert len(report["bytes_per_s_of_runs"]) == 2
     read = report["weight_bytes_per_byte"]
-    assert set(read) == {"entropy", "encoder", "latent", "decoder", "hash tables", "total"}
+    assert set(read) == {"entropy", "encoder", "latent", "decoder", "hashing", "total"}
     assert min(read.values()) > 0
     assert read["total"] == pytest.approx(sum(n for part, n in read.items() if part != "total"))
     assert report["floor_bytes_per_s"] == pytest.approx(report["read_bandwidth"]["bytes_per_s"] / read["total"])
@@ -68,8 +68,10 @@ def test_latency_reports_everything(blt: Call, models: dict[str, Path], model: s
     spent = report["seconds_per_byte"]
     assert tuple(spent) == (*PARTS, "total")
     assert spent["total"] == pytest.approx(sum(spent[part] for part in PARTS))
-    assert report["latent_calls_per_byte"] == pytest.approx(1 / report["mean_patch_bytes"])
-    assert report["latent_call_s"] * report["latent_calls_per_byte"] == pytest.approx(spent["latent"])
+    calls = report["calls_per_byte"]
+    assert calls == {**dict.fromkeys(PARTS[:-1], 1.0), "latent": pytest.approx(1 / report["mean_patch_bytes"])}
+    assert report["latent_call_s"] * calls["latent"] == pytest.approx(spent["latent"])
+    assert report["speculation"] is None
     assert report["gap_p95_s"] >= report["gap_p50_s"] > 0
 
 
@@ -77,13 +79,26 @@ def test_weight_bytes_use_the_mean_patch_of_the_run(blt: Call, models: dict[str,
     report = report_of(blt("bench", "latency", models["bundle"], *SIZES, "--json"))
     told = blt("inspect", models["bundle"], "--json", "--patch-size", report["mean_patch_bytes"]).text
     of_inspect = next(value for key, value in json.loads(told).items() if key.startswith("weight bytes"))
+    of_inspect["hashing"] = of_inspect.pop("hash tables")
     assert report["weight_bytes_per_byte"] == pytest.approx(of_inspect)
+
+
+def test_guessing_reads_what_its_calls_read(blt: Call, models: dict[str, Path]) -> None:
+    arguments = ["bench", "latency", models["bundle"], "--text", models["text"], *SIZES[2:], "--prompt-bytes", "100"]
+    report = report_of(blt(*arguments, "--speculate", "lookup", "--json"))
+    assert report["speculation"]["right"] > 0
+    assert report["calls_per_byte"]["decoder"] < 0.9
+    plain = report_of(blt(*arguments, "--json"))
+    read, plainly = report["weight_bytes_per_byte"], plain["weight_bytes_per_byte"]
+    assert read["decoder"] == pytest.approx(plainly["decoder"] * report["calls_per_byte"]["decoder"])
+    assert read["latent"] == pytest.approx(plainly["latent"])
+    assert "guesses right" in blt(*arguments, "--speculate", "lookup").text
 
 
 def test_a_rule_without_entropies_reads_no_entropy_model(blt: Call, models: dict[str, Path]) -> None:
     report = report_of(blt("bench", "latency", models["static"], *SIZES, "--json"))
     assert report["mean_patch_bytes"] == pytest.approx(16 / 3, abs=2)
-    assert "entropy" not in report["weight_bytes_per_byte"]
+    assert report["weight_bytes_per_byte"].get("entropy", 0) == 0
     assert report["seconds_per_byte"]["entropy"] == 0
 
 
@@ -148,6 +163,8 @@ WRONG = [
     (["latency", "{bundle}", "--prompt-bytes", "8", "--patch-size", "500"], 2, "no threshold gives patches of 500"),
     (["latency", "{static}", "--prompt-bytes", "8", "--patch-size", "4"], 2, "'static'"),
     (["latency", "{bundle}", "--backend", "torch"], 2, "for --backend torch give the model.pt"),
+    (["latency", "{bundle}", "--prompt-bytes", "8", "--speculate", "wildly"], 2, "'wildly' is unknown"),
+    (["latency", "{static}", "--prompt-bytes", "8", "--speculate", "entropy"], 2, "choose 'lookup'"),
     (["latency", "no-such-model"], 2, "no such file"),
     (["patch", "{bundle}", "--prompt-bytes", "0"], 2, "--prompt-bytes 0"),
     (["patch", "{bundle}", "--prompt-bytes", "256"], 1, "capacity of 256"),
