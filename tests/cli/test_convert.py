@@ -67,9 +67,15 @@ def test_every_format_becomes_the_same_native_file(blt: Call, tmp_path: Path) ->
     forms: tuple[Form, ...] = ("training", "hub")
     for form in forms:
         (tmp_path / form).mkdir()
-        write_reference(tmp_path / form, tiny("no_hash_space_causal_latent"), form)
+        write_reference(tmp_path / form, tiny("bytes_no_window"), form)
         blt("convert", tmp_path / form / "blt", "-o", tmp_path / f"{form}.pt", "--to", "native")
+    blt("convert", tmp_path / "hub" / "blt", "-o", tmp_path / "hf", "--to", "hf")
+    blt("convert", tmp_path / "hf", "-o", tmp_path / "hf.pt", "--to", "native")
+    config = open_source(tmp_path / "training.pt").blt_config
+    assert config is not None
+    assert config.hash is not None
     assert (tmp_path / "training.pt").read_bytes() == (tmp_path / "hub.pt").read_bytes()
+    assert (tmp_path / "training.pt").read_bytes() == (tmp_path / "hf.pt").read_bytes()
 
 
 def test_the_report(blt: Call, native: Path, tmp_path: Path) -> None:
