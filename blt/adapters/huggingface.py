@@ -176,15 +176,19 @@ def _repeat_heads(tensor: Stored, stack: TransformerConfig) -> Stored:
 # --- writing -------------------------------------------------------------------------------------------------
 
 
-def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """A folder for `BltForCausalLM.from_pretrained`, streamed and atomic; an older folder is replaced.
-
-    dtype: of the stored weights (default: as they are). Raises CheckpointError that lists everything transformers has
-    no form for.
-    """
+def check(source: Source) -> None:
+    """Raises CheckpointError that lists everything transformers has no form for; no weight is read."""
     found = huggingface_write.obstacles(source)
     if found:
         raise CheckpointError(f"{source.path}: transformers has no form for: " + "; ".join(found))
+
+
+def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """A folder for `BltForCausalLM.from_pretrained`, streamed and atomic; an older folder is replaced.
+
+    dtype: of the stored weights (default: as they are). Errors as `check`.
+    """
+    check(source)
     tensors = _huggingface_tensors(source)
     kinds = {tensor.dtype for tensor in tensors.values()}
     kind = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)

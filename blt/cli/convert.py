@@ -54,6 +54,8 @@ def convert(
     source = open_source(model, entropy_model=entropy_model)
     if entropy_dtype is not None and source.patch_rule is not None:
         source = replace(source, patch_rule=replace(source.patch_rule, entropy_dtype=entropy_dtype))
+    if to == "hf":
+        huggingface.check(source)  # before all weights are read
     source.check_finite()
     target.parent.mkdir(parents=True, exist_ok=True)
     write = huggingface.write if to == "hf" else native.write
