@@ -31,15 +31,14 @@ WAYS = {
     "in chunks", "in chunks, given patches", "cut anywhere, alone", "cut anywhere, together", "alone against together",
     "greedy text, alone", "greedy text, together",
 }  # fmt: skip
-RULES = {"own", "one patch", "bytes", "capped", "long"}
 Wrap = Callable[[GraphSpec, Mapping[str, Buffer], Call], Call]
 
 
 @pytest.mark.parametrize(
     ("variant", "forms", "rules"),
     [
-        ("all_layers_gqa_projection", ["torch", "onnx"], RULES),
-        ("cross_windows_own_heads_newlines", ["onnx"], {"own", "long"}),
+        ("all_layers_gqa_projection", ["torch", "onnx"], {"own", "bytes", "long"}),
+        ("cross_windows_own_heads_newlines", ["onnx"], {"own", "one patch", "capped"}),
     ],
 )
 def test_every_form_equals_whole_rows(variant: str, forms: list[str], rules: set[str], tmp_path: Path) -> None:
@@ -55,7 +54,7 @@ def test_every_form_equals_whole_rows(variant: str, forms: list[str], rules: set
     assert {line.rule for line in report.lines if line.how == "cut anywhere, together"} == rules
     assert report.n_bytes > 600
     assert report.longest_row == 121
-    assert report.longest_patch > 2 * CHUNK
+    assert report.longest_patch > 2 * CHUNK or "long" not in rules
     for line in report.lines:
         assert line.positions > 100
         assert 0 <= line.logit_error <= TOLERANCE  # type: ignore[operator]

@@ -142,7 +142,7 @@ class _Bench:
         rule = rows.rules[OWN]
         pieces = rows.text(random, rule)
         most = min(rows.most_ids, rows.most_patches) - n - 1
-        prompts = [rows.row(take(pieces, min(size, most), bos=True), rule).ids_N for size in PROMPTS]
+        prompts = [rows.row(take(pieces, min(size, most, rows.row_bytes), bos=True), rule).ids_N for size in PROMPTS]
         wanted = [self._uncached.greedy(prompt, n) for prompt in prompts]
         for side in self.sides(OWN):
             side.greedy(prompts, wanted, lambda ids_N: self._uncached.row(ids_N, rule, rows.tolerance), random)
