@@ -72,9 +72,10 @@ def render(bars: Bars, kind: str) -> bytes:
     raise UsageError(f"a figure can be png or html, not {kind!r}")
 
 
-def milliseconds(seconds: float) -> str:
-    """Three digits and the unit."""
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
+def duration(seconds: float) -> str:
+    """Three digits and the unit: s, ms or µs."""
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{scale * seconds:.3g} {unit}"
 
 
 def to_png(bars: Bars) -> bytes:
@@ -92,7 +93,7 @@ def to_png(bars: Bars) -> bytes:
             if seconds > NARROW * bars.longest:
                 x = 1e3 * (begin + seconds / 2)
                 ax.text(x, row, f"{1e3 * seconds:.3g}", fontsize=6, color="white", ha="center", va="center")
-        ax.text(1e3 * bar.total, row, f" {milliseconds(bar.total)}", fontsize=7, color=INK, va="center")
+        ax.text(1e3 * bar.total, row, f" {duration(bar.total)}", fontsize=7, color=INK, va="center")
     ax.set_yticks(range(len(bars.bars)), [bar.label for bar in bars.bars], fontsize=8, color=INK)
     ax.invert_yaxis()
     ax.margins(x=0.12)
@@ -138,7 +139,7 @@ def _row(bar: Bar, longest: float, top: int) -> str:
     scale, middle = (WIDTH - LEFT - 80) / longest, top + HEIGHT / 2 + 4
     parts = [f'<text x="{LEFT - 8}" y="{middle:.1f}" text-anchor="end">{html.escape(bar.label)}</text>']
     for part, begin, seconds in bar.pieces():
-        x, width, shown = LEFT + scale * begin, scale * seconds, milliseconds(seconds)
+        x, width, shown = LEFT + scale * begin, scale * seconds, duration(seconds)
         says = html.escape(f"{part}: {shown}, {seconds / bar.total:.1%}")
         parts.append(
             f'<rect x="{x:.2f}" y="{top}" width="{width:.2f}" height="{HEIGHT}" fill="{COLOURS.get(part, OTHER)}">'
@@ -148,5 +149,5 @@ def _row(bar: Bar, longest: float, top: int) -> str:
             parts.append(
                 f'<text class="in" x="{x + width / 2:.1f}" y="{middle:.1f}" text-anchor="middle">{shown}</text>'
             )
-    parts.append(f'<text x="{LEFT + scale * bar.total + 6:.1f}" y="{middle:.1f}">{milliseconds(bar.total)}</text>')
+    parts.append(f'<text x="{LEFT + scale * bar.total + 6:.1f}" y="{middle:.1f}">{duration(bar.total)}</text>')
     return "\n".join(parts) + "\n" + f'<line x1="{LEFT}" x2="{LEFT}" y1="{top}" y2="{top + HEIGHT}" stroke="{EDGE}"/>\n'

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, files, models, options
+from blt.cli.inspect import precision_text
 from blt_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def latency(
         )
         report = {**_setting(opened, model, "latency"), "open_s": open_s, **latency_report(found)}
     if plot is not None:
-        _plot(found, f"{model} on {report['backend']}, {_threads(found.bandwidth.threads)}", plot)
+        _plot(found, f"{model} on {report['backend']}, {_count(found.bandwidth.threads, 'thread')}", plot)
     if as_json:
         console.print_json("blt.bench/1", report)
         return
@@ -168,7 +169,7 @@ def _setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
         "kind": kind,
         "model": path,
         "backend": opened.backend.name,
-        "precision": opened.manifest.precision if opened.manifest else "fp32",
+        "precision": precision_text(opened.manifest) if opened.manifest else "fp32",
         "patch_rule": {k: v for k, v in opened.spec.patch_rule.to_dict().items() if v not in (None, False)},
     }
 
@@ -210,8 +211,8 @@ def _size(n: float | None) -> str:
     return "unknown" if n is None else f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
 
 
-def _threads(n: int) -> str:
-    return f"{n} thread{'s' if n > 1 else ''}"
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _guessing(stats: SpeculationStats) -> str:
@@ -219,17 +220,18 @@ def _guessing(stats: SpeculationStats) -> str:
 
 
 def _show(report: dict[str, Any], found: Latency) -> None:
-    from blt.plot_bench import milliseconds
+    from blt.plot_bench import duration
 
     bandwidth, mean, share = found.bandwidth, report["mean_patch_bytes"], found.share_of_floor
+    threads = _count(bandwidth.threads, "thread")
     console.print_tree(
         {
-            "model": f"{report['model']}, {report['precision']} on {report['backend']}, {_threads(bandwidth.threads)}",
+            "model": f"{report['model']}, {report['precision']} on {report['backend']}, {threads}",
             "text": f"{report['prompt_bytes']:,} bytes of prompt, {report['new_bytes']:,} new bytes, "
-            f"{report['repeat']} runs, mean patch {'none ended' if mean is None else f'{mean:.2f} bytes'}",
+            f"{_count(report['repeat'], 'run')}, mean patch {'none ended' if mean is None else f'{mean:.2f} bytes'}",
             "speed": f"{found.bytes_per_s:,.1f} bytes/s behind the first byte",
-            "gap between bytes": f"p50 {milliseconds(found.gap_s(50))}, p95 {milliseconds(found.gap_s(95))}",
-            "time to first byte": f"{milliseconds(found.first_byte_s)}, "
+            "gap between bytes": f"p50 {duration(found.gap_s(50))}, p95 {duration(found.gap_s(95))}",
+            "time to first byte": f"{duration(found.first_byte_s)}, "
             f"prompt at {report['prefill_bytes_per_s']:,.0f} bytes/s",
             "weights read": f"{_size(sum(found.weights.values()) or None)} per byte",
             "read bandwidth": f"{bandwidth.bytes_per_s / 1e9:.1f} GB/s (best sweep of {_size(bandwidth.buffer_bytes)} "

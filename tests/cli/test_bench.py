@@ -12,7 +12,7 @@ import pytest
 from blt.bench import PARTS
 from blt.checkpoint import save
 from blt.machine import MemoryReader
-from blt.plot_bench import Bar, Bars, milliseconds, render, to_html
+from blt.plot_bench import Bar, Bars, duration, render, to_html
 from blt_runtime.errors import UsageError
 from tests.tiny import tiny
 
@@ -137,7 +137,7 @@ def test_the_figures_pieces_lie_end_to_end() -> None:
     page = to_html(bars)
     assert page.count("<rect") == 3
     assert "latent: 6 ms, 75.0%" in page
-    assert milliseconds(2.5e-5) == "25 µs"
+    assert [duration(s) for s in (2.5e-5, 0.0312, 6.96)] == ["25 µs", "31.2 ms", "6.96 s"]
     with pytest.raises(UsageError):
         render(bars, "gif")
 
