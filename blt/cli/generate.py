@@ -12,7 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from blt.cli import console, inputs, models, options
+from blt_runtime import Stream
 from blt_runtime.errors import UsageError
+from blt_runtime.speculate import Speculate
 
 
 @dataclass
@@ -34,11 +36,11 @@ class Timing:
             self.n_bytes += len(piece)
             yield piece
 
-    def summary(self, patch_lengths: Iterable[int]) -> dict[str, Any]:
+    def summary(self, stream: Stream) -> dict[str, Any]:
         """Bytes per second are counted behind the first byte, so that reading the prompt is not in them."""
         first = self.first_byte if self.first_byte is not None else self.last_byte
         spent = self.last_byte - first
-        lengths = [int(n) for n in patch_lengths]
+        lengths = [int(n) for n in stream.patch_lengths]
         lengths[-1] -= 1  # the virtual next token
         lengths = [n for n in lengths[1:] if n > 0]  # the first patch is BOS alone
         return {
@@ -48,15 +50,17 @@ class Timing:
             "time_to_first_byte_s": round(first, 6),
             "bytes_per_s": round((self.n_bytes - 1) / spent, 2) if spent > 0 and self.n_bytes > 1 else None,
             "mean_patch_bytes": round(sum(lengths) / len(lengths), 3) if lengths else None,
+            "bytes_per_pass": round(stream.speculation.tokens_per_pass, 3) if stream.speculation.passes else None,
         }
 
 
 def _stats_line(stats: dict[str, Any]) -> str:
-    speed, patch = stats["bytes_per_s"], stats["mean_patch_bytes"]
+    speed, patch, guessed = stats["bytes_per_s"], stats["mean_patch_bytes"], stats["bytes_per_pass"]
     parts = [f"{stats['new_bytes']} bytes in {stats['seconds']:.2f} s"]
     parts += [f"{speed:.0f} bytes/s"] if speed is not None else []
     parts += [f"time to first byte {1000 * stats['time_to_first_byte_s']:.0f} ms"]
     parts += [f"mean patch {patch:.2f} bytes"] if patch is not None else []
+    parts += [f"{guessed:.2f} bytes per decoder pass"] if guessed is not None else []
     return ", ".join(parts)
 
 
@@ -105,6 +109,9 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Write the bytes as they are, UTF-8 or not.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Write everything at the end.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Speed and mean patch size on stderr.")] = False,
+    speculate: Annotated[
+        Speculate, typer.Option(help="Guess bytes ahead, check them in one pass: off, auto, entropy or lookup.")
+    ] = "off",
     backend: options.Backend = "auto",
     entropy_model: options.EntropyModel = None,
     entropy_dtype: options.EntropyDtype = None,
@@ -132,12 +139,12 @@ def generate(
         stream = opened.stream(bos=True, seed=seed)
         timing = Timing(len(given))
         stream.append(given)
-        made = stream.generate(size, temperature, top_k, top_p, min_p, seed, stops, not ignore_eos)
+        made = stream.generate(size, temperature, top_k, top_p, min_p, seed, stops, not ignore_eos, speculate)
         pieces = timing.watch(made)
         if as_json:
             text = "".join(_texts(pieces))
-            console.print_json("blt.generate/1", {"text": text, **timing.summary(stream.patch_lengths)})
+            console.print_json("blt.generate/1", {"text": text, **timing.summary(stream)})
         else:
             _write(pieces, raw, not no_stream)
     if stats:
-        console.say(_stats_line(timing.summary(stream.patch_lengths)))
+        console.say(_stats_line(timing.summary(stream)))

@@ -31,6 +31,10 @@ class Drafter:
         Not asked where the patch rule does without an entropy model."""
         return None
 
+    def settle(self, position: int, right: bool, saved: bool) -> None:
+        """What came of the guess at `position`: it was right, and a pass was saved by it. Guesses behind a wrong
+        one are never settled."""
+
 
 class EntropyDrafter(Drafter):
     """What the entropy model holds for likeliest; it reads every byte anyway.

@@ -9,12 +9,14 @@ import numpy.typing as npt
 
 from .backends.protocol import Backend
 from .bundle import Bundle, Verify
+from .drafters import Drafter
 from .errors import ConfigError, UsageError
 from .hashing import Tables, check_tables
 from .manifest import Manifest
 from .sampling import is_whole
 from .spec import ModelSpec
-from .stream import Score, Stream
+from .speculate import Speculate
+from .stream import DRAFT, Score, Stream
 from .text import Utf8Stream
 
 
@@ -83,11 +85,16 @@ class Model:
         seed: int | None = None,
         stop: Iterable[str | bytes] | str | bytes | None = None,
         stop_at_eos: bool = True,
+        speculate: Speculate | Drafter = "off",
+        draft: int = DRAFT,
     ) -> Iterator[str]:
-        """Text that continues `prompt`, up to `n` bytes, yielded as whole characters (invalid bytes become U+FFFD)."""
+        """Text that continues `prompt`, up to `n` bytes, yielded as whole characters (invalid bytes become U+FFFD).
+
+        speculate, draft: see `Stream.generate_ids`.
+        """
         stream = self.stream(seed=seed)
         stream.append(prompt)
-        pieces = stream.generate(n, temperature, top_k, top_p, min_p, None, stop, stop_at_eos)
+        pieces = stream.generate(n, temperature, top_k, top_p, min_p, None, stop, stop_at_eos, speculate, draft)
         return _as_text(pieces)
 
 

@@ -20,14 +20,17 @@ Letters: S tokens of a pass (the certain one and S - 1 guesses), V vocabulary, W
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-from .backends.protocol import Array, Buffer, Call
-from .drafters import Drafter, EntropyDrafter, FirstOf, LookupDrafter
+from .backends.protocol import Array
+from .drafters import Drafter, EntropyDrafter, LookupDrafter
 from .errors import UsageError, nearest
 from .ids import Ids
 from .memory import Mark, Memory
+from .pace import Costs, Paced
+from .passes import PassCalls, longest_pass
 from .patching import PatchState
 from .sampling import Sampler, is_whole
 from .step import StepCalls
@@ -55,101 +58,6 @@ class SpeculationStats:
         return self.tokens / max(1, self.latent_calls)
 
 
-class Pass(NamedTuple):
-    """Calls over S tokens; `entropy` is None in a model without."""
-
-    entropy: Call | None
-    encoder: Call
-    decoder: Call
-
-
-class PassCalls:
-    """Calls over 2..`longest` tokens on buffers of their own, each bound when it is first needed and kept."""
-
-    def __init__(self, memory: Memory, steps: StepCalls, longest: int) -> None:
-        self._memory, self._steps, self.longest = memory, steps, longest
-        self._bound: dict[int, Pass] = {}
-        graphs = memory.graphs
-        encoder, decoder = graphs["encoder"], graphs["decoder"]
-        self._inputs = {n: encoder.new(n, S=longest) for n in ("ids", "positions", "doc_start")}
-        self._states = encoder.new("byte_states", S=longest)
-        self._hash = encoder.new("hash_embedding", S=longest) if memory.hash is not None else None
-        self._patch_row = decoder.new("patch_row", S=longest)
-        logits = decoder.new("logits", S=longest)
-        self._logits, self.logits_SV = logits, logits.array[0]
-        entropy = graphs.get("entropy")
-        if entropy is not None:
-            self._entropy = {n: entropy.new(n, S=longest) for n in ("doc_start", "entropy", "logits")}
-            self.entropy_logits_SV: Array = self._entropy["logits"].array[0]
-
-    def read(self, start: int, end: int) -> None:
-        """The entropy model over positions start..end: entropies into the history, logits row by row."""
-        memory, n = self._memory, end - start
-        call = self._pass(n).entropy
-        assert call is not None
-        self._place(start, end)
-        self._entropy["doc_start"].array[0, :n] = memory.entropy_documents.array[0, start]
-        call()
-        memory.entropies.array[0, start:end] = self._entropy["entropy"].array[0, :n]
-
-    def encode(self, start: int, end: int) -> None:
-        """The encoder over positions start..end, all of one document; their states into the pool."""
-        memory, n = self._memory, end - start
-        self._place(start, end)
-        if self._hash is not None and memory.hash is not None:
-            for s in range(n):
-                memory.hash.one(memory.window(start + s, start + s + 1), self._hash.array[0, s])
-        self._pass(n).encoder()
-        pool = memory.pool
-        pool.reserve(start, end, keep=memory.first_byte(memory.patches))
-        pool.buffer.array[start - pool.base : end - pool.base] = self._states.array[0, :n]
-
-    def decode(self, n: int) -> None:
-        """The decoder over the n tokens just encoded, all reading the last finished patches."""
-        self._patch_row.array[0, :n] = self._steps.patch_row_W
-        self._pass(n).decoder()
-
-    def _place(self, start: int, end: int) -> None:
-        memory, n = self._memory, end - start
-        self._inputs["ids"].array[0, :n] = memory.ids.array[0, memory.pad + start : memory.pad + end]
-        self._inputs["positions"].array[0, :n] = memory.positions.array[0, start:end]
-        self._inputs["doc_start"].array[0, :n] = memory.documents.array[0, start]
-
-    def _pass(self, n: int) -> Pass:
-        return self._bound.get(n) or self._bind(n)
-
-    def _bind(self, n: int) -> Pass:
-        graphs, entropy = self._memory.graphs, None
-        ids, clock = _rows(self._inputs["ids"], n), {k: _rows(self._inputs[k], n) for k in ("positions", "doc_start")}
-        states = _rows(self._states, n)
-        if "entropy" in graphs:
-            own = {k: _rows(buffer, n) for k, buffer in self._entropy.items()}
-            entropy = graphs["entropy"].bind(ids=ids, positions=clock["positions"], **own)
-        extra = {} if self._hash is None else {"hash_embedding": _rows(self._hash, n)}
-        self._bound[n] = Pass(
-            entropy,
-            graphs["encoder"].bind(**clock, ids=ids, byte_states=states, **extra),
-            graphs["decoder"].bind(
-                **clock,
-                byte_states=states,
-                patch_kv=self._memory.kv_ring,
-                patch_row=_rows(self._patch_row, n),
-                logits=_rows(self._logits, n),
-            ),
-        )
-        return self._bound[n]
-
-
-def _rows(buffer: Buffer, n: int) -> Buffer:
-    return buffer.part(0, (1, n, *buffer.shape[2:]))
-
-
-def longest_pass(memory: Memory, guesses: int) -> int:
-    """Tokens of the longest pass with that many guesses that all caches and the chunk allow."""
-    caches = [graph.spec.cache for name, graph in memory.graphs.items() if name != "latent"]
-    return max(1, min(1 + guesses, memory.spec.chunk, *(cache.longest_call for cache in caches if cache is not None)))
-
-
 class Speculation:
     """One run of generation with guesses: `choose` an id, `take` it in, again and again.
 
@@ -157,29 +65,17 @@ class Speculation:
     entropy model has read up to `_read`. All three are at most what `position` is when nothing is ahead.
     """
 
-    def __init__(
-        self,
-        memory: Memory,
-        steps: StepCalls,
-        calls: PassCalls,
-        drafter: Drafter,
-        sampler: Sampler,
-        stats: SpeculationStats,
-    ) -> None:
-        self._memory, self._steps, self._calls = memory, steps, calls
-        self._drafter, self._sampler, self._stats = drafter, sampler, stats
-        self._with_entropy = memory.spec.patch_rule.needs_entropy
-        self._byte_graphs = [name for name in memory.graphs if name != "latent" and (self._reads(name))]
-        self._rings = [
+    def __init__(self, of: Speculator, calls: PassCalls, drafter: Drafter, sampler: Sampler) -> None:
+        self._memory, self._steps, self._stats, self._costs = of.memory, of.steps, of.stats, of.costs
+        self._calls, self._drafter, self._sampler = calls, drafter, sampler
+        self._with_entropy = of.memory.spec.patch_rule.needs_entropy
+        self._graphs = [
             graph
-            for name, graph in memory.graphs.items()
-            if name != "latent" and graph.spec.cache is not None and graph.spec.cache.kind == "ring"
+            for name, graph in of.memory.graphs.items()
+            if name in ("encoder", "decoder") or (name == "entropy" and self._with_entropy)
         ]
         self._drawn_from: dict[int, Array] = {}
         self.forget()
-
-    def _reads(self, name: str) -> bool:
-        return name != "entropy" or self._with_entropy
 
     def forget(self) -> None:
         """Drops all guesses: somebody else has used the stream."""
@@ -200,6 +96,8 @@ class Speculation:
         memory.check_room(1)
         self._drawn_from.pop(t, None)
         guessed = t < self._guessed and self._guess_at(t) == id
+        if t < self._guessed:
+            self._drafter.settle(t, guessed, guessed and t < self._checked)
         if guessed and t < self._checked:
             self._count_in(id, t)
         else:
@@ -228,7 +126,7 @@ class Speculation:
 
     def _round(self, id: int, t: int) -> None:
         """Takes in `id` as `Stream._step` does, and guesses behind it in the same calls."""
-        memory, steps, calls = self._memory, self._steps, self._calls
+        memory, steps = self._memory, self._steps
         steps.set_token(id, t)
         self._guessed = max(self._guessed, t + 1)
         limit = self._limit(t)
@@ -236,36 +134,44 @@ class Speculation:
         rule = memory.rule.copy()
         closes = rule.closes(id, self._entropy_at(t))
         end = self._extend(rule.copy(), t + 1, limit)
-        if end == t + 1:
-            self._encode_one(id, t)
-        else:
-            calls.encode(t, end)
+        seconds = self._encode(id, t, end)
         memory.position, memory.rule = t + 1, rule
         if closes:
             steps.latent(t + 1)
             memory.marks.append(Mark(t + 1, memory.patches, rule.copy()))
             self._stats.latent_calls += 1
-        if end == t + 1:
-            steps.decoder()
-        else:
-            calls.decode(end - t)
-            steps.logits_V[:] = calls.logits_SV[0]
+        seconds += self._decode(end - t)
         self._base, self._checked = t, end
-        self._note(end - t - 1)
+        self._note(end - t, seconds)
 
-    def _note(self, guesses: int) -> None:
+    def _note(self, tokens: int, seconds: float) -> None:
+        self._costs.note_pass(tokens, seconds)
         self._stats.passes += 1
-        self._stats.guesses += guesses
-        for graph in self._rings:
+        self._stats.guesses += tokens - 1
+        for graph in self._graphs:
             graph.track.reached(self._read if graph.spec.name == "entropy" else self._checked)
 
-    def _encode_one(self, id: int, t: int) -> None:
-        memory, steps = self._memory, self._steps
+    def _encode(self, id: int, t: int, end: int) -> float:
+        """The encoder over positions t..end; how many seconds it took."""
+        memory, steps, start = self._memory, self._steps, time.perf_counter()
+        if end > t + 1:
+            self._calls.encode(t, end)
+            return time.perf_counter() - start
         steps.set_token(id, t)  # the one-token inputs may hold a guess by now
         if memory.hash is not None:
             memory.hash.one(memory.window(t, t + 1), steps.hash_D)
         steps.encoder()
         steps.keep_state(t)
+        return time.perf_counter() - start
+
+    def _decode(self, tokens: int) -> float:
+        start = time.perf_counter()
+        if tokens == 1:
+            self._steps.decoder()
+        else:
+            self._calls.decode(tokens)
+            self._steps.logits_V[:] = self._calls.logits_SV[0]
+        return time.perf_counter() - start
 
     def _limit(self, t: int) -> int:
         """How many guesses may follow position t, so that every cache can take all of them back.
@@ -276,12 +182,12 @@ class Speculation:
         if not self._goes_on(t + 1):
             return 0
         limit = min(self._calls.longest - 1, spec.capacity_bytes - t - 1)
-        for name in self._byte_graphs:
-            documents = memory.entropy_documents if name == "entropy" else memory.documents
-            track = memory.graphs[name].track
-            limit = min(limit, track.room(t + 1, int(documents.array[0, t + 1])))
-            if track.spec is not None and track.spec.kind == "ring":
-                limit = min(limit, track.spec.capacity - 1 - t % track.spec.capacity)
+        for graph in self._graphs:
+            documents = memory.entropy_documents if graph.spec.name == "entropy" else memory.documents
+            limit = min(limit, graph.track.room(t + 1, int(documents.array[0, t + 1])))
+            cache = graph.spec.cache
+            if cache is not None and cache.kind == "ring":
+                limit = min(limit, cache.capacity - 1 - t % cache.capacity)
         return limit
 
     def _propose(self, t: int, limit: int) -> None:
@@ -310,9 +216,11 @@ class Speculation:
 
     def _read_one(self, t: int) -> None:
         """The entropy model over position t."""
+        start = time.perf_counter()
         self._steps.set_token(self._guess_at(t), t)
         self._steps.entropy()
         self._steps.entropy_of(t)
+        self._costs.read.note(time.perf_counter() - start)
         self._read = t + 1
 
     def _extend(self, rule: PatchState, start: int, limit: int) -> int:
@@ -350,30 +258,29 @@ class Speculator:
     """Starts runs with guesses on one stream. Its calls are made for the first, and kept."""
 
     def __init__(self, memory: Memory, steps: StepCalls) -> None:
-        self._memory, self._steps = memory, steps
+        self.memory, self.steps = memory, steps
+        self.stats, self.costs = SpeculationStats(), Costs()
         self._calls: PassCalls | None = None
-        self.stats = SpeculationStats()
 
     def start(self, speculate: Speculate | Drafter, draft: int, sampler: Sampler) -> Speculation:
         """Raises UsageError for a name that is unknown or that the model cannot follow."""
         if not is_whole(draft) or draft < 1:
             raise UsageError("draft must be a whole number of at least 1")
         drafter = speculate if isinstance(speculate, Drafter) else self._drafter(speculate, sampler)
-        longest = longest_pass(self._memory, draft)
+        longest = longest_pass(self.memory, draft)
         if self._calls is None or self._calls.longest != longest:
-            self._calls = PassCalls(self._memory, self._steps, longest)
-        return Speculation(self._memory, self._steps, self._calls, drafter, sampler, self.stats)
+            self._calls = PassCalls(self.memory, self.steps, longest)
+        return Speculation(self, self._calls, drafter, sampler)
 
     def _drafter(self, name: str, sampler: Sampler) -> Drafter:
-        spec = self._memory.spec
+        spec = self.memory.spec
         with_entropy = spec.patch_rule.needs_entropy
-        lookup = LookupDrafter(spec.capacity_bytes)
-        if name == "lookup" or (name == "auto" and not with_entropy):
-            return lookup
+        if name == "auto":
+            return Paced(LookupDrafter(spec.capacity_bytes), self.costs)
+        if name == "lookup":
+            return LookupDrafter(spec.capacity_bytes)
         if name == "entropy" and not with_entropy:
             raise UsageError("speculate 'entropy' needs a model whose patch rule reads entropies: choose 'lookup'")
         if name == "entropy":
             return EntropyDrafter(sampler=sampler if type(sampler) is Sampler else None)
-        if name == "auto":
-            return FirstOf(lookup, EntropyDrafter())
         raise UsageError(f"speculate {name!r} is unknown: {nearest(name, get_args(Speculate))}")

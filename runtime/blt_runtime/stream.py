@@ -33,6 +33,7 @@ from .step import StepCalls
 from .text import StopMatcher
 
 DRAFT = 8
+"""Ids guessed ahead at most; patches are about 5 bytes long."""
 BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 
 
