@@ -47,20 +47,20 @@ class Costs:
 
 
 class Share:
-    """A running share of guesses that saved a pass; of about the last 40, and back to the prior if none are made."""
+    """A running share of guesses that were worth it; of about the last 40, and back to the prior if none are made."""
 
     def __init__(self, prior: float) -> None:
-        self._prior, self._saved, self._asked = prior, 0.0, 0.0
+        self._prior, self._good, self._asked = prior, 0.0, 0.0
 
     @property
     def value(self) -> float:
-        return (self._saved + 2 * self._prior) / (self._asked + 2)
+        return (self._good + 2 * self._prior) / (self._asked + 2)
 
-    def note(self, saved: bool) -> None:
-        self._saved, self._asked = 0.975 * self._saved + saved, 0.975 * self._asked + 1
+    def note(self, good: bool) -> None:
+        self._good, self._asked = 0.975 * self._good + good, 0.975 * self._asked + 1
 
     def fade(self) -> None:
-        self._saved, self._asked = 0.995 * self._saved, 0.995 * self._asked
+        self._good, self._asked = 0.998 * self._good, 0.998 * self._asked
 
 
 class Paced(Drafter):
@@ -107,7 +107,7 @@ class Paced(Drafter):
 
     def settle(self, position: int, right: bool, saved: bool) -> None:
         share = self._open.pop(position, None)
-        if share is not None:
-            share.note(saved)
+        if share is not None:  # a patch's end that was looked up cost no call of its own: right is enough
+            share.note(right if share in (self._first, self._later) else saved)
         if not right:
             self._open.clear()

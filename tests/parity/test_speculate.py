@@ -19,7 +19,7 @@ from blt_runtime import Drafter, Model, Sampler
 from blt_runtime.ids import EOS
 from tests.tiny import VARIANTS, WINDOW, hard_text, prompts, tiny
 
-NEW = 90
+NEW = 60
 MARGIN = 1e-5
 """Least distance of the two largest logits at which rounding cannot swap them; logits agree to 2e-5 at worst, mostly
 1e-6."""
@@ -89,7 +89,7 @@ class Watched(Sampler):
 def test_torch_steps_write_the_same(checkpoint: Checkpoint) -> None:
     model = open_model(checkpoint, chunk=16)
     ties = 0
-    for prompt in [*prompts(), hard_text()[:150].tolist()]:
+    for prompt in [prompts()[1], hard_text()[:150].tolist()]:
         ties += assert_greedy(model, prompt, reference.generate(checkpoint, prompt, NEW))
     assert ties == 0  # none in these texts; a change of torch may move that, the margin is asserted above
 

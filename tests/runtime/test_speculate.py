@@ -17,7 +17,8 @@ from blt_runtime.errors import BackendError, CapacityError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET, encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.spec import CacheSpec, ModelSpec
-from tests.runtime.test_stream import SPECS, assert_is_truth, model_of, random_ids
+from tests.runtime.null_reference import compute
+from tests.runtime.test_stream import SPECS, assert_is_truth, model_of, random_ids, tables_for
 
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 PROMPT = "Größe\x00\n\t x"
@@ -60,21 +61,24 @@ class Oracle(Drafter):
 
 
 @specs
-@pytest.mark.parametrize("right", [0.0, 0.6, 0.95, 1.0])
-@pytest.mark.parametrize("mode", ["propose", "extend", "both"])
+@pytest.mark.parametrize(("right", "mode"), [(0.0, "both"), (0.7, "extend"), (0.95, "both"), (1.0, "propose")])
 def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: float, mode: str) -> None:
-    ids = random_ids(70, seed=3)
+    ids = random_ids(60, seed=3)
     stream = model_of(spec).stream()
     made = []
     oracle = Oracle(ids, 1, right, mode)
+    truth = compute(spec, np.array([BOS, *ids]), tables_for(spec))
     for id in stream.generate_ids(len(ids), Script(ids), speculate=oracle, draft=5):
         made.append(id)
-        assert_is_truth(stream, np.array([BOS, *made]))
+        assert stream.ids.tolist() == [BOS, *made]
+        assert stream.patch_lengths.sum() == stream.position + 1
+        np.testing.assert_array_equal(stream.logits, truth.logits[len(made)].astype(np.float32))
+    assert_is_truth(stream, np.array([BOS, *ids]))
     assert made == ids.tolist()
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_interruption(data: st.DataObject) -> None:
     """Between two ids anything may happen to the stream: rewinds, new text, another generation."""
     spec = data.draw(st.sampled_from(list(SPECS.values())))
@@ -154,13 +158,13 @@ def test_calls_are_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
     list(stream.generate_ids(50, Script(ids[100:]), speculate=Oracle(ids, 1, 0.9), draft=4))
 
 
-@pytest.mark.parametrize("how", ["lookup", "auto", "off"])
+@pytest.mark.parametrize("how", ["lookup", "off"])
 def test_repetition_is_looked_up(how: str) -> None:
     spec = null_spec(slack=64, chunk=32, capacity_bytes=2048, capacity_patches=2048)
     ids = encode(b"a sentence that comes again and again. " * 12, bos=False)
     stream = model_of(spec).stream()
     assert list(stream.generate_ids(len(ids), Script(ids), speculate=how)) == ids.tolist()
-    assert (stream.speculation.right > 200) == (how == "lookup" or how == "auto")
+    assert (stream.speculation.right > 200) == (how == "lookup")
 
 
 def test_stop_strings_eos_and_limits_end_the_text_where_they_do_without() -> None:
@@ -352,7 +356,7 @@ def test_sampled_text_has_the_targets_distribution() -> None:
     expected = exact()
     drafter: Drafter = Drawn(stream, sampler, sorted({b for _, b in expected}))
     counts = dict.fromkeys(expected, 0)
-    n = 4000
+    n = 2000
     for _ in range(n):
         counts[tuple(stream.generate_ids(2, sampler, speculate=drafter))] += 1
         stream.rewind(2)
