@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from blt.checkpoint import Checkpoint
+
 FLAVOURS = ("ort", "portable")
 EVAL_BYTES = 1 << 18
 """Of the text given with --eval-data, in pieces spread over it: half a minute for each side with the demo model."""
@@ -62,7 +64,7 @@ def export(
     from blt.checkpoint import load
 
     loaded = load(model, entropy_model=entropy_model)
-    eval_ids = () if eval_data is None else _eval_ids(eval_data, size)
+    eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)
     report = blt_export.export(
         loaded,
         out,
@@ -99,9 +101,11 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
     return found
 
 
-def _eval_ids(data: Path, capacity: int | None) -> list[NDArray[np.int64]]:
-    """Pieces of the test split, or of the file, that a stream can hold."""
-    context = EVAL_PIECE if capacity is None else min(EVAL_PIECE, capacity - 2)
+def _eval_ids(data: Path, checkpoint: Checkpoint, capacity: int | None) -> list[NDArray[np.int64]]:
+    """Pieces of the test split, or of the file, that a stream can hold between BOS and EOS."""
+    from blt.model.specs import Limits
+
+    context = min(EVAL_PIECE, Limits.of(checkpoint.require_blt()[0].config, capacity).bytes - 2)
     if context < 1:
         raise UsageError("--eval-data needs a --capacity of at least 3")
     return texts.spread(data, "test", context, EVAL_BYTES)

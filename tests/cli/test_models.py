@@ -242,6 +242,21 @@ def test_patch_with_a_bundle(blt: Call, checkpoint: Path, bundle: Path) -> None:
     assert lengths[0] == lengths[1]
 
 
+def test_a_quantised_graph_is_judged_and_shown(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT * 3)
+    out = tmp_path / "bundle"
+    options = ["--precision-of", "latent=int4", "--eval-data", tmp_path / "text", "--capacity", 128]
+    exported = blt("export", checkpoint, "-o", out, *options, "-q")
+    assert exported.code == 0, exported.err
+    shown = blt("inspect", out)
+    for text in (exported.text, shown.text):
+        assert "encoder fp32, latent int4, decoder fp32" in " ".join(text.split())
+        assert "latent.weights" in text
+        assert "bits per byte" in text
+        assert "0 lost, 0 new" in text
+    assert blt("generate", out, TEXT, "-n", 5, "--raw", "--ignore-eos").code == 0
+
+
 def test_export_refuses_a_folder_that_is_not_empty(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("keep me")
     result = blt("export", checkpoint, "-o", tmp_path)

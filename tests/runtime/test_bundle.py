@@ -30,6 +30,16 @@ def test_manifest_survives_the_disk(folder: Path) -> None:
     assert Manifest.from_json(json.loads(json.dumps(written.to_json()))) == written
 
 
+def test_a_bundle_of_an_older_export_has_one_precision(folder: Path) -> None:
+    write_bundle(folder)
+    edit(folder, drop=["precisions", "judged"])
+    manifest = Bundle.open(folder).manifest
+    assert manifest.judged is None
+    assert {manifest.precision_of(name) for name in manifest.graphs} == {"fp32"}
+    edit(folder, precisions={"latent": "int8"})
+    assert Bundle.open(folder).manifest.precision_of("latent") == "int8"
+
+
 def test_a_bundle_without_a_table_type_holds_float32(folder: Path) -> None:
     spec = json.loads((folder / "manifest.json").read_text())["spec"]
     assert spec["hash"].pop("dtype") == "float32"
@@ -156,6 +166,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "wrong choice": (lambda f: edit(f, flavour="fast"), ManifestError, "'ort' or 'portable'"),
     "unlisted file": (lambda f: edit(f, files={}), ManifestError, "does not list"),
     "no tables": (lambda f: edit(f, hash_tables=None), ManifestError, "hash"),
+    "precision of no graph": (
+        lambda f: edit(f, precisions={"encode": "int8"}),
+        ManifestError,
+        "'precisions'",
+    ),
     "other graphs": (
         lambda f: edit(f, graphs={"encoder": {"file": "encoder.onnx"}}),
         ManifestError,
