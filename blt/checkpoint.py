@@ -17,7 +17,7 @@ from blt.model import BLT, EntropyModel
 from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.model.hashing import HashEmbedding, MappedTables
 from blt.model.layers import RotaryTable
-from blt.source import HASH_TABLES, Part, Source
+from blt.source import HASH_TABLES, Part, Source, require_complete
 from blt.tensors import Stored
 from blt_runtime.errors import CheckpointError, RuleError
 from blt_runtime.patching import EntropyDtype, PatchRule
@@ -34,13 +34,10 @@ class Checkpoint:
     patch_rule: PatchRule | None
 
     def require_blt(self) -> tuple[BLT, PatchRule]:
-        """The BLT and its rule, or CheckpointError if this is an entropy model alone."""
-        if self.blt is None:
-            raise CheckpointError("this checkpoint holds an entropy model only; give one made by `blt train blt`")
-        if self.patch_rule is None:
-            raise CheckpointError("this checkpoint has no patch rule, so nobody knows where its patches begin")
-        if self.patch_rule.needs_entropy and self.entropy is None:
-            raise CheckpointError("the patch rule needs an entropy model; name one with --entropy-model PATH")
+        """The BLT and its rule. Raises CheckpointError if one is missing, or the entropy model that the rule needs."""
+        require_complete(self.blt, self.entropy, self.patch_rule)
+        assert self.blt is not None
+        assert self.patch_rule is not None
         return self.blt, self.patch_rule
 
     def with_entropy_dtype(self, dtype: EntropyDtype) -> Checkpoint:
@@ -110,14 +107,18 @@ def load(
     entropy_model: str | Path | None = None,
     trainable: bool = False,
     entropy_dtype: EntropyDtype | None = None,
+    generates: bool = False,
 ) -> Checkpoint:
     """Load any supported checkpoint in float32 and evaluation mode; hash tables stay in their file, in its dtype.
 
     trainable: hash tables in memory and float32, too.  entropy_dtype: see `Checkpoint.with_entropy_dtype` (default:
-    what the checkpoint's rule says).  Other arguments and errors as `open_source`; weights that are not finite are a
-    CheckpointError.
+    what the checkpoint's rule says).  generates: it must have all that generation needs, which is asked before weights
+    are read.  Other arguments and errors as `open_source`; weights that are not finite are a CheckpointError.
     """
-    checkpoint = build(open_source(path, entropy_model), trainable)
+    source = open_source(path, entropy_model)
+    if generates:
+        source.require_blt()
+    checkpoint = build(source, trainable)
     if entropy_dtype is None:
         entropy_dtype = checkpoint.patch_rule.entropy_dtype if checkpoint.patch_rule else "float32"
     return checkpoint.with_entropy_dtype(entropy_dtype)

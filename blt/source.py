@@ -60,6 +60,10 @@ class Source:
         named = {"blt": self.blt, "entropy": self.entropy}
         return {name: part for name, part in named.items() if part is not None}
 
+    def require_blt(self) -> None:
+        """Raises CheckpointError as `require_complete`."""
+        require_complete(self.blt, self.entropy, self.patch_rule)
+
     def with_entropy(self, other: Source) -> Source:
         """The same with the entropy model of `other`. Raises CheckpointError if it has none, or another vocabulary."""
         if other.entropy is None:
@@ -83,6 +87,16 @@ class Source:
             raise CheckpointError(
                 f"{self.path}: NaN or infinite weights in {', '.join(dict.fromkeys(bad))}; it was saved broken"
             )
+
+
+def require_complete(blt: object | None, entropy: object | None, rule: PatchRule | None) -> None:
+    """Raises CheckpointError unless these can generate: a BLT, its rule, and the entropy model that the rule needs."""
+    if blt is None:
+        raise CheckpointError("this checkpoint holds an entropy model only; give one made by `blt train blt`")
+    if rule is None:
+        raise CheckpointError("this checkpoint has no patch rule, so nobody knows where its patches begin")
+    if rule.needs_entropy and entropy is None:
+        raise CheckpointError("the patch rule needs an entropy model; name one with --entropy-model PATH")
 
 
 def make_part(

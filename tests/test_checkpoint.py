@@ -212,3 +212,25 @@ def test_reference_format_errors(reference_folder: Path) -> None:
     (reference_folder / "params.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"params\.json"):
         load(reference_folder)
+
+
+def test_what_generation_needs_is_asked_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny()
+    save(tmp_path / "alone.pt", Checkpoint(checkpoint.blt, None, checkpoint.patch_rule))
+    save(tmp_path / "entropy.pt", Checkpoint(None, checkpoint.entropy, None))
+    monkeypatch.setattr("blt.source.Source.check_finite", lambda self: pytest.fail("weights were read"))
+    with pytest.raises(CheckpointError, match="--entropy-model"):
+        load(tmp_path / "alone.pt", generates=True)
+    with pytest.raises(CheckpointError, match="entropy model only"):
+        load(tmp_path / "entropy.pt", generates=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("max_seqlen", 10**15), ("norm_eps", float("inf")), ("rope_theta", float("inf"))]
+)
+def test_absurd_numbers_are_refused_before_memory_is_spent(tmp_path: Path, key: str, value: float) -> None:
+    _edited(lambda c: c["config"]["entropy"].update({key: value}))(tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match=key):
+        load(tmp_path / "bad.pt")

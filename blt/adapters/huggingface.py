@@ -191,11 +191,11 @@ def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> Non
     check(source)
     tensors = _huggingface_tensors(source)
     kinds = {tensor.dtype for tensor in tensors.values()}
-    kind = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
+    kind = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)  # what transformers computes in
     config = _config(source, kind)
     with staged(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        write_safetensors(temporary / WEIGHTS, tensors, dtype=kind)
+        write_safetensors(temporary / WEIGHTS, tensors, dtype=dtype)
     _warn(kind)
 
 

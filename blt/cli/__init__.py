@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -85,8 +86,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else failures.OK
 
 
+def _terminate(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Entry point of the script `blt`."""
+    signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C does: half-written files go before the process does
     code = run()
     if code == failures.BROKEN_PIPE:  # keep the interpreter from flushing into the closed pipe once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

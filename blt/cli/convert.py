@@ -52,7 +52,9 @@ def convert(
 
     started = time.perf_counter()
     source = open_source(model, entropy_model=entropy_model)
-    if entropy_dtype is not None and source.patch_rule is not None:
+    if entropy_dtype is not None:
+        if source.patch_rule is None:
+            raise UsageError(f"--entropy-dtype {entropy_dtype} belongs to a patch rule, and {model} has none")
         source = replace(source, patch_rule=replace(source.patch_rule, entropy_dtype=entropy_dtype))
     if to == "hf":
         huggingface.check(source)  # before all weights are read

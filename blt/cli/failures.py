@@ -14,6 +14,7 @@ OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
 
 # top-level module -> the extra that brings it
 EXTRAS = {
+    "huggingface_hub": "hub",
     "matplotlib": "plot",
     "onnx": "export",
     "onnx_ir": "export",
@@ -21,6 +22,7 @@ EXTRAS = {
     "onnxscript": "export",
     "pydantic": "train",
     "pyppmd": "dev",
+    "safetensors": "hub",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "aot",
     "torch": "train",

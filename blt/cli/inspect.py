@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, models, options
+from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from blt.source import Source
@@ -29,6 +30,8 @@ def inspect(
     """Parameters, FLOPs and weight bytes per byte, tensors, manifest."""
     models.existing(model)
     if models.is_bundle(model):
+        if entropy_model is not None:
+            raise UsageError(f"{model} is a bundle and holds its entropy model; leave --entropy-model out")
         from blt_runtime.bundle import Bundle
 
         _inspect_bundle(Bundle.open(model), patch_size, tensors, as_json)

@@ -91,7 +91,7 @@ def open_model(
         return
     from blt.checkpoint import load
 
-    checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype)
+    checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype, generates=True)
     if backend == "onnx":
         log.info("exporting %s to a temporary bundle (blt export makes a lasting one)", path)
         with _exported(checkpoint, device, threads, capacity) as model:

@@ -36,10 +36,10 @@ class TransformerConfig(Frozen):
     n_kv_heads: int | None = Field(default=None, ge=1)
     head_dim: int | None = Field(default=None, ge=2)
     ffn_dim: int | None = Field(default=None, ge=1)
-    norm_eps: float = Field(default=1e-5, gt=0)
-    rope_theta: float = Field(default=500000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
+    rope_theta: float = Field(default=500000.0, gt=0, allow_inf_nan=False)
     window: int | None = Field(default=None, ge=1)
-    max_seqlen: int = Field(default=8192, ge=2)
+    max_seqlen: int = Field(default=8192, ge=2, le=1 << 20)  # the rotary tables have as many rows
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -91,7 +91,7 @@ class EntropyConfig(TransformerConfig):
 
     vocab_size: int = VOCAB
     window: int | None = Field(default=512, ge=1)
-    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0, allow_inf_nan=False)
 
     def n_params(self) -> int:
         return self.n_layers * self.layer_params() + self.dim + 2 * self.vocab_size * self.dim

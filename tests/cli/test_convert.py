@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,3 +146,28 @@ def test_weights_that_are_not_finite_are_not_converted(blt: Call, tmp_path: Path
     error = blt("convert", tmp_path / "model.pt", "-o", tmp_path / "out", "--to", "native", code=1).err
     assert "NaN or infinite weights in decoder.norm.weight" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A conversion that is told to stop removes what it wrote so far and says 143."""
+    script = (
+        "import os, signal, sys, time\n"
+        "import blt.cli, blt.tensors\n"
+        "blocks = blt.tensors.Stored.blocks\n"
+        "def slow(self):\n"
+        "    yield from blocks(self)\n"
+        "    if len(os.listdir(sys.argv[-3])) > 0: os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "blt.tensors.Stored.blocks = slow\n"
+        "blt.cli.main()\n"
+    )
+    save(tmp_path / "model.pt", tiny())
+    (tmp_path / "out").mkdir()
+    arguments = ["convert", tmp_path / "model.pt", "-o", tmp_path / "out", "--to", "native"]
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+    )
+    assert done.returncode == 143, done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
