@@ -63,7 +63,9 @@ def export(
     import blt_export  # first: where PyTorch is missing too, the extra to install is `export`
     from blt.checkpoint import load
 
-    loaded = load(model, entropy_model=entropy_model)
+    blt_export.pipeline.check_arguments(flavour, precision, table_dtype, overrides)
+    blt_export.bundle.check_target(out, force)  # now, not behind minutes of work
+    loaded = load(model, entropy_model=entropy_model, generates=True)
     eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)
     report = blt_export.export(
         loaded,

@@ -322,16 +322,23 @@ def make_job(
     precision_of: Mapping[str, str] | None = None,
 ) -> Job:
     """Check the arguments of an export and load the checkpoint."""
+    check_arguments(flavour, precision, table_dtype, precision_of)
+    known: Flavour = "ort" if flavour == "ort" else "portable"
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint, generates=True)
+    spec = export_spec(loaded, known, capacity, patches, chunk, cast(TableDtype | None, table_dtype))
+    precisions = quantize.choose(precision, precision_of or {}, spec.graphs)
+    return Job(loaded, spec, known, precision, check, precisions)
+
+
+def check_arguments(
+    flavour: str, precision: str, table_dtype: str | None = None, precision_of: Mapping[str, str] | None = None
+) -> None:
+    """What can be said before a checkpoint is read. Raises UsageError."""
     if flavour not in FLAVOURS:
         raise UsageError(f"flavour {flavour!r}: choose one of {', '.join(FLAVOURS)}")
     quantize.check(flavour, precision, precision_of or {})
     if table_dtype is not None and table_dtype not in TABLE_DTYPES:
         raise UsageError(f"table_dtype {table_dtype!r}: choose one of {', '.join(TABLE_DTYPES)}")
-    known: Flavour = "ort" if flavour == "ort" else "portable"
-    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
-    spec = export_spec(loaded, known, capacity, patches, chunk, cast(TableDtype | None, table_dtype))
-    precisions = quantize.choose(precision, precision_of or {}, spec.graphs)
-    return Job(loaded, spec, known, precision, check, precisions)
 
 
 def producer() -> dict[str, str]:
