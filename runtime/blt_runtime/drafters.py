@@ -77,7 +77,7 @@ class LookupDrafter(Drafter):
         if self._known > end:  # rewound; entries behind `end` fail the comparison
             self._known = end
         self._learn(ids_N, max(self._known, length), end)
-        slot = self._slots(ids_N[end - length :])[0]
+        slot = ids_N[end - length :].astype(np.uint64) @ self._factor_G >> self._shift
         place = int(self._place[slot])
         self._place[slot] = end
         self._known = end + 1
@@ -100,7 +100,7 @@ class LookupDrafter(Drafter):
         unsigned_N = ids_N.astype(np.uint64)
         for g, factor in enumerate(self._factor_G):
             hash_N += unsigned_N[g : g + n] * factor
-        slots: Array = hash_N * np.uint64(0xD6E8FEB86659FD93) >> self._shift
+        slots: Array = hash_N >> self._shift
         return slots
 
 

@@ -58,7 +58,7 @@ def test_a_share_follows_what_happens_and_forgets() -> None:
     for _ in range(200):
         share.note(False)
     assert share.value < 0.05
-    for _ in range(3000):
+    for _ in range(6000):
         share.fade()
     assert share.value == pytest.approx(0.5, abs=0.01)
 
