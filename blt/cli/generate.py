@@ -7,14 +7,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from blt.cli import console, inputs, models, options
-from blt_runtime import Stream
 from blt_runtime.errors import UsageError
-from blt_runtime.speculate import Speculate
+
+if TYPE_CHECKING:
+    from blt_runtime import Stream
+    from blt_runtime.speculate import Speculate
 
 
 @dataclass
@@ -110,7 +112,7 @@ def generate(
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Write everything at the end.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Speed and mean patch size on stderr.")] = False,
     speculate: Annotated[
-        Speculate, typer.Option(help="Guess bytes ahead, check them in one pass: off, auto, entropy or lookup.")
+        str, typer.Option(help="Guess bytes ahead, check them in one pass: off, auto, entropy or lookup.")
     ] = "off",
     backend: options.Backend = "auto",
     entropy_model: options.EntropyModel = None,
@@ -139,7 +141,9 @@ def generate(
         stream = opened.stream(bos=True, seed=seed)
         timing = Timing(len(given))
         stream.append(given)
-        made = stream.generate(size, temperature, top_k, top_p, min_p, seed, stops, not ignore_eos, speculate)
+        made = stream.generate(
+            size, temperature, top_k, top_p, min_p, seed, stops, not ignore_eos, cast("Speculate", speculate)
+        )
         pieces = timing.watch(made)
         if as_json:
             text = "".join(_texts(pieces))
