@@ -133,8 +133,15 @@ def _check_readable(path: Path) -> None:
 
 def stored(tensors: Mapping[str, Any], path: Path) -> dict[str, Stored]:
     """Those of an unpickled mapping that are tensors; `path` is the file they lie in."""
-    mapped = zipfile.is_zipfile(path)
+    mapped = zipfile.is_zipfile(path) and _is_of_this_machine(path)
     return {name: Stored((name,), (t,), mapped) for name, t in tensors.items() if isinstance(t, Tensor)}
+
+
+def _is_of_this_machine(path: Path) -> bool:
+    """False where torch turned the bytes of a file of the other endianness around: in memory, not in the file."""
+    with zipfile.ZipFile(path) as file:
+        orders = [file.read(name) for name in file.namelist() if name.endswith("/byteorder")]
+    return all(order.decode() == sys.byteorder for order in orders)
 
 
 def read_safetensors(*paths: Path) -> dict[str, Stored]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,3 +138,21 @@ def test_a_tensor_in_two_files_is_an_error(tmp_path: Path) -> None:
         write_safetensors(tmp_path / name, {"twice": Stored(("twice",), (torch.ones(1),))})
     with pytest.raises(CheckpointError, match="twice lie in another file"):
         read_safetensors(tmp_path / "1", tmp_path / "2")
+
+
+def test_a_file_of_the_other_endianness_is_read_in_memory(tmp_path: Path) -> None:
+    """torch turns its bytes around in memory; pages of the file, read again, would hold other numbers."""
+    want = torch.randn(300, 1000)
+    torch.save({"w": want}, tmp_path / "native.pt")
+    other = "big" if sys.byteorder == "little" else "little"
+    with zipfile.ZipFile(tmp_path / "native.pt") as source, zipfile.ZipFile(tmp_path / "other.pt", "w") as target:
+        for item in source.infolist():
+            content = source.read(item)
+            if item.filename.endswith("/byteorder"):
+                content = other.encode()
+            if item.filename.endswith("/data/0"):
+                content = np.frombuffer(content, np.float32).byteswap().tobytes()
+            target.writestr(item.filename, content)
+    found = stored(read_tensors(tmp_path / "other.pt"), tmp_path / "other.pt")
+    for _ in range(2):
+        assert torch.equal(torch.cat(list(found["w"].blocks())), want)
