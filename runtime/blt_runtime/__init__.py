@@ -14,6 +14,7 @@ from .manifest import Manifest
 from .model import Model
 from .patching import PatchRule, PatchState, patch_lengths
 from .sampling import Sampler
+from .snapshot import Snapshot
 from .spec import ModelSpec
 from .speculate import SpeculationStats
 from .stream import Score, Stream
@@ -33,6 +34,7 @@ __all__ = [
     "PatchState",
     "Sampler",
     "Score",
+    "Snapshot",
     "SpeculationStats",
     "StopMatcher",
     "Stream",

@@ -50,6 +50,10 @@ class Graph:
     def bind(self, **buffers: Buffer) -> Call:
         return self._session.bind({**buffers, **self._caches})
 
+    def caches(self) -> dict[str, Buffer]:
+        """Its caches by the names of the inputs."""
+        return {source: self._caches[source] for source in self.spec.aliases.values()}
+
 
 class StatePool:
     """Byte states [R, X, D] of the newest positions, in order: row r holds position base + r."""
@@ -192,7 +196,7 @@ class Memory:
 
         entropy_end: how far the entropy cache was written, if further than `position`.
         """
-        self._note_writes(entropy_end)
+        self.note_writes(entropy_end)
         while self.marks and self.marks[-1].position >= tokens:
             self.marks.pop()
         if not self.marks or not self._can_resume(self.marks[-1]):
@@ -203,7 +207,7 @@ class Memory:
             self.pool.base = self.position
         return True
 
-    def _note_writes(self, entropy_end: int | None) -> None:
+    def note_writes(self, entropy_end: int | None = None) -> None:
         """Tells the caches how far they were written; the steps do not, to stay lean."""
         ends = {"latent": self.patches, "entropy": entropy_end or self.position}
         for name, graph in self.graphs.items():

@@ -27,6 +27,7 @@ from .patching import closes_from_lengths
 from .patching import patch_lengths as rule_lengths
 from .prefill import Prefill
 from .sampling import Sampler, generator
+from .snapshot import Snapshot, put, take
 from .spec import ModelSpec
 from .speculate import Speculate, Speculation, SpeculationStats, Speculator
 from .step import StepCalls
@@ -66,6 +67,7 @@ class Stream:
         seed: int | None = None,
     ) -> None:
         self.spec = spec
+        self._owner = backend
         self._memory = Memory(spec, backend, hash_tables)
         self._calls = StepCalls(self._memory)
         self._prefill = Prefill(self._memory)
@@ -132,6 +134,22 @@ class Stream:
         with self._exclusive():
             if n_tokens:
                 self._return_to(self.position - n_tokens)
+
+    def snapshot(self) -> Snapshot:
+        """The present state, to `restore` here or in other streams of the same model without computing it again."""
+        with self._exclusive():
+            return take(self._memory, self._owner, self._calls.logits_V)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Makes the stream what it was, or another stream of the model was, at `snapshot`, to the last bit.
+
+        Raises UsageError (nothing changed) for a snapshot of another model.
+        """
+        if not snapshot.is_of(self.spec, self._owner):
+            raise UsageError("this snapshot was taken from a stream of another model: take one from this model's")
+        with self._exclusive(repair=True):
+            put(snapshot, self._memory, self._calls.logits_V)
+            self._calls.read_patches()
 
     def generate(
         self,

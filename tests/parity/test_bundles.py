@@ -89,3 +89,19 @@ def test_a_stream_goes_on_after_more_input_and_back(models: dict[str, Model], fl
     fresh.append_ids(stream.ids[:-40])
     assert stream.ids[-40:].tolist() == again == list(fresh.generate_ids(40))
     assert len(first) == 40
+
+
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_a_snapshot_is_put_back_to_the_last_bit(models: dict[str, Model], flavour: str) -> None:
+    """At every cut of the hard text: windows wrapped, documents ended, patches open; in a stream full of other text."""
+    ids, model = hard_text(), models[flavour]
+    stream, other = model.stream(bos=False), model.stream()
+    other.append_ids(ids[::-1][:300])
+    for start, end in ((0, 90), (90, 131), (131, 290), (290, len(ids))):
+        stream.append_ids(ids[start:end])
+        other.restore(stream.snapshot())
+        np.testing.assert_array_equal(other.logits, stream.logits)
+        here = stream.snapshot()
+        assert list(other.generate_ids(40)) == list(stream.generate_ids(40))
+        np.testing.assert_array_equal(other.logits, stream.logits)
+        stream.restore(here)

@@ -64,3 +64,15 @@ def test_given_patch_lengths_replace_the_rule(checkpoint: Checkpoint) -> None:
     assert score.patch_lengths.tolist() == lengths
     truth = reference.forward(blt, ids.tolist(), lengths).logits.numpy()
     np.testing.assert_allclose(score.logits, truth, rtol=0, atol=TOLERANCE)
+
+
+def test_a_snapshot_is_put_back_to_the_last_bit(checkpoint: Checkpoint) -> None:
+    ids, model = hard_text(), open_model(checkpoint, chunk=16)
+    stream, other = model.stream(bos=False), model.stream()
+    other.append_ids(ids[::-1][:200])
+    for start, end in ((0, 90), (90, 290)):
+        stream.append_ids(ids[start:end])
+        other.restore(stream.snapshot())
+        np.testing.assert_array_equal(other.logits, stream.logits)
+        assert list(other.generate_ids(30)) == list(stream.generate_ids(30))
+        np.testing.assert_array_equal(other.logits, stream.logits)

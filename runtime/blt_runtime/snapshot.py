@@ -1,0 +1,106 @@
+"""A stream's state at one moment, to be put back later or into other streams: a system prompt is read once.
+
+Everything that the next byte depends on is copied: the caches as far as they are used, the byte states and patch
+vectors still to be read, the history, the rule's state, the logits. Nothing is computed again, so what follows is the
+same to the last bit. What a sampler has drawn so far is not part of it.
+
+Letters: N tokens, P patches, C cache slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from .backends.protocol import Array
+from .caches import CacheTrack
+from .memory import Graph, Mark, Memory
+from .patching import PatchState
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Made by `Stream.snapshot`, taken by `Stream.restore` of any stream of the same model. Read-only; it stands behind
+    `position` tokens and holds `nbytes` bytes."""
+
+    position: int
+    spec: ModelSpec
+    owner: object
+    patches: int
+    rule: PatchState
+    marks: tuple[Mark, ...]
+    pool_base: int
+    tracks: dict[str, CacheTrack]
+    arrays: dict[str, Array]
+
+    def is_of(self, spec: ModelSpec, owner: object) -> bool:
+        """Whether streams of that model can take it."""
+        return self.owner is owner and self.spec == spec
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def take(memory: Memory, owner: object, logits_V: Array) -> Snapshot:
+    """The state of a stream's memory; `owner` is what its streams have in common."""
+    memory.note_writes()
+    arrays = {name: view.copy() for name, view in _views(memory, logits_V).items()}
+    arrays["pool"] = memory.pool.buffer.array[: memory.position - memory.pool.base].copy()
+    for array in arrays.values():
+        array.flags.writeable = False
+    tracks = {name: copy.copy(graph.track) for name, graph in memory.graphs.items()}
+    return Snapshot(
+        memory.position,
+        memory.spec,
+        owner,
+        memory.patches,
+        memory.rule.copy(),
+        tuple(memory.marks),
+        memory.pool.base,
+        tracks,
+        arrays,
+    )
+
+
+def put(snapshot: Snapshot, memory: Memory, logits_V: Array) -> None:
+    """Makes `memory` and the logits what they were. The spec must be the same."""
+    memory.clear()
+    memory.position, memory.patches = snapshot.position, snapshot.patches
+    memory.rule = snapshot.rule.copy()
+    memory.marks.extend(snapshot.marks)
+    for name, graph in memory.graphs.items():
+        graph.track = copy.copy(snapshot.tracks[name])
+    states = snapshot.arrays["pool"]
+    memory.pool.base = 0
+    memory.pool.reserve(0, len(states), keep=0)
+    memory.pool.buffer.array[: len(states)] = states
+    memory.pool.base = snapshot.pool_base
+    for name, view in _views(memory, logits_V).items():
+        view[...] = snapshot.arrays[name]
+
+
+def _views(memory: Memory, logits_V: Array) -> dict[str, Array]:
+    """The parts of a memory that are in use, by name; their sizes follow from position and patches."""
+    n, p = memory.position, memory.patches
+    views = {
+        "logits": logits_V,
+        "ids": memory.ids.array[0, : memory.pad + n],
+        "documents": memory.documents.array[0, : n + 1],
+        "entropy_documents": memory.entropy_documents.array[0, : n + 1],
+        "entropies": memory.entropies.array[0, :n],
+        "starts": memory.starts_P[: p + 1],
+        "patch_documents": memory.patch_documents.array[0, : p + 1],
+        "kv_ring": memory.kv_ring.array,
+    }
+    for graph in memory.graphs.values():
+        views |= _cache_views(graph, p if graph.spec.name == "latent" else n)
+    return views
+
+
+def _cache_views(graph: Graph, tokens: int) -> dict[str, Array]:
+    """[1, G, used, K] of each cache: all slots of a window's, and of others those that tokens have reached."""
+    spec = graph.spec.cache
+    used = tokens if spec is not None and spec.window is None else None
+    return {f"{graph.spec.name}.{name}": buffer.array[:, :, :used] for name, buffer in graph.caches().items()}
