@@ -12,7 +12,6 @@ from blt_export.passes import (
     fix_capacity,
     fold_constants,
     fold_weights,
-    fuse_products,
     gather_once,
     name_io,
     simplify_gathers,
@@ -207,25 +206,3 @@ def test_cleanup_merges_equal_nodes_and_drops_unused_ones() -> None:
     assert cleanup.run(model) >= 4
     assert op_counts(model) == {"Relu": 1, "Add": 1}
     assert "unused" not in model.graph.initializers
-
-
-def test_products_of_the_same_values_become_one() -> None:
-    model, b = model_of([value("x", "S", 3), value("y", "S", 3)])
-    x, y = model.graph.inputs
-    rng = np.random.default_rng(0)
-    matrices = [rng.normal(size=(3, n)).astype(np.float32) for n in (2, 4, 1)]
-    weights = [weight(model, f"w{i}", m) for i, m in enumerate(matrices)]
-    products = [b.op("MatMul", x, w, dtype=F, shape=["S", n]) for w, n in zip(weights, (2, 4, 1), strict=True)]
-    other = b.op("MatMul", y, weights[0], dtype=F, shape=["S", 2])
-    inner = b.op("MatMul", x, b.op("Transpose", y, dtype=F, shape=[3, "S"]), dtype=F, shape=["S", "S"])
-    finish(model, *(b.op("Relu", p, dtype=F, shape=p.shape) for p in products), other, inner)
-    assert fuse_products.run(model) == 2
-    cleanup.run(model)
-    assert op_counts(model)["MatMul"] == 3  # fused, of other values, of no constant
-    assert op_counts(model)["Split"] == 1
-    given = {name: rng.normal(size=(5, 3)).astype(np.float32) for name in ("x", "y")}
-    got = run(model, **given)
-    for result, matrix in zip(got, matrices, strict=False):
-        np.testing.assert_allclose(result, np.maximum(given["x"] @ matrix, 0), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(got[3], given["y"] @ matrices[0], rtol=1e-6, atol=1e-6)
-    assert fuse_products.run(model) == 0
