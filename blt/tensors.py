@@ -68,9 +68,14 @@ class Stored:
 
     def copy_to(self, out: Tensor) -> None:
         """Into a tensor of the same shape and any floating dtype."""
+        for block, target in self.beside(out):
+            target.copy_(block)
+
+    def beside(self, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each block with the rows of `out`, a tensor of the same shape, that belong to it."""
         start, rows = 0, out if out.ndim else out[None]
         for block in self.blocks():
-            rows[start : start + len(block)].copy_(block)
+            yield block, rows[start : start + len(block)]
             start += len(block)
 
     def not_finite(self) -> list[str]:
@@ -226,12 +231,9 @@ def _interned(value: Any) -> Any:
 
 
 def _fill(source: Stored, room: Tensor) -> None:
-    start, rows = 0, room if room.ndim else room[None]
-    for block in source.blocks():
-        target = rows[start : start + len(block)]
+    for block, target in source.beside(room):
         target.copy_(cast(block, room.dtype, source.names[0]))
         drop_pages(target)  # written through to the file, which the kernel flushes
-        start += len(block)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None = None) -> None:
