@@ -6,6 +6,7 @@ that still lie in their files. Everything that can be wrong with names, shapes, 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -172,3 +173,11 @@ def parse(kind: type[Config], values: Any, file: str, section: str = "") -> Conf
         field = ".".join(str(part) for part in (section, *first["loc"]) if part != "")
         given = "" if isinstance(first["input"], dict) else f"; it is {first['input']!r}"
         raise CheckpointError(f"{file}: {field}: {first['msg']}{given}") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises CheckpointError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; copy it again") from None

@@ -21,7 +21,7 @@ import torch
 from blt.adapters import huggingface_config, huggingface_write
 from blt.folders import staged
 from blt.model.config import BLTConfig, TransformerConfig
-from blt.source import Part, Source, make_part
+from blt.source import Part, Source, make_part, read_json
 from blt.tensors import Stored, read_safetensors, write_safetensors
 from blt_runtime.errors import CheckpointError
 
@@ -102,7 +102,7 @@ def matches(path: Path) -> bool:
 def read(path: Path) -> Source:
     """What a folder says; weights stay in their files. Raises CheckpointError."""
     where = str(path / CONFIG)
-    config = huggingface_config.fields(_read_json(path / CONFIG), where)
+    config = huggingface_config.fields(read_json(path / CONFIG), where)
     blt_config, entropy_config, rule = huggingface_config.meaning(config, where)
     found = {n: t for n, t in read_safetensors(*_weight_files(path)).items() if not UNUSED.fullmatch(n)}
     patcher = {name: found.pop(name) for name in list(found) if name.startswith(PATCHER)}
@@ -121,20 +121,13 @@ def _names(ours: str) -> list[str]:
     return [huggingface_name(ours)]
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; copy it again") from None
-
-
 def _weight_files(path: Path) -> list[Path]:
     """The one file, or the shards that the index names: plain names of files that lie in the folder."""
     if not (path / INDEX).is_file():
         if not (path / WEIGHTS).is_file():
             raise CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}; save the model with safetensors")
         return [_inside(path, WEIGHTS)]
-    index = _read_json(path / INDEX)
+    index = read_json(path / INDEX)
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{path / INDEX} has no weight_map")

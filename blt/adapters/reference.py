@@ -10,7 +10,6 @@ kernels there, and with all but xformers loses the masks; we always mask.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
-from blt.source import HASH_TABLES, Part, Source, make_part, parse
+from blt.source import HASH_TABLES, Part, Source, make_part, parse, read_json
 from blt.tensors import Stored, read_safetensors, read_tensors, stored
 from blt_runtime.errors import BltError, CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
@@ -201,10 +200,7 @@ def _check_forced(args: EntropyArguments, file: Path) -> None:
 def _json(path: Path, required: bool = True) -> dict[str, Any]:
     if not required and not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return values
