@@ -10,6 +10,8 @@
     │   ├── ManifestError      1   manifest.json is broken, incomplete or has unknown keys
     │   └── VersionError       1   made by a newer version of the format
     ├── CapacityError          1   the stream is full
+    ├── OutOfMemory            1   memory that could not be allocated
+    ├── Cancelled              1   the caller stopped a call half-way; nothing has changed
     ├── BackendError           4   a backend or device failed or is not there
     │   └── MissingExtra       4   a library is not installed; the message names the command
     └── CheckFailed            3   parity or a threshold that the user set
@@ -67,6 +69,14 @@ class VersionError(BundleError):
 
 class CapacityError(BltError):
     """The stream cannot hold more bytes or patches."""
+
+
+class OutOfMemory(BltError):
+    """Memory that could not be allocated."""
+
+
+class Cancelled(BltError):
+    """A call that its caller stopped half-way: the stream is what it was before."""
 
 
 class BackendError(BltError):

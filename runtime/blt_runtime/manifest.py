@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ConfigError, ManifestError, VersionError
+from .errors import BundleError, ConfigError, ManifestError, VersionError
 from .records import from_dict, to_dict
 from .spec import ModelSpec
 
@@ -124,6 +124,15 @@ class Manifest:
 
     def references(self) -> list[FileRef]:
         return [*self.graphs.values(), *([self.hash_tables] if self.hash_tables else [])]
+
+
+def check_precision(manifest: Manifest, wanted: str, path: str) -> None:
+    """Raises BundleError unless the bundle at `path` was exported at the precision `wanted`."""
+    if manifest.precision != wanted:
+        raise BundleError(
+            f"{path} was exported at {manifest.precision}, not {wanted}: "
+            f"blt export CHECKPOINT -o OTHER --precision {wanted} makes the other one"
+        )
 
 
 def check_name(name: str) -> None:

@@ -12,11 +12,11 @@ from .bundle import Bundle, Verify
 from .drafters import Drafter
 from .errors import ConfigError, UsageError
 from .hashing import Tables, check_tables
-from .manifest import Manifest
+from .manifest import Manifest, check_precision
 from .sampling import is_whole
 from .spec import ModelSpec
 from .speculate import Speculate
-from .stream import DRAFT, Score, Stream
+from .stream import DRAFT, Overflow, Score, Stream
 from .text import Utf8Stream
 
 
@@ -51,23 +51,28 @@ class Model:
         threads: int | None = None,
         providers: Sequence[str] | None = None,
         verify: Verify = "auto",
+        precision: str | None = None,
     ) -> Model:
         """Opens the bundle folder `path`.
 
         backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: of one call, None lets
         the backend choose. providers: ONNX Runtime execution providers, CPU by default; one that does not
-        load is an error. verify: see `Bundle.open`. Raises UsageError, BundleError, BackendError
+        load is an error. verify: see `Bundle.open`. precision: what the bundle must have been exported at
+        ("fp32", "int8", "int4"); None takes any. Raises UsageError, BundleError, BackendError, OutOfMemory
         or MissingExtra.
         """
         if threads is not None and not (is_whole(threads) and threads >= 1):
             raise UsageError("threads must be a whole number of at least 1")
         bundle = Bundle.open(path, verify)
+        if precision is not None:
+            check_precision(bundle.manifest, precision, str(path))
         spec = bundle.manifest.spec
         return cls(spec, _backend(backend, bundle, threads, providers), bundle.hash_tables(), bundle.manifest)
 
-    def stream(self, bos: bool = True, seed: int | None = None) -> Stream:
-        """A new stream: caches for the bundle's capacity, nothing read yet but BOS."""
-        return Stream(self.spec, self.backend, self._hash_tables, bos, seed)
+    def stream(self, bos: bool = True, seed: int | None = None, overflow: Overflow = "error") -> Stream:
+        """A new stream: caches for the bundle's capacity, nothing read yet but BOS. overflow "slide" lets it forget its
+        oldest text when it is full (see `Stream`). Raises OutOfMemory."""
+        return Stream(self.spec, self.backend, self._hash_tables, bos, seed, overflow)
 
     def score(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
         """`Stream.score_ids` on a stream of its own."""
@@ -87,12 +92,13 @@ class Model:
         stop_at_eos: bool = True,
         speculate: Speculate | Drafter = "off",
         draft: int = DRAFT,
+        overflow: Overflow = "error",
     ) -> Iterator[str]:
         """Text that continues `prompt`, up to `n` bytes, yielded as whole characters (invalid bytes become U+FFFD).
 
-        speculate, draft: see `Stream.generate_ids`.
+        speculate, draft: see `Stream.generate_ids`. overflow: see `Stream`.
         """
-        stream = self.stream(seed=seed)
+        stream = self.stream(seed=seed, overflow=overflow)
         stream.append(prompt)
         pieces = stream.generate(n, temperature, top_k, top_p, min_p, None, stop, stop_at_eos, speculate, draft)
         return _as_text(pieces)

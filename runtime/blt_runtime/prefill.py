@@ -10,16 +10,19 @@ Letters: S tokens of a chunk, P patches that finish in it, L longest of them, W 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from .backends.protocol import Array, Buffer
 from .caches import calls
+from .errors import Cancelled
 from .ids import Ids
 from .memory import Graph, Mark, Memory
 from .patching import PatchState
 
+Cancel = Callable[[], bool]
+"""Asked between chunks: shall the call stop here?"""
 GATHER_BYTES = 16 << 20
 """Most bytes of byte states that one latent call gathers: its scratch memory grows with P * L."""
 
@@ -32,22 +35,30 @@ class Prefill:
         self._graphs = memory.graphs
         self._scratch: dict[tuple[str, str], Buffer] = {}
 
-    def run(self, ids_N: Ids, closes_N: Array | None, with_entropy: bool, logits_NV: Array | None) -> Array:
+    def run(
+        self,
+        ids_N: Ids,
+        closes_N: Array | None,
+        with_entropy: bool,
+        logits_NV: Array | None,
+        cancelled: Cancel | None = None,
+    ) -> Array:
         """Takes in ids [N]; returns the last logits [V]. `closes_N` overrides the patch rule; all logits go
-        to `logits_NV`.
+        to `logits_NV`; `cancelled` is asked before every chunk.
 
         Raises CapacityError with the memory unchanged, except that only `Memory.go_back` knows the entropy
-        cache's state.
+        cache's state; Cancelled with the memory somewhere between, from where `Memory.go_back` helps too.
         """
         memory = self._memory
         start, end = memory.position, memory.position + len(ids_N)
         memory.place(ids_N)
         if with_entropy:
-            self._run_entropy(start, end)
+            self._run_entropy(start, end, cancelled)
         rule, closes_N, marks = self._find_patches(ids_N, closes_N)
         memory.check_patches(memory.patches + int(closes_N.sum()))
         last_V = np.empty(0, dtype=np.float32)
         while memory.position < end:
+            _ask(cancelled)
             a, chunk = memory.position, memory.spec.chunk
             b = min(end, (a // chunk + 1) * chunk)  # aligned, as the rings are: fewer cuts
             logits_SV = self._chunk(a, b, closes_N[a - start : b - start])
@@ -72,9 +83,10 @@ class Prefill:
                 marks.append(Mark(memory.position + t + 1, patches, rule.copy()))
         return rule, closes_N, marks
 
-    def _run_entropy(self, start: int, end: int) -> None:
+    def _run_entropy(self, start: int, end: int, cancelled: Cancel | None) -> None:
         memory, graph = self._memory, self._graphs["entropy"]
         for a, b in self._calls(graph, start, end, memory.entropy_documents):
+            _ask(cancelled)
             graph.bind(
                 **self._clock(a, b, memory.entropy_documents),
                 ids=memory.history(memory.ids, a, b),
@@ -196,3 +208,8 @@ class Prefill:
             kept = self._graphs[graph].new(tensor, S=rows, P=rows)
             self._scratch[graph, tensor] = kept
         return kept.part(0, (1, tokens, *kept.shape[2:]))
+
+
+def _ask(cancelled: Cancel | None) -> None:
+    if cancelled is not None and cancelled():
+        raise Cancelled("cancelled while taking text in: the stream is as it was before")

@@ -31,6 +31,7 @@ class Snapshot:
     rule: PatchState
     marks: tuple[Mark, ...]
     pool_base: int
+    forgotten: int
     tracks: dict[str, CacheTrack]
     arrays: dict[str, Array]
 
@@ -43,8 +44,8 @@ class Snapshot:
         return sum(array.nbytes for array in self.arrays.values())
 
 
-def take(memory: Memory, owner: object, logits_V: Array) -> Snapshot:
-    """The state of a stream's memory; `owner` is what its streams have in common."""
+def take(memory: Memory, owner: object, logits_V: Array, forgotten: int) -> Snapshot:
+    """The state of a stream's memory; `owner` is what its streams have in common, `forgotten` what it does not hold."""
     memory.note_writes()
     arrays = {name: view.copy() for name, view in _views(memory, logits_V).items()}
     arrays["pool"] = memory.pool.buffer.array[: memory.position - memory.pool.base].copy()
@@ -59,6 +60,7 @@ def take(memory: Memory, owner: object, logits_V: Array) -> Snapshot:
         memory.rule.copy(),
         tuple(memory.marks),
         memory.pool.base,
+        forgotten,
         tracks,
         arrays,
     )

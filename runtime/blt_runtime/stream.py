@@ -8,24 +8,25 @@ allocates nothing.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from .backends.protocol import Array, Backend
 from .drafters import Drafter
-from .errors import CapacityError, InputError, UsageError
+from .errors import Cancelled, CapacityError, InputError, OutOfMemory, UsageError, nearest
 from .hashing import Tables
 from .ids import BOS, EOS, OFFSET, Ids, encode
 from .memory import Mark, Memory
 from .patching import closes_from_lengths
 from .patching import patch_lengths as rule_lengths
-from .prefill import Prefill
+from .prefill import Cancel, Prefill
 from .sampling import Sampler, generator
 from .snapshot import Snapshot, put, take
 from .spec import ModelSpec
@@ -33,6 +34,7 @@ from .speculate import Speculate, Speculation, SpeculationStats, Speculator
 from .step import StepCalls
 from .text import StopMatcher
 
+Overflow = Literal["error", "slide"]
 DRAFT = 8
 """Ids guessed ahead at most; patches are about 5 bytes long."""
 BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
@@ -56,6 +58,15 @@ class Stream:
 
     bos: begin with BOS, also after `reset`. seed: of the generator that draws when a call names no seed of
     its own.
+
+    overflow: what happens when the next token does not fit. "error" raises CapacityError and leaves the stream as it
+    was. "slide" forgets the oldest text and goes on: the stream becomes a fresh one (BOS if `bos`) that has read the
+    newest half of the text, the token included, in one prefill; of a text that is longer than the stream, the newest
+    half of the capacity. The half begins with a whole UTF-8 character (up to 3 bytes less), and is halved again while
+    its patches do not fit. So a slide reads again at most as many tokens as it forgets: one per token taken in.
+    `forgotten` counts them. Neither `rewind` nor anything else brings them back.
+
+    Raises OutOfMemory (nothing is kept).
     """
 
     def __init__(
@@ -65,14 +76,20 @@ class Stream:
         hash_tables: Tables | None = None,
         bos: bool = True,
         seed: int | None = None,
+        overflow: Overflow = "error",
     ) -> None:
         self.spec = spec
         self._owner = backend
-        self._memory = Memory(spec, backend, hash_tables)
-        self._calls = StepCalls(self._memory)
+        self._slides = _slides(overflow, spec, bos)
+        try:
+            self._memory = _memory(spec, backend, hash_tables)
+            self._calls = StepCalls(self._memory)
+        except MemoryError as error:
+            raise _out_of_memory(spec) from error
         self._prefill = Prefill(self._memory)
         self._speculator = Speculator(self._memory, self._calls)
         self._turns = 0
+        self._forgotten = 0
         self._random = generator(seed)
         self._bos = bos
         self._with_entropy = spec.patch_rule.needs_entropy
@@ -82,12 +99,17 @@ class Stream:
 
     @property
     def position(self) -> int:
-        """Tokens taken in, BOS included."""
+        """Tokens held, BOS included: all that were taken in, less those `forgotten`."""
         return self._memory.position
 
     @property
+    def forgotten(self) -> int:
+        """The oldest tokens of the text that a stream with overflow "slide" no longer holds."""
+        return self._forgotten
+
+    @property
     def ids(self) -> Ids:
-        """The tokens taken in [N] (a copy)."""
+        """The tokens held [N] (a copy)."""
         return self._memory.ids_N.copy()
 
     @property
@@ -108,15 +130,20 @@ class Stream:
         memory = self._memory
         return np.diff([*memory.starts_P[: memory.patches + 1], memory.position + 1]).astype(np.int64)
 
-    def append(self, text: str | bytes) -> None:
-        """Takes in text or bytes. Raises CapacityError (nothing changed) if they do not fit."""
-        self.append_ids(encode(text, bos=False))
+    def append(self, text: str | bytes, cancelled: Cancel | None = None) -> None:
+        """Takes in text or bytes, all or nothing: see `append_ids`."""
+        self.append_ids(encode(text, bos=False), cancelled)
 
-    def append_ids(self, ids: npt.ArrayLike) -> None:
-        """Takes in ids [N]. Raises InputError for foreign ids, CapacityError (nothing changed) if they do not fit."""
+    def append_ids(self, ids: npt.ArrayLike, cancelled: Cancel | None = None) -> None:
+        """Takes in ids [N]. Raises InputError for foreign ids, CapacityError (nothing changed) if they do not fit and
+        the stream does not slide.
+
+        cancelled: asked before every chunk, such as the `is_set` of an event that another thread sets. Once it says
+        yes, the stream goes back to what it was, as `rewind` does, and Cancelled is raised.
+        """
         ids_N = _checked(ids, self.spec.vocab_size)
         with self._exclusive():
-            self._take(ids_N)
+            self._take(ids_N, cancelled)
 
     def reset(self) -> None:
         """Forgets everything, and begins again (with BOS if the stream was opened with it)."""
@@ -124,21 +151,22 @@ class Stream:
             self._start()
 
     def rewind(self, n_tokens: int) -> None:
-        """Takes back the last `n_tokens` tokens, exactly as if they had never come.
+        """Takes back the last `n_tokens` of the tokens held, exactly as if they had never come.
 
         Costs the tail behind a patch boundary if the caches still reach back there, and else a replay of
         everything.
         """
         if not 0 <= n_tokens <= self.position:
-            raise UsageError(f"cannot rewind {n_tokens} of {self.position} tokens")
+            gone = f" (the {self._forgotten} before them are forgotten)" if self._forgotten else ""
+            raise UsageError(f"cannot rewind {n_tokens} of {self.position} tokens{gone}")
         with self._exclusive():
             if n_tokens:
                 self._return_to(self.position - n_tokens)
 
     def snapshot(self) -> Snapshot:
         """The present state, to `restore` here or in other streams of the same model without computing it again."""
-        with self._exclusive():
-            return take(self._memory, self._owner, self._calls.logits_V)
+        with self._exclusive(changes=False):
+            return take(self._memory, self._owner, self._calls.logits_V, self._forgotten)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Makes the stream what it was, or another stream of the model was, at `snapshot`, to the last bit.
@@ -149,6 +177,7 @@ class Stream:
             raise UsageError("this snapshot was taken from a stream of another model: take one from this model's")
         with self._exclusive(repair=True):
             put(snapshot, self._memory, self._calls.logits_V)
+            self._forgotten = snapshot.forgotten
             self._calls.read_patches()
 
     def generate(
@@ -188,13 +217,17 @@ class Stream:
         "off"; only "entropy" with a temperature draws others, from the same distribution. "entropy" lets the entropy
         model guess, "lookup" what followed the same bytes earlier, "auto" both while they pay; or a Drafter.
 
-        Raises CapacityError when the stream is full, UsageError if it is empty, or cannot speculate so.
+        Raises CapacityError when the stream is full and does not slide, UsageError if it is empty, or cannot speculate
+        so.
         """
         if n < 0:
             raise UsageError("n must not be negative")
         _ = self.logits
         sampler = sampler or Sampler()
-        ahead = None if speculate == "off" else self._speculator.start(speculate, draft, sampler)
+        ahead = None
+        if speculate != "off":
+            with self._exclusive(changes=False):
+                ahead = self._speculator.start(speculate, draft, sampler)
         return self._generate_ids(n, sampler, stop_at_eos, ahead)
 
     def score_ids(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
@@ -222,10 +255,14 @@ class Stream:
                 self._start()
 
     def _start(self) -> None:
-        self._memory.clear()
-        self._calls.read_patches()
+        self._clear()
         if self._bos:
             self._step(BOS)
+
+    def _clear(self) -> None:
+        self._memory.clear()
+        self._forgotten = 0
+        self._calls.read_patches()
 
     def _generate_ids(self, n: int, sampler: Sampler, stop_at_eos: bool, ahead: Speculation | None) -> Iterator[int]:
         turns = -1
@@ -237,10 +274,7 @@ class Stream:
                 id = sampler(self._calls.logits_V) if ahead is None else ahead.choose()
                 if stop_at_eos and id == EOS:
                     return
-                if ahead is None:
-                    self._step(id)
-                else:
-                    ahead.take(id)
+                self._go_on(id, ahead)
             yield id
 
     def _generate_bytes(self, ids: Iterator[int], matcher: StopMatcher) -> Iterator[bytes]:
@@ -251,22 +285,68 @@ class Stream:
         if rest := matcher.flush():
             yield rest
 
-    def _take(self, ids_N: Ids) -> None:
+    def _go_on(self, id: int, ahead: Speculation | None) -> None:
+        """Takes in a generated token."""
+        try:
+            if ahead is None:
+                self._step(id)
+            else:
+                ahead.take(id)
+        except CapacityError:
+            if not self._slides:
+                raise
+            self._slide(np.array([id]))
+            if ahead is not None:
+                ahead.forget()
+
+    def _take(self, ids_N: Ids, cancelled: Cancel | None) -> None:
+        """Takes in ids [N], all or nothing."""
+        before, end = self._memory.position, self._memory.position + len(ids_N)
+        begun = False
+        try:
+            self._memory.check_room(len(ids_N))
+            begun = True
+            self._read(ids_N, cancelled)
+        except CapacityError:
+            if self._slides:
+                return self._slide(ids_N, cancelled)
+            if begun and self._with_entropy:  # the entropy cache has run ahead
+                self._return_to(before, end)
+            raise
+        except Cancelled:
+            self._return_to(before, end)
+            raise
+        return None
+
+    def _read(self, ids_N: Ids, cancelled: Cancel | None = None) -> None:
+        """Takes in ids [N] for which there is room. Raises CapacityError or Cancelled as `Prefill.run` does."""
         if len(ids_N) == 1:
             return self._step(int(ids_N[0]))
-        if len(ids_N) == 0:
-            return None
-        memory = self._memory
-        memory.check_room(len(ids_N))
-        before = memory.position
-        try:
-            self._calls.logits_V[:] = self._prefill.run(ids_N, None, self._with_entropy, None)
-        except CapacityError:
-            if before and self._with_entropy:  # the entropy cache has run ahead
-                self._return_to(before, entropy_end=before + len(ids_N))
-            raise
-        self._calls.read_patches()
+        if len(ids_N):
+            self._calls.logits_V[:] = self._prefill.run(ids_N, None, self._with_entropy, None, cancelled)
+            self._calls.read_patches()
         return None
+
+    def _slide(self, ids_N: Ids, cancelled: Cancel | None = None) -> None:
+        """Begins again with the newest half of the text behind which ids [N] do not fit."""
+        held_N, forgotten = self._memory.ids_N.copy(), self._forgotten
+        text_N = np.concatenate([held_N[1:] if self._bos and held_N[:1] == BOS else held_N, ids_N])
+        total = forgotten + len(text_N)
+        fits = False
+        while not fits:
+            text_N = _newest_half(text_N, self.spec.capacity_bytes - self._bos)
+            self._start()
+            try:
+                self._read(text_N, cancelled)
+                fits = True
+            except CapacityError:  # too many patches
+                continue
+            except Cancelled:
+                self._clear()
+                self._read(held_N)
+                self._forgotten = forgotten
+                raise
+        self._forgotten = total - len(text_N)
 
     def _return_to(self, tokens: int, entropy_end: int | None = None) -> None:
         """Makes the stream what it was after `tokens` tokens."""
@@ -275,7 +355,7 @@ class Stream:
         if not memory.go_back(tokens, entropy_end) or tokens == 0:
             memory.clear()
         self._calls.read_patches()
-        self._take(ids_N[memory.position :])
+        self._read(ids_N[memory.position :])
 
     def _step(self, id: int) -> None:
         """Takes in one token. Everything that the next byte depends on is computed here."""
@@ -298,23 +378,59 @@ class Stream:
         calls.decoder()
 
     @contextmanager
-    def _exclusive(self, repair: bool = False) -> Iterator[None]:
+    def _exclusive(self, repair: bool = False, changes: bool = True) -> Iterator[None]:
         """One thread at a time; a call that failed half-way leaves a stream that only `reset` accepts."""
         if not self._lock.acquire(blocking=False):
             raise UsageError("another thread is using this stream: give each thread its own")
-        if self._damaged and not repair:
-            self._lock.release()
-            raise UsageError("an earlier call on this stream failed half-way: call reset() first")
-        self._damaged = True
-        self._turns += 1
         try:
+            if self._damaged and not repair:
+                raise UsageError("an earlier call on this stream failed half-way: call reset() first")
+            self._damaged = changes
+            self._turns += 1
             yield
             self._damaged = False
-        except CapacityError:
+        except (CapacityError, Cancelled):
             self._damaged = False
             raise
+        except MemoryError as error:
+            raise _out_of_memory(self.spec) from error
         finally:
             self._lock.release()
+
+
+def _slides(overflow: Overflow, spec: ModelSpec, bos: bool) -> bool:
+    if overflow not in get_args(Overflow):
+        raise UsageError(f"overflow {overflow!r} is unknown: {nearest(str(overflow), get_args(Overflow))}")
+    if overflow == "slide" and min(spec.capacity_bytes, spec.capacity_patches) < 1 + bos:
+        raise UsageError("the capacity is too small to slide in: export with a larger --capacity")
+    return overflow == "slide"
+
+
+def _newest_half(ids_N: Ids, room: int) -> Ids:
+    """The newest half of ids [N], or of `room` if they are more; less the bytes of a character that began before."""
+    start = len(ids_N) - max(1, min(len(ids_N), room) // 2)
+    bytes_N = ids_N[start : start + 4] - OFFSET
+    whole_N = np.flatnonzero((bytes_N < 0x80) | (bytes_N > 0xBF))
+    return ids_N[start + (int(whole_N[0]) if len(whole_N) else 0) :]
+
+
+def _memory(spec: ModelSpec, backend: Backend, hash_tables: Tables | None) -> Memory:
+    if _stream_bytes(spec) > sys.maxsize:
+        raise MemoryError
+    return Memory(spec, backend, hash_tables)
+
+
+def _stream_bytes(spec: ModelSpec) -> int:
+    """Of a stream's caches and history, once all of it is in use."""
+    history = 36 * spec.capacity_bytes + 16 * spec.capacity_patches
+    return history + sum(graph.cache_bytes() for graph in spec.graphs.values())
+
+
+def _out_of_memory(spec: ModelSpec) -> OutOfMemory:
+    return OutOfMemory(
+        f"not enough memory: a stream of {spec.capacity_bytes:,} bytes and {spec.capacity_patches:,} patches takes up "
+        f"to {_stream_bytes(spec):,} bytes; export with a smaller --capacity, or keep fewer streams"
+    )
 
 
 def _checked(ids: npt.ArrayLike, vocab_size: int) -> Ids:

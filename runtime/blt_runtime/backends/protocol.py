@@ -8,6 +8,7 @@ input are bound to the same buffer.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from ..spec import GraphSpec
 Array = npt.NDArray[Any]
 Call = Callable[[], None]
 ALIGNMENT = 64
+MAPPED_FROM = 1 << 20
+"""Bytes of the smallest array with pages of its own."""
 
 
 class Buffer(Protocol):
@@ -90,8 +93,23 @@ class HostBuffer:
 
 
 def aligned_zeros(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    """Zeroed array at an address that is a multiple of 64 (a cache line)."""
+    """Zeroed array at an address that is a multiple of 64 (a cache line). Pages that nobody touches cost nothing.
+
+    Raises MemoryError.
+    """
     size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)  # calloc: pages that nobody touches cost nothing
+    raw = _pages(size) if size >= MAPPED_FROM else np.zeros(size + ALIGNMENT, dtype=np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _pages(size: int) -> npt.NDArray[np.uint8]:
+    """Small pages, where the system knows others: numpy asks for pages of 2 MB, and a cache's heads lie that far apart,
+    so that the first token would touch all of it (1.6 GB at the released 1B's size)."""
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no {size:,} bytes of memory") from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, dtype=np.uint8)
