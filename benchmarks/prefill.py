@@ -1,0 +1,150 @@
+"""Reading a prompt: time per byte of the ONNX Runtime bundle and of transformers' forward pass, one table.
+
+    python benchmarks/prefill.py                                 # shape M; prompts of 64, 512 and 2048 bytes
+    python benchmarks/prefill.py --shape S --bundle DIR          # DIR: the bundle, kept and reused
+
+The same shape, random weights, float32, random bytes, one prompt at a time. On both sides the threshold is the quantile
+of the prompt's own entropies that gives patches of 4.5 bytes. Ours is `Stream.append_ids` on an empty stream: entropy
+model, hashes, then chunks through encoder, latent transformer and decoder; all caches are filled behind it. Theirs is
+`BltForCausalLM.forward`, entropy model included, with what is fastest: no cache, logits of the last byte only.
+
+Each engine runs in a process of its own, one at a time; rounds go through both, medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from generation import MEAN_PATCH, PROMPTS, SHAPES, export_bundle, hf_model, random_ids
+
+Timed = Callable[[], tuple[float, float]]
+"""Reads a prompt once: seconds, mean patch."""
+
+
+def threshold_of(entropies_N: np.ndarray) -> float:
+    return float(np.quantile(entropies_N, 1 - 1 / MEAN_PATCH))
+
+
+def ours(a: argparse.Namespace) -> Callable[[np.ndarray], Timed]:
+    from blt.bench.runs import with_changes
+    from blt_runtime import Model
+
+    model = Model.open(a.bundle, threads=a.threads, verify="sizes")
+
+    def prepare(ids_N: np.ndarray) -> Timed:
+        rule = replace(model.spec.patch_rule, threshold=threshold_of(model.score(ids_N).entropies))
+        stream = with_changes(model, spec=replace(model.spec, patch_rule=rule)).stream(bos=False)
+
+        def read() -> tuple[float, float]:
+            stream.reset()
+            began = time.perf_counter()
+            stream.append_ids(ids_N)
+            seconds = time.perf_counter() - began
+            return seconds, len(ids_N) / len(stream.patch_lengths)
+
+        return read
+
+    return prepare
+
+
+def transformers(a: argparse.Namespace) -> Callable[[np.ndarray], Timed]:
+    import torch
+
+    torch.set_num_threads(a.threads)
+    model = hf_model(a.shape)
+
+    def prepare(ids_N: np.ndarray) -> Timed:
+        ids_BN = torch.from_numpy(ids_N)[None]
+        with torch.inference_mode():
+            threshold = threshold_of(model.model.patcher(ids_BN)[0].numpy())
+            lengths_BP = model.model.patcher(ids_BN, patch_size=model.config.patch_size, threshold=threshold)[1]
+        model.config.patching_threshold = model.model.config.patching_threshold = threshold
+        mean_patch = len(ids_N) / int((lengths_BP > 0).sum())
+
+        def read() -> tuple[float, float]:
+            began = time.perf_counter()
+            with torch.inference_mode():
+                model(ids_BN, use_cache=False, logits_to_keep=1)
+            return time.perf_counter() - began, mean_patch
+
+        return read
+
+    return prepare
+
+
+ENGINES = {"runtime": ours, "transformers": transformers}
+
+
+def run_engine(a: argparse.Namespace) -> dict[int, tuple[float, float]]:
+    """Median seconds of a prompt by its length, and the mean patch, after one that warms up."""
+    prepare, found = ENGINES[a.child](a), {}
+    for n in PROMPTS:
+        read = prepare(random_ids(n))
+        read()
+        runs = [read() for _ in range(a.runs)]
+        found[n] = statistics.median(seconds for seconds, _ in runs), runs[0][1]
+    return found
+
+
+def child(a: argparse.Namespace, engine: str) -> Any:
+    """Runs this script again for one engine; its last line is JSON."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1"}
+    options = [f"--{name}={getattr(a, name)}" for name in ("shape", "bundle", "threads", "runs")]
+    command = [sys.executable, __file__, *options, "--child", engine]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"benchmark child {engine} failed with {result.returncode}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="M")
+    parser.add_argument("--bundle", type=Path, help="folder for the bundle, kept and reused")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3, help="rounds")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs in each process")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.child == "export":
+        print(json.dumps(export_bundle(a.shape, a.bundle)))
+    elif a.child:
+        print(json.dumps(run_engine(a)))
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            a.bundle = a.bundle or Path(temporary) / "bundle"
+            child(a, "export")
+            rounds = [{engine: child(a, engine) for engine in ENGINES} for _ in range(a.repeat)]
+        report(a, rounds)
+
+
+def report(a: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
+    print(f"shape {a.shape}, float32, {a.threads} threads, medians of {a.repeat} rounds of {a.runs}; ", end="")
+    print(f"load average {os.getloadavg()[0]:.1f}\n")
+    print("| us per byte of a prompt of | " + " | ".join(f"{n} bytes" for n in PROMPTS) + " |")
+    print("|---" * (1 + len(PROMPTS)) + "|")
+    took = {e: {n: statistics.median(r[e][str(n)][0] for r in rounds) for n in PROMPTS} for e in ENGINES}
+    for engine in ENGINES:
+        print(f"| {engine} | " + " | ".join(f"{1e6 * took[engine][n] / n:.0f}" for n in PROMPTS) + " |")
+    ratios = [took["transformers"][n] / took["runtime"][n] for n in PROMPTS]
+    print("| times as fast as transformers | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    for engine in ENGINES:
+        patches = ", ".join(f"{rounds[0][engine][str(n)][1]:.2f}" for n in PROMPTS)
+        print(f"\nmean patches of {engine}: {patches} bytes", end="")
+    print()
+
+
+if __name__ == "__main__":
+    main()
