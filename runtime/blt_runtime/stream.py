@@ -330,7 +330,8 @@ class Stream:
     def _slide(self, ids_N: Ids, cancelled: Cancel | None = None) -> None:
         """Begins again with the newest half of the text behind which ids [N] do not fit."""
         held_N, forgotten = self._memory.ids_N.copy(), self._forgotten
-        text_N = np.concatenate([held_N[1:] if self._bos and held_N[:1] == BOS else held_N, ids_N])
+        begun = int(self._bos and held_N[:1].tolist() == [BOS])
+        text_N = np.concatenate([held_N[begun:], ids_N])
         total = forgotten + len(text_N)
         fits = False
         while not fits:
