@@ -85,7 +85,7 @@ class Stream:
             self._memory = _memory(spec, backend, hash_tables)
             self._calls = StepCalls(self._memory)
         except MemoryError as error:
-            raise _out_of_memory(spec) from error
+            raise _out_of_memory(spec, error) from error
         self._prefill = Prefill(self._memory)
         self._speculator = Speculator(self._memory, self._calls)
         self._turns = 0
@@ -394,7 +394,7 @@ class Stream:
             self._damaged = False
             raise
         except MemoryError as error:
-            raise _out_of_memory(self.spec) from error
+            raise _out_of_memory(self.spec, error) from error
         finally:
             self._lock.release()
 
@@ -417,7 +417,7 @@ def _newest_half(ids_N: Ids, room: int) -> Ids:
 
 def _memory(spec: ModelSpec, backend: Backend, hash_tables: Tables | None) -> Memory:
     if _stream_bytes(spec) > sys.maxsize:
-        raise MemoryError
+        raise MemoryError("more than there are addresses")
     return Memory(spec, backend, hash_tables)
 
 
@@ -427,10 +427,11 @@ def _stream_bytes(spec: ModelSpec) -> int:
     return history + sum(graph.cache_bytes() for graph in spec.graphs.values())
 
 
-def _out_of_memory(spec: ModelSpec) -> OutOfMemory:
+def _out_of_memory(spec: ModelSpec, error: MemoryError) -> OutOfMemory:
+    capacity = f"{spec.capacity_bytes:,} bytes and {spec.capacity_patches:,} patches"
     return OutOfMemory(
-        f"not enough memory: a stream of {spec.capacity_bytes:,} bytes and {spec.capacity_patches:,} patches takes up "
-        f"to {_stream_bytes(spec):,} bytes; export with a smaller --capacity, or keep fewer streams"
+        f"not enough memory ({error}): a stream of {capacity} takes up to {_stream_bytes(spec):,} bytes; "
+        "export with a smaller --capacity, or keep fewer streams"
     )
 
 

@@ -101,7 +101,7 @@ class OnnxBackend:
         try:
             session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # onnxruntime's own classes share no public base
-            raise BackendError(f"onnxruntime refuses {path.name}: {_first_line(error)}") from error
+            raise _failure(f"onnxruntime refuses {path.name}", error) from error
         if session.get_providers()[0] != self._providers[0]:
             raise BackendError(
                 f"{self._providers[0]} did not load for {path.name}: only {session.get_providers()[0]} did"
@@ -141,7 +141,7 @@ class OnnxSession:
             try:
                 run(binding)
             except Exception as error:
-                raise BackendError(f"graph {self.spec.name!r} failed: {_first_line(error)}") from error
+                raise _failure(f"graph {self.spec.name!r} failed", error) from error
             assert kept  # the addresses in `binding` belong to these buffers
 
         return call
@@ -151,6 +151,13 @@ def _weight_bytes(bundle: Bundle) -> int:
     """Of everything but the hash tables, which no session reads."""
     tables = bundle.manifest.hash_tables
     return sum(e.bytes for name, e in bundle.manifest.files.items() if tables is None or name != tables.file)
+
+
+def _failure(what: str, error: Exception) -> Exception:
+    """A BackendError, or a MemoryError for what onnxruntime could not allocate; it has no class for that."""
+    if found := re.search(r"Failed to allocate memory for requested buffer of size (\d+)|bad_?alloc", str(error)):
+        return MemoryError(f"{what}: no {int(found[1]):,} bytes" if found[1] else what)
+    return BackendError(f"{what}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -52,7 +52,8 @@ class Session(Protocol):
     def bind(self, buffers: Mapping[str, Buffer]) -> Call:
         """A call that runs the graph on exactly these buffers (every input and output by name).
 
-        Raises BackendError if a tensor is missing or does not fit.
+        Raises BackendError if a tensor is missing or does not fit; the call raises it when it fails, and MemoryError
+        where memory is missing.
         """
         ...
 
@@ -68,7 +69,7 @@ class Backend(Protocol):
         ...
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        """New memory, zeroed."""
+        """New memory, zeroed. Raises MemoryError."""
         ...
 
 
