@@ -8,7 +8,7 @@ for piece in stream.generate(200): sys.stdout.buffer.write(piece)
 """
 
 from .bundle import Bundle
-from .drafters import Drafter, EntropyDrafter, FirstOf, LookupDrafter
+from .drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
 from .errors import BltError
 from .manifest import Manifest
 from .model import Model
@@ -23,6 +23,7 @@ from .text import StopMatcher, Utf8Stream
 __all__ = [
     "BltError",
     "Bundle",
+    "DecoderDrafter",
     "Drafter",
     "EntropyDrafter",
     "FirstOf",

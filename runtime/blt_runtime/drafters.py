@@ -6,7 +6,7 @@ Letters: N tokens so far, V vocabulary, G length of a match.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -15,44 +15,100 @@ from .ids import Ids
 from .sampling import Sampler
 
 Guess = tuple[int, Array | None]
-"""An id, and the distribution [V] that it was drawn from; None for a guess that was not drawn."""
+"""An id, and the distribution [V] that it was drawn from; None for a guess that was not drawn from one."""
+Source = Literal["entropy", "decoder"]
+"""Whose logits a drafter extends a text from."""
 
 
 class Drafter:
-    """Says what may come next. This one never does: drafters override one method or both."""
+    """Says what may come next. This one never does: drafters override one method or both.
 
-    def propose(self, ids_N: Ids, limit: int) -> Sequence[int]:
-        """Up to `limit` ids that may follow ids [N], known without any call. `ids_N` is a view of the stream's."""
-        return ()
-
-    def extend(self, ids_N: Ids, entropy: float, logits_V: Array) -> Guess | None:
-        """The id behind ids [N], guesses included, from what the entropy model says of it (nats, logits [V]), or None.
-
-        Not asked where the patch rule does without an entropy model."""
-        return None
-
-    def settle(self, position: int, right: bool, saved: bool) -> None:
-        """What came of the guess at `position`: it was right, and a pass was saved by it. Guesses behind a wrong
-        one are never settled."""
-
-
-class EntropyDrafter(Drafter):
-    """What the entropy model holds for likeliest; it reads every byte anyway.
-
-    limit: goes on only while the entropy is at most this (nats); None has no limit. sampler: draws the guess
-    with the sampler's own settings, which are accepted more often than the likeliest where sampling is lively.
+    source: the model whose logits `extend` is given. "entropy" reads each guess once more than a pass would, "decoder"
+    runs encoder and decoder once for each, with the last finished patch; None: `extend` is not asked.
     """
 
-    def __init__(self, limit: float | None = None, sampler: Sampler | None = None) -> None:
-        self._limit = np.inf if limit is None else limit
-        self._sampler = sampler if sampler is not None and sampler.temperature > 0 else None
+    source: Source | None = None
 
-    def extend(self, ids_N: Ids, entropy: float, logits_V: Array) -> Guess | None:
-        if entropy > self._limit:
-            return None
+    def propose(self, ids_N: Ids, limit: int) -> Sequence[int]:
+        """Up to `limit` ids that may follow ids [N], known without any call. `ids_N` is a view of the stream's.
+        A round of guessing begins here."""
+        return ()
+
+    def extend(self, ids_N: Ids, logits_V: Array) -> Guess | None:
+        """The id behind ids [N], guesses included, from what `source` makes of it (logits [V]), or None.
+
+        Where nothing reads the source's logits (no entropy model; the decoder behind proposed ids), it is not asked."""
+        return None
+
+    def settle(self, position: int, right: bool) -> None:
+        """What came of the guess at `position`. Guesses behind a wrong one are never settled."""
+
+
+class Choice:
+    """What the sampler would choose if a guesser's logits were the model's own: it draws the numbers that the sampler
+    will draw. So where both agree the guess is right, and the text is that of the seed whatever they say."""
+
+    def __init__(self, sampler: Sampler | None) -> None:
+        self._sampler = sampler if type(sampler) is Sampler and sampler.temperature > 0 else None
+        self._twin: Sampler | None = None
+        self._next = 0
+
+    def begin(self, position: int) -> None:
+        """The sampler will choose the id at `position` next."""
+        self._twin, self._next = None, position
+
+    def __call__(self, position: int, logits_V: Array) -> int:
+        """The id at `position`; positions only rise between two calls of `begin`."""
         if self._sampler is None:
-            return int(logits_V.argmax()), None
-        return self._sampler.draft(logits_V)
+            return int(logits_V.argmax())
+        if self._twin is None:
+            self._twin = self._sampler.twin()
+        while self._next < position:
+            self._twin.skip()
+            self._next += 1
+        self._next += 1
+        return self._twin(logits_V)
+
+
+class _ModelDrafter(Drafter):
+    """What a model's logits make the sampler choose, while the likeliest id is likely enough."""
+
+    def __init__(self, confidence: float = 0.0, sampler: Sampler | None = None) -> None:
+        self._confidence, self._choice = confidence, Choice(sampler)
+
+    def propose(self, ids_N: Ids, limit: int) -> Sequence[int]:
+        self._choice.begin(len(ids_N))
+        return ()
+
+    def extend(self, ids_N: Ids, logits_V: Array) -> Guess | None:
+        if self._confidence > 0 and highest_probability(logits_V) < self._confidence:
+            return None
+        return self._choice(len(ids_N), logits_V), None
+
+
+class EntropyDrafter(_ModelDrafter):
+    """What the entropy model would write; it reads every byte anyway. A wrong guess costs one read.
+
+    confidence: goes on only while the likeliest id has at least this probability. sampler: the stream's sampler.
+    """
+
+    source = "entropy"
+
+
+class DecoderDrafter(_ModelDrafter):
+    """What the decoder writes when patches do not end: it goes on with the last finished one (BLT-S, arXiv 2605.08044).
+
+    Up to the patch's end that is what it would have written anyway, and the entropy model then reads all of it in one
+    call; behind it the latent vector is old and the decoder's second run says what was right. Each guess costs the
+    weights of the encoder and of the decoder. confidence, sampler: as for the entropy model.
+    """
+
+    source = "decoder"
+
+
+def highest_probability(logits_V: Array) -> float:
+    """Of the likeliest id, at temperature 1."""
+    return 1.0 / float(np.exp(logits_V - logits_V.max()).sum())
 
 
 class LookupDrafter(Drafter):
@@ -105,17 +161,20 @@ class LookupDrafter(Drafter):
 
 
 class FirstOf(Drafter):
-    """The first drafter that proposes something; past that, the first that extends it."""
+    """The first drafter that proposes something; past that, the first that has a source extends it."""
 
     def __init__(self, *drafters: Drafter) -> None:
         self._drafters = drafters
+        self._extending = next((drafter for drafter in drafters if drafter.source), Drafter())
+        self.source = self._extending.source
 
     def propose(self, ids_N: Ids, limit: int) -> Sequence[int]:
-        for drafter in self._drafters:
-            if proposed := drafter.propose(ids_N, limit):
-                return proposed
-        return ()
+        proposals = [drafter.propose(ids_N, limit) for drafter in self._drafters]
+        return next((proposed for proposed in proposals if proposed), ())
 
-    def extend(self, ids_N: Ids, entropy: float, logits_V: Array) -> Guess | None:
-        guesses: Any = (drafter.extend(ids_N, entropy, logits_V) for drafter in self._drafters)
-        return next((guess for guess in guesses if guess is not None), None)
+    def extend(self, ids_N: Ids, logits_V: Array) -> Guess | None:
+        return self._extending.extend(ids_N, logits_V)
+
+    def settle(self, position: int, right: bool) -> None:
+        for drafter in self._drafters:
+            drafter.settle(position, right)

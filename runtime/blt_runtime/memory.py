@@ -26,6 +26,8 @@ from .spec import GraphSpec, ModelSpec
 
 MARKS = 16
 """Patch boundaries that a rewind can return to without replaying everything."""
+AHEAD = 16
+"""Patches that may have been computed ahead of those that are counted: `speculate` drops them again."""
 
 
 class Graph:
@@ -108,7 +110,7 @@ class Memory:
         if spec.hash is not None and tables is not None:
             self.hash = HashEmbedding(tables, spec.hash.sizes, spec.hash.functions, spec.hash.rows)
         self.pool = StatePool(self.graphs["encoder"], 2 * spec.chunk)
-        self.kv_rows = MARKS + spec.decoder_window
+        self.kv_rows = MARKS + AHEAD + spec.decoder_window
         kv_ring = self.graphs["latent"].new("patch_kv", P=self.kv_rows)
         self.kv_ring = kv_ring.part(0, kv_ring.shape[1:])
         self.clear()

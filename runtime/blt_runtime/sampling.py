@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -45,6 +46,17 @@ class Sampler:
         total_V = np.cumsum(mass_V)
         drawn = np.searchsorted(total_V, self._random.random() * total_V[-1], side="right")
         return int(order_V[min(int(drawn), len(order_V) - 1)])
+
+    def twin(self) -> Sampler:
+        """A sampler that will draw the same numbers; those of this one are not used up by it."""
+        twin = copy.copy(self)
+        twin._random = copy.deepcopy(self._random)
+        return twin
+
+    def skip(self) -> None:
+        """Uses up what one id would draw."""
+        if self.temperature > 0:
+            self._random.random()
 
     def candidates(self, logits_V: Array) -> tuple[Array, Array]:
         """The ids that remain, most likely first, and their probabilities (not renormalised)."""

@@ -1,16 +1,18 @@
 """Several bytes for one pass of the decoder, and the same bytes as without: guess, check, keep what is right.
 
-A round takes in one certain byte and, in the same calls, guesses at those behind it: the entropy model reads
-them (it says where a patch ends), one encoder and one decoder call run over all up to the next patch's end.
-The guesses wait there. Each time a byte is asked for, the sampler chooses it from the target's own logits; if
-the next guess is what it chose, nothing is left to do but to count it in. Otherwise the guesses are dropped and
-a new round begins. So the stream never shows a byte that was not chosen, and its state is at any moment that of
-plain decoding; caches alone have been written further.
+A round takes in one certain byte together with guesses at those behind it, patches' ends among them: the entropy model
+reads them all, the patch rule says where patches end, one encoder call runs over them, one latent call over the
+patches that would end, one decoder call in which each byte reads its own last finished patch. The guesses wait there.
+Each time a byte is asked for, the sampler chooses it from the target's own logits; if the next guess is what it chose,
+nothing is left to do but to count it in. Otherwise the guesses are dropped and a new round begins. So the stream never
+shows a byte that was not chosen, and its state is at any moment that of plain decoding; caches alone, and the rows
+behind the last counted position and patch, have been written further.
 
-Why dropping is exact: caches are addressed by position, and no round writes further than every cache can take
-back (`CacheTrack.room`). Why a pass may run from behind a patch's end up to the next one: all these bytes read
-the same last patch, whose latent step belongs to the certain byte. The byte that ends a patch is guessed and
-checked, but runs in the next round. So the latent transformer never runs in vain.
+Why dropping is exact: all memory is addressed by position or by patch, and no round writes further than every cache
+can take back (`CacheTrack.room`), than the ring of patch vectors has rows to spare (`AHEAD`), or into another document.
+
+Where the decoder is the one who guesses, its steps before the first end of a patch are what the pass would compute:
+only what is behind runs again.
 
 Rounding: a pass over S bytes and S passes over one differ by about 1e-6 in the logits. Where the target's two
 likeliest ids lie closer together than that, greedy output may take the other one, as it may after a prefill.
@@ -21,33 +23,38 @@ Letters: S tokens of a pass (the certain one and S - 1 guesses), V vocabulary, W
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+
 from .backends.protocol import Array
-from .drafters import Drafter, EntropyDrafter, LookupDrafter
+from .drafters import DecoderDrafter, Drafter, EntropyDrafter, LookupDrafter
 from .errors import UsageError, nearest
 from .ids import Ids
-from .memory import Mark, Memory
+from .memory import AHEAD, Mark, Memory
 from .pace import Costs, Paced
 from .passes import PassCalls, longest_pass
-from .patching import PatchState
 from .sampling import Sampler, is_whole
 from .step import StepCalls
 
-Speculate = Literal["off", "auto", "entropy", "lookup"]
+Speculate = Literal["off", "auto", "decoder", "entropy", "lookup"]
 
 
 @dataclass
 class SpeculationStats:
-    """What speculation did on a stream since it was made. `tokens` were generated with it; `passes` counts decoder
-    calls, `latent_calls` latent calls, `guesses` what was verified by them and `right` how many of those came true."""
+    """What speculation did on a stream since it was made. `tokens` were generated with it, in `passes` rounds;
+    `guesses` were verified and `right` of them came true; calls of each graph, drafts included."""
 
     tokens: int = 0
     passes: int = 0
-    latent_calls: int = 0
     guesses: int = 0
     right: int = 0
+    entropy_calls: int = 0
+    encoder_calls: int = 0
+    latent_calls: int = 0
+    decoder_calls: int = 0
 
     @property
     def tokens_per_pass(self) -> float:
@@ -61,49 +68,45 @@ class SpeculationStats:
 class Speculation:
     """One run of generation with guesses: `choose` an id, `take` it in, again and again.
 
-    Positions up to `_checked` have gone through the decoder; guesses stand in the history up to `_guessed`; the
-    entropy model has read up to `_read`. All three are at most what `position` is when nothing is ahead.
+    A round has run everything over positions `_start` to `_end`; those from `position` on are guesses.
     """
 
     def __init__(self, of: Speculator, calls: PassCalls, drafter: Drafter, sampler: Sampler) -> None:
         self._memory, self._steps, self._stats, self._costs = of.memory, of.steps, of.stats, of.costs
-        self._calls, self._drafter, self._sampler = calls, drafter, sampler
+        self._plain, self._calls, self._drafter, self._sampler = of.plain_step, calls, drafter, sampler
         self._with_entropy = of.memory.spec.patch_rule.needs_entropy
         self._graphs = [
             graph
             for name, graph in of.memory.graphs.items()
             if name in ("encoder", "decoder") or (name == "entropy" and self._with_entropy)
         ]
+        self._logits_SV = np.empty((calls.longest, of.memory.spec.vocab_size), dtype=np.float32)
         self._drawn_from: dict[int, Array] = {}
         self.forget()
 
     def forget(self) -> None:
         """Drops all guesses: somebody else has used the stream."""
-        self._checked = self._guessed = self._read = self._base = 0
+        self._start = self._end = 0
         self._drawn_from.clear()
 
     def choose(self) -> int:
         """The next id, distributed as the sampler's choice from the stream's logits, or the same for a guess that
         was not drawn."""
-        logits_V, q_V = self._steps.logits_V, self._drawn_from.get(self._memory.position)
-        if q_V is None or self._memory.position >= self._guessed:
-            return self._sampler(logits_V)
-        return self._sampler.judge(logits_V, self._guess_at(self._memory.position), q_V)
+        logits_V, t = self._steps.logits_V, self._memory.position
+        q_V = self._drawn_from.get(t) if t < self._end else None
+        return self._sampler(logits_V) if q_V is None else self._sampler.judge(logits_V, self._guess_at(t), q_V)
 
     def take(self, id: int) -> None:
-        """Takes in the chosen id: counted in if it was guessed and checked, and else by a round."""
+        """Takes in the chosen id: counted in if it was guessed, and else by a round."""
         memory, t = self._memory, self._memory.position
         memory.check_room(1)
-        self._drawn_from.pop(t, None)
-        guessed = t < self._guessed and self._guess_at(t) == id
-        if t < self._guessed:
-            self._drafter.settle(t, guessed, guessed and t < self._checked)
-        if guessed and t < self._checked:
+        guessed = t < self._end and self._guess_at(t) == id
+        if t < self._end:
+            self._drafter.settle(t, guessed)
+        if guessed:
             self._count_in(id, t)
         else:
-            if not guessed:
-                self._checked = self._guessed = self._read = t
-                self._drawn_from.clear()
+            self._drawn_from.clear()
             self._round(id, t)
         self._stats.tokens += 1
 
@@ -115,63 +118,117 @@ class Speculation:
         return ids_N
 
     def _count_in(self, id: int, t: int) -> None:
-        memory = self._memory
-        memory.rule.closes(id, self._entropy_at(t))
-        memory.position = t + 1
-        self._steps.logits_V[:] = self._calls.logits_SV[t - self._base]
         self._stats.right += 1
+        self._steps.logits_V[:] = self._logits_SV[t - self._start]
+        if self._advance(id, t):
+            self._steps.read_patches()
+
+    def _advance(self, id: int, t: int) -> bool:
+        """Counts one more token, and its patch if that ends here."""
+        memory = self._memory
+        closes = memory.rule.closes(id, self._entropy_at(t))
+        memory.position = t + 1
+        self._costs.closes.note(closes)
+        if closes:
+            memory.close_patch(t + 1)
+            memory.marks.append(Mark(t + 1, memory.patches, memory.rule.copy()))
+        return closes
 
     def _entropy_at(self, t: int) -> float:
         return self._memory.entropies.array[0, t].item() if self._with_entropy else 0.0
 
     def _round(self, id: int, t: int) -> None:
         """Takes in `id` as `Stream._step` does, and guesses behind it in the same calls."""
-        memory, steps = self._memory, self._steps
-        steps.set_token(id, t)
-        self._guessed = max(self._guessed, t + 1)
+        self._start = self._end = t
+        self._steps.set_token(id, t)
         limit = self._limit(t)
-        self._propose(t, limit)
-        rule = memory.rule.copy()
-        closes = rule.closes(id, self._entropy_at(t))
-        end = self._extend(rule.copy(), t + 1, limit)
-        seconds = self._encode(id, t, end)
-        memory.position, memory.rule = t + 1, rule
-        if closes:
-            steps.latent(t + 1)
-            memory.marks.append(Mark(t + 1, memory.patches, rule.copy()))
+        proposed = self._drafter.propose(self._ids_before(t + 1), limit) if limit > 0 else ()
+        if not proposed and self._drafter.source is None and self._costs.known:
+            return self._step(id, t)
+        end = t + 1
+        for guess in proposed:
+            if end - t > limit or not self._goes_on(end):
+                break
+            self._steps.set_token(guess, end)
+            end += 1
+        read = decoded = t
+        if self._drafter.source == "entropy" and self._with_entropy:
+            read = end = self._draft_with_entropy(t, end, limit)
+        elif self._drafter.source == "decoder" and not proposed:
+            end, decoded = self._draft_with_decoder(t, limit)
+        return self._verify(id, t, end, read, decoded)
+
+    def _step(self, id: int, t: int) -> None:
+        """Nothing is guessed: a plain step, which is a little cheaper than a pass over one token."""
+        stats, patches, began = self._stats, self._memory.patches, time.perf_counter()
+        self._plain(id)
+        closed = self._memory.patches > patches
+        self._costs.note_step(closed, time.perf_counter() - began)
+        stats.passes += 1
+        stats.entropy_calls += self._with_entropy
+        stats.encoder_calls += 1
+        stats.latent_calls += closed
+        stats.decoder_calls += 1
+
+    def _verify(self, id: int, t: int, end: int, read: int, decoded: int) -> None:
+        """Runs what is left to run over positions t..end: the entropy model has read up to `read`, encoder and decoder
+        have run up to `decoded`."""
+        memory, calls, before = self._memory, self._calls, self._memory.patches
+        if decoded < end:
+            self._encode(decoded, end)
+        if self._with_entropy and read < end:
+            self._read(read, end)
+        complete_S = self._close_patches(id, t, end)
+        end = t + len(complete_S)
+        if complete_S[-1] > before:
+            calls.latent(before, complete_S[-1])
+            memory.graphs["latent"].track.reached(complete_S[-1])
             self._stats.latent_calls += 1
-        seconds += self._decode(end - t)
-        self._base, self._checked = t, end
-        self._note(end - t, seconds)
-
-    def _note(self, tokens: int, seconds: float) -> None:
-        self._costs.note_pass(tokens, seconds)
+        self._steps.read_patches()
+        again = min(decoded, t + complete_S.count(before))  # from the first end of a patch on, patches are others
+        if again < end:
+            self._decode(again, end, np.array(complete_S[again - t :]))
+        self._steps.logits_V[:] = self._logits_SV[0]
+        self._end = end
         self._stats.passes += 1
-        self._stats.guesses += tokens - 1
-        for graph in self._graphs:
-            graph.track.reached(self._read if graph.spec.name == "entropy" else self._checked)
+        self._stats.guesses += end - t - 1
 
-    def _encode(self, id: int, t: int, end: int) -> float:
-        """The encoder over positions t..end; how many seconds it took."""
-        memory, steps, start = self._memory, self._steps, time.perf_counter()
-        if end > t + 1:
-            self._calls.encode(t, end)
-            return time.perf_counter() - start
-        steps.set_token(id, t)  # the one-token inputs may hold a guess by now
-        if memory.hash is not None:
-            memory.hash.one(memory.window(t, t + 1), steps.hash_D)
-        steps.encoder()
-        steps.keep_state(t)
-        return time.perf_counter() - start
+    def _close_patches(self, id: int, t: int, end: int) -> list[int]:
+        """Takes in the certain token, and finds the patches that end up to `end`, or up to where one ends too many.
+        Finished patches [S] behind every token."""
+        memory = self._memory
+        first = memory.patches
+        self._advance(id, t)
+        counted, rule = memory.patches, memory.rule.copy()
+        room, complete = self._patch_room(first, counted), [counted]
+        for s in range(t + 1, end):
+            closes = rule.closes(self._guess_at(s), self._entropy_at(s))
+            if closes and memory.patches - counted == room:
+                break
+            if closes:
+                memory.close_patch(s + 1)
+                if self._begins_document(memory.patches):
+                    room = memory.patches - counted
+            complete.append(memory.patches)
+        memory.patches = counted
+        return complete
 
-    def _decode(self, tokens: int) -> float:
-        start = time.perf_counter()
-        if tokens == 1:
-            self._steps.decoder()
-        else:
-            self._calls.decode(tokens)
-            self._steps.logits_V[:] = self._calls.logits_SV[0]
-        return time.perf_counter() - start
+    def _patch_room(self, first: int, patches: int) -> int:
+        """How many patches may end behind the `patches` that are counted, in one latent call from `first` on, so
+        that all of them can be taken back."""
+        memory, track = self._memory, self._memory.graphs["latent"].track
+        if patches > first and self._begins_document(patches):
+            return 0
+        room = min(AHEAD, memory.spec.capacity_patches - patches)
+        room = min(room, track.room(patches, int(memory.patch_documents.array[0, patches])))
+        if track.spec is not None:
+            room = min(room, first + track.spec.longest_call - patches)
+            if track.spec.kind == "ring":
+                room = min(room, first + track.spec.capacity - first % track.spec.capacity - patches)
+        return room
+
+    def _begins_document(self, patch: int) -> bool:
+        return bool(self._memory.patch_documents.array[0, patch] == patch)
 
     def _limit(self, t: int) -> int:
         """How many guesses may follow position t, so that every cache can take all of them back.
@@ -190,62 +247,40 @@ class Speculation:
                 limit = min(limit, cache.capacity - 1 - t % cache.capacity)
         return limit
 
-    def _propose(self, t: int, limit: int) -> None:
-        """Guesses that need no call, and the entropy model over position t and all of them."""
-        standing = self._ids_before(self._guessed)[t + 1 :].tolist()
-        if len(standing) < limit and self._goes_on(self._guessed):
-            proposed = self._drafter.propose(self._ids_before(t + 1), limit)
-            if list(proposed[: len(standing)]) == standing:
-                for id in proposed[len(standing) :]:
-                    self._guess(id)
-                    if not self._goes_on(self._guessed):
-                        break
-        if not self._with_entropy or self._read >= self._guessed:
-            return
-        if self._guessed == self._read + 1:
-            self._read_one(self._read)
-        else:
-            self._calls.read(self._read, self._guessed)
-            self._steps.entropy_logits_V[:] = self._calls.entropy_logits_SV[self._guessed - self._read - 1]
-            self._read = self._guessed
+    def _draft_with_entropy(self, t: int, end: int, limit: int) -> int:
+        """Guesses behind position `end` from the entropy model's logits; it reads all of them. Their end."""
+        read = t
+        while True:
+            logits_V = self._read(read, end)[-1]
+            read = end
+            if not self._guess(end, limit - (end - t - 1), logits_V):
+                return end
+            end += 1
 
-    def _guess(self, id: int) -> None:
-        """Writes a guess behind the last."""
-        self._steps.set_token(id, self._guessed)
-        self._guessed += 1
+    def _draft_with_decoder(self, t: int, limit: int) -> tuple[int, int]:
+        """Guesses behind position t from the decoder's logits, as if no patch ended: their end, and how far the
+        decoder has run. It must be able to go back to t."""
+        end, complete = t + 1, np.array([self._memory.patches])
+        limit = min(limit, self._memory.graphs["decoder"].track.room(t, int(self._memory.documents.array[0, t])))
+        while end - t <= limit:
+            self._encode(end - 1, end)
+            self._decode(end - 1, end, complete)
+            if not self._guess(end, limit - (end - t - 1), self._logits_SV[end - 1 - t]):
+                return end, end
+            end += 1
+        return end, end - 1
 
-    def _read_one(self, t: int) -> None:
-        """The entropy model over position t."""
-        start = time.perf_counter()
-        self._steps.set_token(self._guess_at(t), t)
-        self._steps.entropy()
-        self._steps.entropy_of(t)
-        self._costs.read.note(time.perf_counter() - start)
-        self._read = t + 1
-
-    def _extend(self, rule: PatchState, start: int, limit: int) -> int:
-        """Where the pass ends: before the guess that ends a patch, or after `limit` guesses; makes more of them."""
-        t = start
-        while t - start < limit:
-            if t == self._guessed and not self._guess_more(t):
-                break
-            if rule.closes(self._guess_at(t), self._entropy_at(t)):
-                break
-            t += 1
-        return t
-
-    def _guess_more(self, t: int) -> bool:
-        """One more guess at t from the entropy model's logits, if there is one; none begins a document."""
-        if not self._with_entropy or not self._goes_on(t):
+    def _guess(self, t: int, limit: int, logits_V: Array) -> bool:
+        """One more guess, at t, if there is one; none begins a document."""
+        if limit < 1 or not self._goes_on(t):
             return False
-        guess = self._drafter.extend(self._ids_before(t), self._entropy_at(t - 1), self._steps.entropy_logits_V)
+        guess = self._drafter.extend(self._ids_before(t), logits_V)
         if guess is None:
             return False
         id, q_V = guess
         if q_V is not None:
             self._drawn_from[t] = q_V
-        self._guess(id)
-        self._read_one(t)
+        self._steps.set_token(id, t)
         return True
 
     def _goes_on(self, t: int) -> bool:
@@ -253,12 +288,29 @@ class Speculation:
         memory = self._memory
         return bool(memory.documents.array[0, t] < t and memory.entropy_documents.array[0, t] < t)
 
+    def _read(self, start: int, end: int) -> Array:
+        logits_SV = self._calls.read(start, end)
+        self._memory.graphs["entropy"].track.reached(end)
+        self._stats.entropy_calls += 1
+        return logits_SV
+
+    def _encode(self, start: int, end: int) -> None:
+        self._calls.encode(start, end)
+        self._memory.graphs["encoder"].track.reached(end)
+        self._stats.encoder_calls += 1
+
+    def _decode(self, start: int, end: int, complete_S: Ids) -> None:
+        self._logits_SV[start - self._start : end - self._start] = self._calls.decode(start, end, complete_S)
+        self._memory.graphs["decoder"].track.reached(end)
+        self._stats.decoder_calls += 1
+
 
 class Speculator:
-    """Starts runs with guesses on one stream. Its calls are made for the first, and kept."""
+    """Starts runs with guesses on one stream. Its calls are made for the first, and kept. plain_step: takes in one
+    token without any guess."""
 
-    def __init__(self, memory: Memory, steps: StepCalls) -> None:
-        self.memory, self.steps = memory, steps
+    def __init__(self, memory: Memory, steps: StepCalls, plain_step: Callable[[int], None]) -> None:
+        self.memory, self.steps, self.plain_step = memory, steps, plain_step
         self.stats, self.costs = SpeculationStats(), Costs()
         self._calls: PassCalls | None = None
 
@@ -269,18 +321,20 @@ class Speculator:
         drafter = speculate if isinstance(speculate, Drafter) else self._drafter(speculate, sampler)
         longest = longest_pass(self.memory, draft)
         if self._calls is None or self._calls.longest != longest:
-            self._calls = PassCalls(self.memory, self.steps, longest)
+            self._calls = PassCalls(self.memory, self.costs, longest)
         return Speculation(self, self._calls, drafter, sampler)
 
     def _drafter(self, name: str, sampler: Sampler) -> Drafter:
         spec = self.memory.spec
         with_entropy = spec.patch_rule.needs_entropy
         if name == "auto":
-            return Paced(LookupDrafter(spec.capacity_bytes), self.costs)
+            return Paced(LookupDrafter(spec.capacity_bytes), self.costs, sampler, with_entropy)
         if name == "lookup":
             return LookupDrafter(spec.capacity_bytes)
+        if name == "decoder":
+            return DecoderDrafter(sampler=sampler)
         if name == "entropy" and not with_entropy:
-            raise UsageError("speculate 'entropy' needs a model whose patch rule reads entropies: choose 'lookup'")
+            raise UsageError("speculate 'entropy' needs a model whose patch rule reads entropies: choose 'decoder'")
         if name == "entropy":
-            return EntropyDrafter(sampler=sampler if type(sampler) is Sampler else None)
+            return EntropyDrafter(sampler=sampler)
         raise UsageError(f"speculate {name!r} is unknown: {nearest(name, get_args(Speculate))}")

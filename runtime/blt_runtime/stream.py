@@ -87,7 +87,7 @@ class Stream:
         except MemoryError as error:
             raise _out_of_memory(spec, error) from error
         self._prefill = Prefill(self._memory)
-        self._speculator = Speculator(self._memory, self._calls)
+        self._speculator = Speculator(self._memory, self._calls, self._step)
         self._turns = 0
         self._forgotten = 0
         self._random = generator(seed)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from blt_runtime import Sampler, Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.caches import CacheTrack
-from blt_runtime.drafters import Drafter, EntropyDrafter, FirstOf, Guess, LookupDrafter
+from blt_runtime.drafters import Drafter, EntropyDrafter, FirstOf, Guess, LookupDrafter, Source
 from blt_runtime.errors import BackendError, CapacityError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET, encode
 from blt_runtime.patching import PatchRule
@@ -20,7 +20,21 @@ from blt_runtime.spec import CacheSpec, ModelSpec
 from tests.runtime.null_reference import compute
 from tests.runtime.test_stream import SPECS, assert_is_truth, model_of, random_ids, tables_for
 
-specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+ALL = SPECS | {
+    "byte": null_spec(PatchRule("byte"), capacity_patches=512, decoder_window=2),
+    "byte, long": null_spec(PatchRule("byte"), slack=64, chunk=32, capacity_patches=512, encoder_window=3),
+    "bpe": null_spec(PatchRule("bpe"), slack=32, chunk=16),
+    "short patches, window": null_spec(PatchRule("static", patch_size=2), local_kind="window", slack=30, chunk=16),
+    "latent window": null_spec(
+        PatchRule("static", patch_size=2), local_kind="window", chunk=16, slack=20, latent=CacheSpec("window", 9, 4, 1)
+    ),
+    "latent window, tight": null_spec(
+        PatchRule("byte"), local_kind="window", slack=20, capacity_patches=512, latent=CacheSpec("window", 4, 4, 1)
+    ),
+    "latent ring": null_spec(PatchRule("static", patch_size=2), chunk=16, slack=20, latent=CacheSpec("ring", 11, 4, 1)),
+    "level and rise": null_spec(PatchRule("entropy", threshold=2.0, threshold_add=0.1), decoder_window=3, chunk=16),
+}
+specs = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 PROMPT = "Größe\x00\n\t x"
 
 
@@ -36,10 +50,16 @@ class Script(Sampler):
 
 
 class Oracle(Drafter):
-    """Knows the ids that will be written from position `start` on, and says them with probability `right`."""
+    """Knows the ids that will be written from position `start` on, and says them with probability `right`: at once
+    (source None), one by one from a model's logits, or some at once and then more from the entropy model's. sure:
+    leaves none out."""
 
-    def __init__(self, ids: np.ndarray, start: int, right: float, mode: str = "both", seed: int = 0) -> None:
-        self._ids, self.start, self._right, self._mode = ids, start, right, mode
+    sure = False
+
+    def __init__(
+        self, ids: np.ndarray, start: int, right: float, source: Source | None = "entropy", seed: int = 0
+    ) -> None:
+        self._ids, self.start, self._right, self.source = ids, start, right, source
         self._random = np.random.default_rng(seed)
 
     def _say(self, position: int) -> int | None:
@@ -49,26 +69,31 @@ class Oracle(Drafter):
         return int(self._ids[index]) if self._random.random() < self._right else int(self._random.integers(0, 260))
 
     def propose(self, ids_N: np.ndarray, limit: int) -> Sequence[int]:
-        if self._mode == "extend":
-            return []
-        most = int(self._random.integers(0, limit + 1)) if self._mode == "both" else limit
+        if self.source is None:
+            most = limit
+        elif self.sure or self._random.random() < 0.5:  # proposals keep the decoder from guessing
+            most = 0
+        else:
+            most = int(self._random.integers(0, limit + 1))
         said = [self._say(len(ids_N) + i) for i in range(most)]
         return [id for id in said if id is not None]
 
-    def extend(self, ids_N: np.ndarray, entropy: float, logits_V: np.ndarray) -> Guess | None:
-        id = None if self._mode == "propose" else self._say(len(ids_N))
-        return None if id is None else (id, None)
+    def extend(self, ids_N: np.ndarray, logits_V: np.ndarray) -> Guess | None:
+        assert logits_V.shape == (260,)
+        id = self._say(len(ids_N))
+        return None if id is None or self._random.random() < 0.05 * (not self.sure) else (id, None)
 
 
 @specs
-@pytest.mark.parametrize(("right", "mode"), [(0.0, "both"), (0.7, "extend"), (0.95, "both"), (1.0, "propose")])
-def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: float, mode: str) -> None:
+@pytest.mark.parametrize("source", [None, "entropy", "decoder"])
+@pytest.mark.parametrize("right", [0.0, 0.7, 0.95, 1.0])
+def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: float, source: Source | None) -> None:
     ids = random_ids(60, seed=3)
     stream = model_of(spec).stream()
     made = []
-    oracle = Oracle(ids, 1, right, mode)
+    oracle = Oracle(ids, 1, right, source)
     truth = compute(spec, np.array([BOS, *ids]), tables_for(spec))
-    for id in stream.generate_ids(len(ids), Script(ids), speculate=oracle, draft=5):
+    for id in stream.generate_ids(len(ids), Script(ids), speculate=oracle, draft=9):
         made.append(id)
         assert stream.ids.tolist() == [BOS, *made]
         assert stream.patch_lengths.sum() == stream.position + 1
@@ -81,7 +106,7 @@ def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: 
 @settings(max_examples=40, deadline=None)
 def test_any_interruption(data: st.DataObject) -> None:
     """Between two ids anything may happen to the stream: rewinds, new text, another generation."""
-    spec = data.draw(st.sampled_from(list(SPECS.values())))
+    spec = data.draw(st.sampled_from(list(ALL.values())))
     ids = random_ids(60, seed=data.draw(st.integers(0, 50)))
     stream, text = model_of(spec).stream(), [BOS]
     oracle = Oracle(ids, 1, data.draw(st.sampled_from([0.7, 0.95, 1.0])), seed=data.draw(st.integers(0, 50)))
@@ -108,13 +133,13 @@ def test_any_interruption(data: st.DataObject) -> None:
 
 
 @specs
-@pytest.mark.parametrize("how", ["lookup", "entropy", "auto"])
+@pytest.mark.parametrize("how", ["lookup", "decoder", "entropy", "auto"])
 def test_named_drafters_change_nothing(spec: ModelSpec, how: str) -> None:
     plain, guessed = model_of(spec).stream(), model_of(spec).stream()
     for stream in (plain, guessed):
         stream.append(PROMPT * 3)
     if how == "entropy" and not spec.patch_rule.needs_entropy:
-        with pytest.raises(UsageError, match="lookup"):
+        with pytest.raises(UsageError, match="choose 'decoder'"):
             guessed.generate_ids(1, speculate=how)
         return
     assert list(guessed.generate_ids(100, speculate=how)) == list(plain.generate_ids(100))
@@ -122,31 +147,52 @@ def test_named_drafters_change_nothing(spec: ModelSpec, how: str) -> None:
     assert guessed.speculation.tokens == 100
 
 
-def test_right_guesses_save_passes_and_no_latent_call() -> None:
-    spec = null_spec(PatchRule("static", patch_size=6), slack=120, chunk=64)
-    ids = np.arange(10, 130)
+@pytest.mark.parametrize("source", [None, "decoder"])
+def test_right_guesses_save_calls(source: Source | None) -> None:
+    """All right, 15 at once, patches of 4: 16 tokens a round, four patches in its latent call."""
+    spec = null_spec(PatchRule("static", patch_size=4), slack=600, local_kind="linear", chunk=64)
+    ids = random_ids(160, seed=4) % 128 + 128
     model = model_of(spec)
     stream = model.stream()
     before = dict(model.backend.calls)
-    list(stream.generate_ids(120, Script(ids), speculate=Oracle(ids, 1, 1.0, "propose"), draft=8))
-    used = {name: model.backend.calls[name] - before[name] for name in before}
-    assert used["latent"] == len(stream.patch_lengths) - 2 == stream.speculation.latent_calls
-    assert used["decoder"] == used["encoder"] == stream.speculation.passes
-    assert 120 / used["decoder"] > 5.5  # one pass a patch, but where a ring turns
+    drafter = Oracle(ids, 1, 1.0, source)
+    drafter.sure = True
+    list(stream.generate_ids(160, Script(ids), speculate=drafter, draft=15))
+    used, stats = {name: model.backend.calls[name] - before[name] for name in before}, stream.speculation
+    assert stats.passes == stats.latent_calls == used["latent"] == 10
+    assert stats.right == stats.guesses == 150
+    assert used == {name: getattr(stats, f"{name}_calls") for name in used}
     assert used["entropy"] == 0
-    assert stream.speculation.right == stream.speculation.guesses > 90
+    drafted = 150 if source == "decoder" else 0
+    assert used["encoder"] == 10 + drafted
+    assert used["decoder"] == 10 + drafted
+
+
+def test_the_decoder_is_never_wrong_before_a_patch_ends() -> None:
+    """Its guesses are its own choices then, and only the entropy model reads them, once for all."""
+    spec = null_spec(PatchRule("entropy", threshold=9.0), slack=600, local_kind="linear", chunk=64)
+    model = model_of(spec)
+    stream = model.stream()
+    before = dict(model.backend.calls)
+    list(stream.generate(90, 0.7, stop_at_eos=False, speculate="decoder"))
+    used = {name: model.backend.calls[name] - before[name] for name in before}
+    assert stream.speculation.right == stream.speculation.guesses >= 80 - 3
+    assert used["encoder"] in range(90, 100)
+    assert used["decoder"] in range(90, 100)
+    assert used["entropy"] == stream.speculation.passes <= 12
+    assert used["latent"] == 0
 
 
 def test_the_entropy_model_reads_no_byte_twice_while_its_guesses_are_right() -> None:
     spec = null_spec(PatchRule("entropy", threshold=4.0), slack=600, local_kind="linear", chunk=64)
     ids = random_ids(100, seed=5)
     ids[ids == EOS] = 50
-    for mode, calls in (("extend", 100), ("propose", 40)):
+    for source, most in (("entropy", 101), (None, 40), ("decoder", 40)):
         model = model_of(spec)
         stream = model.stream()
         before = model.backend.calls["entropy"]
-        list(stream.generate_ids(100, Script(ids), speculate=Oracle(ids, 1, 1.0, mode), draft=8))
-        assert model.backend.calls["entropy"] - before <= calls
+        list(stream.generate_ids(100, Script(ids), speculate=Oracle(ids, 1, 1.0, source), draft=8))
+        assert model.backend.calls["entropy"] - before <= most
 
 
 def test_calls_are_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,12 +317,13 @@ class TestLookup:
 
 
 def test_first_of_asks_in_order() -> None:
-    ids, logits = encode(b"ababab", bos=False), np.eye(260)[9]
-    both = FirstOf(LookupDrafter(100, length=2), EntropyDrafter(limit=1.0))
+    ids, logits = encode(b"ababab", bos=False), 9 * np.eye(260)[9]
+    both = FirstOf(LookupDrafter(100, length=2), EntropyDrafter(confidence=0.9))
+    assert both.source == "entropy"
     assert list(both.propose(ids, 2)) == encode(b"ab", bos=False).tolist()
     assert list(both.propose(encode(b"xyz", bos=False), 2)) == []
-    assert both.extend(ids, 0.5, logits) == (9, None)
-    assert both.extend(ids, 1.5, logits) is None
+    assert both.extend(ids, logits) == (9, None)
+    assert both.extend(ids, 0.5 * logits) is None
 
 
 @pytest.mark.parametrize("capacity", [8, 11, 20])
@@ -369,10 +416,12 @@ def test_sampled_text_has_the_targets_distribution() -> None:
 class Drawn(Drafter):
     """Draws guesses among given ids from a lopsided distribution of its own."""
 
+    source = "entropy"
+
     def __init__(self, stream: Stream, sampler: Sampler, ids: list[int]) -> None:
         self._q = np.zeros(stream.spec.vocab_size)
         self._q[ids] = np.arange(1, len(ids) + 1) / sum(range(1, len(ids) + 1))
         self._random = np.random.default_rng(6)
 
-    def extend(self, ids_N: np.ndarray, entropy: float, logits_V: np.ndarray) -> Guess | None:
+    def extend(self, ids_N: np.ndarray, logits_V: np.ndarray) -> Guess | None:
         return int(self._random.choice(len(self._q), p=self._q)), self._q

@@ -180,8 +180,10 @@ def null_spec(
     hash: HashSpec | None = None,
     latent_document_mask: bool = True,
     entropy: bool = True,
+    latent: CacheSpec | None = None,
 ) -> ModelSpec:
-    """A ModelSpec for NullBackend. local_kind "ring" gives portable layouts, "window" ONNX Runtime's."""
+    """A ModelSpec for NullBackend. local_kind "ring" gives portable layouts, "window" ONNX Runtime's. latent: its
+    cache; linear without."""
     local = CacheSpec(local_kind, window + slack, window, 1)
     graphs = {
         "entropy": _graph("entropy", local, [_ids()], [_f32("entropy", "B", "S"), _f32("logits", "B", "S", VOCAB)]),
@@ -193,7 +195,7 @@ def null_spec(
         ),
         "latent": _graph(
             "latent",
-            CacheSpec("linear", capacity_patches, None, 1),
+            latent or CacheSpec("linear", capacity_patches, None, 1),
             [
                 _f32("byte_states", "N", 1, WIDTH),
                 _i64("byte_index", "B", "P", "L"),
