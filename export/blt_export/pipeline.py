@@ -38,7 +38,10 @@ from .passes import (
     fold_constants,
     fold_weights,
     gather_once,
+    join_products,
     name_io,
+    read_slices,
+    rotate_inside,
     simplify_gathers,
     simplify_reshapes,
 )
@@ -154,6 +157,18 @@ def lower(job: Job) -> str:
     return each(lowering)(job)
 
 
+def join(job: Job) -> str:
+    """Only in graphs that are quantised next."""
+    wanted = {name: quantize.FORMATS[p].block for name, p in job.precisions.items() if p != "fp32"}
+    went = {name: join_products.run(job.graphs[name], block) for name, block in wanted.items()}
+    return ", ".join(f"{name}: -{count} MatMul" for name, count in went.items()) or "nothing is quantised"
+
+
+def for_ort(run: Callable[[ir.Model], int]) -> Callable[[Job], str]:
+    """A pass over every graph, in the flavour `ort` only."""
+    return lambda job: each(lambda model, _: run(model))(job) if job.flavour == "ort" else "not in this flavour"
+
+
 def quantise(job: Job) -> str:
     """Only the graphs that were asked for; one that has nothing to quantise is float32 and says so."""
     wanted = {name: p for name, p in job.precisions.items() if p != "fp32"}
@@ -237,6 +252,9 @@ STEPS = (
     Step("simplify reshapes", each(lambda model, _: simplify_reshapes.run(model))),
     Step("clean up", each(lambda model, _: cleanup.run(model))),
     Step("lower", lower),
+    Step("read slices by one attention", for_ort(read_slices.run)),
+    Step("join products", join),
+    Step("rotate inside the attention", for_ort(rotate_inside.run)),
     Step("clean up again", each(lambda model, _: cleanup.run(model))),
     Step("quantise", quantise),
     Step("write graphs", write_graphs),

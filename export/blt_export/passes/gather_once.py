@@ -48,11 +48,12 @@ def _rows_first(model: ir.Model) -> int:
         if layer is None or layer.op_type != "Gather" or _axis(node) != 0 or _axis(layer) != 1:
             continue
         index, rows = constant(layer.inputs[1]), required(node.inputs[1])
-        rank = len(dims(rows) or [])
+        pool, rank = required(layer.inputs[0]), len(dims(rows) or [])
         if index is None or index.ndim != 0 or rank == 0:
             continue
         b = Builder(model.graph, node)
-        taken = b.op("Gather", layer.inputs[0], rows, axis=0)
+        shape = [*(dims(rows) or []), *(dims(pool) or [])[1:]] if dims(pool) else None
+        taken = b.op("Gather", pool, rows, axis=0, dtype=pool.dtype, shape=shape)
         replace(node, [b.op("Gather", taken, layer.inputs[1], axis=rank)])
         changed += 1
     return changed

@@ -1,0 +1,68 @@
+"""One product where several read the same values: queries, keys and values; the two halves of the feed-forward.
+
+For graphs that are quantised next. Each product of 8-bit weights rounds its left side, starts the threads and joins
+them; a joined one does so once, and its results are the same to the last bit. Shape M in 8 bits, one position: latent
+graph 7 to 10 % faster, entropy graph 8 to 12 %, decoder 4 to 10 %. In float32 it brings nothing, and reading a prompt
+takes 10 % longer.
+
+Rules
+1. MatMul(x, W1), MatMul(x, W2), ... with constant matrices [K, N1], [K, N2], ... where K is a multiple of `block`
+   become MatMul(x, [W1 W2 ...]) and one Split of its columns. The joined matrix is computed when it is read (a lazy
+   tensor).
+
+Requires: weights folded (fold_weights): they lie as [in, out]. Ensures: no two products with such matrices share their
+left side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ..rewrite import Builder, nodes, replace, required, static
+
+
+def run(model: ir.Model, block: int) -> int:
+    """Returns how many products went."""
+    groups: dict[ir.Value, list[ir.Node]] = {}
+    for node in nodes(model, "MatMul"):
+        matrix = _matrix(node)
+        if matrix is not None and static(node.inputs[1], 0) % block == 0:
+            groups.setdefault(required(node.inputs[0]), []).append(node)
+    changed = 0
+    for x, products in groups.items():
+        if len(products) > 1:
+            _join(model.graph, x, products)
+            changed += len(products) - 1
+    return changed
+
+
+def _matrix(node: ir.Node) -> ir.TensorProtocol | None:
+    weight = required(node.inputs[1])
+    tensor = weight.const_value if weight.is_initializer() else None
+    return tensor if tensor is not None and len(tensor.shape) == 2 else None
+
+
+def _join(graph: ir.Graph, x: ir.Value, products: list[ir.Node]) -> None:
+    weights = [required(node.inputs[1]) for node in products]
+    b = Builder(graph, products[0])
+    sizes = [static(weight, 1) for weight in weights]
+    joined = b.op("MatMul", x, _joined(graph, weights, [static(weights[0], 0), sum(sizes)]))
+    parts = b.op("Split", joined, b.const(sizes), outputs=len(sizes), axis=-1)
+    for node, part in zip(products, parts, strict=True):
+        part.shape, part.dtype = node.outputs[0].shape, node.outputs[0].dtype
+        replace(node, [part])
+
+
+def _joined(graph: ir.Graph, weights: list[ir.Value], sizes: list[int]) -> ir.Value:
+    tensors = [weight.const_value for weight in weights if weight.const_value is not None]
+    name, dtype, shape = "+".join(str(weight.name) for weight in weights), tensors[0].dtype, ir.Shape(sizes)
+    if name not in graph.initializers:
+
+        def compute() -> ir.TensorProtocol:
+            return ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors], 1), name=name)
+
+        lazy = ir.LazyTensor(compute, dtype=dtype, shape=shape, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=lazy)
+        graph.register_initializer(value)
+    return graph.initializers[name]
