@@ -56,17 +56,18 @@ class Prefill:
             self._run_entropy(start, end, cancelled)
         rule, closes_N, marks = self._find_patches(ids_N, closes_N)
         memory.check_patches(memory.patches + int(closes_N.sum()))
-        last_V = np.empty(0, dtype=np.float32)
+        first, last_V = memory.patches, np.empty(0, dtype=np.float32)
         while memory.position < end:
             _ask(cancelled)
             a, chunk = memory.position, memory.spec.chunk
             b = min(end, (a // chunk + 1) * chunk)  # aligned, as the rings are: fewer cuts
+            before = memory.patches
             logits_SV = self._chunk(a, b, closes_N[a - start : b - start])
+            memory.marks.extend(marks[before - first : memory.patches - first])
             if logits_NV is not None:
                 logits_NV[a - start : b - start] = logits_SV
             last_V = logits_SV[-1]
         memory.rule = rule
-        memory.marks.extend(marks)
         return last_V
 
     def _find_patches(self, ids_N: Ids, forced_N: Array | None) -> tuple[PatchState, Array, list[Mark]]:

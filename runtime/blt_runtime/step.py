@@ -15,7 +15,7 @@ import numpy as np
 
 from .backends.protocol import Array, Buffer, Call
 from .ids import EOS, NEWLINE
-from .memory import Memory
+from .memory import Mark, Memory
 
 SHORTEST = 8
 """Entries of the smallest latent call."""
@@ -29,10 +29,12 @@ class LatentCall(NamedTuple):
 
 
 class StepCalls:
-    """Bound calls over a stream's memory: `entropy`, `encoder`, `decoder`, and `latent` at a patch's end."""
+    """Bound calls over a stream's memory: `entropy`, `encoder`, `decoder`, and `latent` at a patch's end. `take` makes
+    them for one token."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
+        self._with_entropy = memory.spec.patch_rule.needs_entropy
         self._range = np.arange(SHORTEST, dtype=np.int64)
         graphs = memory.graphs
         encoder, decoder = graphs["encoder"], graphs["decoder"]
@@ -93,6 +95,26 @@ class StepCalls:
         if graph.spec.has_input("own_start"):
             self._latent_clock["own_start"] = graph.new("own_start", P=1)
         self._kv = graph.new("patch_kv", P=1)
+
+    def take(self, id: int) -> None:
+        """Takes in one token: everything that the next byte depends on is computed here."""
+        memory = self._memory
+        memory.check_room(1)
+        t = memory.position
+        self.set_token(id, t)
+        entropy = 0.0
+        if self._with_entropy:
+            self.entropy()
+            entropy = self.entropy_of(t)
+        if memory.hash is not None:
+            memory.hash.one(memory.window(t, t + 1), self.hash_D)
+        self.encoder()
+        self.keep_state(t)
+        memory.position = t + 1
+        if memory.rule.closes(id, entropy):
+            self.latent(t + 1)
+            memory.marks.append(Mark(t + 1, memory.patches, memory.rule.copy()))
+        self.decoder()
 
     def set_token(self, id: int, t: int) -> None:
         """Places id at position t: one-token inputs, history, and the documents of what follows."""

@@ -1,6 +1,6 @@
 """One text in the making: takes bytes in, one by one or many at once, and says what comes next.
 
-`Stream._step` is the whole algorithm for one token. Three clocks tick: the entropy model, encoder and
+`StepCalls.take` is the whole algorithm for one token. Three clocks tick: the entropy model, encoder and
 decoder once per byte, the latent transformer once per finished patch; the unfinished patch is never
 computed because nobody reads it (spec section 5). All calls of a step are bound beforehand, so a step
 allocates nothing.
@@ -23,7 +23,7 @@ from .drafters import Drafter
 from .errors import Cancelled, CapacityError, InputError, OutOfMemory, UsageError, nearest
 from .hashing import Tables
 from .ids import BOS, EOS, OFFSET, Ids, encode
-from .memory import Mark, Memory
+from .memory import Memory
 from .patching import closes_from_lengths
 from .patching import patch_lengths as rule_lengths
 from .prefill import Cancel, Prefill
@@ -86,6 +86,7 @@ class Stream:
             self._calls = StepCalls(self._memory)
         except MemoryError as error:
             raise _out_of_memory(spec, error) from error
+        self._step = self._calls.take
         self._prefill = Prefill(self._memory)
         self._speculator = Speculator(self._memory, self._calls, self._step)
         self._turns = 0
@@ -357,26 +358,6 @@ class Stream:
             memory.clear()
         self._calls.read_patches()
         self._read(ids_N[memory.position :])
-
-    def _step(self, id: int) -> None:
-        """Takes in one token. Everything that the next byte depends on is computed here."""
-        memory, calls = self._memory, self._calls
-        memory.check_room(1)
-        t = memory.position
-        calls.set_token(id, t)
-        entropy = 0.0
-        if self._with_entropy:
-            calls.entropy()
-            entropy = calls.entropy_of(t)
-        if memory.hash is not None:
-            memory.hash.one(memory.window(t, t + 1), calls.hash_D)
-        calls.encoder()
-        calls.keep_state(t)
-        memory.position = t + 1
-        if memory.rule.closes(id, entropy):
-            calls.latent(t + 1)
-            memory.marks.append(Mark(t + 1, memory.patches, memory.rule.copy()))
-        calls.decoder()
 
     @contextmanager
     def _exclusive(self, repair: bool = False, changes: bool = True) -> Iterator[None]:

@@ -1,0 +1,329 @@
+"""What goes wrong in the middle of a call: cancelled, interrupted, failing backends, several threads, no memory."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blt_runtime import Model, Sampler, Stream
+from blt_runtime.backends.null import NullBackend, NullSession, null_spec
+from blt_runtime.backends.protocol import Array, Call, HostBuffer
+from blt_runtime.errors import BackendError, BltError, BundleError, Cancelled, CapacityError, OutOfMemory, UsageError
+from blt_runtime.spec import GRAPHS, ModelSpec
+from tests.runtime.bundles import edit, write_bundle
+from tests.runtime.test_stream import HASH, SPECS, assert_is_truth, model_of, random_ids, tables_for
+
+specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+
+
+class Trap:
+    """Does something in place of the n-th call of a graph."""
+
+    def __init__(self, graph: str, n: int, action: Callable[[], None]) -> None:
+        self.graph, self.left, self.action = graph, n, action
+
+    def passed(self, graph: str) -> None:
+        if graph == self.graph:
+            self.left -= 1
+            if self.left == 0:
+                self.action()
+
+
+class TrappedBackend(NullBackend):
+    trap: Trap | None = None
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._sessions = {name: TrappedSession(self, graph) for name, graph in spec.graphs.items()}
+
+
+class TrappedSession(NullSession):
+    def bind(self, buffers: object) -> Call:
+        call, backend, name = super().bind(buffers), self._backend, self.spec.name
+
+        def trapped() -> None:
+            if backend.trap is not None:
+                backend.trap.passed(name)
+            call()
+
+        return trapped
+
+
+def trapped_model(spec: ModelSpec) -> Model:
+    return Model(spec, TrappedBackend(spec), tables_for(spec))
+
+
+def fail() -> None:
+    raise BackendError("device lost")
+
+
+def count_of_questions(spec: ModelSpec, first: Array, more: Array) -> int:
+    asked = []
+    stream = model_of(spec).stream()
+    stream.append_ids(first)
+    stream.append_ids(more, cancelled=lambda: bool(asked.append(1)))
+    return len(asked)
+
+
+@specs
+@pytest.mark.parametrize("length", [0, 3, 70])
+def test_a_cancelled_append_never_was(spec: ModelSpec, length: int) -> None:
+    first, more = random_ids(length + 1, seed=length)[1:], random_ids(90, seed=8)
+    for n in range(count_of_questions(spec, first, more)):
+        model = model_of(spec)
+        stream = model.stream()
+        stream.append_ids(first)
+        answers = iter([False] * n + [True])
+        with pytest.raises(Cancelled, match="as it was"):
+            stream.append_ids(more, cancelled=answers.__next__)
+        plain = np.concatenate([[1], first])
+        assert_is_truth(stream, plain)
+        stream.append_ids(more[:20])
+        stream.append_ids(more[20:], cancelled=lambda: False)
+        assert_is_truth(stream, np.concatenate([plain, more]))
+
+
+def test_questions_come_between_chunks() -> None:
+    spec = null_spec(chunk=8)
+    assert count_of_questions(spec, random_ids(0), random_ids(95)) == 2 * 12  # entropies, then the rest
+
+
+def test_another_thread_cancels() -> None:
+    model = trapped_model(null_spec())
+    stream, stop, reading = model.stream(), threading.Event(), threading.Event()
+    stream.append("before")
+    before = stream.ids
+    model.backend.trap = Trap("encoder", 3, reading.set)
+    thread = threading.Thread(target=lambda: (reading.wait(10), stop.set()))
+    thread.start()
+    with pytest.raises(Cancelled):
+        stream.append(b"x" * 300, cancelled=lambda: reading.is_set() and stop.wait(10))
+    thread.join()
+    assert_is_truth(stream, before)
+    stream.append("after")
+    assert len(list(stream.generate_ids(5))) == 5
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("way", ["step", "chunk", "guess", "rewind", "score"])
+def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str) -> None:
+    model = trapped_model(null_spec(hash=HASH))
+    stream, other = model.stream(), model.stream()
+    stream.append("some text before" * 9)
+    model.backend.trap = Trap(graph, 1 if way == "rewind" else 2, lambda: signal.raise_signal(signal.SIGINT))
+    ways: dict[str, Callable[[], object]] = {
+        "step": lambda: [stream.append_ids([id]) for id in random_ids(40)],
+        "chunk": lambda: stream.append(b"a long text" * 9),
+        "guess": lambda: list(stream.generate_ids(60, speculate="lookup")),
+        "rewind": lambda: stream.rewind(60),
+        "score": lambda: stream.score_ids(random_ids(60)),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        ways[way]()
+    for call in (lambda: stream.append("x"), lambda: stream.rewind(0), lambda: next(stream.generate_ids(1))):
+        with pytest.raises(UsageError, match=r"failed half-way: call reset\(\)"):
+            call()
+    other.append("untouched")
+    assert_is_truth(other, other.ids)
+    stream.reset()
+    stream.append("untouched")
+    assert_is_truth(stream, other.ids)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_thread_that_dies_harms_its_stream_alone(graph: str, n: int) -> None:
+    model = trapped_model(null_spec(hash=HASH))
+    stream, other = model.stream(), model.stream()
+    model.backend.trap = Trap(graph, n, fail)
+    deaths: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in stream.generate_ids(100):
+                pass
+        except BltError as error:
+            deaths.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert str(deaths[0]) == "device lost"
+    with pytest.raises(UsageError, match="half-way"):
+        stream.append("x")
+    assert list(other.generate_ids(50)) == list(model.stream().generate_ids(50))
+    assert_is_truth(other, other.ids)
+    snapshot = other.snapshot()
+    stream.restore(snapshot)  # repairs as reset does
+    assert_is_truth(stream, other.ids)
+
+
+def test_threads_that_want_one_stream() -> None:
+    """Whoever comes second is told so; whatever gets through is in order."""
+    stream, refused, taken, start = model_of(null_spec(capacity_bytes=4096)).stream(), [], [], threading.Barrier(4)
+
+    def work() -> None:
+        start.wait()
+        for _ in range(300):
+            try:
+                stream.append(b"x")
+                taken.append(1)
+            except UsageError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(refused) <= {"another thread is using this stream: give each thread its own"}
+    assert stream.position == 1 + len(taken) <= 256 or not refused or stream.position == 1 + len(taken)
+    assert_is_truth(stream, stream.ids)
+
+
+@pytest.mark.parametrize("call", ["append", "rewind", "reset", "snapshot", "generate", "score"])
+def test_a_second_thread_is_refused_by_every_call(call: str) -> None:
+    model = trapped_model(null_spec())
+    stream = model.stream()
+    inside, leave = threading.Event(), threading.Event()
+    model.backend.trap = Trap("decoder", 2, lambda: (inside.set(), leave.wait(10)))
+    thread = threading.Thread(target=lambda: stream.append(b"a text" * 20))
+    thread.start()
+    assert inside.wait(10)
+    calls: dict[str, Callable[[], object]] = {
+        "append": lambda: stream.append("x"),
+        "rewind": lambda: stream.rewind(1),
+        "reset": stream.reset,
+        "snapshot": stream.snapshot,
+        "generate": lambda: next(stream.generate(1)),
+        "score": lambda: stream.score_ids([1, 2]),
+    }
+    try:
+        with pytest.raises(UsageError, match="another thread"):
+            calls[call]()
+    finally:
+        leave.set()
+        thread.join()
+    assert_is_truth(stream, stream.ids)
+    assert stream.position == 121
+
+
+@pytest.mark.parametrize("limit", ["capacity_bytes", "capacity_patches"])
+@pytest.mark.parametrize("size", [1 << 50, 1 << 62, 1 << 80])
+def test_an_absurd_capacity(limit: str, size: int) -> None:
+    spec = null_spec()
+    latent = spec.graphs["latent"]
+    if limit == "capacity_bytes":
+        spec = replace(spec, capacity_bytes=size)
+    else:
+        caches = {t.name for t in (*latent.inputs, *latent.outputs)} & {*latent.aliases, *latent.aliases.values()}
+        grow = lambda ts: tuple(replace(t, shape=(*t.shape[:2], size, 1)) if t.name in caches else t for t in ts)  # noqa: E731
+        latent = replace(
+            latent, inputs=grow(latent.inputs), outputs=grow(latent.outputs), cache=replace(latent.cache, capacity=size)
+        )
+        spec = replace(spec, capacity_patches=size, graphs={**spec.graphs, "latent": latent})
+    with pytest.raises(OutOfMemory, match=f"{size:,} .* smaller --capacity") as error:
+        model_of(spec).stream()
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 1
+
+
+class Scarce(NullBackend):
+    """Gives only so many buffers."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.left = 1 << 30
+
+    def buffer(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+        self.left -= 1
+        if self.left < 0:
+            raise MemoryError(f"no room for {shape}")
+        return super().buffer(dtype, shape)
+
+
+def test_no_memory_at_any_place_of_making_a_stream() -> None:
+    spec = null_spec()
+    backend = Scarce(spec)
+    model = Model(spec, backend)
+    model.stream()
+    needed = (1 << 30) - backend.left
+    assert needed > 10
+    for n in range(needed):
+        backend.left = n
+        with pytest.raises(OutOfMemory, match=r"no room for .* takes up to 2[\d,]+ bytes"):
+            model.stream()
+    backend.left = needed
+    assert_is_truth(model.stream(), np.array([1]))
+
+
+def test_no_memory_in_a_call() -> None:
+    spec = null_spec()
+    backend = Scarce(spec)
+    model = Model(spec, backend)
+    stream, other = model.stream(), model.stream()
+    other.append("untouched")
+    backend.left = 1
+    with pytest.raises(OutOfMemory, match="fewer streams"):
+        stream.append(b"a long text")
+    with pytest.raises(UsageError, match="half-way"):
+        stream.append("x")
+    with pytest.raises(OutOfMemory):
+        other.generate_ids(5, speculate="lookup")
+    assert_is_truth(other, other.ids)  # nothing had begun
+    backend.left = 1 << 30
+    stream.reset()
+    for each in (stream, other):
+        each.append("x")
+        assert_is_truth(each, each.ids)
+
+
+def test_no_memory_for_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = model_of(null_spec()).stream()
+
+    def none(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("blt_runtime.stream.take", none)
+        with pytest.raises(OutOfMemory, match="no room"):
+            stream.snapshot()
+    stream.append("x")  # it was only read
+    assert_is_truth(stream, stream.ids)
+
+
+def test_a_sampler_that_fails_is_as_bad_as_a_backend() -> None:
+    class Broken(Sampler):
+        def __call__(self, logits_V: np.ndarray) -> int:
+            raise ZeroDivisionError
+
+    stream = model_of(null_spec()).stream()
+    with pytest.raises(ZeroDivisionError):
+        next(stream.generate_ids(1, Broken()))
+    with pytest.raises(UsageError, match="half-way"):
+        stream.append("x")
+
+
+def test_a_full_stream_is_not_damaged_by_cancelling_or_asking() -> None:
+    stream = model_of(null_spec(capacity_bytes=40)).stream()
+    with pytest.raises(CapacityError):
+        stream.append(b"x" * 40, cancelled=lambda: True)
+    stream.append(b"x" * 39, cancelled=lambda: False)
+    assert_is_truth(stream, stream.ids)
+
+
+def test_the_precision_that_was_asked_for(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b")
+    assert isinstance(Model.open(tmp_path / "b", "null", precision="fp32").stream(), Stream)
+    with pytest.raises(BundleError, match=r"b was exported at fp32, not int8: blt export .* --precision int8"):
+        Model.open(tmp_path / "b", "null", precision="int8")
+    edit(tmp_path / "b", precision="int8", precisions={"entropy": "fp32"})
+    Model.open(tmp_path / "b", "null", precision="int8")
+    with pytest.raises(BundleError, match="was exported at int8, not fp32"):
+        Model.open(tmp_path / "b", "null", precision="fp32")
