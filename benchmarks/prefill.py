@@ -68,8 +68,9 @@ def transformers(a: argparse.Namespace) -> Callable[[np.ndarray], Timed]:
     def prepare(ids_N: np.ndarray) -> Timed:
         ids_BN = torch.from_numpy(ids_N)[None]
         with torch.inference_mode():
-            threshold = threshold_of(model.model.patcher(ids_BN)[0].numpy())
-            lengths_BP = model.model.patcher(ids_BN, patch_size=model.config.patch_size, threshold=threshold)[1]
+            entropies_BN = model.model.patcher(ids_BN)[0]
+        threshold = threshold_of(entropies_BN.numpy())
+        lengths_BP = model.model.patcher.patch_lengths_from_entropies(entropies_BN, len(ids_N), threshold=threshold)
         model.config.patching_threshold = model.model.config.patching_threshold = threshold
         mean_patch = len(ids_N) / int((lengths_BP > 0).sum())
 
@@ -90,18 +91,19 @@ ENGINES = {"runtime": ours, "transformers": transformers}
 def run_engine(a: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """Median seconds of a prompt by its length, and the mean patch, after one that warms up."""
     prepare, found = ENGINES[a.child](a), {}
-    for n in PROMPTS:
+    for n in map(int, a.prompts.split(",")):
         read = prepare(random_ids(n))
         read()
         runs = [read() for _ in range(a.runs)]
         found[n] = statistics.median(seconds for seconds, _ in runs), runs[0][1]
+        print(f"{a.child}, {n} bytes: {1e6 * found[n][0] / n:.0f} us per byte", file=sys.stderr)
     return found
 
 
 def child(a: argparse.Namespace, engine: str) -> Any:
     """Runs this script again for one engine; its last line is JSON."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1"}
-    options = [f"--{name}={getattr(a, name)}" for name in ("shape", "bundle", "threads", "runs")]
+    options = [f"--{name}={getattr(a, name)}" for name in ("shape", "bundle", "threads", "runs", "prompts")]
     command = [sys.executable, __file__, *options, "--child", engine]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
@@ -113,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="M")
     parser.add_argument("--bundle", type=Path, help="folder for the bundle, kept and reused")
+    parser.add_argument("--prompts", default=",".join(map(str, PROMPTS)), help="bytes of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
     parser.add_argument("--runs", type=int, default=5, help="timed runs in each process")
@@ -131,17 +134,18 @@ def main() -> None:
 
 
 def report(a: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
+    sizes = a.prompts.split(",")
     print(f"shape {a.shape}, float32, {a.threads} threads, medians of {a.repeat} rounds of {a.runs}; ", end="")
     print(f"load average {os.getloadavg()[0]:.1f}\n")
-    print("| us per byte of a prompt of | " + " | ".join(f"{n} bytes" for n in PROMPTS) + " |")
-    print("|---" * (1 + len(PROMPTS)) + "|")
-    took = {e: {n: statistics.median(r[e][str(n)][0] for r in rounds) for n in PROMPTS} for e in ENGINES}
+    print("| us per byte of a prompt of | " + " | ".join(f"{n} bytes" for n in sizes) + " |")
+    print("|---" * (1 + len(sizes)) + "|")
+    took = {e: [statistics.median(r[e][n][0] for r in rounds) / int(n) for n in sizes] for e in ENGINES}
     for engine in ENGINES:
-        print(f"| {engine} | " + " | ".join(f"{1e6 * took[engine][n] / n:.0f}" for n in PROMPTS) + " |")
-    ratios = [took["transformers"][n] / took["runtime"][n] for n in PROMPTS]
+        print(f"| {engine} | " + " | ".join(f"{1e6 * seconds:.0f}" for seconds in took[engine]) + " |")
+    ratios = [theirs / ours for theirs, ours in zip(took["transformers"], took["runtime"], strict=True)]
     print("| times as fast as transformers | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
     for engine in ENGINES:
-        patches = ", ".join(f"{rounds[0][engine][str(n)][1]:.2f}" for n in PROMPTS)
+        patches = ", ".join(f"{rounds[0][engine][n][1]:.2f}" for n in sizes)
         print(f"\nmean patches of {engine}: {patches} bytes", end="")
     print()
 
