@@ -86,7 +86,9 @@ def decode(
         values[j] = (sums[first:end] * (entries + 1 + 13 * (entries >= own))).sum() % MODULUS
     has_eos = np.array([(ids[s:e] == EOS).any() for s, e in zip(starts, ends, strict=True)], dtype=bool)
     patch_documents = documents_of(has_eos & spec.latent_document_mask)
-    kv = mix(values, patch_documents, spec.graphs["latent"].cache.window) % MODULUS  # the first of SLICES * 2 * WIDTH entries
+    kv = (
+        mix(values, patch_documents, spec.graphs["latent"].cache.window) % MODULUS
+    )  # the first of SLICES * 2 * WIDTH entries
     assert SLICES * 2 * WIDTH > 1
     read = np.zeros(len(ids))
     for t in range(len(ids)):

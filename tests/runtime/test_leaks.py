@@ -1,0 +1,138 @@
+"""A dropped stream is gone at once, with its buffers: no cycle waits for the garbage collector, nothing piles up."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from blt_runtime import Model, Stream
+from blt_runtime.backends.null import null_spec
+from blt_runtime.backends.protocol import HostBuffer
+from blt_runtime.errors import BackendError, Cancelled, CapacityError, OutOfMemory
+from tests.runtime.test_stream import HASH, model_of, random_ids
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+SLACK = 4 << 20
+"""Bytes that may come and go with the allocators; 9,000 streams that leak 500 bytes each are above it."""
+
+
+@pytest.fixture(autouse=True)
+def no_collector() -> Iterator[None]:
+    """What only the garbage collector would free is a leak here."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def use(model: Model, n: int) -> Stream:
+    """A stream that has done a bit of everything; what exactly depends on n."""
+    stream = model.stream(overflow="slide" if n % 5 == 0 else "error", seed=n)
+    stream.append(b"a text, a text, a text"[: n % 20 + 1])
+    for _ in stream.generate(2, speculate="lookup" if n % 3 == 0 else "off"):
+        pass
+    if n % 7 == 0:
+        stream.rewind(3)
+    if n % 11 == 0:
+        model.stream(bos=False).restore(stream.snapshot())
+    if n % 13 == 0:
+        with suppress(Cancelled):
+            stream.append(b"more of the text", cancelled=lambda: True)
+    return stream
+
+
+def assert_no_growth(model: Model, streams: int) -> None:
+    """Between a tenth of the streams and all of them nothing grows."""
+    for n in range(streams // 10):
+        use(model, n)
+    memory, opened, threads = resident(), files(), threading.active_count()
+    for n in range(streams // 10, streams):
+        use(model, n)
+    assert files() == opened
+    assert threading.active_count() == threads
+    assert resident() - memory < SLACK
+
+
+def endings(model: Model) -> dict[str, Callable[[], Stream]]:
+    """Streams dropped in every state that could hold them."""
+
+    def begun() -> Stream:
+        stream = model.stream()
+        pieces = stream.generate(9, speculate="lookup")
+        next(pieces)
+        return stream
+
+    def failed() -> Stream:
+        stream = model.stream()
+
+        def fail() -> None:
+            raise BackendError("device lost")
+
+        stream._calls.decoder = fail
+        with suppress(BackendError):
+            stream.append("x")
+        return stream
+
+    def full() -> Stream:
+        stream = model.stream()
+        with suppress(CapacityError):
+            stream.append(b"x" * 5000)
+        return stream
+
+    def scored() -> Stream:
+        stream = model.stream()
+        stream.score_ids(random_ids(30))
+        return stream
+
+    made = {f"used {n}": (lambda n=n: use(model, n)) for n in (1, 15, 77, 91)}
+    return {**made, "begun": begun, "failed": failed, "full": full, "scored": scored}
+
+
+@pytest.mark.parametrize("ending", endings(model_of(null_spec())).keys())
+def test_a_dropped_stream_is_gone_at_once(ending: str) -> None:
+    stream = endings(model_of(null_spec(hash=HASH)))[ending]()
+    gone = [weakref.ref(stream), weakref.ref(stream._memory), weakref.ref(stream._memory.pool.buffer.array)]
+    del stream
+    assert [ref() for ref in gone] == [None, None, None]
+
+
+def test_a_stream_that_could_not_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = model_of(null_spec()), []
+    buffer = model.backend.buffer
+
+    def few(dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+        if len(made) == 20:
+            raise MemoryError("enough")
+        given = buffer(dtype, shape)
+        made.append(weakref.ref(given.array))
+        return given
+
+    monkeypatch.setattr(model.backend, "buffer", few)
+    with pytest.raises(OutOfMemory) as error:
+        model.stream()
+    del error
+    assert [ref() for ref in made] == [None] * 20
+
+
+def test_a_thousand_streams() -> None:
+    assert_no_growth(model_of(null_spec(hash=HASH)), 1000)
+
+
+@pytest.mark.slow
+def test_ten_thousand_streams() -> None:
+    assert_no_growth(model_of(null_spec(hash=HASH)), 10_000)
