@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blt_runtime.errors import BundleError
-from blt_runtime.hashing import TABLE_DTYPES
+from blt_runtime.hashing import row_bytes
 
 if TYPE_CHECKING:
     from blt.source import Source
@@ -33,7 +33,7 @@ def bundle_weight_bytes(bundle: Bundle, patch_size: float) -> dict[str, float]:
     if not spec.patch_rule.needs_entropy:
         read.pop("entropy", None)
     if spec.hash is not None:
-        read[HASH] = float(spec.hash.tables * spec.hash.dim * TABLE_DTYPES[spec.hash.dtype].itemsize)
+        read[HASH] = float(spec.hash.tables * row_bytes(spec.hash.dim, spec.hash.dtype))
     return {**read, "total": sum(read.values())}
 
 

@@ -39,7 +39,7 @@ def export(
     table_dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="DTYPE", help="Hash tables as float32, float16 or bfloat16 (default: as in the checkpoint)."
+            metavar="DTYPE", help="Hash tables as float32, float16, bfloat16 or int8 (default: as in the checkpoint)."
         ),
     ] = None,
     capacity: Annotated[

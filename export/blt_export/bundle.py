@@ -2,7 +2,7 @@
 
 manifest.json
 entropy.onnx  entropy.weights      one pair per graph; weights at page-aligned offsets, so that they can be mapped
-hash_tables.npy                    [tables * rows, width], written a block of rows at a time
+hash_tables.npy                    [tables * rows, stored width], written a block of rows at a time
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from blt.tensors import Stored, cast, raw_bytes
 from blt_runtime import manifest as manifests
 from blt_runtime.bundle import entry_of
 from blt_runtime.errors import UsageError
-from blt_runtime.hashing import TABLE_DTYPES, TableDtype
+from blt_runtime.hashing import TABLE_DTYPES, TableDtype, stored_width
 from blt_runtime.manifest import FileEntry
 
 HASH_TABLES = "hash_tables.npy"
+from .table_rows import quantise_rows
+
 _PAGE = 4096
 _INLINE = 1024
 """Bytes below which an initializer stays in the .onnx file: shape constants, not weights."""
@@ -73,14 +75,22 @@ def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
 def write_hash_tables(tables: Stored, folder: Path, dtype: TableDtype) -> Path:
     """Stream the rows, so that tables larger than memory (a mapped checkpoint) pass through block by block."""
     path = folder / HASH_TABLES
-    header = {"descr": TABLE_DTYPES[dtype].str, "fortran_order": False, "shape": tables.shape}
+    rows, dim = tables.shape
+    shape = (rows, stored_width(dim, dtype))
+    header = {"descr": TABLE_DTYPES[dtype].str, "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for block in tables.blocks():
-            file.write(raw_bytes(cast(block, getattr(torch, dtype), tables.names[0])))
+            file.write(_stored_rows(block, dtype, tables.names[0]))
     return path
 
 
 def entries(folder: Path) -> dict[str, FileEntry]:
     """Size and sha256 of every file that is there."""
     return {path.name: entry_of(path) for path in sorted(folder.iterdir())}
+def _stored_rows(block_ND: torch.Tensor, dtype: TableDtype, name: str) -> memoryview:
+    if dtype != "int8":
+        return raw_bytes(cast(block_ND, getattr(torch, dtype), name))
+    return quantise_rows(cast(block_ND, torch.float32, name).numpy()).data
+
+

@@ -6,6 +6,7 @@ with their own caches. Each graph is fed the reference's intermediate values, so
 Error of an output: max |got - want| / max(1, |want|), where |want| is the largest of the vector (logits of a position,
 state of a byte): rounding errors of a product are as large as its largest terms allow, in every element of it.
 A number that is not finite counts as infinite error.
+Hash tables in 8 bits: max |got - want| relative to the most that rounding can cause, half a step of each row.
 
 Quantised graphs differ from float32 by design, so they are judged twice, besides on text (`judge`):
 - `<graph>.weights`: what the codes in the written file stand for against the float weights, the worst block
@@ -33,7 +34,7 @@ from torch import nn
 from blt.checkpoint import Checkpoint
 from blt_runtime.backends.onnx import load_library
 from blt_runtime.errors import CheckFailed
-from blt_runtime.hashing import HashEmbedding
+from blt_runtime.hashing import HashEmbedding, hash_ids
 from blt_runtime.manifest import Parity
 from blt_runtime.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 
@@ -42,6 +43,8 @@ from .quantize import Packed, read_error
 
 TOLERANCE = {"fp32": 2e-5, "int8": 0.1, "int4": 0.6}
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+HALF_STEPS = 1.01
+"""Of hash tables in 8 bits; a hundredth for the roundings of float32."""
 MIN_ONNXRUNTIME = "1.30"
 PREPACK_UP_TO = 1 << 30
 """Bytes of a graph's weights beyond which they stay mapped: a packed copy beside PyTorch's would not fit."""
@@ -81,9 +84,10 @@ def check_parity(
     if spec.hash is not None:
         written = _hash_embedding(hash_tables, spec.hash, plan.ids_N)
         error = _error(written, inputs["encoder"]["hash_embedding"])
-        rows.append(
-            Parity("hash_embedding", error, _table_tolerance(checkpoint, spec.hash, TOLERANCE["fp32"]), len(plan.ids_N))
-        )
+        tolerance = _table_tolerance(checkpoint, spec.hash, TOLERANCE["fp32"])
+        if spec.hash.dtype == "int8":
+            error = _in_half_steps(checkpoint, spec.hash, written, inputs["encoder"]["hash_embedding"], plan.ids_N)
+        rows.append(Parity("hash_embedding", error, tolerance, len(plan.ids_N)))
     entropy_N = np.zeros(0)
     for name, graph in spec.graphs.items():
         precision = precisions.get(name, "fp32")
@@ -130,10 +134,29 @@ def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str
 def _table_tolerance(checkpoint: Checkpoint, spec: HashSpec, exact: float) -> float:
     """Tables in the checkpoint's own dtype are the same numbers; a sum over narrower ones has T roundings of half a
     unit in the last place each."""
+    if spec.dtype == "int8":
+        return HALF_STEPS
     blt, _ = checkpoint.require_blt()
     if blt.hash_embedding is None or blt.hash_embedding.stored_as == spec.dtype or spec.dtype == "float32":
         return exact
     return spec.tables * ROUNDING[spec.dtype]
+
+
+def _in_half_steps(
+    checkpoint: Checkpoint, spec: HashSpec, got: npt.NDArray[Any], want: npt.NDArray[Any], ids_N: npt.NDArray[np.int64]
+) -> float:
+    """The largest error of a position, relative to the sum over tables of half a step (a row's largest value / 254)."""
+    blt, _ = checkpoint.require_blt()
+    assert blt.hash_embedding is not None
+    row_NT = torch.from_numpy(hash_ids(ids_N, spec.sizes, spec.functions, spec.rows))
+    half_N = np.zeros(len(ids_N))
+    for t in range(spec.tables):
+        with torch.no_grad():
+            half_N += blt.hash_embedding.table(t)[row_NT[:, t]].double().abs().amax(-1).numpy() / 254
+    if not np.isfinite(got).all():
+        return math.inf
+    error_N = np.abs(got[0].astype(np.float64) - want[0]).max(-1)
+    return float((error_N / np.maximum(half_N, np.finfo(np.float32).tiny)).max(initial=0.0))
 
 
 def _hash_embedding(tables: Path, spec: HashSpec, ids_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

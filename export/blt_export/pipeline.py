@@ -287,7 +287,7 @@ def export(
     flavour: "ort" (fastest on ONNX Runtime) or "portable" (standard operators: ONNX Runtime and TensorRT).
     capacity, patches: bytes and patches that one stream can hold. chunk: most bytes per call.
     check: compare every graph with PyTorch. force: replace a bundle that is there. progress: told each step's name.
-    table_dtype: of the hash tables: "float32", "float16" or "bfloat16" (default: as the checkpoint stores them).
+    table_dtype: of the hash tables: "float32", "float16", "bfloat16" or "int8" (default: as in the checkpoint).
     precision: of the matrices, "fp32", "int8" or "int4" (the latter two in the flavour "ort"); precision_of: another
     one for some graphs ("entropy", "encoder", "latent", "decoder").
     eval_ids: pieces of a text, ids [N] with BOS in front: the manifest then says what the bundle's bits per byte are.

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from . import manifest as manifests
 from .errors import BundleError, UsageError
-from .hashing import TABLE_DTYPES
+from .hashing import TABLE_DTYPES, stored_width
 from .manifest import FileEntry, Manifest
 
 Verify = Literal["auto", "full", "sizes"]
@@ -60,9 +60,9 @@ class Bundle:
         return self.path / self.manifest.graphs[group].file
 
     def hash_tables(self) -> npt.NDArray[Any] | None:
-        """All hash tables [T * rows, D_l] as stored, memory-mapped read-only; None if the model has none.
+        """All hash tables [T * rows, stored width] as stored, memory-mapped read-only; None if the model has none.
 
-        bfloat16 comes as uint16 (`blt_runtime.hashing`). Raises BundleError.
+        bfloat16 comes as uint16, int8 with a scale behind each row (`blt_runtime.hashing`). Raises BundleError.
         """
         reference, spec = self.manifest.hash_tables, self.manifest.spec.hash
         if reference is None or spec is None:
@@ -71,7 +71,8 @@ class Bundle:
             tables = np.load(self.path / reference.file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise BundleError(f"{reference.file} is not an array file: export the bundle again") from error
-        if not isinstance(tables, np.ndarray) or tables.shape != (spec.tables * spec.rows, spec.dim):
+        shape = (spec.tables * spec.rows, stored_width(spec.dim, spec.dtype))
+        if not isinstance(tables, np.ndarray) or tables.shape != shape:
             raise BundleError(f"{reference.file} does not have the shape that the manifest says")
         if tables.dtype != (stored := TABLE_DTYPES[spec.dtype]) or not tables.flags.c_contiguous:
             found = f"{tables.dtype} by {'rows' if tables.flags.c_contiguous else 'columns'}"

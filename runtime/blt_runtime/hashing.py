@@ -28,13 +28,17 @@ PRIMES: Final = (
 Array = npt.NDArray[Any]
 Tables = Array | Sequence[Array]
 """All tables in one array [T * V, D], or T arrays [V, D]."""
-TableDtype = Literal["float32", "float16", "bfloat16"]
+TableDtype = Literal["float32", "float16", "bfloat16", "int8"]
 TABLE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
 }
-"""How rows lie in memory and on disk. numpy has no bfloat16: the upper half of a float32's bits, held as uint16."""
+"""How rows lie in memory and on disk. numpy has no bfloat16: the upper half of a float32's bits, held as uint16.
+int8: D codes from -127 to 127 and the four bytes of a float32 scale, little-endian, so that a row is one place of the
+file. Such a row stands for float32(code) * scale, rounded once to float32; sums over tables are of these values."""
+SCALE_BYTES = 4
 RELEASE_FROM, RELEASE_AFTER = 1 << 30, 64
 """Bytes of tables from which on pages are given back, and after how many positions. The kernel maps what lies around a
 row, too (64 KB and more where the file is in its cache), so a long text would end with all tables resident. It costs
@@ -72,8 +76,22 @@ def hash_windows(padded: Ids, coefficients_TG: Ids, rows: int) -> Ids:
     return np.remainder(hash_NT, rows, out=hash_NT)
 
 
+def stored_width(dim: int, dtype: TableDtype) -> int:
+    """Elements of a stored row."""
+    return dim + SCALE_BYTES if dtype == "int8" else dim
+
+
+def row_bytes(dim: int, dtype: TableDtype) -> int:
+    """Bytes that reading a row takes."""
+    return stored_width(dim, dtype) * TABLE_DTYPES[dtype].itemsize
+
+
 def widen(rows: Array) -> Array:
-    """Rows as float32, exactly; uint16 is taken for bfloat16."""
+    """What stored rows [..., stored width] stand for, as float32 [..., D]; uint16 is taken for bfloat16."""
+    if rows.dtype == np.int8:
+        codes, scale = _codes_and_scale(rows)
+        wide: Array = np.multiply(codes, scale, dtype=np.float32)
+        return wide
     if rows.dtype != np.uint16:
         return rows.astype(np.float32)
     return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -82,7 +100,7 @@ def widen(rows: Array) -> Array:
 def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDtype) -> None:
     """Raises ConfigError unless `tables` are `count` tables of that shape and type, together or apart."""
     fused, pieces = isinstance(tables, np.ndarray), _pieces(tables)
-    shape = (count * rows if fused else rows, dim)
+    shape = (count * rows if fused else rows, stored_width(dim, dtype))
     if len(pieces) != (1 if fused else count):
         raise ConfigError(f"the model has {count} hash tables, not {len(pieces)}")
     for piece in pieces:
@@ -95,9 +113,9 @@ def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDt
 class HashEmbedding:
     """Sums the table rows of the newest ids: whole chunks, or one position without allocating.
 
-    `tables` are float32, float16 or uint16 (bfloat16), usually read-only memory maps of which only the touched
-    pages are ever loaded, D at least 2. Rows are widened to float32 exactly and added in table order by both
-    forms, so they agree to the last bit. One instance per stream: it owns scratch memory.
+    `tables` are float32, float16, uint16 (bfloat16) or int8, usually read-only memory maps of which only the touched
+    pages are ever loaded, D at least 2. Rows are widened to float32 exactly (int8: times its scale) and added in table
+    order by both forms, so they agree to the last bit. One instance per stream: it owns scratch memory.
     """
 
     def __init__(self, tables: Tables, sizes: Sequence[int], functions: int, rows: int) -> None:
@@ -109,9 +127,11 @@ class HashEmbedding:
         fused, pieces = isinstance(tables, np.ndarray), [np.asarray(t) for t in _pieces(tables)]
         self._first_row_T = np.arange(n_tables, dtype=np.int64) * (rows if fused else 0)
         self._tables = pieces * n_tables if fused else pieces
-        self._wide_TD = np.zeros((n_tables, pieces[0].shape[1]), dtype=np.float32)
-        picked_TD, self._target_TD = _scratch(pieces[0].dtype, self._wide_TD)
+        kind, width = pieces[0].dtype, pieces[0].shape[1]
+        self._wide_TD = np.zeros((n_tables, width - (SCALE_BYTES if kind == np.int8 else 0)), dtype=np.float32)
+        picked_TD, self._target_TD = _scratch(kind, self._wide_TD)
         self._picked_TD = picked_TD
+        self._codes_and_scale = _codes_and_scale(picked_TD) if kind == np.int8 else None
         parts = [slice(None)] if fused else [slice(t, t + 1) for t in range(n_tables)]
         self._takes = [(t, self._row_T[part], picked_TD[part]) for t, part in zip(pieces, parts, strict=True)]
         self._mapping = _mapping(tables) if isinstance(tables, np.ndarray) else None
@@ -133,7 +153,9 @@ class HashEmbedding:
         for table, row, picked in self._takes:
             # mode "raise" would copy through a buffer; the rows are in range by construction
             table.take(row, axis=0, out=picked, mode="clip")
-        if self._target_TD is not None:
+        if self._codes_and_scale is not None:
+            np.multiply(*self._codes_and_scale, out=self._wide_TD, dtype=np.float32)
+        elif self._target_TD is not None:
             self._target_TD[...] = self._picked_TD
         np.add.reduce(self._wide_TD, axis=0, out=out_D)
         self._release(1)
@@ -163,6 +185,11 @@ def _mapping(array: Array) -> mmap.mmap | None:
     return base if large and isinstance(base, mmap.mmap) else None
 
 
+def _codes_and_scale(rows: Array) -> tuple[Array, Array]:
+    """Of int8 rows [..., D + 4]: codes [..., D] and scale [..., 1], views."""
+    return rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].view("<f4")
+
+
 def _pieces(tables: Tables) -> Sequence[Array]:
     return [tables] if isinstance(tables, np.ndarray) else tables
 
@@ -171,6 +198,8 @@ def _scratch(dtype: np.dtype[Any], wide_TD: Array) -> tuple[Array, Array | None]
     """Where rows are gathered, and where they are then copied to become `wide` (None: they are gathered there)."""
     if dtype == np.float32:
         return wide_TD, None
+    if dtype == np.int8:
+        return np.zeros((len(wide_TD), wide_TD.shape[1] + SCALE_BYTES), dtype=dtype), None
     picked_TD = np.zeros(wide_TD.shape, dtype=dtype)
     if dtype == np.uint16:  # the upper halves; the lower ones stay 0
         return picked_TD, wide_TD.view(np.uint16)[:, _UPPER::2]

@@ -113,7 +113,8 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class HashSpec:
-    """Hash n-gram tables: functions x len(sizes) of them, `rows` rows each, `dim` wide, stored as `dtype`."""
+    """Hash n-gram tables: functions x len(sizes) of them, `rows` rows each, `dim` wide, stored as `dtype`
+    (`blt_runtime.hashing.TABLE_DTYPES` says how)."""
 
     sizes: tuple[int, ...]
     functions: int

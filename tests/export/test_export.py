@@ -158,8 +158,8 @@ def test_bad_arguments() -> None:
         blt_export.export(checkpoint, "unused", precision="fp31")
     with pytest.raises(UsageError, match="choose one of ort, portable"):
         blt_export.export(checkpoint, "unused", flavour="onnx")
-    with pytest.raises(UsageError, match="table_dtype 'int8'"):
-        blt_export.export(checkpoint, "unused", table_dtype="int8")
+    with pytest.raises(UsageError, match="table_dtype 'int4'"):
+        blt_export.export(checkpoint, "unused", table_dtype="int4")
     with pytest.raises(CheckpointError, match="does not exist"):
         blt_export.export("no/such/model.pt", "unused")
 

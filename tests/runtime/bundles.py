@@ -12,7 +12,7 @@ import numpy as np
 from blt_runtime import manifest as manifests
 from blt_runtime.backends.null import null_spec
 from blt_runtime.bundle import entry_of
-from blt_runtime.hashing import TABLE_DTYPES, TableDtype
+from blt_runtime.hashing import TABLE_DTYPES, TableDtype, stored_width
 from blt_runtime.manifest import FileEntry, FileRef, Manifest, Parity
 from blt_runtime.spec import HashSpec, ModelSpec
 
@@ -20,7 +20,11 @@ HASH = HashSpec((3, 4), 1, 50, 4)
 
 
 def stored(values: np.ndarray, dtype: TableDtype) -> np.ndarray:
-    """Values as tables hold them; for bfloat16 they must need no more than its eight bits of precision."""
+    """Values as tables hold them, exactly: for bfloat16 they must need no more than its eight bits of precision, for
+    int8 they must be whole numbers up to 127 (the scale is 1)."""
+    if dtype == "int8":
+        scale = np.ones((len(values), 1), "<f4").view(np.int8)
+        return np.concatenate([values.astype(np.int8), scale], 1)
     if dtype != "bfloat16":
         return values.astype(TABLE_DTYPES[dtype])
     bits = values.astype(np.float32).view(np.uint32)
@@ -68,6 +72,7 @@ def write_bundle(
 def _write_tables(path: Path, hash: HashSpec, empty: bool) -> None:
     shape = (hash.tables * hash.rows, hash.dim)
     if empty:
+        shape = (shape[0], stored_width(hash.dim, hash.dtype))
         np.lib.format.open_memmap(path, "w+", TABLE_DTYPES[hash.dtype], shape)
     else:
         np.save(path, stored(np.random.default_rng(0).integers(0, 9, shape), hash.dtype))

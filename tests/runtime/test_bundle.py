@@ -47,7 +47,7 @@ def test_a_bundle_without_a_table_type_holds_float32(folder: Path) -> None:
     assert Model.open(folder, backend="null").spec.hash == HASH
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_a_bundle_runs(tmp_path: Path, dtype: TableDtype) -> None:
     write_bundle(tmp_path / "b", dtype=dtype)
     model = Model.open(tmp_path / "b", backend="null")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +42,20 @@ def random_tables(dtype: TableDtype, count: int, rows: int, dim: int) -> np.ndar
     """[count * rows, dim] in the stored type, of very different sizes so that the order of a sum shows."""
     rng = np.random.default_rng(1)
     values = rng.standard_normal((count * rows, dim)) * 10.0 ** rng.uniform(-3, 3, (count * rows, 1))
+    if dtype == "int8":
+        scale = np.abs(values).max(1, keepdims=True).astype("<f4") / np.float32(127)
+        return np.concatenate([np.rint(values / scale).astype(np.int8), scale.view(np.int8)], 1)
     if dtype == "bfloat16":
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(dtype)
 
 
 def exact(stored: np.ndarray) -> np.ndarray:
-    """Each element through a Python float, bfloat16 from its sign, exponent and fraction."""
+    """Each element through a Python float, bfloat16 from its sign, exponent and fraction, int8 from code and scale: a
+    Python float holds their product, so that there is one rounding."""
+    if stored.dtype == np.int8:
+        rows = [(row[:-4], struct.unpack("<f", row[-4:].tobytes())[0]) for row in stored]
+        return np.array([[float(code) * scale for code in codes] for codes, scale in rows], np.float32)
     if stored.dtype != np.uint16:
         return np.array([float(v) for v in stored.flat], np.float32).reshape(stored.shape)
     values = [
@@ -58,21 +66,21 @@ def exact(stored: np.ndarray) -> np.ndarray:
 
 
 def in_table_order(rows_TD: np.ndarray) -> np.ndarray:
-    total = rows_TD[0].copy()
+    total: np.ndarray = rows_TD[0].copy()
     for row in rows_TD[1:]:
         total = total + row
     return total
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize(("dim", "functions"), [(2, 11), (16, 2), (1024, 1)])
+@pytest.mark.parametrize(("dim", "functions"), [(2, 11), (7, 2), (16, 2), (1024, 1)])
 def test_one_position_equals_many_to_the_last_bit(dtype: TableDtype, apart: bool, dim: int, functions: int) -> None:
     sizes, rows = (3, 4, 8), 97
     count = 3 * functions
     stored = random_tables(dtype, count, rows, dim)
     ids = np.random.default_rng(2).integers(0, 260, 40)
-    tables = list(stored.reshape(count, rows, dim)) if apart else stored
+    tables = list(stored.reshape(count, rows, -1)) if apart else stored
     embedding = hashing.HashEmbedding(tables, sizes, functions, rows)
     padded = np.concatenate([np.zeros(7, dtype=np.int64), ids])
     many, one = np.empty((40, dim), np.float32), np.empty(dim, np.float32)
@@ -118,7 +126,7 @@ def test_a_model_takes_tables_apart() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages of a mapping: Linux only")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_table_stays_out_of_memory_but_for_the_rows_read(tmp_path: Path, dtype: TableDtype) -> None:
     """A 256 MB table without a byte on disk (a sparse file); 100 bytes read 600 rows of one or two pages."""
     hash = HashSpec(
