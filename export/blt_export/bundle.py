@@ -24,9 +24,9 @@ from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype, stored_width
 from blt_runtime.manifest import FileEntry
 
-HASH_TABLES = "hash_tables.npy"
 from .table_rows import quantise_rows
 
+HASH_TABLES = "hash_tables.npy"
 _PAGE = 4096
 _INLINE = 1024
 """Bytes below which an initializer stays in the .onnx file: shape constants, not weights."""
@@ -85,12 +85,12 @@ def write_hash_tables(tables: Stored, folder: Path, dtype: TableDtype) -> Path:
     return path
 
 
-def entries(folder: Path) -> dict[str, FileEntry]:
-    """Size and sha256 of every file that is there."""
-    return {path.name: entry_of(path) for path in sorted(folder.iterdir())}
 def _stored_rows(block_ND: torch.Tensor, dtype: TableDtype, name: str) -> memoryview:
     if dtype != "int8":
         return raw_bytes(cast(block_ND, getattr(torch, dtype), name))
     return quantise_rows(cast(block_ND, torch.float32, name).numpy()).data
 
 
+def entries(folder: Path) -> dict[str, FileEntry]:
+    """Size and sha256 of every file that is there."""
+    return {path.name: entry_of(path) for path in sorted(folder.iterdir())}
