@@ -1,11 +1,18 @@
-"""What guessing ahead brings: bytes per decoder pass and per latent call, and bytes/s against plain decoding.
+"""What guessing ahead brings: bytes per round and per call, and the time against plain decoding.
 
-    python benchmarks/speculation.py BUNDLE code=a.py prose=b.txt           # files with text, one kind each
+    python benchmarks/speculation.py BUNDLE code=a.rs prose=b.md             # files with text, one kind each
+    python benchmarks/speculation.py BUNDLE code=a.rs --record rounds.json   # also writes what came true, by round
+    python benchmarks/speculation.py LARGE --replay rounds.json              # the same rounds with a larger model
 
-Prompts are cut from the files at even places. For each kind, temperature and way of guessing: bytes per decoder
-pass, guesses that came true, bytes per latent call, and the ratio of plain time to time with guesses. All ways take
-turns on the same prompts in one process, on one thread, in CPU seconds, so that a busy machine does little to the
-ratios; reading the prompts is not in them.
+Prompts are cut from the files at even places. All ways of guessing take turns on the same prompts in one process, on
+one thread, in CPU seconds, so that a busy machine does little to the ratios; reading the prompts is not in them.
+
+"1B" is a count, not a measurement: the calls made here times the fp32 weights in MB that the released 1B model's graphs
+read in a call, plain decoding's divided by those with guesses. It takes for granted that a call over a few tokens costs
+what a call over one does, and that guesses come true as often as here.
+
+A replay forces a text upon a model (random weights will do) and lets an oracle guess it as far, and err after as many
+guesses, as was recorded round by round; so it times large shapes without their text.
 """
 
 from __future__ import annotations
@@ -13,23 +20,49 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from blt_runtime import Drafter, EntropyDrafter, FirstOf, LookupDrafter, Model, Sampler, Stream
+from blt.bench.runs import Forced, Text, bench_text
+from blt_runtime import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter, Model, Sampler, Stream
 
-CAPACITY = 1 << 16
+RELEASED_MB = {"entropy": 404, "encoder": 59, "latent": 5258, "decoder": 545}
 WAYS: dict[str, Callable[[Sampler], str | Drafter]] = {
     "off": lambda _: "off",
     "lookup": lambda _: "lookup",
-    "entropy": lambda _: EntropyDrafter(),
-    "entropy<1": lambda _: EntropyDrafter(limit=1.0),
-    "entropy<0.5": lambda _: EntropyDrafter(limit=0.5),
-    "drawn": lambda sampler: EntropyDrafter(sampler=sampler),
-    "both": lambda _: FirstOf(LookupDrafter(CAPACITY), EntropyDrafter(limit=1.0)),
+    "entropy": lambda sampler: EntropyDrafter(sampler=sampler),
+    "entropy>.7": lambda sampler: EntropyDrafter(0.7, sampler),
+    "decoder": lambda sampler: DecoderDrafter(sampler=sampler),
+    "decoder>.3": lambda sampler: DecoderDrafter(0.3, sampler),
+    "decoder>.7": lambda sampler: DecoderDrafter(0.7, sampler),
+    "both": lambda sampler: FirstOf(LookupDrafter(1 << 16), DecoderDrafter(0.3, sampler)),
     "auto": lambda _: "auto",
 }
+REPLAYED = ("lookup", "entropy", "entropy>.7", "decoder", "decoder>.3", "decoder>.7")
+Rounds = list[list[int]]
+"""Guesses made and guesses that came true, of every round."""
+
+
+class Replay(Drafter):
+    """Guesses the text as far, and errs behind as many guesses, as the rounds say; they come round again."""
+
+    def __init__(self, source: Any, rounds: Rounds, text: Sequence[int]) -> None:
+        self.source, self._rounds, self._text, self._next = source, rounds, text, 0
+        self._guesses: list[int] = []
+        self._begin = 0
+
+    def propose(self, ids_N: Any, limit: int) -> Sequence[int]:
+        made, right = self._rounds[self._next % len(self._rounds)]
+        self._next += 1
+        self._begin = len(ids_N)
+        true = self._text[self._begin : self._begin + made]
+        self._guesses = [id if i < right else id ^ 1 for i, id in enumerate(true)]
+        return [] if self.source else self._guesses[:limit]
+
+    def extend(self, ids_N: Any, logits_V: Any) -> tuple[int, None] | None:
+        place = len(ids_N) - self._begin
+        return (self._guesses[place], None) if place < len(self._guesses) else None
 
 
 def prompts_of(file: Path, count: int, length: int) -> list[bytes]:
@@ -38,72 +71,121 @@ def prompts_of(file: Path, count: int, length: int) -> list[bytes]:
     return [data[place : place + length].replace(b"\0", b"\n") for place in places]
 
 
-def run(stream: Stream, prompt: bytes, way: str, temperature: float, new: int, draft: int, seed: int) -> dict[str, Any]:
+def run(stream: Stream, prompt: Any, sampler: Sampler, speculate: Any, new: int, draft: int) -> dict[str, Any]:
+    """One generation, timed behind its first byte."""
     stream.reset()
-    stream.append(prompt)
-    sampler = Sampler(temperature, seed=seed)
-    before, patches = vars(stream.speculation).copy(), len(stream.patch_lengths)
-    made = stream.generate_ids(new, sampler, speculate=WAYS[way](sampler), draft=draft)
-    first = next(made)
-    start, cpu = time.perf_counter(), time.process_time()
-    ids = [first, *made]
+    stream.append_ids(prompt)
+    stats, patches = stream.speculation, len(stream.patch_lengths)
+    before, rounds = vars(stats).copy(), Rounds()
+    made = stream.generate_ids(new, sampler, speculate=speculate, draft=draft)
+    ids, start, cpu = [], 0.0, 0.0
+    for id in made:
+        if not ids:
+            start, cpu = time.perf_counter(), time.process_time()
+        ids.append(id)
+        if speculate != "off":
+            rounds += [[0, 0]] * (stats.passes - before["passes"] - len(rounds))
+            rounds[-1] = [stats.guesses - before["guesses"] - sum(made for made, _ in rounds[:-1]), 0]
+            rounds[-1][1] = stats.right - before["right"] - sum(right for _, right in rounds[:-1])
     out = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - start, "ids": ids, "new": new}
-    used = {name: value - before[name] for name, value in vars(stream.speculation).items()}
-    return out | used | {"patches": len(stream.patch_lengths) - patches}
+    used = {name: value - before[name] for name, value in vars(stats).items()}
+    return out | used | {"patches": len(stream.patch_lengths) - patches, "rounds": rounds}
 
 
-def measure(model: Model, prompts: list[bytes], ways: list[str], temperature: float, args: Any) -> list[dict[str, Any]]:
-    stream = model.stream()
+def compare(ways: dict[str, list[Callable[[], dict[str, Any]]]]) -> tuple[list[dict[str, Any]], dict[str, Rounds]]:
+    """One row for each way, over the same runs; the ways take turns. And the rounds of each."""
     totals: dict[str, dict[str, Any]] = {}
-    different = dict.fromkeys(ways, 0)
-    for _ in range(args.repeat):
-        for seed, prompt in enumerate(prompts):
-            plain: list[int] = []
-            for way in ways:
-                got = run(stream, prompt, way, temperature, args.new_bytes, args.draft, seed)
-                ids = got.pop("ids")
-                plain = ids if way == "off" else plain
-                different[way] += ids != plain
-                total = totals.setdefault(way, dict.fromkeys(got, 0))
-                totals[way] = {name: total[name] + value for name, value in got.items()}
-    rows = []
-    for way, total in totals.items():
-        passes, guesses = total["passes"] or total["new"], total["guesses"]
-        rows.append(
-            {
-                "way": way,
-                "bytes_per_pass": round(total["new"] / passes, 2),
-                "right_share": round(total["right"] / guesses, 2) if guesses else None,
-                "bytes_per_latent_call": round(total["new"] / max(1, total["patches"]), 2),
-                "cpu_ms_per_byte": round(1000 * total["cpu"] / total["new"], 3),
-                "speedup_cpu": round(totals["off"]["cpu"] / total["cpu"], 2),
-                "speedup_wall": round(totals["off"]["wall"] / total["wall"], 2),
-                "texts_that_differ": different[way],
-            }
-        )
+    different, rounds = dict.fromkeys(ways, 0), {way: Rounds() for way in ways}
+    for turn in zip(*ways.values(), strict=True):
+        plain: list[int] = []
+        for way, go in zip(ways, turn, strict=True):
+            got = go()
+            ids = got.pop("ids")
+            rounds[way] += got.pop("rounds")
+            plain = ids if way == "off" else plain
+            different[way] += ids != plain
+            total = totals.setdefault(way, dict.fromkeys(got, 0))
+            totals[way] = {name: total[name] + value for name, value in got.items()}
+    off = totals["off"]
+    off |= {f"{graph}_calls": off["patches" if graph == "latent" else "new"] for graph in RELEASED_MB}
+    return [row_of(way, total, off, different[way]) for way, total in totals.items()], rounds
+
+
+def row_of(way: str, total: dict[str, Any], off: dict[str, Any], different: int) -> dict[str, Any]:
+    new, guesses = total["new"], total["guesses"]
+    read, plain = (sum(mb * of[f"{graph}_calls"] for graph, mb in RELEASED_MB.items()) for of in (total, off))
+    return {
+        "way": way,
+        "bytes_per_round": round(new / (total["passes"] or new), 2),
+        "right": round(total["right"] / guesses, 2) if guesses else None,
+        "bytes_per_patch": round(new / max(1, total["patches"]), 2),
+        **{f"bytes_per_{graph}": round(new / max(1, total[f"{graph}_calls"]), 2) for graph in RELEASED_MB},
+        "1B": round(plain / read, 2),
+        "ms_per_byte": round(1000 * total["cpu"] / new, 3),
+        "speedup_cpu": round(off["cpu"] / total["cpu"], 2),
+        "speedup_wall": round(off["wall"] / total["wall"], 2),
+        "texts_that_differ": different,
+    }
+
+
+def generations(model: Model, prompts: list[bytes], temperature: float, args: Any) -> dict[str, list[Any]]:
+    stream = model.stream()
+
+    def one(way: str, prompt: bytes, seed: int) -> dict[str, Any]:
+        sampler = Sampler(temperature, seed=seed)
+        ids = Text.of(prompt + bytes(2), len(prompt), 2).prompt
+        return run(stream, ids, sampler, WAYS[way](sampler), args.new_bytes, args.draft)
+
+    turns = list(enumerate(prompts)) * args.repeat
+    return {way: [lambda w=way, p=p, s=s: one(w, p, s) for s, p in turns] for way in args.ways.split(",")}
+
+
+def replays(model: Model, rounds: dict[str, Rounds], args: Any) -> dict[str, list[Any]]:
+    stream, text = model.stream(), Text.of(bench_text(4096), args.prompt_bytes, args.new_bytes)
+    whole = [1, *text.prompt.tolist(), *text.new.tolist()]
+
+    def one(way: str) -> dict[str, Any]:
+        source = None if way == "lookup" else way.split(">")[0]
+        drafter = "off" if way == "off" else Replay(source, rounds[way], whole)
+        return run(stream, text.prompt, Forced(text.new.tolist(), 0.0), drafter, args.new_bytes, args.draft)
+
+    return {way: [lambda w=way: one(w)] * args.repeat for way in ("off", *rounds)}
+
+
+def show(kind: str, temperature: float, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = [{"kind": kind, "temperature": temperature, **row} for row in rows]
+    for row in rows:
+        print("  ".join(f"{value!s:>10}" for value in row.values()), flush=True)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("kinds", nargs="+", metavar="KIND=FILE")
+    parser.add_argument("kinds", nargs="*", metavar="KIND=FILE")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-bytes", type=int, default=512)
     parser.add_argument("--new-bytes", type=int, default=256)
     parser.add_argument("--draft", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--temperatures", default="0,0.8")
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--ways", default=",".join(WAYS), help="the first must be off")
+    parser.add_argument("--record", type=Path, help="write the rounds of each kind and temperature here")
+    parser.add_argument("--replay", type=Path, help="take the rounds from here and an oracle's guesses")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model, rows = Model.open(args.bundle, threads=1), []
+    model, rows, recorded = Model.open(args.bundle, threads=1), [], {}
     for kind, file in (pair.split("=", 1) for pair in args.kinds):
         prompts = prompts_of(Path(file), args.prompts, args.prompt_bytes)
         for temperature in map(float, args.temperatures.split(",")):
-            for row in measure(model, prompts, args.ways.split(","), temperature, args):
-                rows.append({"kind": kind, "temperature": temperature, **row})
-                print("  ".join(f"{value!s:>11}" for value in rows[-1].values()), flush=True)
+            found, rounds = compare(generations(model, prompts, temperature, args))
+            rows += show(kind, temperature, found)
+            recorded[f"{kind} {temperature}"] = {way: rounds[way] for way in rounds if way in REPLAYED}
+    for name, rounds in json.loads(args.replay.read_text()).items() if args.replay else ():
+        kind, temperature = name.split()
+        rows += show(f"({kind})", float(temperature), compare(replays(model, rounds, args))[0])
+    if args.record:
+        args.record.write_text(json.dumps(recorded))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -49,7 +49,7 @@ class PassCalls:
         self._entropy["doc_start"].array[0, :n] = memory.entropy_documents.array[0, start]
         call()
         memory.entropies.array[0, start:end] = self._entropy["entropy"].array[0, :n]
-        self._costs.of["entropy"].note(n, time.perf_counter() - began)
+        self._costs.note("entropy", n, time.perf_counter() - began)
         logits_SV: Array = self._entropy["logits"].array[0, :n]
         return logits_SV
 
@@ -64,7 +64,7 @@ class PassCalls:
         call()
         pool.reserve(start, end, keep=memory.first_byte(memory.patches))
         pool.buffer.array[start - pool.base : end - pool.base] = self._states.array[0, :n]
-        self._costs.of["encoder"].note(n, time.perf_counter() - began)
+        self._costs.note("encoder", n, time.perf_counter() - began)
 
     def latent(self, first: int, end: int) -> None:
         """The latent transformer over patches first..end, all of one document; their vectors into the ring."""
@@ -85,7 +85,7 @@ class PassCalls:
             clock["own_start"][:n] = starts_P[:-1] - reach_P
         call.run()
         memory.kv_ring.array[np.arange(first, end) % memory.kv_rows] = clock["patch_kv"][:n]
-        self._costs.of["latent"].note(n, time.perf_counter() - began)
+        self._costs.note("latent", n, time.perf_counter() - began)
 
     def decode(self, start: int, end: int, complete_S: Ids) -> Array:
         """The decoder over positions start..end, of which each reads the last of so many finished patches. Its logits
@@ -97,7 +97,7 @@ class PassCalls:
         patch_SW = complete_S[:, None] + self._width_W
         self._patch_row.array[0, :n] = np.where(patch_SW >= 0, patch_SW % memory.kv_rows, -1)
         call()
-        self._costs.of["decoder"].note(n, time.perf_counter() - began)
+        self._costs.note("decoder", n, time.perf_counter() - began)
         logits_SV: Array = self._logits.array[0, :n]
         return logits_SV
 

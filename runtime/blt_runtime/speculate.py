@@ -141,10 +141,10 @@ class Speculation:
         """Takes in `id` as `Stream._step` does, and guesses behind it in the same calls."""
         self._start = self._end = t
         self._steps.set_token(id, t)
-        limit = self._limit(t)
-        proposed = self._drafter.propose(self._ids_before(t + 1), limit) if limit > 0 else ()
+        limit = max(0, self._limit(t))
+        proposed = self._drafter.propose(self._ids_before(t + 1), limit)
         if not proposed and self._drafter.source is None and self._costs.known:
-            return self._step(id, t)
+            return self._step(id)
         end = t + 1
         for guess in proposed:
             if end - t > limit or not self._goes_on(end):
@@ -158,7 +158,7 @@ class Speculation:
             end, decoded = self._draft_with_decoder(t, limit)
         return self._verify(id, t, end, read, decoded)
 
-    def _step(self, id: int, t: int) -> None:
+    def _step(self, id: int) -> None:
         """Nothing is guessed: a plain step, which is a little cheaper than a pass over one token."""
         stats, patches, began = self._stats, self._memory.patches, time.perf_counter()
         self._plain(id)
@@ -313,6 +313,7 @@ class Speculator:
         self.memory, self.steps, self.plain_step = memory, steps, plain_step
         self.stats, self.costs = SpeculationStats(), Costs()
         self._calls: PassCalls | None = None
+        self._paced: Paced | None = None
 
     def start(self, speculate: Speculate | Drafter, draft: int, sampler: Sampler) -> Speculation:
         """Raises UsageError for a name that is unknown or that the model cannot follow."""
@@ -328,7 +329,9 @@ class Speculator:
         spec = self.memory.spec
         with_entropy = spec.patch_rule.needs_entropy
         if name == "auto":
-            return Paced(LookupDrafter(spec.capacity_bytes), self.costs, sampler, with_entropy)
+            self._paced = self._paced or Paced(LookupDrafter(spec.capacity_bytes), self.costs, with_entropy)
+            self._paced.begin(sampler)
+            return self._paced
         if name == "lookup":
             return LookupDrafter(spec.capacity_bytes)
         if name == "decoder":
