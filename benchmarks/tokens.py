@@ -33,8 +33,11 @@ from typing import Any
 
 import numpy as np
 
+from blt.bench import Forced, Text, at_patch_size, bench_text, run
+from blt.bench.runs import with_changes
 from blt.machine import MemoryReader, available_cores
 from blt.model import TransformerConfig
+from blt_runtime.ids import BOS
 
 MEAN_PATCH, CONTEXT = 4.5, 2048
 TOKENIZERS = {"llama3": (128_256, 4.4), "llama2": (32_000, 3.7)}
@@ -174,32 +177,79 @@ def llama_for(a: argparse.Namespace) -> Llama:
 
 
 def run_blt(a: argparse.Namespace, precision: str, batch: int) -> dict[str, float]:
-    from generation import peak_memory
-
-    from blt import bench
     from blt.weights import bundle_weight_bytes
     from blt_runtime import Bundle, Model
 
-    if batch > 1:
-        raise SystemExit("no batches of the BLT yet")
-    text = bench.Text.of(bench.bench_text(a.prompt_bytes + a.new_bytes), a.prompt_bytes, a.new_bytes)
-    folder = bundle_of(a, precision)
-    model = bench.at_patch_size(Model.open(folder, threads=a.threads, verify="sizes"), text, MEAN_PATCH)
-    warm = bench.Text(text.prompt, text.new[:WARM_UP])
-    bench.run(model.stream(), warm, bench.Forced(warm.new.tolist(), 0.0))
-    done = bench.run(model.stream(), text, bench.Forced(text.new.tolist(), 0.0))
+    size, folder = a.prompt_bytes + a.new_bytes, bundle_of(a, precision)
+    data = bench_text(batch * size)
+    texts = [Text.of(data[i : i + size], a.prompt_bytes, a.new_bytes) for i in range(0, len(data), size)]
+    model = at_patch_size(Model.open(folder, threads=a.threads, verify="sizes"), texts[0], MEAN_PATCH)
+    per_call = bundle_weight_bytes(Bundle.open(folder, "sizes"), 1)
+    if batch == 1:
+        return one_stream(model, texts[0], per_call)
+    return many_streams(Model.open(folder, threads=a.threads, verify="sizes", many=True), model.spec, texts, per_call)
+
+
+def one_stream(model: Any, text: Any, per_call: dict[str, float]) -> dict[str, float]:
+    warm = Text(text.prompt, text.new[:WARM_UP])
+    run(model.stream(), warm, Forced(warm.new.tolist(), 0.0))
+    done = run(model.stream(), text, Forced(text.new.tolist(), 0.0))
     return {
         "bytes_per_s": done.bytes_per_s,
         "first_byte_s": done.first_byte_s,
-        "weight_bytes": bundle_weight_bytes(Bundle.open(folder, "sizes"), done.mean_patch)["total"],
+        "weight_bytes": per_call["total"] - per_call["latent"] * (1 - 1 / done.mean_patch),
         "mean_patch": done.mean_patch,
-        "peak_bytes": peak_memory(),
+    }
+
+
+class Stamped(Forced):
+    """Notes when each id was chosen, and the scheduler's rounds, latent calls and patches until then."""
+
+    def __init__(self, ids: list[int], counts: Any) -> None:
+        super().__init__(ids, 0.0)
+        self.stamps: list[tuple[float, int, int, int]] = []
+        self._counts = counts
+
+    def __call__(self, logits_V: Any) -> int:
+        id, counts = super().__call__(logits_V), self._counts
+        self.stamps.append((time.perf_counter(), counts.rounds, counts.latent_calls, counts.patches))
+        return id
+
+
+def many_streams(model: Any, spec: Any, texts: list[Text], per_call: dict[str, float]) -> dict[str, float]:
+    """All texts at once on a scheduler, measured while all of them are being written."""
+    from blt_runtime import Scheduler
+
+    with Scheduler(with_changes(model, spec=spec), streams=len(texts)) as scheduler:
+
+        def write(new: int) -> tuple[float, list[Stamped]]:
+            samplers = [Stamped(text.new[:new].tolist(), scheduler.counts) for text in texts]
+            began = time.perf_counter()
+            requests = [
+                scheduler.submit_ids(np.append(BOS, text.prompt), new, sampler)
+                for text, sampler in zip(texts, samplers, strict=True)
+            ]
+            for request in requests:
+                request.result()
+            return began, samplers
+
+        write(WARM_UP)
+        began, samplers = write(len(texts[0].new))
+    first, last = (pick(s.stamps[i] for s in samplers) for pick, i in ((max, 0), (min, -1)))
+    stamps = [stamp for s in samplers for stamp in s.stamps if first[0] < stamp[0] <= last[0]]
+    rounds, latent_calls, patches = (last[i] - first[i] for i in (1, 2, 3))
+    per_round = sum(per_call[name] for name in ("entropy", "encoder", "decoder"))
+    read = rounds * per_round + latent_calls * per_call["latent"]
+    return {
+        "bytes_per_s": len(stamps) / (last[0] - first[0]),
+        "first_byte_s": first[0] - began,
+        "weight_bytes": read / len(stamps) + per_call.get("hash tables", 0.0),
+        "mean_patch": len(stamps) / patches,
     }
 
 
 def run_llama(a: argparse.Namespace, precision: str, batch: int) -> dict[str, float]:
     import onnxruntime_genai as og
-    from generation import peak_memory
 
     from blt.weights import graph_weight_bytes
 
@@ -217,7 +267,6 @@ def run_llama(a: argparse.Namespace, precision: str, batch: int) -> dict[str, fl
         "bytes_per_s": batch * bytes_per_token * len(gaps_s) / sum(gaps_s),
         "first_byte_s": first_byte_s,
         "weight_bytes": read / (bytes_per_token * batch),
-        "peak_bytes": peak_memory(),
     }
 
 
@@ -255,8 +304,8 @@ def child(a: argparse.Namespace, *what: object) -> Any:
 
 def run_child(a: argparse.Namespace) -> None:
     step, engine, precision, batch = a.child.split(",")
-    build, run = ENGINES[engine]
-    print(json.dumps(build(a, precision) if step == "build" else run(a, precision, int(batch))))
+    build, measured = ENGINES[engine]
+    print(json.dumps(build(a, precision) if step == "build" else measured(a, precision, int(batch))))
 
 
 def measure(a: argparse.Namespace, cases: list[tuple[str, str, int]]) -> dict[str, Any]:
@@ -286,13 +335,13 @@ def report(a: argparse.Namespace, found: dict[str, Any]) -> None:
     print(f"{model.layers} layers, vocabulary {vocabulary:,}, {bytes_per_token} bytes per token")
     print(f"{a.threads} threads, {a.prompt_bytes} bytes of prompt, {a.new_bytes} new; medians of {a.repeat}; ", end="")
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, load average {found['load_average'][0]:.1f}\n")
-    print("| precision | batch | engine | weights per byte | floor, bytes/s | bytes/s | of floor | first byte | peak |")
-    print("|---" * 9 + "|")
+    print("| precision | batch | engine | weights per byte | floor, bytes/s | bytes/s | of floor | first byte |")
+    print("|---" * 8 + "|")
     order = {(r["precision"], r["batch"], r["engine"]): r for r in found["rows"]}
     for (precision, batch, engine), r in order.items():
         cells = [precision, batch, engine, f"{r['weight_bytes'] / 1e6:.0f} MB", f"{bandwidth / r['weight_bytes']:.1f}"]
         cells += [f"{r['bytes_per_s']:.1f}", f"{r['share_of_floor']:.0%}", f"{1e3 * r['first_byte_s']:.0f} ms"]
-        print("| " + " | ".join(map(str, [*cells, f"{r['peak_bytes'] / 1e9:.2f} GB"])) + " |")
+        print("| " + " | ".join(map(str, cells)) + " |")
     print()
     for (precision, batch, engine), r in order.items():
         other = order.get((precision, batch, "llama"))
@@ -329,7 +378,7 @@ def main() -> None:
         for precision in precisions:
             child(a, "build", engine, precision, 1)
     cases = [(e, p, int(b)) for p in precisions for b in a.batches.split(",") for e in engines]
-    found = measure(a, [case for case in cases if case[0] != "blt" or case[2] == 1])
+    found = measure(a, cases)
     if a.json:
         a.json.write_text(json.dumps({"settings": {**vars(a), "json": str(a.json)}, **found}, indent=1))
     report(a, found)
