@@ -50,6 +50,7 @@ def latency(
     text: TextFile = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw where the time goes as .png or .html.")] = None,
     backend: options.Backend = "auto",
+    precision: options.Precision = None,
     entropy_model: options.EntropyModel = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -65,7 +66,9 @@ def latency(
     _check_plot(plot)
     given = bench.Text.of(_text(text, prompt_n + new_n), prompt_n, new_n)
     began = time.perf_counter()
-    with models.open_model(model, backend=backend, entropy_model=entropy_model, threads=threads) as opened:
+    with models.open_model(
+        model, backend=backend, entropy_model=entropy_model, threads=threads, precision=precision
+    ) as opened:
         open_s = time.perf_counter() - began
         if patch_size is not None:
             opened = bench.at_patch_size(opened, given, patch_size)
@@ -94,6 +97,7 @@ def patch(
     repeat: Repeat = 3,
     text: TextFile = None,
     backend: options.Backend = "auto",
+    precision: options.Precision = None,
     entropy_model: options.EntropyModel = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -107,7 +111,9 @@ def patch(
     data = _text(text, size)
     if len(data) < size:
         raise InputError(f"{text} has {len(data)} bytes, fewer than --prompt-bytes {size}")
-    with models.open_model(model, backend=backend, entropy_model=entropy_model, threads=threads) as opened:
+    with models.open_model(
+        model, backend=backend, entropy_model=entropy_model, threads=threads, precision=precision
+    ) as opened:
         found = bench.patching(opened, data[:size], repeat)
         report = {
             **_setting(opened, model, "patch"),

@@ -17,6 +17,7 @@ from blt_runtime.errors import UsageError
 if TYPE_CHECKING:
     from blt_runtime import Stream
     from blt_runtime.speculate import Speculate
+    from blt_runtime.stream import Overflow
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Timing:
             "time_to_first_byte_s": round(first, 6),
             "bytes_per_s": round((self.n_bytes - 1) / spent, 2) if spent > 0 and self.n_bytes > 1 else None,
             "mean_patch_bytes": round(sum(lengths) / len(lengths), 3) if lengths else None,
+            "forgotten_bytes": stream.forgotten,
             "bytes_per_pass": round(stream.speculation.tokens_per_pass, 3) if stream.speculation.passes else None,
         }
 
@@ -63,6 +65,7 @@ def _stats_line(stats: dict[str, Any]) -> str:
     parts += [f"time to first byte {1000 * stats['time_to_first_byte_s']:.0f} ms"]
     parts += [f"mean patch {patch:.2f} bytes"] if patch is not None else []
     parts += [f"{guessed:.2f} bytes per decoder pass"] if guessed is not None else []
+    parts += [f"forgot the oldest {stats['forgotten_bytes']}"] if stats["forgotten_bytes"] else []
     return ", ".join(parts)
 
 
@@ -114,6 +117,9 @@ def generate(
     speculate: Annotated[
         str, typer.Option(help="Guess bytes ahead, check them in one pass: off, auto, entropy or lookup.")
     ] = "off",
+    overflow: Annotated[
+        str, typer.Option(help="When the text outgrows the model: error, or slide, which forgets its older half.")
+    ] = "error",
     backend: options.Backend = "auto",
     entropy_model: options.EntropyModel = None,
     entropy_dtype: options.EntropyDtype = None,
@@ -138,7 +144,7 @@ def generate(
         threads=threads,
         entropy_dtype=entropy_dtype,
     ) as opened:
-        stream = opened.stream(bos=True, seed=seed)
+        stream = opened.stream(bos=True, seed=seed, overflow=cast("Overflow", overflow))
         timing = Timing(len(given))
         stream.append(given)
         made = stream.generate(

@@ -74,11 +74,12 @@ def open_model(
     threads: int | None = None,
     capacity: int | None = None,
     entropy_dtype: EntropyDtype | None = None,
+    precision: str | None = None,
 ) -> Iterator[Model]:
     """The model at `path`, ready for `model.stream()`.
 
     capacity: bytes that a stream of a checkpoint must hold (default: the trained length); a bundle's is fixed.
-    entropy_dtype: of a checkpoint's entropies (default: what it says).
+    entropy_dtype: of a checkpoint's entropies (default: what it says). precision: what it must run at, if given.
     Raises UsageError for a wrong argument, CheckpointError or BundleError for a damaged file, and
     ModuleNotFoundError (exit 4) where the backend's library is not installed.
     """
@@ -87,8 +88,12 @@ def open_model(
     if is_bundle(path):
         if entropy_dtype == "bfloat16":
             raise UsageError(f"{path} is a bundle, which computes entropies in float32; give the checkpoint")
-        yield _open_bundle(path, backend, entropy_model, device, threads)
+        yield _open_bundle(path, backend, entropy_model, device, threads, precision)
         return
+    if precision not in (None, "fp32"):
+        raise UsageError(
+            f"{path} is a checkpoint, which runs at fp32: blt export {path} -o DIR --precision {precision}"
+        )
     from blt.checkpoint import load
 
     checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype, generates=True)
@@ -103,14 +108,21 @@ def open_model(
         yield open_torch(checkpoint, device=chosen, threads=threads, capacity=capacity)
 
 
-def _open_bundle(path: Path, backend: str, entropy_model: Path | None, device: str, threads: int | None) -> Model:
+def _open_bundle(
+    path: Path,
+    backend: str,
+    entropy_model: Path | None,
+    device: str,
+    threads: int | None,
+    precision: str | None = None,
+) -> Model:
     if backend == "torch":
         raise UsageError(f"{path} is a bundle, which runs on onnx; for --backend torch give the model.pt")
     if entropy_model is not None:
         raise UsageError(f"{path} is a bundle and holds its entropy model; leave --entropy-model out")
     from blt_runtime import Model
 
-    return Model.open(path, backend="onnx", threads=threads, providers=providers_of(device))
+    return Model.open(path, backend="onnx", threads=threads, providers=providers_of(device), precision=precision)
 
 
 @contextmanager

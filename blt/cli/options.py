@@ -73,6 +73,9 @@ EntropyDtype = Annotated[
         help="float32, or bfloat16: entropies and threshold as the reference's loader computes them (PyTorch only).",
     ),
 ]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="Refuse a MODEL that does not run at this one: fp32, int8 or int4.")
+]
 Backend = Annotated[str, typer.Option("--backend", help="auto, torch or onnx.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:n].")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")]

@@ -84,7 +84,7 @@ class Prefill:
                 marks.append(Mark(memory.position + t + 1, patches, rule.copy()))
         return rule, closes_N, marks
 
-    def _run_entropy(self, start: int, end: int, cancelled: Cancel | None) -> None:
+    def _run_entropy(self, start: int, end: int, cancelled: Cancel | None = None) -> None:
         memory, graph = self._memory, self._graphs["entropy"]
         for a, b in self._calls(graph, start, end, memory.entropy_documents):
             _ask(cancelled)
