@@ -33,7 +33,7 @@ def test_a_text_that_outgrows_the_model(blt: Call, model: Path) -> None:
     assert len(full.err.splitlines()) == 1
     slid = blt(*options, "--overflow", "slide", "--stats")
     report = json.loads(slid.text)
-    assert report["new_bytes"] == MORE
+    assert 600 < report["new_bytes"] <= MORE  # special ids have no bytes
     forgotten = report["forgotten_bytes"]
     assert 640 - 319 <= forgotten <= 640 - 319 + 3  # 639 fit behind BOS; of 640 stay 319, less a character's rest
     assert f"forgot the oldest {forgotten}" in slid.err
