@@ -2,6 +2,7 @@
 
 manifest.json
 entropy.onnx  entropy.weights      one pair per graph; weights at page-aligned offsets, so that they can be mapped
+entropy.rows.onnx                  its form for many streams, on the same weights
 hash_tables.npy                    [tables * rows, stored width], written a block of rows at a time
 """
 
@@ -69,6 +70,13 @@ def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
         alignment=_PAGE,
         align_threshold=_PAGE,
     )
+    return path
+
+
+def write_row_graph(model: ir.Model, folder: Path, name: str) -> Path:
+    """`name.rows.onnx`, of a graph whose initializers lie in `name.weights` already."""
+    path = folder / f"{name}.rows.onnx"
+    ir.save(model, path)
     return path
 
 

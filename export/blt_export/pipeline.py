@@ -29,7 +29,7 @@ from blt_runtime.hashing import TABLE_DTYPES, TableDtype
 from blt_runtime.manifest import FileRef, Manifest, Parity
 from blt_runtime.spec import GraphSpec, ModelSpec
 
-from . import bundle, capture, judge, parity, quantize
+from . import bundle, capture, judge, parity, quantize, rows
 from .lower import ort, portable
 from .parity import ParityReport
 from .passes import (
@@ -108,6 +108,7 @@ class Job:
     graphs: dict[str, ir.Model] = field(default_factory=dict)
     quantised: dict[str, quantize.Outcome] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
+    row_files: dict[str, Path] = field(default_factory=dict)
     parity: ParityReport = field(default_factory=lambda: ParityReport((), ()))
     manifest: Manifest | None = None
 
@@ -186,6 +187,17 @@ def write_graphs(job: Job) -> str:
     return ", ".join(f"{name}: {len(model.graph)} nodes" for name, model in job.graphs.items())
 
 
+def write_row_graphs(job: Job) -> str:
+    """The graphs for many streams, on the weights that were just written."""
+    written = {name: ir.load(path) for name, path in job.files.items()}
+    refused = [name for name, model in written.items() if not rows.takes(model, job.spec.graphs[name])]
+    if refused:
+        return f"not possible: attention of {', '.join(refused)} is not GroupQueryAttention"
+    made = {name: rows.run(model, job.spec.graphs[name]) for name, model in written.items()}
+    job.row_files = {name: bundle.write_row_graph(model, job.folder, name) for name, model in made.items()}
+    return ", ".join(f"{name}: {len(model.graph)} nodes" for name, model in made.items())
+
+
 def write_hash_tables(job: Job) -> str:
     blt, _ = job.checkpoint.require_blt()
     if job.spec.hash is None:
@@ -221,6 +233,7 @@ def make_manifest(job: Job) -> str:
         files=files,
         parity=job.parity.rows,
         precisions=job.precisions,
+        row_graphs={name: FileRef(path.name) for name, path in job.row_files.items()},
     )
     return f"{len(files)} files, {sum(entry.bytes for entry in files.values())} bytes"
 
@@ -258,6 +271,7 @@ STEPS = (
     Step("clean up again", each(lambda model, _: cleanup.run(model))),
     Step("quantise", quantise),
     Step("write graphs", write_graphs),
+    Step("write graphs for many streams", write_row_graphs),
     Step("write hash tables", write_hash_tables),
     Step("parity", check_parity),
     Step("make the manifest", make_manifest),

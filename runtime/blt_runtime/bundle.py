@@ -59,6 +59,10 @@ class Bundle:
         """Path of a graph's ONNX file."""
         return self.path / self.manifest.graphs[group].file
 
+    def row_graph_file(self, group: str) -> Path:
+        """Path of a graph's form for many streams. Raises KeyError."""
+        return self.path / self.manifest.row_graphs[group].file
+
     def hash_tables(self) -> npt.NDArray[Any] | None:
         """All hash tables [T * rows, stored width] as stored, memory-mapped read-only; None if the model has none.
 

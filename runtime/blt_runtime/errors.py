@@ -11,6 +11,7 @@
     │   └── VersionError       1   made by a newer version of the format
     ├── CapacityError          1   the stream is full
     ├── OutOfMemory            1   memory that could not be allocated
+    ├── QueueFull              1   a scheduler has too many requests
     ├── Cancelled              1   the caller stopped a call half-way; nothing has changed
     ├── BackendError           4   a backend or device failed or is not there
     │   └── MissingExtra       4   a library is not installed; the message names the command
@@ -73,6 +74,10 @@ class CapacityError(BltError):
 
 class OutOfMemory(BltError):
     """Memory that could not be allocated."""
+
+
+class QueueFull(BltError):
+    """A scheduler that has too many requests to take another."""
 
 
 class Cancelled(BltError):

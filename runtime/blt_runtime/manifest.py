@@ -17,8 +17,9 @@ from .records import from_dict, to_dict
 from .spec import ModelSpec
 
 FORMAT = "blt-bundle"
-VERSION = 2
-"""2: hash tables say their type, patch rules that of their entropies, graphs their precision; 1 is read as float32."""
+VERSION = 3
+"""2: hash tables say their type, patch rules that of their entropies, graphs their precision; 1 is read as float32.
+3: graphs for many streams, hash tables of 8 bits."""
 FILE_NAME = "manifest.json"
 LARGEST = 16 << 20
 """Bytes of a manifest that we are willing to parse."""
@@ -70,7 +71,8 @@ class Manifest:
 
     `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is what the
     export was asked for, `precisions` what each graph's matrices are ("fp32", "int8", "int4"); a graph that is not
-    listed is as `precision` says.
+    listed is as `precision` says. `row_graphs` are the forms for many streams (`spec.row_spec`) of all graphs, on the
+    same weights; empty if there are none.
     """
 
     producer: dict[str, Any]
@@ -86,6 +88,7 @@ class Manifest:
     parity: tuple[Parity, ...] = field(default=())
     precisions: dict[str, str] = field(default_factory=dict)
     judged: Judged | None = None
+    row_graphs: dict[str, FileRef] = field(default_factory=dict)
 
     def precision_of(self, graph: str) -> str:
         """Of a graph's matrices; everything else is float32."""
@@ -117,13 +120,15 @@ class Manifest:
                 raise ManifestError(f"manifest.json uses {ref.file!r} but does not list it under 'files'")
         if set(self.graphs) != set(self.spec.graphs):
             raise ManifestError("manifest.json names different graphs under 'graphs' and 'spec'")
+        if self.row_graphs and set(self.row_graphs) != set(self.graphs):
+            raise ManifestError("manifest.json names different graphs under 'graphs' and 'row_graphs'")
         if not set(self.precisions) <= set(self.graphs):
             raise ManifestError("manifest.json names graphs under 'precisions' that it does not have")
         if (self.hash_tables is None) != (self.spec.hash is None):
             raise ManifestError("manifest.json must name hash tables exactly when 'spec' has a hash")
 
     def references(self) -> list[FileRef]:
-        return [*self.graphs.values(), *([self.hash_tables] if self.hash_tables else [])]
+        return [*self.graphs.values(), *self.row_graphs.values(), *([self.hash_tables] if self.hash_tables else [])]
 
 
 def check_precision(manifest: Manifest, wanted: str, path: str) -> None:

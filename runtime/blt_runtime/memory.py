@@ -12,6 +12,7 @@ reads.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -33,13 +34,14 @@ AHEAD = 16
 class Graph:
     """One graph of a stream: its own caches, and calls bound to the stream's buffers."""
 
-    def __init__(self, backend: Backend, spec: GraphSpec, crosses_documents: bool) -> None:
+    def __init__(
+        self, backend: Backend, spec: GraphSpec, crosses_documents: bool, caches: dict[str, Buffer] | None = None
+    ) -> None:
         self.spec = spec
         self.track = CacheTrack(spec.cache, crosses_documents)
         self._backend = backend
-        self._session = backend.session(spec.name)
-        self._caches: dict[str, Buffer] = {}
-        for output, source in spec.aliases.items():
+        self._caches = caches or {}
+        for output, source in spec.aliases.items() if caches is None else ():
             tensor = spec.tensor(source)
             buffer = backend.buffer(tensor.dtype, tensor.resolve(B=1))
             self._caches[source] = self._caches[output] = buffer
@@ -50,7 +52,7 @@ class Graph:
         return self._backend.buffer(found.dtype, found.resolve(B=1, **sizes))
 
     def bind(self, **buffers: Buffer) -> Call:
-        return self._session.bind({**buffers, **self._caches})
+        return self._backend.session(self.spec.name).bind({**buffers, **self._caches})
 
     def caches(self) -> dict[str, Buffer]:
         """Its caches by the names of the inputs."""
@@ -100,19 +102,33 @@ class Mark(NamedTuple):
 
 
 class Memory:
-    """History and buffers of one stream. `position` tokens and `patches` finished patches have been taken in."""
+    """History and buffers of one stream. `position` tokens and `patches` finished patches have been taken in.
 
-    def __init__(self, spec: ModelSpec, backend: Backend, tables: Tables | None) -> None:
+    caches, kv_ring: memory of a batch, in place of its own: by graph and tensor, and for the newest patches.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: Backend,
+        tables: Tables | None,
+        caches: Mapping[str, dict[str, Buffer]] | None = None,
+        kv_ring: Buffer | None = None,
+    ) -> None:
         self.spec = spec
-        self.graphs = {name: Graph(backend, graph, spec.chunk_crosses_documents) for name, graph in spec.graphs.items()}
+        self.graphs = {
+            name: Graph(backend, graph, spec.chunk_crosses_documents, caches[name] if caches else None)
+            for name, graph in spec.graphs.items()
+        }
         self._make_history(backend)
         self.hash: HashEmbedding | None = None
         if spec.hash is not None and tables is not None:
             self.hash = HashEmbedding(tables, spec.hash.sizes, spec.hash.functions, spec.hash.rows)
         self.pool = StatePool(self.graphs["encoder"], 2 * spec.chunk)
-        self.kv_rows = MARKS + AHEAD + spec.decoder_window
-        kv_ring = self.graphs["latent"].new("patch_kv", P=self.kv_rows)
-        self.kv_ring = kv_ring.part(0, kv_ring.shape[1:])
+        if kv_ring is None:
+            made = self.graphs["latent"].new("patch_kv", P=MARKS + AHEAD + spec.decoder_window)
+            kv_ring = made.part(0, made.shape[1:])
+        self.kv_ring, self.kv_rows = kv_ring, kv_ring.shape[0]
         self.clear()
 
     def _make_history(self, backend: Backend) -> None:
@@ -171,9 +187,10 @@ class Memory:
                 "export with a larger --capacity, or reset the stream"
             )
 
-    def place(self, ids_N: Ids) -> None:
-        """Writes ids behind the present position, with the documents they belong to; takes nothing in yet."""
-        start, end = self.position, self.position + len(ids_N)
+    def place(self, ids_N: Ids, start: int | None = None) -> None:
+        """Writes ids from `start` on (the present position), with their documents; takes nothing in yet."""
+        start = self.position if start is None else start
+        end = start + len(ids_N)
         self.ids.array[0, self.pad + start : self.pad + end] = ids_N
         _continue_documents(self.documents.array[0], start, ids_N == EOS)
         if self.entropy_documents is not self.documents:

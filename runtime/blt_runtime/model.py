@@ -52,13 +52,15 @@ class Model:
         providers: Sequence[str] | None = None,
         verify: Verify = "auto",
         precision: str | None = None,
+        many: bool = False,
     ) -> Model:
         """Opens the bundle folder `path`.
 
         backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: of one call, None lets
         the backend choose. providers: ONNX Runtime execution providers, CPU by default; one that does not
         load is an error. verify: see `Bundle.open`. precision: what the bundle must have been exported at
-        ("fp32", "int8", "int4"); None takes any. Raises UsageError, BundleError, BackendError, OutOfMemory
+        ("fp32", "int8", "int4"); None takes any. many: open the graphs for many streams, for a `Scheduler`; such a
+        model has no streams of its own. Raises UsageError, BundleError, BackendError, OutOfMemory
         or MissingExtra.
         """
         if threads is not None and not (is_whole(threads) and threads >= 1):
@@ -67,7 +69,12 @@ class Model:
         if precision is not None:
             check_precision(bundle.manifest, precision, str(path))
         spec = bundle.manifest.spec
-        return cls(spec, _backend(backend, bundle, threads, providers), bundle.hash_tables(), bundle.manifest)
+        return cls(spec, _backend(backend, bundle, threads, providers, many), bundle.hash_tables(), bundle.manifest)
+
+    @property
+    def hash_tables(self) -> Tables | None:
+        """As stored; None if the model has none."""
+        return self._hash_tables
 
     def stream(self, bos: bool = True, seed: int | None = None, overflow: Overflow = "error") -> Stream:
         """A new stream: caches for the bundle's capacity, nothing read yet but BOS. overflow "slide" lets it forget its
@@ -113,11 +120,11 @@ def _as_text(pieces: Iterator[bytes]) -> Iterator[str]:
         yield rest
 
 
-def _backend(name: str, bundle: Bundle, threads: int | None, providers: Sequence[str] | None) -> Backend:
+def _backend(name: str, bundle: Bundle, threads: int | None, providers: Sequence[str] | None, many: bool) -> Backend:
     if name == "onnx":
-        from .backends.onnx import OnnxBackend
+        from .backends.onnx import OnnxBackend, OnnxRowBackend
 
-        return OnnxBackend(bundle, threads=threads, providers=providers)
+        return (OnnxRowBackend if many else OnnxBackend)(bundle, threads=threads, providers=providers)
     if name == "null":
         from .backends.null import NullBackend
 

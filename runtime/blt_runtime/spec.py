@@ -2,14 +2,15 @@
 weights here.
 
 Letters of symbolic shapes: B rows, S bytes in this call, N byte states in the pool, P patches in this call,
-L longest patch in this call, R patches in the decoder's pool. Everything else is a number. `ModelSpec` is
+L longest patch in this call, R patches in the decoder's pool; in `row_spec` also Q rows of the caches, M most tokens
+of one row, C slots of a cache. Everything else is a number. `ModelSpec` is
 `spec` in a bundle's manifest.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .errors import ConfigError, nearest
@@ -17,7 +18,7 @@ from .hashing import PRIMES, TABLE_DTYPES, TableDtype
 from .patching import PatchRule
 
 GRAPHS = ("entropy", "encoder", "latent", "decoder")
-LETTERS = frozenset("BSNPLR")
+LETTERS = frozenset("BSNPLRQMC")
 DTYPE_BYTES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 CacheKind = Literal["ring", "window", "linear"]
 Shape = tuple[int | str | None, ...]
@@ -181,6 +182,30 @@ class ModelSpec:
             _check_tensors(graph, "input", graph.inputs, inputs)
             _check_tensors(graph, "output", graph.outputs, outputs)
             _check_cache(graph, "capacity_patches" if name == "latent" else "capacity_bytes", self)
+
+
+def row_spec(graph: GraphSpec) -> GraphSpec:
+    """The same graph for many streams: its tokens lie side by side, and belong to rows of caches [Q, heads, C, size].
+
+    slots [Q, M, 2]: (0, token) that each row feeds. back [B, S or P, 2]: (row, place) of each token. lengths [Q]:
+    entries of each row's cache behind the call, in its document, at least 1. counts [Q]: tokens of each row.
+    B is 1. C is any number of at least the longest length plus M; a window's cache keeps its capacity.
+    """
+    clock = graph.tensor("positions").shape
+    routing = tuple(
+        TensorSpec(name, "int64", shape)
+        for name, shape in (("slots", ("Q", "M", 2)), ("back", (*clock, 2)), ("lengths", ("Q",)), ("counts", ("Q",)))
+    )
+    kept = tuple(_in_rows(graph, t) for t in graph.inputs if t.name != "doc_start")
+    return replace(graph, inputs=(*kept, *routing), outputs=tuple(_in_rows(graph, t) for t in graph.outputs))
+
+
+def _in_rows(graph: GraphSpec, tensor: TensorSpec) -> TensorSpec:
+    if tensor.name not in graph.aliases and tensor.name not in graph.aliases.values():
+        return tensor
+    _, heads, slots, size = tensor.shape
+    evicts = graph.cache is not None and graph.cache.kind != "linear"
+    return replace(tensor, shape=("Q", heads, slots if evicts else "C", size))
 
 
 def _interface(spec: ModelSpec) -> dict[str, tuple[dict[str, Shape], dict[str, Shape]]]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
 from ..errors import BackendError, MissingExtra, UsageError
-from ..spec import GraphSpec
+from ..spec import GraphSpec, row_spec
 from .protocol import Buffer, Call, HostBuffer
 
 CPU = "CPUExecutionProvider"
@@ -40,6 +41,8 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 PREPACK_UP_TO = 4 << 30
+ROWS_MINIMUM = "1.32"
+"""The first onnxruntime whose GroupQueryAttention takes rows of different lengths in one call (query_seqlens)."""
 
 
 class OnnxBackend:
@@ -76,9 +79,9 @@ class OnnxBackend:
         if prepack is None:
             prepack = _weight_bytes(bundle) <= PREPACK_UP_TO
         self._sessions = {}
-        for name in bundle.manifest.spec.graphs:
+        for name, graph in bundle.manifest.spec.graphs.items():
             packed = prepack or bundle.manifest.precision_of(name) != "fp32"
-            self._sessions[name] = self._open(bundle, name, self._options(threads, spin, packed))
+            self._sessions[name] = self._open(bundle, graph, self._options(threads, spin, packed))
 
     def session(self, group: str) -> OnnxSession:
         return self._sessions[group]
@@ -96,8 +99,10 @@ class OnnxBackend:
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         return options
 
-    def _open(self, bundle: Bundle, group: str, options: Any) -> OnnxSession:
-        path = bundle.graph_file(group)
+    def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
+        return self._session(bundle.graph_file(spec.name), spec, options)
+
+    def _session(self, path: Path, spec: GraphSpec, options: Any) -> OnnxSession:
         try:
             session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # onnxruntime's own classes share no public base
@@ -106,7 +111,26 @@ class OnnxBackend:
             raise BackendError(
                 f"{self._providers[0]} did not load for {path.name}: only {session.get_providers()[0]} did"
             )
-        return OnnxSession(session, bundle.manifest.spec.graphs[group])
+        return OnnxSession(session, spec)
+
+
+class OnnxRowBackend(OnnxBackend):
+    """Runs the graphs for many streams (`RowBackend`), and only those: `session` is a UsageError.
+
+    Raises BackendError for a bundle without them, and for an onnxruntime before ROWS_MINIMUM.
+    """
+
+    def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
+        load_library(ROWS_MINIMUM)
+        if spec.name not in bundle.manifest.row_graphs:
+            raise BackendError(f"{bundle.path} has no graphs for many streams: export it again, in the flavour ort")
+        return self._session(bundle.row_graph_file(spec.name), row_spec(spec), options)
+
+    def row_session(self, group: str) -> OnnxSession:
+        return self._sessions[group]
+
+    def session(self, group: str) -> OnnxSession:
+        raise UsageError("the model was opened for many streams: use a Scheduler, or open it without many=True")
 
 
 class OnnxSession:

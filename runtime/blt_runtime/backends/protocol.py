@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,15 @@ class Backend(Protocol):
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """New memory, zeroed. Raises MemoryError."""
+        ...
+
+
+@runtime_checkable
+class RowBackend(Backend, Protocol):
+    """A backend with graphs for many streams."""
+
+    def row_session(self, group: str) -> Session:
+        """The session of a graph's form for many streams (`spec.row_spec`); the same one every time."""
         ...
 
 

@@ -1,0 +1,234 @@
+"""Many requests on one model: admitted as rows become free, moved together, cancelled at any byte.
+
+One thread does all the work (`Batch.round`), callers wait on their own requests. A request's bytes are the same alone
+and in any company.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import numpy as np
+
+from .backends.protocol import Array
+from .batch import SHARE, SLICE, Batch, Counts, Row, fitted, gather
+from .errors import BltError, Cancelled, CapacityError, QueueFull, UsageError
+from .ids import EOS, encode
+from .model import Model
+from .sampling import Sampler
+from .stream import BYTES
+from .text import StopMatcher
+
+Finish = Literal["length", "stop", "eos", "cancelled", "error"]
+
+
+class Request:
+    """A prompt and what becomes of it. Iterate over it for the bytes as they come; made by `Scheduler.submit`.
+
+    `finish` says why it ended, None before it has.
+    """
+
+    def __init__(self, ids: Array, n: int, sampler: Sampler, matcher: StopMatcher, stop_at_eos: bool) -> None:
+        self.ids, self.n = ids, n
+        self.finish: Finish | None = None
+        self.generated = 0
+        self._sampler, self._matcher, self._stop_at_eos = sampler, matcher, stop_at_eos
+        self._out: queue.SimpleQueue[bytes | BltError | None] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Ends it before the next byte, also while its prompt is read or while it waits for a row."""
+        self._cancelled.set()
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Bytes as they come (never empty), until it ends. Raises what made it fail, and Cancelled."""
+        while (piece := self._out.get()) is not None:
+            if isinstance(piece, BltError):
+                self._out.put(piece)  # whoever asks again hears it again
+                raise piece
+            yield piece
+        self._out.put(None)
+
+    def result(self) -> bytes:
+        """All bytes, when it has ended."""
+        return b"".join(self)
+
+    def _choose(self, logits_V: Array) -> int | Finish:
+        """The next id, or why the text ends here."""
+        id = self._sampler(logits_V)
+        if self._stop_at_eos and id == EOS:
+            return "eos"
+        self.generated += 1
+        if piece := self._matcher.feed(BYTES[id]):
+            self._out.put(piece)
+        if self._matcher.stopped:
+            return "stop"
+        return id if self.generated < self.n else "length"
+
+    def _end(self, finish: Finish, error: BltError | None = None) -> None:
+        if self.finish is not None:
+            return
+        rest = b"" if finish == "stop" else self._matcher.flush()
+        if rest and error is None:
+            self._out.put(rest)
+        self.finish = finish
+        self._out.put(error)
+
+
+class Scheduler:
+    """Runs requests on the rows of a `Batch`. Opened with a model (`Model.open(path, many=True)`); close it, or use it
+    as a context.
+
+    streams: requests that run at a time. capacity: bytes of one, less than the bundle's to save memory. waiting:
+    requests that may wait for a row before `submit` raises QueueFull. slice: bytes of a prompt that are read in one
+    round while others write. share: the share of rows that wait at a patch's end before the latent transformer runs
+    (`batch.gather`).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        streams: int = 16,
+        capacity: int | None = None,
+        waiting: int = 1024,
+        slice: int = SLICE,
+        share: float = SHARE,
+    ) -> None:
+        spec = fitted(model.spec, capacity)
+        self._batch = Batch(spec, model.backend, model.hash_tables, streams, slice, gather(share))
+        self._capacity, self._vocab = spec.capacity_bytes, spec.vocab_size
+        self._most = waiting
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, tuple[Row, Request]] = {}
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="blt-scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: str | bytes,
+        n: int,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Iterable[str | bytes] | str | bytes | None = None,
+        stop_at_eos: bool = True,
+    ) -> Request:
+        """A request for up to `n` bytes behind `prompt`. BOS is put in front.
+
+        Raises UsageError for arguments, CapacityError, QueueFull. A text that needs too many patches fails when that
+        shows.
+        """
+        sampler = Sampler(temperature, top_k, top_p, min_p, seed)
+        return self.submit_ids(encode(prompt, bos=True), n, sampler, StopMatcher(stop), stop_at_eos)
+
+    def submit_ids(
+        self,
+        ids: Array,
+        n: int,
+        sampler: Sampler | None = None,
+        matcher: StopMatcher | None = None,
+        stop_at_eos: bool = False,
+    ) -> Request:
+        """A request for up to `n` ids behind ids [N], taken as they are; greedily without a sampler."""
+        if n < 1 or len(ids) < 1:
+            raise UsageError("a request needs at least 1 id to begin with, and must ask for at least 1")
+        if len(ids) + n - 1 > self._capacity:
+            raise CapacityError(
+                f"{len(ids)} tokens of prompt and {n} new ones exceed the {self._capacity} that a stream holds here"
+            )
+        request = Request(ids, n, sampler or Sampler(), matcher or StopMatcher(), stop_at_eos)
+        with self._wake:
+            if self._closed:
+                raise UsageError("the scheduler is closed")
+            if len(self._waiting) >= self._most:
+                raise QueueFull(f"{self._most} requests are waiting already: try again later")
+            self._waiting.append(request)
+            self._wake.notify()
+        return request
+
+    @property
+    def counts(self) -> Counts:
+        """What was done so far."""
+        return self._batch.counts
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        return len(self._running), len(self._waiting)
+
+    def close(self) -> None:
+        """Cancels everything and ends the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        while self._wait():
+            try:
+                self._turn()
+            except Exception as error:  # the thread must live on: requests that ran fail, others come
+                failure = error if isinstance(error, BltError) else BltError(f"the scheduler failed: {error!r}")
+                for row, request in list(self._running.values()):
+                    self._leave(row, request, "error", failure)
+        for row, request in list(self._running.values()):
+            self._leave(row, request, "cancelled", Cancelled("the scheduler was closed"))
+        while self._waiting:
+            self._waiting.popleft()._end("cancelled", Cancelled("the scheduler was closed"))
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False when closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._waiting or self._running)
+            return not self._closed
+
+    def _turn(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        for row in self._batch.round():
+            _, request = self._running[row.index]
+            if row.error is not None:
+                self._leave(row, request, "error", row.error)
+                continue
+            chosen = request._choose(row.logits_V)
+            if isinstance(chosen, str):
+                self._leave(row, request, chosen)
+            else:
+                row.feed(np.array([chosen]))
+
+    def _admit(self) -> None:
+        while self._waiting and (row := self._batch.open()) is not None:
+            with self._wake:
+                request = self._waiting.popleft()
+            self._running[row.index] = row, request
+            row.feed(request.ids)
+
+    def _drop_cancelled(self) -> None:
+        for row, request in list(self._running.values()):
+            if request._cancelled.is_set():
+                self._leave(row, request, "cancelled", Cancelled("the request was cancelled"))
+        with self._wake:
+            gone = [request for request in self._waiting if request._cancelled.is_set()]
+            for request in gone:
+                self._waiting.remove(request)
+        for request in gone:
+            request._end("cancelled", Cancelled("the request was cancelled"))
+
+    def _leave(self, row: Row, request: Request, finish: Finish, error: BltError | None = None) -> None:
+        del self._running[row.index]
+        self._batch.close(row)
+        request._end(finish, error)
