@@ -14,6 +14,7 @@ from .manifest import Manifest
 from .model import Model
 from .patching import PatchRule, PatchState, patch_lengths
 from .sampling import Sampler
+from .scheduler import Request, Scheduler
 from .snapshot import Snapshot
 from .spec import ModelSpec
 from .speculate import SpeculationStats
@@ -33,7 +34,9 @@ __all__ = [
     "ModelSpec",
     "PatchRule",
     "PatchState",
+    "Request",
     "Sampler",
+    "Scheduler",
     "Score",
     "Snapshot",
     "SpeculationStats",

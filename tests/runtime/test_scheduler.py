@@ -1,0 +1,178 @@
+"""Requests on the do-nothing backend, under real threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from blt_runtime import Model, Request, Scheduler
+from blt_runtime.backends.null import NullBackend, null_spec
+from blt_runtime.backends.protocol import Buffer
+from blt_runtime.errors import BackendError, Cancelled, CapacityError, QueueFull, UsageError
+from tests.runtime.test_stream import model_of
+
+SPEC = null_spec(local_kind="window", capacity_bytes=300, capacity_patches=300)
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    with Scheduler(model_of(SPEC), streams=3, slice=4) as made:
+        yield made
+
+
+def alone(prompt: str, n: int, seed: int) -> bytes:
+    stream = model_of(SPEC).stream(seed=seed)
+    stream.append(prompt)
+    return b"".join(stream.generate(n, stop_at_eos=False))
+
+
+def test_requests_write_what_streams_write(scheduler: Scheduler) -> None:
+    asked = [(f"prompt {i} " * (1 + i), 20 + i, i) for i in range(10)]
+    requests = [scheduler.submit(p, n, seed=seed, stop_at_eos=False) for p, n, seed in asked]
+    for request, (prompt, n, seed) in zip(requests, asked, strict=True):
+        assert request.result() == alone(prompt, n, seed)
+        assert (request.finish, request.generated) == ("length", n)
+    assert scheduler.load == (0, 0)
+
+
+def test_callers_of_many_threads(scheduler: Scheduler) -> None:
+    got: dict[int, bytes] = {}
+
+    def call(i: int) -> None:
+        got[i] = scheduler.submit(f"text {i}", 15, seed=i, stop_at_eos=False).result()
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert got == {i: alone(f"text {i}", 15, i) for i in range(12)}
+
+
+def test_a_stop_string_ends_a_request(scheduler: Scheduler) -> None:
+    whole = scheduler.submit("abc", 60, seed=1, stop_at_eos=False).result()
+    stop = whole[20:22]
+    request = scheduler.submit("abc", 60, seed=1, stop=stop, stop_at_eos=False)
+    assert request.result() == whole[: whole.index(stop)]
+    assert request.finish == "stop"
+
+
+def test_cancelled_while_it_writes_and_while_it_reads(scheduler: Scheduler) -> None:
+    writing = scheduler.submit("a", 280, seed=0, stop_at_eos=False)
+    pieces = iter(writing)
+    first = next(pieces)
+    writing.cancel()
+    with pytest.raises(Cancelled):
+        for piece in pieces:
+            first += piece
+    assert writing.finish == "cancelled"
+    assert writing.generated < 280
+    reading = [scheduler.submit("b" * 250, 2, seed=0) for _ in range(6)]  # some of them wait for a row
+    for request in reading:
+        request.cancel()
+    for request in reading:
+        with pytest.raises(Cancelled):
+            request.result()
+    assert scheduler.submit("abc", 5, seed=3, stop_at_eos=False).result() == alone("abc", 5, 3)
+
+
+def test_wrong_requests_change_nothing(scheduler: Scheduler) -> None:
+    with pytest.raises(CapacityError, match="exceed the 300"):
+        scheduler.submit("x" * 200, 101)
+    with pytest.raises(UsageError, match="at least 1"):
+        scheduler.submit("x", 0)
+    with pytest.raises(UsageError, match="temperature"):
+        scheduler.submit("x", 1, temperature=-1)
+    assert scheduler.load == (0, 0)
+
+
+def test_a_full_queue_says_so() -> None:
+    gate = threading.Event()
+    with Scheduler(Model(SPEC, Gated(gate)), streams=1, waiting=2) as scheduler:
+        requests = [scheduler.submit("a", 3, stop_at_eos=False)]
+        wait_for(lambda: scheduler.load == (1, 0))
+        requests += [scheduler.submit("b", 3, stop_at_eos=False) for _ in range(2)]
+        with pytest.raises(QueueFull, match="2 requests"):
+            scheduler.submit("c", 3)
+        gate.set()
+        assert all(len(request.result()) <= 3 and request.finish == "length" for request in requests)
+
+
+def test_a_failing_backend_fails_its_requests_and_no_others() -> None:
+    backend = Failing(at=40)
+    with Scheduler(Model(SPEC, backend), streams=2, slice=4) as scheduler:
+        broken = [scheduler.submit("abc", 200, seed=i, stop_at_eos=False) for i in range(2)]
+        for request in broken:
+            with pytest.raises(BackendError, match="the 40th call"):
+                request.result()
+            assert request.finish == "error"
+        later = scheduler.submit("abc", 9, seed=4, stop_at_eos=False)
+        assert later.result() == alone("abc", 9, 4)
+
+
+def test_closing_cancels_what_runs_and_what_waits() -> None:
+    scheduler = Scheduler(model_of(SPEC), streams=1)
+    requests = [scheduler.submit("a" * 100, 190, stop_at_eos=False) for _ in range(3)]
+    scheduler.close()
+    for request in requests:
+        with pytest.raises(Cancelled, match="closed"):
+            request.result()
+    with pytest.raises(UsageError, match="closed"):
+        scheduler.submit("a", 1)
+
+
+def test_an_error_comes_again_to_who_asks_again(scheduler: Scheduler) -> None:
+    request: Request = scheduler.submit("a", 250)
+    request.cancel()
+    for _ in range(2):
+        with pytest.raises(Cancelled):
+            request.result()
+
+
+class Failing(NullBackend):
+    """Raises at one of its calls, once."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(SPEC)
+        self._left = at
+
+    def session(self, group: str) -> Failing.Session:  # type: ignore[override]
+        return Failing.Session(self, group)
+
+    class Session:
+        def __init__(self, backend: Failing, group: str) -> None:
+            self._backend, self._inner = backend, NullBackend.session(backend, group)
+            self.spec = self._inner.spec
+
+        def bind(self, buffers: dict[str, Buffer]) -> Callable[[], None]:
+            call = self._inner.bind(buffers)
+
+            def counted() -> None:
+                self._backend._left -= 1
+                if self._backend._left == 0:
+                    raise BackendError("the 40th call failed")
+                call()
+
+            return counted
+
+
+class Gated(NullBackend):
+    """Waits for a gate before it gives out a session."""
+
+    def __init__(self, gate: threading.Event) -> None:
+        super().__init__(SPEC)
+        self._gate = gate
+
+    def session(self, group: str):  # type: ignore[no-untyped-def]
+        self._gate.wait(30)
+        return super().session(group)
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.001)
