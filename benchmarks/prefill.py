@@ -140,11 +140,9 @@ def main() -> None:
 
 def report(a: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
     sizes = a.prompts.split(",")
-    print(
-        f"shape {a.shape}, float32, {a.threads} threads, {'CPU' if a.cpu else 'wall'} time, medians of {a.repeat} rounds of {a.runs}; ",
-        end="",
-    )
-    print(f"load average {os.getloadavg()[0]:.1f}\n")
+    times = "CPU" if a.cpu else "wall"
+    print(f"shape {a.shape}, float32, {a.threads} threads, {times} time, ", end="")
+    print(f"medians of {a.repeat} rounds of {a.runs}; load average {os.getloadavg()[0]:.1f}\n")
     print("| us per byte of a prompt of | " + " | ".join(f"{n} bytes" for n in sizes) + " |")
     print("|---" * (1 + len(sizes)) + "|")
     took = {e: [statistics.median(r[e][n][0] for r in rounds) / int(n) for n in sizes] for e in ENGINES}
