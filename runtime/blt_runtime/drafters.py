@@ -130,8 +130,8 @@ class LookupDrafter(Drafter):
         end, length = len(ids_N), self._length
         if end < length:
             return ()
-        if self._known > end:  # rewound; entries behind `end` fail the comparison
-            self._known = end
+        if self._known > end:  # rewound, or slid; what no longer holds fails the comparison
+            self._known = 0
         self._learn(ids_N, max(self._known, length), end)
         slot = ids_N[end - length :].astype(np.uint64) @ self._factor_G >> self._shift
         place = int(self._place[slot])

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from .backends.protocol import Backend
 from .bundle import Bundle, Verify
 from .drafters import Drafter
-from .errors import ConfigError, UsageError
+from .errors import ConfigError, OutOfMemory, UsageError
 from .hashing import Tables, check_tables
 from .manifest import Manifest, check_precision
 from .sampling import is_whole
@@ -69,7 +69,12 @@ class Model:
         if precision is not None:
             check_precision(bundle.manifest, precision, str(path))
         spec = bundle.manifest.spec
-        return cls(spec, _backend(backend, bundle, threads, providers, many), bundle.hash_tables(), bundle.manifest)
+        try:
+            return cls(spec, _backend(backend, bundle, threads, providers, many), bundle.hash_tables(), bundle.manifest)
+        except MemoryError as error:
+            raise OutOfMemory(
+                f"not enough memory to open {path} ({error}): export at fewer bits, or free some"
+            ) from error
 
     @property
     def hash_tables(self) -> Tables | None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt_runtime import PatchRule, Sampler, Stream
+from blt_runtime import LookupDrafter, PatchRule, Sampler, Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.errors import Cancelled, CapacityError, UsageError
 from blt_runtime.ids import BOS, OFFSET, encode
@@ -124,6 +124,14 @@ def test_generation_with_guesses_writes_the_same(spec: ModelSpec, speculate: str
     assert list(ahead.generate_ids(200, speculate=speculate, draft=6)) == text
     assert ahead.forgotten == plain.forgotten > 100
     assert_holds(ahead, np.concatenate([encode(b"abcabc" * 3, bos=False), text]))
+
+
+def test_lookups_find_what_a_slide_has_kept() -> None:
+    text_N = random_ids(200, seed=9)
+    drafter = LookupDrafter(256)
+    drafter.propose(text_N, 4)
+    held_N = np.concatenate([text_N[100:], text_N[120:130]])  # the half that is kept, and some of it again
+    assert drafter.propose(held_N, 4) == text_N[130:134].tolist()
 
 
 def test_every_generated_token_is_yielded_once_and_stops_work() -> None:
