@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from .manifest import FileEntry, Manifest
 Verify = Literal["auto", "full", "sizes"]
 HASH_WHOLE_BUNDLE = 1 << 30
 HASH_FILE = 16 << 20
+HASH_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,11 @@ class Bundle:
         if verify == "sizes":
             return
         everything = verify == "full" or sum(e.bytes for e in entries.values()) <= HASH_WHOLE_BUNDLE
-        for name, entry in entries.items():
-            if everything or entry.bytes <= HASH_FILE:
-                _check_content(self.path / name, entry)
+        checked = [(self.path / name, e) for name, e in entries.items() if everything or e.bytes <= HASH_FILE]
+        checked.sort(key=lambda item: -item[1].bytes)  # the largest first: two threads end together
+        with ThreadPoolExecutor(HASH_AT_ONCE) as pool:
+            for _ in pool.map(lambda item: _check_content(*item), checked):
+                pass
 
 
 def entry_of(path: Path) -> FileEntry:

@@ -209,7 +209,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
         "a linear cache of 256 is below capacity_patches 300",
     ),
     "huge chunk": (spec_with(chunk=1 << 40), ManifestError, "more than capacity_bytes 512"),
-    "bad letter": (spec_tensor(shape=["B", "Q"]), ManifestError, "'Q'"),
+    "bad letter": (spec_tensor(shape=["B", "Z"]), ManifestError, "'Z'"),
     "bad rule": (spec_with(patch_rule={"scheme": "entropy"}), ManifestError, "threshold"),
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 PREPACK_UP_TO = 4 << 30
+OPEN_AT_ONCE = 2
+"""Sessions. Opening one is one thread's work: of the 1.9 s of processor time that 1.6 GB in 8 bits take, 0.7 s go to pages
+touched for the first time, the rest to reading and packing. The latent graph is three quarters of it."""
 ROWS_MINIMUM = "1.32"
 """The first onnxruntime whose GroupQueryAttention takes rows of different lengths in one call (query_seqlens)."""
 
@@ -78,10 +82,13 @@ class OnnxBackend:
             )
         if prepack is None:
             prepack = _weight_bytes(bundle) <= PREPACK_UP_TO
-        self._sessions = {}
-        for name, graph in bundle.manifest.spec.graphs.items():
-            packed = prepack or bundle.manifest.precision_of(name) != "fp32"
-            self._sessions[name] = self._open(bundle, graph, self._options(threads, spin, packed))
+        packed = {name: prepack or bundle.manifest.precision_of(name) != "fp32" for name in bundle.manifest.graphs}
+        with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+            opening = {
+                name: pool.submit(self._open, bundle, graph, self._options(threads, spin, packed[name]))
+                for name, graph in _largest_first(bundle)
+            }
+            self._sessions = {name: opening[name].result() for name in bundle.manifest.spec.graphs}
 
     def session(self, group: str) -> OnnxSession:
         return self._sessions[group]
@@ -169,6 +176,13 @@ class OnnxSession:
             assert kept  # the addresses in `binding` belong to these buffers
 
         return call
+
+
+def _largest_first(bundle: Bundle) -> list[tuple[str, GraphSpec]]:
+    files, graphs = bundle.manifest.files, bundle.manifest.spec.graphs
+    weights = {name: files.get(bundle.graph_file(name).with_suffix(".weights").name) for name in graphs}
+    size = {name: 0 if entry is None else entry.bytes for name, entry in weights.items()}
+    return sorted(graphs.items(), key=lambda item: -size[item[0]])
 
 
 def _weight_bytes(bundle: Bundle) -> int:
