@@ -3,21 +3,28 @@
 from blt.bench.measure import Latency, Weights, at_patch_size, latency
 from blt.bench.parts import PARTS, Split, split
 from blt.bench.patches import Patching, patching
-from blt.bench.runs import Forced, Run, Text, bench_text, run
+from blt.bench.runs import Forced, Run, Text, bench_text, run, with_changes
+from blt.bench.throughput import Joined, Together, joined, texts, together
 
 __all__ = [
     "PARTS",
     "Forced",
+    "Joined",
     "Latency",
     "Patching",
     "Run",
     "Split",
     "Text",
+    "Together",
     "Weights",
     "at_patch_size",
     "bench_text",
+    "joined",
     "latency",
     "patching",
     "run",
     "split",
+    "texts",
+    "together",
+    "with_changes",
 ]

@@ -108,6 +108,21 @@ def open_model(
         yield open_torch(checkpoint, device=chosen, threads=threads, capacity=capacity)
 
 
+def check_many(path: Path) -> None:
+    """Raises UsageError unless there is a bundle at `path`."""
+    existing(path)
+    if not is_bundle(path):
+        raise UsageError(f"{path} is a checkpoint; many streams run on a bundle: blt export {path} -o DIR")
+
+
+def open_many(path: Path, threads: int | None) -> Model:
+    """The bundle at `path` for a scheduler."""
+    check_many(path)
+    from blt_runtime import Model
+
+    return Model.open(path, threads=threads, many=True)
+
+
 def _open_bundle(
     path: Path,
     backend: str,

@@ -152,6 +152,23 @@ def test_patching_alone(blt: Call, models: dict[str, Path], model: str) -> None:
     assert "bytes/s: 90 bytes" in blt("bench", "patch", models[model], "--prompt-bytes", "90").text
 
 
+def test_many_streams(blt: Call, models: dict[str, Path]) -> None:
+    arguments = ["--batch", "1,3", "--prompt-bytes", "10", "--new-bytes", "120", "--repeat", "1", "--threads", "1"]
+    report = report_of(blt("bench", "throughput", models["bundle"], *arguments, "--json"))
+    assert (report["kind"], report["prompt_bytes"], report["new_bytes"]) == ("throughput", 10, 120)
+    assert report["one_stream_bytes_per_s"] > 0
+    one, three = report["streams"]
+    assert (one["streams"], three["streams"]) == (1, 3)
+    assert one["patches_per_latent_call"] == pytest.approx(1, abs=0.2)  # a prompt's slices end more than one
+    assert one["gap_p95_while_a_prompt_is_read"] is None
+    assert 1 < three["patches_per_latent_call"] <= 3.5
+    assert three["gap_p95_s"] >= three["gap_p50_s"] > 0
+    assert three["gap_p95_while_a_prompt_is_read"] > 0
+    shown = blt("bench", "throughput", models["bundle"], *arguments).text
+    assert "one stream alone" in shown
+    assert [line.split()[0] for line in shown.splitlines()[-2:]] == ["1", "3"]
+
+
 WRONG = [
     (["latency", "{bundle}", "--new-bytes", "0"], 2, "--new-bytes 0: must be at least 2"),
     (["latency", "{bundle}", "--prompt-bytes", "0"], 2, "--prompt-bytes 0: must be at least 1"),
@@ -169,7 +186,9 @@ WRONG = [
     (["patch", "{bundle}", "--prompt-bytes", "0"], 2, "--prompt-bytes 0"),
     (["patch", "{bundle}", "--prompt-bytes", "256"], 1, "capacity of 256"),
     (["patch", "{bundle}", "--prompt-bytes", "200", "--text", "{text}"], 1, "160 bytes"),
-    (["throughput", "{bundle}"], 2, "throughput"),
+    (["throughput", "{model}"], 2, "blt export"),
+    (["throughput", "{bundle}", "--batch", "2,none"], 2, "--batch"),
+    (["throughput", "{bundle}", "--prompt-bytes", "200", "--new-bytes", "100"], 1, "a stream holds 256"),
 ]
 
 
