@@ -43,8 +43,8 @@ def _version(text: str) -> tuple[int, ...]:
 
 PREPACK_UP_TO = 4 << 30
 OPEN_AT_ONCE = 2
-"""Sessions. Opening one is one thread's work: of the 1.9 s of processor time that 1.6 GB in 8 bits take, 0.7 s go to pages
-touched for the first time, the rest to reading and packing. The latent graph is three quarters of it."""
+"""Sessions. Opening one is one thread's work: of the 1.9 s of processor time that 1.6 GB in 8 bits take, 0.7 s go to
+pages touched for the first time, the rest to reading and packing. The latent graph is three quarters of it."""
 ROWS_MINIMUM = "1.32"
 """The first onnxruntime whose GroupQueryAttention takes rows of different lengths in one call (query_seqlens)."""
 
