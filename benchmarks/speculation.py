@@ -12,7 +12,7 @@ read in a call, plain decoding's divided by those with guesses. It takes for gra
 what a call over one does, and that guesses come true as often as here.
 
 A replay forces a text upon a model (random weights will do) and lets an oracle guess it as far, and err after as many
-guesses, as was recorded round by round; so it times large shapes without their text.
+guesses, as was recorded round by round, with patches of one length; so it times large shapes without their text.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blt.bench.runs import Forced, Text, bench_text
+from blt.bench.runs import Forced, Text, bench_text, with_changes
 from blt_runtime import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter, Model, Sampler, Stream
+from blt_runtime.pace import Costs
 
 RELEASED_MB = {"entropy": 404, "encoder": 59, "latent": 5258, "decoder": 545}
 WAYS: dict[str, Callable[[Sampler], str | Drafter]] = {
@@ -33,15 +35,26 @@ WAYS: dict[str, Callable[[Sampler], str | Drafter]] = {
     "lookup": lambda _: "lookup",
     "entropy": lambda sampler: EntropyDrafter(sampler=sampler),
     "entropy>.7": lambda sampler: EntropyDrafter(0.7, sampler),
-    "decoder": lambda sampler: DecoderDrafter(sampler=sampler),
+    "decoder": lambda sampler: DecoderDrafter(0.0, sampler),
     "decoder>.3": lambda sampler: DecoderDrafter(0.3, sampler),
     "decoder>.7": lambda sampler: DecoderDrafter(0.7, sampler),
     "both": lambda sampler: FirstOf(LookupDrafter(1 << 16), DecoderDrafter(0.3, sampler)),
     "auto": lambda _: "auto",
+    "auto, 1B": lambda _: "auto",
 }
 REPLAYED = ("lookup", "entropy", "entropy>.7", "decoder", "decoder>.3", "decoder>.7")
 Rounds = list[list[int]]
 """Guesses made and guesses that came true, of every round."""
+
+
+class ReleasedCosts(Costs):
+    """Calls that take what reading the released model's weights takes at 10 GB/s, and 5 % more for each more token."""
+
+    def note(self, graph: str, n: int, seconds: float) -> None:
+        super().note(graph, n, 1e-4 * RELEASED_MB[graph] * (1 + 0.05 * (n - 1)))
+
+    def note_step(self, closed: bool, seconds: float) -> None:
+        super().note_step(closed, 1e-4 * sum(mb for graph, mb in RELEASED_MB.items() if closed or graph != "latent"))
 
 
 class Replay(Drafter):
@@ -129,15 +142,18 @@ def row_of(way: str, total: dict[str, Any], off: dict[str, Any], different: int)
 
 
 def generations(model: Model, prompts: list[bytes], temperature: float, args: Any) -> dict[str, list[Any]]:
-    stream = model.stream()
+    streams = {"auto, 1B": model.stream()}
+    streams["auto, 1B"]._speculator.costs = ReleasedCosts()
+    ordinary = model.stream()
 
     def one(way: str, prompt: bytes, seed: int) -> dict[str, Any]:
+        stream = streams.get(way, ordinary)
         sampler = Sampler(temperature, seed=seed)
         ids = Text.of(prompt + bytes(2), len(prompt), 2).prompt
         return run(stream, ids, sampler, WAYS[way](sampler), args.new_bytes, args.draft)
 
     turns = list(enumerate(prompts)) * args.repeat
-    return {way: [lambda w=way, p=p, s=s: one(w, p, s) for s, p in turns] for way in args.ways.split(",")}
+    return {way: [lambda w=way, p=p, s=s: one(w, p, s) for s, p in turns] for way in args.ways.split(";")}
 
 
 def replays(model: Model, rounds: dict[str, Rounds], args: Any) -> dict[str, list[Any]]:
@@ -150,6 +166,12 @@ def replays(model: Model, rounds: dict[str, Rounds], args: Any) -> dict[str, lis
         return run(stream, text.prompt, Forced(text.new.tolist(), 0.0), drafter, args.new_bytes, args.draft)
 
     return {way: [lambda w=way: one(w)] * args.repeat for way in ("off", *rounds)}
+
+
+def with_patches_of(model: Model, length: int) -> Model:
+    """The model, its entropy model still running for every byte, but patches all of that length."""
+    rule = replace(model.spec.patch_rule, threshold=1e9, monotonic=False, threshold_add=None, max_patch_length=length)
+    return with_changes(model, spec=replace(model.spec, patch_rule=rule))
 
 
 def show(kind: str, temperature: float, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,12 +191,14 @@ def main() -> None:
     parser.add_argument("--draft", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--temperatures", default="0,0.8")
-    parser.add_argument("--ways", default=",".join(WAYS), help="the first must be off")
+    parser.add_argument("--ways", default=";".join(WAYS), help="with ; between, off first")
     parser.add_argument("--record", type=Path, help="write the rounds of each kind and temperature here")
     parser.add_argument("--replay", type=Path, help="take the rounds from here and an oracle's guesses")
+    parser.add_argument("--patch-bytes", type=int, default=5, help="of a replay: random weights end patches anywhere")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model, rows, recorded = Model.open(args.bundle, threads=1), [], {}
+    regular = with_patches_of(model, args.patch_bytes)
     for kind, file in (pair.split("=", 1) for pair in args.kinds):
         prompts = prompts_of(Path(file), args.prompts, args.prompt_bytes)
         for temperature in map(float, args.temperatures.split(",")):
@@ -183,7 +207,7 @@ def main() -> None:
             recorded[f"{kind} {temperature}"] = {way: rounds[way] for way in rounds if way in REPLAYED}
     for name, rounds in json.loads(args.replay.read_text()).items() if args.replay else ():
         kind, temperature = name.split()
-        rows += show(f"({kind})", float(temperature), compare(replays(model, rounds, args))[0])
+        rows += show(f"({kind})", float(temperature), compare(replays(regular, rounds, args))[0])
     if args.record:
         args.record.write_text(json.dumps(recorded))
     if args.json:

@@ -95,6 +95,11 @@ class EntropyDrafter(_ModelDrafter):
     source = "entropy"
 
 
+CONFIDENCE = 0.3
+"""Of the likeliest id, below which the decoder stops guessing: the least weights read per byte at the released size, of
+0, 0.3 and 0.7 (docs/speculation.md)."""
+
+
 class DecoderDrafter(_ModelDrafter):
     """What the decoder writes when patches do not end: it goes on with the last finished one (BLT-S, arXiv 2605.08044).
 
@@ -104,6 +109,9 @@ class DecoderDrafter(_ModelDrafter):
     """
 
     source = "decoder"
+
+    def __init__(self, confidence: float = CONFIDENCE, sampler: Sampler | None = None) -> None:
+        super().__init__(confidence, sampler)
 
 
 def highest_probability(logits_V: Array) -> float:
@@ -143,6 +151,10 @@ class LookupDrafter(Drafter):
         while len(followed) < limit:  # the match runs into the end: a period repeats
             followed += followed[: limit - len(followed)]
         return followed
+
+    def forget(self) -> None:
+        """Another text follows."""
+        self._known = 0
 
     def _learn(self, ids_N: Ids, start: int, end: int) -> None:
         """Notes the places start..end (exclusive), each behind the ids that lead to it."""

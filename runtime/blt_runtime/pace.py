@@ -183,7 +183,8 @@ class Paced(Drafter):
         self._sure, self._planning, self._extending = 1.0, Cost(), Cost()
 
     def begin(self, sampler: Sampler) -> None:
-        """Guesses for that sampler from now on."""
+        """Guesses for that sampler from now on, and perhaps in another text."""
+        self._lookup.forget()
         self._choice, self._way = Choice(sampler), None
 
     def propose(self, ids_N: Ids, limit: int) -> Sequence[int]:
@@ -232,7 +233,7 @@ class Paced(Drafter):
 
     def _note_round(self, trials: Trials, seconds: float, tokens: int) -> None:
         trials.note(seconds, tokens)
-        if self._trying and seconds < tokens * self._to_beat:
+        if self._trying and tokens > 1 and seconds < tokens * self._to_beat:
             trials.again = self._turn  # tried with success: again at once
 
     def _choose(self, ways: Sequence[Way]) -> Way:

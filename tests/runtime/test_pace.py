@@ -189,6 +189,15 @@ def test_planning_in_vain_takes_a_small_share_of_the_time() -> None:
     assert 2 <= drafter._turn - before < 300
 
 
+def test_another_text_is_looked_up() -> None:
+    drafter = Paced(LookupDrafter(100), costs_of(), with_entropy=True)
+    other = encode(b"not the same but not the same ", bos=False)
+    for text in (TEXT, other):
+        drafter.begin(Sampler())
+        ways = [(list(drafter.propose(text, 3)), drafter.source) for _ in range(20)]
+        assert any(found for found, _ in ways)
+
+
 def test_what_was_learned_is_kept_for_the_next_generation() -> None:
     drafter = paced(latent=10.0)
     play(drafter, 100, {"decoder": 8})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from blt_runtime import Sampler, Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.caches import CacheTrack
-from blt_runtime.drafters import Drafter, EntropyDrafter, FirstOf, Guess, LookupDrafter, Source
+from blt_runtime.drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, Guess, LookupDrafter, Source
 from blt_runtime.errors import BackendError, CapacityError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET, encode
 from blt_runtime.patching import PatchRule
@@ -174,7 +174,8 @@ def test_the_decoder_is_never_wrong_before_a_patch_ends() -> None:
     model = model_of(spec)
     stream = model.stream()
     before = dict(model.backend.calls)
-    list(stream.generate(90, 0.7, stop_at_eos=False, speculate="decoder"))
+    sampler = Sampler(0.7, seed=0)
+    list(stream.generate_ids(90, sampler, speculate=DecoderDrafter(0.0, sampler)))
     used = {name: model.backend.calls[name] - before[name] for name in before}
     assert stream.speculation.right == stream.speculation.guesses >= 80 - 3
     assert used["encoder"] in range(90, 100)
