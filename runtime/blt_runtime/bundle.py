@@ -8,6 +8,7 @@ leaves the folder.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import stat
@@ -76,6 +77,8 @@ class Bundle:
         try:
             tables = np.load(self.path / reference.file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # no addresses to map it to
+                raise MemoryError(reference.file) from error
             raise BundleError(f"{reference.file} is not an array file: export the bundle again") from error
         shape = (spec.tables * spec.rows, stored_width(spec.dim, spec.dtype))
         if not isinstance(tables, np.ndarray) or tables.shape != shape:

@@ -65,16 +65,15 @@ class Model:
         """
         if threads is not None and not (is_whole(threads) and threads >= 1):
             raise UsageError("threads must be a whole number of at least 1")
-        bundle = Bundle.open(path, verify)
-        if precision is not None:
-            check_precision(bundle.manifest, precision, str(path))
-        spec = bundle.manifest.spec
         try:
-            return cls(spec, _backend(backend, bundle, threads, providers, many), bundle.hash_tables(), bundle.manifest)
+            bundle = Bundle.open(path, verify)
+            if precision is not None:
+                check_precision(bundle.manifest, precision, str(path))
+            chosen, spec = _backend(backend, bundle, threads, providers, many), bundle.manifest.spec
+            return cls(spec, chosen, bundle.hash_tables(), bundle.manifest)
         except MemoryError as error:
-            raise OutOfMemory(
-                f"not enough memory to open {path} ({error}): export at fewer bits, or free some"
-            ) from error
+            reason = f"not enough memory to open {path} ({error})"
+            raise OutOfMemory(f"{reason}: export at fewer bits, or free some") from error
 
     @property
     def hash_tables(self) -> Tables | None:
