@@ -26,6 +26,7 @@ from .hashing import Tables
 from .ids import Ids
 from .memory import Memory
 from .rows import Arena, Calls, LoopedCalls, RowCalls, Segment, Staging
+from .snapshot import Snapshot, put, take
 from .spec import ModelSpec
 
 SLICE = 8
@@ -145,6 +146,23 @@ class Batch:
         """Gives the row back, whatever it was doing."""
         row.begin()
         self._free.append(row)
+
+    def snapshot(self, row: Row) -> Snapshot:
+        """The state of a row that is done with its tokens, for `restore` in other rows of this batch."""
+        if not row.done or not row.placed:
+            raise UsageError("the row has tokens to take in, or none at all: there is nothing to keep yet")
+        return take(row.memory, self, row.logits_V, 0)
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Raises UsageError for a snapshot that was taken elsewhere."""
+        if not snapshot.is_of(self.spec, self):
+            raise UsageError("this snapshot was taken elsewhere: take one from the same scheduler")
+
+    def restore(self, row: Row, snapshot: Snapshot) -> None:
+        """Makes an empty row what another one was, to the last bit."""
+        put(snapshot, row.memory, row.logits_V)
+        row.placed = row.decoded = snapshot.position
+        row.stepped = snapshot.patches
 
     @property
     def active(self) -> list[Row]:

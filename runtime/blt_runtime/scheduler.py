@@ -20,6 +20,7 @@ from .errors import BltError, Cancelled, CapacityError, QueueFull, UsageError
 from .ids import EOS, encode
 from .model import Model
 from .sampling import Sampler
+from .snapshot import Snapshot
 from .stream import BYTES
 from .text import StopMatcher
 
@@ -32,8 +33,17 @@ class Request:
     `finish` says why it ended, None before it has.
     """
 
-    def __init__(self, ids: Array, n: int, sampler: Sampler, matcher: StopMatcher, stop_at_eos: bool) -> None:
-        self.ids, self.n = ids, n
+    def __init__(
+        self,
+        ids: Array,
+        n: int,
+        sampler: Sampler,
+        matcher: StopMatcher,
+        stop_at_eos: bool,
+        after: Snapshot | None,
+    ) -> None:
+        self.ids, self.n, self.after = ids, n, after
+        self.read: Snapshot | None = None
         self.finish: Finish | None = None
         self.generated = 0
         self._sampler, self._matcher, self._stop_at_eos = sampler, matcher, stop_at_eos
@@ -120,14 +130,23 @@ class Scheduler:
         seed: int | None = None,
         stop: Iterable[str | bytes] | str | bytes | None = None,
         stop_at_eos: bool = True,
+        after: Snapshot | None = None,
     ) -> Request:
-        """A request for up to `n` bytes behind `prompt`. BOS is put in front.
+        """A request for up to `n` bytes behind `prompt`. BOS is put in front, or what `read` gave as `after`.
 
         Raises UsageError for arguments, CapacityError, QueueFull. A text that needs too many patches fails when that
         shows.
         """
         sampler = Sampler(temperature, top_k, top_p, min_p, seed)
-        return self.submit_ids(encode(prompt, bos=True), n, sampler, StopMatcher(stop), stop_at_eos)
+        ids = encode(prompt, bos=after is None)
+        return self.submit_ids(ids, n, sampler, StopMatcher(stop), stop_at_eos, after)
+
+    def read(self, prefix: str | bytes) -> Snapshot:
+        """Reads BOS and a text that many prompts begin with (a system prompt) once, to go before them (`after`)."""
+        request = self._submit(Request(encode(prefix, bos=True), 0, Sampler(), StopMatcher(), False, None))
+        request.result()
+        assert request.read is not None
+        return request.read
 
     def submit_ids(
         self,
@@ -136,15 +155,21 @@ class Scheduler:
         sampler: Sampler | None = None,
         matcher: StopMatcher | None = None,
         stop_at_eos: bool = False,
+        after: Snapshot | None = None,
     ) -> Request:
         """A request for up to `n` ids behind ids [N], taken as they are; greedily without a sampler."""
         if n < 1 or len(ids) < 1:
             raise UsageError("a request needs at least 1 id to begin with, and must ask for at least 1")
-        if len(ids) + n - 1 > self._capacity:
+        if after is not None:
+            self._batch.check(after)
+        return self._submit(Request(ids, n, sampler or Sampler(), matcher or StopMatcher(), stop_at_eos, after))
+
+    def _submit(self, request: Request) -> Request:
+        tokens = len(request.ids) + (request.after.position if request.after else 0)
+        if tokens + max(0, request.n - 1) > self._capacity:
             raise CapacityError(
-                f"{len(ids)} tokens of prompt and {n} new ones exceed the {self._capacity} that a stream holds here"
+                f"{tokens} tokens of prompt and {request.n} new ones exceed the {self._capacity} that a stream holds here"
             )
-        request = Request(ids, n, sampler or Sampler(), matcher or StopMatcher(), stop_at_eos)
         with self._wake:
             if self._closed:
                 raise UsageError("the scheduler is closed")
@@ -204,6 +229,10 @@ class Scheduler:
             if row.error is not None:
                 self._leave(row, request, "error", row.error)
                 continue
+            if request.n == 0:
+                request.read = self._batch.snapshot(row)
+                self._leave(row, request, "length")
+                continue
             chosen = request._choose(row.logits_V)
             if isinstance(chosen, str):
                 self._leave(row, request, chosen)
@@ -215,6 +244,8 @@ class Scheduler:
             with self._wake:
                 request = self._waiting.popleft()
             self._running[row.index] = row, request
+            if request.after is not None:
+                self._batch.restore(row, request.after)
             row.feed(request.ids)
 
     def _drop_cancelled(self) -> None:

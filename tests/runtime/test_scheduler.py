@@ -38,6 +38,19 @@ def test_requests_write_what_streams_write(scheduler: Scheduler) -> None:
     assert scheduler.load == (0, 0)
 
 
+def test_a_prefix_is_read_once(scheduler: Scheduler) -> None:
+    prefix = scheduler.read("system prompt, read once. ")
+    before = scheduler.counts.tokens
+    requests = [scheduler.submit(f"question {i}", 20, seed=i, stop_at_eos=False, after=prefix) for i in range(5)]
+    for i, request in enumerate(requests):
+        assert request.result() == alone(f"system prompt, read once. question {i}", 20, i)
+    assert scheduler.counts.tokens - before == 5 * (len("question 0") + 19)
+    with Scheduler(model_of(SPEC), streams=1) as other, pytest.raises(UsageError, match="taken elsewhere"):
+        other.submit("question", 5, after=prefix)
+    with pytest.raises(CapacityError):
+        scheduler.submit("x" * 200, 100, after=prefix)
+
+
 def test_callers_of_many_threads(scheduler: Scheduler) -> None:
     got: dict[int, bytes] = {}
 
