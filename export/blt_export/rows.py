@@ -30,7 +30,7 @@ from blt_runtime.spec import GraphSpec, TensorSpec, row_spec
 
 from .lower.ort import CONTRIB
 from .passes import cleanup
-from .rewrite import Builder, nodes, replace, required
+from .rewrite import Builder, nodes, replace
 
 MIN_ONNXRUNTIME = "1.32"
 _PAST, _ROTARY, _OTHERS = slice(3, 5), slice(7, 10), slice(10, None)
@@ -82,7 +82,7 @@ def _route(
     if any(value is not None for value in node.inputs[_OTHERS]):
         raise ValueError("an attention with further inputs cannot be dealt out to rows")
     b = Builder(graph, node)
-    q, k, v = (b.op("GatherND", required(value), slots) for value in node.inputs[:3])
+    q, k, v = (value and b.op("GatherND", value, slots) for value in node.inputs[:3])  # packed: all in the first
     cos, sin, positions = [*node.inputs[_ROTARY], None, None, None][:3]
     if positions is not None:
         positions = b.op("GatherND", positions, slots)
