@@ -139,7 +139,7 @@ class Costs:
 
 
 class Trials:
-    """What the newest ten or so rounds of one way took, and when it is tried again though another is better."""
+    """What the newest thirty or so rounds of one way took, and when it is tried again though another is better."""
 
     def __init__(self) -> None:
         self.rounds, self._seconds, self._tokens = 0, 0.0, 0.0
@@ -151,7 +151,7 @@ class Trials:
         return self._seconds / self._tokens
 
     def note(self, seconds: float, tokens: int) -> None:
-        self._seconds, self._tokens = 0.9 * self._seconds + seconds, 0.9 * self._tokens + tokens
+        self._seconds, self._tokens = 0.97 * self._seconds + seconds, 0.97 * self._tokens + tokens
         self.rounds += 1
 
     def won(self, turn: int) -> None:
@@ -174,7 +174,11 @@ class Paced(Drafter):
         self._ways_of_models: tuple[Way, ...] = ("plain", *self._models)
         self._ways: tuple[Way, ...] = ("lookup", *self._ways_of_models)
         self._trials = {way: Trials() for way in self._ways}
-        self._shares = {model: [Share((b + 0.5) / BINS) for b in range(BINS)] for model in self._models}
+        # the decoder is right up to the patch's end however unsure it is
+        power = {"decoder": 0.5, "entropy": 1.0}
+        self._shares = {
+            model: [Share(((b + 0.5) / BINS) ** power[model]) for b in range(BINS)] for model in self._models
+        }
         self._first, self._later = Share(0.5), Share(0.8)
         self._open: dict[int, Share] = {}
         self._way: Way | None = None
