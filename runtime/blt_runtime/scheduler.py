@@ -6,6 +6,7 @@ and in any company.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections import deque
@@ -59,7 +60,7 @@ class Request:
         while (piece := self._out.get()) is not None:
             if isinstance(piece, BltError):
                 self._out.put(piece)  # whoever asks again hears it again
-                raise piece
+                raise copy.copy(piece)  # raised itself, it would tie the request to whoever asked, by its traceback
             yield piece
         self._out.put(None)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blt_runtime import Model, Stream
+from blt_runtime import Model, Scheduler, Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.backends.protocol import HostBuffer
 from blt_runtime.errors import BackendError, Cancelled, CapacityError, OutOfMemory
@@ -136,3 +136,40 @@ def test_a_thousand_streams() -> None:
 @pytest.mark.slow
 def test_ten_thousand_streams() -> None:
     assert_no_growth(model_of(null_spec(hash=HASH)), 10_000)
+
+
+ROWS = null_spec(local_kind="window", capacity_bytes=300, capacity_patches=300)
+
+
+def ask(scheduler: Scheduler, n: int) -> None:
+    """A request that ends in one way or another."""
+    request = scheduler.submit("a text, a text"[: n % 13 + 1], 3, seed=n, stop="\n" if n % 3 else None)
+    if n % 7 == 0:
+        request.cancel()
+    with suppress(Cancelled):
+        request.result()
+
+
+def assert_requests_leave_nothing(requests: int) -> None:
+    threads = threading.active_count()
+    with Scheduler(model_of(ROWS), streams=4) as scheduler:
+        for n in range(requests // 10):
+            ask(scheduler, n)
+        memory, opened = resident(), files()
+        for n in range(requests // 10, requests):
+            ask(scheduler, n)
+        assert files() == opened
+        assert resident() - memory < SLACK
+        gone = [weakref.ref(scheduler), weakref.ref(scheduler._batch)]
+    del scheduler
+    assert threading.active_count() == threads
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_thousand_requests() -> None:
+    assert_requests_leave_nothing(1000)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests() -> None:
+    assert_requests_leave_nothing(10_000)
