@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from blt_runtime import Sampler, Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.caches import CacheTrack
-from blt_runtime.drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, Guess, LookupDrafter, Source
+from blt_runtime.drafters import Choice, DecoderDrafter, Drafter, EntropyDrafter, FirstOf, Guess, LookupDrafter, Source
 from blt_runtime.errors import BackendError, CapacityError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET, encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.spec import CacheSpec, ModelSpec
+from blt_runtime.speculate import Speculate
 from tests.runtime.null_reference import compute
 from tests.runtime.test_stream import SPECS, assert_is_truth, model_of, random_ids, tables_for
 
@@ -109,8 +110,12 @@ def test_any_interruption(data: st.DataObject) -> None:
     spec = data.draw(st.sampled_from(list(ALL.values())))
     ids = random_ids(60, seed=data.draw(st.integers(0, 50)))
     stream, text = model_of(spec).stream(), [BOS]
-    oracle = Oracle(ids, 1, data.draw(st.sampled_from([0.7, 0.95, 1.0])), seed=data.draw(st.integers(0, 50)))
-    draft = data.draw(st.integers(1, 9))
+    right, source = (
+        data.draw(st.sampled_from([0.7, 0.95, 1.0])),
+        data.draw(st.sampled_from([None, "entropy", "decoder"])),
+    )
+    oracle = Oracle(ids, 1, right, source, data.draw(st.integers(0, 50)))
+    draft = data.draw(st.integers(1, 20))
     for i, id in enumerate(stream.generate_ids(len(ids), Script(ids), speculate=oracle, draft=draft)):
         text.append(id)
         event = data.draw(st.sampled_from(["none"] * 6 + ["rewind", "append", "there and back", "again"]))
@@ -236,12 +241,13 @@ def test_stop_strings_eos_and_limits_end_the_text_where_they_do_without() -> Non
 
 
 @pytest.mark.parametrize("kind", ["ring", "window", "linear"])
-def test_capacity_ends_where_it_does_without(kind: str) -> None:
+@pytest.mark.parametrize("source", [None, "entropy", "decoder"])
+def test_capacity_ends_where_it_does_without(kind: str, source: Source | None) -> None:
     for limits in ({"capacity_bytes": 40}, {"capacity_patches": 9}):
         spec = null_spec(**limits, local_kind=kind, slack=600 if kind == "linear" else 30)
         ids = random_ids(200, seed=11)
         ends = []
-        for speculate in ("off", Oracle(ids, 1, 0.9)):
+        for speculate in ("off", Oracle(ids, 1, 0.9, source)):
             stream = model_of(spec).stream()
             with pytest.raises(CapacityError):
                 list(stream.generate_ids(200, Script(ids), speculate=speculate))
@@ -278,13 +284,30 @@ def test_bad_arguments() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_guesses_that_were_not_drawn_keep_the_seeded_text(seed: int) -> None:
+@pytest.mark.parametrize("how", ["auto", "decoder", "entropy", "lookup"])
+def test_named_ways_keep_the_seeded_text(how: Speculate, seed: int) -> None:
     """The sampler draws for every byte from the target's logits, as it does without guesses."""
     spec = null_spec(slack=64, chunk=32)
     settings = {"temperature": 0.3, "top_p": 0.9, "seed": seed, "stop_at_eos": False}
     plain, stream = model_of(spec).stream(), model_of(spec).stream()
     expected = list(plain.generate(120, **settings))
-    assert list(stream.generate(120, **settings, speculate="auto")) == expected
+    assert list(stream.generate(120, **settings, speculate=how)) == expected
+
+
+def test_a_choice_ahead_is_the_samplers_own() -> None:
+    """With the same logits the guess is the id that will be drawn, wherever guesses begin, whichever are left out."""
+    rng = np.random.default_rng(2)
+    logits_NV = rng.normal(size=(40, 12)) * 2
+    sampler = Sampler(0.8, top_k=9, seed=4)
+    choice, position = Choice(sampler), 0
+    while position < 40:
+        ahead = position + rng.permutation(6)[:3]
+        choice.begin(position)
+        guessed = {n: choice(n, logits_NV[n]) for n in sorted(ahead.tolist()) if n < 40}
+        for _ in range(min(4, 40 - position)):
+            drawn = sampler(logits_NV[position])
+            assert guessed.get(position, drawn) == drawn
+            position += 1
 
 
 class TestLookup:
