@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt_runtime import Model, Sampler, Stream
+from blt_runtime import Model, PatchRule, Sampler, Stream
 from blt_runtime.backends.null import NullBackend, NullSession, null_spec
 from blt_runtime.backends.protocol import Array, Call, HostBuffer
 from blt_runtime.errors import BackendError, BltError, BundleError, Cancelled, CapacityError, OutOfMemory, UsageError
@@ -87,6 +87,17 @@ def test_a_cancelled_append_never_was(spec: ModelSpec, length: int) -> None:
         stream.append_ids(more[:20])
         stream.append_ids(more[20:], cancelled=lambda: False)
         assert_is_truth(stream, np.concatenate([plain, more]))
+
+
+def test_cancelled_after_more_patches_than_are_remembered() -> None:
+    """Caches that forget nothing would allow to resume; the patch vectors that the decoder reads are gone by then."""
+    rule = PatchRule("static", patch_size=2)
+    stream = model_of(null_spec(rule, local_kind="linear", slack=600, chunk=8)).stream()
+    first = random_ids(29, seed=1)  # the last byte reads the last finished patch
+    stream.append_ids(first)
+    with pytest.raises(Cancelled):
+        stream.append_ids(random_ids(300), cancelled=lambda: stream.position > 250)
+    assert_is_truth(stream, np.concatenate([[1], first]))
 
 
 def test_questions_come_between_chunks() -> None:
