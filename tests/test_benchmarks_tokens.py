@@ -25,7 +25,7 @@ def tokens() -> ModuleType:
 
 def test_flops_count_every_multiplication_of_a_token(tokens: ModuleType) -> None:
     model = tokens.Llama(dim=128, layers=2, vocabulary=1000)
-    block = 4 * 128 * 128 + 3 * 128 * 512  # queries, keys, values, output; gate, up, down (8/3 of 128, to a multiple of 256)
+    block = 4 * 128 * 128 + 3 * 128 * 512  # queries, keys, values, output; gate, up, down (8/3 x 128, to 256s)
     keys = (1 + 2 + 3 + 4) / 4  # of 4 tokens in 8 bytes
     token = 2 * (2 * block + 1000 * 128) + 2 * 4 * 128 * keys
     assert model.flops_per_byte(2.0, context=8) == pytest.approx(token / 2.0)

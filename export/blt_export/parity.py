@@ -21,7 +21,7 @@ Quantised graphs differ from float32 by design, so they are judged twice, beside
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def check_parity(
         if name == "entropy" and precision == "fp32":
             entropy_N = want["entropy"][0]
         _hand_on(inputs, name, want)
-    _demand(rows)
+    demand(rows)
     return ParityReport(tuple(rows), _near(entropy_N, spec, TOLERANCE["fp32"]))
 
 
@@ -254,7 +254,7 @@ def _relative_rms(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
     return math.sqrt(np.square(got - want, dtype=np.float64).mean()) / (size or 1.0)
 
 
-def _demand(rows: list[Parity]) -> None:
+def demand(rows: Sequence[Parity]) -> None:
     bad = [row for row in rows if not row.max_abs_error <= row.tolerance]
     if bad:
         worst = max(bad, key=lambda row: row.max_abs_error)

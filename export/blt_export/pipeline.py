@@ -23,13 +23,14 @@ from blt.checkpoint import Checkpoint, load, stored_tables
 from blt.model.steps import Step as ModelStep
 from blt.model.steps import make_steps
 from blt_runtime import manifest as manifests
+from blt_runtime.backends.onnx import ROWS_MINIMUM, load_library
 from blt_runtime.bundle import Bundle
-from blt_runtime.errors import BltError, UsageError
+from blt_runtime.errors import BackendError, BltError, UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype
 from blt_runtime.manifest import FileRef, Manifest, Parity
 from blt_runtime.spec import GraphSpec, ModelSpec
 
-from . import bundle, capture, judge, parity, quantize, rows
+from . import bundle, capture, judge, parity, quantize, row_parity, rows
 from .lower import ort, portable
 from .parity import ParityReport
 from .passes import (
@@ -238,6 +239,21 @@ def make_manifest(job: Job) -> str:
     return f"{len(files)} files, {sum(entry.bytes for entry in files.values())} bytes"
 
 
+def check_row_parity(job: Job) -> str:
+    assert job.manifest is not None
+    if not job.check or not job.row_files:
+        return "nothing to check"
+    try:
+        load_library(ROWS_MINIMUM)
+    except BackendError as error:
+        log.warning("the graphs for many streams were not checked: %s", error)
+        return "not possible here"
+    found = row_parity.check(Bundle(job.folder, job.manifest))
+    job.parity = replace(job.parity, rows=(*job.parity.rows, *found))
+    job.manifest = replace(job.manifest, parity=job.parity.rows)
+    return ", ".join(f"{row.output} {row.max_abs_error:.1e}" for row in found)
+
+
 def judge_on_text(job: Job) -> str:
     assert job.manifest is not None
     if not job.eval_ids:
@@ -275,6 +291,7 @@ STEPS = (
     Step("write hash tables", write_hash_tables),
     Step("parity", check_parity),
     Step("make the manifest", make_manifest),
+    Step("parity of many streams", check_row_parity),
     Step("judge on text", judge_on_text),
     Step("write manifest", write_manifest),
 )

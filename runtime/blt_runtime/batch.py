@@ -99,7 +99,8 @@ class Batch:
     """Rows of one model and the rounds that move them. Not for threads: `Scheduler` is.
 
     rows: texts at a time. slice: bytes of a prompt per round. ready: the policy (`gather`), told how many rows wait
-    for the latent transformer and how many have tokens that could go on.
+    for the latent transformer and how many have tokens that could go on. with_entropy: run the entropy model (where the
+    patch rule asks for it).
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Batch:
         rows: int,
         slice: int = SLICE,
         ready: Callable[[int, int], bool] | None = None,
+        with_entropy: bool | None = None,
     ) -> None:
         if rows < 1 or slice < 1:
             raise UsageError("a batch needs at least 1 row, and slices of at least 1 byte")
@@ -126,7 +128,7 @@ class Batch:
             self._calls = LoopedCalls(self._arena, backend, self._staging)
         self.rows = [Row(i, self._memory(backend, hash_tables, i), spec.vocab_size) for i in range(rows)]
         self._free = list(reversed(self.rows))
-        self._with_entropy = spec.patch_rule.needs_entropy
+        self._with_entropy = spec.patch_rule.needs_entropy if with_entropy is None else with_entropy
 
     def _memory(self, backend: Backend, hash_tables: Tables | None, row: int) -> Memory:
         arena = self._arena

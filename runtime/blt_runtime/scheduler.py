@@ -169,7 +169,7 @@ class Scheduler:
         tokens = len(request.ids) + (request.after.position if request.after else 0)
         if tokens + max(0, request.n - 1) > self._capacity:
             raise CapacityError(
-                f"{tokens} tokens of prompt and {request.n} new ones exceed the {self._capacity} that a stream holds here"
+                f"{tokens} tokens of prompt and {request.n} new ones exceed the {self._capacity} of a stream here"
             )
         with self._wake:
             if self._closed:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,7 @@ from blt_runtime.bundle import Bundle
 from blt_runtime.errors import CheckFailed, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule
+from blt_runtime.spec import GraphSpec
 from tests import tiny as tinies
 from tests.export.conftest import CAPACITY, CHUNK, VARIANTS, MakeJob
 
@@ -144,19 +146,17 @@ def test_boundaries_that_a_quantised_entropy_model_moves_are_counted(
 
 
 def test_the_runtime_runs_it_and_always_packs_it(mixed: ExportReport, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed: list[bool] = []
-    real = OnnxBackend._options
+    packed: dict[str, bool] = {}
+    real = OnnxBackend._open
 
-    def options(self: OnnxBackend, threads: int | None, spin: bool, prepack: bool) -> object:
-        packed.append(prepack)
-        return real(self, threads, spin, prepack)
+    def open_(self: OnnxBackend, bundle: Bundle, spec: GraphSpec, options: Any) -> object:
+        packed[spec.name] = options.get_session_config_entry("session.disable_prepacking") == "0"
+        return real(self, bundle, spec, options)
 
-    monkeypatch.setattr(OnnxBackend, "_options", options)
+    monkeypatch.setattr(OnnxBackend, "_open", open_)
     opened = Bundle.open(mixed.path)
     backend = OnnxBackend(opened, prepack=False)
-    assert dict(zip(opened.manifest.spec.graphs, packed, strict=True)) == {
-        name: name != "entropy" for name in opened.manifest.spec.graphs
-    }
+    assert packed == {name: name != "entropy" for name in opened.manifest.spec.graphs}
     stream = Model(opened.manifest.spec, backend, opened.hash_tables()).stream()
     stream.append(TEXT[:40])
     assert len(list(stream.generate_ids(20))) == 20

@@ -1,0 +1,73 @@
+"""The graphs for many streams against those of single streams, which were compared with PyTorch before: the same
+tokens, three rows in each other's company, in slices and byte by byte.
+
+The entropies of both forms differ by roundings, so rows cut their texts by a rule without entropies here; what the
+entropy model gives is compared by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from blt_runtime import Model
+from blt_runtime.backends.onnx import OnnxBackend, OnnxRowBackend
+from blt_runtime.batch import Batch, Row
+from blt_runtime.bundle import Bundle
+from blt_runtime.manifest import Parity
+from blt_runtime.patching import PatchRule
+from blt_runtime.spec import ModelSpec
+
+from .parity import TOLERANCE, demand
+
+ROWS, TOKENS, PROMPT = 3, 45, 26
+Array = npt.NDArray[np.float32]
+
+
+def check(bundle: Bundle) -> tuple[Parity, ...]:
+    """Rows of the parity table: logits of the decoder and entropies, relative to the largest. Raises CheckFailed.
+
+    Weights stay mapped where they may: a packed copy of them would not fit beside PyTorch's.
+    """
+    spec = replace(bundle.manifest.spec, patch_rule=PatchRule("static", patch_size=4))
+    tokens = min(TOKENS, spec.capacity_bytes)
+    text = np.random.default_rng(0).integers(4, spec.vocab_size, (ROWS, tokens))
+    text[:, 0] = 1
+    single = Model(spec, OnnxBackend(bundle, prepack=False), bundle.hash_tables())
+    want = [single.score(ids) for ids in text]
+    del single
+    logits, entropies = _rows(spec, bundle, text)
+    pairs = {"many streams.logits": (logits, np.array([score.logits[min(PROMPT, tokens) - 1 :] for score in want]))}
+    if entropies is not None:
+        pairs["many streams.entropy"] = (entropies, np.array([score.entropies for score in want]))
+    worst = max((bundle.manifest.precision_of(name) for name in spec.graphs), key=TOLERANCE.__getitem__)
+    found = tuple(
+        Parity(
+            name,
+            float(np.abs(got - as_).max() / max(1.0, np.abs(as_).max())),
+            TOLERANCE[worst],
+            as_.shape[0] * as_.shape[1],
+        )
+        for name, (got, as_) in pairs.items()
+    )
+    demand(found)
+    return found
+
+
+def _rows(spec: ModelSpec, bundle: Bundle, text: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
+    """Logits [ROWS, tokens behind the prompt, V], and entropies [ROWS, tokens] if there is an entropy model."""
+    backend = OnnxRowBackend(bundle, prepack=False)
+    batch = Batch(spec, backend, bundle.hash_tables(), ROWS, with_entropy="entropy" in spec.graphs)
+    rows: list[Row] = [row for row in (batch.open() for _ in text) if row is not None]
+    prompt, tokens = min(PROMPT, text.shape[1]), text.shape[1]
+    logits: list[list[Array]] = [[] for _ in rows]
+    for row, ids in zip(rows, text, strict=True):
+        row.feed(ids[:prompt])
+    while any(len(of) <= tokens - prompt for of in logits):
+        for row in batch.round():
+            logits[row.index].append(row.logits_V.copy())
+            row.feed(text[row.index, row.placed : row.placed + 1])
+    entropies = np.array([row.memory.entropies.array[0, :tokens] for row in rows])
+    return np.array(logits), entropies if "entropy" in spec.graphs else None
