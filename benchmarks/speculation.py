@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-bytes", type=int, default=512)
     parser.add_argument("--new-bytes", type=int, default=256)
-    parser.add_argument("--draft", type=int, default=8)
+    parser.add_argument("--draft", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--temperatures", default="0,0.8")
     parser.add_argument("--ways", default=";".join(WAYS), help="with ; between, off first")

@@ -35,8 +35,8 @@ from .step import StepCalls
 from .text import StopMatcher
 
 Overflow = Literal["error", "slide"]
-DRAFT = 8
-"""Ids guessed ahead at most; patches are about 5 bytes long."""
+DRAFT = 16
+"""Ids guessed ahead at most: three patches or so."""
 BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 
 
@@ -215,8 +215,8 @@ class Stream:
         """Generates up to `n` ids (greedily without a sampler); each is in the stream when it is yielded.
 
         speculate: guess up to `draft` ids ahead and check them in one pass. The same ids come out as with
-        "off"; only "entropy" with a temperature draws others, from the same distribution. "entropy" lets the entropy
-        model guess, "lookup" what followed the same bytes earlier, "auto" both while they pay; or a Drafter.
+        "off". "lookup" guesses what followed the same bytes earlier, "decoder" lets the decoder go on with the last
+        finished patch, "entropy" lets the entropy model guess, "auto" whichever pays; or a Drafter.
 
         Raises CapacityError when the stream is full and does not slide, UsageError if it is empty, or cannot speculate
         so.

@@ -180,7 +180,7 @@ def test_the_decoder_is_never_wrong_before_a_patch_ends() -> None:
     stream = model.stream()
     before = dict(model.backend.calls)
     sampler = Sampler(0.7, seed=0)
-    list(stream.generate_ids(90, sampler, speculate=DecoderDrafter(0.0, sampler)))
+    list(stream.generate_ids(90, sampler, speculate=DecoderDrafter(0.0, sampler), draft=8))
     used = {name: model.backend.calls[name] - before[name] for name in before}
     assert stream.speculation.right == stream.speculation.guesses >= 80 - 3
     assert used["encoder"] in range(90, 100)
