@@ -71,7 +71,9 @@ class Model:
                 check_precision(bundle.manifest, precision, str(path))
             chosen, spec = _backend(backend, bundle, threads, providers, many), bundle.manifest.spec
             return cls(spec, chosen, bundle.hash_tables(), bundle.manifest)
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "start new thread" not in str(error):  # its stack finds no room
+                raise
             reason = f"not enough memory to open {path} ({error})"
             raise OutOfMemory(f"{reason}: export at fewer bits, or free some") from error
 

@@ -146,29 +146,6 @@ def test_no_memory_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
     assert "half-way" in after
 
 
-TOO_LARGE = """
-import resource, sys
-import onnxruntime
-from blt_runtime import Model
-from blt_runtime.errors import OutOfMemory
-size = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize")) * 1024
-for extra in range(0, 64 << 20, 1 << 20):  # whatever is missing first
-    resource.setrlimit(resource.RLIMIT_AS, (size + extra, resource.RLIM_INFINITY))
-    try:
-        Model.open(sys.argv[1], threads=1)
-    except OutOfMemory as error:
-        print(error)
-"""
-
-
-def test_no_memory_to_open_a_bundle(bundle: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", TOO_LARGE, bundle], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        assert line.startswith(f"not enough memory to open {bundle} (")
-    assert done.stdout
-
-
 @pytest.mark.parametrize("n", [1, 15, 77, 91])
 def test_a_dropped_stream_is_gone_at_once(model: Model, n: int) -> None:
     stream = use(model, n)

@@ -338,3 +338,15 @@ def test_the_precision_that_was_asked_for(tmp_path: Path) -> None:
     Model.open(tmp_path / "b", "null", precision="int8")
     with pytest.raises(BundleError, match="was exported at int8, not fp32"):
         Model.open(tmp_path / "b", "null", precision="fp32")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no 5 bytes"), RuntimeError("can't start new thread")])
+def test_no_memory_to_open_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    write_bundle(tmp_path / "b")
+
+    def none(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("blt_runtime.model._backend", none)
+    with pytest.raises(OutOfMemory, match=f"not enough memory to open .*b \\({error}\\): export at fewer bits"):
+        Model.open(tmp_path / "b")
