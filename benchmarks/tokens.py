@@ -183,7 +183,7 @@ def run_blt(a: argparse.Namespace, precision: str, batch: int) -> dict[str, floa
     size, folder = a.prompt_bytes + a.new_bytes, bundle_of(a, precision)
     data = bench_text(batch * size)
     texts = [Text.of(data[i : i + size], a.prompt_bytes, a.new_bytes) for i in range(0, len(data), size)]
-    model = at_patch_size(Model.open(folder, threads=a.threads, verify="sizes"), texts[0], MEAN_PATCH)
+    model = at_patch_size(Model.open(folder, threads=a.threads, verify="sizes"), texts[:1], MEAN_PATCH)
     per_call = bundle_weight_bytes(Bundle.open(folder, "sizes"), 1)
     if batch == 1:
         return one_stream(model, texts[0], per_call)

@@ -204,7 +204,7 @@ def test_latency_measures_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mean", [2.0, 4.0])
 def test_a_wanted_patch_size_is_met(rule: PatchRule, mean: float) -> None:
     model, given = null_model(rule), text(30, 200)
-    chosen = at_patch_size(model, given, mean)
+    chosen = at_patch_size(model, [given], mean)
     assert model.spec.patch_rule == rule  # the model itself stays
     done = run(chosen.stream(), given, Forced(given.new.tolist(), 0.0))
     assert done.mean_patch == pytest.approx(mean, rel=0.05)
@@ -212,9 +212,9 @@ def test_a_wanted_patch_size_is_met(rule: PatchRule, mean: float) -> None:
 
 def test_a_patch_size_needs_a_threshold() -> None:
     with pytest.raises(UsageError, match="'byte'"):
-        at_patch_size(null_model(PatchRule("byte")), text(), 4.5)
+        at_patch_size(null_model(PatchRule("byte")), [text()], 4.5)
     with pytest.raises(UsageError, match="no threshold gives patches of 300"):
-        at_patch_size(null_model(), text(), 300)
+        at_patch_size(null_model(), [text()], 300)
 
 
 def test_too_much_or_too_little_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

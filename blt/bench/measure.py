@@ -114,20 +114,26 @@ def latency(
     return Latency(runs, parts, bandwidth, per_call, peak, tables, len(text.prompt))
 
 
-def at_patch_size(model: Model, text: Text, mean: float) -> Model:
-    """The same model with the threshold that cuts the new bytes into patches of `mean` bytes.
+def at_patch_size(model: Model, texts: Sequence[Text], mean: float, by_rises: bool = False) -> Model:
+    """The same model with the threshold that cuts the texts' new bytes into patches of `mean` bytes. by_rises: of how
+    much the entropy rises from byte to byte, which cuts different texts more alike where weights are random.
 
     Raises UsageError if no threshold does, or if the rule has none.
     """
     rule = model.spec.patch_rule
     if not rule.needs_entropy:
         raise UsageError(f"--patch-size chooses a threshold, but this model cuts text by the scheme {rule.scheme!r}")
+    if by_rises:
+        rule = replace(rule, monotonic=True, threshold_add=None)
+    tails = [_tail(model, text) for text in texts]
+    return with_changes(model, spec=replace(model.spec, patch_rule=find_rule(rule, tails, mean)))
+
+
+def _tail(model: Model, text: Text) -> Piece:
+    """The new bytes with their entropies; the last id of the prompt stands as BOS."""
     text.check_room(model.spec.capacity_bytes)
-    ids_N = np.concatenate([[BOS], text.prompt, text.new])
-    entropies_N = model.score(ids_N).entropies
-    n = len(text.new)
-    tail = Piece(np.concatenate([[BOS], text.new]), entropies_N[-n - 1 :])  # the last id of the prompt stands as BOS
-    return with_changes(model, spec=replace(model.spec, patch_rule=find_rule(rule, [tail], mean)))
+    entropies_N = model.score(np.concatenate([[BOS], text.prompt, text.new])).entropies
+    return Piece(np.concatenate([[BOS], text.new]), entropies_N[-len(text.new) - 1 :])
 
 
 def _tables_bytes(model: Model) -> int | None:

@@ -21,6 +21,8 @@ from blt_runtime import Model, Request, Scheduler
 from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.ids import BOS
 
+SHIFT = 3
+
 
 class Stamped(Forced):
     """A forced sampler that notes when it was asked (seconds of `time.perf_counter`)."""
@@ -64,9 +66,9 @@ class Joined:
 
 
 def texts(data: bytes, streams: int, prompt_bytes: int, new_bytes: int) -> list[Text]:
-    """A text for each stream: the same bytes, begun at different places, so that patches end at different times."""
-    shift = max(1, len(data) // streams)
-    return [Text.of(data[i * shift :] + data[: i * shift], prompt_bytes, new_bytes) for i in range(streams)]
+    """A text for each stream: the same bytes, begun a few later each, so that patches end at different times, and are
+    as long as in the first."""
+    return [Text.of(data[SHIFT * i :], prompt_bytes, new_bytes) for i in range(streams)]
 
 
 def together(model: Model, given: Sequence[Text], temperature: float, share: float, slice: int) -> Together:

@@ -17,7 +17,7 @@ from blt.cli.inspect import precision_text
 from blt_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from blt.bench import Joined, Latency, Together, Weights
+    from blt.bench import Joined, Latency, Run, Text, Together, Weights
     from blt_runtime import Model
     from blt_runtime.speculate import Speculate, SpeculationStats
 
@@ -73,7 +73,7 @@ def latency(
     ) as opened:
         open_s = time.perf_counter() - began
         if patch_size is not None:
-            opened = bench.at_patch_size(opened, given, patch_size)
+            opened = bench.at_patch_size(opened, [given], patch_size)
         found = bench.latency(
             opened,
             given,
@@ -120,19 +120,20 @@ def throughput(
     sizes = [options.parse_size(size, "--batch", at_least=1) for size in batch.split(",")]
     prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
     new_n = options.parse_size(new_bytes, "--new-bytes", at_least=16)
-    data = _text(text, max(4096, 2 * (prompt_n + new_n)))
-    given = bench.Text.of(data, prompt_n, new_n)
+    data = _text(text, bench.SHIFT * max(sizes) + prompt_n + new_n)
+    given = bench.texts(data, max(sizes), prompt_n, new_n)
     models.check_many(model)
     with models.open_model(model, threads=threads, precision=precision) as single:
-        given.check_room(single.spec.capacity_bytes)
-        single = single if patch_size is None else bench.at_patch_size(single, given, patch_size)
-        spec, new = single.spec, given.new.tolist()
-        alone = [bench.run(single.stream(), given, bench.Forced(new, temperature)) for _ in range(1 + repeat)]
+        given[0].check_room(single.spec.capacity_bytes)
+        if patch_size is not None:
+            single = bench.at_patch_size(single, given, patch_size, by_rises=True)
+        spec = single.spec
+        alone = [_alone(single, given[i % len(given)], temperature) for i in range(1 + repeat)]
     del single  # a large model fits into memory once
     opened = bench.with_changes(models.open_many(model, threads), spec=spec)
     rows = []
     for streams in sizes:
-        texts = bench.texts(data, streams, prompt_n, new_n)
+        texts = given[:streams]
         runs = [bench.together(opened, texts, temperature, share, slice) for _ in range(repeat)]
         joins = bench.joined(opened, texts, temperature, share, slice) if streams > 1 else None
         rows.append(_throughput_row(runs, joins))
@@ -145,6 +146,7 @@ def throughput(
         "share": share,
         "slice": slice,
         "one_stream_bytes_per_s": statistics.median(run.bytes_per_s for run in alone[1:]),
+        "one_stream_mean_patch_bytes": statistics.median(run.mean_patch for run in alone[1:]),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "streams": rows,
     }
@@ -274,6 +276,12 @@ def latency_report(found: Latency) -> dict[str, Any]:
     }
 
 
+def _alone(model: Model, text: Text, temperature: float) -> Run:
+    from blt import bench
+
+    return bench.run(model.stream(), text, bench.Forced(text.new.tolist(), temperature))
+
+
 def _throughput_row(runs: list[Together], joins: Joined | None) -> dict[str, Any]:
     """Medians of the runs."""
 
@@ -340,7 +348,8 @@ def _show(report: dict[str, Any], found: Latency) -> None:
 def _show_throughput(report: dict[str, Any]) -> None:
     one = report["one_stream_bytes_per_s"]
     title = (
-        f"{report['model']}, {report['precision']}: one stream alone {one:,.1f} bytes/s; prompts of "
+        f"{report['model']}, {report['precision']}: one stream alone {one:,.1f} bytes/s at patches of "
+        f"{report['one_stream_mean_patch_bytes']:.2f}; prompts of "
         f"{report['prompt_bytes']:,} bytes, {report['new_bytes']:,} new ones, load {report['load_average']}"
     )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)

@@ -7,6 +7,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from .errors import InputError
+
 BOE: Final = 0
 """Also the padding id, and the zero before the start of a row in the hash windows."""
 BOS: Final = 1
@@ -37,3 +39,14 @@ def decode(ids: npt.ArrayLike) -> bytes:
     if ids_N.size and (ids_N.min() < 0 or ids_N.max() >= VOCAB):
         raise ValueError(f"ids must lie in 0..{VOCAB - 1}")
     return (ids_N[ids_N >= OFFSET] - OFFSET).astype(np.uint8).tobytes()
+
+
+def checked_ids(ids: npt.ArrayLike, vocab_size: int) -> Ids:
+    """A caller's ids as [N] int64. Raises InputError for anything else, and for ids outside the vocabulary."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError("ids must be a list of whole numbers")
+    ids_N = array.astype(np.int64)
+    if len(ids_N) and (ids_N.min() < 0 or ids_N.max() >= vocab_size):
+        raise InputError(f"ids must lie in 0..{vocab_size - 1}")
+    return ids_N

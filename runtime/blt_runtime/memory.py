@@ -11,6 +11,7 @@ reads.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 
 from .backends.protocol import Array, Backend, Buffer, Call
 from .caches import CacheTrack
-from .errors import CapacityError
+from .errors import CapacityError, OutOfMemory
 from .hashing import HashEmbedding, Tables
 from .ids import EOS, NEWLINE, Ids
 from .patching import PatchState
@@ -104,7 +105,8 @@ class Mark(NamedTuple):
 class Memory:
     """History and buffers of one stream. `position` tokens and `patches` finished patches have been taken in.
 
-    caches, kv_ring: memory of a batch, in place of its own: by graph and tensor, and for the newest patches.
+    caches, kv_ring: memory of a batch, in place of its own: by graph and tensor, and for the newest patches. Raises
+    MemoryError.
     """
 
     def __init__(
@@ -115,6 +117,8 @@ class Memory:
         caches: Mapping[str, dict[str, Buffer]] | None = None,
         kv_ring: Buffer | None = None,
     ) -> None:
+        if stream_bytes(spec) > sys.maxsize:
+            raise MemoryError("more than there are addresses")
         self.spec = spec
         self.graphs = {
             name: Graph(backend, graph, spec.chunk_crosses_documents, caches[name] if caches else None)
@@ -255,3 +259,18 @@ def _continue_documents(documents_N: Ids, start: int, ends_N: Array) -> None:
     """doc_start of the tokens behind `start`: a document begins behind every true place of ends."""
     after_N = np.where(ends_N, np.arange(start + 1, start + 1 + len(ends_N)), documents_N[start])
     documents_N[start + 1 : start + 1 + len(ends_N)] = np.maximum.accumulate(after_N)
+
+
+def stream_bytes(spec: ModelSpec) -> int:
+    """Bytes of a stream's caches and history, once all of it is in use."""
+    history = 36 * spec.capacity_bytes + 16 * spec.capacity_patches
+    return history + sum(graph.cache_bytes() for graph in spec.graphs.values())
+
+
+def out_of_memory(spec: ModelSpec, error: MemoryError) -> OutOfMemory:
+    """What to say when a stream's memory cannot be had."""
+    capacity = f"{spec.capacity_bytes:,} bytes and {spec.capacity_patches:,} patches"
+    return OutOfMemory(
+        f"not enough memory ({error}): a stream of {capacity} takes up to {stream_bytes(spec):,} bytes; "
+        "export with a smaller --capacity, or keep fewer streams"
+    )

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .errors import RuleError
+from .errors import InputError, RuleError
 from .ids import BPE, OFFSET, Ids
 from .records import from_dict, to_dict
 
@@ -136,6 +136,16 @@ def closes_from_lengths(lengths: npt.ArrayLike) -> Bools:
     closes_N = np.zeros(int(lengths_P.sum()) - 1, dtype=np.bool_)
     closes_N[np.cumsum(lengths_P)[:-1] - 1] = True
     return closes_N
+
+
+def checked_closes(lengths: npt.ArrayLike, n_ids: int) -> Bools:
+    """The same of a caller's lengths for `n_ids` ids. Raises InputError."""
+    lengths_P = np.trim_zeros(np.asarray(lengths).reshape(-1), "b")  # the reference pads with zeros
+    if lengths_P.size == 0 or lengths_P.dtype.kind not in "iu" or lengths_P.min() < 1:
+        raise InputError("patch lengths must be whole numbers of at least 1")
+    if lengths_P.sum() != n_ids + 1 or lengths_P[0] != 1:
+        raise InputError(f"patch lengths must begin with 1 and sum to {n_ids + 1} (the ids and one next token)")
+    return closes_from_lengths(lengths_P)
 
 
 def _check(rule: PatchRule, ids_N: Ids, entropies: npt.ArrayLike | None) -> Floats:

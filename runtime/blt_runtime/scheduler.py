@@ -18,7 +18,8 @@ import numpy as np
 from .backends.protocol import Array
 from .batch import SHARE, SLICE, Batch, Counts, Row, fitted, gather
 from .errors import BltError, Cancelled, CapacityError, QueueFull, UsageError
-from .ids import EOS, encode
+from .ids import EOS, checked_ids, encode
+from .memory import out_of_memory
 from .model import Model
 from .sampling import Sampler
 from .snapshot import Snapshot
@@ -97,7 +98,7 @@ class Scheduler:
     streams: requests that run at a time. capacity: bytes of one, less than the bundle's to save memory. waiting:
     requests that may wait for a row before `submit` raises QueueFull. slice: bytes of a prompt that are read in one
     round while others write. share: the share of rows that wait at a patch's end before the latent transformer runs
-    (`batch.gather`).
+    (`batch.gather`). Raises UsageError, and OutOfMemory for more streams than fit.
     """
 
     def __init__(
@@ -110,7 +111,10 @@ class Scheduler:
         share: float = SHARE,
     ) -> None:
         spec = fitted(model.spec, capacity)
-        self._batch = Batch(spec, model.backend, model.hash_tables, streams, slice, gather(share))
+        try:
+            self._batch = Batch(spec, model.backend, model.hash_tables, streams, slice, gather(share))
+        except MemoryError as error:
+            raise out_of_memory(spec, error) from error
         self._capacity, self._vocab = spec.capacity_bytes, spec.vocab_size
         self._most = waiting
         self._waiting: deque[Request] = deque()
@@ -159,6 +163,7 @@ class Scheduler:
         after: Snapshot | None = None,
     ) -> Request:
         """A request for up to `n` ids behind ids [N], taken as they are; greedily without a sampler."""
+        ids = checked_ids(ids, self._vocab)
         if n < 1 or len(ids) < 1:
             raise UsageError("a request needs at least 1 id to begin with, and must ask for at least 1")
         if after is not None:

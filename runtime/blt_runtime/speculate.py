@@ -23,7 +23,6 @@ Letters: S tokens of a pass (the certain one and S - 1 guesses), V vocabulary, W
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -73,7 +72,7 @@ class Speculation:
 
     def __init__(self, of: Speculator, calls: PassCalls, drafter: Drafter, sampler: Sampler) -> None:
         self._memory, self._steps, self._stats, self._costs = of.memory, of.steps, of.stats, of.costs
-        self._plain, self._calls, self._drafter, self._sampler = of.plain_step, calls, drafter, sampler
+        self._calls, self._drafter, self._sampler = calls, drafter, sampler
         self._with_entropy = of.memory.spec.patch_rule.needs_entropy
         self._graphs = [
             graph
@@ -138,7 +137,7 @@ class Speculation:
         return self._memory.entropies.array[0, t].item() if self._with_entropy else 0.0
 
     def _round(self, id: int, t: int) -> None:
-        """Takes in `id` as `Stream._step` does, and guesses behind it in the same calls."""
+        """Takes in `id` as `StepCalls.take` does, and guesses behind it in the same calls."""
         self._start = self._end = t
         self._steps.set_token(id, t)
         limit = max(0, self._limit(t))
@@ -161,7 +160,7 @@ class Speculation:
     def _step(self, id: int) -> None:
         """Nothing is guessed: a plain step, which is a little cheaper than a pass over one token."""
         stats, patches, began = self._stats, self._memory.patches, time.perf_counter()
-        self._plain(id)
+        self._steps.take(id)
         closed = self._memory.patches > patches
         self._costs.note_step(closed, time.perf_counter() - began)
         stats.passes += 1
@@ -306,11 +305,10 @@ class Speculation:
 
 
 class Speculator:
-    """Starts runs with guesses on one stream. Its calls are made for the first, and kept. plain_step: takes in one
-    token without any guess."""
+    """Starts runs with guesses on one stream. Its calls are made for the first, and kept."""
 
-    def __init__(self, memory: Memory, steps: StepCalls, plain_step: Callable[[int], None]) -> None:
-        self.memory, self.steps, self.plain_step = memory, steps, plain_step
+    def __init__(self, memory: Memory, steps: StepCalls) -> None:
+        self.memory, self.steps = memory, steps
         self.stats, self.costs = SpeculationStats(), Costs()
         self._calls: PassCalls | None = None
         self._paced: Paced | None = None

@@ -8,23 +8,22 @@ allocates nothing.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from .backends.protocol import Array, Backend
 from .drafters import Drafter
-from .errors import Cancelled, CapacityError, InputError, OutOfMemory, UsageError, nearest
+from .errors import Cancelled, CapacityError, InputError, UsageError, nearest
 from .hashing import Tables
-from .ids import BOS, EOS, OFFSET, Ids, encode
-from .memory import Memory
-from .patching import closes_from_lengths
+from .ids import BOS, EOS, OFFSET, Ids, checked_ids, encode
+from .memory import Memory, out_of_memory
+from .patching import checked_closes, closes_from_lengths
 from .patching import patch_lengths as rule_lengths
 from .prefill import Cancel, Prefill
 from .sampling import Sampler, generator
@@ -82,13 +81,13 @@ class Stream:
         self._owner = backend
         self._slides = _slides(overflow, spec, bos)
         try:
-            self._memory = _memory(spec, backend, hash_tables)
+            self._memory = Memory(spec, backend, hash_tables)
             self._calls = StepCalls(self._memory)
         except MemoryError as error:
-            raise _out_of_memory(spec, error) from error
+            raise out_of_memory(spec, error) from error
         self._step = self._calls.take
         self._prefill = Prefill(self._memory)
-        self._speculator = Speculator(self._memory, self._calls, self._step)
+        self._speculator = Speculator(self._memory, self._calls)
         self._turns = 0
         self._forgotten = 0
         self._random = generator(seed)
@@ -142,7 +141,7 @@ class Stream:
         cancelled: asked before every chunk, such as the `is_set` of an event that another thread sets. Once it says
         yes, the stream goes back to what it was, as `rewind` does, and Cancelled is raised.
         """
-        ids_N = _checked(ids, self.spec.vocab_size)
+        ids_N = checked_ids(ids, self.spec.vocab_size)
         with self._exclusive():
             self._take(ids_N, cancelled)
 
@@ -238,10 +237,10 @@ class Stream:
         patch_lengths [P] (first 1, sum N + 1) take the place of the patch rule. The stream is reset
         afterwards.
         """
-        ids_N = _checked(ids, self.spec.vocab_size)
+        ids_N = checked_ids(ids, self.spec.vocab_size)
         if not len(ids_N):
             raise InputError("there is nothing to score: no ids")
-        closes_N = None if patch_lengths is None else _checked_closes(patch_lengths, len(ids_N))
+        closes_N = None if patch_lengths is None else checked_closes(patch_lengths, len(ids_N))
         if closes_N is None and self.spec.patch_rule.scheme == "bpe":  # a delimiter in last place closes nothing
             closes_N = closes_from_lengths(rule_lengths(self.spec.patch_rule, ids_N))
         logits_NV = np.empty((len(ids_N), self.spec.vocab_size), dtype=np.float32)
@@ -375,7 +374,7 @@ class Stream:
             self._damaged = False
             raise
         except MemoryError as error:
-            raise _out_of_memory(self.spec, error) from error
+            raise out_of_memory(self.spec, error) from error
         finally:
             self._lock.release()
 
@@ -394,42 +393,3 @@ def _newest_half(ids_N: Ids, room: int) -> Ids:
     bytes_N = ids_N[start : start + 4] - OFFSET
     whole_N = np.flatnonzero((bytes_N < 0x80) | (bytes_N > 0xBF))
     return ids_N[start + (int(whole_N[0]) if len(whole_N) else 0) :]
-
-
-def _memory(spec: ModelSpec, backend: Backend, hash_tables: Tables | None) -> Memory:
-    if _stream_bytes(spec) > sys.maxsize:
-        raise MemoryError("more than there are addresses")
-    return Memory(spec, backend, hash_tables)
-
-
-def _stream_bytes(spec: ModelSpec) -> int:
-    """Of a stream's caches and history, once all of it is in use."""
-    history = 36 * spec.capacity_bytes + 16 * spec.capacity_patches
-    return history + sum(graph.cache_bytes() for graph in spec.graphs.values())
-
-
-def _out_of_memory(spec: ModelSpec, error: MemoryError) -> OutOfMemory:
-    capacity = f"{spec.capacity_bytes:,} bytes and {spec.capacity_patches:,} patches"
-    return OutOfMemory(
-        f"not enough memory ({error}): a stream of {capacity} takes up to {_stream_bytes(spec):,} bytes; "
-        "export with a smaller --capacity, or keep fewer streams"
-    )
-
-
-def _checked(ids: npt.ArrayLike, vocab_size: int) -> Ids:
-    array = np.asarray(ids)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InputError("ids must be a list of whole numbers")
-    ids_N = array.astype(np.int64)
-    if len(ids_N) and (ids_N.min() < 0 or ids_N.max() >= vocab_size):
-        raise InputError(f"ids must lie in 0..{vocab_size - 1}")
-    return ids_N
-
-
-def _checked_closes(lengths: npt.ArrayLike, n_ids: int) -> npt.NDArray[Any]:
-    lengths_P = np.trim_zeros(np.asarray(lengths).reshape(-1), "b")  # the reference pads with zeros
-    if lengths_P.size == 0 or lengths_P.dtype.kind not in "iu" or lengths_P.min() < 1:
-        raise InputError("patch lengths must be whole numbers of at least 1")
-    if lengths_P.sum() != n_ids + 1 or lengths_P[0] != 1:
-        raise InputError(f"patch lengths must begin with 1 and sum to {n_ids + 1} (the ids and one next token)")
-    return closes_from_lengths(lengths_P)
