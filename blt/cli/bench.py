@@ -48,7 +48,7 @@ def latency(
         float | None, typer.Option(min=1.0, help="Choose the threshold that gives this mean patch (default: its own).")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
-    speculate: Annotated[str, typer.Option(help="Guess ahead: off, auto, decoder, entropy or lookup.")] = "off",
+    speculate: Annotated[str, typer.Option(help="Guess ahead: off, auto, lookup, decoder, lookup+decoder or entropy.")] = "off",
     text: TextFile = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw where the time goes as .png or .html.")] = None,
     backend: options.Backend = "auto",

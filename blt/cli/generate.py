@@ -115,7 +115,7 @@ def generate(
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Write everything at the end.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Speed and mean patch size on stderr.")] = False,
     speculate: Annotated[
-        str, typer.Option(help="Guess bytes ahead, check them in one pass: off, auto, decoder, entropy or lookup.")
+        str, typer.Option(help="Guess ahead, check in one pass: off, auto, lookup, decoder, lookup+decoder or entropy.")
     ] = "off",
     overflow: Annotated[
         str, typer.Option(help="When the text outgrows the model: error, or slide, which forgets its older half.")

@@ -29,7 +29,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from .backends.protocol import Array
-from .drafters import DecoderDrafter, Drafter, EntropyDrafter, LookupDrafter
+from .drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
 from .errors import UsageError, nearest
 from .ids import Ids
 from .memory import AHEAD, Mark, Memory
@@ -38,7 +38,7 @@ from .passes import PassCalls, longest_pass
 from .sampling import Sampler, is_whole
 from .step import StepCalls
 
-Speculate = Literal["off", "auto", "decoder", "entropy", "lookup"]
+Speculate = Literal["off", "auto", "decoder", "entropy", "lookup", "lookup+decoder"]
 
 
 @dataclass
@@ -334,6 +334,8 @@ class Speculator:
             return LookupDrafter(spec.capacity_bytes)
         if name == "decoder":
             return DecoderDrafter(sampler=sampler)
+        if name == "lookup+decoder":
+            return FirstOf(LookupDrafter(spec.capacity_bytes), DecoderDrafter(sampler=sampler))
         if name == "entropy" and not with_entropy:
             raise UsageError("speculate 'entropy' needs a model whose patch rule reads entropies: choose 'decoder'")
         if name == "entropy":

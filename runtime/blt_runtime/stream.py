@@ -215,7 +215,8 @@ class Stream:
 
         speculate: guess up to `draft` ids ahead and check them in one pass. The same ids come out as with
         "off". "lookup" guesses what followed the same bytes earlier, "decoder" lets the decoder go on with the last
-        finished patch, "entropy" lets the entropy model guess, "auto" whichever pays; or a Drafter.
+        finished patch, "lookup+decoder" the one or else the other, "entropy" lets the entropy model guess, "auto"
+        whichever pays; or a Drafter.
 
         Raises CapacityError when the stream is full and does not slide, UsageError if it is empty, or cannot speculate
         so.

@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["auto", "decoder", "entropy", "lookup"])
+@pytest.mark.parametrize("how", ["auto", "decoder", "entropy", "lookup", "lookup+decoder"])
 def test_the_text_is_the_same(blt: Call, model: Path, how: str) -> None:
     options = ["-n", 60, "--temperature", 0, "--ignore-eos", "--json"]
     plain = json.loads(blt("generate", model, TEXT, *options).text)

@@ -138,7 +138,7 @@ def test_any_interruption(data: st.DataObject) -> None:
 
 
 @specs
-@pytest.mark.parametrize("how", ["lookup", "decoder", "entropy", "auto"])
+@pytest.mark.parametrize("how", ["lookup", "decoder", "lookup+decoder", "entropy", "auto"])
 def test_named_drafters_change_nothing(spec: ModelSpec, how: str) -> None:
     plain, guessed = model_of(spec).stream(), model_of(spec).stream()
     for stream in (plain, guessed):
@@ -284,7 +284,7 @@ def test_bad_arguments() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("how", ["auto", "decoder", "entropy", "lookup"])
+@pytest.mark.parametrize("how", ["auto", "decoder", "entropy", "lookup", "lookup+decoder"])
 def test_named_ways_keep_the_seeded_text(how: Speculate, seed: int) -> None:
     """The sampler draws for every byte from the target's logits, as it does without guesses."""
     spec = null_spec(slack=64, chunk=32)
