@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from blt.bench.runs import Forced, Text
 from blt_runtime import Model, Request, Scheduler
+from blt_runtime.batch import Counts
 from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.ids import BOS
 
@@ -25,14 +26,17 @@ SHIFT = 3
 
 
 class Stamped(Forced):
-    """A forced sampler that notes when it was asked (seconds of `time.perf_counter`)."""
+    """A forced sampler that notes when it was asked (seconds of `time.perf_counter`), and what was done until then."""
 
-    def __init__(self, ids: Iterable[int], temperature: float) -> None:
+    def __init__(self, ids: Iterable[int], temperature: float, scheduler: Scheduler) -> None:
         super().__init__(ids, temperature)
         self.stamps: list[float] = []
+        self.counts: list[Counts] = []
+        self._scheduler = scheduler
 
     def __call__(self, logits_V: NDArray[Any]) -> int:
         self.stamps.append(time.perf_counter())
+        self.counts.append(replace(self._scheduler.counts))
         return super().__call__(logits_V)
 
 
@@ -75,47 +79,49 @@ def together(model: Model, given: Sequence[Text], temperature: float, share: flo
     """Runs one request for each text. Raises CapacityError if one does not fit, UsageError if they never all write."""
     with _scheduler(model, given, share, slice) as scheduler:
         _run(scheduler, [replace(text, new=text.new[:8]) for text in given], temperature)  # bound calls, threads
-        counts = replace(scheduler.counts)
         began = time.perf_counter()
-        stamps = _run(scheduler, given, temperature)
-        patches, calls = scheduler.counts.patches - counts.patches, scheduler.counts.latent_calls - counts.latent_calls
-        tokens = scheduler.counts.tokens - counts.tokens
-    start, end = max(s[0] for s in stamps), min(s[-1] for s in stamps)
+        samplers = _run(scheduler, given, temperature)
+    first = max(samplers, key=lambda s: s.stamps[0])
+    last = min(samplers, key=lambda s: s.stamps[-1])
+    start, end = first.stamps[0], last.stamps[-1]
     if start >= end:
         raise UsageError("the first stream was done before the last one wrote: measure with more --new-bytes")
-    inside = [[at for at in s if start <= at <= end] for s in stamps]
-    gaps = [gap for s in inside for gap in np.diff(s).tolist()]
+    gaps = [gap for s in samplers for gap in _gaps(s.stamps, start, end)]
+    patches = last.counts[-1].patches - first.counts[0].patches
     return Together(
         len(given),
-        sum(max(0, len(s) - 1) for s in inside) / (end - start),
-        statistics.median(s[0] - began for s in stamps),
+        len(gaps) / (end - start),
+        statistics.median(s.stamps[0] - began for s in samplers),
         gaps,
-        patches / max(1, calls),
-        tokens / max(1, patches),
+        patches / max(1, last.counts[-1].latent_calls - first.counts[0].latent_calls),
+        (last.counts[-1].tokens - first.counts[0].tokens) / max(1, patches),
     )
 
 
 def joined(model: Model, given: Sequence[Text], temperature: float, share: float, slice: int) -> Joined:
-    """All texts but the last write; when a quarter is written, the last one's prompt is read."""
+    """All texts but the last write; when a quarter is written, the last one's prompt is read. Raises UsageError if they
+    were too fast for that."""
     with _scheduler(model, given, share, slice) as scheduler:
         _run(scheduler, [replace(text, new=text.new[:8]) for text in given], temperature)
-        writers = [Stamped(text.new.tolist(), temperature) for text in given[:-1]]
+        writers = [Stamped(text.new.tolist(), temperature, scheduler) for text in given[:-1]]
         requests = [_submit(scheduler, text, w) for text, w in zip(given[:-1], writers, strict=True)]
-        quarter = len(given[0].new) // 4
-        while min(len(w.stamps) for w in writers) < quarter:
-            time.sleep(0.002)
-        newcomer = Stamped(given[-1].new[:2].tolist(), temperature)
+        while min(len(w.stamps) for w in writers) < len(given[0].new) // 4 and not any(r.finish for r in requests):
+            time.sleep(0.001)
+        newcomer = Stamped(given[-1].new[:2].tolist(), temperature, scheduler)
         joins = time.perf_counter()
         _submit(scheduler, replace(given[-1], new=given[-1].new[:2]), newcomer).result()
         for request in requests:
             request.result()
     first = max(w.stamps[0] for w in writers)
     over = min(newcomer.stamps[0], *(w.stamps[-1] for w in writers))
-    return Joined(
+    found = Joined(
         [gap for w in writers for gap in _gaps(w.stamps, first, joins)],
         [gap for w in writers for gap in _gaps(w.stamps, joins, over)],
         newcomer.stamps[0] - joins,
     )
+    if not found.before_s or not found.while_s:
+        raise UsageError("the streams were done before one more prompt was read: measure with more --new-bytes")
+    return found
 
 
 def _gaps(stamps: Sequence[float], start: float, end: float) -> list[float]:
@@ -130,13 +136,13 @@ def _scheduler(model: Model, given: Sequence[Text], share: float, slice: int) ->
     return Scheduler(model, streams=len(given), capacity=longest, share=share, slice=slice)
 
 
-def _run(scheduler: Scheduler, given: Sequence[Text], temperature: float) -> list[list[float]]:
-    """When each byte of each text was chosen."""
-    samplers = [Stamped(text.new.tolist(), temperature) for text in given]
+def _run(scheduler: Scheduler, given: Sequence[Text], temperature: float) -> list[Stamped]:
+    """One request for each text, all done."""
+    samplers = [Stamped(text.new.tolist(), temperature, scheduler) for text in given]
     requests = [_submit(scheduler, text, sampler) for text, sampler in zip(given, samplers, strict=True)]
     for request in requests:
         request.result()
-    return [sampler.stamps for sampler in samplers]
+    return samplers
 
 
 def _submit(scheduler: Scheduler, text: Text, sampler: Stamped) -> Request:

@@ -48,7 +48,9 @@ def latency(
         float | None, typer.Option(min=1.0, help="Choose the threshold that gives this mean patch (default: its own).")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
-    speculate: Annotated[str, typer.Option(help="Guess ahead: off, auto, lookup, decoder, lookup+decoder or entropy.")] = "off",
+    speculate: Annotated[
+        str, typer.Option(help="Guess ahead: off, auto, lookup, decoder, lookup+decoder or entropy.")
+    ] = "off",
     text: TextFile = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw where the time goes as .png or .html.")] = None,
     backend: options.Backend = "auto",
@@ -135,7 +137,7 @@ def throughput(
     for streams in sizes:
         texts = given[:streams]
         runs = [bench.together(opened, texts, temperature, share, slice) for _ in range(repeat)]
-        joins = bench.joined(opened, texts, temperature, share, slice) if streams > 1 else None
+        joins = [bench.joined(opened, texts, temperature, share, slice) for _ in range(repeat if streams > 1 else 0)]
         rows.append(_throughput_row(runs, joins))
     report = {
         **_setting(opened, model, "throughput"),
@@ -282,7 +284,7 @@ def _alone(model: Model, text: Text, temperature: float) -> Run:
     return bench.run(model.stream(), text, bench.Forced(text.new.tolist(), temperature))
 
 
-def _throughput_row(runs: list[Together], joins: Joined | None) -> dict[str, Any]:
+def _throughput_row(runs: list[Together], joins: list[Joined]) -> dict[str, Any]:
     """Medians of the runs."""
 
     def median(of: Callable[[Together], float]) -> float:
@@ -297,8 +299,8 @@ def _throughput_row(runs: list[Together], joins: Joined | None) -> dict[str, Any
         "gap_p95_s": median(lambda run: run.gap_s(95)),
         "patches_per_latent_call": median(lambda run: run.patches_per_call),
         "mean_patch_bytes": median(lambda run: run.mean_patch),
-        "gap_p95_while_a_prompt_is_read": None if joins is None else joins.p95_ratio,
-        "time_to_first_byte_of_the_prompt_s": None if joins is None else joins.first_byte_s,
+        "gap_p95_while_a_prompt_is_read": statistics.median(j.p95_ratio for j in joins) if joins else None,
+        "time_to_first_byte_of_the_prompt_s": statistics.median(j.first_byte_s for j in joins) if joins else None,
     }
 
 

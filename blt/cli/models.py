@@ -109,10 +109,14 @@ def open_model(
 
 
 def check_many(path: Path) -> None:
-    """Raises UsageError unless there is a bundle at `path`."""
+    """Raises UsageError unless there is a bundle at `path`, BackendError unless it has graphs for many streams."""
     existing(path)
     if not is_bundle(path):
         raise UsageError(f"{path} is a checkpoint; many streams run on a bundle: blt export {path} -o DIR")
+    from blt_runtime import Bundle
+    from blt_runtime.backends.onnx import check_rows
+
+    check_rows(Bundle.open(path, "sizes"))
 
 
 def open_many(path: Path, threads: int | None) -> Model:

@@ -254,12 +254,13 @@ def _relative_rms(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
     return math.sqrt(np.square(got - want, dtype=np.float64).mean()) / (size or 1.0)
 
 
-def demand(rows: Sequence[Parity]) -> None:
+def demand(rows: Sequence[Parity], reference: str = "PyTorch") -> None:
+    """Raises CheckFailed, which names the worst row, unless all are within their tolerance."""
     bad = [row for row in rows if not row.max_abs_error <= row.tolerance]
     if bad:
         worst = max(bad, key=lambda row: row.max_abs_error)
         raise CheckFailed(
-            f"parity: {worst.output} differs from PyTorch by {worst.max_abs_error:.3g} "
+            f"parity: {worst.output} differs from {reference} by {worst.max_abs_error:.3g} "
             f"(tolerance {worst.tolerance:.3g}); no bundle was written"
         )
 

@@ -32,7 +32,6 @@ from .lower.ort import CONTRIB
 from .passes import cleanup
 from .rewrite import Builder, nodes, replace
 
-MIN_ONNXRUNTIME = "1.32"
 _PAST, _ROTARY, _OTHERS = slice(3, 5), slice(7, 10), slice(10, None)
 
 

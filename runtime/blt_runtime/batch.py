@@ -13,7 +13,6 @@ Letters: T tokens of a call, S tokens of one row's, V vocabulary, W patches that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,7 @@ from .errors import BltError, UsageError
 from .hashing import Tables
 from .ids import Ids
 from .memory import Memory
+from .prefill import GATHER_BYTES
 from .rows import Arena, Calls, LoopedCalls, RowCalls, Segment, Staging
 from .snapshot import Snapshot, put, take
 from .spec import ModelSpec
@@ -69,7 +69,7 @@ class Row:
     def begin(self) -> None:
         self.memory.clear()
         self.error = None
-        self.placed = self.decoded = self.stepped = 0
+        self.placed = self.decoded = self.stepped = self.turn = 0
         self.complete_S: Ids = np.empty(0, dtype=np.int64)
 
     def feed(self, ids_S: Ids) -> None:
@@ -83,6 +83,11 @@ class Row:
         """What the encoder has seen and the decoder has not."""
         start = self.decoded
         return Segment(self.index, start, self.memory.position, int(self.memory.documents.array[0, start]))
+
+    @property
+    def reads(self) -> bool:
+        """A prompt, that is: it has more than one token to take in."""
+        return self.placed - self.memory.position > 1
 
     @property
     def waits(self) -> bool:
@@ -116,7 +121,7 @@ class Batch:
         if rows < 1 or slice < 1:
             raise UsageError("a batch needs at least 1 row, and slices of at least 1 byte")
         self.spec, self.slice = spec, min(slice, spec.chunk)
-        self.counts, self._turn = Counts(), 0
+        self.counts, self._turn, self._owner = Counts(), 0, object()
         self._ready = ready or gather()
         tokens = rows * self.slice + rows * self.slice % 2
         self._arena = Arena(spec, backend, rows, self.slice)
@@ -141,23 +146,23 @@ class Batch:
             return None
         row = self._free.pop()
         row.begin()
-        self._calls.forget(row.index)
         return row
 
     def close(self, row: Row) -> None:
         """Gives the row back, whatever it was doing."""
         row.begin()
+        self._calls.hold(row.index, {})
         self._free.append(row)
 
     def snapshot(self, row: Row) -> Snapshot:
         """The state of a row that is done with its tokens, for `restore` in other rows of this batch."""
         if not row.done or not row.placed:
             raise UsageError("the row has tokens to take in, or none at all: there is nothing to keep yet")
-        return take(row.memory, self, row.logits_V, 0)
+        return take(row.memory, self._owner, row.logits_V, 0)
 
     def check(self, snapshot: Snapshot) -> None:
         """Raises UsageError for a snapshot that was taken elsewhere."""
-        if not snapshot.is_of(self.spec, self):
+        if not snapshot.is_of(self.spec, self._owner):
             raise UsageError("this snapshot was taken elsewhere: take one from the same scheduler")
 
     def restore(self, row: Row, snapshot: Snapshot) -> None:
@@ -165,6 +170,7 @@ class Batch:
         put(snapshot, row.memory, row.logits_V)
         row.placed = row.decoded = snapshot.position
         row.stepped = snapshot.patches
+        self._calls.hold(row.index, row.memory.held())
 
     @property
     def active(self) -> list[Row]:
@@ -178,7 +184,8 @@ class Batch:
         for rows in self._apart([(row, self._next(row)) for row in self._chosen(active)]):
             self._encode(rows)
         waiting = [row for row in active if row.waits and row.error is None]
-        going = sum(1 for row in active if row.error is None and not row.waits)
+        free = [row for row in active if row.error is None and not row.waits]
+        going = sum(not row.reads for row in free) + any(row.reads for row in free)
         if waiting and self._ready(len(waiting), going):
             self._step_latent(waiting)
         encoded = [row for row in active if not row.waits and row.decoded < row.memory.position]
@@ -188,14 +195,15 @@ class Batch:
         return [row for row in active if row.done or row.error is not None]
 
     def _chosen(self, active: list[Row]) -> list[Row]:
-        """The rows that take tokens in now. Where some write, one of those that read a prompt has its turn."""
+        """The rows that take tokens in now. Where some write, the one that has read least lately reads."""
         ready = [row for row in active if not row.waits and row.memory.position < row.placed]
-        reading = [row for row in ready if row.placed - row.memory.position > 1]
-        if len(reading) == len(active):
-            return reading
+        if all(row.reads for row in active):
+            return ready
         self._turn += 1
-        kept = reading[self._turn % len(reading)] if reading else None
-        return [row for row in ready if row is kept or row not in reading]
+        reader = min((row for row in ready if row.reads), key=lambda row: row.turn, default=None)
+        if reader is not None:
+            reader.turn = self._turn
+        return [row for row in ready if row is reader or not row.reads]
 
     @staticmethod
     def _apart(todo: list[tuple[Row, Segment]]) -> list[list[tuple[Row, Segment]]]:
@@ -207,7 +215,7 @@ class Batch:
         """Entropies, patch ends and byte states of the tokens."""
         if self._with_entropy:
             self._run_entropy(todo)
-        fitting = [(row, segment) for row, segment in todo if self._find_patches(row, segment)]
+        fitting = [(row, segment) for row, segment in todo if self._close_patches(row, segment)]
         if not fitting:
             return
         staging, first = self._staging["encoder"], 0
@@ -249,8 +257,8 @@ class Batch:
             row.memory.entropies.array[0, start:end] = staging["entropy"][first : first + end - start]
             first += end - start
 
-    def _find_patches(self, row: Row, segment: Segment) -> bool:
-        """Asks the patch rule about the tokens; False if the row failed, as its patches do not fit."""
+    def _close_patches(self, row: Row, segment: Segment) -> bool:
+        """Moves the row over the tokens, closing patches as the rule says; False if it failed, as they do not fit."""
         memory, _, start, end = row.memory, *segment[:3]
         memory.pool.reserve(start, end, keep=memory.first_byte(memory.patches))
         ids = memory.history(memory.ids, start, end).array[0].tolist()
@@ -270,19 +278,33 @@ class Batch:
         return True
 
     def _step_latent(self, rows: list[Row]) -> None:
-        """One call over all patches that wait; several, where a document of patches ends among a row's."""
+        """One call over all patches that wait; several, where a document of patches ends among a row's, or where all
+        together would gather too much."""
         while rows:
-            segments = [self._next_patches(row) for row in rows]
-            self._place_patches(rows, segments)
+            some = self._at_once(rows)
+            segments = [self._next_patches(row) for row in some]
+            self._place_patches(some, segments)
             self._calls.run("latent", segments)
             made, first, ring = self._staging["latent"]["patch_kv"], 0, self._arena.ring
-            for row, (_, start, end, _) in zip(rows, segments, strict=True):
+            for row, (_, start, end, _) in zip(some, segments, strict=True):
                 row.memory.kv_ring.array[np.arange(start, end) % ring] = made[first : first + end - start]
                 row.stepped = end
                 first += end - start
             self.counts.latent_calls += 1
             self.counts.patches += first
             rows = [row for row in rows if row.waits]
+
+    @staticmethod
+    def _at_once(rows: list[Row]) -> list[Row]:
+        """The first of `rows`, as many as gather up to GATHER_BYTES: every patch takes the room of the longest."""
+        patches, longest = 0, 0
+        for i, row in enumerate(rows):
+            memory = row.memory
+            patches += memory.patches - row.stepped
+            longest = max(longest, memory.position - memory.first_byte(row.stepped))
+            if i and patches * longest * memory.pool.buffer.array[0].nbytes > GATHER_BYTES:
+                return rows[:i]
+        return rows
 
     def _next_patches(self, row: Row) -> Segment:
         memory, start = row.memory, row.stepped
@@ -307,6 +329,7 @@ class Batch:
         staging["patch_length"][:count], staging["patch_length"][count : count + 1] = length_P, 1
         if "own_start" in staging.buffers:
             staging["own_start"][:count] = [memory.starts_P[p] for memory, p in patches] - first_P
+            staging["own_start"][count : count + 1] = 0
         for (memory, _), at, first, end in zip(patches, offset_P, first_P, end_P, strict=True):
             base = memory.pool.base
             states[at : at + end - first] = memory.pool.buffer.array[first - base : end - base]
@@ -331,10 +354,10 @@ class Batch:
 
 
 def fitted(spec: ModelSpec, capacity: int | None) -> ModelSpec:
-    """The spec with a smaller capacity of bytes, and of patches in proportion. Raises UsageError for a larger one."""
+    """The spec with a smaller capacity. Raises UsageError for a larger one."""
     if capacity is None:
         return spec
     if not 1 <= capacity <= spec.capacity_bytes:
         raise UsageError(f"capacity must lie in 1..{spec.capacity_bytes}, which the bundle was exported for")
-    patches = math.ceil(capacity * spec.capacity_patches / spec.capacity_bytes)
+    patches = min(spec.capacity_patches, capacity)
     return replace(spec, capacity_bytes=capacity, capacity_patches=patches, chunk=min(spec.chunk, capacity))

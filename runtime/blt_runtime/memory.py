@@ -238,6 +238,14 @@ class Memory:
             if end > 0:
                 graph.track.wrote(end, int(self._documents_of(name)[end - 1]))
 
+    def held(self) -> dict[str, int]:
+        """Entries of the last token's document that each cache holds or has evicted, at least 1."""
+        found = {}
+        for name in self.graphs:
+            end = self.patches if name == "latent" else self.position
+            found[name] = max(1, end - int(self._documents_of(name)[end - 1])) if end else 1
+        return found
+
     def _can_resume(self, mark: Mark) -> bool:
         first = self.first_byte(mark.patches)
         if first < self.pool.base and first != mark.position:

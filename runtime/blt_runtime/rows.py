@@ -15,7 +15,7 @@ Letters: T tokens of the call, Q rows, M most tokens of one row, L bytes of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -44,11 +44,11 @@ class Segment(NamedTuple):
 class Arena:
     """Caches and patch vectors of Q rows. `spec`'s capacities are those of a row, `longest` its most tokens a call.
 
-    The graphs for many streams take any number of slots, and want `longest` more than are used.
+    The graphs for many streams take any number of slots, and want as many more than are used as a call has room for.
     """
 
     def __init__(self, spec: ModelSpec, backend: Backend, rows: int, longest: int) -> None:
-        self.rows = rows
+        self.rows, longest = rows, room(longest, "latent")
         self._caches: dict[str, dict[str, Buffer]] = {}
         for name, graph in spec.graphs.items():
             slots = spec.capacity_patches if name == "latent" else spec.capacity_bytes
@@ -138,7 +138,9 @@ class Calls(Protocol):
 
     def run(self, group: str, segments: Sequence[Segment]) -> None: ...
 
-    def forget(self, row: int) -> None: ...
+    def hold(self, row: int, lengths: Mapping[str, int]) -> None:
+        """The row's caches now hold that many entries of its document, by graph; none of those that are not named."""
+        ...
 
 
 class LoopedCalls:
@@ -159,7 +161,7 @@ class LoopedCalls:
             self._backend.session(group).bind(buffers)()
             first += count
 
-    def forget(self, row: int) -> None:
+    def hold(self, row: int, lengths: Mapping[str, int]) -> None:
         """Nothing to do: each call says all of its row."""
 
 
@@ -182,10 +184,9 @@ class RowCalls:
         call = self._bound.get(key) or self._bind(key)
         call()
 
-    def forget(self, row: int) -> None:
-        """The row begins again, with an empty cache."""
-        for routes in self._routes.values():
-            routes.forget(row)
+    def hold(self, row: int, lengths: Mapping[str, int]) -> None:
+        for group, routes in self._routes.items():
+            routes.hold(row, lengths.get(group, 1))
 
     def _bind(self, key: Key) -> Call:
         group, tokens, longest, _ = key
@@ -236,9 +237,9 @@ class _Routes:
         self._counts.array[row_S] = n_S
         self._lengths.array[row_S] = end_S - document_S
 
-    def forget(self, row: int) -> None:
-        """The row begins again, with an empty cache."""
-        self._lengths.array[row] = 1
+    def hold(self, row: int, length: int) -> None:
+        """What calls say of the row until it takes part in one; an empty cache counts as 1."""
+        self._lengths.array[row] = length
 
     def buffers(self, tokens: int, longest: int) -> dict[str, Buffer]:
         return {

@@ -7,10 +7,11 @@ and in any company.
 from __future__ import annotations
 
 import copy
+import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ from .sampling import Sampler
 from .snapshot import Snapshot
 from .stream import BYTES
 from .text import StopMatcher
+
+log = logging.getLogger("blt_runtime")
 
 Finish = Literal["length", "stop", "eos", "cancelled", "error"]
 
@@ -66,7 +69,7 @@ class Request:
         self._out.put(None)
 
     def result(self) -> bytes:
-        """All bytes, when it has ended."""
+        """All bytes that were not taken yet, when it has ended."""
         return b"".join(self)
 
     def _choose(self, logits_V: Array) -> int | Finish:
@@ -84,10 +87,10 @@ class Request:
     def _end(self, finish: Finish, error: BltError | None = None) -> None:
         if self.finish is not None:
             return
-        rest = b"" if finish == "stop" else self._matcher.flush()
-        if rest and error is None:
-            self._out.put(rest)
+        rest = self._matcher.flush() if finish in ("length", "eos") else b""
         self.finish = finish
+        if rest:
+            self._out.put(rest)
         self._out.put(error)
 
 
@@ -115,8 +118,8 @@ class Scheduler:
             self._batch = Batch(spec, model.backend, model.hash_tables, streams, slice, gather(share))
         except MemoryError as error:
             raise out_of_memory(spec, error) from error
-        self._capacity, self._vocab = spec.capacity_bytes, spec.vocab_size
-        self._most = waiting
+        self._spec, self._capacity, self._vocab = spec, spec.capacity_bytes, spec.vocab_size
+        self._most, self._streams = waiting, streams
         self._waiting: deque[Request] = deque()
         self._running: dict[int, tuple[Row, Request]] = {}
         self._wake = threading.Condition()
@@ -179,7 +182,7 @@ class Scheduler:
         with self._wake:
             if self._closed:
                 raise UsageError("the scheduler is closed")
-            if len(self._waiting) >= self._most:
+            if len(self._waiting) >= self._most + self._streams - len(self._running):
                 raise QueueFull(f"{self._most} requests are waiting already: try again later")
             self._waiting.append(request)
             self._wake.notify()
@@ -209,17 +212,29 @@ class Scheduler:
         self.close()
 
     def _work(self) -> None:
-        while self._wait():
-            try:
-                self._turn()
-            except Exception as error:  # the thread must live on: requests that ran fail, others come
-                failure = error if isinstance(error, BltError) else BltError(f"the scheduler failed: {error!r}")
-                for row, request in list(self._running.values()):
-                    self._leave(row, request, "error", failure)
-        for row, request in list(self._running.values()):
-            self._leave(row, request, "cancelled", Cancelled("the scheduler was closed"))
-        while self._waiting:
-            self._waiting.popleft()._end("cancelled", Cancelled("the scheduler was closed"))
+        try:
+            while self._wait():
+                try:
+                    self._turn()
+                except Exception as error:  # a call failed, and all rows with it; other requests come
+                    for row, request in list(self._running.values()):
+                        self._leave(row, request, "error", self._failure(error))
+        finally:
+            with self._wake:
+                self._closed = True
+            left = [request for _, request in self._running.values()] + list(self._waiting)
+            self._running.clear()
+            self._waiting.clear()
+            for request in left:
+                request._end("cancelled", Cancelled("the scheduler was closed"))
+
+    def _failure(self, error: Exception) -> BltError:
+        if isinstance(error, BltError):
+            return error
+        if isinstance(error, MemoryError):
+            return out_of_memory(self._spec, error)
+        log.error("a request failed by an unexpected error", exc_info=error)
+        return BltError(f"the request failed by an unexpected error: {error!r}")
 
     def _wait(self) -> bool:
         """Until there is something to do; False when closed."""
@@ -231,28 +246,38 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         for row in self._batch.round():
-            _, request = self._running[row.index]
-            if row.error is not None:
-                self._leave(row, request, "error", row.error)
-                continue
-            if request.n == 0:
-                request.read = self._batch.snapshot(row)
-                self._leave(row, request, "length")
-                continue
-            chosen = request._choose(row.logits_V)
-            if isinstance(chosen, str):
-                self._leave(row, request, chosen)
-            else:
-                row.feed(np.array([chosen]))
+            self._alone(row, self._running[row.index][1], self._go_on)
+
+    def _alone(self, row: Row, request: Request, do: Callable[[Row, Request], None]) -> None:
+        """What concerns one request: what it raises (a full row, a sampler of the caller's) ends this one alone."""
+        try:
+            do(row, request)
+        except Exception as error:
+            self._leave(row, request, "error", self._failure(error))
+
+    def _go_on(self, row: Row, request: Request) -> None:
+        """A row has taken in all that it was given."""
+        if row.error is not None:
+            raise row.error
+        if request.n == 0:
+            request.read = self._batch.snapshot(row)
+            return self._leave(row, request, "length")
+        chosen = request._choose(row.logits_V)
+        if isinstance(chosen, str):
+            return self._leave(row, request, chosen)
+        return row.feed(np.array([chosen]))
+
+    def _begin(self, row: Row, request: Request) -> None:
+        if request.after is not None:
+            self._batch.restore(row, request.after)
+        row.feed(request.ids)
 
     def _admit(self) -> None:
         while self._waiting and (row := self._batch.open()) is not None:
             with self._wake:
                 request = self._waiting.popleft()
-            self._running[row.index] = row, request
-            if request.after is not None:
-                self._batch.restore(row, request.after)
-            row.feed(request.ids)
+                self._running[row.index] = row, request
+            self._alone(row, request, self._begin)
 
     def _drop_cancelled(self) -> None:
         for row, request in list(self._running.values()):
@@ -266,6 +291,6 @@ class Scheduler:
             request._end("cancelled", Cancelled("the request was cancelled"))
 
     def _leave(self, row: Row, request: Request, finish: Finish, error: BltError | None = None) -> None:
-        del self._running[row.index]
-        self._batch.close(row)
+        if self._running.pop(row.index, None) is not None:
+            self._batch.close(row)
         request._end(finish, error)

@@ -322,6 +322,8 @@ class Stream:
     def _read(self, ids_N: Ids, cancelled: Cancel | None = None) -> None:
         """Takes in ids [N] for which there is room. Raises CapacityError or Cancelled as `Prefill.run` does."""
         if len(ids_N) == 1:
+            if cancelled is not None and cancelled():
+                raise Cancelled("the text was not read: its caller cancelled it")
             return self._step(int(ids_N[0]))
         if len(ids_N):
             self._calls.logits_V[:] = self._prefill.run(ids_N, None, self._with_entropy, None, cancelled)

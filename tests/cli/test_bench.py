@@ -91,7 +91,7 @@ def test_guessing_reads_what_its_calls_read(blt: Call, models: dict[str, Path]) 
     plain = report_of(blt(*arguments, "--json"))
     read, plainly = report["weight_bytes_per_byte"], plain["weight_bytes_per_byte"]
     assert read["decoder"] == pytest.approx(plainly["decoder"] * report["calls_per_byte"]["decoder"])
-    assert read["latent"] == pytest.approx(plainly["latent"])
+    assert read["latent"] <= plainly["latent"]  # patches of right guesses run together, some before the first byte
     assert "guesses right" in blt(*arguments, "--speculate", "lookup").text
 
 
@@ -181,7 +181,7 @@ WRONG = [
     (["latency", "{static}", "--prompt-bytes", "8", "--patch-size", "4"], 2, "'static'"),
     (["latency", "{bundle}", "--backend", "torch"], 2, "for --backend torch give the model.pt"),
     (["latency", "{bundle}", "--prompt-bytes", "8", "--speculate", "wildly"], 2, "'wildly' is unknown"),
-    (["latency", "{static}", "--prompt-bytes", "8", "--speculate", "entropy"], 2, "choose 'lookup'"),
+    (["latency", "{static}", "--prompt-bytes", "8", "--speculate", "entropy"], 2, "choose 'decoder'"),
     (["latency", "no-such-model"], 2, "no such file"),
     (["patch", "{bundle}", "--prompt-bytes", "0"], 2, "--prompt-bytes 0"),
     (["patch", "{bundle}", "--prompt-bytes", "256"], 1, "capacity of 256"),

@@ -11,6 +11,7 @@ from blt_export import pipeline
 from blt_runtime import Model
 from blt_runtime.batch import Batch, gather
 from blt_runtime.errors import BackendError
+from blt_runtime.ids import BOS, OFFSET
 from blt_runtime.scheduler import Scheduler
 from blt_runtime.stream import BYTES
 from tests.runtime.test_batch import move
@@ -32,13 +33,15 @@ def batch_of(path: Path, rows: int, share: float = 0.5) -> Batch:
 
 
 def texts(n: int) -> dict[int, np.ndarray]:
-    """Pieces of the hard text, which ends documents and lines everywhere."""
+    """Pieces of the hard text, which ends documents and lines everywhere; a long one; and one without any space, which
+    the rule of spaces leaves in one patch."""
     ids = hard_text()
-    return {i: np.roll(ids, -37 * i)[: 100 + 13 * i] for i in range(n)}
+    chosen = {i: np.roll(ids, -37 * i)[: 100 + 13 * i] for i in range(n)}
+    return chosen | {n: np.tile(ids, 3)[:560], n + 1: np.array([BOS, *[OFFSET + 97] * 60, OFFSET + 32, *ids[3:30]])}
 
 
 def test_rows_are_streams(bundle: Path) -> None:
-    chosen, prompts = texts(4), {0: 1, 1: 60, 2: 17, 3: 90}
+    chosen, prompts = texts(2), {0: 1, 1: 60, 2: 517, 3: 40}
     seen = move(batch_of(bundle, 4), chosen, prompts)
     model = Model.open(bundle)
     for i, ids in chosen.items():
@@ -48,13 +51,54 @@ def test_rows_are_streams(bundle: Path) -> None:
 
 
 def test_company_changes_nothing_to_the_last_bit(bundle: Path) -> None:
-    chosen = texts(5)
-    prompts = {0: 1, 1: 60, 2: 17, 3: 90, 4: 5}
+    chosen = texts(3)
+    prompts = {0: 1, 1: 60, 2: 17, 3: 520, 4: 5}
     alone = [move(batch_of(bundle, 1), {i: ids}, prompts)[i] for i, ids in chosen.items()]
     for rows, share in ((5, 0.0), (8, 0.7)):
         together = move(batch_of(bundle, rows, share), chosen, prompts)
         for i, logits in enumerate(alone):
             np.testing.assert_array_equal(np.array(together[i]), np.array(logits))
+
+
+def test_a_prefix_is_held_while_others_move(bundle: Path) -> None:
+    batch, ids, other = batch_of(bundle, 3), hard_text()[:90], np.roll(hard_text(), -200)[:140]
+    first = batch.open()
+    assert first is not None
+    first.feed(ids)
+    while not first.done:
+        batch.round()
+    prefix = batch.snapshot(first)
+    batch.close(first)
+    restored, beside = batch.open(), batch.open()
+    assert restored is not None
+    assert beside is not None
+    batch.restore(restored, prefix)
+    np.testing.assert_array_equal(restored.logits_V, prefix.arrays["logits"])
+    beside.feed(other)
+    while not beside.done:  # the restored row is idle in all these calls
+        batch.round()
+    restored.feed(other[:20])
+    while not restored.done:
+        batch.round()
+    alone = batch_of(bundle, 1)
+    again = alone.open()
+    assert again is not None
+    for piece in (ids, other[:20]):
+        again.feed(piece)
+        while not again.done:
+            alone.round()
+    np.testing.assert_array_equal(restored.logits_V, again.logits_V)
+
+
+@pytest.mark.parametrize("slice", [5, 12])
+def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
+    """Rows that are full and idle leave the others room."""
+    job = pipeline.make_job(tiny("bytes_no_window"), "ort", capacity=60, chunk=16, check=False)
+    model = Model.open(pipeline.run(job, tmp_path / "bundle").path, many=True)
+    with Scheduler(model, streams=3, slice=slice) as scheduler:
+        for n in (30, 30, 10):
+            requests = [scheduler.submit_ids(hard_text()[:31], n) for _ in range(3)]
+            assert {len(request.result()) >= 0 and request.finish for request in requests} == {"length"}
 
 
 def test_heads_that_the_attention_does_not_take_have_no_graphs_for_many(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blt_runtime.backends.null import NullBackend
+from blt_runtime import PatchRule
+from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.batch import Batch, fitted, gather
 from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.spec import ModelSpec
@@ -72,6 +73,42 @@ def test_waiting_saves_latent_calls() -> None:
         calls[share] = batch.counts.latent_calls, batch.counts.patches
     assert calls[0.0][1] == calls[0.7][1]
     assert calls[0.7][0] < 0.6 * calls[0.0][0]
+
+
+@pytest.mark.parametrize("patch", [5, 12])
+def test_prompts_are_read_side_by_side_while_nobody_writes(patch: int) -> None:
+    spec = null_spec(rule=PatchRule("static", patch_size=patch), capacity_bytes=300, capacity_patches=300)
+    batch = batch_of(spec, rows=8, slice=8)
+    for i in range(8):
+        row = batch.open()
+        assert row is not None
+        row.feed(random_ids(161, i))
+    while not all(row.done for row in batch.rows):
+        batch.round()
+    assert batch.counts.rounds <= 1.5 * 161 / 8 + 8  # at the end some write, and one reads at a time
+
+
+def test_readers_take_turns_and_do_not_hold_up_a_writer() -> None:
+    spec = null_spec(rule=PatchRule("static", patch_size=5), capacity_bytes=300, capacity_patches=300)
+    batch, ids = batch_of(spec, rows=8, slice=8), random_ids(280, 1)
+    writer, *readers = (batch.open() for _ in range(8))
+    assert writer is not None
+    writer.feed(ids[:1])
+    for reader in readers:
+        assert reader is not None
+        reader.feed(ids)
+    while not writer.done:
+        batch.round()
+    written, gap, longest = 1, 0, 0
+    for _ in range(100):
+        gap += 1
+        batch.round()
+        if writer.done:
+            writer.feed(ids[written : written + 1])
+            written, gap, longest = written + 1, 0, max(longest, gap)
+    assert longest <= 2
+    read = [reader.memory.position for reader in readers if reader is not None]
+    assert max(read) - min(read) <= 8
 
 
 def test_a_row_whose_patches_do_not_fit_fails_alone() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from blt_runtime import Model, Request, Scheduler
+from blt_runtime import Model, PatchRule, Request, Sampler, Scheduler, StopMatcher
 from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.backends.protocol import Buffer
-from blt_runtime.errors import BackendError, Cancelled, CapacityError, QueueFull, UsageError
+from blt_runtime.errors import BackendError, BltError, Cancelled, CapacityError, QueueFull, UsageError
+from blt_runtime.ids import encode
 from tests.runtime.test_stream import model_of
 
 SPEC = null_spec(local_kind="window", capacity_bytes=300, capacity_patches=300)
@@ -124,6 +126,66 @@ def test_a_failing_backend_fails_its_requests_and_no_others() -> None:
             assert request.finish == "error"
         later = scheduler.submit("abc", 9, seed=4, stop_at_eos=False)
         assert later.result() == alone("abc", 9, 4)
+
+
+@pytest.mark.parametrize("fault", ["sampler", "matcher", "flush"])
+def test_what_a_caller_brings_can_fail_its_own_request_only(scheduler: Scheduler, fault: str) -> None:
+    class Wrong(Sampler):
+        def __call__(self, logits_V: object) -> int:
+            raise ValueError("wrong")
+
+    class Matcher(StopMatcher):
+        def feed(self, data: bytes) -> bytes:
+            return super().feed(data) if fault == "flush" else self.flush()
+
+        def flush(self) -> bytes:
+            raise ValueError("wrong")
+
+    beside = [scheduler.submit("abc", 30, seed=i, stop_at_eos=False) for i in range(2)]
+    sampler, matcher = (Wrong(), None) if fault == "sampler" else (None, Matcher("\0"))
+    with pytest.raises(BltError, match="unexpected error: ValueError"):
+        scheduler.submit_ids(encode("abc"), 5, sampler, matcher).result()
+    assert [request.result() for request in beside] == [alone("abc", 30, i) for i in range(2)]
+    assert scheduler.submit("abc", 9, seed=5, stop_at_eos=False).result() == alone("abc", 9, 5)
+
+
+def test_a_request_that_needs_too_many_patches_fails_alone() -> None:
+    spec = null_spec(rule=PatchRule("byte"), capacity_bytes=300, capacity_patches=40)
+    with Scheduler(Model(spec, NullBackend(spec)), streams=2, slice=4) as scheduler:
+        fits = scheduler.submit("ab", 37, stop_at_eos=False)
+        with pytest.raises(CapacityError, match="40 patches"):
+            scheduler.submit("ab", 90, stop_at_eos=False).result()
+        assert len(fits.result()) <= 37
+        assert fits.finish == "length"
+        prefix = scheduler.read("x" * 39)  # and BOS: every patch is used
+        with pytest.raises(CapacityError):
+            scheduler.submit("y", 1, after=prefix).result()
+        assert scheduler.load == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_interrupted_thread_leaves_nobody_waiting() -> None:
+    class Exit(Sampler):
+        def __call__(self, logits_V: object) -> int:
+            raise SystemExit
+
+    scheduler = Scheduler(model_of(SPEC), streams=2)
+    requests = [scheduler.submit("abc", 200, stop_at_eos=False), scheduler.submit_ids(encode("abc"), 5, Exit())]
+    for request in requests:
+        with pytest.raises(Cancelled, match="closed"):
+            request.result()
+    with pytest.raises(UsageError, match="closed"):
+        scheduler.submit("a", 1)
+    scheduler.close()
+
+
+def test_a_kept_prefix_does_not_keep_the_caches() -> None:
+    scheduler = Scheduler(model_of(SPEC), streams=1)
+    prefix, batch = scheduler.read("system"), weakref.ref(scheduler._batch)
+    scheduler.close()
+    del scheduler
+    assert batch() is None
+    assert prefix.position == 7
 
 
 def test_closing_cancels_what_runs_and_what_waits() -> None:

@@ -121,6 +121,16 @@ class OnnxBackend:
         return OnnxSession(session, spec)
 
 
+def check_rows(bundle: Bundle) -> None:
+    """Raises BackendError unless the bundle has graphs for many streams, and the onnxruntime here takes them."""
+    if not bundle.manifest.row_graphs:
+        raise BackendError(
+            f"{bundle.path} has no graphs for many streams: `blt export` writes them in the flavour ort, "
+            "for attention heads of 8, 16, ... numbers"
+        )
+    load_library(ROWS_MINIMUM)
+
+
 class OnnxRowBackend(OnnxBackend):
     """Runs the graphs for many streams (`RowBackend`), and only those: `session` is a UsageError.
 
@@ -128,9 +138,7 @@ class OnnxRowBackend(OnnxBackend):
     """
 
     def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
-        load_library(ROWS_MINIMUM)
-        if spec.name not in bundle.manifest.row_graphs:
-            raise BackendError(f"{bundle.path} has no graphs for many streams: export it again, in the flavour ort")
+        check_rows(bundle)
         return self._session(bundle.row_graph_file(spec.name), row_spec(spec), options)
 
     def row_session(self, group: str) -> OnnxSession:
