@@ -183,7 +183,8 @@ def run_blt(a: argparse.Namespace, precision: str, batch: int) -> dict[str, floa
     size, folder = a.prompt_bytes + a.new_bytes, bundle_of(a, precision)
     data = bench_text(batch * size)
     texts = [Text.of(data[i : i + size], a.prompt_bytes, a.new_bytes) for i in range(0, len(data), size)]
-    model = at_patch_size(Model.open(folder, threads=a.threads, verify="sizes"), texts[:1], MEAN_PATCH)
+    opened = Model.open(folder, threads=a.threads, verify="sizes")
+    model = at_patch_size(opened, texts, MEAN_PATCH, by_rises=batch > 1)  # different texts, alike in patches
     per_call = bundle_weight_bytes(Bundle.open(folder, "sizes"), 1)
     if batch == 1:
         return one_stream(model, texts[0], per_call)

@@ -9,8 +9,11 @@ from blt_runtime import PatchRule
 from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.batch import Batch, fitted, gather
 from blt_runtime.errors import CapacityError, UsageError
+from blt_runtime.ids import EOS
+from blt_runtime.rows import RowCalls
 from blt_runtime.spec import ModelSpec
 from tests.runtime.null_reference import compute
+from tests.runtime.row_backend import NullRowBackend
 from tests.runtime.test_stream import SPECS, random_ids, tables_for
 
 
@@ -53,6 +56,52 @@ def test_every_row_is_the_slow_truth(name: str, share: float) -> None:
     for i, ids in texts.items():
         truth = compute(spec, ids, tables_for(spec)).logits.astype(np.float32)
         np.testing.assert_array_equal(np.array(seen[i]), truth[prompts[i] - 1 :])
+
+
+ROW_SPECS = {name: spec for name, spec in SPECS.items() if spec.graphs["encoder"].cache.kind == "window"}
+
+
+@pytest.mark.parametrize("name", ROW_SPECS)
+@pytest.mark.parametrize("slice", [3, 8])
+def test_one_call_for_all_rows_is_the_slow_truth(name: str, slice: int) -> None:
+    spec = SPECS[name]
+    lengths, prompts = {0: 60, 1: 7, 2: 90, 3: 33, 4: 61}, {0: 1, 1: 6, 2: 70, 3: 20, 4: 60}
+    texts = {i: random_ids(n, seed=i) for i, n in lengths.items()}
+    batch = Batch(spec, NullRowBackend(spec), tables_for(spec), 5, slice)
+    assert isinstance(batch._calls, RowCalls)
+    for _ in range(2):  # rows begin again
+        seen = move(batch, texts, prompts)
+        for i, ids in texts.items():
+            truth = compute(spec, ids, tables_for(spec)).logits.astype(np.float32)
+            np.testing.assert_array_equal(np.array(seen[i]), truth[prompts[i] - 1 :])
+
+
+def test_a_restored_row_says_what_it_holds_while_others_move() -> None:
+    spec = SPECS["window"]
+    batch, ids = Batch(spec, NullRowBackend(spec), None, 3, 4), random_ids(60, 2)
+    kept = batch.open()
+    assert kept is not None
+    kept.feed(ids[:40])
+    while not kept.done:
+        batch.round()
+    prefix = batch.snapshot(kept)
+    batch.close(kept)
+    restored, beside = batch.open(), batch.open()
+    assert restored is not None
+    assert beside is not None
+    batch.restore(restored, prefix)
+    beside.feed(ids)
+    while not beside.done:
+        batch.round()
+    held = restored.memory.held()
+    assert isinstance(batch._calls, RowCalls)
+    said = {group: int(routes._lengths.array[restored.index]) for group, routes in batch._calls._routes.items()}
+    assert said == held
+    assert held["encoder"] == 40 - np.flatnonzero(np.append(EOS, ids[:39]) == EOS)[-1]  # its document's
+    restored.feed(ids[40:])
+    while not restored.done:
+        batch.round()
+    np.testing.assert_array_equal(restored.logits_V, compute(spec, ids, None).logits[-1].astype(np.float32))
 
 
 def test_a_row_begins_again_for_the_next_text() -> None:
