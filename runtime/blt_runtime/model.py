@@ -53,6 +53,7 @@ class Model:
         verify: Verify = "auto",
         precision: str | None = None,
         many: bool = False,
+        prepack: bool | None = None,
     ) -> Model:
         """Opens the bundle folder `path`.
 
@@ -60,7 +61,8 @@ class Model:
         the backend choose. providers: ONNX Runtime execution providers, CPU by default; one that does not
         load is an error. verify: see `Bundle.open`. precision: what the bundle must have been exported at
         ("fp32", "int8", "int4"); None takes any. many: open the graphs for many streams, for a `Scheduler`; such a
-        model has no streams of its own. Raises UsageError, BundleError, BackendError, OutOfMemory
+        model has no streams of its own. prepack: see `OnnxBackend`; True is worth it for float32 beyond 4 GB where calls take
+        several tokens (`speculate`). Raises UsageError, BundleError, BackendError, OutOfMemory
         or MissingExtra.
         """
         if threads is not None and not (is_whole(threads) and threads >= 1):
@@ -69,7 +71,7 @@ class Model:
             bundle = Bundle.open(path, verify)
             if precision is not None:
                 check_precision(bundle.manifest, precision, str(path))
-            chosen, spec = _backend(backend, bundle, threads, providers, many), bundle.manifest.spec
+            chosen, spec = _backend(backend, bundle, threads, providers, many, prepack), bundle.manifest.spec
             return cls(spec, chosen, bundle.hash_tables(), bundle.manifest)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "start new thread" not in str(error):  # its stack finds no room
@@ -126,11 +128,18 @@ def _as_text(pieces: Iterator[bytes]) -> Iterator[str]:
         yield rest
 
 
-def _backend(name: str, bundle: Bundle, threads: int | None, providers: Sequence[str] | None, many: bool) -> Backend:
+def _backend(
+    name: str,
+    bundle: Bundle,
+    threads: int | None,
+    providers: Sequence[str] | None,
+    many: bool,
+    prepack: bool | None,
+) -> Backend:
     if name == "onnx":
         from .backends.onnx import OnnxBackend, OnnxRowBackend
 
-        return (OnnxRowBackend if many else OnnxBackend)(bundle, threads=threads, providers=providers)
+        return (OnnxRowBackend if many else OnnxBackend)(bundle, threads, providers, prepack=prepack)
     if name == "null":
         from .backends.null import NullBackend
 

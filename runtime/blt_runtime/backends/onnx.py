@@ -81,7 +81,7 @@ class OnnxBackend:
                 f"it has {', '.join(self._ort.get_available_providers())}"
             )
         if prepack is None:
-            prepack = _weight_bytes(bundle) <= PREPACK_UP_TO
+            prepack = self._packs(bundle)
         packed = {name: prepack or bundle.manifest.precision_of(name) != "fp32" for name in bundle.manifest.graphs}
         with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
             opening = {
@@ -89,6 +89,10 @@ class OnnxBackend:
                 for name, graph in _largest_first(bundle)
             }
             self._sessions = {name: opening[name].result() for name in bundle.manifest.spec.graphs}
+
+    @staticmethod
+    def _packs(bundle: Bundle) -> bool:
+        return _weight_bytes(bundle) <= PREPACK_UP_TO
 
     def session(self, group: str) -> OnnxSession:
         return self._sessions[group]
@@ -134,8 +138,13 @@ def check_rows(bundle: Bundle) -> None:
 class OnnxRowBackend(OnnxBackend):
     """Runs the graphs for many streams (`RowBackend`), and only those: `session` is a UsageError.
 
+    Weights are packed unless prepack is False: products over several tokens pack those that are not in each call.
     Raises BackendError for a bundle without them, and for an onnxruntime before ROWS_MINIMUM.
     """
+
+    @staticmethod
+    def _packs(bundle: Bundle) -> bool:
+        return True
 
     def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
         check_rows(bundle)
