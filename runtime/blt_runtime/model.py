@@ -61,8 +61,8 @@ class Model:
         the backend choose. providers: ONNX Runtime execution providers, CPU by default; one that does not
         load is an error. verify: see `Bundle.open`. precision: what the bundle must have been exported at
         ("fp32", "int8", "int4"); None takes any. many: open the graphs for many streams, for a `Scheduler`; such a
-        model has no streams of its own. prepack: see `OnnxBackend`; True is worth it for float32 beyond 4 GB where calls take
-        several tokens (`speculate`). Raises UsageError, BundleError, BackendError, OutOfMemory
+        model has no streams of its own. prepack: see `OnnxBackend`; True is worth it for float32 beyond 4 GB where
+        calls take several tokens (`speculate`). Raises UsageError, BundleError, BackendError, OutOfMemory
         or MissingExtra.
         """
         if threads is not None and not (is_whole(threads) and threads >= 1):
