@@ -29,6 +29,7 @@ from blt.cli import (
     inspect,
     patch,
     score,
+    throughput,
     train,
 )
 
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(bench.app, name="bench")
+bench.app.command("throughput")(throughput.throughput)
 app.command("patch")(patch.patch)
 app.command("calibrate")(calibrate.calibrate)
 app.command("inspect")(inspect.inspect)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -17,7 +15,7 @@ from blt.cli.inspect import precision_text
 from blt_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from blt.bench import Joined, Latency, Run, Text, Together, Weights
+    from blt.bench import Latency, Weights
     from blt_runtime import Model
     from blt_runtime.speculate import Speculate, SpeculationStats
 
@@ -68,7 +66,7 @@ def latency(
     prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
     new_n = options.parse_size(new_bytes, "--new-bytes", at_least=2)
     _check_plot(plot)
-    given = bench.Text.of(_text(text, prompt_n + new_n), prompt_n, new_n)
+    given = bench.Text.of(read_text(text, prompt_n + new_n), prompt_n, new_n)
     began = time.perf_counter()
     with models.open_model(
         model, backend=backend, entropy_model=entropy_model, threads=threads, precision=precision
@@ -85,77 +83,13 @@ def latency(
             threads=threads or available_cores(),
             speculate=cast("Speculate", speculate),
         )
-        report = {**_setting(opened, model, "latency"), "open_s": open_s, **latency_report(found)}
+        report = {**setting(opened, model, "latency"), "open_s": open_s, **latency_report(found)}
     if plot is not None:
         _plot(found, f"{model} on {report['backend']}, {_count(found.bandwidth.threads, 'thread')}", plot)
     if as_json:
         console.print_json("blt.bench/1", report)
         return
     _show(report, found)
-
-
-@app.command("throughput")
-def throughput(
-    model: options.ModelPath,
-    batch: Annotated[str, typer.Option("--batch", metavar="N,N", help="How many streams at a time.")] = "1,8",
-    prompt_bytes: PromptBytes = "64",
-    new_bytes: Annotated[str, typer.Option("--new-bytes", metavar="SIZE", help="Bytes that each generates.")] = "128",
-    repeat: Repeat = 3,
-    patch_size: Annotated[
-        float | None, typer.Option(min=1.0, help="Choose the threshold that gives this mean patch (default: its own).")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
-    share: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Latent steps wait until this share of the streams do.")
-    ] = 0.5,
-    slice: Annotated[int, typer.Option(min=1, help="Bytes of a prompt that are read while others write.")] = 8,
-    text: TextFile = None,
-    precision: options.Precision = None,
-    threads: options.Threads = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
-) -> None:
-    """Many streams of a bundle at once: bytes per second of all, against one stream alone, and the gaps of each."""
-    from blt import bench
-
-    sizes = [options.parse_size(size, "--batch", at_least=1) for size in batch.split(",")]
-    prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
-    new_n = options.parse_size(new_bytes, "--new-bytes", at_least=16)
-    data = _text(text, bench.SHIFT * max(sizes) + prompt_n + new_n)
-    given = bench.texts(data, max(sizes), prompt_n, new_n)
-    models.check_many(model)
-    with models.open_model(model, threads=threads, precision=precision) as single:
-        given[0].check_room(single.spec.capacity_bytes)
-        if patch_size is not None:
-            single = bench.at_patch_size(single, given, patch_size, by_rises=True)
-        spec = single.spec
-        alone = [_alone(single, given[i % len(given)], temperature) for i in range(1 + repeat)]
-    del single  # a large model fits into memory once
-    opened = bench.with_changes(models.open_many(model, threads), spec=spec)
-    rows = []
-    for streams in sizes:
-        texts = given[:streams]
-        runs = [bench.together(opened, texts, temperature, share, slice) for _ in range(repeat)]
-        joins = [bench.joined(opened, texts, temperature, share, slice) for _ in range(repeat if streams > 1 else 0)]
-        rows.append(_throughput_row(runs, joins))
-    report = {
-        **_setting(opened, model, "throughput"),
-        "threads": threads,
-        "prompt_bytes": prompt_n,
-        "new_bytes": new_n,
-        "repeat": repeat,
-        "share": share,
-        "slice": slice,
-        "one_stream_bytes_per_s": statistics.median(run.bytes_per_s for run in alone[1:]),
-        "one_stream_mean_patch_bytes": statistics.median(run.mean_patch for run in alone[1:]),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "streams": rows,
-    }
-    if as_json:
-        console.print_json("blt.bench/1", report)
-        return
-    _show_throughput(report)
 
 
 @app.command("patch")
@@ -176,7 +110,7 @@ def patch(
     from blt import bench
 
     size = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
-    data = _text(text, size)
+    data = read_text(text, size)
     if len(data) < size:
         raise InputError(f"{text} has {len(data)} bytes, fewer than --prompt-bytes {size}")
     with models.open_model(
@@ -184,7 +118,7 @@ def patch(
     ) as opened:
         found = bench.patching(opened, data[:size], repeat)
         report = {
-            **_setting(opened, model, "patch"),
+            **setting(opened, model, "patch"),
             "bytes": found.n,
             "repeat": repeat,
             "bytes_per_s": found.bytes_per_s,
@@ -212,7 +146,7 @@ def _check_plot(plot: Path | None) -> None:
     files.check_folder(plot)
 
 
-def _text(path: Path | None, size: int) -> bytes:
+def read_text(path: Path | None, size: int) -> bytes:
     """The first `size` bytes of a file (or fewer, if it has fewer), or of the built-in text."""
     from blt.bench import bench_text
 
@@ -238,7 +172,7 @@ def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
     return {PARTS_OF.get(part, part): n for part, n in read.items() if part != "total"}
 
 
-def _setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
+def setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
     return {
         "kind": kind,
         "model": path,
@@ -275,32 +209,6 @@ def latency_report(found: Latency) -> dict[str, Any]:
         "latent_call_s": parts.latent_call_s,
         "calls_per_byte": {part: parts.per_byte(part) for part in parts.seconds if part != "other"},
         "speculation": vars(speculation) if speculation.passes else None,
-    }
-
-
-def _alone(model: Model, text: Text, temperature: float) -> Run:
-    from blt import bench
-
-    return bench.run(model.stream(), text, bench.Forced(text.new.tolist(), temperature))
-
-
-def _throughput_row(runs: list[Together], joins: list[Joined]) -> dict[str, Any]:
-    """Medians of the runs."""
-
-    def median(of: Callable[[Together], float]) -> float:
-        return statistics.median(of(run) for run in runs)
-
-    return {
-        "streams": runs[0].streams,
-        "bytes_per_s": median(lambda run: run.bytes_per_s),
-        "bytes_per_s_of_runs": [run.bytes_per_s for run in runs],
-        "time_to_first_byte_s": median(lambda run: run.first_byte_s),
-        "gap_p50_s": median(lambda run: run.gap_s(50)),
-        "gap_p95_s": median(lambda run: run.gap_s(95)),
-        "patches_per_latent_call": median(lambda run: run.patches_per_call),
-        "mean_patch_bytes": median(lambda run: run.mean_patch),
-        "gap_p95_while_a_prompt_is_read": statistics.median(j.p95_ratio for j in joins) if joins else None,
-        "time_to_first_byte_of_the_prompt_s": statistics.median(j.first_byte_s for j in joins) if joins else None,
     }
 
 
@@ -345,43 +253,6 @@ def _show(report: dict[str, Any], found: Latency) -> None:
     )
     print()
     console.stdout_console().print(split_table(found))
-
-
-def _show_throughput(report: dict[str, Any]) -> None:
-    one = report["one_stream_bytes_per_s"]
-    title = (
-        f"{report['model']}, {report['precision']}: one stream alone {one:,.1f} bytes/s at patches of "
-        f"{report['one_stream_mean_patch_bytes']:.2f}; prompts of "
-        f"{report['prompt_bytes']:,} bytes, {report['new_bytes']:,} new ones, load {report['load_average']}"
-    )
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    columns = (
-        "streams",
-        "bytes/s",
-        "x one",
-        "gap p50",
-        "gap p95",
-        "first byte",
-        "patches/call",
-        "patch",
-        "p95, prompt",
-    )
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in report["streams"]:
-        beside = row["gap_p95_while_a_prompt_is_read"]
-        table.add_row(
-            f"{row['streams']}",
-            f"{row['bytes_per_s']:,.1f}",
-            f"{row['bytes_per_s'] / one:.2f}",
-            f"{1e3 * row['gap_p50_s']:,.1f} ms",
-            f"{1e3 * row['gap_p95_s']:,.1f} ms",
-            f"{row['time_to_first_byte_s']:.2f} s",
-            f"{row['patches_per_latent_call']:.1f}",
-            f"{row['mean_patch_bytes']:.2f}",
-            "" if beside is None else f"x {beside:.2f}",
-        )
-    console.stdout_console().print(table)
 
 
 def split_table(found: Latency) -> Table:
