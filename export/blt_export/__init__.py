@@ -3,6 +3,7 @@
 The pipeline is the list `blt_export.pipeline.STEPS`.
 """
 
-from .pipeline import ExportReport, StepReport, export
+from .job import ExportReport, StepReport
+from .pipeline import export
 
 __all__ = ["ExportReport", "StepReport", "export"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -20,19 +20,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from blt.checkpoint import Checkpoint, load, stored_tables
-from blt.model.steps import Step as ModelStep
 from blt.model.steps import make_steps
 from blt_runtime import manifest as manifests
 from blt_runtime.backends.onnx import ROWS_MINIMUM, load_library
 from blt_runtime.bundle import Bundle
 from blt_runtime.errors import BackendError, BltError, UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype
-from blt_runtime.manifest import FileRef, Manifest, Parity
-from blt_runtime.spec import GraphSpec, ModelSpec
+from blt_runtime.manifest import FileRef, Manifest
 
 from . import bundle, capture, judge, parity, quantize, row_parity, rows
+from .job import ExportReport, Job, Step, StepReport, each
 from .lower import ort, portable
-from .parity import ParityReport
 from .passes import (
     cleanup,
     fix_capacity,
@@ -46,95 +44,11 @@ from .passes import (
     simplify_gathers,
     simplify_reshapes,
 )
-from .rewrite import diff, op_counts
 from .specs import FLAVOURS, Flavour, export_spec
 
 log = logging.getLogger("blt_export")
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """A step that ran: what it changed, and seconds."""
-
-    name: str
-    changed: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export did: the bundle's manifest, its parity rows, node counts and the log of its steps."""
-
-    path: Path
-    manifest: Manifest
-    near_threshold: tuple[int, ...]
-    nodes: dict[str, int]
-    steps: tuple[StepReport, ...]
-
-    @property
-    def parity(self) -> tuple[Parity, ...]:
-        return self.manifest.parity
-
-    @property
-    def seconds(self) -> float:
-        return sum(step.seconds for step in self.steps)
-
-    @property
-    def bytes(self) -> int:
-        return sum(entry.bytes for entry in self.manifest.files.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest's content, the steps and the node counts."""
-        steps = [{"name": s.name, "changed": s.changed, "seconds": round(s.seconds, 3)} for s in self.steps]
-        return {**self.manifest.to_json(), "steps": steps, "nodes": self.nodes}
-
-
-@dataclass
-class Job:
-    """What the steps hand from one to the next. `captured` may be given to a second job with another flavour: both
-    flavours come from one capture."""
-
-    checkpoint: Checkpoint
-    spec: ModelSpec
-    flavour: Flavour
-    precision: str
-    check: bool
-    precisions: dict[str, str] = field(default_factory=dict)
-    eval_ids: Sequence[npt.NDArray[np.int64]] = ()
-    folder: Path = Path()
-    modules: dict[str, ModelStep] = field(default_factory=dict)
-    captured: dict[str, ir.Model] = field(default_factory=dict)
-    graphs: dict[str, ir.Model] = field(default_factory=dict)
-    quantised: dict[str, quantize.Outcome] = field(default_factory=dict)
-    files: dict[str, Path] = field(default_factory=dict)
-    row_files: dict[str, Path] = field(default_factory=dict)
-    parity: ParityReport = field(default_factory=lambda: ParityReport((), ()))
-    manifest: Manifest | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    name: str
-    run: Callable[[Job], str]
-
-
-def each(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[Job], str]:
-    """A pass over every graph of the job; says how the operators changed."""
-
-    def over_all(job: Job) -> str:
-        changes = []
-        for name, model in job.graphs.items():
-            before = op_counts(model)
-            try:
-                run(model, job.spec.graphs[name])
-            except ValueError as error:
-                raise ValueError(f"graph {name}: {error}") from error
-            changes.append(f"{name}: {diff(before, op_counts(model))}")
-        return "; ".join(changes)
-
-    return over_all
 
 
 def make_modules(job: Job) -> str:
