@@ -123,10 +123,12 @@ def test_another_thread_cancels() -> None:
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("way", ["step", "chunk", "guess", "rewind", "score"])
-def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str) -> None:
+def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, request: pytest.FixtureRequest) -> None:
     model = trapped_model(null_spec(hash=HASH))
     stream, other = model.stream(), model.stream()
     stream.append("some text before" * 9)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     model.backend.trap = Trap(graph, 1 if way == "rewind" else 2, lambda: signal.raise_signal(signal.SIGINT))
     ways: dict[str, Callable[[], object]] = {
         "step": lambda: [stream.append_ids([id]) for id in random_ids(40)],
