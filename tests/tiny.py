@@ -10,10 +10,21 @@ import torch
 from blt import reference
 from blt.checkpoint import Checkpoint
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, HashConfig, TransformerConfig
+from blt_runtime.backends.onnx import ROWS_MINIMUM, load_library
+from blt_runtime.errors import BackendError
 from blt_runtime.ids import BOS, EOS, encode
 from blt_runtime.patching import PatchRule
 
 WINDOW = 24
+
+
+def runs_rows() -> bool:
+    """Whether the onnxruntime here runs the graphs for many streams."""
+    try:
+        load_library(ROWS_MINIMUM)
+    except BackendError:
+        return False
+    return True
 
 
 def stack(dim: int, layers: int, heads: int, **more: object) -> TransformerConfig:

@@ -14,7 +14,7 @@ from blt.checkpoint import save
 from blt.machine import MemoryReader
 from blt.plot_bench import Bar, Bars, duration, render, to_html
 from blt_runtime.errors import UsageError
-from tests.tiny import tiny
+from tests.tiny import runs_rows, tiny
 
 Call = Callable[..., Any]
 SIZES = ["--prompt-bytes", "24", "--new-bytes", "17", "--repeat", "2", "--threads", "1"]
@@ -152,6 +152,7 @@ def test_patching_alone(blt: Call, models: dict[str, Path], model: str) -> None:
     assert "bytes/s: 90 bytes" in blt("bench", "patch", models[model], "--prompt-bytes", "90").text
 
 
+@pytest.mark.skipif(not runs_rows(), reason="needs onnxruntime 1.32")
 def test_many_streams(blt: Call, models: dict[str, Path]) -> None:
     arguments = ["--batch", "1,3", "--prompt-bytes", "10", "--new-bytes", "120", "--repeat", "1", "--threads", "1"]
     report = report_of(blt("bench", "throughput", models["bundle"], *arguments, "--json"))
@@ -194,6 +195,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "code", "words"), WRONG, ids=[" ".join(w[0])[:60] for w in WRONG])
 def test_bad_input_is_one_line(blt: Call, models: dict[str, Path], arguments: list[str], code: int, words: str) -> None:
+    if arguments[0] == "throughput" and not runs_rows():
+        pytest.skip("needs onnxruntime 1.32")
     result = blt("bench", *(argument.format(**models) for argument in arguments))
     assert result.code == code, result.err
     assert result.out == b""
