@@ -32,13 +32,13 @@ $(BUNDLE)/manifest.json: $(MODEL) | $(VENV)/.demo
 	$(BIN)/blt export $(MODEL) -o $(BUNDLE) --force --quiet > build/export.log || { cat build/export.log; exit 1; }
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
