@@ -13,7 +13,7 @@ Letters: T tokens of a call, S tokens of one row's, V vocabulary, W patches that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -218,21 +218,17 @@ class Batch:
         fitting = [(row, segment) for row, segment in todo if self._close_patches(row, segment)]
         if not fitting:
             return
-        staging, first = self._staging["encoder"], 0
-        for row, (_, start, end, _) in fitting:
-            part = slice(first, first + end - start)
+        staging = self._staging["encoder"]
+        for row, start, end, part in _side_by_side(fitting):
             staging["ids"][part] = row.memory.history(row.memory.ids, start, end).array[0]
             if row.memory.hash is not None and end == start + 1:
-                row.memory.hash.one(row.memory.window(start, end), staging["hash_embedding"][first])
+                row.memory.hash.one(row.memory.window(start, end), staging["hash_embedding"][part.start])
             elif row.memory.hash is not None:
                 row.memory.hash.many(row.memory.window(start, end), staging["hash_embedding"][part])
-            first = part.stop
         self._calls.run("encoder", [segment for _, segment in fitting])
-        first = 0
-        for row, (_, start, end, _) in fitting:
-            row.memory.pool.rows_of(start, end).array[0] = staging["byte_states"][first : first + end - start]
-            first += end - start
-        self.counts.tokens += first
+        for row, start, end, part in _side_by_side(fitting):
+            row.memory.pool.rows_of(start, end).array[0] = staging["byte_states"][part]
+            self.counts.tokens += end - start
 
     def _next(self, row: Row) -> Segment:
         """The next tokens of a row: up to the end of its slice, its document, or what its caches take at once."""
@@ -245,17 +241,14 @@ class Batch:
         return Segment(row.index, start, end, int(memory.documents.array[0, start]))
 
     def _run_entropy(self, todo: list[tuple[Row, Segment]]) -> None:
-        staging, first = self._staging["entropy"], 0
-        for row, (_, start, end, _) in todo:
-            staging["ids"][first : first + end - start] = row.memory.history(row.memory.ids, start, end).array[0]
-            first += end - start
+        staging = self._staging["entropy"]
+        for row, start, end, part in _side_by_side(todo):
+            staging["ids"][part] = row.memory.history(row.memory.ids, start, end).array[0]
         self._calls.run(
             "entropy", [s._replace(document=int(r.memory.entropy_documents.array[0, s.start])) for r, s in todo]
         )
-        first = 0
-        for row, (_, start, end, _) in todo:
-            row.memory.entropies.array[0, start:end] = staging["entropy"][first : first + end - start]
-            first += end - start
+        for row, start, end, part in _side_by_side(todo):
+            row.memory.entropies.array[0, start:end] = staging["entropy"][part]
 
     def _close_patches(self, row: Row, segment: Segment) -> bool:
         """Moves the row over the tokens, closing patches as the rule says; False if it failed, as they do not fit."""
@@ -285,13 +278,12 @@ class Batch:
             segments = [self._next_patches(row) for row in some]
             self._place_patches(some, segments)
             self._calls.run("latent", segments)
-            made, first, ring = self._staging["latent"]["patch_kv"], 0, self._arena.ring
-            for row, (_, start, end, _) in zip(some, segments, strict=True):
-                row.memory.kv_ring.array[np.arange(start, end) % ring] = made[first : first + end - start]
+            made, ring = self._staging["latent"]["patch_kv"], self._arena.ring
+            for row, start, end, part in _side_by_side(zip(some, segments, strict=True)):
+                row.memory.kv_ring.array[np.arange(start, end) % ring] = made[part]
                 row.stepped = end
-                first += end - start
+                self.counts.patches += end - start
             self.counts.latent_calls += 1
-            self.counts.patches += first
             rows = [row for row in rows if row.waits]
 
     @staticmethod
@@ -337,20 +329,23 @@ class Batch:
     def _decode(self, todo: list[tuple[Row, Segment]]) -> None:
         """The decoder over tokens whose patches are there."""
         staging, ring, width = self._staging["decoder"], self._arena.ring, self.spec.decoder_window
-        first = 0
-        for row, (_, start, end, _) in todo:
-            part = slice(first, first + end - start)
+        for row, start, end, part in _side_by_side(todo):
             staging["byte_states"][part] = row.memory.pool.rows_of(start, end).array[0]
             patch_SW = row.complete_S[:, None] - width + np.arange(width)
             staging["patch_row"][part] = np.where(patch_SW >= 0, row.index * ring + patch_SW % ring, -1)
-            first = part.stop
-        staging["patch_row"][first : first + 1] = -1
+        staging["patch_row"][part.stop : part.stop + 1] = -1
         self._calls.run("decoder", [segment for _, segment in todo])
-        first = 0
-        for row, (_, start, end, _) in todo:
-            first += end - start
-            row.logits_V[:] = staging["logits"][first - 1]
+        for row, _, end, part in _side_by_side(todo):
+            row.logits_V[:] = staging["logits"][part.stop - 1]
             row.decoded = end
+
+
+def _side_by_side(todo: Iterable[tuple[Row, Segment]]) -> Iterator[tuple[Row, int, int, slice]]:
+    """Row, start and end of each segment, and where its tokens lie in the staging: one segment behind the other."""
+    first = 0
+    for row, (_, start, end, _) in todo:
+        yield row, start, end, slice(first, first + end - start)
+        first += end - start
 
 
 def fitted(spec: ModelSpec, capacity: int | None) -> ModelSpec:

@@ -16,7 +16,7 @@ from .backends.protocol import Array, Buffer, Call
 from .ids import Ids
 from .memory import AHEAD, Memory
 from .pace import Costs
-from .step import SHORTEST, LatentCall
+from .step import LatentCall, entries
 
 
 class PassCalls:
@@ -72,7 +72,7 @@ class PassCalls:
         starts_P = memory.starts_P[first : end + 1]
         reach_P = np.array([memory.first_byte(p) for p in range(first, end)])
         length_P = starts_P[1:] - reach_P
-        call = self._latent_call(n, max(SHORTEST, 1 << int(length_P.max() - 1).bit_length()))
+        call = self._latent_call(n, entries(int(length_P.max())))
         began = time.perf_counter()
         entry_L = np.arange(call.index_L.shape[1])
         row_PL = (reach_P - memory.pool.base)[:, None] + entry_L

@@ -22,10 +22,7 @@ import numpy as np
 
 from .backends.protocol import Array, Backend, Buffer, Call, RowBackend
 from .spec import GraphSpec, ModelSpec, row_spec
-
-SHORTEST = 8
-"""Bytes of the shortest patch that a latent call has room for."""
-
+from .step import entries
 
 Key = tuple[str, int, int, tuple[int, ...]]
 """Graph, tokens, room per row, and sizes of other buffers: what a bound call depends on."""
@@ -88,9 +85,9 @@ def _row_caches(graph: GraphSpec, backend: Backend, rows: int, slots: int) -> di
 class Staging:
     """Inputs and outputs of one graph for up to T tokens, side by side: [1, T, ...] each."""
 
-    def __init__(self, graph: GraphSpec, backend: Backend, tokens: int, states: int = 0) -> None:
+    def __init__(self, graph: GraphSpec, backend: Backend, tokens: int) -> None:
         self.graph, self._backend = graph, backend
-        self._sizes = {"B": 1, "S": tokens, "P": tokens, "N": states}
+        self._sizes = {"B": 1, "S": tokens, "P": tokens, "N": 0}
         cached = {*graph.aliases, *graph.aliases.values()}
         names = [t for t in (*graph.inputs, *graph.outputs) if t.name not in cached]
         self.buffers = {t.name: self._new(t.name) for t in names if not {"R", "L"} & set(t.shape)}
@@ -107,7 +104,7 @@ class Staging:
 
     def longest(self, size: int) -> Array:
         """Room for patches of up to `size` bytes: byte_index [T, L]."""
-        length = self._sizes["L"] = max(SHORTEST, 1 << (size - 1).bit_length())
+        length = self._sizes["L"] = entries(size)
         if length not in self._indexes:
             self._indexes[length] = self._new("byte_index")
         self.buffers["byte_index"] = self._indexes[length]

@@ -21,6 +21,11 @@ SHORTEST = 8
 """Entries of the smallest latent call."""
 
 
+def entries(length: int) -> int:
+    """Entries of the latent call for patches of up to `length` bytes: 8, 16, 32, ..."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
 class LatentCall(NamedTuple):
     """A latent call over one patch of up to L bytes."""
 
@@ -71,7 +76,6 @@ class StepCalls:
         value = graph.new("entropy", S=1)
         self._entropy_value = value.array[0]
         logits = graph.new("logits", S=1)
-        self.entropy_logits_V: Array = logits.array[0, 0]
         self.entropy = graph.bind(
             positions=self._clock["positions"],
             doc_start=document,
@@ -174,7 +178,7 @@ class StepCalls:
         if self._latent_pool is not self._memory.pool.buffer:
             self._latent_pool = self._memory.pool.buffer
             self._latent_calls.clear()
-        size = max(SHORTEST, 1 << (length - 1).bit_length())
+        size = entries(length)
         return self._latent_calls.get(size) or self._bind_latent(size)
 
     def _bind_latent(self, size: int) -> LatentCall:
