@@ -33,11 +33,10 @@ from typing import Any
 
 import numpy as np
 
-from blt.bench import Forced, Text, at_patch_size, bench_text, run
-from blt.bench.runs import with_changes
+from blt.bench import Forced, Text, at_patch_size, bench_text, run, together, with_changes
 from blt.machine import MemoryReader, available_cores
 from blt.model import TransformerConfig
-from blt_runtime.ids import BOS
+from blt_runtime.batch import SHARE, SLICE
 
 MEAN_PATCH, CONTEXT = 4.5, 2048
 TOKENIZERS = {"llama3": (128_256, 4.4), "llama2": (32_000, 3.7)}
@@ -203,49 +202,16 @@ def one_stream(model: Any, text: Any, per_call: dict[str, float]) -> dict[str, f
     }
 
 
-class Stamped(Forced):
-    """Notes when each id was chosen, and the scheduler's rounds, latent calls and patches until then."""
-
-    def __init__(self, ids: list[int], counts: Any) -> None:
-        super().__init__(ids, 0.0)
-        self.stamps: list[tuple[float, int, int, int]] = []
-        self._counts = counts
-
-    def __call__(self, logits_V: Any) -> int:
-        id, counts = super().__call__(logits_V), self._counts
-        self.stamps.append((time.perf_counter(), counts.rounds, counts.latent_calls, counts.patches))
-        return id
-
-
 def many_streams(model: Any, spec: Any, texts: list[Text], per_call: dict[str, float]) -> dict[str, float]:
     """All texts at once on a scheduler, measured while all of them are being written."""
-    from blt_runtime import Scheduler
-
-    with Scheduler(with_changes(model, spec=spec), streams=len(texts)) as scheduler:
-
-        def write(new: int) -> tuple[float, list[Stamped]]:
-            samplers = [Stamped(text.new[:new].tolist(), scheduler.counts) for text in texts]
-            began = time.perf_counter()
-            requests = [
-                scheduler.submit_ids(np.append(BOS, text.prompt), new, sampler)
-                for text, sampler in zip(texts, samplers, strict=True)
-            ]
-            for request in requests:
-                request.result()
-            return began, samplers
-
-        write(WARM_UP)
-        began, samplers = write(len(texts[0].new))
-    first, last = (pick(s.stamps[i] for s in samplers) for pick, i in ((max, 0), (min, -1)))
-    stamps = [stamp for s in samplers for stamp in s.stamps if first[0] < stamp[0] <= last[0]]
-    rounds, latent_calls, patches = (last[i] - first[i] for i in (1, 2, 3))
+    found = together(with_changes(model, spec=spec), texts, 0.0, SHARE, SLICE)
     per_round = sum(per_call[name] for name in ("entropy", "encoder", "decoder"))
-    read = rounds * per_round + latent_calls * per_call["latent"]
+    read = found.done.rounds * per_round + found.done.latent_calls * per_call["latent"]
     return {
-        "bytes_per_s": len(stamps) / (last[0] - first[0]),
-        "first_byte_s": first[0] - began,
-        "weight_bytes": read / len(stamps) + per_call.get("hash tables", 0.0),
-        "mean_patch": len(stamps) / patches,
+        "bytes_per_s": found.bytes_per_s,
+        "first_byte_s": max(found.first_bytes_s),
+        "weight_bytes": read / len(found.gaps_s) + per_call.get("hash tables", 0.0),
+        "mean_patch": found.mean_patch,
     }
 
 

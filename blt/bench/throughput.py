@@ -42,14 +42,33 @@ class Stamped(Forced):
 
 @dataclass(frozen=True)
 class Together:
-    """One run of `streams` requests. Seconds; first_byte_s: median. patches_per_call: of the latent transformer."""
+    """One run of `streams` requests: until each one's first byte, and then while all write: how long, the gaps between
+    their bytes, and what the scheduler did. Seconds."""
 
     streams: int
-    bytes_per_s: float
-    first_byte_s: float
+    first_bytes_s: Sequence[float]
+    seconds: float
     gaps_s: Sequence[float]
-    patches_per_call: float
-    mean_patch: float
+    done: Counts
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of all streams."""
+        return len(self.gaps_s) / self.seconds
+
+    @property
+    def first_byte_s(self) -> float:
+        """Median."""
+        return statistics.median(self.first_bytes_s)
+
+    @property
+    def patches_per_call(self) -> float:
+        """Of the latent transformer."""
+        return self.done.patches / max(1, self.done.latent_calls)
+
+    @property
+    def mean_patch(self) -> float:
+        return self.done.tokens / max(1, self.done.patches)
 
     def gap_s(self, percent: float) -> float:
         """A percentile of the gaps between the bytes of one stream."""
@@ -87,15 +106,9 @@ def together(model: Model, given: Sequence[Text], temperature: float, share: flo
     if start >= end:
         raise UsageError("the first stream was done before the last one wrote: measure with more --new-bytes")
     gaps = [gap for s in samplers for gap in _gaps(s.stamps, start, end)]
-    patches = last.counts[-1].patches - first.counts[0].patches
-    return Together(
-        len(given),
-        len(gaps) / (end - start),
-        statistics.median(s.stamps[0] - began for s in samplers),
-        gaps,
-        patches / max(1, last.counts[-1].latent_calls - first.counts[0].latent_calls),
-        (last.counts[-1].tokens - first.counts[0].tokens) / max(1, patches),
-    )
+    before, behind = vars(first.counts[0]), vars(last.counts[-1])
+    done = Counts(**{name: behind[name] - before[name] for name in before})
+    return Together(len(given), [s.stamps[0] - began for s in samplers], end - start, gaps, done)
 
 
 def joined(model: Model, given: Sequence[Text], temperature: float, share: float, slice: int) -> Joined:
