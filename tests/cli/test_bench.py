@@ -148,7 +148,7 @@ def test_patching_alone(blt: Call, models: dict[str, Path], model: str) -> None:
     assert report["kind"] == "patch"
     assert report["bytes"] == 90
     assert report["bytes_per_s"] == pytest.approx(90 / (report["entropies_s"] + report["rule_s"]))
-    assert (report["entropies_s"] > 1e-5) == (model == "bundle")
+    assert (report["entropies_s"] > 0) == (model == "bundle")  # static patches need none
     assert "bytes/s: 90 bytes" in blt("bench", "patch", models[model], "--prompt-bytes", "90").text
 
 
