@@ -5,30 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from blt import checkpoint
-from blt.checkpoint import Checkpoint
-from blt.config import BLTRun, EntropyRun, RunConfig
-from blt.data.dataset import Dataset, Documents
-from blt.data.packing import BatchShape, Loader
-from blt.data.patches import PatchIndex, choose_threshold
-from blt.model import BLT, EntropyModel
+from blt.config import RunConfig
 from blt.train import snapshots
+from blt.train.jobs import prepare_run
 from blt.train.loop import Trainer
 from blt.train.metrics import replace_text
-from blt.train.objective import Objective, count_parameters
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
-from blt_runtime.patching import PatchRule
 
 log = logging.getLogger("blt.train")
 CONFIG_FILE = "config.json"
-Model = TypeVar("Model", EntropyModel, BLT)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,114 +69,6 @@ def _is_run(config_file: Path) -> bool:
         return json.loads(config_file.read_text())["kind"] in ("entropy", "blt")
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def prepare_run(
-    config: RunConfig,
-    out: Path,
-    data: str | Path | None = None,
-    entropy_model: str | Path | None = None,
-    compile: bool | None = None,
-    device: str = "cpu",
-) -> tuple[Trainer, Callable[[], Checkpoint]]:
-    """The trainer of a run at step 0, and what makes its final checkpoint."""
-    folder = data or config.data.path
-    if folder is None:
-        raise ConfigError("no data: name a folder made by `blt data prepare` with --data or data.path")
-    dataset = Dataset(folder)
-    _check_groups(config, dataset.split("train"))
-    compiled = config.run.compile if compile is None else compile
-    if isinstance(config, EntropyRun):
-        return _entropy_run(config, out, dataset, compiled, device)
-    return _blt_run(config, out, dataset, entropy_model or config.entropy_model, compiled, device)
-
-
-def _entropy_run(
-    config: EntropyRun, out: Path, dataset: Dataset, compiled: bool, device: str
-) -> tuple[Trainer, Callable[[], Checkpoint]]:
-    model = _initial(EntropyModel(config.model), config.run.seed, device)
-    objective = Objective(model, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
-    loaders = {name: _loader(config, dataset, name, None) for name in ("train", "valid")}
-    extra = {"data": dataset.split("train").sha256}
-    trainer = Trainer(config, objective, _required(loaders["train"])(), loaders["valid"], out, extra)
-    return trainer, lambda: Checkpoint(None, model, None)
-
-
-def _blt_run(
-    config: BLTRun, out: Path, dataset: Dataset, entropy_path: str | Path | None, compiled: bool, device: str
-) -> tuple[Trainer, Callable[[], Checkpoint]]:
-    entropy = None
-    if config.patching.scheme == "entropy":
-        entropy = _frozen_entropy(entropy_path, device)
-    newlines = config.patching.reset_newlines
-    index = {
-        name: PatchIndex(dataset, name, entropy, reset_newlines=newlines, compile=compiled)
-        for name in ("train", "valid")
-    }
-    for part in index.values():
-        part.compute()
-    rule = _rule(config, dataset, index["train"])
-    loaders = {name: _loader(config, dataset, name, index[name].with_rule(rule)) for name in ("train", "valid")}
-    model = _initial(BLT(config.model), config.run.seed, device)
-    objective = Objective(
-        model, config.patching.longest_patch, bf16=config.run.dtype == "bf16", compile=compiled, device=device
-    )
-    extra = {"data": index["train"].documents.sha256, "patch_rule": rule.to_dict(), "entropy": index["train"].key}
-    trainer = Trainer(config, objective, _required(loaders["train"])(), loaders["valid"], out, extra)
-    return trainer, lambda: Checkpoint(model, entropy, rule)
-
-
-def _frozen_entropy(path: str | Path | None, device: str) -> EntropyModel:
-    if path is None:
-        raise ConfigError("entropy patches need an entropy model: --entropy-model RUN (made by `blt train entropy`)")
-    entropy = checkpoint.load(path).entropy
-    if entropy is None:
-        raise CheckpointError(f"{path} holds no entropy model; give the folder of a `blt train entropy` run")
-    return entropy.to(device).eval().requires_grad_(False)
-
-
-def _rule(config: BLTRun, dataset: Dataset, index: PatchIndex) -> PatchRule:
-    patching = config.patching
-    if not patching.needs_threshold:
-        return patching.rule()
-    members = _members(config, dataset.split("train"))
-    threshold = choose_threshold(index, patching.rule(0.0), patching.target_patch_size, members)
-    log.info("threshold %.6f nats for patches of %.2f bytes", threshold, patching.target_patch_size)
-    return patching.rule(threshold)
-
-
-def _check_groups(config: RunConfig, documents: Documents) -> None:
-    for group in config.data.groups or ():
-        if not len(documents.of_groups([group])):
-            raise ConfigError(f"data.groups: {group!r} has no training documents; see `blt data info`")
-
-
-def _members(config: RunConfig, documents: Documents) -> np.ndarray[Any, np.dtype[np.int64]]:
-    groups = config.data.groups
-    return np.arange(len(documents)) if groups is None else documents.of_groups(groups)
-
-
-def _loader(config: RunConfig, dataset: Dataset, split: str, starts: PatchIndex | None) -> Callable[[], Loader] | None:
-    """Makes loaders over one split; None if it has no documents."""
-    documents = dataset.split(split)
-    members = _members(config, documents)
-    if not len(members):
-        return None
-    shape = BatchShape(config.batch.rows, config.batch.byte_buckets, config.batch.patches)
-    train_split = split == "train"
-    return lambda: Loader(documents, shape, starts, seed=config.run.seed, shuffle=train_split, subset=members)
-
-
-def _required(make: Callable[[], Loader] | None) -> Callable[[], Loader]:
-    if make is None:
-        raise ConfigError("data.groups leaves no training documents; look at the data with `blt data info`")
-    return make
-
-
-def _initial(model: Model, seed: int, device: str) -> Model:
-    model.init_weights(torch.Generator().manual_seed(seed))
-    log.info("%d parameters", count_parameters(model))
-    return model.to(device).train()
 
 
 def _resume(trainer: Trainer, resume: str) -> None:

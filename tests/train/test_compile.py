@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from blt.config import load_config
-from blt.train.run import prepare_run
+from blt.train.jobs import prepare_run
 
 
 def step_on_each_shape(trainer: object, wanted: int) -> set[int]:

@@ -19,9 +19,9 @@ from blt import checkpoint
 from blt.config import BLTRun, EntropyRun, RunConfig, load_config
 from blt.data import Batch, prepare
 from blt.train import Terminated, Trainer, snapshots, train
+from blt.train.jobs import prepare_run
 from blt.train.objective import Diverged, Objective
 from blt.train.optim import learning_rate, make_optimizer
-from blt.train.run import prepare_run
 from blt_runtime.errors import BltError, CheckpointError, ConfigError, UsageError
 
 
