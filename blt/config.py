@@ -78,13 +78,16 @@ class PatchingConfig(Frozen):
 
 
 class OptimizerConfig(Frozen):
-    """AdamW on all parameters (spec section 11); `clip` is the largest gradient norm."""
+    """AdamW on all parameters (spec section 11); `clip` is the largest gradient norm. `freeze` and `lr_scale` name
+    parameters by shell patterns: those that do not train, and those whose learning rate is another one, by factor."""
 
     lr: FiniteFloat = Field(default=4e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: FiniteFloat = Field(default=1e-8, gt=0)
     weight_decay: FiniteFloat = Field(default=0.1, ge=0)
     clip: FiniteFloat = Field(default=1.0, gt=0)
+    freeze: tuple[str, ...] = ()
+    lr_scale: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = {}
 
 
 class ScheduleConfig(Frozen):

@@ -33,6 +33,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "batch": (),
     "patching": (),
     "data": ("groups",),
+    "optimizer": ("freeze", "lr_scale"),
     "run": ("seed", "dtype"),
 }
 
@@ -95,7 +96,7 @@ class Trainer:
         batch = next(self.loader)
         lr = learning_rate(self.step, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         total, targets = self.objective(batch)
         nats = total.item()
         check_finite(nats, "the loss", self.step)

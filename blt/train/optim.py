@@ -8,12 +8,16 @@ import torch
 from torch import nn
 
 from blt.config import OptimizerConfig, ScheduleConfig
+from blt.train.parts import parameter_groups
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on all parameters, as published. Fused: one pass over the hash tables instead of six."""
+    """AdamW with weight decay on all parameters that train, as published.
+
+    Fused: one pass over the hash tables instead of six.
+    """
     return torch.optim.AdamW(
-        model.parameters(),
+        parameter_groups(model, config),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
