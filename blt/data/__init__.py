@@ -6,8 +6,9 @@ entropy model, `Loader` cuts the documents into rows and batches of a few fixed 
 
 from typing import TYPE_CHECKING, Any
 
+from blt.data.batches import Batch, BatchShape, PatchStarts, TokenSource
 from blt.data.dataset import Dataset, Documents, info
-from blt.data.packing import Batch, BatchShape, Loader
+from blt.data.packing import Loader
 from blt.data.prepare import prepare
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ __all__ = [
     "Documents",
     "Loader",
     "PatchIndex",
+    "PatchStarts",
+    "TokenSource",
     "choose_threshold",
     "document_entropies",
     "info",

@@ -126,6 +126,14 @@ class Documents:
         """Where each document's tokens (BOS, bytes, EOS) begin in the whole split, [documents + 1]."""
         return np.concatenate([[0], np.cumsum(self.lengths + 2)]).astype(np.int64)
 
+    token_bytes: None = None
+    """Ids from 4 on are one byte each."""
+
+    @cached_property
+    def prompt_lengths(self) -> NDArray[np.int64]:
+        """Leading bytes of each document that carry no loss, [documents]."""
+        return np.zeros(len(self.lengths), np.int64)
+
     def group(self, index: int) -> str:
         return self.names[int(self.group_ids[index])]
 

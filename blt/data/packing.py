@@ -16,65 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.data.dataset import Documents
+from blt.data.batches import Batch, BatchShape, Int, PatchStarts, TokenSource
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import OFFSET
 
+__all__ = ["BLOCK_TOKENS", "Batch", "BatchShape", "Loader", "PatchStarts", "TokenSource"]
 BLOCK_TOKENS = 32 << 20
-Int = NDArray[np.int64]
-
-
-class PatchStarts(Protocol):
-    """Says where patches begin, per document: bool [length + 2], position 0 and 1 True."""
-
-    def starts(self, document: int) -> NDArray[np.bool_]: ...
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """`rows` rows of `patches` patches (None: plain byte rows) in one of the byte lengths `buckets` (ascending)."""
-
-    rows: int
-    buckets: tuple[int, ...]
-    patches: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.rows < 1 or not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 2:
-            raise ConfigError("batch.rows must be at least 1 and batch.byte_buckets ascending lengths of at least 2")
-        if self.patches is not None and self.patches < 2:
-            raise ConfigError("batch.patches must be at least 2: the first patch of a row is one token")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's input. `ids` and `targets` int64 [B, N] (padding 0), `mask` bool [B, N] (False on padding),
-    `patch_lengths` int64 [B, P] with sum N + 1 per row, or None; `starts` [B] the row's place in its block, -1 if
-    blank."""
-
-    ids: Int
-    targets: Int
-    mask: NDArray[np.bool_]
-    patch_lengths: Int | None
-    starts: Int
-    block: int
-
-    @property
-    def n_bytes(self) -> int:
-        """Targets that are bytes, not special ids: the denominator of bits per byte."""
-        return int((self.mask & (self.targets >= OFFSET)).sum())
-
-    @property
-    def n_patches(self) -> int:
-        return 0 if self.patch_lengths is None else int((self.patch_lengths > 0).sum())
-
-    @property
-    def padding(self) -> int:
-        return int(self.mask.size - self.mask.sum())
 
 
 @dataclass(frozen=True)
@@ -120,7 +72,12 @@ def row_patch_lengths(begin: int, end: int, boundaries: Int, patches: int, n_byt
 class _Block:
     """The tokens of some documents, their patch boundaries, and the batches they are dealt into."""
 
-    ids: NDArray[np.int16]
+    epoch: int
+    number: int
+    members: Int
+    offsets: Int
+    ids: NDArray[Any]
+    counted: NDArray[np.bool_]
     boundaries: Int
     rows: _Rows
     batches: list[tuple[int, list[int]]]
@@ -134,7 +91,7 @@ class Loader:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: TokenSource,
         shape: BatchShape,
         patch_starts: PatchStarts | None = None,
         *,
@@ -169,7 +126,7 @@ class Loader:
             if self.block >= len(self._blocks(self.epoch)):
                 self.epoch, self.block = self.epoch + 1, 0
             block = self._current()
-        batch = self._assemble(block, *block.batches[self.batch])
+        batch = self._assemble(block, self.batch)
         self.batch += 1
         return batch
 
@@ -203,6 +160,10 @@ class Loader:
     def _plan(self, epoch: int, block: int) -> _Block:
         members = self._blocks(epoch)[block]
         ids = np.concatenate([self.documents.ids(int(index)) for index in members])
+        offsets = np.concatenate([[0], np.cumsum(self.documents.lengths[members] + 2)])
+        counted = np.ones(len(ids), np.bool_)
+        for begin, prompt in zip(offsets, self.documents.prompt_lengths[members], strict=False):
+            counted[begin + 1 : begin + 1 + prompt] = False
         boundaries = np.empty(0, np.int64)
         if self.patch_starts is not None:
             starts = np.concatenate([self.patch_starts.starts(int(index)) for index in members])
@@ -211,7 +172,7 @@ class Loader:
         order = np.arange(len(rows.begin))
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch, block)).permutation(order)
-        return _Block(ids, boundaries, rows, self._deal(rows, order))
+        return _Block(epoch, block, members, offsets, ids, counted, boundaries, rows, self._deal(rows, order))
 
     def _deal(self, rows: _Rows, order: Int) -> list[tuple[int, list[int]]]:
         """(bucket, rows) of every batch. What is left at the end shares batches; the very last one gets blank rows."""
@@ -230,11 +191,14 @@ class Loader:
             batches.append((self.shape.buckets[int(bucket_of[part].max())], part))
         return batches
 
-    def _assemble(self, block: _Block, n_bytes: int, members: list[int]) -> Batch:
+    def _assemble(self, block: _Block, index: int) -> Batch:
+        n_bytes, members = block.batches[index]
         B, P = self.shape.rows, self.shape.patches
         ids_BN, targets_BN = np.zeros((2, B, n_bytes), np.int64)
         mask_BN = np.zeros((B, n_bytes), np.bool_)
         starts_B = np.full(B, -1, np.int64)
+        tokens_B, bytes_B = np.zeros((2, B), np.int64)
+        documents: list[Int] = [np.empty(0, np.int64)] * B
         lengths_BP = None
         if P is not None:
             lengths_BP = np.zeros((B, P), np.int64)
@@ -243,7 +207,17 @@ class Loader:
             begin, end = int(block.rows.begin[row]), int(block.rows.end[row])
             n = end - begin - 1
             ids_BN[b, :n], targets_BN[b, :n] = block.ids[begin : end - 1], block.ids[begin + 1 : end]
-            mask_BN[b, :n], starts_B[b] = True, begin
+            mask_BN[b, :n], starts_B[b], tokens_B[b] = block.counted[begin + 1 : end], begin, n
+            bytes_B[b] = self._bytes(targets_BN[b][mask_BN[b]])
+            first, last = np.searchsorted(block.offsets, (begin, end - 1), side="right")
+            documents[b] = block.members[first - 1 : last]
             if P is not None and lengths_BP is not None:
                 lengths_BP[b] = row_patch_lengths(begin, end, block.boundaries, P, n_bytes)
-        return Batch(ids_BN, targets_BN, mask_BN, lengths_BP, starts_B, self.block)
+        return Batch(
+            ids_BN, targets_BN, mask_BN, lengths_BP, starts_B, block.number, block.epoch, index,
+            tokens_B, bytes_B, tuple(documents),
+        )  # fmt: skip
+
+    def _bytes(self, targets: Int) -> int:
+        table = self.documents.token_bytes
+        return int((targets >= OFFSET).sum() if table is None else table[targets].sum())

@@ -16,35 +16,42 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blt.data.packing import Batch
+from blt.data.batches import Batch
 
 log = logging.getLogger("blt.train")
 
 
 class Window:
-    """Sums over the steps since the last log line."""
+    """Sums over the steps since the last log line, and the seconds of training in all."""
 
     def __init__(self) -> None:
+        self.total_seconds, self.began = 0.0, time.monotonic()
         self.reset()
 
     def reset(self) -> None:
+        """A new window. `total_seconds` keeps what the old ones took."""
+        self.total_seconds += time.monotonic() - self.began
         self.nats = self.seconds = 0.0
-        self.targets = self.bytes = self.patches = self.places = self.padding = 0
+        self.targets = self.bytes = self.tokens = self.places = 0
+        self.patches = self.patch_places = self.skipped = 0
+        self.buckets: dict[str, int] = {}
         self.start()
 
     def start(self) -> None:
         """The clock runs from here, on top of the seconds that were restored."""
         self.began = time.monotonic() - self.seconds
 
-    def state(self) -> dict[str, float]:
-        """The sums and the seconds so far."""
+    def state(self) -> dict[str, Any]:
+        """The sums and the seconds so far; plain values for JSON."""
         sums = {name: value for name, value in vars(self).items() if name != "began"}
-        return sums | {"seconds": time.monotonic() - self.began}
+        return sums | {"seconds": time.monotonic() - self.began, "buckets": dict(self.buckets)}
 
-    def restore(self, state: dict[str, float]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Goes on from a `state`; an empty one is that of a new window."""
         self.reset()
+        self.total_seconds = 0.0
         vars(self).update(state)
+        self.buckets = dict(self.buckets)
         self.start()
 
     @contextmanager
@@ -54,24 +61,43 @@ class Window:
         yield
         self.began += time.monotonic() - before
 
-    def add(self, nats: float, batch: Batch) -> None:
-        self.nats += nats
-        self.targets += int(batch.mask.sum())
-        self.bytes += batch.n_bytes
-        self.patches += batch.n_patches
-        self.places += batch.mask.size
-        self.padding += batch.padding
+    @property
+    def all_seconds(self) -> float:
+        """Seconds of training since the run began, also before a stop."""
+        return self.total_seconds + time.monotonic() - self.began
 
-    def summary(self) -> dict[str, float]:
-        """Loss in nats per target, bits per byte, bytes a second, bytes a patch, share of places that are padding."""
+    def add(self, nats: float, batch: Batch) -> None:
+        """One step: the sum of its loss in nats, and its GLOBAL batch."""
+        self.nats += nats
+        self.targets += batch.n_targets
+        self.bytes += batch.n_bytes
+        self.tokens += batch.n_tokens
+        self.places += batch.mask.size
+        self.patches += batch.n_patches
+        self.patch_places += batch.patch_places
+        key = str(batch.bucket)
+        self.buckets[key] = self.buckets.get(key, 0) + 1
+
+    def skip(self) -> None:
+        """One step whose loss or gradient was not finite, and which changed nothing."""
+        self.skipped += 1
+
+    def summary(self) -> dict[str, Any]:
+        """loss (nats per counted target), bpb (bits per byte), bytes_per_s, padding (share of the byte places), buckets
+        (batches of each length); with patches also patch_size (tokens a patch, the one-token first patch of each row
+        counted) and patch_padding (share of the patch places); skipped (steps), if there were any."""
         seconds = max(time.monotonic() - self.began, 1e-9)
-        rates = {
+        found: dict[str, Any] = {
             "loss": self.nats / max(1, self.targets),
             "bpb": self.nats / math.log(2) / max(1, self.bytes),
             "bytes_per_s": self.bytes / seconds,
-            "padding": self.padding / max(1, self.places),
+            "padding": 1 - self.tokens / max(1, self.places),
+            "buckets": dict(sorted(self.buckets.items(), key=lambda item: int(item[0]))),
         }
-        return rates | ({"patch_size": self.targets / self.patches} if self.patches else {})
+        if self.patches:
+            found["patch_size"] = self.tokens / self.patches
+            found["patch_padding"] = 1 - self.patches / self.patch_places
+        return found | ({"skipped": self.skipped} if self.skipped else {})
 
 
 class MetricsFile:
@@ -109,4 +135,6 @@ def _step_of(line: str) -> float:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_short(item)}" for key, item in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

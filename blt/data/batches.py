@@ -1,0 +1,146 @@
+"""What a step is given: documents as a source of tokens, the static shapes of batches, one batch.
+
+Letters: B rows, N tokens of a row (bytes, for a byte-level model), P patches, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blt_runtime.errors import ConfigError
+from blt_runtime.ids import OFFSET
+
+Int = NDArray[np.int64]
+Pack = Literal["stream", "documents"]
+NAMED_DOCUMENTS = 4
+
+
+class TokenSource(Protocol):
+    """Documents as tokens. `lengths` are tokens per document without BOS and EOS; of `prompt_lengths` leading tokens
+    behind BOS no loss is taken; `token_bytes` [V] are the bytes that each id stands for (None: ids from 4 on are one
+    byte each, the special ids none)."""
+
+    @property
+    def lengths(self) -> Int: ...
+
+    @property
+    def prompt_lengths(self) -> Int: ...
+
+    @property
+    def token_bytes(self) -> Int | None: ...
+
+    def __len__(self) -> int: ...
+
+    def ids(self, index: int, /) -> NDArray[Any]:
+        """BOS, tokens, EOS: int16 or int32 [length + 2]."""
+        ...
+
+
+class PatchStarts(Protocol):
+    """Says where patches begin, per document: bool [length + 2], position 0 and 1 True."""
+
+    def starts(self, document: int) -> NDArray[np.bool_]: ...
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """`rows` rows of `patches` patches (None: plain rows of tokens) in one of the lengths `buckets` (ascending).
+
+    `pack`: rows are cut out of the stream of all documents ("stream"), or hold whole documents ("documents": one that
+    is longer than a row is cut, the others are not). Raises ConfigError.
+    """
+
+    rows: int
+    buckets: tuple[int, ...]
+    patches: int | None = None
+    pack: Pack = "stream"
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 2:
+            raise ConfigError("batch.rows must be at least 1 and batch.byte_buckets ascending lengths of at least 2")
+        if self.patches is not None and self.patches < 2:
+            raise ConfigError("batch.patches must be at least 2: the first patch of a row is one token")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One GLOBAL step's input, or some rows of it.
+
+    `ids` and `targets` int64 [B, N] (padding 0); `mask` bool [B, N]: targets that the loss counts; `patch_lengths`
+    int64 [B, P] with sum N + 1 per row, or None; `starts` [B] the row's place in its block, -1 if the row is blank;
+    `row_tokens` [B] positions that are not padding and `row_bytes` [B] bytes of the counted targets (None: every
+    unmasked position, and every unmasked byte); `documents` the rows' documents. `index` is the batch's number in
+    its block.
+    """
+
+    ids: Int
+    targets: Int
+    mask: NDArray[np.bool_]
+    patch_lengths: Int | None
+    starts: Int
+    block: int
+    epoch: int = 0
+    index: int = 0
+    row_tokens: Int | None = None
+    row_bytes: Int | None = None
+    documents: tuple[Int, ...] = ()
+
+    def rows(self, first: int, stop: int) -> Batch:
+        """The rows [first, stop): a micro-batch, or the part of one rank."""
+        part = slice(first, stop)
+        cut = {name: getattr(self, name)[part] for name in ("ids", "targets", "mask", "starts", "documents")}
+        optional = {name: getattr(self, name) for name in ("patch_lengths", "row_tokens", "row_bytes")}
+        cut |= {name: None if value is None else value[part] for name, value in optional.items()}
+        return replace(self, **cut)
+
+    @property
+    def n_targets(self) -> int:
+        """Targets that the loss counts."""
+        return int(self.mask.sum())
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the counted targets: the denominator of bits per byte."""
+        if self.row_bytes is None:
+            return int((self.mask & (self.targets >= OFFSET)).sum())
+        return int(self.row_bytes.sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions that are not padding."""
+        return self.n_targets if self.row_tokens is None else int(self.row_tokens.sum())
+
+    @property
+    def n_patches(self) -> int:
+        """Patches that hold a token, the one-token first patch of each row included."""
+        return 0 if self.patch_lengths is None else int((self.patch_lengths[self.starts >= 0] > 0).sum())
+
+    @property
+    def patch_places(self) -> int:
+        """B x P: what the latent transformer computes, padding included."""
+        return 0 if self.patch_lengths is None else self.patch_lengths.size
+
+    @property
+    def bucket(self) -> int:
+        """The static length N of the rows."""
+        return int(self.mask.shape[1])
+
+    @property
+    def padding(self) -> int:
+        """Positions that are padding."""
+        return self.mask.size - self.n_tokens
+
+    @property
+    def identity(self) -> str:
+        """Where the batch comes from, for messages: `epoch 0, block 3, batch 17 (documents 4, 21 and 9 others)`."""
+        place = f"epoch {self.epoch}, block {self.block}, batch {self.index}"
+        if not self.documents:
+            return place
+        found = [int(document) for document in np.unique(np.concatenate(self.documents))]
+        names = ", ".join(str(document) for document in found[:NAMED_DOCUMENTS])
+        more = f" and {len(found) - NAMED_DOCUMENTS} others" if len(found) > NAMED_DOCUMENTS else ""
+        return f"{place} (documents {names}{more})"
