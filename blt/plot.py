@@ -7,20 +7,20 @@ Long text wraps into rows. `render` makes PNG (matplotlib) or HTML (one file, no
 from __future__ import annotations
 
 import html
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blt_runtime.errors import UsageError
+from blt import plot_page
+from blt.plot_page import EDGE, INK, MUTED
 from blt_runtime.ids import OFFSET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROW = 64  # bytes in a row: 64 monospaced letters stay readable at the width of a page
-BAR, BAR_START, EDGE, THRESHOLD, INK, MUTED = "#9db7d5", "#d9822b", "#c3cad3", "#b3261e", "#1f2933", "#7b8794"
+BAR, BAR_START, THRESHOLD = "#9db7d5", "#d9822b", "#b3261e"
 BANDS = ("#ffffff", "#f1f4f8")
 SPECIAL = ("BOE", "BOS", "EOS", "BPE")  # names of the ids below OFFSET
 WEAK = "␣↵⇥·"  # labels that are no letter
@@ -86,11 +86,7 @@ def _text_glyphs(data: bytes, drawable: Callable[[str], bool]) -> list[str]:
 
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    if kind == "html":
-        return to_html(figure).encode()
-    if kind == "png":
-        return to_png(figure)
-    raise UsageError(f"a figure can be png or html, not {kind!r}")
+    return plot_page.drawn(kind, lambda: to_png(figure), lambda: to_html(figure))
 
 
 # --- PNG ---------------------------------------------------------------------------------------------------
@@ -98,24 +94,15 @@ def render(figure: Figure, kind: str) -> bytes:
 
 def to_png(figure: Figure) -> bytes:
     """Rows of 64 bytes at 160 dots per inch, about 1,900 pixels wide. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
     n = len(figure.ids)
     width = min(n, ROW)
     n_rows = max(1, math.ceil(n / ROW))
-    size = (max(4.0, 0.175 * width + 0.9), 1.5 * n_rows + 0.55)
-    canvas = Canvas(figsize=size, dpi=160, facecolor="white", layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = plot_page.canvas(max(4.0, 0.175 * width + 0.9), 1.5 * n_rows + 0.55)
     axes = canvas.subplots(n_rows, 1, squeeze=False)[:, 0]
     labels, top = glyphs(figure.ids, _in_font()), _top(figure)
     for row, ax in enumerate(axes):
         _draw_row(ax, figure, labels, range(row * ROW, min(n, (row + 1) * ROW)), width, top)
-    if figure.title:
-        canvas.suptitle(figure.title, fontsize=9, color=INK, x=0.012, ha="left")
-    out = io.BytesIO()
-    canvas.savefig(out, format="png")
-    return out.getvalue()
+    return plot_page.png(canvas, figure.title)
 
 
 def _in_font() -> Callable[[str], bool]:
@@ -165,10 +152,6 @@ def _threshold_line(ax: Axes, threshold: float, end: float, say: bool) -> None:
 # --- HTML --------------------------------------------------------------------------------------------------
 
 _CSS = f"""
-:root {{ color-scheme: light; }}
-body {{ margin: 2rem auto; max-width: 76rem; padding: 0 1rem; background: #fff; color: {INK};
-  font: 14px/1.4 system-ui, sans-serif; }}
-h1 {{ font-size: 15px; font-weight: 600; }}
 .legend {{ color: {MUTED}; margin-bottom: 1.2rem; }}
 .legend b {{ display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; }}
 .text {{ display: flex; flex-wrap: wrap; align-items: flex-end; row-gap: 14px; }}
@@ -196,13 +179,11 @@ def to_html(figure: Figure) -> str:
     legend = f'<b style="background:{BAR_START}"></b>first byte of a patch<b style="background:{BAR}"></b>other bytes'
     if figure.threshold is not None:
         legend += f'<b style="height:0;border-top:1px dashed {THRESHOLD}"></b>threshold {figure.threshold:.4g} nats'
-    title = html.escape(figure.title or "Patches")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width"><style>\n{_CSS}\n</style></head>\n'
-        f'<body><h1>{title}</h1>\n<div class="legend">entropy of each byte before it is read, in nats{legend}</div>\n'
-        f'<div class="text">\n{"".join(cells)}</div></body></html>\n'
+    body = (
+        f'<div class="legend">entropy of each byte before it is read, in nats{legend}</div>\n'
+        f'<div class="text">\n{"".join(cells)}</div>'
     )
+    return plot_page.page(figure.title or "Patches", body, _CSS, width="76rem")
 
 
 def _cell(figure: Figure, t: int, label: str, patch: int, top: float) -> str:

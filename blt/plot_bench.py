@@ -6,12 +6,11 @@ Stacked bars on one scale. `render` makes PNG (matplotlib) or HTML (one file wit
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from blt.plot import EDGE, INK, MUTED
-from blt_runtime.errors import UsageError
+from blt import plot_page
+from blt.plot_page import EDGE, INK, MUTED
 
 COLOURS = {
     "entropy": "#4a76a8",
@@ -65,11 +64,7 @@ class Bars:
 
 def render(bars: Bars, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    if kind == "html":
-        return to_html(bars).encode()
-    if kind == "png":
-        return to_png(bars)
-    raise UsageError(f"a figure can be png or html, not {kind!r}")
+    return plot_page.drawn(kind, lambda: to_png(bars), lambda: to_html(bars))
 
 
 def duration(seconds: float) -> str:
@@ -80,12 +75,9 @@ def duration(seconds: float) -> str:
 
 def to_png(bars: Bars) -> bytes:
     """7.2 inches wide at 160 dots per inch. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    canvas = Figure(figsize=(7.2, 0.55 * len(bars.bars) + 1.5), dpi=160, facecolor="white", layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = plot_page.canvas(7.2, 0.55 * len(bars.bars) + 1.5)
     ax = canvas.subplots()
     for row, bar in enumerate(bars.bars):
         for part, begin, seconds in bar.pieces():
@@ -104,17 +96,10 @@ def to_png(bars: Bars) -> bytes:
         ax.spines[side].set_visible(False)
     handles = [Patch(color=COLOURS.get(part, OTHER), label=part) for part in bars.parts()]
     canvas.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7, frameon=False)
-    canvas.suptitle(bars.title, fontsize=8, color=INK, x=0.012, ha="left")
-    out = io.BytesIO()
-    canvas.savefig(out, format="png")
-    return out.getvalue()
+    return plot_page.png(canvas, bars.title)
 
 
 _CSS = f"""
-:root {{ color-scheme: light; }}
-body {{ margin: 2rem auto; max-width: 52rem; padding: 0 1rem; background: #fff; color: {INK};
-  font: 14px/1.4 system-ui, sans-serif; }}
-h1 {{ font-size: 15px; font-weight: 600; }}
 svg {{ width: 100%; }}
 b {{ display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; }}
 text {{ font-size: 11px; fill: {INK}; }}
@@ -124,15 +109,11 @@ text {{ font-size: 11px; fill: {INK}; }}
 
 def to_html(bars: Bars) -> str:
     """A page that stands alone: no script, no font, no image from outside. Hover over a piece shows its numbers."""
-    title = html.escape(bars.title or "Where the time of a byte goes")
     legend = "".join(f'<b style="background:{COLOURS.get(p, OTHER)}"></b>{html.escape(p)}' for p in bars.parts())
     height = TOP + len(bars.bars) * (HEIGHT + GAP)
     drawn = "".join(_row(bar, bars.longest, TOP + at * (HEIGHT + GAP)) for at, bar in enumerate(bars.bars))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width"><style>\n{_CSS}\n</style></head>\n'
-        f'<body><h1>{title}</h1>\n<p>{legend}</p>\n<svg viewBox="0 0 {WIDTH} {height}">\n{drawn}</svg></body></html>\n'
-    )
+    body = f'<p>{legend}</p>\n<svg viewBox="0 0 {WIDTH} {height}">\n{drawn}</svg>'
+    return plot_page.page(bars.title or "Where the time of a byte goes", body, _CSS)
 
 
 def _row(bar: Bar, longest: float, top: int) -> str:

@@ -7,13 +7,13 @@ Panels below each other share the x axis; what was not measured has no panel. `r
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blt.plot import BAR_START, EDGE, INK, MUTED
-from blt_runtime.errors import UsageError
+from blt import plot_page
+from blt.plot import BAR_START
+from blt.plot_page import EDGE, INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,29 +61,18 @@ class Tradeoff:
 
 def render(tradeoff: Tradeoff, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    if kind == "html":
-        return to_html(tradeoff).encode()
-    if kind == "png":
-        return to_png(tradeoff)
-    raise UsageError(f"a figure can be png or html, not {kind!r}")
+    return plot_page.drawn(kind, lambda: to_png(tradeoff), lambda: to_html(tradeoff))
 
 
 def to_png(tradeoff: Tradeoff) -> bytes:
     """Panels of 6.4 x 2 inches at 160 dots per inch. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = tradeoff.panels()
-    canvas = Figure(figsize=(6.4, 2.0 * len(panels) + 0.6), dpi=160, facecolor="white", layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = plot_page.canvas(6.4, 2.0 * len(panels) + 0.6)
     axes = canvas.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (name, points) in zip(axes, panels.items(), strict=True):
         _draw(ax, name, points)
     axes[-1].set_xlabel("mean patch (bytes)", fontsize=8, color=INK)
-    canvas.suptitle(f"{tradeoff.title}\n{tradeoff.legend}", fontsize=8, color=INK, x=0.012, ha="left")
-    out = io.BytesIO()
-    canvas.savefig(out, format="png")
-    return out.getvalue()
+    return plot_page.png(canvas, f"{tradeoff.title}\n{tradeoff.legend}")
 
 
 def _draw(ax: Axes, name: str, points: Sequence[tuple[float, float, str]]) -> None:
@@ -95,10 +84,7 @@ def _draw(ax: Axes, name: str, points: Sequence[tuple[float, float, str]]) -> No
         ax.annotate(_number(y), (x, y), xytext=(0, 6), textcoords="offset points", fontsize=6, color=MUTED, ha="center")
     ax.margins(x=0.06, y=0.25)
     ax.set_ylabel(name, fontsize=8, color=INK)
-    ax.tick_params(labelsize=7, colors=MUTED)
-    ax.grid(color=EDGE, linewidth=0.4)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    plot_page.quiet(ax)
 
 
 def _number(value: float) -> str:
@@ -106,10 +92,6 @@ def _number(value: float) -> str:
 
 
 _CSS = f"""
-:root {{ color-scheme: light; }}
-body {{ margin: 2rem auto; max-width: 52rem; padding: 0 1rem; background: #fff; color: {INK};
-  font: 14px/1.4 system-ui, sans-serif; }}
-h1 {{ font-size: 15px; font-weight: 600; }}
 svg {{ width: 100%; }}
 b {{ color: {BAR_START}; }}
 text {{ font-size: 11px; fill: {MUTED}; }}
@@ -122,15 +104,13 @@ def to_html(tradeoff: Tradeoff) -> str:
     panels = tradeoff.panels()
     low, high = _range([point.mean for point in tradeoff.points])
     drawn = [_panel(name, points, (low, high), at * (HEIGHT + GAP)) for at, (name, points) in enumerate(panels.items())]
-    title = html.escape(tradeoff.title or "Patch sizes")
     height = len(panels) * (HEIGHT + GAP) + GAP
     axis = f'<text class="name" x="{WIDTH / 2:.0f}" y="{height - 8}" text-anchor="middle">mean patch (bytes)</text>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width"><style>\n{_CSS}\n</style></head>\n'
-        f"<body><h1>{title}</h1>\n<p><b>●</b> {html.escape(tradeoff.legend)}</p>\n"
-        f'<svg viewBox="0 0 {WIDTH} {height}">\n{"".join(drawn)}{axis}\n</svg></body></html>\n'
+    body = (
+        f"<p><b>●</b> {html.escape(tradeoff.legend)}</p>\n"
+        f'<svg viewBox="0 0 {WIDTH} {height}">\n{"".join(drawn)}{axis}\n</svg>'
     )
+    return plot_page.page(tradeoff.title or "Patch sizes", body, _CSS)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from blt.cli import (
     generate,
     inspect,
     patch,
+    plot,
     score,
     throughput,
     train,
@@ -52,6 +53,7 @@ app.command("inspect")(inspect.inspect)
 app.command("eval")(evaluate.evaluate)
 app.command("score")(score.score)
 app.command("check")(check.check)
+app.command("plot")(plot.plot)
 app.command("export")(export.export)
 app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)

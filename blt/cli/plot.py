@@ -1,0 +1,92 @@
+"""`blt plot`: loss and bits per byte of runs against bytes and FLOPs, as a figure, a table or JSON."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from blt.cli import console, files, options
+from blt_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from blt.run_metrics import Run
+
+log = logging.getLogger("blt.cli")
+
+COLUMNS = {"steps": ",d", "bytes": ",d", "flops": ".3e", "bpb": ".4f", "valid_bpb": ".4f", "best_valid_bpb": ".4f"}
+NAMES = {"flops": "FLOPs", "bpb": "training bits/byte", "valid_bpb": "valid bits/byte", "best_valid_bpb": "best"}
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their metrics.jsonl.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="Draw into .png or .html.")] = None,
+    against: Annotated[str, typer.Option(help="Axes of cost: bytes, flops, seconds, step.")] = "bytes,flops",
+    start: Annotated[str, typer.Option("--from", metavar="SIZE", help="Leave out what came before.")] = "0",
+    labels: Annotated[str | None, typer.Option(metavar="A,B,...", help="Names instead of the folders'.")] = None,
+    title: Annotated[str, typer.Option(help="Title of the figure.")] = "",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Compare runs: loss and bits per byte against bytes and FLOPs."""
+    if out is not None and out.suffix.lower() not in (".png", ".html"):
+        raise UsageError(f"-o {out}: the name must end in .png or .html")
+    from blt.run_metrics import read_runs
+
+    least = options.parse_size(start, "--from")
+    axes = _axes(against)
+    found = read_runs(runs, None if labels is None else [label.strip() for label in labels.split(",")])
+    if out is not None:
+        _draw(found, axes, title, least, out)
+    if as_json:
+        console.print_json("blt.plot/1", {"runs": [_as_json(run, axes, least) for run in found]})
+    else:
+        console.stdout_console().print(_table(found))
+
+
+def _axes(names: str) -> list[str]:
+    from blt.plot_runs import AXES
+
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in AXES:
+            raise UsageError(f"--against {name}: choose from {', '.join(AXES)}")
+    return chosen
+
+
+def _draw(runs: list[Run], axes: list[str], title: str, least: int, out: Path) -> None:
+    from blt.plot_runs import Figure, render
+
+    figure = Figure(runs, axes, title, least)
+    if not figure.panels():
+        raise UsageError(
+            f"nothing to draw behind {least:,} bytes against {', '.join(axes)}; change --from or --against"
+        )
+    for axis in axes:
+        without = [run.label for run in runs if not (run.points("loss", axis) or run.points("valid_bpb", axis))]
+        if without:
+            log.warning("without %s in their metrics, so not drawn against them: %s", axis, ", ".join(without))
+    with files.replacing(out) as draft:
+        draft.write_bytes(render(figure, out.suffix.lower().removeprefix(".")))
+
+
+def _table(runs: list[Run]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run")
+    for name in COLUMNS:
+        table.add_column(NAMES.get(name, name), justify="right")
+    for run in runs:
+        summary = run.summary()
+        shown = ("" if summary[name] is None else format(summary[name], form) for name, form in COLUMNS.items())
+        table.add_row(run.label, *shown)
+    return table
+
+
+def _as_json(run: Run, axes: list[str], least: int) -> dict[str, Any]:
+    """The summary, and every curve as pairs [x, y] by axis."""
+    keys = ("loss", "bpb", "valid_bpb")
+    return run.summary() | {"curves": {axis: {key: run.points(key, axis, least) for key in keys} for axis in axes}}

@@ -1,0 +1,148 @@
+"""`blt plot`: runs are read as they were written, half-written ones too, and drawn against what they cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blt import plot_runs
+from blt.run_metrics import distinct, read_run, read_runs
+
+Call = Callable[..., Any]
+Records = list[dict[str, Any]]
+
+
+def records(bpb: float, n: int = 4, flops: bool = True) -> Records:
+    """A run that gets better by a tenth every 100 steps, validated every second time."""
+    found: Records = []
+    for i in range(1, n + 1):
+        counts = {"bytes": 1000 * i} | ({"flops": 2e9 * i} if flops else {})
+        found.append({"step": 100 * i, "loss": bpb * 0.9**i * math.log(2), "bpb": bpb * 0.9**i, **counts})
+        if i % 2 == 0:
+            found.append({"step": 100 * i, "valid_bpb": bpb * 0.9**i + 0.1, "valid_bytes": 50})
+    return found
+
+
+def make_run(folder: Path, content: Records, tail: str = "") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in content) + tail)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [make_run(tmp_path / "a", records(4.0)), make_run(tmp_path / "b", records(5.0))]
+
+
+def test_the_curves_are_those_of_the_file(blt: Call, runs: list[Path]) -> None:
+    result = blt("plot", *runs, "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.text)
+    first = report["runs"][0]
+    assert report["schema"] == "blt.plot/1"
+    assert [run["label"] for run in report["runs"]] == ["a", "b"]
+    assert first["curves"]["bytes"]["bpb"] == [[1000 * i, pytest.approx(4 * 0.9**i)] for i in range(1, 5)]
+    assert first["curves"]["flops"]["valid_bpb"] == [[2e9 * i, pytest.approx(4 * 0.9**i + 0.1)] for i in (2, 4)]
+    assert first["steps"] == 400
+    assert first["valid_bpb"] == first["best_valid_bpb"] == pytest.approx(4 * 0.9**4 + 0.1)
+
+
+def test_from_leaves_out_the_beginning(blt: Call, runs: list[Path]) -> None:
+    report = json.loads(blt("plot", *runs, "--json", "--from", "2500", "--against", "step").text)
+    assert [x for x, _ in report["runs"][1]["curves"]["step"]["loss"]] == [300, 400]
+
+
+def test_the_table_has_a_line_for_each_run(blt: Call, runs: list[Path]) -> None:
+    lines = blt("plot", *runs, "--labels", "space, static").text.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "space", "static"]
+    assert f"{4 * 0.9**4 + 0.1:.4f}" in lines[1]
+
+
+def test_a_page_names_the_runs_and_stands_alone(blt: Call, runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "figure.html"
+    assert blt("plot", *runs, "-o", out, "--labels", "<one>,two", "--title", "a & b").code == 0
+    page = out.read_text()
+    assert "&lt;one&gt;" in page
+    assert "a &amp; b" in page
+    assert page.count("<polyline") == 2 * (1 + 2) * 2  # runs, loss and both bits per byte, two axes
+    assert page.count("<circle") == 2 * 2 * 2  # validations: runs, times, axes
+    assert not re.search(r"https?://|<script|src=|nan|inf", page)
+
+
+def test_a_picture_is_a_png(blt: Call, runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    assert blt("plot", runs[0] / "metrics.jsonl", "-o", out).code == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_without_an_axis_are_named_and_the_others_drawn(blt: Call, tmp_path: Path) -> None:
+    old = make_run(tmp_path / "old", records(4.0, flops=False))
+    new = make_run(tmp_path / "new", records(4.0))
+    result = blt("plot", old, new, "-o", tmp_path / "x.html")
+    assert result.code == 0
+    assert "without flops" in result.err
+    assert "old" in result.err
+    assert (tmp_path / "x.html").read_text().count("<polyline") == 3 * (2 + 1)
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", records(4.0), tail='{"step": 500, "lo'), "run")
+    assert run.train[-1]["step"] == 400
+
+
+def test_a_loss_that_is_no_number_has_no_point(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "r", [*records(4.0), {"step": 500, "loss": math.nan, "bytes": 5000}]), "r")
+    assert [x for x, _ in run.points("loss", "bytes")] == [1000, 2000, 3000, 4000]
+
+
+def test_a_run_that_only_validated_so_far_counts(tmp_path: Path) -> None:
+    only = make_run(tmp_path / "r", [{"step": 5, "valid_bpb": 3.0, "bytes": 10, "flops": 1e6}])
+    assert read_runs([only])[0].summary()["valid_bpb"] == 3.0
+
+
+def test_labels_tell_paths_apart(tmp_path: Path) -> None:
+    assert distinct([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
+    assert distinct([tmp_path / "run", tmp_path / "run"]) == ["run", "run (2)"]
+
+
+ERRORS = [
+    (["{tmp}/none"], 1, "metrics.jsonl"),
+    (["{tmp}/empty"], 1, "no records"),
+    (["{tmp}/broken"], 1, "line 1"),
+    (["{tmp}/a", "-o", "x.gif"], 2, ".png or .html"),
+    (["{tmp}/a", "-o", "{tmp}/no/x.html"], 2, "does not exist"),
+    (["{tmp}/a", "--against", "tea"], 2, "choose from bytes"),
+    (["{tmp}/a", "--labels", "x,y"], 2, "2 labels for 1 runs"),
+    (["{tmp}/a", "--from", "1G", "-o", "{tmp}/x.html"], 2, "nothing to draw"),
+    (["{tmp}/a", "--against", "seconds", "-o", "{tmp}/x.html"], 2, "nothing to draw"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), ERRORS)
+def test_a_mistake_is_one_line(
+    blt: Call, tmp_path: Path, runs: list[Path], arguments: list[str], code: int, says: str
+) -> None:
+    make_run(tmp_path / "empty", [])
+    make_run(tmp_path / "broken", [], tail="not a record\n" + json.dumps(records(4.0)[0]) + "\n")
+    result = blt("plot", *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result.code == code
+    assert says in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "x.html").exists()
+
+
+@given(st.floats(1e-3, 1e15), st.floats(1.001, 1e6))
+def test_an_axis_has_a_few_round_ticks_within_its_ends(low: float, factor: float) -> None:
+    at = plot_runs.ticks(low, low * factor)
+    assert 2 <= len(at) <= 2 * plot_runs.MOST
+    assert at == sorted(set(at))
+    assert all(low <= value <= low * factor * (1 + 1e-9) for value in at)
