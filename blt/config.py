@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from blt.model.config import BLTConfig, EntropyConfig, Frozen
+from blt.model.token import TokenConfig
 from blt_runtime.errors import ConfigError, RuleError
 from blt_runtime.ids import VOCAB
 from blt_runtime.patching import PatchRule
@@ -175,8 +176,49 @@ class BLTRun(_Run):
         return self
 
 
-RunConfig = EntropyRun | BLTRun
-_KINDS: dict[str, type[EntropyRun] | type[BLTRun]] = {"entropy": EntropyRun, "blt": BLTRun}
+class TokenizerConfig(Frozen):
+    """The BPE vocabulary of a token run: `vocab_size` ids, the four special ones included. It is trained on about
+    `train_bytes` of the training text, or taken from a `tokenizer.json` at `path`."""
+
+    vocab_size: int = Field(default=4096, ge=VOCAB)
+    path: str | None = None
+    train_bytes: int = Field(default=32 << 20, ge=1)
+
+
+class BPERun(_Run):
+    """Training of a token-level transformer on rows of BPE tokens; `batch.byte_buckets` counts tokens here."""
+
+    kind: Literal["bpe"]
+    model: TokenConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_vocabulary(cls, values: Any) -> Any:
+        """`model.vocab_size` is that of the tokenizer, and may be left out."""
+        model, tokenizer = (values.get(key, {}) for key in ("model", "tokenizer"))
+        if not isinstance(model, Mapping) or not isinstance(tokenizer, Mapping):
+            return values
+        size = tokenizer.get("vocab_size", TokenizerConfig().vocab_size)
+        if model.get("vocab_size", size) != size:
+            raise ValueError(f"model.vocab_size is {model['vocab_size']}, tokenizer.vocab_size {size}; leave one out")
+        return {**values, "model": {**model, "vocab_size": size}}
+
+    @model_validator(mode="after")
+    def _fits(self) -> typing.Self:
+        if self.batch.patches is not None:
+            raise ValueError("batch.patches is for BLT runs; a token model trains on rows of tokens")
+        _check_rows(self.batch.byte_buckets[-1], {"model": self.model.max_seqlen})
+        return self
+
+
+RunConfig = EntropyRun | BLTRun | BPERun
+_KINDS: dict[str, type[EntropyRun] | type[BLTRun] | type[BPERun]] = {
+    "entropy": EntropyRun,
+    "blt": BLTRun,
+    "bpe": BPERun,
+}
+KINDS = tuple(_KINDS)
 
 
 def _check_vocabulary(size: int) -> None:
@@ -209,7 +251,7 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     """The configuration in plain mappings. Raises ConfigError naming the key."""
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ConfigError(f"kind is {kind!r}; it must be 'entropy' or 'blt'")
+        raise ConfigError(f"kind is {kind!r}; it must be {', '.join(map(repr, _KINDS))}")
     _check_keys(raw, _KINDS[kind], "")
     try:
         return _KINDS[kind].model_validate(dict(raw))

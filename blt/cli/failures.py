@@ -25,6 +25,7 @@ EXTRAS = {
     "safetensors": "hub",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "aot",
+    "tokenizers": "bpe",
     "torch": "train",
     "zstandard": "train",
 }

@@ -1,17 +1,58 @@
-"""What a configuration costs, without allocating it."""
+"""What a configuration costs, without allocating it: parameters, FLOPs, memory.
+
+One formula per model gives the FLOPs (`flops` or `flops_per_byte` of its configuration, see `blt.model.config`), and
+every report takes it from here. Counted are matrix products and attention over the keys that a position may see; norms,
+softmax, rotation and table lookups are not. A step costs three times its forward pass: each product has two gradients.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from blt.config import EntropyRun, RunConfig
-from blt.model import TransformerConfig
+from blt.config import BLTRun, BPERun, EntropyRun, RunConfig
+from blt.model import EntropyConfig, TransformerConfig
 
 OPTIMIZER_BYTES = 16
 """Per parameter in float32: weight, gradient and AdamW's two moments."""
 HEAD_OUTPUTS = 8
 """Activations kept per position and layer for the backward pass, in widths: two norms, q, k, v, attention output, its
 projection and the block's output; the feed-forward part adds three of its hidden width."""
+TRAINING = 3
+"""FLOPs of a training step in forward passes."""
+BYTES_PER_TOKEN = 4.0
+"""Of a BPE vocabulary on English, where nobody has measured it on the data yet; `blt train bpe` does."""
+
+
+def flops_by_part(
+    config: RunConfig,
+    bytes_per_token: float | None = None,
+    entropy: EntropyConfig | None = None,
+    patch_size: float | None = None,
+) -> dict[str, float]:
+    """Forward FLOPs per byte of each part, in rows of the largest bucket.
+
+    bytes_per_token: of a BPE vocabulary on the data.  entropy: the entropy model that cuts the patches of a BLT, which
+    reads every byte, too.  patch_size: mean bytes per patch on the data (default: what the configuration aims at).
+    """
+    context = config.batch.byte_buckets[-1]
+    if isinstance(config, EntropyRun):
+        return {"entropy model": config.model.flops_per_byte(context)}
+    if isinstance(config, BPERun):
+        return {"token model": config.model.flops_per_byte(context, bytes_per_token or BYTES_PER_TOKEN)}
+    parts = config.model.flops(patch_size or config.patching.mean_patch_size, context)
+    if entropy is not None and config.patching.scheme == "entropy":
+        parts = {"entropy model": entropy.flops_per_byte(context), **parts}
+    return parts
+
+
+def flops_per_byte(
+    config: RunConfig,
+    bytes_per_token: float | None = None,
+    entropy: EntropyConfig | None = None,
+    patch_size: float | None = None,
+) -> float:
+    """Forward FLOPs per byte; arguments as `flops_by_part`."""
+    return sum(flops_by_part(config, bytes_per_token, entropy, patch_size).values())
 
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
@@ -19,18 +60,15 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 
     FLOPs and patches are those of the configured row and mean patch size.
     """
-    context = config.batch.byte_buckets[-1]
-    tokens = config.batch.rows * context
-    if isinstance(config, EntropyRun):
-        parts = {"entropy model": config.model.n_params()}
-        flops = {"entropy model": config.model.flops_per_byte(context)}
-        stacks: list[tuple[TransformerConfig, int]] = [(config.model, tokens)]
-    else:
-        patches, patch = config.batch.patches or 1, config.patching.mean_patch_size
+    tokens = config.batch.rows * config.batch.byte_buckets[-1]
+    flops = flops_by_part(config)
+    if isinstance(config, BLTRun):
         parts = config.model.params()
-        flops = config.model.flops(patch, context)
-        stacks = [(part, tokens) for part in (config.model.encoder, config.model.decoder)]
-        stacks.append((config.model.latent, config.batch.rows * patches))
+        stacks: list[tuple[TransformerConfig, int]] = [(config.model.encoder, tokens), (config.model.decoder, tokens)]
+        stacks.append((config.model.latent, config.batch.rows * (config.batch.patches or 1)))
+    else:
+        parts = {next(iter(flops)): config.model.n_params()}
+        stacks = [(config.model, tokens)]
     n_params = sum(parts.values())
     item = 2 if config.run.dtype == "bf16" else 4
     activations = sum(
@@ -42,7 +80,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "parameters_by_part": parts,
         "flops_per_byte": sum(flops.values()),
         "flops_per_byte_by_part": flops,
-        "bytes_per_step": tokens,
+        "bytes_per_step": round(tokens * BYTES_PER_TOKEN) if isinstance(config, BPERun) else tokens,
         "memory_bytes": {
             "weights_and_optimizer": OPTIMIZER_BYTES * n_params,
             "activations": activations,

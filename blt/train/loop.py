@@ -21,6 +21,7 @@ from torch.utils import deterministic
 from blt.config import RunConfig
 from blt.data.packing import Loader
 from blt.train import snapshots
+from blt.train.dryrun import TRAINING
 from blt.train.metrics import MetricsFile, Window
 from blt.train.objective import Objective, check_finite
 from blt.train.optim import learning_rate, make_optimizer
@@ -32,6 +33,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "model": (),
     "batch": (),
     "patching": (),
+    "tokenizer": (),
     "data": ("groups",),
     "optimizer": ("freeze", "lr_scale"),
     "run": ("seed", "dtype"),
@@ -57,12 +59,14 @@ class Trainer:
         valid: Callable[[], Loader] | None,
         out: Path,
         extra: dict[str, Any] | None = None,
+        flops_per_byte: float = 0.0,
     ):
         self.config, self.objective, self.loader, self.valid, self.out = config, objective, loader, valid, out
         self.optimizer = make_optimizer(objective.model, config.optimizer)
         self.metrics = MetricsFile(out / "metrics.jsonl")
         self.window = Window()
         self.extra = extra or {}
+        self.flops_per_byte = flops_per_byte
         self.step = self.bytes = 0
         self._saved = -1
         self._signal = 0
@@ -84,7 +88,7 @@ class Trainer:
                     self.log()
                 if self.valid is not None and (self.step % run.valid_every == 0 or last):
                     with self.window.paused():
-                        self.metrics.write({"step": self.step, **self.validate()})
+                        self.metrics.write({"step": self.step, **self.spent(), **self.validate()})
                 if self.step % run.checkpoint_every == 0 or last or self._signal:
                     with self.window.paused():
                         self.save()
@@ -112,9 +116,13 @@ class Trainer:
         return nats / targets
 
     def log(self) -> None:
-        record = {"step": self.step, **self.window.summary(), "lr": self.lr, "norm": self.norm, "bytes": self.bytes}
-        self.metrics.write(record)
+        record = {"step": self.step, **self.window.summary(), "lr": self.lr, "norm": self.norm, **self.spent()}
+        self.metrics.write({**record, "seconds": self.window.all_seconds})
         self.window.reset()
+
+    def spent(self) -> dict[str, float]:
+        """Bytes trained on so far, and the FLOPs of that: forward once and backward twice."""
+        return {"bytes": self.bytes, "flops": TRAINING * self.flops_per_byte * self.bytes}
 
     def validate(self) -> dict[str, float]:
         """Bits per byte on the validation text, every target (also EOS) counted, up to `data.valid_bytes`."""

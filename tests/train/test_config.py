@@ -59,7 +59,7 @@ def test_overrides(repo: Path) -> None:
         ("patching.max_patch_length=null", "max_patch_length"),
         ("patching.scheme=static", "patch_size"),
         ("patching.scheme=bite", "patching.scheme"),
-        ("kind=bpe", "kind is 'bpe'"),
+        ("kind=bpee", "kind is 'bpee'"),
         ("optimizer", "section.key=value"),
         ("kind.x=1", "is a value, not a section"),
         ("run.seed=[", "not YAML"),

@@ -1,0 +1,175 @@
+"""The documents of a split in the tokens of a vocabulary, made once and kept beside the data.
+
+`TOKENS/{split}-{data}-{vocabulary}.ids` holds BOS, tokens, EOS of all documents in order as whole numbers of 16 or 32
+bits, `.offsets.npy` where each begins; the latter is written last, so that its presence says that both are whole.
+Vocabularies trained on the data lie there, too, keyed by the data and their size.
+
+Letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blt.data.dataset import Dataset, Documents
+from blt.data.tokens import Vocabulary, read_vocabulary, train_vocabulary
+from blt_runtime.errors import ConfigError, InputError
+from blt_runtime.ids import BOS, EOS
+
+Ids = NDArray[np.int64]
+TOKENS = "tokens"
+TRAINED = 1  # raised when a vocabulary of the same data and size would come out another one
+GROUP_BYTES = 4 << 20
+log = logging.getLogger("blt.data")
+
+
+class TokenDocuments:
+    """Documents as a `TokenSource`: `lengths` [documents] without BOS and EOS, `token_bytes` [V]."""
+
+    def __init__(self, ids: NDArray[np.int16] | NDArray[np.int32], offsets: Ids, prompts: Ids, vocabulary: Vocabulary):
+        self._ids, self._offsets = ids, offsets
+        self.lengths: Ids = np.diff(offsets) - 2
+        self.prompt_lengths = prompts
+        self.vocabulary = vocabulary
+        self.token_bytes = vocabulary.token_bytes
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def ids(self, index: int) -> NDArray[np.int16] | NDArray[np.int32]:
+        """BOS, tokens, EOS of a document, int16 (int32 for more than 32,767 ids) [length + 2]."""
+        return self._ids[self._offsets[index] : self._offsets[index + 1]]
+
+
+def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocuments:
+    """A split's documents in tokens, from the cache where they are there. Raises InputError for a damaged one."""
+    documents = dataset.split(split)
+    stem = _folder(dataset) / f"{split}-{_data_key(documents)}-{vocabulary.key[:24]}"
+    files = [Path(f"{stem}{end}") for end in (".ids", ".prompts.npy", ".offsets.npy")]
+    dtype: np.dtype[Any] = np.dtype(np.int16 if vocabulary.size <= np.iinfo(np.int16).max else np.int32)
+    if files[-1].exists():
+        log.info("tokens of %s: from %s", split, files[-1].parent)
+    else:
+        _write(documents, split, vocabulary, files, dtype)
+    try:
+        offsets, prompts = (np.load(file, allow_pickle=False) for file in (files[2], files[1]))
+        ids: NDArray[Any] = np.memmap(files[0], dtype, mode="r") if offsets[-1] else np.empty(0, dtype)
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{stem}.* is damaged ({error}); delete it and run again") from None
+    if len(offsets) != len(documents) + 1 or len(prompts) != len(documents) or offsets[-1] != len(ids):
+        raise InputError(f"{stem}.* does not fit the data; delete it and run again")
+    return TokenDocuments(ids, offsets, prompts, vocabulary)
+
+
+def _write(documents: Documents, split: str, vocabulary: Vocabulary, files: list[Path], dtype: np.dtype[Any]) -> None:
+    drafts = [file.with_name(f".{file.name}.{os.getpid()}.npy") for file in files]
+    files[0].parent.mkdir(exist_ok=True)
+    lengths, prompts, began = [0], [], time.monotonic()
+    try:
+        with drafts[0].open("wb") as out:
+            for members in _groups(documents):
+                for ids, prompt in _encode(documents, members, vocabulary):
+                    out.write(np.concatenate([[BOS], ids, [EOS]]).astype(dtype).tobytes())
+                    lengths.append(len(ids) + 2)
+                    prompts.append(prompt)
+                _log(documents, split, members[-1], began)
+        np.save(drafts[1], np.array(prompts, np.int64))
+        np.save(drafts[2], np.cumsum(np.array(lengths, np.int64)))
+        for draft, file in zip(drafts, files, strict=True):
+            draft.replace(file)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+def _encode(documents: Documents, members: list[int], vocabulary: Vocabulary) -> Iterator[tuple[Ids, int]]:
+    """Each document's tokens and how many of them are its prompt; no token reaches across the end of a prompt."""
+    texts = []
+    for index in members:
+        text, n = documents.bytes(index), int(documents.prompt_lengths[index])
+        texts += [text[:n], text[n:]]
+    encoded = vocabulary.encode_all(texts)
+    for prompt, rest in zip(encoded[::2], encoded[1::2], strict=True):
+        yield np.concatenate([prompt, rest]), len(prompt)
+
+
+def _groups(documents: Documents) -> Iterator[list[int]]:
+    """Runs of documents of about GROUP_BYTES."""
+    members: list[int] = []
+    size = 0
+    for index, length in enumerate(documents.lengths):
+        members.append(index)
+        size += int(length)
+        if size >= GROUP_BYTES:
+            yield members
+            members, size = [], 0
+    if members:
+        yield members
+
+
+def _log(documents: Documents, split: str, last: int, began: float) -> None:
+    done = int(documents.lengths[: last + 1].sum())
+    rate = done / max(time.monotonic() - began, 1e-9)
+    log.info("tokens of %s: %.0f %%, %.0f bytes/s", split, 100 * done / max(1, documents.n_bytes), rate)
+
+
+def vocabulary_for(dataset: Dataset, members: Ids, size: int, train_bytes: int, path: str | None = None) -> Vocabulary:
+    """The vocabulary of a run: that of the `tokenizer.json` at `path`, or one trained on about `train_bytes` of the
+    training documents `members` (spread over all of them), which is kept beside the data.
+
+    Raises ConfigError if the one at `path` has more than `size` ids.
+    """
+    if path is not None:
+        found = read_vocabulary(path)
+        if found.size > size:
+            raise ConfigError(f"{path} has {found.size} ids with the special ones; set tokenizer.vocab_size to that")
+        return found
+    documents = dataset.split("train")
+    what = f"{TRAINED} {_data_key(documents)} {size} {train_bytes} {hashlib.sha256(members.tobytes()).hexdigest()}"
+    file = _folder(dataset) / f"tokenizer-{size}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+    if file.exists():
+        return read_vocabulary(file)
+    began = time.monotonic()
+    vocabulary = train_vocabulary(_sample(documents, members, train_bytes), size)
+    log.info("vocabulary of %d ids in %.0f s", vocabulary.size, time.monotonic() - began)
+    if vocabulary.size < size:
+        log.warning(
+            "the text has only %d tokens; %d of the vocabulary stay unused", vocabulary.size, size - vocabulary.size
+        )
+    save_vocabulary(vocabulary, file)
+    return vocabulary
+
+
+def save_vocabulary(vocabulary: Vocabulary, file: Path) -> None:
+    """Writes the whole file or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(vocabulary.text, encoding="utf-8")
+    draft.replace(file)
+
+
+def _sample(documents: Documents, members: Ids, n_bytes: int) -> Iterator[bytes]:
+    """Documents in a seeded order until `n_bytes` are reached."""
+    taken = 0
+    for index in np.random.default_rng(0).permutation(members):
+        if taken >= n_bytes:
+            return
+        taken += int(documents.lengths[index])
+        yield documents.bytes(int(index))
+
+
+def _folder(dataset: Dataset) -> Path:
+    return dataset.folder / TOKENS
+
+
+def _data_key(documents: Documents) -> str:
+    return hashlib.sha256("".join(documents.sha256).encode()).hexdigest()[:8]
