@@ -30,6 +30,8 @@ def prepare(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
     format: Annotated[str, typer.Option(help="auto, txt (documents end with NUL), jsonl or dir.")] = "auto",
     text_field: Annotated[str, typer.Option(help="Key of the text in JSONL.")] = "text",
+    prompt_field: Annotated[str | None, typer.Option(help="Key of a prompt, which carries no loss.")] = None,
+    completion_field: Annotated[str | None, typer.Option(help="Key of the completion behind the prompt.")] = None,
     split: Annotated[str, typer.Option(help="Shares of train/valid/test.")] = "98/1/1",
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop exact duplicates.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Reading processes.")] = 1,
@@ -45,8 +47,8 @@ def prepare(
 
     shares = _shares(split)
     run(
-        inputs, out, format=format, split=shares, dedup=dedup, text_field=text_field, workers=workers, seed=seed,
-        force=force,
+        inputs, out, format=format, split=shares, dedup=dedup, text_field=text_field, prompt_field=prompt_field,
+        completion_field=completion_field, workers=workers, seed=seed, force=force,
     )  # fmt: skip
     _show(describe(out), as_json)
 

@@ -31,8 +31,8 @@ def documents(data: Path, split: str) -> Iterator[Document]:
         return
     if data.is_dir():
         raise UsageError(f"{data} is not a data folder; make one with blt data prepare, or give a file")
-    for source, text in read_all(find_sources([data])):
-        yield source.group, text
+    for source, document in read_all(find_sources([data])):
+        yield source.group, document.content
 
 
 def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:

@@ -96,6 +96,16 @@ def _offsets(path: Path, shard: dict[str, Any]) -> NDArray[np.int64]:
     return offsets
 
 
+def _prompts(path: Path, shard: dict[str, Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes of each document's prompt, [documents]; zeros in a shard without prompts. Raises InputError."""
+    if "prompt_bytes" not in shard:
+        return np.zeros(shard["documents"], np.int64)
+    lengths = _integers(path, shard["documents"])
+    if (lengths < 0).any() or (lengths > np.diff(offsets)).any() or lengths.sum() != shard["prompt_bytes"]:
+        raise InputError(f"{path} does not fit its shard; run `blt data prepare` again")
+    return lengths
+
+
 class Documents:
     """The documents of one split, in shard order. `groups[i]` names the group of document i."""
 
@@ -107,6 +117,9 @@ class Documents:
         ids = [_integers(Path(f"{stem}.groups.npy"), s["documents"]) for stem, s in zip(stems, shards, strict=True)]
         if any(part.size and not 0 <= part.min() <= part.max() < len(group_names) for part in ids):
             raise InputError(f"{folder}: groups that the manifest does not name; run `blt data prepare` again")
+        self._prompts = [
+            _prompts(Path(f"{stem}.prompts.npy"), s, o) for stem, s, o in zip(stems, shards, offsets, strict=True)
+        ]
         empty = np.empty(0, np.int64)
         self._shard = np.repeat(np.arange(len(stems)), [len(group) for group in ids])
         self._start = np.concatenate([empty, *(offset[:-1] for offset in offsets)])
@@ -131,8 +144,8 @@ class Documents:
 
     @cached_property
     def prompt_lengths(self) -> NDArray[np.int64]:
-        """Leading bytes of each document that carry no loss, [documents]."""
-        return np.zeros(len(self.lengths), np.int64)
+        """Leading bytes of each document that carry no loss, [documents]: zeros where there are no prompts."""
+        return np.concatenate([np.empty(0, np.int64), *self._prompts])
 
     def group(self, index: int) -> str:
         return self.names[int(self.group_ids[index])]
@@ -177,7 +190,8 @@ class Dataset:
 
     def _check_size(self, shard: dict[str, Any]) -> None:
         path = self.folder / f"{shard['name']}.bin"
-        parts = [path, *(self.folder / f"{shard['name']}.{part}.npy" for part in ("offsets", "groups"))]
+        arrays = ("offsets", "groups", *(["prompts"] if "prompt_bytes" in shard else []))
+        parts = [path, *(self.folder / f"{shard['name']}.{part}.npy" for part in arrays)]
         for part in parts:
             if not part.is_file():
                 raise InputError(f"{part}: missing; run `blt data prepare` again")

@@ -1,7 +1,8 @@
 """`prepare`: inputs of many kinds to one data folder, written beside its final place and renamed when complete.
 
 A data folder holds, per split, shards of raw bytes (`.bin`, documents back to back, no separators), the document ends
-(`.offsets.npy`, int64 [documents + 1]) and the documents' groups (`.groups.npy`, int32), and one manifest.json.
+(`.offsets.npy`, int64 [documents + 1]) and the documents' groups (`.groups.npy`, int32), and one manifest.json. Text
+made of prompts and completions also has the prompts' lengths in bytes (`.prompts.npy`, int64 [documents]).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
 from blt.data.readers import SPLITS, Source, find_sources, read_all
+from blt.data.records import Document, Fields
 from blt.folders import staged
 from blt_runtime.errors import InputError, UsageError
 
@@ -24,26 +26,29 @@ SHARD_BYTES = 256 << 20
 
 
 class _SplitWriter:
-    """Appends documents to the shards of one split and counts them."""
+    """Appends documents to the shards of one split and counts them; `prompts`: the prompts' lengths, too."""
 
-    def __init__(self, folder: Path, split: str, shard_bytes: int):
-        self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
+    def __init__(self, folder: Path, split: str, shard_bytes: int, prompts: bool = False):
+        self.folder, self.split, self.shard_bytes, self.prompts = folder, split, shard_bytes, prompts
         self.shards: list[dict[str, Any]] = []
         self.groups: dict[str, dict[str, int]] = {}
         self._file: BinaryIO | None = None
         self._ends: list[int] = [0]
         self._ids: list[int] = []
+        self._prompts: list[int] = []
 
-    def add(self, document: bytes, group: str, group_id: int) -> None:
+    def add(self, document: Document, group: str, group_id: int) -> None:
+        content = document.content
         if self._file is None:
             self._file = (self.folder / f"{self._stem()}.bin").open("wb")
             self._sha = hashlib.sha256()
-        self._file.write(document)
-        self._sha.update(document)
-        self._ends.append(self._ends[-1] + len(document))
+        self._file.write(content)
+        self._sha.update(content)
+        self._ends.append(self._ends[-1] + len(content))
         self._ids.append(group_id)
+        self._prompts.append(document.prompt)
         count = self.groups.setdefault(group, {"bytes": 0, "documents": 0})
-        count["bytes"] += len(document)
+        count["bytes"] += len(content)
         count["documents"] += 1
         if self._ends[-1] >= self.shard_bytes:
             self.close()
@@ -61,15 +66,17 @@ class _SplitWriter:
         offsets, groups = np.array(self._ends, np.int64), np.array(self._ids, np.int32)
         np.save(self.folder / f"{stem}.offsets.npy", offsets)
         np.save(self.folder / f"{stem}.groups.npy", groups)
-        self.shards.append(
-            {"name": stem, "bytes": self._ends[-1], "documents": len(groups), "sha256": self._sha.hexdigest()}
-        )
-        self._ends, self._ids = [0], []
+        shard = {"name": stem, "bytes": self._ends[-1], "documents": len(groups), "sha256": self._sha.hexdigest()}
+        if self.prompts:
+            np.save(self.folder / f"{stem}.prompts.npy", np.array(self._prompts, np.int64))
+            shard["prompt_bytes"] = sum(self._prompts)
+        self.shards.append(shard)
+        self._ends, self._ids, self._prompts = [0], [], []
 
     def summary(self) -> dict[str, Any]:
+        counts = ("bytes", "documents", *(["prompt_bytes"] if self.prompts else []))
         return {
-            "bytes": sum(shard["bytes"] for shard in self.shards),
-            "documents": sum(shard["documents"] for shard in self.shards),
+            **{name: sum(shard[name] for shard in self.shards) for name in counts},
             "groups": dict(sorted(self.groups.items())),
             "shards": self.shards,
         }
@@ -83,6 +90,8 @@ def prepare(
     split: Sequence[float] = (98, 1, 1),
     dedup: bool = False,
     text_field: str = "text",
+    prompt_field: str | None = None,
+    completion_field: str | None = None,
     workers: int = 1,
     seed: int = 0,
     force: bool = False,
@@ -93,15 +102,17 @@ def prepare(
     `split` are the shares of train, valid and test for documents that are not already split by subfolders: a hash of
     the seed and the content decides, so equal documents never straddle two splits and the result does not depend on
     the order of the inputs. Exact duplicates are dropped with `dedup`. Empty documents are never written.
+    `text_field` is the key of a record's text. With `prompt_field` and `completion_field` a record is a prompt and what
+    is learned behind it; records of one prompt stay in one split.
     Raises InputError for bad input, UsageError for bad arguments or when `out` is not empty (`force` replaces an older
     data folder).
     """
-    shares = _shares(split)
+    shares, fields = _shares(split), Fields(text_field, prompt_field, completion_field)
     sources = find_sources(inputs, format)
     out = Path(out).resolve()
     _check_target(out, force, [Path(path).resolve() for path in inputs])
     with staged(out) as temporary:
-        manifest = _write(temporary, sources, shares, dedup, text_field, workers, seed, shard_bytes)
+        manifest = _write(temporary, sources, shares, dedup, fields, workers, seed, shard_bytes)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
@@ -111,18 +122,18 @@ def _write(
     sources: list[Source],
     shares: tuple[float, ...],
     dedup: bool,
-    text_field: str,
+    fields: Fields,
     workers: int,
     seed: int,
     shard_bytes: int,
 ) -> dict[str, Any]:
     group_ids = {group: index for index, group in enumerate(sorted({source.group for source in sources}))}
-    writers = {name: _SplitWriter(folder, name, shard_bytes) for name in SPLITS}
+    writers = {name: _SplitWriter(folder, name, shard_bytes, fields.prompt is not None) for name in SPLITS}
     # With dedup a document that is in several splits stays where it is scarcest: held-out text first.
     order = sorted(sources, key=lambda source: source.split in (None, "train")) if dedup else sources
     is_new = _duplicate_filter(dedup)
     duplicates = 0
-    for source, document in read_all(order, text_field, workers):
+    for source, document in read_all(order, fields, workers):
         if not is_new(document):
             duplicates += 1
             continue
@@ -149,19 +160,21 @@ def _shares(split: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(share) for share in split)
 
 
-def _choose_split(document: bytes, shares: tuple[float, ...], seed: int) -> str:
-    digest = hashlib.sha256(seed.to_bytes(8, "little", signed=True) + document).digest()
+def _choose_split(document: Document, shares: tuple[float, ...], seed: int) -> str:
+    content = document.content[: document.prompt] or document.content
+    digest = hashlib.sha256(seed.to_bytes(8, "little", signed=True) + content).digest()
     point = int.from_bytes(digest[:8], "little") / 2**64 * sum(shares)
     return SPLITS[0] if point < shares[0] else SPLITS[1] if point < shares[0] + shares[1] else SPLITS[2]
 
 
-def _duplicate_filter(dedup: bool) -> Callable[[bytes], bool]:
+def _duplicate_filter(dedup: bool) -> Callable[[Document], bool]:
     seen: set[bytes] = set()
 
-    def is_new(document: bytes) -> bool:
+    def is_new(document: Document) -> bool:
         if not dedup:
             return True
-        key = hashlib.sha256(document).digest()[:16]
+        prompt = document.prompt.to_bytes(8, "little") if document.prompt else b""
+        key = hashlib.sha256(prompt + document.content).digest()[:16]
         return key not in seen and not seen.add(key)  # type: ignore[func-returns-value]
 
     return is_new

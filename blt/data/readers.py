@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blt.data.dataset import is_data_folder
+from blt.data.records import Document, Fields, read_jsonl
 from blt_runtime.errors import InputError, MissingExtra, UsageError
 
 SPLITS = ("train", "valid", "test")
@@ -90,27 +90,31 @@ def _source(path: Path, format: str, split: str | None) -> Source:
     return Source(path, group or name, kind, split)
 
 
-def read_documents(source: Source, text_field: str = "text") -> Iterator[bytes]:
-    """The documents of one file, empty ones left out."""
+def read_documents(source: Source, fields: Fields | None = None) -> Iterator[Document]:
+    """The documents of one file, empty ones left out. `fields` are the keys of records."""
     damage: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
     if source.path.suffix.lower() == ".zst":
         damage += (_zstandard(source.path).ZstdError,)
     with _open(source.path) as file:
-        documents = _jsonl(file, source.path, text_field) if source.format == "jsonl" else _text(file)
+        documents = _text(file)
+        if source.format == "jsonl":
+            documents = read_jsonl(io.BufferedReader(file), source.path, fields or Fields())  # type: ignore[type-var]
         try:
-            yield from (document for document in documents if document)
+            yield from (document for document in documents if document.content)
         except damage as error:
             raise InputError(f"{source.path}: cannot be read to its end ({error}); is the file complete?") from error
 
 
-def read_all(sources: Iterable[Source], text_field: str = "text", workers: int = 1) -> Iterator[tuple[Source, bytes]]:
+def read_all(
+    sources: Iterable[Source], fields: Fields | None = None, workers: int = 1
+) -> Iterator[tuple[Source, Document]]:
     """(source, document) of all sources, in their order whatever `workers` is.
 
     Threads, since decompression and hashing release the interpreter lock; at most `workers` files are held in memory.
     """
     if workers <= 1:
         for source in sources:
-            for document in read_documents(source, text_field):
+            for document in read_documents(source, fields):
                 yield source, document
         return
     with ThreadPoolExecutor(workers) as pool:
@@ -118,7 +122,7 @@ def read_all(sources: Iterable[Source], text_field: str = "text", workers: int =
         todo = iter(sources)
         while True:
             for source in todo:
-                pending.append((source, pool.submit(lambda s: list(read_documents(s, text_field)), source)))
+                pending.append((source, pool.submit(lambda s: list(read_documents(s, fields)), source)))
                 if len(pending) >= workers:
                     break
             if not pending:
@@ -149,24 +153,10 @@ def _zstandard(path: Path) -> Any:
     return zstandard
 
 
-def _text(file: BinaryIO) -> Iterator[bytes]:
+def _text(file: BinaryIO) -> Iterator[Document]:
     """Documents between NUL bytes; a file without NUL is one document."""
     rest = b""
     while block := file.read(READ_BYTES):
         *whole, rest = (rest + block).split(b"\0")
-        yield from whole
-    yield rest
-
-
-def _jsonl(file: BinaryIO, path: Path, field: str) -> Iterator[bytes]:
-    for number, line in enumerate(io.BufferedReader(file), start=1):  # type: ignore[type-var]
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not a JSON object ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise InputError(f"{path}:{number}: no text under the key {field!r}; name the right one with --text-field")
-        # A lone surrogate cannot be encoded; it is dropped, as the tokenizer does with text (spec section 1).
-        yield record[field].encode("utf-8", errors="ignore")
+        yield from map(Document, whole)
+    yield Document(rest)

@@ -1,0 +1,62 @@
+"""Documents, and how records (JSONL lines, parquet rows) become documents.
+
+A record holds a text, or a prompt and its completion: then the document is both, one behind the other with nothing in
+between, and only the completion is learned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from blt_runtime.errors import InputError, UsageError
+
+
+class Document(NamedTuple):
+    """The bytes of a document; the first `prompt` of them carry no loss."""
+
+    content: bytes
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The keys of a record: of its text, or of prompt and completion. Raises UsageError for one of these alone."""
+
+    text: str = "text"
+    prompt: str | None = None
+    completion: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) != (self.completion is None):
+            raise UsageError("--prompt-field and --completion-field belong together; give both")
+
+    def document(self, record: Any, where: str) -> Document:
+        """The document of one record. `where` names it in errors. Raises InputError for a key without text."""
+        if self.prompt is None or self.completion is None:
+            return Document(_text(record, self.text, "--text-field", where))
+        prompt = _text(record, self.prompt, "--prompt-field", where)
+        return Document(prompt + _text(record, self.completion, "--completion-field", where), len(prompt))
+
+
+def read_jsonl(lines: BinaryIO, path: Path, fields: Fields) -> Iterator[Document]:
+    """One document per line that is not blank. Raises InputError that names the line."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not a JSON object ({error})") from error
+        yield fields.document(record, f"{path}:{number}")
+
+
+def _text(record: Any, key: str, option: str, where: str) -> bytes:
+    text = record.get(key) if isinstance(record, Mapping) else None
+    if not isinstance(text, str):
+        raise InputError(f"{where}: no text under the key {key!r}; name the right one with {option}")
+    # A lone surrogate cannot be encoded; it is dropped, as the tokenizer does with text (spec section 1).
+    return text.encode("utf-8", errors="ignore")
