@@ -13,10 +13,12 @@ import torch
 
 from blt import hub
 from blt.adapters import ADAPTERS, native, reference
+from blt.data.tokens import Vocabulary, checked
 from blt.model import BLT, EntropyModel
 from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.model.hashing import HashEmbedding, MappedTables
 from blt.model.layers import RotaryTable
+from blt.model.token import TokenModel
 from blt.source import HASH_TABLES, Part, Source, require_complete
 from blt.tensors import Stored
 from blt_runtime.errors import CheckpointError, RuleError
@@ -27,15 +29,18 @@ MODEL_FILE = native.MODEL_FILE
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model file holds. An entropy model alone has no `blt`; a rule without entropies needs no `entropy`."""
+    """What a model file holds. An entropy model alone has no `blt`; a rule without entropies needs no `entropy`. A
+    token-level baseline is `bpe` with its `vocabulary`, and nothing else."""
 
     blt: BLT | None
     entropy: EntropyModel | None
     patch_rule: PatchRule | None
+    bpe: TokenModel | None = None
+    vocabulary: Vocabulary | None = None
 
     def require_blt(self) -> tuple[BLT, PatchRule]:
         """The BLT and its rule. Raises CheckpointError if one is missing, or the entropy model that the rule needs."""
-        require_complete(self.blt, self.entropy, self.patch_rule)
+        require_complete(self.blt, self.entropy, self.patch_rule, self.bpe)
         assert self.blt is not None
         assert self.patch_rule is not None
         return self.blt, self.patch_rule
@@ -65,7 +70,10 @@ class Checkpoint:
         """The same as weights to be written at `path`."""
         blt = None if self.blt is None else Part(self.blt.config, _weights(self.blt))
         entropy = None if self.entropy is None else Part(self.entropy.config, _weights(self.entropy))
-        return Source("native", path, blt, entropy, self.patch_rule)
+        bpe = None if self.bpe is None else Part(self.bpe.config, _weights(self.bpe))
+        return Source(
+            "native", path, blt, entropy, self.patch_rule, bpe, self.vocabulary.text if self.vocabulary else None
+        )
 
 
 def open_source(path: str | Path, entropy_model: str | Path | None = None) -> Source:
@@ -136,7 +144,15 @@ def build(source: Source, trainable: bool = False) -> Checkpoint:
         with torch.device("meta"):
             entropy = EntropyModel(source.entropy_config)
         _materialise(entropy, source.entropy.weights, trainable)
-    return Checkpoint(blt, entropy, source.patch_rule)
+    bpe = vocabulary = None
+    if source.bpe is not None and source.bpe_config is not None:
+        vocabulary = checked(source.tokenizer or "", source.path)
+        if vocabulary.size > source.bpe_config.vocab_size:
+            raise CheckpointError(f"{source.path}: its tokenizer has {vocabulary.size} ids, more than its model")
+        with torch.device("meta"):
+            bpe = TokenModel(source.bpe_config)
+        _materialise(bpe, source.bpe.weights, trainable)
+    return Checkpoint(blt, entropy, source.patch_rule, bpe, vocabulary)
 
 
 def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel
+from blt.model.token import TokenConfig
 from blt.tensors import DTYPES, Stored
 from blt_runtime.errors import CheckpointError
 from blt_runtime.ids import VOCAB
@@ -28,7 +29,8 @@ Config = TypeVar("Config", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Part:
-    """A BLT or an entropy model: configuration, and a `Stored` for each of its parameters, by our names."""
+    """A BLT, an entropy model or a token model: configuration, and a `Stored` for each of its parameters, by our
+    names."""
 
     config: BLTConfig | EntropyConfig
     weights: dict[str, Stored]
@@ -40,13 +42,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint as it lies on disk. `format`: native, reference, hub or huggingface."""
+    """A checkpoint as it lies on disk. `format`: native, reference, hub or huggingface. A token model (`bpe`) comes
+    alone, with the text of its `tokenizer`."""
 
     format: str
     path: Path
     blt: Part | None = None
     entropy: Part | None = None
     patch_rule: PatchRule | None = None
+    bpe: Part | None = None
+    tokenizer: str | None = None
 
     @property
     def blt_config(self) -> BLTConfig | None:
@@ -57,13 +62,17 @@ class Source:
         part = self.entropy
         return part.config if part is not None and isinstance(part.config, EntropyConfig) else None
 
+    @property
+    def bpe_config(self) -> TokenConfig | None:
+        return self.bpe.config if self.bpe is not None and isinstance(self.bpe.config, TokenConfig) else None
+
     def parts(self) -> dict[str, Part]:
-        named = {"blt": self.blt, "entropy": self.entropy}
+        named = {"blt": self.blt, "entropy": self.entropy, "bpe": self.bpe}
         return {name: part for name, part in named.items() if part is not None}
 
     def require_blt(self) -> None:
         """Raises CheckpointError as `require_complete`."""
-        require_complete(self.blt, self.entropy, self.patch_rule)
+        require_complete(self.blt, self.entropy, self.patch_rule, self.bpe)
 
     def with_entropy(self, other: Source) -> Source:
         """The same with the entropy model of `other`. Raises CheckpointError if it has none, or another vocabulary."""
@@ -90,8 +99,15 @@ class Source:
             )
 
 
-def require_complete(blt: object | None, entropy: object | None, rule: PatchRule | None) -> None:
+def require_complete(
+    blt: object | None, entropy: object | None, rule: PatchRule | None, bpe: object | None = None
+) -> None:
     """Raises CheckpointError unless these can generate: a BLT, its rule, and the entropy model that the rule needs."""
+    if bpe is not None:
+        raise CheckpointError(
+            "this checkpoint holds a token-level baseline, which is trained, evaluated and inspected, no more; "
+            "give one made by `blt train blt`"
+        )
     if blt is None:
         raise CheckpointError("this checkpoint holds an entropy model only; give one made by `blt train blt`")
     if rule is None:

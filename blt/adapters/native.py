@@ -3,6 +3,8 @@
 {"format": "blt-model", "version": 1,
  "config": {"blt": {...} | None, "entropy": {...} | None, "patch_rule": {...} | None},
  "blt": state dict | None, "entropy": state dict | None}
+
+A token-level baseline has a configuration and weights "bpe" besides, and its tokenizer as text ("tokenizer").
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from blt.model import BLTConfig, EntropyConfig
+from blt.model.token import TokenConfig
 from blt.source import Part, Source, make_part, parse
 from blt.tensors import read_tensors, stored, write_pickled
 from blt_runtime.errors import BltError, CheckpointError
@@ -44,7 +47,11 @@ def read(path: Path) -> Source:
         raise CheckpointError(f"{path} has no configuration")
     rule = None if config.get("patch_rule") is None else _rule(config["patch_rule"], path)
     blt = _part(BLTConfig, "blt", content, path)
-    return Source("native", path, blt, _part(EntropyConfig, "entropy", content, path), rule).check_together()
+    entropy, bpe = _part(EntropyConfig, "entropy", content, path), _part(TokenConfig, "bpe", content, path)
+    tokenizer = config.get("tokenizer")
+    if bpe is not None and not isinstance(tokenizer, str):
+        raise CheckpointError(f"{path} has a token model and no tokenizer; copy it again")
+    return Source("native", path, blt, entropy, rule, bpe, tokenizer).check_together()
 
 
 def write(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
@@ -52,10 +59,11 @@ def write(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
     parts = source.parts()
     config = {name: part.config.model_dump(mode="json") for name, part in parts.items()}
     rule = source.patch_rule.to_dict() if source.patch_rule else None
+    tokens = {"tokenizer": source.tokenizer} if source.tokenizer is not None else {}
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "config": {"blt": None, "entropy": None, **config, "patch_rule": rule},
+        "config": {"blt": None, "entropy": None, **config, "patch_rule": rule, **tokens},
         "blt": None,
         "entropy": None,
     }

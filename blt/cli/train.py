@@ -1,4 +1,4 @@
-"""`blt train`: train an entropy model, then a BLT on its patches."""
+"""`blt train`: train an entropy model, then a BLT on its patches; or the token-level baseline."""
 
 from __future__ import annotations
 
@@ -82,8 +82,35 @@ def blt(
         _train(run, out, data, entropy_model, resume, force, compile, device, threads, as_json)
 
 
+@app.command("bpe")
+def bpe(
+    config: Config,
+    data: Data = None,
+    out: Out = None,
+    resume: Resume = "auto",
+    force: Force = False,
+    steps: Steps = None,
+    compile: Compile = None,
+    dry_run: DryRun = False,
+    set: Set = None,
+    device: options.Device = "auto",
+    dtype: DType = None,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Train the baseline: a transformer over BPE tokens, whose vocabulary is trained on the data first."""
+    run = _load("bpe", config, set, dtype, seed, steps)
+    if dry_run:
+        _dry_run(run, as_json)
+    else:
+        _train(run, out, data, None, resume, force, compile, device, threads, as_json)
+
+
 def _load(
-    kind: Literal["entropy", "blt"],
+    kind: Literal["entropy", "blt", "bpe"],
     path: Path,
     overrides: list[str] | None,
     dtype: str | None,

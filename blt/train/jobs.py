@@ -5,25 +5,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from blt import checkpoint
 from blt.checkpoint import Checkpoint
-from blt.config import BLTRun, EntropyRun, RunConfig
+from blt.config import BLTRun, BPERun, EntropyRun, RunConfig
+from blt.data.batches import BatchShape, Int, PatchStarts, TokenSource
 from blt.data.dataset import Dataset, Documents
-from blt.data.packing import BatchShape, Loader
+from blt.data.packing import Loader
 from blt.data.patches import PatchIndex, choose_threshold
+from blt.data.token_cache import save_vocabulary, tokenised, vocabulary_for
 from blt.model import BLT, EntropyModel
+from blt.model.token import TokenModel
+from blt.train.dryrun import flops_per_byte
 from blt.train.loop import Trainer
 from blt.train.objective import Objective, count_parameters
 from blt_runtime.errors import CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
 
 log = logging.getLogger("blt.train")
-Model = TypeVar("Model", EntropyModel, BLT)
+Model = TypeVar("Model", EntropyModel, BLT, TokenModel)
+Prepared = tuple[Trainer, Callable[[], Checkpoint]]
+TOKENIZER_FILE = "tokenizer.json"
+MEASURED_BYTES = 2 << 20  # of the training text, for the mean patch in the count of FLOPs
 
 
 def prepare_run(
@@ -33,8 +40,9 @@ def prepare_run(
     entropy_model: str | Path | None = None,
     compile: bool | None = None,
     device: str = "cpu",
-) -> tuple[Trainer, Callable[[], Checkpoint]]:
-    """The trainer of a run at step 0, and what makes its final checkpoint."""
+) -> Prepared:
+    """The trainer of a run at step 0, and what makes its final checkpoint. Raises ConfigError, InputError,
+    CheckpointError, and MissingExtra where a run of kind bpe has no `tokenizers`."""
     folder = data or config.data.path
     if folder is None:
         raise ConfigError("no data: name a folder made by `blt data prepare` with --data or data.path")
@@ -43,23 +51,45 @@ def prepare_run(
     compiled = config.run.compile if compile is None else compile
     if isinstance(config, EntropyRun):
         return _entropy_run(config, out, dataset, compiled, device)
+    if isinstance(config, BPERun):
+        return _bpe_run(config, out, dataset, compiled, device)
     return _blt_run(config, out, dataset, entropy_model or config.entropy_model, compiled, device)
 
 
-def _entropy_run(
-    config: EntropyRun, out: Path, dataset: Dataset, compiled: bool, device: str
-) -> tuple[Trainer, Callable[[], Checkpoint]]:
+def _entropy_run(config: EntropyRun, out: Path, dataset: Dataset, compiled: bool, device: str) -> Prepared:
     model = _initial(EntropyModel(config.model), config.run.seed, device)
     objective = Objective(model, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
-    loaders = {name: _loader(config, dataset, name, None) for name in ("train", "valid")}
+    loaders = {name: _loader(config, dataset, name) for name in ("train", "valid")}
     extra = {"data": dataset.split("train").sha256}
-    trainer = Trainer(config, objective, _required(loaders["train"])(), loaders["valid"], out, extra)
+    flops = flops_per_byte(config)
+    trainer = Trainer(config, objective, _required(loaders["train"])(), loaders["valid"], out, extra, flops)
     return trainer, lambda: Checkpoint(None, model, None)
+
+
+def _bpe_run(config: BPERun, out: Path, dataset: Dataset, compiled: bool, device: str) -> Prepared:
+    wanted, documents = config.tokenizer, dataset.split("train")
+    members = _members(config, documents)
+    vocabulary = vocabulary_for(dataset, members, wanted.vocab_size, wanted.train_bytes, wanted.path)
+    tokens = {name: tokenised(dataset, name, vocabulary) for name in ("train", "valid")}
+    loaders = {name: _loader(config, dataset, name, tokens=source) for name, source in tokens.items()}
+    bytes_per_token = documents.lengths[members].sum() / max(1, tokens["train"].lengths[members].sum())
+    log.info("%.3f bytes per token", bytes_per_token)
+    model = _initial(TokenModel(config.model), config.run.seed, device)
+    objective = Objective(model, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
+    extra = {"data": documents.sha256, "tokenizer": vocabulary.key}
+    flops = flops_per_byte(config, bytes_per_token=float(bytes_per_token))
+    trainer = Trainer(config, objective, _required(loaders["train"])(), loaders["valid"], out, extra, flops)
+
+    def finish() -> Checkpoint:
+        save_vocabulary(vocabulary, out / TOKENIZER_FILE)
+        return Checkpoint(None, None, None, model, vocabulary)
+
+    return trainer, finish
 
 
 def _blt_run(
     config: BLTRun, out: Path, dataset: Dataset, entropy_path: str | Path | None, compiled: bool, device: str
-) -> tuple[Trainer, Callable[[], Checkpoint]]:
+) -> Prepared:
     entropy = None
     if config.patching.scheme == "entropy":
         entropy = _frozen_entropy(entropy_path, device)
@@ -71,13 +101,16 @@ def _blt_run(
     for part in index.values():
         part.compute()
     rule = _rule(config, dataset, index["train"])
-    loaders = {name: _loader(config, dataset, name, index[name].with_rule(rule)) for name in ("train", "valid")}
+    starts = {name: index[name].with_rule(rule) for name in index}
+    loaders = {name: _loader(config, dataset, name, starts[name]) for name in starts}
     model = _initial(BLT(config.model), config.run.seed, device)
     objective = Objective(
         model, config.patching.longest_patch, bf16=config.run.dtype == "bf16", compile=compiled, device=device
     )
     extra = {"data": index["train"].documents.sha256, "patch_rule": rule.to_dict(), "entropy": index["train"].key}
-    trainer = Trainer(config, objective, _required(loaders["train"])(), loaders["valid"], out, extra)
+    mean_patch = _mean_patch(starts["train"], _members(config, dataset.split("train")))
+    flops = flops_per_byte(config, entropy=entropy.config if entropy else None, patch_size=mean_patch)
+    trainer = Trainer(config, objective, _required(loaders["train"])(), loaders["valid"], out, extra, flops)
     return trainer, lambda: Checkpoint(model, entropy, rule)
 
 
@@ -100,26 +133,44 @@ def _rule(config: BLTRun, dataset: Dataset, index: PatchIndex) -> PatchRule:
     return patching.rule(threshold)
 
 
+def _mean_patch(starts: PatchIndex, members: Int) -> float:
+    """Bytes per patch, counted as in `blt eval`, on MEASURED_BYTES of the training text."""
+    n_bytes = n_patches = 0
+    for document in np.random.default_rng(0).permutation(members):
+        if n_bytes >= MEASURED_BYTES:
+            break
+        n_bytes += int(starts.documents.lengths[document])
+        n_patches += int(starts.starts(int(document))[1:].sum())
+    return max(1, n_bytes) / max(1, n_patches)
+
+
 def _check_groups(config: RunConfig, documents: Documents) -> None:
     for group in config.data.groups or ():
         if not len(documents.of_groups([group])):
             raise ConfigError(f"data.groups: {group!r} has no training documents; see `blt data info`")
 
 
-def _members(config: RunConfig, documents: Documents) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _members(config: RunConfig, documents: Documents) -> Int:
     groups = config.data.groups
     return np.arange(len(documents)) if groups is None else documents.of_groups(groups)
 
 
-def _loader(config: RunConfig, dataset: Dataset, split: str, starts: PatchIndex | None) -> Callable[[], Loader] | None:
-    """Makes loaders over one split; None if it has no documents."""
+def _loader(
+    config: RunConfig,
+    dataset: Dataset,
+    split: str,
+    starts: PatchStarts | None = None,
+    tokens: TokenSource | None = None,
+) -> Callable[[], Loader] | None:
+    """Makes loaders over one split, as bytes or as `tokens`; None if it has no documents."""
     documents = dataset.split(split)
     members = _members(config, documents)
+    source = documents if tokens is None else tokens
     if not len(members):
         return None
     shape = BatchShape(config.batch.rows, config.batch.byte_buckets, config.batch.patches)
     train_split = split == "train"
-    return lambda: Loader(documents, shape, starts, seed=config.run.seed, shuffle=train_split, subset=members)
+    return lambda: Loader(source, shape, starts, seed=config.run.seed, shuffle=train_split, subset=members)
 
 
 def _required(make: Callable[[], Loader] | None) -> Callable[[], Loader]:
