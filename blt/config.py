@@ -25,11 +25,13 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(Frozen):
-    """What to train on: a folder made by `blt data prepare` (or `--data`), all groups of it or some."""
+    """What to train on: a folder made by `blt data prepare` (or `--data`), all groups of it or some. `workers` threads
+    make batches ahead of the step (0: none); the batches are the same."""
 
     path: str | None = None
     groups: tuple[str, ...] | None = Field(default=None, min_length=1)
     valid_bytes: int = Field(default=1 << 20, ge=1)
+    workers: int = Field(default=1, ge=0, le=64)
 
 
 class PatchingConfig(Frozen):
@@ -87,6 +89,7 @@ class OptimizerConfig(Frozen):
     eps: FiniteFloat = Field(default=1e-8, gt=0)
     weight_decay: FiniteFloat = Field(default=0.1, ge=0)
     clip: FiniteFloat = Field(default=1.0, gt=0)
+    tables: Literal["dense", "sparse"] = "dense"
     freeze: tuple[str, ...] = ()
     lr_scale: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = {}
 
@@ -106,14 +109,21 @@ class ScheduleConfig(Frozen):
 
 
 class BatchConfig(Frozen):
-    """`rows` rows a step; `patches` a row (BLT only); the byte lengths that rows are padded to, ascending."""
+    """`rows` rows a step, of all ranks together; `patches` a row (BLT only); the byte lengths that rows are padded to,
+    ascending. With `auto_buckets` there is one length, the longest, and at most that many are chosen on the data.
+    `pack` stream: rows are cut out of all documents in a line; documents: rows hold whole documents. A step computes `micro_rows` rows at a time and rank (null: all of the rank's) and adds the gradients."""
 
     rows: int = Field(default=8, ge=1)
+    micro_rows: int | None = Field(default=None, ge=1)
     patches: int | None = Field(default=None, ge=2)
     byte_buckets: tuple[Annotated[int, Field(ge=2)], ...] = (512,)
+    auto_buckets: int | None = Field(default=None, ge=2, le=32)
+    pack: Literal["stream", "documents"] = "stream"
 
     @model_validator(mode="after")
     def _ascending(self) -> typing.Self:
+        if self.auto_buckets is not None and len(self.byte_buckets) != 1:
+            raise ValueError("auto_buckets chooses the lengths; give byte_buckets the longest alone")
         if not self.byte_buckets or list(self.byte_buckets) != sorted(set(self.byte_buckets)):
             raise ValueError("byte_buckets must be different lengths in ascending order")
         return self
@@ -126,11 +136,14 @@ class RunSettings(Frozen):
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = True
     deterministic: bool = True
+    activation_checkpointing: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = Field(default=10, ge=1)
     valid_every: int = Field(default=200, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tensorboard: bool = False
 
 
 class _Run(Frozen):

@@ -33,12 +33,12 @@ MAY = {
 # ... and what may come only inside a function, so that the import of the module stays light.
 LAZY = {
     "blt_runtime": {"onnxruntime", "tensorrt"},
-    "blt": {"huggingface_hub", "matplotlib", "safetensors", "tokenizers", "zstandard"},
+    "blt": {"huggingface_hub", "matplotlib", "rich", "safetensors", "tokenizers", "zstandard"},
     "blt_export": {"tensorrt_rtx", "onnxruntime"},
     "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "blt_export"},
 }
 CLI_MAY_LOAD = (
-    "blt.__version__", "blt.cli", "blt.plot",
+    "blt.__version__", "blt.cli", "blt.plot", "blt.scoring",
     "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.patching",
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,20 +101,26 @@ class Window:
 
 
 class MetricsFile:
-    def __init__(self, path: Path):
-        self.path = path
+    """`writes`: only one of several ranks does; the others are silent."""
+
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
+        self.watch: Callable[[dict[str, Any]], str] = lambda record: ""  # gives words for the log line
 
     def cut(self, step: int) -> None:
         """Removes lines behind `step` and a half-written last one."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        log.info("%s", " ".join(f"{key} {_short(value)}" for key, value in record.items()))
+        note = self.watch(record)
+        log.info("%s%s", " ".join(f"{key} {_short(value)}" for key, value in record.items()), note)
 
 
 def replace_text(path: Path, text: str) -> None:

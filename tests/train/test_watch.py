@@ -1,0 +1,167 @@
+"""What is said about a run while it goes: to a terminal, to a log file, to TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blt.config import EntropyRun, load_config
+from blt.data import Batch
+from blt.train import metrics, watch
+from blt.train.jobs import prepare_run
+from blt_runtime.errors import MissingExtra
+
+Log = pytest.LogCaptureFixture
+STEP_BYTES = 4
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def info(caplog: Log) -> Log:
+    caplog.set_level(logging.INFO, logger="blt.train")
+    logging.getLogger("blt").propagate = True  # a test of the command line may have switched it off
+    return caplog
+
+
+def a_batch() -> Batch:
+    """A row of five ids and one place of padding in two patches, of which four count."""
+    ids = np.full((1, 6), 70)
+    mask = np.array([[True] * STEP_BYTES + [False] * 2])
+    return Batch(ids, ids, mask, np.array([[3, 2, 0]]), np.array([0]), block=0, row_tokens=np.array([5]))
+
+
+def test_a_line_every_few_seconds_with_the_means_since_the_last(clock: Clock, info: Log) -> None:
+    lines = watch.Lines(100)
+    for step in range(1, 8):
+        clock.now += 2.0
+        lines.step(step, STEP_BYTES * np.log(2) * step, a_batch())
+    assert [record.getMessage() for record in info.records] == [
+        "step 3 of 100: 2.000 bits/byte, 0.002 kB/s, 2.50 bytes/patch, "
+        "padding 16.7% of bytes, 33.3% of patches, 3 min 14 s left",
+        "step 6 of 100: 5.000 bits/byte, 0.002 kB/s, 2.50 bytes/patch, "
+        "padding 16.7% of bytes, 33.3% of patches, 3 min 08 s left",
+    ]
+
+
+def test_a_record_takes_the_place_of_a_line_and_says_what_is_left(clock: Clock, info: Log) -> None:
+    lines = watch.Lines(100)
+    for step in range(1, 8):
+        clock.now += 2.0
+        lines.step(step, 1.0, a_batch())
+        note = lines.record({"step": step, "loss": 1.0}) if step % 2 else ""
+        assert note == (f" left {watch.duration(2.0 * (100 - step))}" if step in (3, 5, 7) else "")
+    assert not info.records
+
+
+def test_validation_is_not_in_the_speed(clock: Clock) -> None:
+    pace = watch.Lines(100)
+    pace.step(1, 1.0, a_batch())
+    clock.now += 1000.0
+    pace.record({"step": 1, "valid_bpb": 2.0})
+    clock.now += 2.0
+    pace.step(2, 1.0, a_batch())
+    assert pace.window.summary()["bytes_per_s"] == STEP_BYTES / 2.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3725, "1 h 02 min"), (3e5, "3 d 11 h")],
+)
+def test_durations_are_for_people(seconds: float, words: str) -> None:
+    assert watch.duration(seconds) == words
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_has_a_bar_and_log_lines_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    logger = logging.getLogger("blt")
+    handler = logging.StreamHandler(terminal)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
+    with watch.watching(tmp_path, steps=2, at=0) as watches:
+        watches.step(1, 1.0, a_batch())
+        logging.getLogger("blt.train").info("a line of the log with [brackets]")
+        watches.step(2, STEP_BYTES * np.log(2) * 3, a_batch())
+    logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
+    assert handler.stream is terminal
+    shown = terminal.getvalue()
+    assert "a line of the log with [brackets]\n" in shown
+    assert "2/2" in shown
+    assert "bits/byte" in shown
+
+
+def test_other_ranks_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, info: Log) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with watch.watching(tmp_path, 10, 0, tensorboard=True) as watches:
+        for step in range(1, 5):
+            clock.now += 10.0
+            watches.step(step, 1.0, a_batch())
+        assert watches.record({"step": 4, "loss": 1.0}) == ""
+    assert not info.records
+    assert not list(tmp_path.iterdir())
+
+
+def scalars_in(folder: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_what_the_metrics_have_also_behind_a_resume(repo: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    settings = ["run.tensorboard=true", "run.log_every=2", "run.valid_every=4", "run.checkpoint_every=4"]
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", settings)
+    assert isinstance(config, EntropyRun)
+    trainer = prepare_run(config, tmp_path / "run", data)[0]
+    trainer.run(8)
+    with watch.watching(tmp_path / "run", 8, at=4, tensorboard=True) as watches:  # killed at 8, gone on from 4
+        watches.record({"step": 6, "loss": 0.5, "buckets": {"64": 2}})
+    found = scalars_in(tmp_path / "run" / watch.TENSORBOARD)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["loss"] for r in records if "loss" in r and r["step"] <= 4}
+    assert found["train/loss"] == pytest.approx(losses | {6: 0.5})
+    assert found["valid/bpb"] == pytest.approx({4: next(r["valid_bpb"] for r in records if "valid_bpb" in r)})
+    assert {"train/bpb", "train/padding", "train/lr", "train/bytes", "train/flops", "valid/bytes"} <= set(found)
+    assert found["train/buckets/64"][6] == 2.0
+
+
+def test_a_missing_tensorboard_is_said_before_the_first_step(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", ["run.tensorboard=true"])
+    trainer = prepare_run(config, tmp_path / "run", data)[0]
+    with pytest.raises(MissingExtra, match=r"blt-lm\[tensorboard\]"):
+        trainer.run(1)
+    assert trainer.step == 0
