@@ -149,11 +149,14 @@ def embed(model: BLT, ids: Sequence[int]) -> Tensor:
 
 
 def pool(model: BLT, h_ND: Tensor, owner: Sequence[int], n_patches: int) -> Tensor:
-    """First patch vectors: the elementwise maximum (or mean, minimum) of each patch's bytes. [P * k, D]"""
-    rows = []
+    """First patch vectors: the elementwise maximum (or mean, minimum) of each patch's bytes, or one trained vector.
+    [P * k, D]"""
+    rows, query = [], model.encoder.query
     for patch in range(n_patches):
         members = h_ND[[t for t, j in enumerate(owner) if j == patch]]
         reduce = {"max": lambda m: m.amax(0), "min": lambda m: m.amin(0), "mean": lambda m: m.mean(0)}
+        if query is not None:
+            reduce["learned"] = lambda m: query.weight[0]
         rows.append(reduce[model.config.pooling](members) if len(members) else torch.zeros(h_ND.shape[1]))
     return (torch.stack(rows) @ model.encoder.patch_projection.weight.T).view(-1, h_ND.shape[1])
 

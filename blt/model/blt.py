@@ -44,6 +44,7 @@ class LocalEncoder(Stack):
         super().__init__(config.encoder)
         self.pooling, self.k = config.pooling, config.cross_k
         self.byte_embedding = nn.Embedding(config.vocab_size, config.local_dim)
+        self.query = nn.Embedding(1, config.local_dim) if config.pooling == "learned" else None
         self.patch_projection = linear(config.local_dim, config.cross_k * config.local_dim)
         self.cross = cross_layers(
             config.encoder_cross_layers, config.local_dim, config.encoder_heads, config.encoder.norm_eps
@@ -60,7 +61,8 @@ class LocalEncoder(Stack):
     def pool(self, states_BPVD: Sequence[Tensor], key_valid_BPV: Tensor, own_valid_BPV: Tensor) -> Tensor:
         """Patch vectors [B, P, E] from the gathered byte states of each cross-attention layer (spec section 7).
 
-        The first states are pooled over the patch's own bytes; then each layer's k queries a patch read the
+        The first states are pooled over the patch's own bytes (`learned`: every patch starts from one trained vector
+        instead, the paper's ablation of this initialisation); then each layer's k queries a patch read the
         visible bytes. A patch without bytes pools to 0 and attends to nothing.
         """
         p_BPkD = self.patch_projection(self._reduce(states_BPVD[0], own_valid_BPV)).unflatten(-1, (self.k, -1))
@@ -74,6 +76,8 @@ class LocalEncoder(Stack):
 
     def _reduce(self, h_BPVD: Tensor, valid_BPV: Tensor) -> Tensor:
         valid_BPV1 = valid_BPV[..., None]
+        if self.query is not None:
+            return self.query.weight[0] * valid_BPV1.any(2)
         if self.pooling == "mean":
             return (h_BPVD * valid_BPV1).sum(2) / valid_BPV1.sum(2).clamp(min=1)
         sign = 1.0 if self.pooling == "max" else -1.0

@@ -139,7 +139,7 @@ class BLTConfig(Frozen):
     encoder_cross_window: int = Field(default=1, ge=1)
     decoder_cross_window: int = Field(default=1, ge=1)
     decoder_projection: bool = True
-    pooling: Literal["max", "mean", "min"] = "max"
+    pooling: Literal["max", "mean", "min", "learned"] = "max"
     hash: HashConfig | None = None
     latent_document_mask: bool = True
 
@@ -190,7 +190,7 @@ class BLTConfig(Frozen):
         decoder = self.decoder.n_layers * self.decoder.layer_params() + D + self.vocab_size * D
         return {
             "hash tables": tables,
-            "local encoder": encoder + self.encoder_cross_layers * cross,
+            "local encoder": encoder + self.encoder_cross_layers * cross + (self.pooling == "learned") * D,
             "latent transformer": self.latent.n_layers * self.latent.layer_params()
             + self.latent_projection * E * self.latent.dim,
             "local decoder": decoder

@@ -156,7 +156,7 @@ def test_the_other_variants_are_refused(variant: str, tmp_path: Path) -> None:
         "cross_windows_own_heads_newlines": "D6 threshold_add 0.0; reset_newlines",
         "no_hash_space_causal_latent": "pooling 'min'; D5 patch scheme 'space'",
         "max_patch_length": "for: D4 max_patch_length 3$",
-        "static": "for: D5 patch scheme 'static'$",
+        "static": "for: pooling 'learned'; D5 patch scheme 'static'$",
     }
     with pytest.raises(CheckpointError, match=named[variant]):
         write(tiny(variant), tmp_path / "hf")
