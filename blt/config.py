@@ -111,7 +111,8 @@ class ScheduleConfig(Frozen):
 class BatchConfig(Frozen):
     """`rows` rows a step, of all ranks together; `patches` a row (BLT only); the byte lengths that rows are padded to,
     ascending. With `auto_buckets` there is one length, the longest, and at most that many are chosen on the data.
-    `pack` stream: rows are cut out of all documents in a line; documents: rows hold whole documents. A step computes `micro_rows` rows at a time and rank (null: all of the rank's) and adds the gradients."""
+    `pack` stream: rows are cut out of all documents in a line; documents: rows hold whole documents.
+    A rank computes `micro_rows` rows at a time (null: all that are its own) and adds the gradients up."""
 
     rows: int = Field(default=8, ge=1)
     micro_rows: int | None = Field(default=None, ge=1)
@@ -146,6 +147,20 @@ class RunSettings(Frozen):
     tensorboard: bool = False
 
 
+class InitConfig(Frozen):
+    """Weights to start from instead of random ones: a `checkpoint` of any format, of which the sections `model` and
+    `patching` and the entropy model are taken where they are left out; or the blocks of a Llama for the `latent`."""
+
+    checkpoint: str | None = None
+    latent: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> typing.Self:
+        if self.checkpoint is not None and self.latent is not None:
+            raise ValueError("give checkpoint or latent, not both")
+        return self
+
+
 class _Run(Frozen):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -159,9 +174,12 @@ class EntropyRun(_Run):
 
     kind: Literal["entropy"]
     model: EntropyConfig
+    init: InitConfig = InitConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> typing.Self:
+        if self.init.latent is not None:
+            raise ValueError("init.latent is for BLT runs; an entropy model has no latent transformer")
         if self.batch.patches is not None:
             raise ValueError("batch.patches is for BLT runs; an entropy model trains on rows of bytes")
         _check_vocabulary(self.model.vocab_size)
@@ -174,6 +192,7 @@ class BLTRun(_Run):
 
     kind: Literal["blt"]
     model: BLTConfig
+    init: InitConfig = InitConfig()
     patching: PatchingConfig = PatchingConfig()
     entropy_model: str | None = None
 
@@ -261,18 +280,27 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:
-    """The configuration in plain mappings. Raises ConfigError naming the key."""
+    """The configuration in plain mappings. Raises ConfigError naming the key, and CheckpointError for `init`."""
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"kind is {kind!r}; it must be {', '.join(map(repr, _KINDS))}")
     _check_keys(raw, _KINDS[kind], "")
     try:
-        return _KINDS[kind].model_validate(dict(raw))
+        return _KINDS[kind].model_validate(_completed(raw))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {message}" if where else message) from error
+
+
+def _completed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """With what `init` brings; most runs have none, and then no checkpoint's reader is imported."""
+    if not raw.get("init"):
+        return dict(raw)
+    from blt.start import complete
+
+    return complete(raw)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -7,6 +7,8 @@ gradients independent of thread timing (torch's compiled scatter uses atomic add
 
 from __future__ import annotations
 
+import logging
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,25 +21,21 @@ import torch
 from torch.utils import deterministic
 
 from blt.config import RunConfig
-from blt.data.packing import Loader
-from blt.train import snapshots
+from blt.data.packing import Batch, Loader
+from blt.train import parallel, restart
 from blt.train.dryrun import TRAINING
 from blt.train.metrics import MetricsFile, Window
-from blt.train.objective import Objective, check_finite
-from blt.train.optim import learning_rate, make_optimizer
-from blt_runtime.errors import BltError, CheckpointError
+from blt.train.objective import Diverged, Objective
+from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_gradients
+from blt.train.parallel import Ranks, accumulating
+from blt.train.snapshots import Snapshot
+from blt.train.watch import Watch, watching
+from blt_runtime.errors import BltError
 
-# Sections of the configuration (or keys of one) that a resumed run shares with the checkpoint.
-SAME: dict[str, tuple[str, ...]] = {
-    "kind": (),
-    "model": (),
-    "batch": (),
-    "patching": (),
-    "tokenizer": (),
-    "data": ("groups",),
-    "optimizer": ("freeze", "lr_scale"),
-    "run": ("seed", "dtype"),
-}
+log = logging.getLogger("blt.train")
+
+SKIPS = 10
+"""Steps in a row that `run.on_nonfinite: skip` skips; one more stops the run: its weights are lost."""
 
 
 class Terminated(BltError):
@@ -62,24 +60,38 @@ class Trainer:
         flops_per_byte: float = 0.0,
     ):
         self.config, self.objective, self.loader, self.valid, self.out = config, objective, loader, valid, out
+        self.ranks = parallel.ONE
+        self.micro_rows = parallel.check_rows(config.batch.rows, config.batch.micro_rows, 1)
         self.optimizer = make_optimizer(objective.model, config.optimizer)
         self.metrics = MetricsFile(out / "metrics.jsonl")
-        self.window = Window()
+        self.window, self.watch = Window(), Watch()
         self.extra = extra or {}
         self.flops_per_byte = flops_per_byte
         self.step = self.bytes = 0
         self._saved = -1
-        self._signal = 0
+        self._signal = self._skips = 0
+        self._told = False
 
     @property
     def folder(self) -> Path:
         return self.out / "checkpoints"
 
+    def share_out(self, ranks: Ranks) -> None:
+        """This trainer becomes one of several, before its first step. Every rank calls it."""
+        if ranks.alone:
+            return
+        self.ranks, self.metrics.writes = ranks, ranks.first
+        self.micro_rows = parallel.check_rows(self.config.batch.rows, self.config.batch.micro_rows, ranks.world)
+        parallel.shard(self.objective.model, ranks, self.objective.device)
+        self.optimizer = make_optimizer(self.objective.model, self.config.optimizer)
+
     def run(self, steps: int) -> None:
         """Trains up to `steps` in all. Raises Terminated after SIGTERM or Ctrl-C, with everything saved."""
         run = self.config.run
         self.out.mkdir(parents=True, exist_ok=True)
-        with _determinism(run.deterministic), self._signals():
+        watch = watching(self.out, steps, self.step, run.tensorboard)
+        with _determinism(run.deterministic), self._signals(), watch as self.watch:
+            self.metrics.watch = self.watch.record
             self.window.start()
             while self.step < steps:
                 self.train_step()
@@ -89,31 +101,75 @@ class Trainer:
                 if self.valid is not None and (self.step % run.valid_every == 0 or last):
                     with self.window.paused():
                         self.metrics.write({"step": self.step, **self.spent(), **self.validate()})
-                if self.step % run.checkpoint_every == 0 or last or self._signal:
+                if self.step % run.checkpoint_every == 0 or last or self._stop:
                     with self.window.paused():
                         self.save()
-                if self._signal:
-                    raise Terminated(self._signal, self.step)
+                if self._stop:
+                    raise Terminated(self._signal or signal.SIGTERM, self.step)
 
     def train_step(self) -> float:
-        """One step; returns the loss in nats per target."""
+        """One step over a global batch; returns its loss in nats per target.
+
+        Raises Diverged if the loss or the gradient is not finite: weights and step are those before. With
+        `run.on_nonfinite: skip` such a batch is passed over instead and the step counted.
+        """
         batch = next(self.loader)
         lr = learning_rate(self.step, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
-        total, targets = self.objective(batch)
-        nats = total.item()
-        check_finite(nats, "the loss", self.step)
-        (total / targets).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.objective.model.parameters(), self.config.optimizer.clip)
-        check_finite(norm.item(), "the gradient norm", self.step)
-        self.optimizer.step()
+        nats = self._backward(batch)
+        gradients = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
+        norm = gradient_norm(gradients)
+        finite = self._is_finite(nats, norm.item(), batch)
+        if finite:
+            scale_gradients(gradients, norm, self.config.optimizer.clip)
+            self.optimizer.step()
+            self.bytes += batch.n_bytes
+            self.window.add(nats, batch)
+            self.watch.step(self.step + 1, nats, batch)
+            self.lr, self.norm = lr, norm.item()
+        else:
+            self.window.skip()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.bytes += batch.n_bytes
-        self.window.add(nats, batch)
-        self.lr, self.norm = lr, norm.item()
-        return nats / targets
+        return nats / max(1, batch.n_targets)
+
+    def _backward(self, batch: Batch) -> float:
+        """Adds the gradients of the mean loss over the global batch, in micro-batches; returns its sum in nats."""
+        model, targets, nats = self.objective.model, max(1, batch.n_targets), 0.0
+        parts = self._parts(batch)
+        for i, part in enumerate(parts):
+            with accumulating(model, last=i == len(parts) - 1):
+                total = self.objective(part)[0]
+                (total / targets).backward()
+            nats += total.item()
+        nats, told = self.ranks.sum(nats, float(self._signal != 0))
+        self._told = told > 0
+        return nats
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """This rank's rows, in micro-batches."""
+        first, stop = self.ranks.rows(len(batch.starts))
+        return [batch.rows(row, row + self.micro_rows) for row in range(first, stop, self.micro_rows)]
+
+    def _is_finite(self, nats: float, norm: float, batch: Batch) -> bool:
+        """Whether the step can be taken. Raises Diverged, without gradients left, if it stops the run."""
+        if math.isfinite(nats) and math.isfinite(norm):
+            self._skips = 0
+            return True
+        self._skips += 1
+        what = "the gradient norm" if math.isfinite(nats) else "the loss"
+        value = norm if math.isfinite(nats) else nats
+        where = f"{what} is {value} at step {self.step}, {batch.identity}"
+        if self.config.run.on_nonfinite == "stop" or self._skips > SKIPS:
+            self.optimizer.zero_grad(set_to_none=True)
+            often = f" ({self._skips} steps in a row)" if self._skips > 1 else ""
+            raise Diverged(
+                f"{where}{often}; nothing of this step was kept: resume with a lower optimizer.lr, "
+                "a longer schedule.warmup or run.dtype=fp32"
+            )
+        log.warning("%s; skipped", where)
+        return False
 
     def log(self) -> None:
         record = {"step": self.step, **self.window.summary(), "lr": self.lr, "norm": self.norm, **self.spent()}
@@ -128,42 +184,30 @@ class Trainer:
         """Bits per byte on the validation text, every target (also EOS) counted, up to `data.valid_bytes`."""
         assert self.valid is not None
         window = Window()
-        for batch in self.valid().one_pass():
-            window.add(self.objective(batch)[0].item(), batch)
-            if window.bytes >= self.config.data.valid_bytes:
-                break
+        # One rank keeps gradients on: the compiled step serves both, a second one would cost a compilation.
+        with torch.set_grad_enabled(self.ranks.alone):
+            for batch in self.valid().one_pass():
+                nats = sum(self.objective(part)[0].item() for part in self._parts(batch))
+                window.add(self.ranks.sum(nats)[0], batch)
+                if window.bytes >= self.config.data.valid_bytes:
+                    break
         return {"valid_bpb": window.summary()["bpb"], "valid_bytes": window.bytes}
 
     def save(self) -> None:
-        """Writes the snapshot of this step, once."""
-        if self._saved == self.step:
-            return
-        content = {
-            "config": self.config.model_dump(mode="json"),
-            "model": self.objective.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loader": self.loader.state(),
-            "bytes": self.bytes,
-            "rng": torch.get_rng_state(),
-            "window": self.window.state(),
-            "extra": self.extra,
-        }
-        snapshots.write(self.folder, self.step, content, self.config.run.keep_checkpoints)
+        """Writes the snapshot of this step, once. Raises CheckpointError, with older ones intact."""
+        if self._saved != self.step:
+            restart.save(self)
+            self._saved = self.step
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from a snapshot. Raises CheckpointError if its model, data or batch shape is another one."""
+        restart.restore(self, snapshot)
         self._saved = self.step
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Goes on from a snapshot. Raises CheckpointError if its model, data or batch shape is another one."""
-        _same_run(content["config"], self.config.model_dump(mode="json"))
-        self.objective.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        chosen = self.config.optimizer  # a state dict also brings the settings that it was saved with
-        for group in self.optimizer.param_groups:
-            group.update(betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay)
-        self.loader.restore(content["loader"])
-        torch.set_rng_state(content["rng"])
-        self.step, self.bytes = content["step"], content["bytes"]
-        self._saved = self.step
-        self.window.restore(content.get("window", {}))
+    @property
+    def _stop(self) -> bool:
+        """A signal came; with several ranks, to any of them before the last step's sums."""
+        return self._signal != 0 if self.ranks.alone else self._told
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -181,19 +225,6 @@ class Trainer:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
-
-
-def _same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """What decides the weights' shapes and the next batch must agree; optimizer, schedule and logging may change."""
-    for section, keys in SAME.items():
-        for key in keys or (section,):
-            before, now = (config[section].get(key) if keys else config.get(section) for config in (old, new))
-            if before != now:
-                where = f"{section}.{key}" if keys else section
-                raise CheckpointError(
-                    f"the checkpoint was made with another {where!r}; "
-                    "use the same configuration, or start anew in another output folder"
-                )
 
 
 @contextmanager

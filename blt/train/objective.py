@@ -5,7 +5,6 @@ Letters: B rows, N bytes, P patches, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -67,15 +66,6 @@ class Objective:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
-
-
-def check_finite(value: float, what: str, step: int) -> None:
-    """Raises Diverged if `value` is not a finite number."""
-    if not math.isfinite(value):
-        raise Diverged(
-            f"{what} is {value} at step {step}; nothing of this step was kept: resume with a lower optimizer.lr, "
-            "a longer schedule.warmup or run.dtype=fp32"
-        )
 
 
 def count_parameters(model: nn.Module) -> int:

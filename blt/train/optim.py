@@ -1,11 +1,13 @@
-"""AdamW and its schedule (spec section 11)."""
+"""AdamW, its schedule (spec section 11), its gradient norm, and its state by names."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from blt.config import OptimizerConfig, ScheduleConfig
 from blt.train.parts import parameter_groups
@@ -33,3 +35,37 @@ def learning_rate(step: int, lr: float, schedule: ScheduleConfig) -> float:
     done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return lr * (schedule.min_ratio + (1 - schedule.min_ratio) * cosine)
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all of them, of whole ones and of those in shards, which are summed over ranks."""
+    whole: list[Tensor] = []
+    shards: list[Tensor] = []
+    for gradient in gradients:
+        (shards if isinstance(gradient, DTensor) else whole).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(part) for part in (whole, shards) if part]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def scale_gradients(gradients: Iterable[Tensor], norm: Tensor, largest: float) -> None:
+    """In place: divided so that their norm is at most `largest`, as torch's clip_grad_norm_ does."""
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local.mul_(factor.to(local.device))
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`{parameter name}.{exp_avg, exp_avg_sq, step}`: the tensors themselves, made where no step was taken yet."""
+    training = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter not in training:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        found |= {f"{name}.{key}": state[key].detach() for key in ("exp_avg", "exp_avg_sq", "step")}
+    return found

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from blt import checkpoint
-from blt.config import RunConfig
-from blt.train import snapshots
+from blt.checkpoint import Checkpoint
+from blt.config import KINDS, RunConfig
+from blt.train import parallel, snapshots
 from blt.train.jobs import prepare_run
 from blt.train.loop import Trainer
 from blt.train.metrics import replace_text
+from blt.train.snapshots import Snapshot
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
 
 log = logging.getLogger("blt.train")
@@ -37,21 +40,49 @@ def train(
 
     `data` and `entropy_model` replace the configuration's; `resume` is "auto" (the newest checkpoint in `out`, if any),
     "none" (refused if `out` has some) or a checkpoint's path; `force` trains into a folder that holds something else.
+    Under torchrun every process calls it: parameters are in shards, the first rank writes logs, metrics and model.pt.
     Raises UsageError, InputError, ConfigError, CheckpointError, and Terminated after SIGTERM with everything saved.
     """
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise UsageError("training in several processes is not supported yet; start one, without torchrun")
     _check_target(Path(out), force)
-    trainer, finish = prepare_run(config, Path(out), data, entropy_model, compile, device)
-    _resume(trainer, resume)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    replace_text(Path(out) / CONFIG_FILE, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    with parallel.processes(device) as (ranks, device), _quiet_unless(ranks.first):
+        compiled = config.run.compile if compile is None else compile
+        whole_step = compiled and ranks.alone  # FSDP's gathers would break one graph
+        trainer, finish = ranks.first_before_others(
+            lambda: prepare_run(config, Path(out), data, entropy_model, whole_step, device)
+        )
+        trainer.share_out(ranks)
+        _resume(trainer, resume)
+        ranks.first_does(lambda: _begin(trainer))
+        trainer.run(config.schedule.steps)
+        parallel.make_whole(trainer.objective.model)
+        ranks.first_does(lambda: _end(trainer, finish))
+    return Path(out) / checkpoint.MODEL_FILE
+
+
+def _begin(trainer: Trainer) -> None:
+    trainer.out.mkdir(parents=True, exist_ok=True)
+    settings = trainer.config.model_dump(mode="json")
+    replace_text(trainer.out / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
     trainer.metrics.cut(trainer.step)
-    trainer.run(config.schedule.steps)
-    path = Path(out) / checkpoint.MODEL_FILE
-    checkpoint.save(path, finish(), DTYPES[config.run.save_dtype])
+
+
+def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
+    path = trainer.out / checkpoint.MODEL_FILE
+    checkpoint.save(path, finish(), DTYPES[trainer.config.run.save_dtype])
     log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
-    return path
+
+
+@contextmanager
+def _quiet_unless(first: bool) -> Iterator[None]:
+    """Ranks but the first log errors alone."""
+    package = logging.getLogger("blt")
+    before = package.level
+    if not first:
+        package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(before)
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -66,35 +97,39 @@ def _check_target(out: Path, force: bool) -> None:
 
 def _is_run(config_file: Path) -> bool:
     try:
-        return json.loads(config_file.read_text())["kind"] in ("entropy", "blt")
+        return json.loads(config_file.read_text())["kind"] in KINDS
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
 def _resume(trainer: Trainer, resume: str) -> None:
+    """The first rank chooses and checks the snapshot, since all see the same files."""
+    snapshot = trainer.ranks.first_does(lambda: _chosen(trainer, resume))
+    if snapshot is not None:
+        trainer.restore(snapshot)
+        log.info("resumed at step %d", trainer.step)
+
+
+def _chosen(trainer: Trainer, resume: str) -> Snapshot | None:
+    if resume == "auto":
+        return snapshots.read_newest(trainer.folder)
     if resume == "none":
         if snapshots.snapshots(trainer.folder):
             raise ConfigError(
                 f"{trainer.out} holds a run; resume it with --resume auto, or choose another output folder"
             )
-        return
-    if resume == "auto":
-        content = snapshots.read_newest(trainer.folder)
-    else:
-        path = Path(resume)
-        if not path.exists():
-            raise UsageError(f"--resume {path}: no such file or folder; give auto, none, or a checkpoint")
-        content = snapshots.read(path) if path.is_file() else snapshots.read_newest(_snapshot_folder(path))
-        if content is None:
-            raise CheckpointError(f"{path}: no checkpoint to resume from")
-    if content is not None:
-        if content["extra"] != trainer.extra:
-            raise CheckpointError(
-                "the checkpoint used other data, another patch rule or entropy model; "
-                "use the same, or start anew in another output folder"
-            )
-        trainer.restore(content)
-        log.info("resumed at step %d", trainer.step)
+        return None
+    path = Path(resume)
+    if not path.exists():
+        raise UsageError(f"--resume {path}: no such folder; give auto, none, a checkpoint or a run")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a training checkpoint; give a folder step-* or a run folder")
+    if (path / snapshots.MANIFEST).exists():
+        return snapshots.read(path)
+    found = snapshots.read_newest(_snapshot_folder(path))
+    if found is None:
+        raise CheckpointError(f"{path}: no checkpoint to resume from")
+    return found
 
 
 def _snapshot_folder(path: Path) -> Path:

@@ -1,47 +1,172 @@
-"""Training checkpoints: one file per step, written atomically, the newest few kept, a damaged newest one skipped."""
+"""Training checkpoints: one folder per step, complete or absent, the newest few kept, a damaged newest one passed over.
+
+    checkpoints/step-00000500/
+        manifest.json              format, step, and size and sha256 of every other file
+        state.json                 step, configuration, the loader's place, sums for the log
+        shard-00001-*.safetensors  weights, optimizer state and random state, a file per rank
+
+One format for one rank or many: torch's distributed checkpoint (DCP) cuts tensors and puts them together again for any
+number of ranks. Its usual storage unpickles its index; its safetensors storage, used here, runs nothing of a file.
+A folder is written under a hidden name, flushed to disk and renamed. All ranks see the same file system.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blt.tensors import atomic_save, read_tensors
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from blt.train.parallel import ONE, Ranks
 from blt_runtime.errors import CheckpointError
 
-FORMAT, VERSION = "blt-train", 1
+FORMAT, VERSION = "blt-train", 2
+MANIFEST, STATE = "manifest.json", "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_CHUNK = 4 << 20
 log = logging.getLogger("blt.train")
 
 
-def write(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
-    """Saves `content` as the snapshot of `step` and removes all but the newest `keep`, and what kills left behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".step-*.part"):
-        stale.unlink(missing_ok=True)
-    path = folder / f"step-{step:08d}.pt"
-    atomic_save(path, {"format": FORMAT, "version": VERSION, "step": step, **content})
-    for old in snapshots(folder)[:-keep]:
-        old.unlink()
+@dataclass(frozen=True)
+class Snapshot:
+    """A complete checkpoint whose files are what was written. `state` is its state.json."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def load(self, tensors: Mapping[str, Tensor], ranks: Ranks = ONE) -> None:
+        """Fills `tensors` (shards of any number of ranks) in place.
+
+        Raises CheckpointError if names or shapes differ.
+        """
+        reader = HuggingFaceStorageReader(str(self.path))
+        self._check_shapes(reader, tensors)
+        try:
+            with _quiet():
+                dcp_load(dict(tensors), storage_reader=reader, process_group=ranks.control, no_dist=ranks.alone)
+        except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({_cause(error)})") from None
+
+    def _check_shapes(self, reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor]) -> None:
+        entries = reader.read_metadata().state_dict_metadata
+        stored = {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        problems = [
+            f"{name} is {stored.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
+            for name in sorted(stored.keys() | wanted.keys())
+            if stored.get(name) != wanted.get(name)
+        ]
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise CheckpointError(
+                f"{self.path} does not fit this run: {'; '.join(problems[:3])}{more}; "
+                "use the same configuration, or start anew in another output folder"
+            )
+
+
+def write(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int, ranks: Ranks = ONE
+) -> Path:
+    """Saves the snapshot of `step`, then removes all but the newest `keep`. Every rank calls it.
+
+    tensors: what this rank has of each, by a name that is the same everywhere (DTensors, or the same plain tensors).
+    state: plain values.  Raises CheckpointError on every rank if one cannot write (a full disk): nothing of the new
+    folder is left then, and older ones stay.
+    """
+    path = folder / f"step-{step:08d}"
+    draft = folder / f".{path.name}.part"
+    ranks.first_does(lambda: _fresh(folder, draft))
+    try:
+        with _quiet():
+            writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+            dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.alone)
+        ranks.first_does(lambda: _complete(draft, path, step, state))
+    except (CheckpointException, OSError) as error:
+        if ranks.first:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder} ({_cause(error)}); older ones are intact: "
+            "make room, and the same command resumes from the newest"
+        ) from None
+    if ranks.first:
+        for old in snapshots(folder)[:-keep]:
+            _remove(old)
     return path
 
 
+def _fresh(folder: Path, draft: Path) -> None:
+    """An empty `draft`, and nothing left of what kills have interrupted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".step-*"):
+        shutil.rmtree(stale)
+    draft.mkdir()
+
+
+def _complete(draft: Path, path: Path, step: int, state: dict[str, Any]) -> None:
+    """Adds state.json and the manifest and gives the folder its name."""
+    _write_text(draft / STATE, json.dumps({"step": step, **state}))
+    files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(draft.iterdir())}
+    _write_text(draft / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}))
+    _sync(draft)
+    if path.exists():  # of a longer run that resumed from before it
+        _remove(path)
+    draft.rename(path)
+    _sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    """First the name, then the content: half a folder never looks like a checkpoint."""
+    hidden = path.with_name(f".{path.name}.old")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
 def snapshots(folder: Path) -> list[Path]:
-    """Snapshot files, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
+    """Snapshot folders, oldest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """One snapshot. Raises CheckpointError."""
-    content = read_tensors(path)
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a training checkpoint; give a file step-*.pt or a run folder")
-    if content["version"] > VERSION:
-        raise CheckpointError(f"{path} was written by a newer version (format {content['version']}); upgrade")
-    return content
+def read(path: Path) -> Snapshot:
+    """One snapshot, every file compared with its checksum. Raises CheckpointError."""
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a training checkpoint; give a folder step-* or a run folder")
+    if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
+        raise CheckpointError(f"{path} was written by a newer version (format {manifest.get('version')}); upgrade")
+    try:
+        step, files = int(manifest["step"]), dict(manifest["files"])
+        for name, entry in files.items():
+            _check_file(path, name, entry["size"], entry["sha256"])
+    except (LookupError, TypeError, ValueError):
+        raise CheckpointError(f"{path / MANIFEST} is damaged") from None
+    extra = sorted({file.name for file in path.iterdir()} - files.keys() - {MANIFEST})
+    if extra or STATE not in files:
+        raise CheckpointError(f"{path} is not what its manifest says: {', '.join(extra) or STATE}")
+    state = _read_json(path / STATE)
+    if state.get("step") != step or int(path.name.removeprefix("step-")) != step:
+        raise CheckpointError(f"{path} holds step {state.get('step')}, its manifest says {step}")
+    return Snapshot(path, step, state)
 
 
-def read_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest snapshot that can be read, None if there are none. Warns about each that cannot."""
+def read_newest(folder: Path) -> Snapshot | None:
+    """The newest snapshot that is whole, None if there are none. Warns about each that is not."""
     found = snapshots(folder)
     for path in reversed(found):
         try:
@@ -51,3 +176,66 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     if found:
         raise CheckpointError(f"{folder}: no checkpoint can be read; start anew in another output folder")
     return None
+
+
+def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
+    file = folder / name
+    if file.parent != folder or not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    if file.stat().st_size != size:
+        raise CheckpointError(f"{file} is {file.stat().st_size} bytes, not {size}: truncated or changed")
+    if _sha256(file) != sha256:
+        raise CheckpointError(f"{file} is damaged: its sha256 is not that of the manifest")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a training checkpoint: it has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged")
+    return content
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cause(error: BaseException) -> str:
+    """One line of what went wrong: DCP wraps the errors of all ranks."""
+    if isinstance(error, CheckpointException):
+        inner = next(iter(error.failures.values()))[0]
+        return _cause(inner)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns that it runs without a process group, which is what one rank asks of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -75,6 +75,6 @@ def test_sigterm_saves_and_the_next_start_goes_on(repo: Path, data: Path, entrop
     process.terminate()
     assert process.wait(60) == 143
     stopped = lines(out)[-1][0]
-    assert (out / "checkpoints" / f"step-{stopped:08d}.pt").is_file()
+    assert (out / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
     assert start(repo, out, data, entropy_run).wait(300) == 0
     assert [step for step, *_ in lines(out)] == list(range(1, 61))

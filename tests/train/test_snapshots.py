@@ -1,0 +1,235 @@
+"""Checkpoints: whole or absent, checked, rotated; a damaged one, a full disk and a foreign run lose nothing."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blt import checkpoint
+from blt.config import EntropyRun, load_config
+from blt.train import Trainer, snapshots, train
+from blt.train.jobs import prepare_run
+from blt_runtime.errors import CheckpointError, ConfigError, UsageError
+
+STATE = {"config": {}, "bytes": 3}
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    values = {"model.a": torch.randn(7, 3, generator=generator), "optimizer.a.step": torch.tensor(4.0)}
+    return values | {"rng": torch.arange(5, dtype=torch.uint8)}
+
+
+def empty() -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two snapshots, of steps 1 and 2."""
+    for step in (1, 2):
+        snapshots.write(tmp_path / "checkpoints", step, tensors(step), STATE, keep=2)
+    return tmp_path / "checkpoints"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_written_is_read(folder: Path) -> None:
+    snapshot = snapshots.read_newest(folder)
+    assert snapshot is not None
+    assert (snapshot.step, snapshot.state) == (2, {"step": 2, **STATE})
+    found = empty()
+    snapshot.load(found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors(2).items())
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32, torch.uint8}
+
+
+def test_the_newest_few_are_kept(folder: Path) -> None:
+    (folder / ".step-00000003.part").mkdir()
+    (folder / ".step-00000001.old").mkdir()
+    snapshots.write(folder, 3, tensors(), STATE, keep=2)
+    assert names(folder) == ["step-00000002", "step-00000003"]
+    snapshots.write(folder, 3, tensors(5), STATE, keep=1)  # once more, after a resume from before
+    assert names(folder) == ["step-00000003"]
+    assert snapshots.read(folder / "step-00000003").step == 3
+
+
+def test_nothing_of_a_checkpoint_is_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sorted(path.suffix for path in (folder / "step-00000002").iterdir()) == [".json", ".json", ".safetensors"]
+    for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("unpickled"))
+    snapshot = snapshots.read_newest(folder)
+    assert snapshot is not None
+    snapshot.load(empty())
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "shard"])
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    folder: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], None]
+) -> None:
+    (path,) = (folder / "step-00000002").glob(f"{file}*")
+    damage(path)
+    snapshot = snapshots.read_newest(folder)
+    assert snapshot is not None
+    assert snapshot.step == 1
+    assert "step-00000002" in caplog.text
+    assert "trying the one before" in caplog.text
+
+
+def test_every_flipped_bit_is_seen(folder: Path) -> None:
+    """In every byte of every file."""
+    for path in sorted((folder / "step-00000002").iterdir()):
+        content = path.read_bytes()
+        for place in range(0, len(content), 1 if path.name == "manifest.json" else 37):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(CheckpointError):
+                snapshots.read(folder / "step-00000002")
+        path.write_bytes(content)
+    assert snapshots.read(folder / "step-00000002").step == 2
+
+
+def test_more_or_other_files_than_the_manifest_says(folder: Path) -> None:
+    (folder / "step-00000002" / "shard-00002-model.safetensors").write_bytes(b"more")
+    with pytest.raises(CheckpointError, match="not what its manifest says"):
+        snapshots.read(folder / "step-00000002")
+    (folder / "step-00000001").rename(folder / "step-00000009")
+    with pytest.raises(CheckpointError, match="holds step 1"):
+        snapshots.read(folder / "step-00000009")
+
+
+def test_a_manifest_cannot_point_outside(folder: Path) -> None:
+    path = folder / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../step-00000001/state.json"] = manifest["files"]["state.json"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="missing"):
+        snapshots.read(folder / "step-00000002")
+
+
+def test_when_nothing_can_be_read(folder: Path) -> None:
+    for path in folder.iterdir():
+        truncate(path / "state.json")
+    with pytest.raises(CheckpointError, match="start anew in another output folder"):
+        snapshots.read_newest(folder)
+    assert snapshots.read_newest(folder / "nowhere") is None
+
+
+@pytest.mark.parametrize("change", [{"model.a": torch.zeros(7, 4)}, {"model.b": torch.zeros(1)}, {"rng": None}])
+def test_other_tensors_than_the_runs(folder: Path, change: dict[str, Tensor | None]) -> None:
+    wanted = {name: tensor for name, tensor in {**empty(), **change}.items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=f"{next(iter(change))} is .*start anew") as caught:
+        snapshots.read(folder / "step-00000002").load(wanted)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_older_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    before = names(folder)
+    monkeypatch.setattr("safetensors.torch.save", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*older ones are intact") as caught:
+        snapshots.write(folder, 3, tensors(), STATE, keep=1)
+    assert "\n" not in str(caught.value)
+    assert names(folder) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(snapshots, "_sync", full)  # as late as it can be
+    with pytest.raises(CheckpointError, match="No space"):
+        snapshots.write(folder, 3, tensors(), STATE, keep=1)
+    assert names(folder) == before
+    assert snapshots.read(folder / "step-00000002").step == 2
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The kernel refuses to write files beyond it, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def trainer_of(config: EntropyRun, out: Path, data: Path) -> Trainer:
+    return prepare_run(config, out, data)[0]
+
+
+def test_a_run_that_could_not_write_goes_on_from_the_older_one(
+    entropy_config: EntropyRun, data: Path, entropy_run: Path, tmp_path: Path
+) -> None:
+    """The kernel itself refuses; the weights are those of a run that met no full disk."""
+    out = tmp_path / "run"
+    trainer = trainer_of(entropy_config, out, data)
+    trainer.run(20)
+    for _ in range(2):
+        trainer.train_step()
+    with largest_file(4096), pytest.raises(CheckpointError, match=r"File too large.*older ones are intact"):
+        trainer.save()
+    assert names(trainer.folder) == ["step-00000020"]
+    path = train(entropy_config, out, data=data)
+    ours, theirs = checkpoint.load(path).entropy, checkpoint.load(entropy_run).entropy
+    assert ours is not None
+    assert theirs is not None
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_resuming_something_else_is_refused(
+    entropy_config: EntropyRun, entropy_run: Path, data: Path, repo: Path, tmp_path: Path
+) -> None:
+    for setting, name in (
+        ("model.dim=32", "'model'"),
+        ("run.seed=5", r"'run.seed' \(0, not 5\)"),
+        ("run.dtype=bf16", "'run.dtype'"),
+        ("batch.rows=2", r"'batch.rows' \(4, not 2\)"),
+        ("optimizer.freeze=[norm.weight]", "'optimizer.freeze'"),
+    ):
+        other = load_config(repo / "configs" / "tiny-entropy.yaml", [setting])
+        with pytest.raises(CheckpointError, match=f"another {name}"):
+            train(other, tmp_path / "a", data=data, resume=str(entropy_run))
+    with pytest.raises(ConfigError, match="--resume auto"):
+        train(entropy_config, entropy_run, data=data, resume="none")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(entropy_config, tmp_path / "b", data=data, resume=str(tmp_path))
+    with pytest.raises(UsageError, match="no such folder"):
+        train(entropy_config, tmp_path / "b", data=data, resume=str(tmp_path / "missing"))
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
+        train(entropy_config, tmp_path / "c", data=data, resume=str(entropy_run / "model.pt"))
+
+
+def test_one_checkpoint_can_be_named(entropy_config: EntropyRun, entropy_run: Path, data: Path, tmp_path: Path) -> None:
+    older = entropy_run / "checkpoints" / "step-00000020"
+    train(entropy_config, tmp_path / "run", data=data, resume=str(older))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [30, 40, 40]
+
+
+def test_a_state_of_something_else(entropy_config: EntropyRun, entropy_run: Path, data: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    snapshot = snapshots.read(entropy_run / "checkpoints" / "step-00000040")
+    del snapshot.state["loader"]
+    with pytest.raises(CheckpointError, match="incomplete"):
+        trainer.restore(snapshot)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -1,0 +1,113 @@
+"""One step: micro-batches add up to the batch, and what is not finite stops or is passed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from blt.config import BLTRun, EntropyRun, load_config
+from blt.train import Trainer
+from blt.train.jobs import prepare_run
+from blt.train.loop import SKIPS
+from blt.train.objective import Diverged
+from blt_runtime.errors import ConfigError
+
+
+def trainer_of(config: BLTRun | EntropyRun, out: Path, data: Path, entropy: Path | None = None) -> Trainer:
+    return prepare_run(config, out, data, entropy)[0]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_stops_before_it_is_taken(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, what: str
+) -> None:
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    weight = trainer.objective.model.norm.weight
+    before = weight.detach().clone()
+    if what == "loss":
+        with torch.no_grad():
+            weight[0] = before[0] = float("inf")
+    else:
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(Diverged, match=rf"{what}.* step 0, epoch 0, block 0, batch 0 \(documents \d+") as caught:
+        trainer.train_step()
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert torch.equal(weight, before)
+    assert trainer.step == 0
+
+
+def broken_for(trainer: Trainer, steps: range) -> None:
+    """Gradients of these steps are not finite."""
+    nan = float("nan")
+    trainer.objective.model.norm.weight.register_hook(lambda g: g * nan if trainer.step in steps else g)
+
+
+def test_a_non_finite_step_is_passed_over(
+    entropy_config: EntropyRun, data: Path, repo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if the batch were not there: the weights are those before, the next batch is the next."""
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", ["run.on_nonfinite=skip"])
+    assert isinstance(config, EntropyRun)
+    trainer, other = (trainer_of(config, tmp_path, data) for _ in range(2))
+    broken_for(trainer, range(1, 3))
+    trainer.train_step()
+    before = trainer.objective.model.norm.weight.detach().clone()
+    for _ in range(2):
+        trainer.train_step()
+    assert torch.equal(trainer.objective.model.norm.weight, before)
+    assert "step 2, epoch 0, block 0, batch 2" in caplog.text
+    summary = trainer.window.summary()
+    assert summary["skipped"] == 2
+    assert trainer.step == 3
+    assert trainer.bytes == trainer.window.bytes
+    other.train_step()
+    for _ in range(2):
+        next(other.loader)
+    other.step = 3
+    assert trainer.train_step() == other.train_step()
+    assert trainer.bytes == other.bytes
+
+
+def test_too_many_in_a_row_stop(data: Path, repo: Path, tmp_path: Path) -> None:
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", ["run.on_nonfinite=skip"])
+    assert isinstance(config, EntropyRun)
+    trainer = trainer_of(config, tmp_path, data)
+    broken_for(trainer, range(100))
+    for _ in range(SKIPS):
+        trainer.train_step()
+    with pytest.raises(Diverged, match=f"{SKIPS + 1} steps in a row"):
+        trainer.train_step()
+
+
+@pytest.mark.parametrize("micro_rows", [1, 2])
+def test_micro_batches_add_up(repo: Path, data: Path, entropy_run: Path, tmp_path: Path, micro_rows: int) -> None:
+    path, setting = repo / "configs" / "tiny.yaml", f"batch.micro_rows={micro_rows}"
+    configs = (load_config(path), load_config(path, [setting]))
+    whole, parts = (prepare_run(config, tmp_path, data, entropy_run)[0] for config in configs)
+    sizes = []
+    loss_sum = parts.objective._sum
+
+    def counted(ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(ids))
+        return loss_sum(ids, *rest)
+
+    parts.objective._sum = counted
+    for _ in range(3):
+        assert parts.train_step() == pytest.approx(whole.train_step(), rel=1e-5)
+        assert parts.norm == pytest.approx(whole.norm, rel=1e-4)
+    assert sizes == [micro_rows] * (3 * 4 // micro_rows)
+    assert parts.validate() == pytest.approx(whole.validate(), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_rows", [3, 8])
+def test_rows_that_do_not_divide(repo: Path, data: Path, tmp_path: Path, micro_rows: int) -> None:
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", [f"batch.micro_rows={micro_rows}"])
+    assert isinstance(config, EntropyRun)
+    if micro_rows > config.batch.rows:  # as many as there are
+        assert trainer_of(config, tmp_path, data).micro_rows == config.batch.rows
+        return
+    with pytest.raises(ConfigError, match=r"batch.rows 4 cannot be divided evenly"):
+        trainer_of(config, tmp_path, data)
