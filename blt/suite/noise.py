@@ -1,0 +1,160 @@
+"""The paper's noise recipes (section 6.1), measured on likelihood: bits per byte with noise in the prompt or behind it.
+
+The recipes work on characters. Bytes that are no UTF-8 pass through each recipe as one character each that has no
+case. A recipe is a function of the text and a random generator, so the same seed gives the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+Bits = Callable[[bytes, bytes], float]  # of a text, behind a prompt
+Recipe = Callable[[str, random.Random], str]
+
+DROPPED, REPEATED, MOST_COPIES = 0.10, 0.20, 4
+
+
+def antspeak(text: str, rng: random.Random) -> str:
+    """Upper-case characters with a space between each two."""
+    return " ".join(text.upper())
+
+
+def drop(text: str, rng: random.Random) -> str:
+    """A tenth of the characters is left out (rounded; at least one stays)."""
+    gone = set(rng.sample(range(len(text)), min(round(DROPPED * len(text)), max(0, len(text) - 1))))
+    return "".join(char for i, char in enumerate(text) if i not in gone)
+
+
+def random_case(text: str, rng: random.Random) -> str:
+    """Each character in upper or lower case, at even odds."""
+    return "".join(char.upper() if rng.random() < 0.5 else char.lower() for char in text)
+
+
+def repeat(text: str, rng: random.Random) -> str:
+    """A fifth of the characters (rounded) stands there two, three or four times."""
+    often = set(rng.sample(range(len(text)), round(REPEATED * len(text))))
+    return "".join(char * rng.randint(2, MOST_COPIES) if i in often else char for i, char in enumerate(text))
+
+
+def upper_case(text: str, rng: random.Random) -> str:
+    """Everything in upper case."""
+    return text.upper()
+
+
+RECIPES: dict[str, Recipe] = {
+    "antspeak": antspeak,
+    "drop": drop,
+    "random_case": random_case,
+    "repeat": repeat,
+    "upper_case": upper_case,
+}
+WHERE = ("prompt", "completion", "both")
+
+
+def noised(text: bytes, recipe: str, seed: object) -> bytes:
+    """`text` under the recipe of this name; `seed` is anything with a stable `str`."""
+    chars = text.decode("utf-8", "surrogateescape")
+    return RECIPES[recipe](chars, random.Random(f"{recipe} {seed}")).encode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text cut in two."""
+
+    prompt: bytes
+    completion: bytes
+
+
+def pairs(texts: Iterable[bytes], size: int, most: int) -> list[Pair]:
+    """At most `most` pairs, evenly spread over all texts, of a prompt and a completion of up to `size` bytes each.
+
+    Cuts lie between characters. A text's last piece is left out unless it fills its prompt and half its completion.
+    """
+    found = [pair for text in texts for pair in _pairs_of(text, size)]
+    every = max(1.0, len(found) / most)
+    return [found[int(i * every)] for i in range(min(most, len(found)))]
+
+
+def _pairs_of(text: bytes, size: int) -> Iterator[Pair]:
+    start = 0
+    while start < len(text):
+        middle = _between_characters(text, start + size)
+        end = _between_characters(text, middle + size)
+        if end - middle >= max(1, size // 2):
+            yield Pair(text[start:middle], text[middle:end])
+        start = end
+
+
+def _between_characters(text: bytes, at: int) -> int:
+    """`at`, or up to three bytes before it, where a character begins."""
+    for back in range(4):
+        if at - back >= len(text) or text[at - back] & 0xC0 != 0x80:
+            return min(at - back, len(text))
+    return at  # no UTF-8
+
+
+@dataclass
+class Line:
+    """Sums over pairs under one recipe. `n_bytes` counts the completion as it was scored, `n_clean` without noise."""
+
+    recipe: str
+    where: str
+    bits: float = 0.0
+    n_bytes: int = 0
+    n_clean: int = 0
+    worse: list[float] = field(default_factory=list)  # bits per clean byte more than without noise, of each pair
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the bytes that were scored."""
+        return self.bits / self.n_bytes
+
+    @property
+    def bits_per_clean_byte(self) -> float:
+        """What the completion costs, over the bytes that it had before noise made it longer or shorter."""
+        return self.bits / self.n_clean
+
+    @property
+    def error(self) -> float:
+        """Standard error, over pairs, of the mean rise in bits per clean byte; 0 for fewer than two pairs."""
+        n = len(self.worse)
+        mean = sum(self.worse) / max(1, n)
+        return math.sqrt(sum((x - mean) ** 2 for x in self.worse) / (n - 1) / n) if n > 1 else 0.0
+
+
+def measure(
+    bits: Bits,
+    chosen: Sequence[Pair],
+    seed: int,
+    recipes: Iterable[str] = RECIPES,
+    done: Callable[[], None] = lambda: None,
+) -> list[Line]:
+    """The completions' bits without noise (recipe "clean"), then under each recipe with noise at each of WHERE.
+
+    `done` is called behind each pair of each recipe.
+    """
+    clean = Line("clean", "")
+    costs = [bits(pair.completion, pair.prompt) for pair in chosen]
+    for pair, cost in zip(chosen, costs, strict=True):
+        _add(clean, cost, cost, pair.completion, pair)
+    lines = [clean]
+    for recipe in recipes:
+        found = {where: Line(recipe, where) for where in WHERE}
+        for i, (pair, cost) in enumerate(zip(chosen, costs, strict=True)):
+            prompt, completion = (noised(part, recipe, f"{seed} {i}") for part in (pair.prompt, pair.completion))
+            _add(found["prompt"], bits(pair.completion, prompt), cost, pair.completion, pair)
+            _add(found["completion"], bits(completion, pair.prompt), cost, completion, pair)
+            _add(found["both"], bits(completion, prompt), cost, completion, pair)
+            done()
+        lines += found.values()
+    return lines
+
+
+def _add(line: Line, bits: float, without_noise: float, scored: bytes, pair: Pair) -> None:
+    line.bits += bits
+    line.n_bytes += len(scored)
+    line.n_clean += len(pair.completion)
+    line.worse.append((bits - without_noise) / len(pair.completion))
