@@ -104,7 +104,7 @@ def read(path: Path) -> Source:
     where = str(path / CONFIG)
     config = huggingface_config.fields(read_json(path / CONFIG), where)
     blt_config, entropy_config, rule = huggingface_config.meaning(config, where)
-    found = {n: t for n, t in read_safetensors(*_weight_files(path)).items() if not UNUSED.fullmatch(n)}
+    found = {n: t for n, t in read_safetensors(*weight_files(path)).items() if not UNUSED.fullmatch(n)}
     patcher = {name: found.pop(name) for name in list(found) if name.startswith(PATCHER)}
     if blt_config.hash is None:
         found.pop(HASH_TENSOR, None)  # a table without rows
@@ -121,7 +121,7 @@ def _names(ours: str) -> list[str]:
     return [huggingface_name(ours)]
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The one file, or the shards that the index names: plain names of files that lie in the folder."""
     if not (path / INDEX).is_file():
         if not (path / WEIGHTS).is_file():

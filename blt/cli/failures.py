@@ -14,6 +14,7 @@ OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
 
 # top-level module -> the extra that brings it
 EXTRAS = {
+    "gguf": "gguf",
     "huggingface_hub": "hub",
     "matplotlib": "plot",
     "onnx": "export",

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from blt import checkpoint
+from blt import start
 from blt.checkpoint import Checkpoint
 from blt.config import BLTRun, BPERun, EntropyRun, RunConfig
 from blt.data.batches import BatchShape, Int, PatchStarts, TokenSource
@@ -23,6 +23,7 @@ from blt.model.token import TokenModel
 from blt.train.dryrun import flops_per_byte
 from blt.train.loop import Trainer
 from blt.train.objective import Objective, count_parameters
+from blt.train.parts import freeze
 from blt_runtime.errors import CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
 
@@ -57,7 +58,7 @@ def prepare_run(
 
 
 def _entropy_run(config: EntropyRun, out: Path, dataset: Dataset, compiled: bool, device: str) -> Prepared:
-    model = _initial(EntropyModel(config.model), config.run.seed, device)
+    model = _initial(EntropyModel(config.model), config, device)
     objective = Objective(model, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
     loaders = {name: _loader(config, dataset, name) for name in ("train", "valid")}
     extra = {"data": dataset.split("train").sha256}
@@ -74,7 +75,7 @@ def _bpe_run(config: BPERun, out: Path, dataset: Dataset, compiled: bool, device
     loaders = {name: _loader(config, dataset, name, tokens=source) for name, source in tokens.items()}
     bytes_per_token = documents.lengths[members].sum() / max(1, tokens["train"].lengths[members].sum())
     log.info("%.3f bytes per token", bytes_per_token)
-    model = _initial(TokenModel(config.model), config.run.seed, device)
+    model = _initial(TokenModel(config.model), config, device)
     objective = Objective(model, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
     extra = {"data": documents.sha256, "tokenizer": vocabulary.key}
     flops = flops_per_byte(config, bytes_per_token=float(bytes_per_token))
@@ -103,7 +104,7 @@ def _blt_run(
     rule = _rule(config, dataset, index["train"])
     starts = {name: index[name].with_rule(rule) for name in index}
     loaders = {name: _loader(config, dataset, name, starts[name]) for name in starts}
-    model = _initial(BLT(config.model), config.run.seed, device)
+    model = _initial(BLT(config.model), config, device)
     objective = Objective(
         model, config.patching.longest_patch, bf16=config.run.dtype == "bf16", compile=compiled, device=device
     )
@@ -117,7 +118,7 @@ def _blt_run(
 def _frozen_entropy(path: str | Path | None, device: str) -> EntropyModel:
     if path is None:
         raise ConfigError("entropy patches need an entropy model: --entropy-model RUN (made by `blt train entropy`)")
-    entropy = checkpoint.load(path).entropy
+    entropy = start.entropy_model(path)
     if entropy is None:
         raise CheckpointError(f"{path} holds no entropy model; give the folder of a `blt train entropy` run")
     return entropy.to(device).eval().requires_grad_(False)
@@ -179,7 +180,10 @@ def _required(make: Callable[[], Loader] | None) -> Callable[[], Loader]:
     return make
 
 
-def _initial(model: Model, seed: int, device: str) -> Model:
-    model.init_weights(torch.Generator().manual_seed(seed))
-    log.info("%d parameters", count_parameters(model))
+def _initial(model: Model, config: RunConfig, device: str) -> Model:
+    model.init_weights(torch.Generator().manual_seed(config.run.seed))
+    if not isinstance(config, BPERun):
+        start.initialise(model, config.init.checkpoint, config.init.latent)
+    frozen = freeze(model, config.optimizer.freeze)
+    log.info("%d parameters, %d tensors of them frozen", count_parameters(model), len(frozen))
     return model.to(device).train()

@@ -1,0 +1,229 @@
+"""Llama checkpoints as a start for the latent transformer (paper, section 6.2): a Hugging Face folder or a GGUF file.
+
+Only the blocks are taken. Embeddings, the final norm and the output have no place between patches. Two layouts of the
+rotary embedding are read: transformers turns the halves of a head, (x[i], x[i + K/2]); we turn neighbours,
+(x[2i], x[2i + 1]), and so does llama.cpp, whose GGUF files hold queries and keys in that order already. Reordering the
+rows of both projections changes no attention score, as it is the same permutation of the head for queries and keys.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt import hub
+from blt.adapters.huggingface import CONFIG, LAYER, weight_files
+from blt.model.config import TransformerConfig
+from blt.model.layers import Stack
+from blt.source import parse, read_json
+from blt.tensors import read_safetensors
+from blt_runtime.errors import CheckpointError, MissingExtra
+
+log = logging.getLogger("blt.adapters")
+LONGEST = 1 << 20  # rows of a rotary table
+GGUF_LAYER = {
+    "attention_norm": "attn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+}
+SHAPES = ("dim", "n_layers", "n_heads", "kv_heads", "head_size", "hidden_dim")
+FUNCTION = ("norm_eps", "rope_theta")
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The blocks of a Llama. `read` gives one weight by our name in a `Stack` (`layers.0.attention.wq.weight`), float32
+    and in our layout."""
+
+    path: Path
+    config: TransformerConfig
+    read: Callable[[str], Tensor]
+
+    @torch.no_grad()
+    def copy_to(self, stack: Stack) -> None:
+        """Fills the blocks of `stack`, one weight in memory at a time.
+
+        Raises CheckpointError for another shape, and for weights that are missing or not finite. Another `norm_eps` or
+        `rope_theta` is a warning: the weights mean a little less.
+        """
+        check_fits(self.config, stack.config, self.path)
+        for name, parameter in stack.layers.named_parameters(prefix="layers"):
+            weight = self.read(name)
+            if weight.shape != parameter.shape:
+                shapes = f"{tuple(weight.shape)}, expected {tuple(parameter.shape)}"
+                raise CheckpointError(f"{self.path}: {name} is {shapes}; the file does not fit its configuration")
+            if not weight.isfinite().all():
+                raise CheckpointError(f"{self.path}: NaN or infinite weights in {name}; it was saved broken")
+            parameter.copy_(weight)
+
+
+def check_fits(theirs: TransformerConfig, ours: TransformerConfig, path: Path) -> None:
+    """Raises CheckpointError that lists what `model.latent` must say for these weights."""
+    wrong = [name for name in SHAPES if getattr(theirs, name) != getattr(ours, name)]
+    if wrong:
+        listed = ", ".join(f"{name} {getattr(theirs, name)} (not {getattr(ours, name)})" for name in wrong)
+        raise CheckpointError(f"{path} does not fit model.latent: it has {listed}; leave these keys out")
+    for name in FUNCTION:
+        if getattr(theirs, name) != getattr(ours, name):
+            log.warning(
+                "%s was trained with %s %g, model.latent has %g", path, name, getattr(theirs, name), getattr(ours, name)
+            )
+
+
+def read(path: str | Path) -> Llama:
+    """A Llama in a Hugging Face folder (or name on the hub) or a GGUF file, its weights still there.
+
+    Raises CheckpointError, and MissingExtra for GGUF without the library `gguf`.
+    """
+    place = hub.resolve(path)
+    if place.is_file():
+        return _read_gguf(place)
+    if not (place / CONFIG).is_file():
+        raise CheckpointError(f"{path} is no Llama: give a folder with {CONFIG} and safetensors, or a .gguf file")
+    return _read_folder(place)
+
+
+def to_pairs(weight_RD: Tensor, head_size: int) -> Tensor:
+    """Rows of a query or key projection [heads * K, D] from halves of each head to neighbouring pairs."""
+    halves_HXKD = weight_RD.unflatten(0, (-1, 2, head_size // 2))
+    pairs_RD: Tensor = halves_HXKD.transpose(1, 2).flatten(0, 2)
+    return pairs_RD
+
+
+# --- Hugging Face ------------------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path) -> Llama:
+    values = read_json(folder / CONFIG)
+    where = str(folder / CONFIG)
+    if not isinstance(values, dict) or values.get("model_type") != "llama":
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        raise CheckpointError(f"{where}: model_type is {kind!r}; the latent transformer starts from 'llama' only")
+    config = _folder_config(values, where)
+    found = read_safetensors(*weight_files(folder))
+    names = dict(LAYER)
+
+    def tensor(ours: str) -> Tensor:
+        _, layer, rest = ours.removesuffix(".weight").split(".", 2)
+        theirs = f"model.layers.{layer}.{names[rest]}.weight"
+        if theirs not in found:
+            raise CheckpointError(f"{folder}: missing {theirs}; copy all files of the checkpoint")
+        stored = found[theirs]
+        weight = torch.empty(stored.shape)
+        stored.copy_to(weight)
+        turned = rest in ("attention.wq", "attention.wk") and weight.shape[0] % config.head_size == 0
+        return to_pairs(weight, config.head_size) if turned else weight
+
+    return Llama(folder, config, tensor)
+
+
+def _folder_config(values: dict[str, Any], where: str) -> TransformerConfig:
+    biased = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
+    if biased or values.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{where}: {', '.join(biased) or 'hidden_act'} has no form here; use a plain Llama")
+    rope = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else "default"
+    _warn_scaling(kind, where)
+    theta = values.get("rope_theta") or (rope.get("rope_theta") if isinstance(rope, Mapping) else None)
+    return _config(
+        {
+            "dim": values.get("hidden_size"),
+            "n_layers": values.get("num_hidden_layers"),
+            "n_heads": values.get("num_attention_heads"),
+            "n_kv_heads": values.get("num_key_value_heads"),
+            "head_dim": values.get("head_dim"),
+            "ffn_dim": values.get("intermediate_size"),
+            "norm_eps": values.get("rms_norm_eps", 1e-6),
+            "rope_theta": theta or 10000.0,
+            "max_seqlen": values.get("max_position_embeddings", 2048),
+        },
+        where,
+    )
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------------
+
+
+def _read_gguf(path: Path) -> Llama:
+    reader, gguf = _open_gguf(path)
+    kind = _field(reader, "general.architecture")
+    if kind != "llama":
+        raise CheckpointError(f"{path}: architecture is {kind!r}; the latent transformer starts from 'llama' only")
+    config = _gguf_config(reader, str(path))
+    found = {tensor.name: tensor for tensor in reader.tensors}
+
+    def tensor(ours: str) -> Tensor:
+        _, layer, rest = ours.removesuffix(".weight").split(".", 2)
+        theirs = f"blk.{layer}.{GGUF_LAYER[rest]}.weight"
+        if theirs not in found:
+            raise CheckpointError(f"{path}: missing {theirs}; copy the file again")
+        stored = found[theirs]
+        try:
+            return torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        except (NotImplementedError, ValueError) as error:
+            raise CheckpointError(f"{path}: {theirs} cannot be dequantised ({error}); use another GGUF") from None
+
+    return Llama(path, config, tensor)
+
+
+def _open_gguf(path: Path) -> tuple[Any, Any]:
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtra(f"{path} cannot be read: gguf", "gguf") from None
+    try:
+        return gguf.GGUFReader(path), gguf
+    except (ValueError, IndexError, KeyError, OSError, TypeError, OverflowError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or no GGUF file ({error}); copy it again") from None
+
+
+def _field(reader: Any, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
+
+
+def _gguf_config(reader: Any, where: str) -> TransformerConfig:
+    _warn_scaling(_field(reader, "llama.rope.scaling.type") or "none", where)
+    return _config(
+        {
+            "dim": _field(reader, "llama.embedding_length"),
+            "n_layers": _field(reader, "llama.block_count"),
+            "n_heads": _field(reader, "llama.attention.head_count"),
+            "n_kv_heads": _field(reader, "llama.attention.head_count_kv"),
+            "head_dim": _field(reader, "llama.attention.key_length"),
+            "ffn_dim": _field(reader, "llama.feed_forward_length"),
+            "norm_eps": _field(reader, "llama.attention.layer_norm_rms_epsilon"),
+            "rope_theta": _field(reader, "llama.rope.freq_base") or 10000.0,
+            "max_seqlen": _field(reader, "llama.context_length") or 2048,
+        },
+        where,
+    )
+
+
+# --- both --------------------------------------------------------------------------------------------------------
+
+
+def _config(values: dict[str, Any], where: str) -> TransformerConfig:
+    if isinstance(values["max_seqlen"], int):
+        values["max_seqlen"] = min(values["max_seqlen"], LONGEST)
+    if isinstance(values["norm_eps"], float):  # GGUF keeps it in float32
+        values["norm_eps"] = float(f"{values['norm_eps']:.6g}")
+    return parse(TransformerConfig, values, where)
+
+
+def _warn_scaling(kind: str, where: str) -> None:
+    if kind not in ("default", "none"):
+        log.warning("%s: rotary frequencies scaled by %r are not; the plain ones of rope_theta are used", where, kind)

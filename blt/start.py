@@ -1,0 +1,146 @@
+"""Where the first weights of a run come from: drawn at random, a checkpoint of any format, or a Llama for the latent.
+
+`complete` fills in what a configuration leaves to the checkpoint, before it is checked as a whole; `initialise` loads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blt import checkpoint
+from blt.adapters import llama
+from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, TransformerConfig
+from blt.source import Part, Source
+from blt_runtime.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("blt.train")
+Values = dict[str, Any]
+RULE_KEYS = (
+    "scheme", "threshold", "threshold_add", "monotonic", "patch_size", "max_patch_length", "reset_newlines",
+)  # fmt: skip
+FREE = (
+    "max_seqlen", "window", "norm_eps", "rope_theta", "encoder_cross_window", "decoder_cross_window",
+    "latent_document_mask",
+)  # fmt: skip
+"""Keys that weights of a checkpoint do not depend on, so that a run may choose others."""
+
+
+def complete(raw: Mapping[str, Any]) -> Values:
+    """The sections of a run with what they leave out taken from `init`: of a checkpoint the model, the patch rule and
+    the entropy model, of a Llama `model.latent`. Other runs come back as they are. Raises CheckpointError."""
+    init, filled = raw.get("init"), dict(raw)
+    if not isinstance(init, Mapping):
+        return filled
+    if isinstance(init.get("checkpoint"), str):
+        _from_checkpoint(filled, init["checkpoint"])
+    if isinstance(init.get("latent"), str) and isinstance(filled.get("model"), Mapping):
+        known = llama.read(init["latent"]).config.model_dump(mode="json", exclude_none=True)
+        filled["model"] = _merged({"latent": known}, filled["model"])
+    return filled
+
+
+def _from_checkpoint(raw: Values, path: str) -> None:
+    source = checkpoint.open_source(path, raw.get("entropy_model"))
+    part = _part(source, raw.get("kind") == "entropy")
+    raw["model"] = _merged(part.config.model_dump(mode="json"), raw.get("model", {}))
+    if raw.get("kind") != "blt":
+        return
+    if source.patch_rule is not None:
+        rule = {key: getattr(source.patch_rule, key) for key in RULE_KEYS}
+        raw["patching"] = _patching(rule, raw.get("patching", {}))
+    scheme = raw["patching"].get("scheme") if isinstance(raw.get("patching"), Mapping) else None
+    if source.entropy is not None and scheme == "entropy" and raw.get("entropy_model") is None:
+        raw["entropy_model"] = path
+
+
+def _patching(rule: Values, given: Any) -> Any:
+    """The section `given` over the checkpoint's rule. Another scheme is another rule; a target asks for a threshold."""
+    if not isinstance(given, Mapping) or given.get("scheme", rule["scheme"]) != rule["scheme"]:
+        return given
+    chosen = {"threshold": None} if "target_patch_size" in given else {}
+    return {**rule, **chosen, **given}
+
+
+def _merged(base: Any, over: Any) -> Any:
+    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
+        return over
+    return {**base, **{key: _merged(base[key], value) if key in base else value for key, value in over.items()}}
+
+
+def _part(source: Source, entropy: bool) -> Part:
+    part = source.entropy if entropy else source.blt
+    if part is None:
+        what = "entropy model" if entropy else "BLT"
+        raise CheckpointError(f"{source.path} holds no {what} to start from; give another init.checkpoint")
+    return part
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, latent_path: str | None = None) -> None:
+    """Replaces the random weights of `model`, on the CPU, by those of a checkpoint, or its latent blocks by a Llama's.
+
+    Raises CheckpointError for a checkpoint of another shape or with other hash functions, or weights that are not
+    finite. Options that no weight depends on may differ; a warning lists them.
+    """
+    if checkpoint_path is not None:
+        source = checkpoint.open_source(checkpoint_path)
+        part = _part(source, isinstance(model, EntropyModel))
+        _check_same(part.config, model.config, source.path)
+        source.check_finite()
+        for name, parameter in model.named_parameters():
+            part.weights[name].copy_to(parameter)
+        log.info("weights of %s", source.path)
+    if latent_path is not None:
+        if not isinstance(model, BLT):
+            raise ConfigError("init.latent is for BLT runs; an entropy model has no latent transformer")
+        found = llama.read(latent_path)
+        found.copy_to(model.latent)
+        log.info("%d blocks of the latent transformer are those of %s", found.config.n_layers, found.path)
+
+
+def entropy_model(path: str | Path) -> EntropyModel | None:
+    """The entropy model of a checkpoint in float32, or None; the rest of it is not loaded. Errors as `open_source`."""
+    source = checkpoint.open_source(path)
+    alone = Source(source.format, source.path, None, source.entropy)
+    return checkpoint.build(alone).entropy
+
+
+def _check_same(theirs: BLTConfig | EntropyConfig, ours: BLTConfig | EntropyConfig, path: Path) -> None:
+    old, new = dict(_settings(theirs)), dict(_settings(ours))
+    changed = [key for key in old | new if old.get(key) != new.get(key)]
+    wrong = [key for key in changed if key.split(".")[-1] not in FREE]
+    if wrong:
+        listed = ", ".join(f"{key} {old.get(key)} (not {new.get(key)})" for key in wrong)
+        raise CheckpointError(f"{path} does not fit the section model: it has {listed}; leave these keys out")
+    told = [key for key in changed if not key.endswith("max_seqlen")]
+    if told:
+        listed = ", ".join(f"{key} {old.get(key)}, now {new.get(key)}" for key in told)
+        log.warning("the checkpoint was trained with %s", listed)
+
+
+def _settings(config: BLTConfig | EntropyConfig) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value), sizes that are left to others worked out."""
+    if isinstance(config, TransformerConfig):
+        yield from _stack_settings("", config)
+        return
+    for key, value in config.model_dump().items():
+        if isinstance(getattr(config, key), TransformerConfig):
+            yield from _stack_settings(f"{key}.", getattr(config, key))
+        elif key not in ("encoder_cross_heads", "decoder_cross_heads"):
+            yield key, value
+    yield "encoder_cross_heads", config.encoder_heads
+    yield "decoder_cross_heads", config.decoder_heads
+
+
+def _stack_settings(prefix: str, config: TransformerConfig) -> Iterator[tuple[str, Any]]:
+    worked_out = {"n_kv_heads": config.kv_heads, "head_dim": config.head_size, "ffn_dim": config.hidden_dim}
+    for key, value in (config.model_dump() | worked_out).items():
+        yield prefix + key, value

@@ -1,0 +1,185 @@
+"""A Llama's blocks in our latent transformer compute what they compute in transformers, from folders and from GGUF."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from blt.adapters import llama
+from blt.model import TransformerConfig
+from blt.model.layers import Stack
+from blt.model.windows import row_attend
+from blt_runtime.errors import CheckpointError
+
+transformers = pytest.importorskip("transformers")
+SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 80, "max_position_embeddings": 64}
+OURS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def made(heads: int = 4, kv_heads: int = 2, head_dim: int | None = None, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=32,
+        rms_norm_eps=1e-5,
+        initializer_range=0.3,  # attention that depends on positions
+        **(SIZES | more),
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # ones would hide a norm that is not read
+    return model
+
+
+def theirs(model: Any, x_BSD: Tensor) -> Tensor:
+    """What leaves the last block, before the final norm."""
+    seen: list[Any] = []
+    hook = model.model.layers[-1].register_forward_hook(lambda *args: seen.append(args[-1]))
+    model(inputs_embeds=x_BSD, use_cache=False)
+    hook.remove()
+    out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    assert isinstance(out, Tensor)
+    return out
+
+
+def ours(path: Path, x_BSD: Tensor) -> Tensor:
+    found = llama.read(path)
+    stack = Stack(found.config)
+    found.copy_to(stack)
+    B, S, _ = x_BSD.shape
+    attend = row_attend(torch.zeros(B, S, dtype=torch.long), None)
+    return stack.run_layers(x_BSD, stack.rotary.first(S), [attend] * len(stack.layers))
+
+
+def write_gguf(model: Any, path: Path, **fields: Any) -> None:
+    """As llama.cpp's converter writes a Llama: rows of queries and keys in its order."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, fields.get("arch", "llama"))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_context_length(config.max_position_embeddings)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("model.layers."):
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        array = tensor.numpy()
+        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+        if n := heads.get(rest.removesuffix(".weight")):
+            out, width = array.shape
+            array = array.reshape(n, 2, out // n // 2, width).swapaxes(1, 2).reshape(out, width)
+        writer.add_tensor(f"blk.{layer}.{OURS[rest.removesuffix('.weight')]}.weight", np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, None), (4, 4, None), (6, 1, 16)])
+@torch.no_grad()
+def test_hidden_states_are_those_of_transformers(
+    tmp_path: Path, heads: int, kv_heads: int, head_dim: int | None
+) -> None:
+    model = made(heads, kv_heads, head_dim)
+    model.save_pretrained(tmp_path / "folder")
+    x_BSD = torch.randn(2, 33, SIZES["hidden_size"])
+    wanted = theirs(model, x_BSD)
+    torch.testing.assert_close(ours(tmp_path / "folder", x_BSD), wanted, rtol=1e-4, atol=3e-4)
+    if head_dim is None:
+        write_gguf(model, tmp_path / "model.gguf")
+        torch.testing.assert_close(ours(tmp_path / "model.gguf", x_BSD), wanted, rtol=1e-4, atol=3e-4)
+
+
+@torch.no_grad()
+def test_the_order_of_a_heads_rows_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above would find a layout that is not converted."""
+    model = made()
+    model.save_pretrained(tmp_path / "folder")
+    x_BSD = torch.randn(1, 33, SIZES["hidden_size"])
+    monkeypatch.setattr(llama, "to_pairs", lambda weight, head_size: weight)
+    assert (ours(tmp_path / "folder", x_BSD) - theirs(model, x_BSD)).abs().max() > 0.1
+
+
+def test_shards_and_half_precision_are_read(tmp_path: Path) -> None:
+    model = made().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "folder", max_shard_size="20KB")
+    assert (tmp_path / "folder" / "model.safetensors.index.json").is_file()
+    weight = llama.read(tmp_path / "folder").read("layers.2.feed_forward.w2.weight")
+    assert torch.equal(weight, model.state_dict()["model.layers.2.mlp.down_proj.weight"].float())
+
+
+def test_rotary_settings_are_read_and_differences_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
+    made(rope_parameters=scaling).save_pretrained(tmp_path / "folder")
+    with caplog.at_level(logging.WARNING, "blt.adapters"):
+        found = llama.read(tmp_path / "folder")
+        assert found.config.rope_theta == 5e4
+        found.copy_to(Stack(found.config.model_copy(update={"norm_eps": 1e-6})))
+    assert "scaled by 'linear'" in caplog.text
+    assert "norm_eps 1e-05, model.latent has 1e-06" in caplog.text
+
+
+def test_what_does_not_fit_is_one_error(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path / "folder")
+    found = llama.read(tmp_path / "folder")
+    other = TransformerConfig(dim=48, n_layers=2, n_heads=4, ffn_dim=80)
+    with pytest.raises(CheckpointError, match=r"n_layers 3 \(not 2\), kv_heads 2 \(not 4\)"):
+        found.copy_to(Stack(other))
+    made(attention_bias=True).save_pretrained(tmp_path / "biased")
+    with pytest.raises(CheckpointError, match="attention_bias"):
+        llama.read(tmp_path / "biased")
+    broken = made()
+    broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in layers.1.feed_forward.w3"):
+        llama.read(tmp_path / "broken").copy_to(Stack(found.config))
+
+
+def test_other_models_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match="model_type is 'gpt2'"):
+        llama.read(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        llama.read(tmp_path / "nothing.gguf")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is no Llama"):
+        llama.read(tmp_path / "empty")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
+def test_damaged_gguf_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(made(), path, arch="gpt2")
+    with pytest.raises(CheckpointError, match="architecture is 'gpt2'"):
+        llama.read(path)
+    write_gguf(made(), path)
+    whole = path.read_bytes()
+    for content in (b"", b"not a model", whole[:100], whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            llama.read(path)
