@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.cli import scoring
+from blt.scoring import bits_of
 from blt_runtime.patching import PatchRule, patch_lengths
 
 if TYPE_CHECKING:
@@ -73,5 +73,5 @@ def bits_per_byte(model: Model, rule: PatchRule, pieces: Sequence[Piece]) -> flo
     bits = 0.0
     for piece in pieces:
         lengths = patch_lengths(rule, piece.ids, piece.entropies if rule.needs_entropy else None)
-        bits += scoring.bits_of(stream.score_ids(piece.ids, lengths).logits, piece.ids)
+        bits += bits_of(stream.score_ids(piece.ids, lengths).logits, piece.ids)
     return bits / sum(piece.n_bytes for piece in pieces)

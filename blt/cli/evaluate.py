@@ -16,7 +16,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
@@ -24,7 +23,7 @@ from blt.cli import console, options, scoring, texts
 from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from blt_runtime import Score
+    from blt.scoring import Scored, Scorer, Unit
 
 ALL = ""  # the sum over all groups; no group has an empty name
 
@@ -36,24 +35,25 @@ class Tally:
     bits: float = 0.0
     n_bytes: int = 0
     documents: int = 0
-    patches: int = 0
+    units: int = 0
     seconds: float = 0.0
     baselines: dict[str, float] = field(default_factory=dict)
 
-    def add(self, score: Score, seconds: float) -> None:
-        """`score` is of one piece: BOS, bytes and maybe EOS."""
-        self.bits += scoring.bits_of(score.logits, score.ids)
-        self.n_bytes += int((score.ids >= 4).sum())
-        starts_P = np.cumsum(score.patch_lengths)[:-1]
-        self.patches += int((starts_P < len(score.ids)).sum())
+    def add(self, scored: Scored, n_bytes: int, seconds: float) -> None:
+        """`scored` is of one piece of `n_bytes`: BOS in front, maybe EOS behind."""
+        self.bits += scored.bits
+        self.n_bytes += n_bytes
+        self.units += scored.units
         self.seconds += seconds
 
-    def report(self) -> dict[str, Any]:
+    def report(self, unit: Unit) -> dict[str, Any]:
+        """Plain values; `unit` is what the model reads: bytes per patch or token, nothing of bytes per byte."""
+        mean = {} if unit == "byte" else {f"bytes_per_{unit}": round(self.n_bytes / max(1, self.units), 4)}
         return {
             "bits_per_byte": round(self.bits / self.n_bytes, 5),
             "bytes": self.n_bytes,
             "documents": self.documents,
-            "bytes_per_patch": round(self.n_bytes / max(1, self.patches), 4),
+            **mean,
             "bytes_per_s": round(self.n_bytes / self.seconds, 1) if self.seconds else None,
             **({"baselines": self.baselines} if self.baselines else {}),
         }
@@ -100,7 +100,7 @@ def evaluate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Bits per byte, bytes per patch and bytes per second of a model on text."""
+    """Bits per byte, bytes per patch (or token) and bytes per second of a model of any kind on text."""
     if by not in (None, "group"):
         raise UsageError(f"--by {by}: only group is known")
     if fail_above is not None and math.isnan(fail_above):
@@ -120,31 +120,33 @@ def evaluate(
         threads=threads,
         entropy_dtype=entropy_dtype,
     ) as scorer:
-        tallies = _score_all(scorer, limited, min(size, scorer.capacity - 2))
+        unit = scorer.unit
+        tallies = _score_all(scorer, limited, size if scorer.capacity is None else min(size, scorer.capacity))
     _add_baselines(tallies, limited, names)
     shown = tallies if by == "group" else {ALL: tallies[ALL]}
     if as_json:
-        groups = {name: tally.report() for name, tally in shown.items() if name != ALL}
-        console.print_json("blt.eval/1", tallies[ALL].report() | ({"groups": groups} if by else {}))
+        groups = {name: tally.report(unit) for name, tally in shown.items() if name != ALL}
+        console.print_json("blt.eval/1", tallies[ALL].report(unit) | ({"groups": groups} if by else {}))
     else:
-        console.stdout_console().print(_table(shown, names))
-    _check(tallies[ALL].report()["bits_per_byte"], fail_above)
+        console.stdout_console().print(_table(shown, names, unit))
+    _check(tallies[ALL].report(unit)["bits_per_byte"], fail_above)
 
 
-def _score_all(scorer: scoring.Scorer, documents: list[texts.Document], context: int) -> dict[str, Tally]:
+def _score_all(scorer: Scorer, documents: list[texts.Document], context: int) -> dict[str, Tally]:
     tallies: dict[str, Tally] = defaultdict(Tally)
     total = sum(len(text) for _, text in documents)
     with console.progress("eval", total) as advance:
         for group, text in documents:
             for name in (group, ALL):
                 tallies[name].documents += 1
-            for ids in texts.pieces(text, context):
+            for start in range(0, len(text), context):
+                piece, last = text[start : start + context], start + context >= len(text)
                 started = time.perf_counter()
-                score = scorer(ids, None)
+                scored = scorer.measure(piece, eos=last)
                 seconds = time.perf_counter() - started
                 for name in (group, ALL):
-                    tallies[name].add(score, seconds)
-                advance(len(ids) - 1)
+                    tallies[name].add(scored, len(piece), seconds)
+                advance(len(piece))
     return dict(sorted(tallies.items(), key=lambda item: (item[0] == ALL, item[0])))
 
 
@@ -158,19 +160,20 @@ def _add_baselines(tallies: dict[str, Tally], documents: list[texts.Document], n
             tally.baselines[name] = round(8 * BASELINES[name](joined[group]) / tally.n_bytes, 5)
 
 
-def _table(tallies: dict[str, Tally], baselines: list[str]) -> Table:
+def _table(tallies: dict[str, Tally], baselines: list[str], unit: Unit) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("group", "bits/byte", *baselines, "bytes", "documents", "bytes/patch", "bytes/s"):
+    mean = [] if unit == "byte" else [f"bytes/{unit}"]
+    for name in ("group", "bits/byte", *baselines, "bytes", "documents", *mean, "bytes/s"):
         table.add_column(name, justify="left" if name == "group" else "right")
     for name, tally in tallies.items():
-        r = tally.report()
+        r = tally.report(unit)
         table.add_row(
             name or "ALL",
             f"{r['bits_per_byte']:.4f}",
             *(f"{tally.baselines[b]:.4f}" for b in baselines),
             f"{r['bytes']:,}",
             f"{r['documents']:,}",
-            f"{r['bytes_per_patch']:.2f}",
+            *(f"{r[f'bytes_per_{unit}']:.2f}" for _ in mean),
             f"{r['bytes_per_s'] or 0:,.0f}",
         )
     return table

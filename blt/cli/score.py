@@ -47,7 +47,7 @@ def score(
     files.check_folder(npz)
     ids = _ids(file)
     lengths = None if patch_lengths is None else inputs.load_patch_lengths(patch_lengths, len(ids))
-    with scoring.open_scorer(
+    with scoring.open_stream(
         model,
         len(ids),
         backend=backend,

@@ -1,45 +1,48 @@
-"""Entropies, patches and logits of whole id sequences, from a checkpoint (PyTorch) or a bundle (ONNX Runtime)."""
+"""Models that score text, from a checkpoint (PyTorch) or a bundle (ONNX Runtime)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from blt.cli import devices, models
+from blt.scoring import Scorer, StreamScorer
 from blt_runtime.errors import UsageError
 from blt_runtime.patching import PatchRule
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from blt_runtime import Score, Stream
     from blt_runtime.patching import EntropyDtype
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Call it with ids [N] and patch lengths [P] (None: the rule's). `capacity`: the longest N."""
-
-    stream: Stream
-    capacity: int
-
-    def __call__(self, ids_N: NDArray[np.int64], lengths_P: NDArray[np.int64] | None = None) -> Score:
-        return self.stream.score_ids(ids_N, lengths_P)
-
-
-def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]]) -> float:
-    """Bits of ids 1..N-1 under the logits at the place before each."""
-    x_NV = logits_NV[:-1].astype(np.float64)
-    top_N = x_NV.max(-1)
-    log_sum_N = top_N + np.log(np.exp(x_NV - top_N[:, None]).sum(-1))
-    chosen_N = np.take_along_axis(x_NV, ids_N[1:, None], 1)[:, 0]
-    return float((log_sum_N - chosen_N).sum() / math.log(2))
+@contextmanager
+def open_stream(
+    path: Path,
+    n_ids: int,
+    *,
+    backend: str = "auto",
+    entropy_model: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    entropy_dtype: EntropyDtype | None = None,
+) -> Iterator[StreamScorer]:
+    """A BLT as a stream for up to `n_ids` ids; a bundle's capacity is fixed and may be less."""
+    with models.open_model(
+        path,
+        backend=backend,
+        entropy_model=entropy_model,
+        device=device,
+        threads=threads,
+        capacity=n_ids,
+        entropy_dtype=entropy_dtype,
+    ) as model:
+        yield StreamScorer(model.stream(bos=False), model.spec.capacity_bytes)
 
 
 @contextmanager
@@ -53,17 +56,33 @@ def open_scorer(
     threads: int | None = None,
     entropy_dtype: EntropyDtype | None = None,
 ) -> Iterator[Scorer]:
-    """A scorer for up to `n_ids` ids; a bundle's capacity is fixed and may be less."""
-    with models.open_model(
-        path,
-        backend=backend,
-        entropy_model=entropy_model,
-        device=device,
-        threads=threads,
-        capacity=n_ids,
-        entropy_dtype=entropy_dtype,
-    ) as model:
-        yield Scorer(model.stream(bos=False), model.spec.capacity_bytes)
+    """Any model for texts of up to `n_ids` ids: whole rows on PyTorch for checkpoints of every kind, a stream for a
+    bundle, for --backend onnx, and for texts longer than the trained rows."""
+    models.check_backend(backend)
+    models.existing(path)
+    if models.is_bundle(path) or backend == "onnx":
+        with open_stream(
+            path,
+            n_ids,
+            backend=backend,
+            entropy_model=entropy_model,
+            device=device,
+            threads=threads,
+            entropy_dtype=entropy_dtype,
+        ) as stream:
+            yield stream
+        return
+    from blt.checkpoint import load
+    from blt.row_scoring import scorer_of
+
+    chosen = "cpu" if device == "auto" else devices.torch_device(device)
+    devices.limit_torch_threads(threads)
+    # Hash tables that lie in their file serve the CPU only.
+    checkpoint = load(path, entropy_model, trainable=chosen != "cpu", entropy_dtype=entropy_dtype)
+    for model in (checkpoint.blt, checkpoint.entropy, checkpoint.bpe):
+        if model is not None:
+            model.to(chosen)
+    yield scorer_of(checkpoint, n_ids, chosen)
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ def open_entropies(
     """The entropy model of a checkpoint (also of an entropy model alone) or of a bundle."""
     models.existing(path)
     if models.is_bundle(path):
-        with open_scorer(path, 0, entropy_model=entropy_model, threads=threads, entropy_dtype=entropy_dtype) as scorer:
+        with open_stream(path, 0, entropy_model=entropy_model, threads=threads, entropy_dtype=entropy_dtype) as scorer:
             has_entropies = "entropy" in scorer.stream.spec.graphs
             rule = scorer.stream.spec.patch_rule
             yield Entropies(lambda ids_N: scorer(ids_N).entropies if has_entropies else None, rule)

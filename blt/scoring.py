@@ -1,0 +1,89 @@
+"""Bits that a model gives a text: one interface for every kind of model.
+
+A text stands behind BOS and maybe a prompt; bits are those of its bytes, and of an EOS behind them if asked for. Here
+is the interface and what runs on streams (bundles, cached PyTorch); whole rows on PyTorch are in `blt.row_scoring`.
+
+Letters: N ids, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from blt_runtime.ids import encode
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from blt_runtime import Score, Stream
+
+Unit = Literal["patch", "byte", "token"]
+
+
+class Scored(NamedTuple):
+    """`bits` of a text, and the `units` (patches, bytes or tokens) that begin in it or at its EOS."""
+
+    bits: float
+    units: int
+
+
+class Scorer(ABC):
+    """Scores texts. `capacity`: bytes that a prompt and a text may have together, None for no limit; `unit`: what the
+    model reads a text in."""
+
+    unit: Unit
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int | None: ...
+
+    @abstractmethod
+    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
+        """Bits and units of `text` behind BOS and `prompt`; with `eos` the end of the document is predicted, too."""
+
+    def bits(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> float:
+        """-log2 p(`text` | `prompt`)."""
+        return self.measure(text, prompt, eos).bits
+
+
+@dataclass(frozen=True)
+class StreamScorer(Scorer):
+    """A BLT as a stream, which may be a bundle's. `n_ids`: the longest N."""
+
+    stream: Stream
+    n_ids: int
+    unit: Unit = "patch"
+
+    @property
+    def capacity(self) -> int:
+        return self.n_ids - 2
+
+    def __call__(self, ids_N: NDArray[np.int64], lengths_P: NDArray[np.int64] | None = None) -> Score:
+        """Entropies, patches and logits of ids [N] cut into patches of these lengths (None: the rule's)."""
+        return self.stream.score_ids(ids_N, lengths_P)
+
+    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
+        ids_N = encode(prompt + text, bos=True, eos=eos)
+        score = self(ids_N)
+        first = 1 + len(prompt)
+        return Scored(bits_of(score.logits, ids_N, first), patches_from(score.patch_lengths, first, len(ids_N)))
+
+
+def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]], first: int = 1) -> float:
+    """Bits of ids first..N-1 under the logits at the place before each."""
+    x_NV = logits_NV[first - 1 : len(ids_N) - 1].astype(np.float64)
+    top_N = x_NV.max(-1, initial=-np.inf)
+    log_sum_N = top_N + np.log(np.exp(x_NV - top_N[:, None]).sum(-1))
+    chosen_N = np.take_along_axis(x_NV, ids_N[first:, None], 1)[:, 0]
+    return float((log_sum_N - chosen_N).sum() / math.log(2))
+
+
+def patches_from(lengths_P: NDArray[np.integer[Any]], first: int, n_ids: int) -> int:
+    """Patches that begin at ids first..N-1."""
+    starts_P = np.cumsum(lengths_P)[:-1]
+    return int(((starts_P >= first) & (starts_P < n_ids)).sum())
