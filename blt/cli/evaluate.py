@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, options, scoring, texts
+from blt.cli import suite as suites
 from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -84,13 +86,18 @@ def _baselines(names: str | None) -> list[str]:
 
 def evaluate(
     model: options.ModelPath,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by blt data prepare, or a file.")],
+    data: Annotated[
+        Path | None, typer.Argument(metavar="DATA", help="A folder made by blt data prepare, or a file.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train, valid or test of a data folder.")] = "test",
     by: Annotated[str | None, typer.Option(metavar="group", help="One row per group.")] = None,
     limit: Annotated[str | None, typer.Option(metavar="SIZE", help="At most so many bytes of each group.")] = None,
     context: Annotated[str, typer.Option(metavar="SIZE", help="Longer documents are cut into pieces.")] = "4k",
     baseline: Annotated[str | None, typer.Option(metavar="ppmd,xz", help="Compressors to compare with.")] = None,
     fail_above: Annotated[float | None, typer.Option(metavar="BPB", help="Exit 3 above so many bits per byte.")] = None,
+    suite: Annotated[str | None, typer.Option(help="noise, characters or all, instead of bits per byte.")] = None,
+    items: Annotated[int, typer.Option(min=1, help="Pairs of text and questions a task, with --suite.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise and the questions, with --suite.")] = 0,
     backend: options.Backend = "auto",
     entropy_model: options.EntropyModel = None,
     entropy_dtype: options.EntropyDtype = None,
@@ -108,18 +115,27 @@ def evaluate(
     names = _baselines(baseline)
     size = options.parse_size(context, "--context", at_least=1)
     most = None if limit is None else options.parse_size(limit, "--limit", at_least=1)
-    limited = list(texts.limited(texts.documents(data, split), most))
-    if not limited:
-        raise texts.nothing(data, split)
-    with scoring.open_scorer(
+    opened = partial(
+        scoring.open_scorer,
         model,
-        size + 2,
         backend=backend,
         entropy_model=entropy_model,
         device=device,
         threads=threads,
         entropy_dtype=entropy_dtype,
-    ) as scorer:
+    )
+    if suite is not None:
+        _only_without_suite({"--by": by, "--baseline": baseline, "--fail-above": fail_above})
+        chosen = suites.Chosen(suite, items, seed, data, split, most)
+        with opened(suites.N_IDS) as scorer:
+            suites.run(scorer, chosen, as_json)
+        return
+    if data is None:
+        raise UsageError("name DATA: a folder made by blt data prepare, or a file")
+    limited = list(texts.limited(texts.documents(data, split), most))
+    if not limited:
+        raise texts.nothing(data, split)
+    with opened(size + 2) as scorer:
         unit = scorer.unit
         tallies = _score_all(scorer, limited, size if scorer.capacity is None else min(size, scorer.capacity))
     _add_baselines(tallies, limited, names)
@@ -130,6 +146,12 @@ def evaluate(
     else:
         console.stdout_console().print(_table(shown, names, unit))
     _check(tallies[ALL].report(unit)["bits_per_byte"], fail_above)
+
+
+def _only_without_suite(given: dict[str, object]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"{name} does not go with --suite; leave it out")
 
 
 def _score_all(scorer: Scorer, documents: list[texts.Document], context: int) -> dict[str, Tally]:

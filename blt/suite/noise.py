@@ -54,10 +54,10 @@ RECIPES: dict[str, Recipe] = {
 WHERE = ("prompt", "completion", "both")
 
 
-def noised(text: bytes, recipe: str, seed: object) -> bytes:
-    """`text` under the recipe of this name; `seed` is anything with a stable `str`."""
-    chars = text.decode("utf-8", "surrogateescape")
-    return RECIPES[recipe](chars, random.Random(f"{recipe} {seed}")).encode("utf-8", "surrogateescape")
+def noised(text: bytes, recipe: str, seed: int) -> bytes:
+    """`text` under the recipe of this name: always the same for the same text and seed."""
+    chars, rng = text.decode("utf-8", "surrogateescape"), random.Random(f"{recipe} {seed} ".encode() + text)
+    return RECIPES[recipe](chars, rng).encode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,15 @@ def pairs(texts: Iterable[bytes], size: int, most: int) -> list[Pair]:
     found = [pair for text in texts for pair in _pairs_of(text, size)]
     every = max(1.0, len(found) / most)
     return [found[int(i * every)] for i in range(min(most, len(found)))]
+
+
+def fitting(found: Iterable[Pair], capacity: int, seed: int) -> list[Pair]:
+    """The pairs whose prompt and completion under every recipe have at most `capacity` bytes together."""
+
+    def longest(pair: Pair) -> int:
+        return max(sum(len(noised(part, name, seed)) for part in (pair.prompt, pair.completion)) for name in RECIPES)
+
+    return [pair for pair in found if longest(pair) <= capacity]
 
 
 def _pairs_of(text: bytes, size: int) -> Iterator[Pair]:
@@ -118,39 +127,34 @@ class Line:
         return self.bits / self.n_clean
 
     @property
+    def rise(self) -> float:
+        """Bits per clean byte more than without noise, the mean over pairs."""
+        return sum(self.worse) / len(self.worse)
+
+    @property
     def error(self) -> float:
-        """Standard error, over pairs, of the mean rise in bits per clean byte; 0 for fewer than two pairs."""
+        """Standard error of the rise; 0 for a single pair."""
         n = len(self.worse)
-        mean = sum(self.worse) / max(1, n)
-        return math.sqrt(sum((x - mean) ** 2 for x in self.worse) / (n - 1) / n) if n > 1 else 0.0
+        return math.sqrt(sum((x - self.rise) ** 2 for x in self.worse) / (n - 1) / n) if n > 1 else 0.0
 
 
-def measure(
-    bits: Bits,
-    chosen: Sequence[Pair],
-    seed: int,
-    recipes: Iterable[str] = RECIPES,
-    done: Callable[[], None] = lambda: None,
-) -> list[Line]:
+def measure(bits: Bits, chosen: Sequence[Pair], seed: int, done: Callable[[], None] = lambda: None) -> list[Line]:
     """The completions' bits without noise (recipe "clean"), then under each recipe with noise at each of WHERE.
 
-    `done` is called behind each pair of each recipe.
+    `done` is called behind each pair.
     """
     clean = Line("clean", "")
-    costs = [bits(pair.completion, pair.prompt) for pair in chosen]
-    for pair, cost in zip(chosen, costs, strict=True):
+    lines = {(recipe, where): Line(recipe, where) for recipe in RECIPES for where in WHERE}
+    for pair in chosen:
+        cost = bits(pair.completion, pair.prompt)
         _add(clean, cost, cost, pair.completion, pair)
-    lines = [clean]
-    for recipe in recipes:
-        found = {where: Line(recipe, where) for where in WHERE}
-        for i, (pair, cost) in enumerate(zip(chosen, costs, strict=True)):
-            prompt, completion = (noised(part, recipe, f"{seed} {i}") for part in (pair.prompt, pair.completion))
-            _add(found["prompt"], bits(pair.completion, prompt), cost, pair.completion, pair)
-            _add(found["completion"], bits(completion, pair.prompt), cost, completion, pair)
-            _add(found["both"], bits(completion, prompt), cost, completion, pair)
-            done()
-        lines += found.values()
-    return lines
+        for recipe in RECIPES:
+            prompt, completion = noised(pair.prompt, recipe, seed), noised(pair.completion, recipe, seed)
+            _add(lines[recipe, "prompt"], bits(pair.completion, prompt), cost, pair.completion, pair)
+            _add(lines[recipe, "completion"], bits(completion, pair.prompt), cost, completion, pair)
+            _add(lines[recipe, "both"], bits(completion, prompt), cost, completion, pair)
+        done()
+    return [clean, *lines.values()]
 
 
 def _add(line: Line, bits: float, without_noise: float, scored: bytes, pair: Pair) -> None:

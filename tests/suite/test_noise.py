@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blt.suite import noise
-from blt.suite.noise import RECIPES, Pair, measure, noised, pairs
+from blt.suite.noise import RECIPES, Pair, fitting, measure, noised, pairs
 
 TEXT = "The quick brown fox jumps over the lazy dog, größer 東京. " * 20
 
@@ -121,8 +121,16 @@ def test_prompt_and_completion_get_the_noise_that_the_line_names() -> None:
         seen.append((prompt, text))
         return 1.0
 
-    measure(bits, [Pair(b"ab", b"cd")], 0, recipes=["upper_case"])
-    assert seen == [(b"ab", b"cd"), (b"AB", b"cd"), (b"ab", b"CD"), (b"AB", b"CD")]
+    measure(bits, [Pair(b"ab", b"cd")], 0)
+    assert seen[0] == (b"ab", b"cd")
+    assert seen[1:4] == [(b"A B", b"cd"), (b"ab", b"C D"), (b"A B", b"C D")]
+    assert seen[-3:] == [(b"AB", b"cd"), (b"ab", b"CD"), (b"AB", b"CD")]
+
+
+def test_pairs_that_noise_makes_too_long_are_left_out() -> None:
+    short, long = Pair(b"ab", b"cd"), Pair(b"abcd", b"efgh")
+    assert fitting([short, long], 2 * 3, seed=0) == [short]
+    assert fitting([short, long], 2 * 7, seed=0) == [short, long]
 
 
 def test_a_model_of_the_prompt_suffers_from_noise_in_it() -> None:

@@ -1,0 +1,134 @@
+"""`blt eval --suite`: noise and tasks about characters, as tables or JSON. What is measured is in `blt.suite`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from blt.cli import console, texts
+from blt_runtime.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from blt.scoring import Scorer
+    from blt.suite.characters import Result
+    from blt.suite.noise import Line
+
+SUITES = ("noise", "characters", "all")
+PAIR_BYTES = 256  # of a prompt and of a completion, at most
+ROOM = 5  # a model must hold so many times PAIR_BYTES: two of them, twice as long by AntSpeak, and a little
+N_IDS = 514  # what a model that can choose is opened for: the longest question has about 250 bytes
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What of the suites runs: `items` pairs of text for noise, and as many questions for each task."""
+
+    suite: str
+    items: int
+    seed: int
+    data: Path | None
+    split: str
+    limit: int | None
+
+    def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise UsageError(f"--suite {self.suite}: choose from {', '.join(SUITES)}")
+        if self.has("noise") and self.data is None:
+            raise UsageError(f"--suite {self.suite} puts noise on text: name DATA, or take --suite characters")
+
+    def has(self, suite: str) -> bool:
+        """Whether this suite runs."""
+        return self.suite in (suite, "all")
+
+
+def run(scorer: Scorer, chosen: Chosen, as_json: bool) -> None:
+    """Runs what is chosen and prints it. Raises InputError for data without enough text."""
+    report: dict[str, Any] = {"suite": chosen.suite, "seed": chosen.seed}
+    tables = []
+    if chosen.has("noise"):
+        lines = _noise(scorer, chosen)
+        report["noise"] = {"pairs": len(lines[0].worse), "lines": [_line_report(line) for line in lines]}
+        tables.append(_noise_table(lines))
+    if chosen.has("characters"):
+        results = _characters(scorer, chosen)
+        report["characters"] = {"items": chosen.items, "tasks": [_task_report(result) for result in results]}
+        tables.append(_character_table(results))
+    if as_json:
+        console.print_json("blt.suite/1", report)
+        return
+    for i, table in enumerate(tables):
+        if i:
+            print(flush=True)
+        console.stdout_console().print(table)
+
+
+def _noise(scorer: Scorer, chosen: Chosen) -> list[Line]:
+    from blt.suite.noise import fitting, measure, pairs
+
+    assert chosen.data is not None
+    documents = texts.limited(texts.documents(chosen.data, chosen.split), chosen.limit)
+    size = PAIR_BYTES if scorer.capacity is None else min(PAIR_BYTES, scorer.capacity // ROOM)
+    found = pairs((text for _, text in documents), size, chosen.items)
+    if scorer.capacity is not None:
+        found = fitting(found, scorer.capacity, chosen.seed)
+    if not found:
+        raise InputError(
+            f"{chosen.data}: no document of {size + size // 2} bytes or more; the noise suite needs longer text"
+        )
+    with console.progress("noise", len(found)) as advance:
+        return measure(scorer.bits, found, chosen.seed, advance)
+
+
+def _characters(scorer: Scorer, chosen: Chosen) -> list[Result]:
+    from blt.suite.characters import TASKS, items, measure
+
+    with console.progress("characters", len(TASKS) * chosen.items) as advance:
+        return [measure(scorer.bits, task, items(task, chosen.items, chosen.seed), advance) for task in TASKS]
+
+
+def _line_report(line: Line) -> dict[str, Any]:
+    return {
+        "recipe": line.recipe,
+        "noise_in": line.where or None,
+        "bits_per_byte": round(line.bits_per_byte, 5),
+        "bits_per_clean_byte": round(line.bits_per_clean_byte, 5),
+        "rise": round(line.rise, 5),
+        "rise_standard_error": round(line.error, 5),
+        "bytes": line.n_bytes,
+        "clean_bytes": line.n_clean,
+    }
+
+
+def _task_report(result: Result) -> dict[str, Any]:
+    return {
+        "task": result.task,
+        "accuracy": round(result.accuracy, 5),
+        "standard_error": round(result.error, 5),
+        "chance": result.chance,
+        "right": result.right,
+        "items": result.n,
+    }
+
+
+def _noise_table(lines: list[Line]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("recipe", "noise in", "bits/byte", "bits/clean byte", "rise", "±"):
+        table.add_column(name, justify="left" if name in ("recipe", "noise in") else "right")
+    for line in lines:
+        rise = (f"{line.rise:+.4f}", f"{line.error:.4f}") if line.where else ("", "")
+        costs = (f"{line.bits_per_byte:.4f}", f"{line.bits_per_clean_byte:.4f}")
+        table.add_row(line.recipe, line.where, *costs, *rise)
+    return table
+
+
+def _character_table(results: list[Result]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "accuracy", "±", "chance", "items"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for result in results:
+        shares = (f"{share:.1%}" for share in (result.accuracy, result.error, result.chance))
+        table.add_row(result.task, *shares, f"{result.n:,}")
+    return table

@@ -1,0 +1,85 @@
+"""`blt eval --suite`: every kind of model runs the suites, numbers are those of `blt.suite`, mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blt.checkpoint import Checkpoint, load, save
+from blt.row_scoring import scorer_of
+from blt.suite import characters, noise
+from tests.test_calibrate import code
+from tests.tiny import tiny
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random BLT, its entropy model alone, and some text."""
+    folder = tmp_path_factory.mktemp("suite")
+    both = tiny()
+    save(folder / "model.pt", both)
+    save(folder / "byte.pt", Checkpoint(None, both.entropy, None))
+    (folder / "text").write_bytes(code(3 << 10))
+    (folder / "short").write_bytes(b"a few words")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model", "byte"])
+def test_the_report_is_what_the_suites_measure(blt: Call, files: dict[str, Path], name: str) -> None:
+    result = blt("eval", files[name], files["text"], "--suite", "all", "--items", 2, "--seed", 5, "--json", "-q")
+    assert result.code == 0, result.err
+    report = json.loads(result.text)
+    assert report["schema"] == "blt.suite/1"
+    scorer = scorer_of(load(files[name]))
+    assert scorer.capacity is not None
+    size = min(256, scorer.capacity // 5)
+    chosen = noise.fitting(noise.pairs([files["text"].read_bytes()], size, 2), scorer.capacity, 5)
+    lines = noise.measure(scorer.bits, chosen, 5)
+    assert report["noise"]["pairs"] == len(chosen) == 2
+    assert [line["bits_per_byte"] for line in report["noise"]["lines"]] == [
+        pytest.approx(line.bits_per_byte, abs=1e-4) for line in lines
+    ]
+    swapping = characters.measure(scorer.bits, "swapping", characters.items("swapping", 2, 5))
+    tasks = {task["task"]: task for task in report["characters"]["tasks"]}
+    assert list(tasks) == list(characters.TASKS)
+    assert tasks["swapping"]["right"] == swapping.right
+    assert {task["chance"] for task in tasks.values()} == {0.25}
+
+
+def test_questions_about_characters_need_no_data(blt: Call, files: dict[str, Path]) -> None:
+    result = blt("eval", files["byte"], "--suite", "characters", "--items", 3)
+    assert result.code == 0, result.err
+    assert [line.split()[0] for line in result.text.splitlines()] == ["task", *characters.TASKS]
+
+
+def test_the_noise_table_has_every_recipe_in_every_place(blt: Call, files: dict[str, Path]) -> None:
+    table = blt("eval", files["byte"], files["text"], "--suite", "noise", "--items", 2).text.splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["clean", *(r for r in noise.RECIPES for _ in noise.WHERE)]
+    again = blt("eval", files["byte"], files["text"], "--suite", "noise", "--items", 2).text.splitlines()
+    assert again == table
+
+
+ERRORS = [
+    (["{byte}", "--suite", "tea"], 2, "choose from noise"),
+    (["{byte}", "--suite", "noise"], 2, "name DATA"),
+    (["{byte}"], 2, "name DATA"),
+    (["{byte}", "{text}", "--suite", "all", "--by", "group"], 2, "--by does not go with --suite"),
+    (["{byte}", "{text}", "--suite", "all", "--fail-above", "0"], 2, "--fail-above does not go"),
+    (["{byte}", "{short}", "--suite", "noise"], 1, "needs longer text"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "exit_code", "says"), ERRORS)
+def test_a_mistake_is_one_line(
+    blt: Call, files: dict[str, Path], arguments: list[str], exit_code: int, says: str
+) -> None:
+    result = blt("eval", *(argument.format(**files) for argument in arguments))
+    assert result.code == exit_code
+    assert says in result.err
+    assert result.err.count("\n") == 1
