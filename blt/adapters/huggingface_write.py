@@ -15,7 +15,7 @@ from blt_runtime.patching import PatchRule
 def obstacles(source: Source) -> list[str]:
     """What of a checkpoint transformers has no form for, each by its number in spec section 12 where it has one."""
     if source.blt_config is None:
-        return ["an entropy model alone"]
+        return ["an entropy model alone" if source.bpe is None else "a token-level baseline"]
     found = _model_obstacles(source.blt_config) + _rule_obstacles(source.patch_rule)
     if source.patch_rule is not None and source.patch_rule.needs_entropy and source.entropy_config is None:
         found.append("no entropy model (name one with --entropy-model)")

@@ -79,6 +79,8 @@ def calibrate(
 
     devices.limit_torch_threads(threads)
     source = open_source(models.existing(model), entropy_model)
+    if source.bpe is not None:
+        source.require_blt()
     if source.entropy_config is None:
         raise CheckpointError(f"{model} has no entropy model; name one with --entropy-model PATH")
     base, place = base_rule(source.patch_rule, rule), devices.torch_device(device)

@@ -39,7 +39,11 @@ def inspect(
     from blt.checkpoint import open_source
 
     size = options.parse_size(context, "--context", at_least=1)
-    report = source_report(open_source(model, entropy_model=entropy_model), patch_size, size, tensors)
+    source = open_source(model, entropy_model=entropy_model)
+    report = token_report(source, size) if source.bpe is not None else source_report(source, patch_size, size)
+    if tensors:
+        named = [(part, name, t) for part, p in source.parts().items() for name, t in p.weights.items()]
+        report["tensors"] = {f"{part}.{name}": f"{t.shape} {t.dtype}" for part, name, t in named}
     if as_json:
         console.print_json("blt.inspect/1", {"path": model, "kind": "checkpoint", **report})
     else:
@@ -49,7 +53,21 @@ def inspect(
 # --- checkpoints -------------------------------------------------------------------------------------------
 
 
-def source_report(source: Source, patch_size: float, context: int, tensors: bool) -> dict[str, Any]:
+def token_report(source: Source, context: int) -> dict[str, Any]:
+    """What a token-level baseline says; costs of one token in rows of `context` tokens."""
+    config = source.bpe_config
+    assert config is not None
+    return {
+        "format": source.format,
+        "stored": _stored(source),
+        "parameters": {"token model": config.n_params(), "total": config.n_params()},
+        f"FLOPs per token (rows of {context})": config.flops_per_byte(context),
+        "weight bytes read per token": 4 * config.weights_read(),
+        "config of the token model": _given(config.model_dump(mode="json")),
+    }
+
+
+def source_report(source: Source, patch_size: float, context: int) -> dict[str, Any]:
     """What a checkpoint says, without loading it; costs of one byte at a mean patch of `patch_size` bytes in rows of
     `context` bytes. Weights are read as float32, rows of the hash tables as they are stored."""
     from blt.weights import source_weight_bytes
@@ -75,9 +93,6 @@ def source_report(source: Source, patch_size: float, context: int, tensors: bool
     for name, config in (("blt", blt), ("entropy model", entropy)):
         if config is not None:
             report[f"config of the {name}"] = _given(config.model_dump(mode="json"))
-    if tensors:
-        named = [(part, name, t) for part, p in source.parts().items() for name, t in p.weights.items()]
-        report["tensors"] = {f"{part}.{name}": f"{t.shape} {t.dtype}" for part, name, t in named}
     return report
 
 

@@ -118,6 +118,8 @@ def _torch_entropies(
 
     devices.limit_torch_threads(threads)
     checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype)
+    if checkpoint.bpe is not None:
+        checkpoint.require_blt()
     model, rule = checkpoint.entropy, checkpoint.patch_rule
     if model is None:
         return Entropies(lambda ids_N: None, rule)

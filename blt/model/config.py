@@ -227,12 +227,14 @@ class BLTConfig(Frozen):
         byte_kv, patch_q = 2.0 * 2 * D * D, 2.0 * 2 * k * D * D
         encoder = 2.0 * self.encoder.matmul_params() + self.encoder.attention_flops(self.encoder.visible_keys(context))
         pooling = 2.0 * k * D * D * per_patch
-        pooling += self.encoder_cross_layers * (byte_kv + patch_q * per_patch + 4.0 * k * D)
+        pooling += self.encoder_cross_layers * (byte_kv + patch_q * per_patch + 4.0 * k * D * self.encoder_cross_window)
         latent = 2.0 * (self.latent.matmul_params() + self.latent_projection * k * D * self.latent.dim)
         latent += self.latent.attention_flops(self.latent.visible_keys(patches))
         decoder = 2.0 * (self.decoder.matmul_params() + self.vocab_size * D)
         decoder += self.decoder.attention_flops(self.decoder.visible_keys(context))
-        decoder += self.decoder_cross_layers * (byte_kv + 4.0 * k * D + byte_kv * k * per_patch)
+        decoder += self.decoder_cross_layers * (
+            byte_kv + 4.0 * k * D * self.decoder_cross_window + byte_kv * k * per_patch
+        )
         decoder += self.decoder_projection * 2.0 * k * D * self.latent.dim * per_patch
         return {
             "local encoder": encoder + pooling,
