@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -158,6 +159,8 @@ def _train(
     path = train(
         config, out, data=data, entropy_model=entropy_model, resume=resume, force=force, compile=compile, device=chosen
     )
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first one speaks
+        return
     if as_json:
         console.print_json("blt.train/1", {"model": path})
     else:

@@ -28,6 +28,7 @@ from blt.train.metrics import MetricsFile, Window
 from blt.train.objective import Diverged, Objective
 from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_gradients
 from blt.train.parallel import Ranks, accumulating
+from blt.train.recompute import recompute_blocks
 from blt.train.snapshots import Snapshot
 from blt.train.watch import Watch, watching
 from blt_runtime.errors import BltError
@@ -62,6 +63,8 @@ class Trainer:
         self.config, self.objective, self.loader, self.valid, self.out = config, objective, loader, valid, out
         self.ranks = parallel.ONE
         self.micro_rows = parallel.check_rows(config.batch.rows, config.batch.micro_rows, 1)
+        if config.run.activation_checkpointing:
+            recompute_blocks(objective.model)
         self.optimizer = make_optimizer(objective.model, config.optimizer)
         self.metrics = MetricsFile(out / "metrics.jsonl")
         self.window, self.watch = Window(), Watch()
@@ -76,13 +79,16 @@ class Trainer:
     def folder(self) -> Path:
         return self.out / "checkpoints"
 
-    def share_out(self, ranks: Ranks) -> None:
-        """This trainer becomes one of several, before its first step. Every rank calls it."""
+    def share_out(self, ranks: Ranks, compile: bool = False) -> None:
+        """This trainer becomes one of several, before its first step. Every rank calls it.
+
+        compile: the blocks, each for itself; FSDP gathers between them, so the step cannot be one graph.
+        """
         if ranks.alone:
             return
         self.ranks, self.metrics.writes = ranks, ranks.first
         self.micro_rows = parallel.check_rows(self.config.batch.rows, self.config.batch.micro_rows, ranks.world)
-        parallel.shard(self.objective.model, ranks, self.objective.device)
+        parallel.shard(self.objective.model, ranks, self.objective.device, compile)
         self.optimizer = make_optimizer(self.objective.model, self.config.optimizer)
 
     def run(self, steps: int) -> None:

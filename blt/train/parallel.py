@@ -130,16 +130,19 @@ def check_rows(n_rows: int, micro_rows: int | None, world: int) -> int:
     return micro
 
 
-def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
+def shard(model: nn.Module, ranks: Ranks, device: torch.device, compile: bool = False) -> None:
     """Each rank keeps a part of every parameter: blocks are gathered one by one as they are needed, the rest at once.
 
-    Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32.
+    compile: each block, one graph per batch shape.  Products are in the run's dtype by autocast, as on one rank;
+    parameters, gradients and their sums are float32.
     """
     if ranks.alone:
         return
     mesh = init_device_mesh(device.type, (ranks.world,))
     for module in model.modules():
         if isinstance(module, Block):
+            if compile:
+                module.compile(fullgraph=True, dynamic=False)
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for module in model.modules():

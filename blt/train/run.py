@@ -17,6 +17,7 @@ from blt.train import parallel, snapshots
 from blt.train.jobs import prepare_run
 from blt.train.loop import Trainer
 from blt.train.metrics import replace_text
+from blt.train.recompute import compute_once
 from blt.train.snapshots import Snapshot
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
 
@@ -50,11 +51,12 @@ def train(
         trainer, finish = ranks.first_before_others(
             lambda: prepare_run(config, Path(out), data, entropy_model, whole_step, device)
         )
-        trainer.share_out(ranks)
+        trainer.share_out(ranks, compiled)
         _resume(trainer, resume)
         ranks.first_does(lambda: _begin(trainer))
         trainer.run(config.schedule.steps)
         parallel.make_whole(trainer.objective.model)
+        compute_once(trainer.objective.model)
         ranks.first_does(lambda: _end(trainer, finish))
     return Path(out) / checkpoint.MODEL_FILE
 

@@ -111,3 +111,40 @@ def test_rows_that_do_not_divide(repo: Path, data: Path, tmp_path: Path, micro_r
         return
     with pytest.raises(ConfigError, match=r"batch.rows 4 cannot be divided evenly"):
         trainer_of(config, tmp_path, data)
+
+
+def saved_bytes(trainer: Trainer) -> int:
+    """Of activations that the backward pass of the next batch keeps."""
+    total = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        trainer.train_step()
+    return total
+
+
+def test_activation_checkpointing_saves_memory_and_changes_no_bit(
+    repo: Path, data: Path, entropy_run: Path, tmp_path: Path
+) -> None:
+    path = repo / "configs" / "tiny.yaml"
+    configs = (load_config(path), load_config(path, ["run.activation_checkpointing=true"]))
+    kept, again = (prepare_run(config, tmp_path, data, entropy_run)[0] for config in configs)
+    assert saved_bytes(again) < 0.7 * saved_bytes(kept)
+    for _ in range(2):
+        assert again.train_step() == kept.train_step()
+        assert again.norm == kept.norm
+    names = [name for name, _ in again.objective.model.named_parameters()]
+    assert names == [name for name, _ in kept.objective.model.named_parameters()]
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_compiles(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
+    settings = ["run.activation_checkpointing=true", "batch.byte_buckets=[128]"]
+    config = load_config(repo / "configs" / "tiny.yaml", settings)
+    compiled, eager = (prepare_run(config, tmp_path, data, entropy_run, compile)[0] for compile in (True, False))
+    for _ in range(2):
+        assert compiled.train_step() == pytest.approx(eager.train_step(), rel=1e-5)

@@ -1,0 +1,154 @@
+"""Two real processes under torchrun compute what one does, go on from each other's checkpoints, and survive a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blt import checkpoint
+from blt.config import RunConfig, load_config
+from blt.train import parallel, train
+from blt_runtime.errors import ConfigError, UsageError
+
+STEPS, HALF = 12, 6
+SETTINGS = (
+    f"schedule={{steps: {STEPS}, warmup: 2}}", "run.log_every=1", f"run.checkpoint_every={HALF}", "run.valid_every=6",
+    "patching.scheme=space", "batch.micro_rows=1",
+)  # fmt: skip
+
+
+def config_of(repo: Path) -> RunConfig:
+    return load_config(repo / "configs" / "tiny.yaml", SETTINGS)
+
+
+def start(repo: Path, out: Path, data: Path, resume: str = "auto") -> subprocess.Popen[bytes]:
+    """The documented command, two ranks."""
+    paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "blt.cli"]
+    arguments = ["train", "blt", "-c", str(repo / "configs" / "tiny.yaml"), "-o", str(out), "--data", str(data)]
+    arguments += ["--threads", "1", "--device", "cpu", "--resume", resume]
+    arguments += [word for setting in SETTINGS for word in ("--set", setting)]
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command + arguments, env=environment, stdout=subprocess.PIPE)
+
+
+def two_ranks(repo: Path, out: Path, data: Path, resume: str = "auto") -> Path:
+    process = start(repo, out, data, resume)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0
+    assert printed.decode().split() == [str(out / "model.pt")]  # the first rank alone speaks
+    return out
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    clocks = ("seconds", "bytes_per_s")
+    return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
+
+
+def same_within_rounding(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert [a["step"], a["bytes"], a.get("buckets")] == [b["step"], b["bytes"], b.get("buckets")]
+        for key in a.keys() & {"loss", "bpb", "norm", "valid_bpb"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_rank(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ranks") / "one"
+    train(config_of(repo), out, data=data)
+    return out
+
+
+@pytest.fixture(scope="module")
+def both_ranks(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return two_ranks(repo, tmp_path_factory.mktemp("ranks") / "two", data)
+
+
+@pytest.mark.slow
+def test_two_ranks_match_one(one_rank: Path, both_ranks: Path) -> None:
+    same_within_rounding(records(both_ranks), records(one_rank))
+    assert sum("valid_bpb" in record for record in records(both_ranks)) == 2
+    ours, theirs = (checkpoint.load(out).require_blt()[0].state_dict() for out in (both_ranks, one_rank))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], rtol=1e-2, atol=1e-3), name
+    shards = sorted(path.name for path in (both_ranks / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
+    assert [name[:11] for name in shards] == ["shard-00001", "shard-00002"]
+
+
+@pytest.mark.slow
+def test_one_rank_goes_on_where_two_stopped(repo: Path, data: Path, both_ranks: Path, tmp_path: Path) -> None:
+    half = both_ranks / "checkpoints" / f"step-{HALF:08d}"
+    train(config_of(repo), tmp_path / "run", data=data, resume=str(half))
+    expected = [record for record in records(both_ranks) if record["step"] > HALF]
+    same_within_rounding(records(tmp_path / "run"), expected)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_where_one_stopped(repo: Path, data: Path, one_rank: Path, tmp_path: Path) -> None:
+    half = one_rank / "checkpoints" / f"step-{HALF:08d}"
+    out = two_ranks(repo, tmp_path / "run", data, str(half))
+    same_within_rounding(records(out), [record for record in records(one_rank) if record["step"] > HALF])
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_and_resumed_are_bit_exact(repo: Path, data: Path, both_ranks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(repo, out, data)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("checkpoints/step-*")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    for pid in children.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+    for newer in (out / "checkpoints").glob(f"step-{STEPS:08d}"):  # it was quick; it resumes from the middle anyway
+        shutil.rmtree(newer)
+    assert records(two_ranks(repo, out, data)) == records(both_ranks)
+    ours, theirs = (checkpoint.load(run).require_blt()[0].state_dict() for run in (out, both_ranks))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_ranks_without_torchrun_are_refused(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"RANK, LOCAL_RANK.* torchrun"):
+        train(config_of(repo), tmp_path / "run", data=data)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 'two'"):
+        train(config_of(repo), tmp_path / "run", data=data)
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "world", "expected"),
+    [(8, None, 1, 8), (8, None, 2, 4), (8, 2, 2, 2), (8, 16, 4, 2), (4, 4, 4, 1)],
+)
+def test_rows_are_divided(rows: int, micro: int | None, world: int, expected: int) -> None:
+    assert parallel.check_rows(rows, micro, world) == expected
+    shares = [parallel.Ranks(rank, world).rows(rows) for rank in range(world)]
+    assert [row for first, stop in shares for row in range(first, stop)] == list(range(rows))
+
+
+@pytest.mark.parametrize(("rows", "micro", "world"), [(8, None, 3), (8, 3, 2), (2, None, 4)])
+def test_rows_that_do_not_divide(rows: int, micro: int | None, world: int) -> None:
+    with pytest.raises(ConfigError, match=f"batch.rows {rows} cannot be divided"):
+        parallel.check_rows(rows, micro, world)
