@@ -163,15 +163,50 @@ class Documents:
 
     def ids(self, index: int) -> NDArray[np.int16]:
         """BOS, the document's bytes, EOS as ids, int16 [length + 2]."""
-        data = self._bytes(index)
-        ids = np.empty(len(data) + 2, np.int16)
-        ids[0], ids[-1] = BOS, EOS
-        np.add(data, OFFSET, out=ids[1:-1], dtype=np.int16)
+        return self._ids(index, 0, int(self.lengths[index]) + 2)
+
+    @property
+    def tokens(self) -> TokenStream:
+        """The tokens of all documents, one behind the other; nothing is read before a slice is taken."""
+        return TokenStream(self)
+
+    def _ids(self, index: int, begin: int, end: int) -> NDArray[np.int16]:
+        """Tokens [begin, end) of a document; token 0 is BOS and the last one EOS."""
+        length = int(self.lengths[index])
+        ids = np.empty(end - begin, np.int16)
+        first, stop = max(begin, 1), min(end, length + 1)
+        np.add(self._bytes(index)[first - 1 : stop - 1], OFFSET, out=ids[first - begin : stop - begin], dtype=np.int16)
+        if begin == 0:
+            ids[0] = BOS
+        if end == length + 2:
+            ids[-1] = EOS
         return ids
 
     def _bytes(self, index: int) -> NDArray[np.uint8]:
         start = int(self._start[index])
         return self._data[int(self._shard[index])][start : start + int(self.lengths[index])]
+
+
+class TokenStream:
+    """All tokens of a split in order, read in slices that cross documents, int16."""
+
+    def __init__(self, documents: Documents):
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return int(self._documents.token_offsets[-1])
+
+    def __getitem__(self, part: slice) -> NDArray[np.int16]:
+        begin, end, _ = part.indices(len(self))
+        offsets = self._documents.token_offsets
+        found = [np.empty(0, np.int16)]
+        index = int(np.searchsorted(offsets, begin, side="right")) - 1
+        while begin < end:
+            start = int(offsets[index])
+            stop = min(end, int(offsets[index + 1]))
+            found.append(self._documents._ids(index, begin - start, stop - start))
+            begin, index = stop, index + 1
+        return np.concatenate(found)
 
 
 class Dataset:

@@ -1,16 +1,11 @@
 """Patch boundaries ahead of the step: entropies of whole splits by the frozen entropy model, cached beside the data.
 
-Definition used for training. Each document (BOS, bytes, EOS) is evaluated alone, in float32. One that is longer than a
-row of 4 windows is cut into pieces that overlap by one window, and the overlap's entropies come from the earlier piece.
-So every token has at least a full window of its own document in front of it, as in generation; what the deeper layers
-know of the text before that window starts afresh with the piece (a test bounds what that changes; one layer is exact).
-The overlap costs a third. Pieces that overlap by the whole receptive field, n_layers x window, would be exact and cost
-n_layers times that.
+Definition used for training: each document (BOS, bytes, EOS) is evaluated alone, exactly, as in generation
+(`blt.data.entropies`). The first version of the cache cut long documents into overlapping pieces; see DEFINITION.
 
 Entropies are stored, not boundaries: another threshold or rule then costs nothing. The file is keyed by the entropy
-model's weights, its configuration and the shards' checksums.
-
-Letters: B rows, N tokens of a row, W window.
+model's weights, its configuration and the shards' checksums. It is written as it is computed (`blt.data.store`), so a
+run that is killed goes on where it stopped, and a second run starts at once.
 """
 
 from __future__ import annotations
@@ -18,119 +13,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from blt.calibrate import Piece, find_rule
 from blt.data.dataset import Dataset, Documents
-from blt.model import EntropyModel, entropy_of
+from blt.data.entropies import Float, document_entropies, make_pass
+from blt.data.store import filled
+from blt.model import EntropyModel
 from blt_runtime.errors import ConfigError, InputError, UsageError
 from blt_runtime.patching import PatchRule, patch_lengths
 
-DEFINITION = 1
-ROWS = 8
-GROUP_TOKENS = 1 << 20
-LONGEST_ROW = 8192
+DEFINITION = 2
+"""1: pieces of 4 windows that overlap by one, so that deeper layers forgot what is before a piece. 2: exact."""
 CACHE_FOLDER = "entropies"
-Float = NDArray[np.float32]
-Ids = NDArray[np.int16]
+LOG_SECONDS = 5.0
 log = logging.getLogger("blt.data")
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens [begin, end) of one document; entropies are kept from `keep` on."""
-
-    document: int
-    begin: int
-    keep: int
-    end: int
-
-    @property
-    def length(self) -> int:
-        return self.end - self.begin
-
-
-def document_entropies(
-    model: EntropyModel, documents: Sequence[Ids], reset_newlines: bool = False, compile: bool = False
-) -> list[Float]:
-    """Next-byte entropies in nats of each document's tokens (BOS ... EOS), float32 [length] each, as defined above."""
-    window = model.config.window or model.config.max_seqlen
-    row = min(max(512, 4 * window), LONGEST_ROW, model.config.max_seqlen)
-    found = [np.empty(len(ids), np.float32) for ids in documents]
-    rows = _pack(_pieces([len(ids) for ids in documents], row, min(window, row // 2)), row)
-    evaluate = _Evaluator(model, reset_newlines, compile)
-    for first in range(0, len(rows), ROWS):
-        part = rows[first : first + ROWS]
-        ids_BN = np.zeros((ROWS, row), np.int64)
-        for ids_N, pieces in zip(ids_BN, part, strict=False):
-            for at, piece in _places(pieces):
-                ids_N[at : at + piece.length] = documents[piece.document][piece.begin : piece.end]
-        entropy_BN = evaluate(ids_BN)
-        for entropy_N, pieces in zip(entropy_BN, part, strict=False):
-            for at, piece in _places(pieces):
-                kept = entropy_N[at + piece.keep - piece.begin : at + piece.length]
-                found[piece.document][piece.keep : piece.end] = kept
-    return found
-
-
-class _Evaluator:
-    """Token ids [B, N] to entropies [B, N]."""
-
-    def __init__(self, model: EntropyModel, reset_newlines: bool, compile: bool):
-        self.model, self.reset_newlines = model, reset_newlines
-        self.device = next(model.parameters()).device
-        self._entropies = torch.compile(self._plain, fullgraph=True, dynamic=False) if compile else self._plain
-
-    def _plain(self, ids_BN: torch.Tensor) -> torch.Tensor:
-        return entropy_of(self.model(ids_BN, self.reset_newlines))
-
-    @torch.no_grad()
-    def __call__(self, ids_BN: NDArray[np.int64]) -> Float:
-        entropies: Float = self._entropies(torch.as_tensor(ids_BN, device=self.device)).cpu().numpy()
-        return entropies
-
-
-def _pieces(lengths: Iterable[int], row: int, window: int) -> list[_Piece]:
-    """Documents cut into pieces of at most `row` tokens; all but a document's last piece fill a row."""
-    pieces = []
-    for document, length in enumerate(lengths):
-        keep = 0
-        while keep < length:
-            begin = max(0, keep - window)
-            end = min(begin + row, length)
-            pieces.append(_Piece(document, begin, keep, end))
-            keep = end
-    return pieces
-
-
-def _pack(pieces: list[_Piece], row: int) -> list[list[_Piece]]:
-    """Pieces into rows, longest first into the first row with room. What follows a piece in its row must not see it,
-    which the mask ensures behind an EOS; a piece without one fills its row, so nothing follows it."""
-    rows: list[list[_Piece]] = []
-    room: list[int] = []
-    for piece in sorted(pieces, key=lambda piece: -piece.length):
-        place = next((r for r, free in enumerate(room) if free >= piece.length), None)
-        if place is None:
-            rows.append([])
-            room.append(row)
-            place = len(rows) - 1
-        rows[place].append(piece)
-        room[place] -= piece.length
-    return rows
-
-
-def _places(pieces: list[_Piece]) -> list[tuple[int, _Piece]]:
-    starts = np.cumsum([0, *(piece.length for piece in pieces)])
-    return [(int(at), piece) for at, piece in zip(starts, pieces, strict=False)]
+__all__ = ["PatchIndex", "choose_threshold", "document_entropies"]
 
 
 class PatchIndex:
@@ -192,34 +96,54 @@ class PatchIndex:
         return self.dataset.folder / CACHE_FOLDER / f"{self.split}-{data}-{self.key[:24]}.npy"
 
     def _load(self) -> Float:
-        if not self.path.exists():
-            _write(self.path, self._compute())
-        entropies: Float = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        if entropies.shape != (int(self.documents.token_offsets[-1]),):
+        length = int(self.documents.token_offsets[-1])
+        if self.path.exists():
+            log.info("entropies of %s: taken from %s", self.split, self.path)
+        else:
+            self._fill()
+        try:
+            entropies: Float = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{self.path} is damaged ({error}); delete it and run again") from error
+        if entropies.shape != (length,) or entropies.dtype != np.float32:
             raise InputError(f"{self.path} does not fit the data; delete it and run again")
         return entropies
 
-    def _compute(self) -> Float:
+    def _fill(self) -> None:
         assert self.model is not None
-        offsets = self.documents.token_offsets
-        entropies = np.empty(int(offsets[-1]), np.float32)
-        began = time.monotonic()
-        for members in _groups(self.documents):
-            ids = [self.documents.ids(index) for index in members]
-            found = document_entropies(self.model, ids, self.reset_newlines, self.compile)
-            for index, entropies_N in zip(members, found, strict=True):
-                entropies[offsets[index] : offsets[index + 1]] = entropies_N
-            done = int(offsets[members[-1] + 1])
-            rate = done / max(time.monotonic() - began, 1e-9)
-            log.info("entropies of %s: %.0f %%, %.0f bytes/s", self.split, 100 * done / len(entropies), rate)
-        return entropies
+        tokens = self.documents.tokens
+        entropy_pass = make_pass(self.model, len(tokens), self.reset_newlines, self.compile)
+
+        def compute(done: int) -> Iterator[Float]:
+            progress = _Progress(self.split, len(tokens), done)
+            for entropies_C in entropy_pass.run(tokens, done):
+                yield entropies_C
+                progress.add(len(entropies_C))
+
+        filled(self.path, len(tokens), entropy_pass.chunk, compute)
 
 
-def _groups(documents: Documents) -> Iterable[list[int]]:
-    """Runs of documents of about GROUP_TOKENS, packed into rows together."""
-    starts = documents.token_offsets[:-1]
-    cuts = np.flatnonzero(np.diff(starts // GROUP_TOKENS)) + 1
-    return [part.tolist() for part in np.split(np.arange(len(documents)), cuts) if len(part)]
+class _Progress:
+    """A log line every few seconds."""
+
+    def __init__(self, split: str, total: int, done: int):
+        self.split, self.total, self.first, self.done = split, total, done, done
+        self._began = time.monotonic()
+        self._said = 0.0
+        if done:
+            log.info("entropies of %s: going on at %.1f %%", split, 100 * done / total)
+
+    def add(self, tokens: int) -> None:
+        self.done += tokens
+        now = time.monotonic()
+        if now - self._said < LOG_SECONDS and self.done < self.total:
+            return
+        rate = (self.done - self.first) / max(now - self._began, 1e-9)
+        left = (self.total - self.done) / rate
+        log.info(
+            "entropies of %s: %.1f %%, %.0f bytes/s, %.0f s left", self.split, 100 * self.done / self.total, rate, left
+        )
+        self._said = now
 
 
 def _key(model: EntropyModel, reset_newlines: bool) -> str:
@@ -229,16 +153,6 @@ def _key(model: EntropyModel, reset_newlines: bool) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, array: Float) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
-    try:
-        np.save(temporary, array)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def choose_threshold(

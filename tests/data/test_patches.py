@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from blt.data import Dataset, PatchIndex, choose_threshold, document_entropies, prepare
-from blt.data.patches import _pack, _pieces
-from blt.model import EntropyConfig, EntropyModel, entropy_of
+from blt.data.entropies import CHUNK, Float, StreamPass, Tokens
+from blt.model import EntropyConfig, EntropyModel
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.patching import PatchRule, patch_lengths
 
@@ -23,11 +24,6 @@ def small_model(n_layers: int = 1, window: int = 64, seed: int = 0) -> EntropyMo
     return model.eval()
 
 
-def alone(model: EntropyModel, ids: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return entropy_of(model(torch.as_tensor(ids[None].astype(np.int64))))[0].numpy()
-
-
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     random = np.random.default_rng(1)
@@ -36,50 +32,6 @@ def dataset(tmp_path: Path) -> Dataset:
     (tmp_path / "a.txt").write_bytes(b"\0".join(documents))
     prepare([tmp_path / "a.txt"], tmp_path / "data", split=(1, 0, 0))
     return Dataset(tmp_path / "data")
-
-
-def all_ids(dataset: Dataset) -> list[np.ndarray]:
-    documents = dataset.split("train")
-    return [documents.ids(i) for i in range(len(documents))]
-
-
-def test_one_layer_equals_each_document_alone(dataset: Dataset) -> None:
-    """One window of context in front of a piece is all that a single layer can see, so packing must be exact."""
-    model = small_model()
-    for found, ids in zip(document_entropies(model, all_ids(dataset)), all_ids(dataset), strict=True):
-        np.testing.assert_allclose(found, alone(model, ids), atol=2e-6)
-
-
-def test_deeper_models_differ_only_behind_a_cut_and_little(dataset: Dataset) -> None:
-    model = small_model(n_layers=3)
-    differences = []
-    for found, ids in zip(document_entropies(model, all_ids(dataset)), all_ids(dataset), strict=True):
-        expected = alone(model, ids)
-        np.testing.assert_allclose(found[:512], expected[:512], atol=2e-6)
-        differences += np.abs(found - expected)[512:].tolist()
-    assert np.max(differences) < 0.05
-    assert np.mean(np.array(differences) > 1e-3) < 0.25
-
-
-def test_reset_newlines_reaches_the_model(dataset: Dataset) -> None:
-    model = small_model()
-    ids = [np.array([1, 100, 101, 14, 102, 103, 2], np.int16)]
-    (plain,), (reset,) = document_entropies(model, ids), document_entropies(model, ids, reset_newlines=True)
-    np.testing.assert_allclose(plain[:4], reset[:4], atol=1e-6)
-    assert np.abs(plain[4:] - reset[4:]).max() > 1e-4
-
-
-def test_pieces_cover_and_only_whole_rows_lack_an_end() -> None:
-    lengths = [3, 100, 50, 51, 7, 260]
-    pieces = _pieces(lengths, 50, 20)
-    for document, length in enumerate(lengths):
-        kept = [t for piece in pieces if piece.document == document for t in range(piece.keep, piece.end)]
-        assert kept == list(range(length))
-    rows = _pack(pieces, 50)
-    assert sum(map(len, rows)) == len(pieces)
-    for row in rows:
-        assert sum(piece.length for piece in row) <= 50
-        assert all(piece.end == lengths[piece.document] for piece in row[:-1])
 
 
 def test_starts_are_the_rules_and_cached(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +43,7 @@ def test_starts_are_the_rules_and_cached(dataset: Dataset, monkeypatch: pytest.M
         starts = np.flatnonzero(index.starts(i))
         np.testing.assert_array_equal(starts, np.cumsum(lengths) - lengths)
         assert len(index.starts(i)) == documents.lengths[i] + 2
-    monkeypatch.setattr("blt.data.patches.document_entropies", lambda *_: pytest.fail("not taken from the cache"))
+    monkeypatch.setattr("blt.data.patches.make_pass", lambda *_: pytest.fail("not taken from the cache"))
     again = PatchIndex(dataset, "train", small_model()).with_rule(PatchRule(threshold=5.0))
     np.testing.assert_array_equal(again.entropies(3), index.entropies(3))
 
@@ -113,6 +65,59 @@ def test_a_cache_of_other_data_is_refused(dataset: Dataset) -> None:
     np.save(index.path, np.zeros(3, np.float32))
     with pytest.raises(InputError, match="delete it"):
         index.entropies(0)
+
+
+def test_a_damaged_cache_is_refused(dataset: Dataset) -> None:
+    index = PatchIndex(dataset, "train", small_model())
+    index.path.parent.mkdir()
+    index.path.write_bytes(b"no array")
+    with pytest.raises(InputError, match="delete it"):
+        index.entropies(0)
+
+
+def test_a_split_is_computed_as_its_documents(dataset: Dataset) -> None:
+    """The stream over the shards is the documents in order, at whatever place a slice begins and ends."""
+    documents = dataset.split("train")
+    whole = np.concatenate([documents.ids(i) for i in range(len(documents))])
+    assert len(documents.tokens) == len(whole)
+    for begin, end in [(0, 1), (0, 3), (1, 2), (2, 4), (5, 5), (700, 2300), (len(whole) - 1, len(whole)), (0, 10**9)]:
+        np.testing.assert_array_equal(documents.tokens[begin:end], whole[begin:end])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_computation_goes_on_where_it_stopped(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(n_layers=2)
+    monkeypatch.setitem(CHUNK, "cpu", 512)
+    expected = np.concatenate(document_entropies(model, [dataset.split("train").tokens[:]]))
+    asked: list[int] = []
+    run = StreamPass.run
+
+    def dying(self: StreamPass, ids: Tokens, done: int = 0) -> Iterator[Float]:
+        asked.append(done)
+        for count, values in enumerate(run(self, ids, done)):
+            if count == 3:
+                raise Killed
+            yield values
+
+    monkeypatch.setattr(StreamPass, "run", dying)
+    for _ in range(30):
+        index = PatchIndex(dataset, "train", model)
+        try:
+            index.compute()
+        except Killed:
+            part = next(index.path.parent.glob(".*.part"))
+            with part.open("ab") as file:  # a torn write
+                file.write(b"abc")
+            assert not index.path.exists()
+            continue
+        break
+    assert len(asked) > 3
+    assert asked == [512 * 3 * i for i in range(len(asked))]
+    np.testing.assert_array_equal(np.load(index.path), expected)
+    assert [path.name for path in index.path.parent.iterdir()] == [index.path.name]
 
 
 @pytest.mark.parametrize("monotonic", [False, True])

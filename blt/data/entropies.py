@@ -1,0 +1,208 @@
+"""Exact entropies of whole documents: all of them as one stream, in chunks of one fixed shape that remember what is
+behind them.
+
+A chunk's queries see its own keys and those of the `window` tokens before it, which every layer keeps from the chunk
+before. So nothing is computed twice and nothing is cut: a token's entropy is that of its document (BOS, bytes, EOS)
+evaluated alone, as in generation, however long the document is. Documents follow each other without padding, and the
+mask ends what a token sees at an EOS.
+
+Two facts of algebra make the shapes static. Rotary embedding is relative, so every chunk counts its positions from
+where its memory begins, and keys that stay in memory are turned back by one chunk. And a query sees at most `window`
+keys, so blocks of queries read a span of window + block keys each, which are views of one buffer.
+
+A model without a window sees at most its max_seqlen tokens, the longest that it has positions for.
+
+Letters: C tokens of a chunk, H tokens remembered before it, T = H + C, Q queries of a block, J blocks of a chunk,
+S = H + Q keys of a block's span, G key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blt.model import EntropyModel, entropy_of, ops
+from blt.model.bfloat16 import BLOCK, BFloat16EntropyModel
+from blt.model.layers import RotaryTable, Rotation, rotate
+from blt.model.masks import document_ids
+from blt_runtime.ids import EOS
+
+CHUNK = {"cpu": 4096, "cuda": 16384}
+"""Tokens of a chunk: rows of a matrix product, so enough of them to be bound by arithmetic."""
+BLOCK_QUERIES = 128
+"""Keys that a block reads in vain: at a window of 512 a block of 128 reads 640 keys a query, one of 512 reads 1,024."""
+
+Float = NDArray[np.float32]
+Ids = NDArray[np.int16]
+
+
+def document_entropies(
+    model: EntropyModel, documents: Sequence[Ids], reset_newlines: bool = False, compile: bool = False
+) -> list[Float]:
+    """Next-byte entropies in nats of each document's tokens (BOS ... EOS), float32 [length] each.
+
+    Each document must end with an EOS, or what follows it sees it.
+    """
+    if not documents:
+        return []
+    ids_N = np.concatenate(documents)
+    found = np.concatenate(list(make_pass(model, len(ids_N), reset_newlines, compile).run(ids_N)))
+    return np.split(found, np.cumsum([len(ids) for ids in documents])[:-1])
+
+
+class Tokens(Protocol):
+    """Documents one behind the other, each BOS ... EOS, read in slices; an array is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Ids: ...
+
+
+class EntropyPass(Protocol):
+    """A model over a stream of tokens."""
+
+    chunk: int
+
+    def run(self, ids_N: Tokens, done: int = 0) -> Iterator[Float]:
+        """Entropies from token `done` (a multiple of `chunk`) on, part by part: the same as in a run from the start."""
+        ...
+
+
+def make_pass(model: EntropyModel, length: int, reset_newlines: bool = False, compile: bool = False) -> EntropyPass:
+    """The pass for this kind of model over about `length` tokens."""
+    if isinstance(model, BFloat16EntropyModel):
+        return RoundedPass(model, reset_newlines)
+    device = next(model.parameters()).device
+    chunk = CHUNK.get(device.type, CHUNK["cuda"])
+    return StreamPass(model, reset_newlines, compile, min(chunk, length))
+
+
+class StreamPass:
+    """A model over a stream of tokens, chunk by chunk."""
+
+    def __init__(self, model: EntropyModel, reset_newlines: bool = False, compile: bool = False, chunk: int = 4096):
+        config = model.config
+        self.model, self.reset_newlines = model, reset_newlines
+        self.device = next(model.parameters()).device
+        self.window = config.window or config.max_seqlen
+        self.chunk = BLOCK_QUERIES * -(-chunk // BLOCK_QUERIES)
+        table = RotaryTable(self.window + self.chunk, config.head_size, config.rope_theta).to(self.device)
+        self._rotation = table.at(torch.arange(self.window, self.window + self.chunk, device=self.device))
+        ahead = table.at(torch.tensor([self.chunk], device=self.device))
+        self._back = Rotation(ahead.cos, -ahead.sin)
+        self._step = torch.compile(self._plain, fullgraph=True, dynamic=False) if compile else self._plain
+
+    @property
+    def replay(self) -> int:
+        """Chunks before a given one that have a say in its entropies: the receptive field of all layers."""
+        return -(-self.model.config.n_layers * self.window // self.chunk)
+
+    def run(self, ids_N: Tokens, done: int = 0) -> Iterator[Float]:
+        begin = max(0, done - self.replay * self.chunk)
+        memory = self._blank()
+        behind_H = np.full(self.window, EOS, np.int64)  # an EOS ends a document, so nobody sees this
+        for at in range(begin, len(ids_N), self.chunk):
+            ids_C = ids_N[at : at + self.chunk]
+            ids_T = np.zeros(self.window + self.chunk, np.int64)
+            ids_T[: self.window] = behind_H
+            ids_T[self.window : self.window + len(ids_C)] = ids_C
+            behind_H = ids_T[self.chunk :]
+            with torch.no_grad():
+                entropy_C, *memory = self._step(torch.from_numpy(ids_T).to(self.device), memory)
+            if at >= done:
+                yield entropy_C[: len(ids_C)].cpu().numpy()
+
+    def _blank(self) -> list[Tensor]:
+        config = self.model.config
+        shape = (1, config.kv_heads, self.window, config.head_size)
+        return [torch.zeros(shape, device=self.device) for _ in range(2 * config.n_layers)]
+
+    def _plain(self, ids_T: Tensor, memory: list[Tensor]) -> tuple[Tensor, ...]:
+        """Ids [T], keys and values [1, G, H, K] of each layer -> entropies [C], the memory of the next chunk."""
+        mask_JQS = self._mask(document_ids(ids_T[None], self.reset_newlines)[0])
+        attends = [
+            _Memory(key, value, self._back, mask_JQS) for key, value in zip(memory[::2], memory[1::2], strict=True)
+        ]
+        model = self.model
+        x_1CD = model.byte_embedding(ids_T[None, self.window :])
+        logits = model.output(model.norm(model.run_layers(x_1CD, self._rotation, attends)))
+        return entropy_of(logits)[0], *(tensor for attend in attends for tensor in (attend.key, attend.value))
+
+    def _mask(self, document_T: Tensor) -> Tensor:
+        """Which keys of its span each query of a block may read: near, not later, same document. bool [J, Q, S]"""
+        query_Q1 = torch.arange(BLOCK_QUERIES, device=self.device)[:, None] + self.window
+        distance_QS = query_Q1 - torch.arange(self.window + BLOCK_QUERIES, device=self.device)
+        near_QS = (distance_QS >= 0) & (distance_QS < self.window)
+        own_JQ = document_T[self.window :].unflatten(0, (-1, BLOCK_QUERIES))
+        mask_JQS: Tensor = near_QS & (own_JQ[..., None] == _spans(document_T, self.window + BLOCK_QUERIES)[:, None])
+        return mask_JQS
+
+
+class _Memory:
+    """Attention of one layer: keys and values of the tokens before the chunk, and then the chunk's."""
+
+    def __init__(self, key: Tensor, value: Tensor, back: Rotation, mask_JQS: Tensor) -> None:
+        self.key, self.value, self._back, self._mask_JQS = key, value, back, mask_JQS
+
+    def __call__(self, q_1HCK: Tensor, k_1GCK: Tensor, v_1GCK: Tensor) -> Tensor:
+        n, span = q_1HCK.shape[2], self._mask_JQS.shape[-1]
+        k_1GTK = torch.cat([rotate(self.key, self._back), k_1GCK], 2)
+        v_1GTK = torch.cat([self.value, v_1GCK], 2)
+        self.key, self.value = k_1GTK[:, :, n:].contiguous(), v_1GTK[:, :, n:].contiguous()
+        q_JHQK = q_1HCK[0].unflatten(1, (-1, BLOCK_QUERIES)).transpose(0, 1)
+        k_JGSK, v_JGSK = (_spans(x[0].transpose(0, 1), span).mT for x in (k_1GTK, v_1GTK))
+        out_JHQK = ops.attend_dense(q_JHQK, k_JGSK, v_JGSK, self._mask_JQS)
+        return out_JHQK.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _spans(x_T: Tensor, span: int) -> Tensor:
+    """Overlapping stretches of `span` along the first axis, one for each block of queries, [J, ..., S]: a view."""
+    return x_T.unfold(0, span, BLOCK_QUERIES)
+
+
+class RoundedPass:
+    """A model in bfloat16, whose sums depend on where a document begins: every document is a row of its own.
+
+    One that is longer than max_seqlen is cut at multiples of the model's block, with the receptive field of all layers
+    (or half a row, if that is less) evaluated again in front.
+    """
+
+    chunk = 1
+
+    def __init__(self, model: BFloat16EntropyModel, reset_newlines: bool = False):
+        config = model.config
+        self.model, self.reset_newlines = model, reset_newlines
+        self.row = max(2 * BLOCK, config.max_seqlen // BLOCK * BLOCK)
+        field = config.n_layers * (config.window or config.max_seqlen)
+        self.overlap = min(BLOCK * -(-field // BLOCK), self.row // 2 // BLOCK * BLOCK)
+
+    def run(self, ids_N: Tokens, done: int = 0) -> Iterator[Float]:
+        end = 0
+        while end < len(ids_N):
+            begin, end = end, self._end(ids_N, end)
+            if end > done:
+                entropies = np.concatenate(list(self._document(ids_N[begin:end])))
+                yield entropies[max(0, done - begin) :]
+
+    def _end(self, ids_N: Tokens, begin: int) -> int:
+        """Behind the next EOS, or the end of the stream."""
+        for at in range(begin, len(ids_N), self.row):
+            ends = np.flatnonzero(ids_N[at : at + self.row] == EOS)
+            if len(ends):
+                return at + int(ends[0]) + 1
+        return len(ids_N)
+
+    def _document(self, ids_N: Ids) -> Iterator[Float]:
+        keep = 0
+        while keep < len(ids_N):
+            begin = max(0, keep - self.overlap)
+            ids_1N = torch.from_numpy(ids_N[begin : begin + self.row].astype(np.int64))[None]
+            with torch.no_grad():
+                entropy_N = entropy_of(self.model(ids_1N, self.reset_newlines))[0].numpy()
+            yield entropy_N[keep - begin :]
+            keep = begin + len(entropy_N)

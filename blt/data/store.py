@@ -1,0 +1,98 @@
+"""A long array that is computed for hours: written as it comes, found again after a kill, complete or absent.
+
+The values are appended to a hidden file beside the final one, which begins with the finished file's own header. So its
+size says how much there is, nothing is held in memory, and the last step is a rename. One process computes; others
+that want the same file wait for it (a lock that the system takes back from a killed process).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blt_runtime.errors import InputError
+
+SYNC_SECONDS = 10.0
+"""What a power cut may cost; a kill costs nothing that was appended."""
+Float = NDArray[np.float32]
+log = logging.getLogger("blt.data")
+
+
+def filled(path: Path, length: int, step: int, compute: Callable[[int], Iterable[Float]]) -> None:
+    """Makes the file `path`, float32 [length] in numpy's format, unless it is there.
+
+    compute: given how many values are stored already (a multiple of `step`), yields the rest. Raises InputError if the
+    folder cannot be written; what was appended until then stays for the next call.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with _claimed(path) as part:
+            if part is not None:
+                _append(part, length, step, compute)
+                Path(part.name).replace(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {path.parent}: {error.strerror or error}; make room there or make it writable, and run "
+            "again (what was computed is kept)"
+        ) from error
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[BinaryIO | None]:
+    """The unfinished file behind `path`, locked; None if somebody finished `path` meanwhile."""
+    part = path.with_name(f".{path.name}.part")
+    while not path.exists():
+        with part.open("a+b") as file:
+            _lock(file, part)
+            if part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno())):
+                yield file
+                return
+    yield None
+
+
+def _lock(file: BinaryIO, part: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("waiting for another process that computes %s", part)
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _append(file: BinaryIO, length: int, step: int, compute: Callable[[int], Iterable[Float]]) -> None:
+    header = _header(length)
+    file.seek(0)
+    if file.read(len(header)) != header:  # new, or torn in its first bytes
+        file.truncate(0)
+        file.write(header)
+    done = max(0, file.seek(0, os.SEEK_END) - len(header)) // 4
+    done = done if done == length else done // step * step
+    file.truncate(len(header) + 4 * done)
+    synced = time.monotonic()
+    for values in compute(done) if done < length else ():
+        file.write(np.ascontiguousarray(values, "<f4").data)
+        file.flush()
+        done += len(values)
+        if time.monotonic() - synced > SYNC_SECONDS:
+            os.fsync(file.fileno())
+            synced = time.monotonic()
+    file.flush()
+    os.fsync(file.fileno())
+    assert done == length
+
+
+def _header(length: int) -> bytes:
+    """How numpy begins the file of a float32 array [length]."""
+    text = io.BytesIO()
+    what = {"descr": "<f4", "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(text, what)
+    return text.getvalue()
