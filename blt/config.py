@@ -91,7 +91,7 @@ class OptimizerConfig(Frozen):
     clip: FiniteFloat = Field(default=1.0, gt=0)
     tables: Literal["dense", "sparse"] = "dense"
     freeze: tuple[str, ...] = ()
-    lr_scale: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = {}
+    lr_scale: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = Field(default_factory=dict)
 
 
 class ScheduleConfig(Frozen):
@@ -157,7 +157,7 @@ class InitConfig(Frozen):
     @model_validator(mode="after")
     def _one(self) -> typing.Self:
         if self.checkpoint is not None and self.latent is not None:
-            raise ValueError("give checkpoint or latent, not both")
+            raise ValueError("init: give checkpoint or latent, not both")
         return self
 
 
@@ -300,6 +300,7 @@ def _completed(raw: Mapping[str, Any]) -> dict[str, Any]:
         return dict(raw)
     from blt.start import complete
 
+    InitConfig.model_validate(raw["init"])
     return complete(raw)
 
 

@@ -1,15 +1,16 @@
 """Documents to rows to batches of a few fixed shapes.
 
-Documents (BOS, bytes, EOS) follow each other in a seeded order; a row takes P patches of that stream, or as many as fit
-into the largest byte bucket, and the next row goes on where it stopped. Nothing is dropped: the last token of a row is
-only a target there and is the first input of the next row, so every token but a block's first is a target exactly once.
-(The published loader cuts rows the same way but drops the last patch of every row whose first patch it has to split.)
-The first patch of a row must be one token long (spec section 11); a row that starts inside a patch splits it 1 + rest.
+Documents (BOS, tokens, EOS) follow each other in a seeded order. `pack: stream`: a row takes P patches of that stream,
+or as many as fit into the largest bucket, and the next row goes on where it stopped. Nothing is dropped: the last token
+of a row is only a target there and is the first input of the next row, so every token but a block's first is a target
+exactly once. (The published loader cuts rows the same way but drops the last patch of every row whose first patch it
+has to split.) `pack: documents`: a row holds whole documents (`blt.data.rows`); no BOS is a target there. In both, the
+tokens of a prompt are inputs and no targets, and a row without any target is left out.
 
-Rows are sorted into byte buckets, so that a batch has one of a few shapes [B, N]. The order of everything follows from
+Rows are sorted into buckets, so that a batch has one of a few shapes [B, N]. The order of everything follows from
 (seed, epoch, block), where a block is a run of documents of about `block_tokens`; the loader's state is three integers.
 
-Letters: B rows, N bytes, P patches, T tokens of a block, R rows of a block.
+Letters: B rows, N tokens of a row, P patches, T tokens of a block, R rows of a block.
 """
 
 from __future__ import annotations
@@ -21,56 +22,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blt.data.ahead import Ahead, Place
 from blt.data.batches import Batch, BatchShape, Int, PatchStarts, TokenSource
+from blt.data.rows import Rows, cut_rows, pack_documents, row_patch_lengths
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import OFFSET
 
-__all__ = ["BLOCK_TOKENS", "Batch", "BatchShape", "Loader", "PatchStarts", "TokenSource"]
+__all__ = ["BLOCK_TOKENS", "Batch", "BatchShape", "Block", "Loader", "PatchStarts", "TokenSource"]
 BLOCK_TOKENS = 32 << 20
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The rows of a block as slices [begin, end) of its tokens; the last token of each is only a target."""
+class Block:
+    """Some documents as one run of tokens, their patch boundaries, and the batches they are dealt into.
 
-    begin: Int
-    end: Int
-
-    @property
-    def lengths(self) -> Int:
-        return self.end - self.begin - 1
-
-
-def cut_rows(n_tokens: int, boundaries: Int, patches: int | None, cap: int) -> _Rows:
-    """Rows of at most `patches` patches and `cap` input tokens over a stream of `n_tokens`.
-
-    `boundaries` are the ascending positions where patches begin.
+    `members` the documents in the order of their tokens, `offsets` [documents + 1] where each begins; `ids` [T];
+    `counted` [T] the tokens whose loss counts; `batches` the (bucket, rows) of each batch.
     """
-    begin, end, here = [], [], 0
-    while here < n_tokens - 1:
-        stop = min(here + cap + 1, n_tokens)
-        if patches is not None:
-            # Patches 0 and 1 begin at `here` and `here` + 1; patch P would begin at the (P-2)-th boundary after.
-            behind = int(np.searchsorted(boundaries, here + 2)) + patches - 2
-            stop = min(stop, int(boundaries[behind])) if behind < len(boundaries) else stop
-        begin.append(here)
-        end.append(stop)
-        here = stop - 1
-    return _Rows(np.array(begin, np.int64), np.array(end, np.int64))
-
-
-def row_patch_lengths(begin: int, end: int, boundaries: Int, patches: int, n_bytes: int) -> Int:
-    """Patch lengths [P] of a row, sum `n_bytes` + 1: 1, rest of its patch, ..., the last one long by the padding."""
-    first, last = np.searchsorted(boundaries, (begin + 2, end))
-    starts = np.concatenate([[begin, begin + 1], boundaries[first:last], [begin + n_bytes + 1]])
-    lengths = np.zeros(patches, np.int64)
-    lengths[: len(starts) - 1] = np.diff(starts)
-    return lengths
-
-
-@dataclass
-class _Block:
-    """The tokens of some documents, their patch boundaries, and the batches they are dealt into."""
 
     epoch: int
     number: int
@@ -79,14 +47,15 @@ class _Block:
     ids: NDArray[Any]
     counted: NDArray[np.bool_]
     boundaries: Int
-    rows: _Rows
+    rows: Rows
     batches: list[tuple[int, list[int]]]
 
 
 class Loader:
     """Batches without end (`__next__`), or one pass (`one_pass`), over documents in a seeded order.
 
-    `state()` and `restore` name the next batch exactly; the batches are a function of the arguments and that state.
+    `state()` and `restore` name the next batch exactly. The batches are a function of the arguments and that state;
+    `workers` threads make them ahead of the step (0: made when asked for), which changes none of them.
     """
 
     def __init__(
@@ -99,6 +68,7 @@ class Loader:
         shuffle: bool = True,
         subset: Sequence[int] | Int | None = None,
         block_tokens: int = BLOCK_TOKENS,
+        workers: int = 0,
     ):
         if (shape.patches is None) != (patch_starts is None):
             raise ConfigError("a batch shape with patches needs patch boundaries, and one without takes none")
@@ -107,74 +77,90 @@ class Loader:
         self.subset = np.arange(len(documents)) if subset is None else np.asarray(subset, np.int64)
         if not len(self.subset):
             raise InputError("no documents to train on; look at the split with `blt data info`")
-        self.epoch = self.block = self.batch = 0
-        self._loaded: tuple[int, int, _Block] | None = None
+        self._epoch_blocks: tuple[int, list[Int]] = (-1, [])
+        self._ahead: Ahead[Block, Batch] = Ahead(self.plan, self._assemble, self.n_blocks, workers)
+        self.restore({"epoch": 0, "block": 0, "batch": 0})
 
     def state(self) -> dict[str, int]:
+        """The place of the next batch."""
         return {"epoch": self.epoch, "block": self.block, "batch": self.batch}
 
     def restore(self, state: dict[str, int]) -> None:
+        """The next batch is that of a `state`."""
         self.epoch, self.block, self.batch = state["epoch"], state["block"], state["batch"]
+        self._ahead.start(Place(self.epoch, self.block, self.batch))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        block = self._current()
-        while self.batch >= len(block.batches):
-            self.block, self.batch = self.block + 1, 0
-            if self.block >= len(self._blocks(self.epoch)):
-                self.epoch, self.block = self.epoch + 1, 0
-            block = self._current()
-        batch = self._assemble(block, self.batch)
-        self.batch += 1
+        batch = self._ahead.take()
+        self.epoch, self.block, self.batch = batch.epoch, batch.block, batch.index + 1
         return batch
 
     def one_pass(self) -> Iterator[Batch]:
         """The batches of the rest of this epoch; the last of a block may hold blank rows."""
         epoch = self.epoch
-        while self.epoch == epoch:
-            block = self._current()
-            if self.batch < len(block.batches):
-                yield next(self)
-            elif self.block + 1 < len(self._blocks(epoch)):
-                self.block, self.batch = self.block + 1, 0
-            else:
-                self.epoch, self.block, self.batch = epoch + 1, 0, 0
+        while self._ahead.has_next(epoch):
+            yield next(self)
+        self.restore({"epoch": epoch + 1, "block": 0, "batch": 0})
 
-    def _current(self) -> _Block:
-        key = (self.epoch, self.block)
-        if self._loaded is None or self._loaded[:2] != key:
-            self._loaded = (*key, self._plan(*key))
-        return self._loaded[2]
+    def n_blocks(self, epoch: int) -> int:
+        return len(self._blocks(epoch))
 
     def _blocks(self, epoch: int) -> list[Int]:
         """The epoch's documents in order, cut into runs of about `block_tokens`."""
+        known, blocks = self._epoch_blocks
+        if known == epoch:
+            return blocks
         order = self.subset
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         ends = np.cumsum(self.documents.lengths[order] + 2)
         cuts = np.searchsorted(ends, np.arange(self.block_tokens, int(ends[-1]), self.block_tokens))
-        return [part for part in np.split(order, np.unique(cuts)) if len(part)]
+        blocks = [part for part in np.split(order, np.unique(cuts)) if len(part)]
+        self._epoch_blocks = epoch, blocks
+        return blocks
 
-    def _plan(self, epoch: int, block: int) -> _Block:
+    def plan(self, epoch: int, block: int) -> Block:
+        """The rows and batches of a block."""
         members = self._blocks(epoch)[block]
+        lengths, starts = self.documents.lengths[members] + 2, self._starts(members)
+        cap, patches = self.shape.buckets[-1], self.shape.patches
+        whole = self.shape.pack == "documents"
+        if whole:
+            order, rows = pack_documents(lengths, starts, patches, cap)
+            members, lengths, starts = members[order], lengths[order], [starts[i] for i in order]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        boundaries = np.concatenate([offset + places for offset, places in zip(offsets, starts, strict=False)])
+        if not whole:
+            rows = cut_rows(int(offsets[-1]), boundaries, patches, cap)
+        counted = self._counted(members, offsets, whole)
         ids = np.concatenate([self.documents.ids(int(index)) for index in members])
-        offsets = np.concatenate([[0], np.cumsum(self.documents.lengths[members] + 2)])
-        counted = np.ones(len(ids), np.bool_)
-        for begin, prompt in zip(offsets, self.documents.prompt_lengths[members], strict=False):
-            counted[begin + 1 : begin + 1 + prompt] = False
-        boundaries = np.empty(0, np.int64)
-        if self.patch_starts is not None:
-            starts = np.concatenate([self.patch_starts.starts(int(index)) for index in members])
-            boundaries = np.flatnonzero(starts)
-        rows = cut_rows(len(ids), boundaries, self.shape.patches, self.shape.buckets[-1])
-        order = np.arange(len(rows.begin))
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch, block)).permutation(order)
-        return _Block(epoch, block, members, offsets, ids, counted, boundaries, rows, self._deal(rows, order))
+        batches = self._deal(rows, self._row_order(rows, counted, (self.seed, epoch, block)))
+        return Block(epoch, block, members, offsets, ids, counted, boundaries, rows, batches)
 
-    def _deal(self, rows: _Rows, order: Int) -> list[tuple[int, list[int]]]:
+    def _starts(self, members: Int) -> list[Int]:
+        """Where each document's patches begin."""
+        if self.patch_starts is None:
+            return [np.empty(0, np.int64)] * len(members)
+        return [np.flatnonzero(self.patch_starts.starts(int(index))) for index in members]
+
+    def _counted(self, members: Int, offsets: Int, whole: bool) -> NDArray[np.bool_]:
+        counted = np.ones(int(offsets[-1]), np.bool_)
+        counted[offsets[:-1]] = not whole
+        prompts = self.documents.prompt_lengths[members]
+        for i in np.flatnonzero(prompts):
+            counted[offsets[i] + 1 : offsets[i] + 1 + prompts[i]] = False
+        return counted
+
+    def _row_order(self, rows: Rows, counted: NDArray[np.bool_], seed: tuple[int, int, int]) -> Int:
+        """The rows that hold a target, in the order in which they are dealt into batches."""
+        before = np.concatenate([[0], np.cumsum(counted)])
+        order = np.flatnonzero(before[rows.end] > before[rows.begin + 1])
+        return np.random.default_rng(seed).permutation(order) if self.shuffle else order
+
+    def _deal(self, rows: Rows, order: Int) -> list[tuple[int, list[int]]]:
         """(bucket, rows) of every batch. What is left at the end shares batches; the very last one gets blank rows."""
         bucket_of = np.searchsorted(self.shape.buckets, rows.lengths)
         queues: list[list[int]] = [[] for _ in self.shape.buckets]
@@ -191,18 +177,15 @@ class Loader:
             batches.append((self.shape.buckets[int(bucket_of[part].max())], part))
         return batches
 
-    def _assemble(self, block: _Block, index: int) -> Batch:
-        n_bytes, members = block.batches[index]
+    def _assemble(self, block: Block, index: int) -> Batch:
+        bucket, members = block.batches[index]
         B, P = self.shape.rows, self.shape.patches
-        ids_BN, targets_BN = np.zeros((2, B, n_bytes), np.int64)
-        mask_BN = np.zeros((B, n_bytes), np.bool_)
+        ids_BN, targets_BN = np.zeros((2, B, bucket), np.int64)
+        mask_BN = np.zeros((B, bucket), np.bool_)
         starts_B = np.full(B, -1, np.int64)
         tokens_B, bytes_B = np.zeros((2, B), np.int64)
         documents: list[Int] = [np.empty(0, np.int64)] * B
-        lengths_BP = None
-        if P is not None:
-            lengths_BP = np.zeros((B, P), np.int64)
-            lengths_BP[:, 0], lengths_BP[:, 1] = 1, n_bytes
+        lengths_BP = None if P is None else _blank_patches(B, P, bucket)
         for b, row in enumerate(members):
             begin, end = int(block.rows.begin[row]), int(block.rows.end[row])
             n = end - begin - 1
@@ -212,7 +195,7 @@ class Loader:
             first, last = np.searchsorted(block.offsets, (begin, end - 1), side="right")
             documents[b] = block.members[first - 1 : last]
             if P is not None and lengths_BP is not None:
-                lengths_BP[b] = row_patch_lengths(begin, end, block.boundaries, P, n_bytes)
+                lengths_BP[b] = row_patch_lengths(begin, end, block.boundaries, P, bucket)
         return Batch(
             ids_BN, targets_BN, mask_BN, lengths_BP, starts_B, block.number, block.epoch, index,
             tokens_B, bytes_B, tuple(documents),
@@ -221,3 +204,10 @@ class Loader:
     def _bytes(self, targets: Int) -> int:
         table = self.documents.token_bytes
         return int((targets >= OFFSET).sum() if table is None else table[targets].sum())
+
+
+def _blank_patches(rows: int, patches: int, bucket: int) -> Int:
+    """Patch lengths [B, P] of rows that hold nothing."""
+    lengths_BP = np.zeros((rows, patches), np.int64)
+    lengths_BP[:, 0], lengths_BP[:, 1] = 1, bucket
+    return lengths_BP

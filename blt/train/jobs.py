@@ -13,7 +13,7 @@ import torch
 from blt import start
 from blt.checkpoint import Checkpoint
 from blt.config import BLTRun, BPERun, EntropyRun, RunConfig
-from blt.data.batches import BatchShape, Int, PatchStarts, TokenSource
+from blt.data.batches import Int, PatchStarts, TokenSource
 from blt.data.dataset import Dataset, Documents
 from blt.data.packing import Loader
 from blt.data.patches import PatchIndex, choose_threshold
@@ -23,6 +23,7 @@ from blt.model.token import TokenModel
 from blt.train.dryrun import flops_per_byte
 from blt.train.loop import Trainer
 from blt.train.objective import Objective, count_parameters
+from blt.train.packed import batch_shape, with_buckets
 from blt.train.parts import freeze
 from blt_runtime.errors import CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
@@ -58,6 +59,8 @@ def prepare_run(
 
 
 def _entropy_run(config: EntropyRun, out: Path, dataset: Dataset, compiled: bool, device: str) -> Prepared:
+    documents = dataset.split("train")
+    config = with_buckets(config, documents, _members(config, documents))
     model = _initial(EntropyModel(config.model), config, device)
     objective = Objective(model, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
     loaders = {name: _loader(config, dataset, name) for name in ("train", "valid")}
@@ -72,6 +75,7 @@ def _bpe_run(config: BPERun, out: Path, dataset: Dataset, compiled: bool, device
     members = _members(config, documents)
     vocabulary = vocabulary_for(dataset, members, wanted.vocab_size, wanted.train_bytes, wanted.path)
     tokens = {name: tokenised(dataset, name, vocabulary) for name in ("train", "valid")}
+    config = with_buckets(config, tokens["train"], members)
     loaders = {name: _loader(config, dataset, name, tokens=source) for name, source in tokens.items()}
     bytes_per_token = documents.lengths[members].sum() / max(1, tokens["train"].lengths[members].sum())
     log.info("%.3f bytes per token", bytes_per_token)
@@ -103,6 +107,7 @@ def _blt_run(
         part.compute()
     rule = _rule(config, dataset, index["train"])
     starts = {name: index[name].with_rule(rule) for name in index}
+    config = with_buckets(config, dataset.split("train"), _members(config, dataset.split("train")), starts["train"])
     loaders = {name: _loader(config, dataset, name, starts[name]) for name in starts}
     model = _initial(BLT(config.model), config, device)
     objective = Objective(
@@ -169,9 +174,9 @@ def _loader(
     source = documents if tokens is None else tokens
     if not len(members):
         return None
-    shape = BatchShape(config.batch.rows, config.batch.byte_buckets, config.batch.patches)
-    train_split = split == "train"
-    return lambda: Loader(source, shape, starts, seed=config.run.seed, shuffle=train_split, subset=members)
+    shape, seed, shuffle = batch_shape(config), config.run.seed, split == "train"
+    workers = config.data.workers if shuffle else 0
+    return lambda: Loader(source, shape, starts, seed=seed, shuffle=shuffle, subset=members, workers=workers)
 
 
 def _required(make: Callable[[], Loader] | None) -> Callable[[], Loader]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt.data import Batch, BatchShape, Dataset, Documents, Loader, PatchIndex, prepare
-from blt.data.packing import cut_rows, row_patch_lengths
+from blt.data.rows import cut_rows, row_patch_lengths
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.patching import PatchRule
 

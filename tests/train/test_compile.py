@@ -9,19 +9,17 @@ import torch
 from torch._dynamo.utils import counters
 
 from blt.config import load_config
+from blt.train import Trainer
 from blt.train.jobs import prepare_run
 
 
-def step_on_each_shape(trainer: object, wanted: int) -> set[int]:
-    lengths = set()
+def step_on_each_shape(trainer: Trainer, wanted: int) -> set[int]:
+    """Steps until batches of `wanted` lengths were seen; the lengths."""
     for _ in range(60):
-        block = trainer.loader._current()  # type: ignore[attr-defined]
-        if trainer.loader.batch < len(block.batches):  # type: ignore[attr-defined]
-            lengths.add(block.batches[trainer.loader.batch][0])  # type: ignore[attr-defined]
-        trainer.train_step()  # type: ignore[attr-defined]
-        if len(lengths) == wanted:
+        trainer.train_step()
+        if len(trainer.window.buckets) == wanted:
             break
-    return lengths
+    return {int(length) for length in trainer.window.buckets}
 
 
 @pytest.mark.slow
