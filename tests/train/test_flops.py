@@ -1,4 +1,4 @@
-"""The formulas for FLOPs per byte, against PyTorch's own count of the operations that a forward and a backward pass run.
+"""The formulas for FLOPs per byte, against PyTorch's own count of what a forward and a backward pass run.
 
 PyTorch counts the products of a dense attention, masked keys included, and the formulas count visible keys only. So
 windows are taken off here, the formulas are asked for as many keys as the kernel has, and the number of visible keys is
@@ -27,8 +27,8 @@ from tests.tiny import VARIANTS
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PATCH = 4
 SLACK = 0.01
-"""The row's first patch has one byte and a full gather, and the products of a byte with the k slices of its patch run as
-sums, which PyTorch does not count."""
+"""The row's first patch has one byte and a full gather, and the products of a byte with the k slices of its patch run
+as sums, which PyTorch does not count."""
 
 
 @pytest.fixture(autouse=True)

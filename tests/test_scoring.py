@@ -1,0 +1,115 @@
+"""One interface for bits: streams and whole rows agree, chances multiply, every byte and EOS is counted once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from blt.checkpoint import Checkpoint
+from blt.data.tokens import train_vocabulary
+from blt.model.token import TokenConfig, TokenModel
+from blt.row_scoring import PatchRows, scorer_of
+from blt.scoring import Scorer, StreamScorer, bits_of
+from blt_runtime.errors import CheckpointError, UsageError
+from tests.tiny import VARIANTS, tiny
+
+TEXT = "Bytes, not tokens — über alles. ".encode() * 4
+
+
+def token_model() -> Checkpoint:
+    vocabulary = train_vocabulary([TEXT], 280)
+    model = TokenModel(TokenConfig(dim=16, n_layers=1, n_heads=2, ffn_dim=32, max_seqlen=200, vocab_size=280))
+    model.init_weights(torch.Generator().manual_seed(0))
+    return Checkpoint(None, None, None, model.eval(), vocabulary)
+
+
+def scorers() -> dict[str, Scorer]:
+    whole = tiny()
+    return {
+        "patches": scorer_of(whole),
+        "stream": scorer_of(whole, 10_000),
+        "bytes": scorer_of(Checkpoint(None, whole.entropy, None)),
+        "tokens": scorer_of(token_model()),
+    }
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_whole_rows_and_streams_agree(name: str) -> None:
+    checkpoint = tiny(name)
+    rows, stream = scorer_of(checkpoint), scorer_of(checkpoint, 10_000)
+    assert isinstance(rows, PatchRows)
+    assert isinstance(stream, StreamScorer)
+    for arguments in ((TEXT, b"", True), (TEXT[40:], TEXT[:40], False), (b"", TEXT, True)):
+        ours, theirs = rows.measure(*arguments), stream.measure(*arguments)
+        assert ours.bits == pytest.approx(theirs.bits, rel=1e-5)
+        assert ours.units == theirs.units
+
+
+def test_the_chain_rule() -> None:
+    """p(prompt) p(text | prompt) = p(prompt text), where both are read in the same units."""
+    found = scorers()
+    assert {scorer.unit for scorer in found.values()} == {"patch", "byte", "token"}
+    for name, scorer in found.items():
+        prompt, text = TEXT[:33], TEXT[33:90]  # behind a space: a token ends there
+        whole = scorer.bits(prompt + text, eos=True)
+        assert scorer.bits(prompt) + scorer.bits(text, prompt, eos=True) == pytest.approx(whole, rel=1e-4), name
+        assert scorer.bits(text, prompt) < scorer.bits(text, prompt, eos=True)
+        assert scorer.bits(b"") == 0.0
+
+
+def test_units_are_those_of_the_text() -> None:
+    found = scorers()
+    assert found["bytes"].measure(TEXT, b"prompt", eos=True).units == len(TEXT) + 1
+    vocabulary = token_model().vocabulary
+    assert vocabulary is not None
+    assert found["tokens"].measure(TEXT, b"prompt").units == len(vocabulary.encode(TEXT)) < len(TEXT)
+
+
+def test_token_bits_by_hand() -> None:
+    checkpoint = token_model()
+    assert checkpoint.bpe is not None
+    assert checkpoint.vocabulary is not None
+    ids = torch.tensor([[1, *checkpoint.vocabulary.encode(TEXT), 2]])
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(checkpoint.bpe(ids)[0, :-1].double(), ids[0, 1:], reduction="sum")
+    assert scorer_of(checkpoint).bits(TEXT, eos=True) == pytest.approx(nats.item() / np.log(2), rel=1e-6)
+
+
+def test_a_text_that_is_too_long_is_one_line() -> None:
+    for name, scorer in scorers().items():
+        if name != "stream":
+            assert scorer.capacity is not None
+            scorer.bits(b"x" * scorer.capacity, eos=True)
+            long = bytes(range(256)) * (1 + scorer.capacity // 100)
+            with pytest.raises(UsageError, match="shorten it"):
+                scorer.bits(long)
+
+
+def test_one_very_long_patch_is_read_by_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny()
+    assert whole.patch_rule is not None
+    checkpoint = replace(whole, patch_rule=replace(whole.patch_rule, threshold=99.0))
+    expected = scorer_of(checkpoint).measure(TEXT)
+    monkeypatch.setattr("blt.row_scoring.GATHER_BYTES", 1000)
+    rows = scorer_of(checkpoint)
+    found = rows.measure(TEXT)
+    assert "stream" in vars(rows)
+    assert found.bits == pytest.approx(expected.bits, rel=1e-5)
+    assert found.units == expected.units
+
+
+def test_an_incomplete_checkpoint_has_no_scorer() -> None:
+    with pytest.raises(CheckpointError):
+        scorer_of(Checkpoint(tiny().blt, None, None))
+
+
+def test_bits_of_certain_and_equal_guesses() -> None:
+    ids = np.array([1, 5, 7])
+    logits = np.full((3, 260), -1e9, np.float32)
+    logits[0, 5], logits[1, 7] = 0, 0
+    assert bits_of(logits, ids) == 0
+    assert bits_of(np.zeros((3, 256), np.float32), ids) == pytest.approx(16)
+    assert bits_of(np.zeros((3, 256), np.float32), ids, first=2) == pytest.approx(8)
