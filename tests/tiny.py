@@ -76,7 +76,7 @@ VARIANTS: dict[str, tuple[BLTConfig, PatchRule]] = {
         PatchRule("space"),
     ),
     "max_patch_length": (PLAIN, replace(BY_ENTROPY, max_patch_length=3)),
-    "static_learned_queries": (PLAIN.model_copy(update={"pooling": "learned"}), PatchRule("static", patch_size=5)),
+    "static": (PLAIN.model_copy(update={"pooling": "learned"}), PatchRule("static", patch_size=5)),
     "bytes_no_window": (
         PLAIN.model_copy(update={"encoder": stack(32, 1, 2), "decoder": stack(32, 2, 2), "cross_k": 1}),
         PatchRule("byte"),
