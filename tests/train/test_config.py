@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from blt.config import BLTRun, load_config
+from blt.config import BLTRun, EntropyRun, load_config
 from blt.train import dry_run
+from blt.train.dryrun import flops_per_byte
 from blt_runtime.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -17,7 +18,8 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
 def test_every_shipped_config_loads_and_is_costed(path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)  # finetune.yaml names the shipped model
     config = load_config(path)
-    assert config.kind == next((kind for kind in ("entropy", "bpe") if kind in path.stem), "blt")
+    kinds = {"entropy": "entropy", "bytes": "entropy", "bpe": "bpe"}
+    assert config.kind == next((kinds[word] for word in path.stem.split("-") if word in kinds), "blt")
     report = dry_run(config)
     assert report["parameters"] == sum(report["parameters_by_part"].values()) == config.model.n_params()
     assert report["flops_per_byte"] > 0
@@ -87,6 +89,15 @@ def test_costs_of_fixed_patches_use_their_size(repo: Path, patching: str, size: 
     config = load_config(repo / "configs" / "tiny.yaml", [f"patching={{{patching}}}"])
     assert isinstance(config, BLTRun)
     assert dry_run(config)["flops_per_byte"] == config.model.flops_per_byte(size, 128)
+
+
+def test_the_baselines_of_the_demo_cost_what_it_costs(repo: Path) -> None:
+    """Per byte and with the entropy model; a token of the demo's text is 3.136 bytes."""
+    demo, entropy = (load_config(repo / "configs" / f"{name}.yaml") for name in ("demo", "demo-entropy"))
+    assert isinstance(entropy, EntropyRun)
+    cost = flops_per_byte(demo, entropy=entropy.model)
+    for name in ("demo-bytes", "demo-bpe"):
+        assert flops_per_byte(load_config(repo / "configs" / f"{name}.yaml"), 3.136) == pytest.approx(cost, rel=0.02)
 
 
 def test_an_entropy_run_has_no_patches(repo: Path) -> None:
