@@ -9,7 +9,7 @@ NEW    ?= 600
 BIN    := $(VENV)/bin
 MODEL  := configs/demo/model.pt
 BUNDLE := build/demo
-DEV    := cpu,train,export,hub,plot,bpe,gguf,tensorboard,dev
+DEV    := cpu,train,export,hub,plot,bpe,gguf,parquet,tensorboard,dev
 EXTRAS ?= $(DEV)
 
 .PHONY: help demo test check format clean

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
+from blt.data.integrity import sha256_of
 from blt.data.readers import SPLITS, Source, find_sources, read_all
 from blt.data.records import Document, Fields
 from blt.folders import staged
@@ -63,15 +64,21 @@ class _SplitWriter:
         self._file.close()
         self._file = None
         stem = self._stem()
-        offsets, groups = np.array(self._ends, np.int64), np.array(self._ids, np.int32)
-        np.save(self.folder / f"{stem}.offsets.npy", offsets)
-        np.save(self.folder / f"{stem}.groups.npy", groups)
-        shard = {"name": stem, "bytes": self._ends[-1], "documents": len(groups), "sha256": self._sha.hexdigest()}
+        arrays: dict[str, np.ndarray[Any, Any]] = {
+            "offsets": np.array(self._ends, np.int64),
+            "groups": np.array(self._ids, np.int32),
+        }
+        shard = {"name": stem, "bytes": self._ends[-1], "documents": len(self._ids), "sha256": self._sha.hexdigest()}
         if self.prompts:
-            np.save(self.folder / f"{stem}.prompts.npy", np.array(self._prompts, np.int64))
+            arrays["prompts"] = np.array(self._prompts, np.int64)
             shard["prompt_bytes"] = sum(self._prompts)
+        shard["arrays"] = {name: self._save(f"{stem}.{name}.npy", array) for name, array in arrays.items()}
         self.shards.append(shard)
         self._ends, self._ids, self._prompts = [0], [], []
+
+    def _save(self, name: str, array: np.ndarray[Any, Any]) -> str:
+        np.save(self.folder / name, array)
+        return sha256_of(self.folder / name)
 
     def summary(self) -> dict[str, Any]:
         counts = ("bytes", "documents", *(["prompt_bytes"] if self.prompts else []))

@@ -1,29 +1,29 @@
 """Documents from files and folders, in an order that depends on nothing but the inputs' names.
 
-A text file holds documents separated by NUL bytes, a JSONL file one document per line. The group of a document is the
-stem of its file. A folder is read whole, or it holds nothing but the subfolders train, valid and test: the splits.
+A text file holds documents separated by NUL bytes (so binary files are read, too, and end a document at each NUL), a
+JSONL file one document per line, a parquet file one per row. The group of a document is the stem of its file. A folder
+is read whole, or it holds nothing but the subfolders train, valid and test: the splits.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from blt.data.compressed import SUFFIXES, damage, open_bytes
 from blt.data.dataset import is_data_folder
+from blt.data.parquet import read_parquet
 from blt.data.records import Document, Fields, read_jsonl
-from blt_runtime.errors import InputError, MissingExtra, UsageError
+from blt_runtime.errors import InputError, UsageError
 
 SPLITS = ("train", "valid", "test")
-FORMATS = ("auto", "txt", "jsonl", "dir", "parquet")
+KINDS = ("txt", "jsonl", "parquet")
+FORMATS = ("auto", *KINDS, "dir")
 READ_BYTES = 1 << 22
-_COMPRESSED = (".gz", ".zst")
-_JSONL = (".jsonl", ".ndjson")
+_KIND_OF = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -80,28 +80,26 @@ def _hidden(path: Path, root: Path) -> bool:
 def _source(path: Path, format: str, split: str | None) -> Source:
     name = path.name
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
+    if suffixes and suffixes[-1] in SUFFIXES:
         name, suffixes = name[: -len(suffixes[-1])], suffixes[:-1]
     last = suffixes[-1] if suffixes else ""
-    if format == "parquet" or (format in ("auto", "dir") and last == ".parquet"):
-        raise InputError(f"{path}: parquet is not supported yet; convert it to JSONL (one object per line)")
-    kind = format if format in ("txt", "jsonl") else ("jsonl" if last in _JSONL else "txt")
-    group = name[: -len(last)] if last in (".txt", ".bin", *_JSONL) else name
+    kind = format if format in KINDS else _KIND_OF.get(last, "txt")
+    group = name[: -len(last)] if last in (".txt", ".bin", *_KIND_OF) else name
     return Source(path, group or name, kind, split)
 
 
 def read_documents(source: Source, fields: Fields | None = None) -> Iterator[Document]:
     """The documents of one file, empty ones left out. `fields` are the keys of records."""
-    damage: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
-    if source.path.suffix.lower() == ".zst":
-        damage += (_zstandard(source.path).ZstdError,)
-    with _open(source.path) as file:
-        documents = _text(file)
-        if source.format == "jsonl":
-            documents = read_jsonl(io.BufferedReader(file), source.path, fields or Fields())  # type: ignore[type-var]
+    fields = fields or Fields()
+    found = read_parquet(source.path, fields) if source.format == "parquet" else _lines_or_text(source, fields)
+    yield from (document for document in found if document.content)
+
+
+def _lines_or_text(source: Source, fields: Fields) -> Iterator[Document]:
+    with open_bytes(source.path) as file:
         try:
-            yield from (document for document in documents if document.content)
-        except damage as error:
+            yield from read_jsonl(file, source.path, fields) if source.format == "jsonl" else _text(file)
+        except damage(source.path) as error:
             raise InputError(f"{source.path}: cannot be read to its end ({error}); is the file complete?") from error
 
 
@@ -130,27 +128,6 @@ def read_all(
             source, future = pending.pop(0)
             for document in future.result():  # type: ignore[attr-defined]
                 yield source, document
-
-
-def _open(path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if suffix == ".zst":
-        reader = _zstandard(path).ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
-        return reader  # type: ignore[no-any-return]
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror})") from error
-
-
-def _zstandard(path: Path) -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingExtra(f"{path} cannot be read: zstandard", "train") from error
-    return zstandard
 
 
 def _text(file: BinaryIO) -> Iterator[Document]:

@@ -34,6 +34,11 @@ class Fields:
         if (self.prompt is None) != (self.completion is None):
             raise UsageError("--prompt-field and --completion-field belong together; give both")
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that are read."""
+        return (self.text,) if self.prompt is None or self.completion is None else (self.prompt, self.completion)
+
     def document(self, record: Any, where: str) -> Document:
         """The document of one record. `where` names it in errors. Raises InputError for a key without text."""
         if self.prompt is None or self.completion is None:
@@ -56,6 +61,8 @@ def read_jsonl(lines: BinaryIO, path: Path, fields: Fields) -> Iterator[Document
 
 def _text(record: Any, key: str, option: str, where: str) -> bytes:
     text = record.get(key) if isinstance(record, Mapping) else None
+    if isinstance(text, bytes):  # parquet has columns of them
+        return text
     if not isinstance(text, str):
         raise InputError(f"{where}: no text under the key {key!r}; name the right one with {option}")
     # A lone surrogate cannot be encoded; it is dropped, as the tokenizer does with text (spec section 1).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from blt.data import Dataset, info, prepare
 from blt_runtime.errors import BltError, InputError, UsageError
@@ -106,10 +108,30 @@ def test_jsonl_plain_and_gzip(tmp_path: Path) -> None:
 
 
 def test_zstandard(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
+    """One frame, and several with a skippable one between them, as parallel compressors write."""
+    half = [zstandard.compress(b"\0".join(part)) for part in (DOCUMENTS[:30], [b"", *DOCUMENTS[30:]])]
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"1234"
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"\0".join(DOCUMENTS)))
-    prepare([tmp_path / "a.txt.zst"], tmp_path / "data")
-    assert everything(tmp_path / "data") == Counter(DOCUMENTS)
+    (tmp_path / "b.txt.zst").write_bytes(half[0] + skippable + half[1])
+    prepare([tmp_path / "a.txt.zst", tmp_path / "b.txt.zst"], tmp_path / "data")
+    assert everything(tmp_path / "data") == Counter(DOCUMENTS * 2)
+
+
+def test_binary_files_are_bytes_and_nul_ends_a_document(tmp_path: Path) -> None:
+    (tmp_path / "program.bin").write_bytes(b"\x7fELF\xff\xfe\0\0\x80\x81\0")
+    prepare([tmp_path / "program.bin"], tmp_path / "data", split=(1, 0, 0))
+    assert everything(tmp_path / "data") == Counter([b"\x7fELF\xff\xfe", b"\x80\x81"])
+
+
+def test_one_huge_document_and_many_of_one_byte(tmp_path: Path) -> None:
+    huge = bytes(range(1, 256)) * 80_000  # five reads long
+    (tmp_path / "huge.txt").write_bytes(huge)
+    (tmp_path / "tiny.txt").write_bytes(b"\0".join(bytes([65 + i % 26]) for i in range(500)))
+    prepare([tmp_path / "huge.txt", tmp_path / "tiny.txt"], tmp_path / "data", split=(1, 0, 0), shard_bytes=1000)
+    documents = Dataset(tmp_path / "data").split("train")
+    assert sorted(documents.lengths)[-2:] == [1, len(huge)]
+    assert documents.bytes(int(documents.lengths.argmax())) == huge
+    assert documents.tokens[100 : 100 + 2 * len(huge)].size == len(huge) + 2 + 500 * 3 - 100
 
 
 def broken_inputs(tmp_path: Path) -> dict[str, Path]:
@@ -119,11 +141,15 @@ def broken_inputs(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "field.jsonl").write_text('{"other": "x"}\n')
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     (tmp_path / "x.zst").write_bytes(b"no zstd at all")
+    (tmp_path / "cut.txt.zst").write_bytes(zstandard.compress(os.urandom(300_000))[:-20])
+    (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "x"}\n' * 99)[:-5])
+    (tmp_path / "nul.bin").write_bytes(bytes(1000))
     (tmp_path / "mixed" / "train").mkdir(parents=True)
     (tmp_path / "mixed" / "more.txt").write_text("text")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
     names = {"empty": "empty.txt", "no files": "folder", "bad.jsonl:2": "bad.jsonl", "--text-field": "field.jsonl"}
-    names |= {"parquet is not supported": "x.parquet", "complete": "cut.txt.gz"}
+    names |= {"as parquet": "x.parquet", "complete": "cut.txt.gz", "cut.txt.zst: .* complete": "cut.txt.zst"}
+    names |= {"cut.jsonl.zst: .* complete": "cut.jsonl.zst", "inputs are empty": "nul.bin"}
     names |= {"is the file complete": "x.zst", "more.txt beside them would be ignored": "mixed"}
     return {message: tmp_path / name for message, name in names.items()}
 

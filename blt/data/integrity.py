@@ -1,0 +1,73 @@
+"""Whether shards still are what was prepared: their sha256, read once and remembered.
+
+A stamp file beside the data keeps size and time of change of every file whose content was found right, so that the
+next start reads nothing. A change that leaves both as they were is not caught there; `verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from blt_runtime.errors import InputError
+
+STAMPS = ".verified.json"
+log = logging.getLogger("blt.data")
+Stamp = list[int | str]
+"""Size, time of change in ns, sha256."""
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_files(folder: Path, shard: Mapping[str, Any]) -> dict[Path, str]:
+    """The files of a shard whose sha256 the manifest knows (an older manifest knows the bytes' alone)."""
+    files = {folder / f"{shard['name']}.bin": str(shard["sha256"])}
+    for array, digest in shard.get("arrays", {}).items():
+        files[folder / f"{shard['name']}.{array}.npy"] = str(digest)
+    return files
+
+
+def check(folder: Path, shards: Iterable[Mapping[str, Any]], trust_stamps: bool) -> None:
+    """Compares the shards' files with the manifest. Raises InputError for one that has changed."""
+    old = _read(folder) if trust_stamps else {}
+    new: dict[str, Stamp] = {}
+    for path, digest in (item for shard in shards for item in shard_files(folder, shard).items()):
+        stamp = _stamp(path, digest)
+        if old.get(path.name) != stamp and sha256_of(path) != digest:
+            raise InputError(f"{path} has changed since it was prepared; run `blt data prepare` again")
+        new[path.name] = stamp
+    if any(old.get(name) != stamp for name, stamp in new.items()):
+        _write(folder, old | new)
+
+
+def _stamp(path: Path, digest: str) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; run `blt data prepare` again") from error
+    return [status.st_size, status.st_mtime_ns, digest]
+
+
+def _read(folder: Path) -> dict[str, Stamp]:
+    try:
+        stamps = json.loads((folder / STAMPS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def _write(folder: Path, stamps: dict[str, Stamp]) -> None:
+    temporary = folder / f"{STAMPS}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps(stamps))
+        temporary.replace(folder / STAMPS)
+    except OSError as error:  # a folder that cannot be written is read again at the next start
+        log.debug("%s: no stamps (%s)", folder, error)

@@ -1,0 +1,81 @@
+"""Parquet as text: rows are documents, whatever the row groups; damaged files and wrong columns are one-line errors."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blt.data import Dataset, prepare
+from blt_runtime.errors import InputError, MissingExtra
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+TEXTS = [f"text {i} ä\n" * (i % 7) for i in range(2500)]
+
+
+def table(path: Path, columns: dict[str, list[Any]], **options: Any) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def contents(folder: Path) -> Counter[bytes]:
+    train = Dataset(folder).split("train")
+    return Counter(train.bytes(i) for i in range(len(train)))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_every_row_is_a_document(tmp_path: Path, compression: str) -> None:
+    columns = {"body": TEXTS, "id": list(range(len(TEXTS)))}
+    path = table(tmp_path / "in" / "web.en.parquet", columns, row_group_size=700, compression=compression)
+    prepare([path.parent], tmp_path / "data", text_field="body", split=(1, 0, 0), workers=2)
+    assert contents(tmp_path / "data") == Counter(text.encode() for text in TEXTS if text)
+    assert Dataset(tmp_path / "data").manifest["groups"] == ["web.en"]
+
+
+def test_columns_of_bytes_are_read_as_they_are(tmp_path: Path) -> None:
+    path = table(tmp_path / "blob", {"text": [b"\xff\x00\xfe", b"plain"]})
+    prepare([path], tmp_path / "data", format="parquet", split=(1, 0, 0))
+    assert contents(tmp_path / "data") == Counter([b"\xff\x00\xfe", b"plain"])
+
+
+def test_prompts_and_completions(tmp_path: Path) -> None:
+    path = table(tmp_path / "pairs.parquet", {"ask": ["a?", "ää"], "say": ["b", "c"]})
+    prepare([path], tmp_path / "data", prompt_field="ask", completion_field="say", split=(1, 0, 0))
+    assert sorted(Dataset(tmp_path / "data").split("train").prompt_lengths) == [2, 4]
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    whole = table(tmp_path / "whole.parquet", {"text": TEXTS}, compression="none")
+    cut, flipped = tmp_path / "cut.parquet", tmp_path / "flipped.parquet"
+    cut.write_bytes(whole.read_bytes()[:-100])
+    content = bytearray(whole.read_bytes())
+    content[20:60] = bytes(40)
+    flipped.write_bytes(content)
+    bad = {
+        "is the file complete": [cut, flipped],
+        "row 1: no text under the key 'text'; name the right one with --text-field": [
+            table(tmp_path / "other.parquet", {"body": ["x"]})
+        ],
+        "row 2: no text": [table(tmp_path / "null.parquet", {"text": ["x", None]})],
+        "row 1: no text": [table(tmp_path / "numbers.parquet", {"text": [1]})],
+        "inputs are empty": [table(tmp_path / "empty.parquet", {"text": pyarrow.array([], pyarrow.string())})],
+    }
+    for message, paths in bad.items():
+        for path in paths:
+            with pytest.raises(InputError, match=message) as caught:
+                prepare([path], tmp_path / "data")
+            assert "\n" not in str(caught.value)
+            assert not (tmp_path / "data").exists()
+
+
+def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = table(tmp_path / "a.parquet", {"text": ["x"]})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtra, match=r"blt-lm\[parquet\]"):
+        prepare([path], tmp_path / "data")
