@@ -5,11 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
+from blt.model import ops
 from blt.model.masks import causal_mask, dense_attend
-from blt.model.windows import row_attend
+from blt.model.windows import Blocks, attend_products, row_attend
 
 
-@pytest.mark.parametrize(("n", "window"), [(40, 8), (41, 8), (17, 8), (16, 8), (9, 4), (33, 1), (12, None)])
+@pytest.mark.parametrize(
+    ("n", "window"),
+    [
+        (40, 8),
+        (41, 8),
+        (17, 8),
+        (16, 8),
+        (13, 8),
+        (12, 8),
+        (9, 4),
+        (33, 1),
+        (12, None),
+        (400, 128),
+        (411, 150),
+        (640, 259),
+    ],
+)
 def test_blocks_equal_the_dense_mask(n: int, window: int | None) -> None:
     generator = torch.Generator().manual_seed(n)
     document = torch.randint(0, 5, (2, n), generator=generator).sort(1).values
@@ -23,3 +40,25 @@ def test_blocks_equal_the_dense_mask(n: int, window: int | None) -> None:
     (blocked_grad,) = torch.autograd.grad((blocked * weight).sum(), q)
     torch.testing.assert_close(blocked_grad, dense_grad, atol=1e-6, rtol=1e-6)
     assert blocked_grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("n", "window"), [(400, 128), (411, 150), (640, 259)])
+def test_a_window_of_many_blocks_reads_fewer_keys(n: int, window: int) -> None:
+    blocks = Blocks.of(n, window)
+    assert blocks.before >= 2
+    assert window - 1 <= blocks.before * blocks.size < window + blocks.before
+    mask = blocks.mask(torch.zeros(1, n, dtype=torch.long), window)
+    assert mask.shape == (-(-n // blocks.size), blocks.size, (blocks.before + 1) * blocks.size)
+
+
+def test_products_equal_the_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 16, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2))
+    mask = torch.rand(3, 16, 16, generator=generator) < 0.5
+    mask |= torch.eye(16, dtype=torch.bool)
+    weight = torch.randn(3, 4, 16, 8, generator=generator)
+    results = []
+    for attend in (attend_products, ops.attend_dense):
+        out = attend(q, k, v, mask)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
