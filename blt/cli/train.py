@@ -24,7 +24,9 @@ Resume = Annotated[str, typer.Option(help="auto, none, or a checkpoint.")]
 Force = Annotated[bool, typer.Option("--force", help="Train into a folder that holds something else.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Length of the schedule.")]
 Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the step.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print size, FLOPs and memory; train nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print size, FLOPs, memory and, with --data, padding; train nothing.")
+]
 DType = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
 
 
@@ -50,7 +52,7 @@ def entropy(
     """Train the byte-level model whose entropies place the patch boundaries."""
     run = _load("entropy", config, set, dtype, seed, steps)
     if dry_run:
-        _dry_run(run, as_json)
+        _dry_run(run, data, None, device, threads, as_json)
     else:
         _train(run, out, data, None, resume, force, compile, device, threads, as_json)
 
@@ -78,7 +80,7 @@ def blt(
     """Train a BLT; the patch boundaries are computed ahead of the step by a frozen entropy model."""
     run = _load("blt", config, set, dtype, seed, steps)
     if dry_run:
-        _dry_run(run, as_json)
+        _dry_run(run, data, entropy_model, device, threads, as_json)
     else:
         _train(run, out, data, entropy_model, resume, force, compile, device, threads, as_json)
 
@@ -105,7 +107,7 @@ def bpe(
     """Train the baseline: a transformer over BPE tokens, whose vocabulary is trained on the data first."""
     run = _load("bpe", config, set, dtype, seed, steps)
     if dry_run:
-        _dry_run(run, as_json)
+        _dry_run(run, data, None, device, threads, as_json)
     else:
         _train(run, out, data, None, resume, force, compile, device, threads, as_json)
 
@@ -128,10 +130,26 @@ def _load(
     return config
 
 
-def _dry_run(config: RunConfig, as_json: bool) -> None:
+def _dry_run(
+    config: RunConfig,
+    data: Path | None,
+    entropy_model: Path | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """With data, also what the packer makes of its first block."""
     from blt.train import dry_run
 
-    report = dry_run(config)
+    packing = None
+    if data is not None:
+        from blt.train.jobs import training_loader
+        from blt.train.packed import packing_report
+
+        devices.limit_torch_threads(threads)
+        config, loader = training_loader(config, data, entropy_model, device=devices.torch_device(device))
+        packing = packing_report(loader, blocks=1)
+    report = dry_run(config) | ({"packing": packing} if packing else {})
     if as_json:
         console.print_json("blt.dry-run/1", report)
     else:

@@ -1,7 +1,7 @@
 """Which few row lengths a data set needs, so that little of a batch is padding.
 
 Every length costs one compilation and every row is padded up to the next one. The lengths with the least padding over
-the rows of a sample are found exactly, by dynamic programming over the multiples of a step.
+the rows of a sample are found by dynamic programming over the multiples of a step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ STEP = 32
 """Lengths are multiples of it, for the tiles of matrix products; of less where rows are shorter than 16 of them."""
 
 
+WORTH = 0.001
+"""Share of the places that a further length must save. (What the next one saves falls with their number.)"""
+
+
 def choose_buckets(lengths: Int, count: int, longest: int) -> tuple[int, ...]:
     """At most `count` ascending lengths that pad rows of these `lengths` the least; the last is `longest`.
 
@@ -31,6 +35,8 @@ def choose_buckets(lengths: Int, count: int, longest: int) -> tuple[int, ...]:
     for _ in range(count - 1):
         # places[j]: the fewest places for the rows up to ends[j]; one more bucket may begin behind any ends[i], i < j.
         options = np.where(np.tri(len(ends), k=-1) > 0, places + ends[:, None] * (below[1:, None] - below[1:]), np.inf)
+        if places[-1] - options[-1].min() < WORTH * places[-1]:
+            break
         came_from.append(np.where(options.min(1) < places, options.argmin(1), -1))
         places = np.minimum(places, options.min(1))
     found, end = [longest], len(ends) - 1

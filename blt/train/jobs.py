@@ -45,17 +45,53 @@ def prepare_run(
 ) -> Prepared:
     """The trainer of a run at step 0, and what makes its final checkpoint. Raises ConfigError, InputError,
     CheckpointError, and MissingExtra where a run of kind bpe has no `tokenizers`."""
-    folder = data or config.data.path
-    if folder is None:
-        raise ConfigError("no data: name a folder made by `blt data prepare` with --data or data.path")
-    dataset = Dataset(folder)
-    _check_groups(config, dataset.split("train"))
+    dataset = _dataset(config, data)
     compiled = config.run.compile if compile is None else compile
     if isinstance(config, EntropyRun):
         return _entropy_run(config, out, dataset, compiled, device)
     if isinstance(config, BPERun):
         return _bpe_run(config, out, dataset, compiled, device)
     return _blt_run(config, out, dataset, entropy_model or config.entropy_model, compiled, device)
+
+
+def training_loader(
+    config: RunConfig,
+    data: str | Path | None = None,
+    entropy_model: str | Path | None = None,
+    compile: bool | None = None,
+    device: str = "cpu",
+) -> tuple[RunConfig, Loader]:
+    """The configuration with the row lengths chosen on the training text, and the loader over it, without a model.
+    What a run keeps beside the data (entropies, a vocabulary and its tokens) is made here, too. Raises as prepare_run.
+    """
+    dataset = _dataset(config, data)
+    documents = dataset.split("train")
+    members = _members(config, documents)
+    starts: PatchStarts | None = None
+    source: TokenSource = documents
+    if isinstance(config, BLTRun):
+        entropy = None
+        if config.patching.scheme == "entropy":
+            entropy = _frozen_entropy(entropy_model or config.entropy_model, device)
+        compiled = config.run.compile if compile is None else compile
+        index = PatchIndex(dataset, "train", entropy, reset_newlines=config.patching.reset_newlines, compile=compiled)
+        starts = index.with_rule(_rule(config, dataset, index))
+    elif isinstance(config, BPERun):
+        wanted = config.tokenizer
+        vocabulary = vocabulary_for(dataset, members, wanted.vocab_size, wanted.train_bytes, wanted.path)
+        source = tokenised(dataset, "train", vocabulary)
+    config = with_buckets(config, source, members, starts)
+    return config, _required(_loader(config, dataset, "train", starts, source))()
+
+
+def _dataset(config: RunConfig, data: str | Path | None) -> Dataset:
+    folder = data or config.data.path
+    if folder is None:
+        raise ConfigError("no data: name a folder made by `blt data prepare` with --data or data.path")
+    dataset = Dataset(folder)
+    dataset.check("train", "valid")
+    _check_groups(config, dataset.split("train"))
+    return dataset
 
 
 def _entropy_run(config: EntropyRun, out: Path, dataset: Dataset, compiled: bool, device: str) -> Prepared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from blt.data.packing import Block, Loader
 from blt.data.rows import row_patches
 
 log = logging.getLogger("blt.train")
-Config = TypeVar("Config", BLTRun, BPERun, EntropyRun)
+Config = TypeVar("Config", bound=BLTRun | BPERun | EntropyRun)
 
 
 def batch_shape(config: RunConfig) -> BatchShape:
@@ -31,7 +31,7 @@ def with_buckets(config: Config, documents: TokenSource, members: Int, starts: P
     shape = fitted(batch_shape(config), batch.auto_buckets, documents, starts, seed=config.run.seed, subset=members)
     log.info("row lengths %s", ", ".join(str(length) for length in shape.buckets))
     chosen = batch.model_copy(update={"byte_buckets": shape.buckets, "auto_buckets": None})
-    return config.model_copy(update={"batch": chosen})
+    return cast(Config, config.model_copy(update={"batch": chosen}))
 
 
 def packing_report(loader: Loader, blocks: int | None = None) -> dict[str, Any]:
