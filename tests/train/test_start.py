@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,39 @@ def test_the_latent_transformer_starts_from_a_llama(data: Path, tmp_path: Path, 
     for i in range(3):
         value = theirs[f"model.layers.{i}.self_attn.v_proj.weight"]
         assert torch.equal(weights[f"latent.layers.{i}.attention.wv.weight"], value)
+
+
+def test_from_the_references_format(golden: Path, data: Path, tmp_path: Path) -> None:
+    """Weights, patch rule and the entropy model beside it; the reference knows no longest patch, training needs one."""
+    with pytest.raises(ConfigError, match="max_patch_length"):
+        tuning(golden / "a" / "blt")
+    config = tuning(golden / "a" / "blt", patching={"max_patch_length": 12})
+    trainer, finish = prepare_run(config, tmp_path, data)
+    loaded = checkpoint.load(golden / "a" / "blt", trainable=True, entropy_dtype="float32")
+    blt, rule = loaded.require_blt()
+    assert finish().patch_rule == replace(rule, max_patch_length=12)
+    for name, weight in trainer.objective.model.state_dict().items():
+        assert torch.equal(weight, blt.state_dict()[name]), name
+
+
+def test_a_resumed_run_keeps_its_parts(blt_run: Path, data: Path, tmp_path: Path) -> None:
+    """Frozen parts and learning rates of their own: the same weights as without a stop, and no others by mistake."""
+    parts = {"freeze": ["encoder.*"], "lr_scale": {"latent.*": 0.1, "decoder.*": 2.0}}
+    sections = {"optimizer": parts, "schedule": {"steps": 6, "warmup": 1}}
+    run_settings = {"compile": False, "log_every": 10, "checkpoint_every": 3, "keep_checkpoints": 5}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train(tuning(blt_run, run=run_settings, **sections), whole, data=data)
+    shutil.copytree(whole, again)
+    (again / "model.pt").unlink()
+    newest = max((again / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    train(tuning(blt_run, run=run_settings, **sections), again, data=data)
+    weights = [checkpoint.load(out, trainable=True).require_blt()[0].state_dict() for out in (whole, again)]
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+    other = tuning(blt_run, run=run_settings, schedule=sections["schedule"], optimizer={"freeze": ["encoder.*"]})
+    with pytest.raises(CheckpointError, match="lr_scale"):
+        train(other, again, data=data)
 
 
 @pytest.mark.slow
