@@ -6,7 +6,7 @@ Letters: B rows, N tokens, T tables, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,14 @@ class MappedTables(nn.Module):
         return total
 
 
+class Touched(NamedTuple):
+    """The table rows that a batch reads, gathered beforehand (`blt.train.tables`): rows [C, D], and for every byte and
+    table the place of its row among them, int64 [B, N, T]."""
+
+    rows: Tensor
+    places: Tensor
+
+
 class HashEmbedding(nn.Module):
     """All tables in one [T * rows, D] weight, table f * |sizes| + index(size) at row table * rows; or, in a loaded
     model, `MappedTables`."""
@@ -84,6 +92,7 @@ class HashEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.tables: nn.Embedding | MappedTables = nn.Embedding(config.n_tables * config.rows, dim)
+        self.touched: Touched | None = None
         self.make_buffers()
 
     def make_buffers(self) -> None:
@@ -103,6 +112,9 @@ class HashEmbedding(nn.Module):
 
     def forward(self, ids_BN: Tensor) -> Tensor:
         """Sum of one row of each table: [B, N, D]."""
+        if self.touched is not None:
+            rows_CD, places_BNT = self.touched
+            return F.embedding_bag(places_BNT.flatten(0, 1), rows_CD, mode="sum").view(*ids_BN.shape, -1)
         c = self.config
         rows_BNT = hash_ids(ids_BN, c.sizes, c.functions, c.rows)
         if isinstance(self.tables, MappedTables):

@@ -13,11 +13,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import deterministic
 
 from blt.config import RunConfig
@@ -28,8 +30,9 @@ from blt.train.metrics import MetricsFile, Window
 from blt.train.objective import Diverged, Objective
 from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_gradients
 from blt.train.parallel import Ranks, accumulating
-from blt.train.recompute import recompute_blocks
+from blt.train.recompute import compute_once, recompute_blocks
 from blt.train.snapshots import Snapshot
+from blt.train.tables import sparse_tables
 from blt.train.watch import Watch, watching
 from blt_runtime.errors import BltError
 
@@ -65,6 +68,7 @@ class Trainer:
         self.micro_rows = parallel.check_rows(config.batch.rows, config.batch.micro_rows, 1)
         if config.run.activation_checkpointing:
             recompute_blocks(objective.model)
+        self.tables = sparse_tables(objective.model, config.optimizer)
         self.optimizer = make_optimizer(objective.model, config.optimizer)
         self.metrics = MetricsFile(out / "metrics.jsonl")
         self.window, self.watch = Window(), Watch()
@@ -88,7 +92,8 @@ class Trainer:
             return
         self.ranks, self.metrics.writes = ranks, ranks.first
         self.micro_rows = parallel.check_rows(self.config.batch.rows, self.config.batch.micro_rows, ranks.world)
-        parallel.shard(self.objective.model, ranks, self.objective.device, compile)
+        apart = [] if self.tables is None else [self.tables.weight_RD]
+        parallel.shard(self.objective.model, ranks, self.objective.device, compile, apart)
         self.optimizer = make_optimizer(self.objective.model, self.config.optimizer)
 
     def run(self, steps: int) -> None:
@@ -125,11 +130,15 @@ class Trainer:
             group["lr"] = lr * group.get("scale", 1.0)
         nats = self._backward(batch)
         gradients = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
+        if self.tables is not None:
+            gradients.append(self.tables.reduce(self.ranks))
         norm = gradient_norm(gradients)
         finite = self._is_finite(nats, norm.item(), batch)
         if finite:
             scale_gradients(gradients, norm, self.config.optimizer.clip)
             self.optimizer.step()
+            if self.tables is not None:
+                self.tables.step(gradients[-1], lr)
             self.bytes += batch.n_bytes
             self.window.add(nats, batch)
             self.watch.step(self.step + 1, nats, batch)
@@ -146,17 +155,24 @@ class Trainer:
         parts = self._parts(batch)
         for i, part in enumerate(parts):
             with accumulating(model, last=i == len(parts) - 1):
-                total = self.objective(part)[0]
+                total = part()
                 (total / targets).backward()
             nats += total.item()
         nats, told = self.ranks.sum(nats, float(self._signal != 0))
         self._told = told > 0
         return nats
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """This rank's rows, in micro-batches."""
+    def _parts(self, batch: Batch) -> list[Callable[[], Tensor]]:
+        """This rank's rows in micro-batches: each, when called, computes its sum of nats."""
+        if self.tables is not None:
+            self.tables.begin(batch)
         first, stop = self.ranks.rows(len(batch.starts))
-        return [batch.rows(row, row + self.micro_rows) for row in range(first, stop, self.micro_rows)]
+        return [partial(self._loss, batch, row) for row in range(first, stop, self.micro_rows)]
+
+    def _loss(self, batch: Batch, row: int) -> Tensor:
+        if self.tables is not None:
+            self.tables.place(row, row + self.micro_rows)
+        return self.objective(batch.rows(row, row + self.micro_rows))[0]
 
     def _is_finite(self, nats: float, norm: float, batch: Batch) -> bool:
         """Whether the step can be taken. Raises Diverged, without gradients left, if it stops the run."""
@@ -193,7 +209,7 @@ class Trainer:
         # One rank keeps gradients on: the compiled step serves both, a second one would cost a compilation.
         with torch.set_grad_enabled(self.ranks.alone):
             for batch in self.valid().one_pass():
-                nats = sum(self.objective(part)[0].item() for part in self._parts(batch))
+                nats = sum(part().item() for part in self._parts(batch))
                 window.add(self.ranks.sum(nats)[0], batch)
                 if window.bytes >= self.config.data.valid_bytes:
                     break
@@ -209,6 +225,13 @@ class Trainer:
         """Goes on from a snapshot. Raises CheckpointError if its model, data or batch shape is another one."""
         restart.restore(self, snapshot)
         self._saved = self.step
+
+    def finish(self) -> None:
+        """After the last step: the model is whole on every rank, and computes as if nobody had trained it."""
+        if self.tables is not None:
+            self.tables.settle()
+        compute_once(self.objective.model)
+        parallel.make_whole(self.objective.model)
 
     @property
     def _stop(self) -> bool:

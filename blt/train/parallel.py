@@ -8,7 +8,7 @@ rounding. Losses and decisions (stop, skip, signals) are those of all ranks toge
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,11 +130,18 @@ def check_rows(n_rows: int, micro_rows: int | None, world: int) -> int:
     return micro
 
 
-def shard(model: nn.Module, ranks: Ranks, device: torch.device, compile: bool = False) -> None:
+def shard(
+    model: nn.Module,
+    ranks: Ranks,
+    device: torch.device,
+    compile: bool = False,
+    apart: Collection[Tensor] = (),
+) -> None:
     """Each rank keeps a part of every parameter: blocks are gathered one by one as they are needed, the rest at once.
 
-    compile: each block, one graph per batch shape.  Products are in the run's dtype by autocast, as on one rank;
-    parameters, gradients and their sums are float32.
+    compile: each block, one graph per batch shape.  apart: parameters that stay whole.
+
+    Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32.
     """
     if ranks.alone:
         return
@@ -144,7 +151,8 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device, compile: bool = 
             if compile:
                 module.compile(fullgraph=True, dynamic=False)
             fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    whole = {parameter for parameter in model.parameters() if any(parameter is tensor for tensor in apart)}
+    fully_shard(model, mesh=mesh, ignored_params=whole)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the global number of targets

@@ -39,6 +39,7 @@ def save(trainer: Trainer) -> None:
         "config": trainer.config.model_dump(mode="json"),
         "loader": trainer.loader.state(),
         "bytes": trainer.bytes,
+        "table_steps": None if trainer.tables is None else trainer.tables.missed.steps,
         "window": trainer.window.state(),
         "extra": trainer.extra,
     }
@@ -56,6 +57,8 @@ def restore(trainer: Trainer, snapshot: Snapshot) -> None:
                 "the checkpoint used other data, another patch rule or entropy model; "
                 "use the same, or start anew in another output folder"
             )
+        if trainer.tables is not None:
+            trainer.tables.make_room(state["table_steps"])
         tensors = _tensors(trainer)
         snapshot.load(tensors, trainer.ranks)
         torch.set_rng_state(tensors["rng"])
@@ -70,7 +73,8 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     """The run's own tensors by name, so that what is loaded into them is in place."""
     model = trainer.objective.model
     found = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    found |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state(model, trainer.optimizer).items()}
+    state = optimizer_state(model, trainer.optimizer) | ({} if trainer.tables is None else trainer.tables.tensors())
+    found |= {f"optimizer.{name}": tensor for name, tensor in state.items()}
     return found | {"rng": torch.get_rng_state()}
 
 

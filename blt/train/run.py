@@ -17,7 +17,6 @@ from blt.train import parallel, snapshots
 from blt.train.jobs import prepare_run
 from blt.train.loop import Trainer
 from blt.train.metrics import replace_text
-from blt.train.recompute import compute_once
 from blt.train.snapshots import Snapshot
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
 
@@ -55,8 +54,7 @@ def train(
         _resume(trainer, resume)
         ranks.first_does(lambda: _begin(trainer))
         trainer.run(config.schedule.steps)
-        parallel.make_whole(trainer.objective.model)
-        compute_once(trainer.objective.model)
+        trainer.finish()
         ranks.first_does(lambda: _end(trainer, finish))
     return Path(out) / checkpoint.MODEL_FILE
 

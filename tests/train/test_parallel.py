@@ -31,19 +31,19 @@ def config_of(repo: Path) -> RunConfig:
     return load_config(repo / "configs" / "tiny.yaml", SETTINGS)
 
 
-def start(repo: Path, out: Path, data: Path, resume: str = "auto") -> subprocess.Popen[bytes]:
+def start(repo: Path, out: Path, data: Path, resume: str = "auto", *settings: str) -> subprocess.Popen[bytes]:
     """The documented command, two ranks."""
     paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "blt.cli"]
     arguments = ["train", "blt", "-c", str(repo / "configs" / "tiny.yaml"), "-o", str(out), "--data", str(data)]
     arguments += ["--threads", "1", "--device", "cpu", "--resume", resume]
-    arguments += [word for setting in SETTINGS for word in ("--set", setting)]
+    arguments += [word for setting in SETTINGS + settings for word in ("--set", setting)]
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command + arguments, env=environment, stdout=subprocess.PIPE)
 
 
-def two_ranks(repo: Path, out: Path, data: Path, resume: str = "auto") -> Path:
-    process = start(repo, out, data, resume)
+def two_ranks(repo: Path, out: Path, data: Path, resume: str = "auto", *settings: str) -> Path:
+    process = start(repo, out, data, resume, *settings)
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0
     assert printed.decode().split() == [str(out / "model.pt")]  # the first rank alone speaks
@@ -87,6 +87,16 @@ def test_two_ranks_match_one(one_rank: Path, both_ranks: Path) -> None:
         assert torch.allclose(tensor, theirs[name], rtol=1e-2, atol=1e-3), name
     shards = sorted(path.name for path in (both_ranks / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
     assert [name[:11] for name in shards] == ["shard-00001", "shard-00002"]
+
+
+@pytest.mark.slow
+def test_two_ranks_with_sparse_tables_match_one_with_dense(
+    repo: Path, data: Path, one_rank: Path, tmp_path: Path
+) -> None:
+    """Tables outside FSDP, activation checkpointing inside."""
+    settings = ("optimizer.tables=sparse", "run.activation_checkpointing=true")
+    out = two_ranks(repo, tmp_path / "run", data, "none", *settings)
+    same_within_rounding(records(out), records(one_rank))
 
 
 @pytest.mark.slow

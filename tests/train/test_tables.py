@@ -1,0 +1,123 @@
+"""Sparse hash tables are dense AdamW up to rounding, however long a row waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from blt import checkpoint
+from blt.config import RunConfig, load_config
+from blt.train import Trainer, snapshots, train
+from blt.train.jobs import prepare_run
+from blt.train.tables import CatchUp
+from blt_runtime.errors import CheckpointError, ConfigError
+
+KINDS = ("sparse", "dense")
+SETTINGS = ["patching.scheme=space", "model.hash.rows=3001"]
+
+
+def config_of(repo: Path, *settings: str) -> RunConfig:
+    return load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *settings])
+
+
+def trainer_of(config: RunConfig, out: Path, data: Path, compile: bool = False) -> Trainer:
+    return prepare_run(config, out, data, None, compile)[0]
+
+
+def tables_of(trainer: Trainer) -> torch.Tensor:
+    return trainer.objective.model.hash_embedding.tables.weight.detach()
+
+
+def test_sparse_is_dense(repo: Path, data: Path, tmp_path: Path) -> None:
+    """Losses of every step, and tables at the end: rows that wait for many, and rows that nobody touches."""
+    sparse, dense = (trainer_of(config_of(repo, f"optimizer.tables={kind}"), tmp_path, data) for kind in KINDS)
+    first = tables_of(dense).clone()
+    for _ in range(30):
+        assert sparse.train_step() == pytest.approx(dense.train_step(), rel=1e-5)
+        assert sparse.norm == pytest.approx(dense.norm, rel=1e-4)
+    assert sparse.validate() == pytest.approx(dense.validate(), rel=1e-5)
+    assert sparse.tables is not None
+    waiting = sparse.tables.last_R
+    assert (waiting == 0).any()
+    assert ((waiting > 0) & (waiting < 20)).any()
+    sparse.finish()
+    moved, difference = ((tables_of(dense) - other).abs() for other in (first, tables_of(sparse)))
+    assert difference.max() < 1e-2 * moved.max()
+    assert difference.mean() < 1e-5 * moved.max()
+    second = dense.optimizer.state[dense.objective.model.hash_embedding.tables.weight]["exp_avg_sq"]
+    assert (sparse.tables.exp_avg_sq_RD - second).abs().max() < 1e-3 * second.max()
+
+
+@pytest.mark.parametrize(("betas", "decay"), [((0.9, 0.95), 0.1), ((0.9, 0.999), 0.0), ((0.0, 0.9), 0.3)])
+def test_what_was_missed_is_adamw_without_gradients(betas: tuple[float, float], decay: float) -> None:
+    """Against the steps one by one, in float64, with other rates in each."""
+    random = np.random.default_rng(0)
+    rates = random.uniform(1e-4, 1e-2, 80)
+    missed = CatchUp(betas)
+    for lr in rates:
+        missed.step(lr, decay)
+    for last in (1, 7, 50, 79, 80):
+        w, m, v = 0.7, 0.02, 0.0003
+        for t in range(last + 1, 81):
+            m, v = m * betas[0], v * betas[1]
+            step = m / (1 - betas[0] ** t) / (v / (1 - betas[1] ** t)) ** 0.5
+            w = w * (1 - rates[t - 1] * decay) - rates[t - 1] * step
+        caught_up = 0.7 * missed.decay[last] - missed.drift[last] * 0.02 / 0.0003**0.5
+        assert caught_up == pytest.approx(w, rel=1e-10)
+
+
+def test_micro_batches_share_the_rows(repo: Path, data: Path, tmp_path: Path) -> None:
+    settings = ("optimizer.tables=sparse", "batch.micro_rows=1")
+    parts, whole = (trainer_of(config_of(repo, *settings[:n]), tmp_path, data) for n in (2, 1))
+    for _ in range(4):
+        assert parts.train_step() == pytest.approx(whole.train_step(), rel=1e-5)
+
+
+def test_resumed_bit_for_bit(repo: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(repo, "optimizer.tables=sparse", "schedule.steps=20")
+    whole = checkpoint.load(train(config, tmp_path / "whole", data=data)).require_blt()[0]
+    first = trainer_of(config, tmp_path / "run", data)
+    for _ in range(9):
+        first.train_step()
+    first.save()
+    snapshot = snapshots.read_newest(first.folder)
+    assert snapshot is not None
+    dense = trainer_of(config_of(repo), tmp_path / "run", data)
+    with pytest.raises(CheckpointError, match=r"'optimizer.tables' \(sparse, not dense\)"):
+        dense.restore(snapshot)
+    resumed = checkpoint.load(train(config, tmp_path / "run", data=data)).require_blt()[0]
+    theirs = whole.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_their_rate_and_whether_they_train(repo: Path, data: Path, tmp_path: Path) -> None:
+    pattern, sparse = "hash_embedding.*", "optimizer.tables=sparse"
+    scaled = trainer_of(config_of(repo, sparse, f"optimizer.lr_scale={{{pattern!r}: 0.5}}"), tmp_path, data)
+    assert scaled.tables is not None
+    assert scaled.tables.scale == 0.5
+    frozen = trainer_of(config_of(repo, sparse, f"optimizer.freeze=[{pattern!r}]"), tmp_path, data)
+    before = tables_of(frozen).clone()
+    frozen.train_step()
+    assert torch.equal(tables_of(frozen), before)
+
+
+def test_what_cannot_be_sparse(repo: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no hash tables"):
+        trainer_of(config_of(repo, "optimizer.tables=sparse", "model.hash=null"), tmp_path, data)
+    with pytest.raises(ConfigError, match="square root"):
+        trainer_of(config_of(repo, "optimizer={tables: sparse, betas: [0.99, 0.95]}"), tmp_path, data)
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_other_rows(repo: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(repo, "optimizer.tables=sparse", "batch.byte_buckets=[128]")
+    compiled, eager = (trainer_of(config, tmp_path, data, compile) for compile in (True, False))
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(5):
+        assert compiled.train_step() == pytest.approx(eager.train_step(), rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
