@@ -22,7 +22,6 @@ from blt.model.layers import Attend, CrossAttention, RMSNorm, Rotation, Stack, l
 from blt.model.masks import (
     PatchLayout,
     document_ids,
-    gather_rows,
     patch_document_ids,
     patch_layout,
 )
@@ -65,11 +64,25 @@ class LocalEncoder(Stack):
         instead, the paper's ablation of this initialisation); then each layer's k queries a patch read the
         visible bytes. A patch without bytes pools to 0 and attends to nothing.
         """
-        p_BPkD = self.patch_projection(self._reduce(states_BPVD[0], own_valid_BPV)).unflatten(-1, (self.k, -1))
+        return self.pool_read(states_BPVD[0], self.keys_values(states_BPVD), key_valid_BPV, own_valid_BPV)
+
+    def keys_values(self, states: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of each cross-attention layer, of the byte states [..., D] that it reads."""
+        return [cross.keys_values(state) for cross, state in zip(crosses(self.cross), states, strict=True)]
+
+    def pool_read(
+        self,
+        first_BPVD: Tensor,
+        keys_values: Sequence[tuple[Tensor, Tensor]],
+        key_valid_BPV: Tensor,
+        own_valid_BPV: Tensor,
+    ) -> Tensor:
+        """`pool` with the gathered keys and values [B, P, V, D] of each layer: computed before they are gathered, the
+        products see every byte once and not every place of a patch (3.5 times as many in the demo's rows)."""
+        p_BPkD = self.patch_projection(self._reduce(first_BPVD, own_valid_BPV)).unflatten(-1, (self.k, -1))
         any_BP11 = key_valid_BPV.any(-1)[..., None, None]
         visible_BPV = key_valid_BPV | ~any_BP11[..., 0]
-        for cross, state_BPVD in zip(crosses(self.cross), states_BPVD, strict=True):
-            key, value = cross.keys_values(state_BPVD)
+        for cross, (key, value) in zip(crosses(self.cross), keys_values, strict=True):
             p_BPkD = 2 * p_BPkD + cross(p_BPkD, key, value, visible_BPV) * any_BP11
         p_BPE: Tensor = p_BPkD.flatten(2)
         return p_BPE
@@ -176,8 +189,8 @@ class BLT(nn.Module):
         return self.encoder.byte_states(self.embed(ids_BN), *self._whole(self.encoder, document_BN))
 
     def pool(self, states_BND: Sequence[Tensor], layout: PatchLayout) -> Tensor:
-        gathered = [gather_rows(state, layout.byte_index) for state in states_BND]
-        return self.encoder.pool(gathered, layout.key_valid, layout.own_valid)
+        read = [(layout.gather(key), layout.gather(value)) for key, value in self.encoder.keys_values(states_BND)]
+        return self.encoder.pool_read(layout.gather(states_BND[0]), read, layout.key_valid, layout.own_valid)
 
     def think(self, p_BPE: Tensor, patch_document_BP: Tensor) -> Tensor:
         if not self.config.latent_document_mask:

@@ -1,12 +1,14 @@
 """Where patches lie in a row and which positions may see which, for whole rows (spec sections 5, 8 and 10).
 
 All shapes are static and nothing branches on a value, so that a training step is one compiled graph per bucket.
-Letters: B rows, N tokens, P patches, L longest patch, V width of the gather (L times the encoder's cross window).
+Letters: B rows, N tokens, P patches, L longest patch, E patches that the encoder's cross-attention spans, V = L * E
+width of the gather, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,8 @@ class PatchLayout:
 
     encoder_id [B, N]: patch that each token belongs to.  decoder_row [B, N, W]: the last W patches that are complete
     at each token, oldest first, -1 where there is none.  byte_index [B, P, V]: the tokens that each patch's queries
-    read; key_valid [B, P, V] marks real entries, own_valid those of the patch itself.
+    read; key_valid [B, P, V] marks real entries, own_valid those of the patch itself.  slot [B, N, E]: the places
+    p * V + v where those entries hold each token, for the E patches that may read it, -1 for none.
     """
 
     encoder_id: Tensor
@@ -51,6 +54,13 @@ class PatchLayout:
     byte_index: Tensor
     key_valid: Tensor
     own_valid: Tensor
+    slot: Tensor
+
+    def gather(self, x_BND: Tensor) -> Tensor:
+        """What each patch's queries read of x [B, N, D]: [B, P, V, D]. Entries that are not valid hold anything, and
+        their gradient must be 0."""
+        out: Tensor = GatherBytes.apply(x_BND, self.byte_index, self.slot)
+        return out
 
 
 def patch_layout(
@@ -73,7 +83,18 @@ def patch_layout(
     index_BPV = first_BP[..., None] + torch.arange(max_patch * encoder_window, device=device)
     key_valid = (index_BPV < end_BP[..., None]) & (index_BPV < n_tokens)
     own_valid = key_valid & (index_BPV >= start_BP[..., None])
-    return PatchLayout(id_BN1[:, :-1], decoder_row_BNW, index_BPV.clamp(max=n_tokens - 1), key_valid, own_valid)
+    id_BN = id_BN1[:, :-1]
+    slot_BNE = _slots(id_BN, first_BP, index_BPV.shape[2], encoder_window)
+    return PatchLayout(id_BN, decoder_row_BNW, index_BPV.clamp(max=n_tokens - 1), key_valid, own_valid, slot_BNE)
+
+
+def _slots(id_BN: Tensor, first_BP: Tensor, V: int, encoder_window: int) -> Tensor:
+    """Inverse of `byte_index`: token t lies in patch p at v = t - first[p], for its own patch and the next E - 1."""
+    n_patches, n = first_BP.shape[1], id_BN.shape[1]
+    p_BNE = id_BN[..., None] + torch.arange(encoder_window, device=id_BN.device)
+    first_BNE = gather_rows(first_BP, p_BNE.clamp(max=n_patches - 1))
+    v_BNE = torch.arange(n, device=id_BN.device)[:, None] - first_BNE
+    return torch.where((p_BNE < n_patches) & (v_BNE < V), p_BNE * V + v_BNE, -1)
 
 
 def patch_document_ids(ids_BN: Tensor, layout: PatchLayout) -> Tensor:
@@ -87,3 +108,20 @@ def gather_rows(x_BN: Tensor, index_BPV: Tensor) -> Tensor:
     """x[b, index[b, p, v]]: [B, N, ...] -> [B, P, V, ...]"""
     row_B11 = torch.arange(x_BN.shape[0], device=x_BN.device)[:, None, None]
     return x_BN[row_B11, index_BPV]
+
+
+class GatherBytes(torch.autograd.Function):
+    """`gather_rows` whose gradient is a gather, too: every token knows its entries, so nothing is scattered. The
+    scatter of torch is one thread if it has to be deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BND: Tensor, index_BPV: Tensor, slot_BNE: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_BNE)
+        return gather_rows(x_BND, index_BPV)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slot_BNE,) = ctx.saved_tensors
+        (grad_BPVD,) = gradients
+        grad_BNED = gather_rows(grad_BPVD.flatten(1, 2), slot_BNE.clamp(min=0))
+        return (grad_BNED * (slot_BNE >= 0)[..., None]).sum(2), None, None

@@ -43,7 +43,8 @@ def attend_products(q_BHSK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask_BSL: Te
         k_BGLK, v_BGLK = k_BGLK.repeat_interleave(groups, 1), v_BGLK.repeat_interleave(groups, 1)
     score_BHSL = (q_BHSK @ k_BGLK.transpose(-1, -2)).float() * q_BHSK.shape[-1] ** -0.5
     weight_BHSL = score_BHSL.masked_fill(~mask_BSL[:, None], float("-inf")).softmax(-1)
-    return weight_BHSL.type_as(v_BGLK) @ v_BGLK
+    out_BHSK: Tensor = weight_BHSL.to(v_BGLK.dtype) @ v_BGLK
+    return out_BHSK
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Blocks:
         position_L = torch.arange((self.before + 1) * self.size, device=document_BN.device)
         distance_wL = position_L[-self.size :, None] - position_L
         near_wL = (distance_wL >= 0) & (distance_wL < window)
-        return (near_wL & (own_BJw[..., None] == key_BJL[:, :, None])).flatten(0, 1)
+        mask_BJwL: Tensor = near_wL & (own_BJw[..., None] == key_BJL[:, :, None])
+        return mask_BJwL.flatten(0, 1)
 
 
 class BlockAttend:
