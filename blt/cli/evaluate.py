@@ -1,7 +1,8 @@
 """`blt eval`: bits per byte of a model on text, beside classical compressors.
 
 A document is BOS, its bytes, EOS; every byte and the EOS are predicted, and the sum of their bits is divided by the
-number of bytes: the same count as the training's validation.
+number of bytes: the same count as the training's validation. Of a data folder of prompts and completions, prompts are
+read and not counted.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Tally:
         """Plain values; `unit` is what the model reads: bytes per patch or token, nothing of bytes per byte."""
         mean = {} if unit == "byte" else {f"bytes_per_{unit}": round(self.n_bytes / max(1, self.units), 4)}
         return {
-            "bits_per_byte": round(self.bits / self.n_bytes, 5),
+            "bits_per_byte": round(self.bits / max(1, self.n_bytes), 5),
             "bytes": self.n_bytes,
             "documents": self.documents,
             **mean,
@@ -156,30 +157,30 @@ def _only_without_suite(given: dict[str, object]) -> None:
 
 def _score_all(scorer: Scorer, documents: list[texts.Document], context: int) -> dict[str, Tally]:
     tallies: dict[str, Tally] = defaultdict(Tally)
-    total = sum(len(text) for _, text in documents)
+    total = sum(len(document.text) for document in documents)
     with console.progress("eval", total) as advance:
-        for group, text in documents:
-            for name in (group, ALL):
+        for document in documents:
+            for name in (document.group, ALL):
                 tallies[name].documents += 1
-            for start in range(0, len(text), context):
-                piece, last = text[start : start + context], start + context >= len(text)
+            for prompt, text, last in texts.cut(document, context):
                 started = time.perf_counter()
-                scored = scorer.measure(piece, eos=last)
+                scored = scorer.measure(text, prompt, eos=last)
                 seconds = time.perf_counter() - started
-                for name in (group, ALL):
-                    tallies[name].add(scored, len(piece), seconds)
-                advance(len(piece))
+                for name in (document.group, ALL):
+                    tallies[name].add(scored, len(text), seconds)
+                advance(len(prompt) + len(text))
     return dict(sorted(tallies.items(), key=lambda item: (item[0] == ALL, item[0])))
 
 
 def _add_baselines(tallies: dict[str, Tally], documents: list[texts.Document], names: list[str]) -> None:
-    """Each group compressed as one file, documents ended by NUL; bits per byte of text."""
-    by_group = sorted(documents, key=lambda document: document[0])
-    joined = {g: b"".join(t + b"\0" for _, t in part) for g, part in groupby(by_group, key=lambda d: d[0])}
+    """Each group's counted text compressed as one file, documents ended by NUL; bits per byte of that text."""
+    by_group = sorted(documents, key=lambda document: document.group)
+    groups = groupby(by_group, key=lambda document: document.group)
+    joined = {group: b"".join(d.text[d.prompt :] + b"\0" for d in part) for group, part in groups}
     joined[ALL] = b"".join(joined.values())
     for group, tally in tallies.items():
         for name in names:
-            tally.baselines[name] = round(8 * BASELINES[name](joined[group]) / tally.n_bytes, 5)
+            tally.baselines[name] = round(8 * BASELINES[name](joined[group]) / max(1, tally.n_bytes), 5)
 
 
 def _table(tallies: dict[str, Tally], baselines: list[str], unit: Unit) -> Table:

@@ -71,7 +71,7 @@ def _noise(scorer: Scorer, chosen: Chosen) -> list[Line]:
     assert chosen.data is not None
     documents = texts.limited(texts.documents(chosen.data, chosen.split), chosen.limit)
     size = PAIR_BYTES if scorer.capacity is None else min(PAIR_BYTES, scorer.capacity // ROOM)
-    found = pairs((text for _, text in documents), size, chosen.items)
+    found = pairs((document.text for document in documents), size, chosen.items)
     if scorer.capacity is not None:
         found = fitting(found, scorer.capacity, chosen.seed)
     if not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blt_runtime.errors import InputError, UsageError
 from blt_runtime.ids import encode
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Document = tuple[str, bytes]  # group, text
+
+class Document(NamedTuple):
+    """A text and its group; the first `prompt` bytes are read and not counted."""
+
+    group: str
+    text: bytes
+    prompt: int = 0
 
 
 def documents(data: Path, split: str) -> Iterator[Document]:
@@ -27,23 +33,33 @@ def documents(data: Path, split: str) -> Iterator[Document]:
     if is_data_folder(data):
         found = Dataset(data).split(split)
         for i in range(len(found)):
-            yield found.group(i), found.bytes(i)
+            yield Document(found.group(i), found.bytes(i), int(found.prompt_lengths[i]))
         return
     if data.is_dir():
         raise UsageError(f"{data} is not a data folder; make one with blt data prepare, or give a file")
     for source, document in read_all(find_sources([data])):
-        yield source.group, document.content
+        yield Document(source.group, document.content)
 
 
 def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
     """At most `limit` bytes of each group; the last document is cut. Empty documents are left out."""
     used: dict[str, int] = defaultdict(int)
-    for group, text in found:
+    for group, text, prompt in found:
         if limit is not None:
             text = text[: limit - used[group]]
         used[group] += len(text)
         if text:
-            yield group, text
+            yield Document(group, text, min(prompt, len(text)))
+
+
+def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]:
+    """(prompt, counted text, whether the document ends there) of pieces of at most `context` bytes together."""
+    _, text, prompt = document
+    for start in range(0, len(text), context):
+        piece, last = text[start : start + context], start + context >= len(text)
+        read = min(max(prompt - start, 0), len(piece))
+        if read < len(piece) or last:
+            yield piece[:read], piece[read:], last
 
 
 def nothing(data: Path, split: str) -> InputError:
@@ -63,9 +79,9 @@ def spread(data: Path, split: str, context: int, most: int) -> list[NDArray[np.i
 
     The data is read twice (sizes, then text), so that only what is kept is held in memory.
     """
-    total = sum(len(text) for _, text in documents(data, split))
+    total = sum(len(document.text) for document in documents(data, split))
     if not total:
         raise nothing(data, split)
     every = -(-total // most)
-    all_pieces = (piece for _, text in documents(data, split) for piece in pieces(text, context))
+    all_pieces = (piece for document in documents(data, split) for piece in pieces(document.text, context))
     return [piece for i, piece in enumerate(all_pieces) if i % every == 0]

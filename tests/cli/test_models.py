@@ -177,6 +177,28 @@ def test_eval_equals_the_sum_over_scores(blt: Call, checkpoint: Path, tmp_path: 
     assert report["bits_per_byte"] == pytest.approx(nats.item() / np.log(2) / len(data), abs=1e-4)
 
 
+@pytest.mark.parametrize("context", [4096, 9])
+def test_eval_reads_prompts_and_counts_completions(blt: Call, checkpoint: Path, tmp_path: Path, context: int) -> None:
+    prompt, completion = b"a question: ", b"and its answer"
+    pair = json.dumps({"q": prompt.decode(), "a": completion.decode()})
+    (tmp_path / "pairs.jsonl").write_text(pair)
+    keys = ("--prompt-field", "q", "--completion-field", "a", "--split", "1/0/0")
+    assert blt("data", "prepare", tmp_path / "pairs.jsonl", "-o", tmp_path / "data", *keys).code == 0
+    nats, whole = 0.0, prompt + completion
+    for start in range(0, len(whole), context):
+        piece, end = whole[start : start + context], [2] if start + context >= len(whole) else []
+        np.save(tmp_path / "ids.npy", np.array([1, *(4 + b for b in piece), *end]))
+        assert blt("score", checkpoint, tmp_path / "ids.npy", "--npz", tmp_path / "s.npz").code == 0
+        logits = torch.from_numpy(np.load(tmp_path / "s.npz")["logits"]).double()
+        first = max(len(prompt) - start, 0)
+        targets = torch.tensor([*(4 + b for b in piece), *end])[first:]
+        nats += torch.nn.functional.cross_entropy(logits[first:-1], targets, reduction="sum").item()
+    arguments = ("eval", checkpoint, tmp_path / "data", "--split", "train", "--context", context, "--json")
+    report = json.loads(blt(*arguments).text)
+    assert report["bytes"] == len(completion)
+    assert report["bits_per_byte"] == pytest.approx(nats / np.log(2) / len(completion), abs=1e-4)
+
+
 def test_eval_of_a_data_folder(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for split in ("train", "test"):
