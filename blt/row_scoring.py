@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from blt.checkpoint import Checkpoint
 from blt.data.tokens import Vocabulary
 from blt.model import BLT, EntropyModel, entropy_of
-from blt.scoring import Scored, Scorer, StreamScorer, Unit, bits_of, patches_from
+from blt.scoring import Scored, Scorer, StreamScorer, Unit, patches_from, scored
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS, EOS, encode
 from blt_runtime.patching import PatchRule, patch_lengths
@@ -61,7 +61,7 @@ class ByteRows(Scorer):
     def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
         ids_N = encode(prompt + text, bos=True, eos=eos)
         first = 1 + len(prompt)
-        return Scored(bits_of(_logits(self.model, ids_N, self.device), ids_N, first), len(ids_N) - first)
+        return scored(_logits(self.model, ids_N, self.device), ids_N, first, len(ids_N) - first)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TokenRows(Scorer):
         before, after = self.vocabulary.encode_all([prompt, text])
         ids_N = np.concatenate([[BOS], before, after, [EOS] if eos else []]).astype(np.int64)
         first = 1 + len(before)
-        return Scored(bits_of(_logits(self.model, ids_N, self.device), ids_N, first), len(ids_N) - first)
+        return scored(_logits(self.model, ids_N, self.device), ids_N, first, len(ids_N) - first)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class PatchRows(Scorer):
             return self.stream.measure(text, prompt, eos)
         with torch.inference_mode():
             logits_BNV = self.blt(_row(ids_N, self.device), _row(lengths_P, self.device), longest)
-        return Scored(bits_of(logits_BNV[0].cpu().numpy(), ids_N, first), patches_from(lengths_P, first, len(ids_N)))
+        return scored(logits_BNV[0].cpu().numpy(), ids_N, first, patches_from(lengths_P, first, len(ids_N)))
 
     def _patches(self, ids_N: Ids) -> Ids:
         entropies_N = None

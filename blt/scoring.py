@@ -26,10 +26,12 @@ Unit = Literal["patch", "byte", "token"]
 
 
 class Scored(NamedTuple):
-    """`bits` of a text, and the `units` (patches, bytes or tokens) that begin in it or at its EOS."""
+    """`bits` of a text; `units` (patches, bytes or tokens) that begin in it or at its EOS; `greedy`: whether the model
+    would write it greedily."""
 
     bits: float
     units: int
+    greedy: bool
 
 
 class Scorer(ABC):
@@ -71,7 +73,13 @@ class StreamScorer(Scorer):
         ids_N = encode(prompt + text, bos=True, eos=eos)
         score = self(ids_N)
         first = 1 + len(prompt)
-        return Scored(bits_of(score.logits, ids_N, first), patches_from(score.patch_lengths, first, len(ids_N)))
+        return scored(score.logits, ids_N, first, patches_from(score.patch_lengths, first, len(ids_N)))
+
+
+def scored(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]], first: int, units: int) -> Scored:
+    """Of ids first..N-1 under the logits at the place before each."""
+    likeliest_N = logits_NV[first - 1 : len(ids_N) - 1].argmax(-1)
+    return Scored(bits_of(logits_NV, ids_N, first), units, bool((likeliest_N == ids_N[first:]).all()))
 
 
 def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]], first: int = 1) -> float:

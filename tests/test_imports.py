@@ -21,13 +21,14 @@ PACKAGES = {"blt": REPO / "blt", "blt_export": REPO / "export/blt_export", "blt_
 # What a package may import at all, beyond the standard library and itself ...
 MAY = {
     "blt_runtime": {"numpy"},
-    "blt": {"numpy", "torch", "pydantic", "yaml", "zstandard", "matplotlib", "blt_runtime"},
+    "blt": {"numpy", "torch", "pydantic", "yaml", "zstandard", "matplotlib", "lm_eval", "tqdm", "blt_runtime"},
     "blt_export": {
         "numpy", "torch", "pydantic", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt_rtx", "ml_dtypes",
         "blt", "blt_runtime",
     },
     "blt.cli": {
-        "numpy", "typer", "rich", "torch", "onnxruntime", "matplotlib", "pyppmd", "blt", "blt_export", "blt_runtime",
+        "numpy", "typer", "rich", "torch", "onnxruntime", "matplotlib", "pyppmd", "lm_eval", "blt", "blt_export",
+        "blt_runtime",
     },
 }  # fmt: skip
 # ... and what may come only inside a function, so that the import of the module stays light.
@@ -35,7 +36,7 @@ LAZY = {
     "blt_runtime": {"onnxruntime", "tensorrt"},
     "blt": {"gguf", "huggingface_hub", "matplotlib", "pyarrow", "rich", "safetensors", "tokenizers", "zstandard"},
     "blt_export": {"tensorrt_rtx", "onnxruntime"},
-    "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "blt_export"},
+    "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "lm_eval", "blt_export"},
 }
 CLI_MAY_LOAD = (
     "blt.__version__", "blt.cli", "blt.plot", "blt.scoring",

@@ -27,6 +27,7 @@ from blt.cli import (
     failures,
     generate,
     inspect,
+    lm_eval,
     patch,
     plot,
     score,
@@ -51,6 +52,7 @@ app.command("patch")(patch.patch)
 app.command("calibrate")(calibrate.calibrate)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(evaluate.evaluate)
+app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
 app.command("score")(score.score)
 app.command("check")(check.check)
 app.command("plot")(plot.plot)

@@ -16,6 +16,7 @@ OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
 EXTRAS = {
     "gguf": "gguf",
     "huggingface_hub": "hub",
+    "lm_eval": "lm-eval",
     "matplotlib": "plot",
     "onnx": "export",
     "onnx_ir": "export",

@@ -1,0 +1,53 @@
+"""`blt lm-eval`: the command line of EleutherAI's lm-evaluation-harness with a model of ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from blt.cli import devices, models, options
+from blt_runtime.errors import UsageError
+
+OURS = ("--model", "-M", "--model_args", "-a")
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def lm_eval(
+    context: typer.Context,
+    model: options.ModelPath,
+    entropy_model: options.EntropyModel = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+) -> None:
+    """Run tasks of lm-evaluation-harness (extra lm-eval). All other options go to lm_eval: --tasks, --limit, ..."""
+    for word in context.args:
+        if word.split("=")[0] in OURS:
+            raise UsageError(f"{word} is MODEL here; leave it out")
+    models.existing(model)
+    given = {"path": model, "entropy_model": entropy_model, "threads": threads}
+    arguments = [f"{name}={_plain(value)}" for name, value in given.items() if value is not None]
+    chosen = "cpu" if device == "auto" else devices.torch_device(device)  # lm_eval's own default is cuda
+    _run(["run", "--model", "blt", "--model_args", ",".join(arguments), "--device", chosen, *context.args])
+
+
+def _plain(value: Path | int) -> str:
+    """As the harness parses it: arguments are parted by commas."""
+    if "," in str(value) or "=" in str(value):
+        raise UsageError(f"{value}: lm_eval takes no name with a comma or an equals sign; rename or link it")
+    return str(value)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    import lm_eval.__main__ as harness
+
+    import blt.lm_eval_adapter  # noqa: F401  registers the name
+
+    before = sys.argv
+    sys.argv = ["lm_eval", *arguments]  # it reads no other list
+    try:
+        harness.cli_evaluate()
+    finally:
+        sys.argv = before

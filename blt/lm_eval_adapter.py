@@ -1,0 +1,178 @@
+"""Any model of this project as a model of EleutherAI's lm-evaluation-harness (extra `lm-eval`).
+
+Importing this module registers the name `blt` there:
+
+    import blt.lm_eval_adapter
+    lm_eval.simple_evaluate(model="blt", model_args="path=runs/blt", tasks=["lambada_openai"])
+
+`blt lm-eval MODEL --tasks ...` does the same and runs the harness's own command line. Likelihoods are of bytes (of the
+text's own tokenisation for a token model), from the same scorers as `blt eval`. Generation needs a BLT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from blt.scoring import Scored, Scorer, StreamScorer
+from blt_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from blt.checkpoint import Checkpoint
+    from blt_runtime import Model
+
+BYTES_PER_TOKEN = 4  # tasks limit answers in tokens (`max_gen_toks`)
+MAX_GEN_TOKS = 256  # where a task has no limit, as elsewhere in the harness
+
+
+@register_model("blt")
+class ByteModel(LM):  # type: ignore[misc, unused-ignore]
+    """A checkpoint or bundle at `path` (a hub name, too). Texts run one by one: the harness's batch size means nothing.
+
+    `entropy_model`: where a format keeps it apart; `threads`: of a call; `seed`: of tasks that sample.
+    Raises UsageError for a bundle on another device than the CPU.
+    """
+
+    tokenizer_name = "bytes"
+
+    def __init__(
+        self,
+        path: str,
+        entropy_model: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.opened = Opened(str(path), entropy_model, device or "cpu", None if threads is None else int(threads))
+        self.seed = int(seed)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(natural logarithm of p(continuation | context), whether it is what the model would write greedily)."""
+        found = []
+        for context, continuation in self._arguments(requests, disable_tqdm):
+            part = score(self.opened.scorer, _bytes(continuation), _bytes(context))
+            found.append((-part.bits * math.log(2), part.greedy))
+            self.cache_hook.add_partial("loglikelihood", (context, continuation), found[-1])
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Natural logarithm of p(text) behind BOS; a text that is too long in windows, each byte predicted once."""
+        found = []
+        for (text,) in self._arguments(requests, disable_tqdm):
+            found.append(-score(self.opened.scorer, _bytes(text)).bits * math.log(2))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Text behind each context, up to a stop string, EOS or `max_gen_toks` tokens of BYTES_PER_TOKEN bytes.
+
+        Greedy unless the task says `do_sample` with a temperature. What is no UTF-8 becomes U+FFFD.
+        """
+        found = []
+        for context, options in self._arguments(requests, disable_tqdm):
+            found.append(generate(self.opened.model, _bytes(context), options, self.seed).decode(errors="replace"))
+            self.cache_hook.add_partial("generate_until", (context, options), found[-1])
+        return found
+
+    def _arguments(self, requests: Sequence[Any], quiet: bool) -> Iterator[Any]:
+        from tqdm import tqdm
+
+        return iter(tqdm([request.args for request in requests], disable=quiet))
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="replace")  # a lone surrogate, which JSON can hold, has no bytes
+
+
+def score(scorer: Scorer, text: bytes, prompt: bytes = b"") -> Scored:
+    """`text` behind as much of the end of `prompt` as the model holds.
+
+    Text that is too long by itself is cut into windows: each byte is predicted once, and the last window is filled up
+    with the bytes before it.
+    """
+    whole, room = prompt + text, scorer.capacity or len(prompt + text)
+    if not text:
+        return Scored(0.0, 0, True)
+    bits, units, greedy = 0.0, 0, True
+    for start in range(len(prompt), len(whole), room):
+        stop = min(start + room, len(whole))
+        part = scorer.measure(whole[start:stop], whole[max(0, stop - room) : start])
+        bits, units, greedy = bits + part.bits, units + part.units, greedy and part.greedy
+    return Scored(bits, units, greedy)
+
+
+def generate(model: Model, context: bytes, options: Mapping[str, Any], seed: int) -> bytes:
+    """What the model writes behind `context`, of which it keeps the newest half where it is full; `options` are the
+    harness's (`until`, `max_gen_toks`, ...)."""
+    until = options.get("until") or []
+    most = BYTES_PER_TOKEN * int(options.get("max_gen_toks") or MAX_GEN_TOKS)
+    stream = model.stream(overflow="slide")
+    stream.append(context)
+    sampled = bool(options.get("do_sample")) and float(options.get("temperature") or 0) > 0
+    how = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in options}
+    chosen = how | {"seed": seed} if sampled else {"temperature": 0.0}
+    return b"".join(stream.generate(most, stop=[until] if isinstance(until, str) else list(until), **chosen))
+
+
+class Opened:
+    """The two ways to use a model, each made when it is needed first."""
+
+    def __init__(self, path: str, entropy_model: str | None, device: str, threads: int | None):
+        self.path, self.device, self.threads = Path(path), device, threads
+        self.checkpoint: Checkpoint | None = None
+        self._model: Model | None = None
+        self._scorer: Scorer | None = None
+        if (self.path / "manifest.json").exists():
+            if device != "cpu" or entropy_model is not None:
+                raise UsageError(f"{path} is a bundle: it runs on the CPU and holds its entropy model")
+            from blt_runtime import Model
+
+            self._model = Model.open(self.path, threads=threads)
+        else:
+            from blt.checkpoint import load
+
+            self.checkpoint = load(path, entropy_model)
+
+    @property
+    def model(self) -> Model:
+        """For generation. Raises UsageError for a model that is no BLT."""
+        if self._model is None:
+            assert self.checkpoint is not None
+            if self.checkpoint.blt is None:
+                raise UsageError(
+                    f"{self.path} is no BLT, so it scores and does not generate: leave out generating tasks"
+                )
+            from blt.torch_backend import open_model
+
+            self._model = open_model(self.checkpoint, device=self.device, threads=self.threads)
+        return self._model
+
+    @property
+    def scorer(self) -> Scorer:
+        """For likelihoods: whole rows on PyTorch, a stream for a bundle."""
+        if self._scorer is None:
+            if self.checkpoint is None:
+                self._scorer = StreamScorer(self.model.stream(bos=False), self.model.spec.capacity_bytes)
+            else:
+                self._scorer = self._rows(self.checkpoint)
+        return self._scorer
+
+    def _rows(self, checkpoint: Checkpoint) -> Scorer:
+        import torch
+
+        from blt.row_scoring import scorer_of
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        for model in (checkpoint.blt, checkpoint.entropy, checkpoint.bpe):
+            if model is not None:
+                model.to(self.device)
+        return scorer_of(checkpoint, device=self.device)
