@@ -28,8 +28,8 @@ def _shares(text: str) -> tuple[float, ...]:
 def prepare(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Files or folders of text.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="auto, txt (documents end with NUL), jsonl or dir.")] = "auto",
-    text_field: Annotated[str, typer.Option(help="Key of the text in JSONL.")] = "text",
+    format: Annotated[str, typer.Option(help="auto, txt (documents end with NUL), jsonl, parquet or dir.")] = "auto",
+    text_field: Annotated[str, typer.Option(help="Key of the text in JSONL, column in parquet.")] = "text",
     prompt_field: Annotated[str | None, typer.Option(help="Key of a prompt, which carries no loss.")] = None,
     completion_field: Annotated[str | None, typer.Option(help="Key of the completion behind the prompt.")] = None,
     split: Annotated[str, typer.Option(help="Shares of train/valid/test.")] = "98/1/1",
@@ -50,6 +50,24 @@ def prepare(
         inputs, out, format=format, split=shares, dedup=dedup, text_field=text_field, prompt_field=prompt_field,
         completion_field=completion_field, workers=workers, seed=seed, force=force,
     )  # fmt: skip
+    _show(describe(out), as_json)
+
+
+@app.command("corpus")
+def corpus(
+    name: Annotated[str, typer.Argument(help="tiny (from this Python's library) or base (from Debian packages).")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
+    debs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the packages of base.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Build a named corpus as a data folder: the same text for everybody."""
+    from blt.data.corpora import build
+    from blt.data.dataset import info as describe
+
+    build(name, out, debs=debs, force=force)
     _show(describe(out), as_json)
 
 

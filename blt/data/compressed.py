@@ -41,6 +41,11 @@ def damage(path: Path) -> tuple[type[Exception], ...]:
     return (*errors, _zstandard(path).ZstdError) if path.suffix.lower() == ".zst" else errors
 
 
+def read_zstandard(file: BinaryIO, name: str) -> bytes:
+    """The decompressed content of an open file. Raises EOFError if it was cut, and MissingExtra."""
+    return io.BufferedReader(_Frames(file, _zstandard(Path(name)))).read()
+
+
 class _Frames(io.RawIOBase):
     """All frames of a zstandard file, one behind the other."""
 

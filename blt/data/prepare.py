@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,6 +103,7 @@ def prepare(
     seed: int = 0,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the data folder `out` and returns its manifest.
 
@@ -110,7 +111,8 @@ def prepare(
     the seed and the content decides, so equal documents never straddle two splits and the result does not depend on
     the order of the inputs. Exact duplicates are dropped with `dedup`. Empty documents are never written.
     `text_field` is the key of a record's text. With `prompt_field` and `completion_field` a record is a prompt and what
-    is learned behind it; records of one prompt stay in one split.
+    is learned behind it; records of one prompt stay in one split. What `about` says of the text is kept with the
+    manifest's options.
     Raises InputError for bad input, UsageError for bad arguments or when `out` is not empty (`force` replaces an older
     data folder).
     """
@@ -120,6 +122,7 @@ def prepare(
     _check_target(out, force, [Path(path).resolve() for path in inputs])
     with staged(out) as temporary:
         manifest = _write(temporary, sources, shares, dedup, fields, workers, seed, shard_bytes)
+        manifest["options"] |= about or {}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 

@@ -1,0 +1,37 @@
+"""Corpora with a name: the same text for everybody who builds them.
+
+`tiny` is read from the Python installation that runs this, `base` is made of Debian packages (`blt.data.corpora.base`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from blt.data.corpora import base, tiny
+from blt.data.corpora.text import write_texts
+from blt.data.prepare import prepare
+from blt_runtime.errors import UsageError, nearest
+
+NAMES = ("base", "tiny")
+__all__ = ["NAMES", "build"]
+
+
+def build(name: str, out: str | Path, *, debs: str | Path | None = None, force: bool = False) -> dict[str, Any]:
+    """Builds a corpus as a data folder and returns its manifest, whose options say what it was made of.
+
+    debs: the folder with the packages of `base`. Raises UsageError for bad arguments, InputError for packages that are
+    missing or are not those of the lock file.
+    """
+    if name not in NAMES:
+        raise UsageError(f"no corpus {name!r}: {nearest(name, NAMES)}")
+    if debs is not None and name != "base":
+        raise UsageError(f"--debs belongs to the corpus base; {name} needs no packages")
+    texts, about = base.texts(debs) if name == "base" else tiny.texts()
+    out = Path(out).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary) / "text"
+        write_texts(folder, texts)
+        return prepare([folder], out, force=force, about={"corpus": name, **about})
