@@ -83,9 +83,12 @@ class ByteModel(LM):  # type: ignore[misc, unused-ignore]
         return found
 
     def _arguments(self, requests: Sequence[Any], quiet: bool) -> Iterator[Any]:
+        arguments = [request.args for request in requests]
+        if quiet:
+            return iter(arguments)
         from tqdm import tqdm
 
-        return iter(tqdm([request.args for request in requests], disable=quiet))
+        return iter(tqdm(arguments))
 
 
 def _bytes(text: str) -> bytes:

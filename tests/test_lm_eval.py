@@ -52,12 +52,11 @@ class StandIn:
 def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, on the real library or on the stand-in."""
     if not INSTALLED:
-        modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.api", "tqdm")}
+        modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.api")}
         modules |= {f"lm_eval.api.{name}": types.ModuleType(name) for name in ("model", "registry")}
         contents = {
             "lm_eval.api.model": ("LM", StandIn),
             "lm_eval.api.registry": ("register_model", lambda name: lambda made: made),
-            "tqdm": ("tqdm", lambda items, disable: items),
         }
         for name, (attribute, value) in contents.items():
             setattr(modules[name], attribute, value)
