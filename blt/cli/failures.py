@@ -11,6 +11,7 @@ import traceback
 from blt.cli.console import verbose
 
 OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
+SHOWN = 300  # characters of a foreign error at each end
 
 # top-level module -> the extra that brings it
 EXTRAS = {
@@ -54,7 +55,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"{error.strerror}{where}", FAILED
     if isinstance(error, MemoryError):
         return "not enough memory; a smaller --capacity or batch needs less", FAILED
-    return f"{type(error).__name__}: {one_line(error)} (-v shows the traceback)", FAILED
+    return f"{type(error).__name__}: {shortened(one_line(error))} (-v shows the traceback)", FAILED
 
 
 def _missing_module(error: ModuleNotFoundError) -> tuple[str, int]:
@@ -68,6 +69,12 @@ def _missing_module(error: ModuleNotFoundError) -> tuple[str, int]:
 def one_line(error: object) -> str:
     """The message without line breaks."""
     return " ".join(str(error).split())
+
+
+def shortened(line: str) -> str:
+    """The beginning and the end of a line that nobody wants to read whole: a compiler's output, which says both what
+    failed and why."""
+    return line if len(line) <= 2 * SHOWN else f"{line[:SHOWN]} ... {line[-SHOWN:]}"
 
 
 def report(error: BaseException) -> int:

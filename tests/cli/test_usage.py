@@ -219,3 +219,12 @@ def test_help_is_on_stdout(blt: Call) -> None:
         assert result.code == 0
         assert "Usage" in result.text
         assert result.err == ""
+
+
+def test_a_compilers_output_is_not_repeated_whole() -> None:
+    from blt.cli.failures import describe
+
+    line, _ = describe(RuntimeError("g++ failed\n" + "warning\n" * 10_000 + "no memory"))
+    assert len(line) < 1000
+    assert "g++ failed" in line
+    assert "no memory" in line
