@@ -136,6 +136,7 @@ class RunSettings(Frozen):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = True
+    attention: Literal["auto", "flex"] = "auto"
     deterministic: bool = True
     activation_checkpointing: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -208,5 +208,5 @@ class BLT(nn.Module):
 
     @staticmethod
     def _whole(stack: Stack, document_BN: Tensor) -> tuple[Rotation, list[Attend]]:
-        attend = row_attend(document_BN, stack.config.window)
+        attend = row_attend(document_BN, stack.config.window, stack.flex)
         return stack.rotary.first(document_BN.shape[1]), [attend] * len(stack.layers)

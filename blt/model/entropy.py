@@ -37,8 +37,9 @@ class EntropyModel(Stack):
 
         `reset_newlines` hides everything up to the last newline, too (paper, section 4.4).
         """
-        attends = [row_attend(document_ids(ids_BN, reset_newlines), self.config.window)] * len(self.layers)
-        h_BND = self.run_layers(self.byte_embedding(ids_BN), self.rotary.first(ids_BN.shape[1]), attends)
+        attend = row_attend(document_ids(ids_BN, reset_newlines), self.config.window, self.flex)
+        rotation = self.rotary.first(ids_BN.shape[1])
+        h_BND = self.run_layers(self.byte_embedding(ids_BN), rotation, [attend] * len(self.layers))
         logits: Tensor = self.output(self.norm(h_BND)).float()
         return logits
 

@@ -135,7 +135,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The blocks of one stage and their rotary table."""
+    """The blocks of one stage and their rotary table. `flex`: whole rows attend by FlexAttention (`blt.model.flex`)."""
+
+    flex = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -13,23 +13,42 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from blt.model import ops
-from blt.model.layers import Attend
+from blt.model.layers import Attend, Stack
 from blt.model.masks import causal_mask, dense_attend
+from blt_runtime.errors import ConfigError
 
 SHORTEST_BLOCK, MOST_BLOCKS = 64, 4
 """Of a window of 256 keys, one CPU core, 2 x 1024 positions, 2 heads of 64, forward and backward: in one block 31.7 ms,
 two 26.6, four 27.5, eight 37.1 (float32; dense 56.6)."""
 
 
-def row_attend(document_BN: Tensor, window: int | None) -> Attend:
+def row_attend(document_BN: Tensor, window: int | None, flex: bool = False) -> Attend:
     """Attention within documents and the window, over rows with these document numbers (0 or more)."""
+    if flex:
+        from blt.model.flex import flex_attend  # slow to import, and an option
+
+        return flex_attend(document_BN, window)
     n = document_BN.shape[1]
     if window is None or 2 * n <= 3 * window:
         return dense_attend(causal_mask(document_BN, window))
     return BlockAttend(document_BN, window)
+
+
+def choose_attention(model: nn.Module, attention: str, device: str | torch.device, compiled: bool) -> None:
+    """Sets how the stacks of a model attend over whole rows: "auto" (blocks and masks) or "flex".
+
+    Raises ConfigError where FlexAttention would not train, or only by an unfused form that holds all scores.
+    """
+    if attention == "flex" and torch.device(device).type != "cuda":
+        raise ConfigError("run.attention: flex trains on CUDA alone (--device cuda); leave run.attention at auto here")
+    if attention == "flex" and not compiled:
+        raise ConfigError("run.attention: flex needs run.compile: true; without it every score is kept in memory")
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.flex = attention == "flex"
 
 
 def attend_products(q_BHSK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask_BSL: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from blt.data.patches import PatchIndex, choose_threshold
 from blt.data.token_cache import save_vocabulary, tokenised, vocabulary_for
 from blt.model import BLT, EntropyModel
 from blt.model.token import TokenModel
+from blt.model.windows import choose_attention
 from blt.train.dryrun import flops_per_byte
 from blt.train.loop import Trainer
 from blt.train.objective import Objective, count_parameters
@@ -97,7 +98,7 @@ def _dataset(config: RunConfig, data: str | Path | None) -> Dataset:
 def _entropy_run(config: EntropyRun, out: Path, dataset: Dataset, compiled: bool, device: str) -> Prepared:
     documents = dataset.split("train")
     config = with_buckets(config, documents, _members(config, documents))
-    model = _initial(EntropyModel(config.model), config, device)
+    model = _initial(EntropyModel(config.model), config, device, compiled)
     objective = Objective(model, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
     loaders = {name: _loader(config, dataset, name) for name in ("train", "valid")}
     extra = {"data": dataset.split("train").sha256}
@@ -115,7 +116,7 @@ def _bpe_run(config: BPERun, out: Path, dataset: Dataset, compiled: bool, device
     loaders = {name: _loader(config, dataset, name, tokens=source) for name, source in tokens.items()}
     bytes_per_token = documents.lengths[members].sum() / max(1, tokens["train"].lengths[members].sum())
     log.info("%.3f bytes per token", bytes_per_token)
-    model = _initial(TokenModel(config.model), config, device)
+    model = _initial(TokenModel(config.model), config, device, compiled)
     objective = Objective(model, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
     extra = {"data": documents.sha256, "tokenizer": vocabulary.key}
     flops = flops_per_byte(config, bytes_per_token=float(bytes_per_token))
@@ -145,7 +146,7 @@ def _blt_run(
     starts = {name: index[name].with_rule(rule) for name in index}
     config = with_buckets(config, dataset.split("train"), _members(config, dataset.split("train")), starts["train"])
     loaders = {name: _loader(config, dataset, name, starts[name]) for name in starts}
-    model = _initial(BLT(config.model), config, device)
+    model = _initial(BLT(config.model), config, device, compiled)
     objective = Objective(
         model, config.patching.longest_patch, bf16=config.run.dtype == "bf16", compile=compiled, device=device
     )
@@ -221,10 +222,11 @@ def _required(make: Callable[[], Loader] | None) -> Callable[[], Loader]:
     return make
 
 
-def _initial(model: Model, config: RunConfig, device: str) -> Model:
+def _initial(model: Model, config: RunConfig, device: str, compiled: bool) -> Model:
     model.init_weights(torch.Generator().manual_seed(config.run.seed))
     if not isinstance(config, BPERun):
         start.initialise(model, config.init.checkpoint, config.init.latent)
+    choose_attention(model, config.run.attention, device, compiled)
     frozen = freeze(model, config.optimizer.freeze)
     log.info("%d parameters, %d tensors of them frozen", count_parameters(model), len(frozen))
     return model.to(device).train()
