@@ -1,0 +1,53 @@
+"""Row lengths chosen on the data: no choice pads less, and the same choice every time."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blt.config import parse_config
+from blt.data import BatchShape
+from blt.data.buckets import choose_buckets, fitted
+from blt_runtime.errors import ConfigError
+from tests.data.test_packing_properties import Numbered
+
+
+def places(lengths: np.ndarray, buckets: tuple[int, ...]) -> int:
+    return int(np.array(buckets)[np.searchsorted(buckets, lengths)].sum())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(4, 48), st.integers(1, 4), st.lists(st.integers(0, 1 << 30), min_size=1, max_size=30))
+def test_no_lengths_pad_less(longest: int, count: int, numbers: list[int]) -> None:
+    lengths = np.array(numbers) % longest + 1
+    step = max(1, longest // 16)
+    others = sorted({2, *range(step, longest, step)} - {1})
+    best = min(places(lengths, (*pick, longest)) for n in range(count) for pick in combinations(others, n))
+    found = choose_buckets(lengths, count, longest)
+    assert len(found) <= count
+    assert list(found) == sorted(set(found))
+    assert found[-1] == longest
+    assert places(lengths, found) == best
+
+
+def test_a_length_that_saves_next_to_nothing_is_not_compiled() -> None:
+    lengths = np.array([892] * 10000 + [630])
+    assert choose_buckets(lengths, 8, 1024) == (896, 1024)
+
+
+def test_fitted_rows_are_those_of_the_data() -> None:
+    """Whole documents of 61 and 96 input tokens, of which no two share a row of 96."""
+    source, shape = Numbered([60] * 20 + [95] * 20), BatchShape(2, (96,), None, "documents")
+    for seed in range(3):
+        assert fitted(shape, 4, source, seed=seed).buckets == (66, 96)
+
+
+def test_auto_buckets_take_the_longest_alone() -> None:
+    batch = {"byte_buckets": [64, 128], "auto_buckets": 4}
+    model = {"dim": 16, "n_layers": 1, "n_heads": 2}
+    with pytest.raises(ConfigError, match="the longest alone"):
+        parse_config({"kind": "entropy", "model": model, "batch": batch})
