@@ -213,7 +213,7 @@ class Study:
             "--labels",
             names,
             "--from",
-            "200k",
+            round(n_bytes / 20),
             log=self.out / "plot.log",
         )
         print(table, end="")
@@ -229,26 +229,34 @@ class Study:
             "bytes_per_patch": report["bytes_per_patch"] if run.config.kind == "blt" else run.unit or 1.0,
             "valid_bits_per_byte": valid["valid_bpb"],
             "test_bits_per_byte": report["bits_per_byte"],
-            "groups": {name: group["bits_per_byte"] for name, group in report["groups"].items()},
+            "kinds": _kinds(report["groups"]),
             "baselines": report["baselines"],
             "seconds": last["seconds"],
             "settings": run.overrides,
         }
 
 
+def _kinds(groups: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Bits per byte of the groups `kind.language` of each kind together."""
+    kinds = sorted({name.split(".")[0] for name in groups})
+    members = {kind: [group for name, group in groups.items() if name.split(".")[0] == kind] for kind in kinds}
+    return {
+        kind: sum(g["bits_per_byte"] * g["bytes"] for g in parts) / sum(g["bytes"] for g in parts)
+        for kind, parts in members.items()
+    }
+
+
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown; groups by their sums over kinds of text."""
-    groups = list(rows[0]["groups"])
-    lines = [
-        f"| model | MFLOPs/byte | bytes/patch | test bits/byte | {' | '.join(groups)} |",
-        "|---" * (4 + len(groups)) + "|",
-    ]
+    """Markdown."""
+    kinds = list(rows[0]["kinds"])
+    head = ["model", "MFLOPs/byte", "bytes/patch", "test bits/byte", *kinds]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [row["model"], f"{row['flops_per_byte'] / 1e6:.3f}", f"{row['bytes_per_patch']:.2f}"]
-        cells += [f"{row['test_bits_per_byte']:.3f}", *(f"{row['groups'][group]:.3f}" for group in groups)]
+        cells += [f"{value:.3f}" for value in (row["test_bits_per_byte"], *row["kinds"].values())]
         lines.append(f"| {' | '.join(cells)} |")
     for name, value in rows[0]["baselines"].items():
-        lines.append(f"| {name} | | | {value:.3f} |{' |' * len(groups)}")
+        lines.append(f"| {name} | | | {value:.3f} |{' |' * len(kinds)}")
     return lines
 
 
