@@ -108,8 +108,8 @@ class Pace(Watch):
         self.shown = time.monotonic()
 
     def left(self, step: int) -> float | None:
-        """Seconds to the end of the run; None behind the first step, which compiles."""
-        if len(self.ends) < 2:
+        """Seconds to the end of the run; None behind the first step, which compiles, and the last."""
+        if len(self.ends) < 2 or step >= self.steps:
             return None
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) * (self.steps - step)
 
@@ -137,12 +137,14 @@ class Lines(Pace):
 def report(summary: Mapping[str, Any], left: float | None) -> str:
     """The numbers of a `Window.summary` in words: `1.912 bits/byte, 12.3 kB/s, 4.51 bytes/patch, ...`."""
     words = [f"{summary['bpb']:.3f} bits/byte", f"{summary['bytes_per_s'] / 1e3:.3g} kB/s"]
+    if left is not None:
+        words.append(f"{duration(left)} left")  # what a narrow terminal cuts off comes behind it
     if "patch_size" in summary:
         words.append(f"{summary['patch_size']:.2f} bytes/patch")
     words.append(f"padding {summary['padding']:.1%}")
     if "patch_padding" in summary:
         words[-1] += f" of bytes, {summary['patch_padding']:.1%} of patches"
-    return ", ".join(words if left is None else [*words, f"{duration(left)} left"])
+    return ", ".join(words)
 
 
 def duration(seconds: float) -> str:
@@ -174,7 +176,9 @@ def _bar(steps: int, at: int) -> Iterator[Bar]:
 
     console = Console(file=sys.stderr, highlight=False)
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}", markup=False))
-    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
+    often = 1 / BAR_EVERY_S
+    bar = Progress(*columns, console=console, refresh_per_second=often, redirect_stdout=False, redirect_stderr=False)
+    with bar as progress:
         task = progress.add_task("train", total=steps, completed=at, numbers="")
         with _logging_above(console):
             yield Bar(steps, progress, task)

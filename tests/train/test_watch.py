@@ -59,10 +59,10 @@ def test_a_line_every_few_seconds_with_the_means_since_the_last(clock: Clock, in
         clock.now += 2.0
         lines.step(step, STEP_BYTES * np.log(2) * step, a_batch())
     assert [record.getMessage() for record in info.records] == [
-        "step 3 of 100: 2.000 bits/byte, 0.002 kB/s, 2.50 bytes/patch, "
-        "padding 16.7% of bytes, 33.3% of patches, 3 min 14 s left",
-        "step 6 of 100: 5.000 bits/byte, 0.002 kB/s, 2.50 bytes/patch, "
-        "padding 16.7% of bytes, 33.3% of patches, 3 min 08 s left",
+        "step 3 of 100: 2.000 bits/byte, 0.002 kB/s, 3 min 14 s left, 2.50 bytes/patch, "
+        "padding 16.7% of bytes, 33.3% of patches",
+        "step 6 of 100: 5.000 bits/byte, 0.002 kB/s, 3 min 08 s left, 2.50 bytes/patch, "
+        "padding 16.7% of bytes, 33.3% of patches",
     ]
 
 
