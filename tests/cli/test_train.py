@@ -44,6 +44,14 @@ def test_dry_run_prints_and_trains_nothing(blt: Call, config: Path) -> None:
     assert [p.name for p in config.parent.iterdir()] == [config.name]
 
 
+def test_dry_run_with_data_says_how_it_packs(blt: Call, config: Path, data: Path) -> None:
+    result = blt("train", "entropy", "-c", config, "--data", data, "--dry-run", "--json")
+    packing = json.loads(result.text)["packing"]
+    assert packing["batches"] == packing["buckets"]["32"] > 0
+    assert 0 <= packing["padding"] < 0.2
+    assert "padding" in blt("train", "entropy", "-c", config, "--data", data, "--dry-run").text
+
+
 def test_set_reaches_the_model(blt: Call, config: Path) -> None:
     def parameters(*options: str) -> int:
         report = json.loads(blt("train", "entropy", "-c", config, "--dry-run", "--json", *options).text)
