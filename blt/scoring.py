@@ -84,10 +84,10 @@ def scored(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]], firs
 
 def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]], first: int = 1) -> float:
     """Bits of ids first..N-1 under the logits at the place before each."""
-    x_NV = logits_NV[first - 1 : len(ids_N) - 1].astype(np.float64)
-    top_N = x_NV.max(-1, initial=-np.inf)
-    log_sum_N = top_N + np.log(np.exp(x_NV - top_N[:, None]).sum(-1))
-    chosen_N = np.take_along_axis(x_NV, ids_N[first:, None], 1)[:, 0]
+    x_NV = logits_NV[first - 1 : len(ids_N) - 1]
+    below_NV = x_NV - x_NV.max(-1, keepdims=True, initial=-np.inf)
+    log_sum_N = np.log(np.exp(below_NV).sum(-1, dtype=np.float64))  # float32 exponentials: ten times faster
+    chosen_N = np.take_along_axis(below_NV, ids_N[first:, None], 1)[:, 0].astype(np.float64)
     return float((log_sum_N - chosen_N).sum() / math.log(2))
 
 
