@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import resource
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +130,43 @@ def test_a_manifest_cannot_point_outside(folder: Path) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="missing"):
         snapshots.read(folder / "step-00000002")
+
+
+def killed_at(event: int, folder: Path) -> bool:
+    """Writes step 3 in a child that is killed at its n-th use of the folder; False if it was done before."""
+    child = os.fork()
+    if child == 0:
+        uses = itertools.count(1)
+
+        def hook(name: str, arguments: tuple[object, ...]) -> None:
+            watched = name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir")
+            if watched and str(folder) in str(arguments[0]) and next(uses) == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        snapshots.write(folder, 3, tensors(3), STATE, keep=2)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_killed_anywhere_while_it_writes(folder: Path, tmp_path: Path) -> None:
+    """Before every file that is made, renamed or removed: the newest is step 2 or step 3, whole, and writing works."""
+    found, place = [], tmp_path / "copy"
+    for event in itertools.count(1):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder, place)
+        if not killed_at(event, place):
+            break
+        newest = snapshots.read_newest(place)
+        assert newest is not None
+        found.append(newest.step)
+        newest.load(empty())
+        snapshots.write(place, 4, tensors(4), STATE, keep=2)
+        assert len(names(place)) == 2
+        assert all(snapshots.read(path) for path in place.iterdir())
+    assert found == sorted(found)
+    assert set(found) == {2, 3}
+    assert len(found) > 10
 
 
 def test_when_nothing_can_be_read(folder: Path) -> None:
