@@ -23,6 +23,7 @@ EXTRAS = {
     "onnx_ir": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
+    "pyarrow": "parquet",
     "pydantic": "train",
     "pyppmd": "dev",
     "safetensors": "hub",

@@ -31,7 +31,9 @@ def documents(data: Path, split: str) -> Iterator[Document]:
     if not data.exists():
         raise UsageError(f"{data}: no such file or folder")
     if is_data_folder(data):
-        found = Dataset(data).split(split)
+        dataset = Dataset(data)
+        found = dataset.split(split)
+        dataset.check(split)
         for i in range(len(found)):
             yield Document(found.group(i), found.bytes(i), int(found.prompt_lengths[i]))
         return

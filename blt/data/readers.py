@@ -132,8 +132,12 @@ def read_all(
 
 def _text(file: BinaryIO) -> Iterator[Document]:
     """Documents between NUL bytes; a file without NUL is one document."""
-    rest = b""
+    rest: list[bytes] = []  # joined once: a document of a gigabyte comes in hundreds of blocks
     while block := file.read(READ_BYTES):
-        *whole, rest = (rest + block).split(b"\0")
-        yield from map(Document, whole)
-    yield Document(rest)
+        first, *others = block.split(b"\0")
+        rest.append(first)
+        if others:
+            yield Document(b"".join(rest))
+            yield from map(Document, others[:-1])
+            rest = others[-1:]
+    yield Document(b"".join(rest))
