@@ -1,0 +1,79 @@
+"""`blt data corpus`, and what the commands say when a shard is no longer what was prepared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    folder = tmp_path / "python"
+    folder.mkdir()
+    for name in ("abc", "ast", "csv", "json", "re"):
+        (folder / f"{name}.py").write_text(f'"""About {name}: {"many words " * 30}"""\n{name} = 1\n' * 3)
+    (folder / "LICENSE.txt").write_text("Free to use.\n" * 20)
+    return folder
+
+
+def test_a_named_corpus_is_a_data_folder(
+    blt: Call, tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blt.data.corpora.tiny.sysconfig.get_path", lambda _: str(library))
+    made = blt("data", "corpus", "tiny", "-o", tmp_path / "data", "--json")
+    assert made.code == 0, made.err
+    report = json.loads(made.text)
+    assert report["schema"] == "blt.data/1"
+    assert report["options"]["corpus"] == "tiny"
+    assert report["options"]["files"] == ["abc.py", "ast.py", "csv.py", "json.py", "re.py", "LICENSE.txt"]
+    assert report["splits"]["train"]["groups"]["licence.en"]["documents"] == 1
+    assert min(report["splits"][name]["documents"] for name in ("train", "valid", "test")) > 0
+    assert blt("data", "info", tmp_path / "data", "--verify").code == 0
+    again = blt("data", "corpus", "tiny", "-o", tmp_path / "data")
+    assert (again.code, again.out) == (2, b"")
+    assert "--force" in again.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tinny"], "did you mean 'tiny'"),
+        (["base"], "apt-get download"),
+        (["base", "--debs", "nowhere"], "no such folder"),
+        (["tiny", "--debs", "nowhere"], "--debs belongs to the corpus base"),
+    ],
+)
+def test_wrong_corpora(blt: Call, tmp_path: Path, words: list[str], message: str) -> None:
+    found = blt("data", "corpus", *words, "-o", tmp_path / "data")
+    assert (found.code, found.out) == (2, b"")
+    assert message in found.err
+    assert len(found.err.strip().splitlines()) == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_missing_packages_are_named(blt: Call, tmp_path: Path) -> None:
+    found = blt("data", "corpus", "base", "--debs", tmp_path, "-o", tmp_path / "data")
+    assert found.code == 1
+    assert f"{tmp_path}: 49 of 49 packages are missing" in found.err
+    assert "apt-get download anarchism=15.3-3 " in found.err
+
+
+def test_a_changed_shard_stops_training_and_evaluation(blt: Call, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"\0".join(b"some words %d" % i for i in range(300)))
+    data = tmp_path / "data"
+    assert blt("data", "prepare", tmp_path / "text.txt", "-o", data, "--split", "8/1/1").code == 0
+    config = Path(__file__).resolve().parents[2] / "configs" / "tiny-entropy.yaml"
+    for split in ("train", "test"):
+        shard = data / f"{split}-00000.bin"
+        shard.write_bytes(b"?" * shard.stat().st_size)
+    trained = blt("train", "entropy", "-c", config, "--data", data, "-o", tmp_path / "run")
+    judged = blt("eval", Path(__file__).resolve().parents[2] / "configs" / "demo" / "model.pt", data)
+    for result, split in ((trained, "train"), (judged, "test")):
+        assert (result.code, result.out) == (1, b"")
+        assert f"{split}-00000.bin has changed since it was prepared; run `blt data prepare` again" in result.err
