@@ -1,6 +1,6 @@
 """Bits of texts from whole rows on PyTorch: a BLT, a byte-level model, a token-level model.
 
-Whole rows are what training computes, and many times faster than a stream. They agree with streams up to rounding.
+Whole rows are what training computes, and twice as fast as a stream. They agree with streams up to rounding.
 
 Letters: B rows (1), N ids, P patches, V vocabulary.
 """
