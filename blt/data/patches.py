@@ -148,6 +148,7 @@ class _Progress:
 
 def _key(model: EntropyModel, reset_newlines: bool) -> str:
     what: dict[str, Any] = {"model": model.config.model_dump(mode="json"), "definition": DEFINITION}
+    what["arithmetic"] = str(next(model.parameters()).dtype)  # the weights of a twin in bfloat16 may be the same
     digest = hashlib.sha256(json.dumps(what | {"reset_newlines": reset_newlines}, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -119,7 +119,7 @@ def prepare(
     shares, fields = _shares(split), Fields(text_field, prompt_field, completion_field)
     sources = find_sources(inputs, format)
     out = Path(out).resolve()
-    _check_target(out, force, [Path(path).resolve() for path in inputs])
+    check_target(out, force, [Path(path).resolve() for path in inputs])
     with staged(out) as temporary:
         manifest = _write(temporary, sources, shares, dedup, fields, workers, seed, shard_bytes)
         manifest["options"] |= about or {}
@@ -190,7 +190,8 @@ def _duplicate_filter(dedup: bool) -> Callable[[Document], bool]:
     return is_new
 
 
-def _check_target(out: Path, force: bool, inputs: Sequence[Path]) -> None:
+def check_target(out: Path, force: bool, inputs: Sequence[Path]) -> None:
+    """Raises UsageError where a data folder made of these inputs cannot be put at `out` (an absolute path)."""
     if Path.cwd().is_relative_to(out):
         raise UsageError(f"{out} is the current folder or around it; choose a new folder")
     for path in inputs:

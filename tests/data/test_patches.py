@@ -12,6 +12,7 @@ import torch
 from blt.data import Dataset, PatchIndex, choose_threshold, document_entropies, prepare
 from blt.data.entropies import CHUNK, Float, StreamPass, Tokens
 from blt.model import EntropyConfig, EntropyModel
+from blt.model.bfloat16 import to_bfloat16
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.patching import PatchRule, patch_lengths
 
@@ -49,13 +50,16 @@ def test_starts_are_the_rules_and_cached(dataset: Dataset, monkeypatch: pytest.M
 
 
 def test_the_key_follows_weights_and_newlines(dataset: Dataset) -> None:
+    representable = small_model(seed=2).bfloat16().float()
     keys = {
         PatchIndex(dataset, "train", small_model()).key,
         PatchIndex(dataset, "train", small_model(seed=1)).key,
         PatchIndex(dataset, "train", small_model(window=32)).key,
         PatchIndex(dataset, "train", small_model(), reset_newlines=True).key,
+        PatchIndex(dataset, "train", representable).key,
+        PatchIndex(dataset, "train", to_bfloat16(representable)).key,
     }
-    assert len(keys) == 4
+    assert len(keys) == 6
     assert PatchIndex(dataset, "train", small_model()).key in keys
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from blt.data.corpora import base, tiny
 from blt.data.corpora.text import write_texts
-from blt.data.prepare import prepare
+from blt.data.prepare import check_target, prepare
 from blt_runtime.errors import UsageError, nearest
 
 NAMES = ("base", "tiny")
@@ -28,8 +28,9 @@ def build(name: str, out: str | Path, *, debs: str | Path | None = None, force: 
         raise UsageError(f"no corpus {name!r}: {nearest(name, NAMES)}")
     if debs is not None and name != "base":
         raise UsageError(f"--debs belongs to the corpus base; {name} needs no packages")
-    texts, about = base.texts(debs) if name == "base" else tiny.texts()
     out = Path(out).resolve()
+    check_target(out, force, [])  # before minutes of work
+    texts, about = base.texts(debs) if name == "base" else tiny.texts()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / "text"
