@@ -138,18 +138,19 @@ def _dry_run(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """With data, also what the packer makes of its first block."""
+    """With data, costs of its own patches or tokens, and what the packer makes of its first block."""
     from blt.train import dry_run
 
-    packing = None
-    if data is not None:
-        from blt.train.jobs import training_loader
+    if data is None:
+        report = dry_run(config)
+    else:
+        from blt.train.material import gather
         from blt.train.packed import packing_report
 
         devices.limit_torch_threads(threads)
-        config, loader = training_loader(config, data, entropy_model, device=devices.torch_device(device))
-        packing = packing_report(loader, blocks=1)
-    report = dry_run(config) | ({"packing": packing} if packing else {})
+        chosen = devices.torch_device(device)
+        material = gather(config, data, entropy_model, device=chosen, splits=("train",))
+        report = material.dry_run() | {"packing": packing_report(material.training, blocks=1)}
     if as_json:
         console.print_json("blt.dry-run/1", report)
     else:

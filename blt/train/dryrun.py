@@ -55,13 +55,18 @@ def flops_per_byte(
     return sum(flops_by_part(config, bytes_per_token, entropy, patch_size).values())
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
+def dry_run(
+    config: RunConfig,
+    bytes_per_token: float | None = None,
+    entropy: EntropyConfig | None = None,
+    patch_size: float | None = None,
+) -> dict[str, Any]:
     """Parameters (per part), forward FLOPs per byte, and a memory estimate in bytes of one training step.
 
-    FLOPs and patches are those of the configured row and mean patch size.
+    FLOPs are those of the configured row; the other arguments as `flops_by_part`.
     """
     tokens = config.batch.rows * config.batch.byte_buckets[-1]
-    flops = flops_by_part(config)
+    flops = flops_by_part(config, bytes_per_token, entropy, patch_size)
     if isinstance(config, BLTRun):
         parts = config.model.params()
         stacks: list[tuple[TransformerConfig, int]] = [(config.model.encoder, tokens), (config.model.decoder, tokens)]
@@ -69,6 +74,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     else:
         parts = {next(iter(flops)): config.model.n_params()}
         stacks = [(config.model, tokens)]
+    worth = bytes_per_token or BYTES_PER_TOKEN if isinstance(config, BPERun) else 1.0
     n_params = sum(parts.values())
     item = 2 if config.run.dtype == "bf16" else 4
     activations = sum(
@@ -80,7 +86,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "parameters_by_part": parts,
         "flops_per_byte": sum(flops.values()),
         "flops_per_byte_by_part": flops,
-        "bytes_per_step": round(tokens * BYTES_PER_TOKEN) if isinstance(config, BPERun) else tokens,
+        "bytes_per_step": round(tokens * worth),
         "memory_bytes": {
             "weights_and_optimizer": OPTIMIZER_BYTES * n_params,
             "activations": activations,
