@@ -20,6 +20,8 @@ from blt.model.layers import Attend, Stack
 from blt.model.masks import causal_mask, dense_attend
 from blt_runtime.errors import ConfigError
 
+LONGEST_PRODUCT = 1024
+"""Dense rows of up to this many positions keep their scores for the backward pass: 4 MB a head in float32."""
 SHORTEST_BLOCK, MOST_BLOCKS = 64, 4
 """Of a window of 256 keys, one CPU core, 2 x 1024 positions, 2 heads of 64, forward and backward: in one block 31.7 ms,
 two 26.6, four 27.5, eight 37.1 (float32; dense 56.6)."""
@@ -33,7 +35,10 @@ def row_attend(document_BN: Tensor, window: int | None, flex: bool = False) -> A
         return flex_attend(document_BN, window)
     n = document_BN.shape[1]
     if window is None or 2 * n <= 3 * window:
-        return dense_attend(causal_mask(document_BN, window))
+        mask = causal_mask(document_BN, window)
+        if n <= LONGEST_PRODUCT and _multiplies(document_BN):
+            return lambda q, k, v: attend_products(q, k, v, mask)
+        return dense_attend(mask)
     return BlockAttend(document_BN, window)
 
 
@@ -49,6 +54,10 @@ def choose_attention(model: nn.Module, attention: str, device: str | torch.devic
     for module in model.modules():
         if isinstance(module, Stack):
             module.flex = attention == "flex"
+
+
+def _multiplies(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def attend_products(q_BHSK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask_BSL: Tensor) -> Tensor:
@@ -120,7 +129,6 @@ class BlockAttend:
 
     def __call__(self, q_BHNK: Tensor, k_BGNK: Tensor, v_BGNK: Tensor) -> Tensor:
         blocks = self._blocks
-        products = torch.compiler.is_compiling() and q_BHNK.device.type == "cpu"
-        attend = attend_products if products else ops.attend_dense
+        attend = attend_products if _multiplies(q_BHNK) else ops.attend_dense
         out = attend(blocks.split(q_BHNK).flatten(0, 1), blocks.keys(k_BGNK), blocks.keys(v_BGNK), self._mask)
         return blocks.join(out.unflatten(0, (q_BHNK.shape[0], -1)))
