@@ -149,7 +149,8 @@ def shard(
     for module in model.modules():
         if isinstance(module, Block):
             if compile:
-                module.compile(fullgraph=True, dynamic=False)
+                # the forward alone: FSDP's hooks around the module cannot be compiled
+                module.__dict__["forward"] = torch.compile(module.forward, fullgraph=True, dynamic=False)
             fully_shard(module, mesh=mesh)
     whole = {parameter for parameter in model.parameters() if any(parameter is tensor for tensor in apart)}
     fully_shard(model, mesh=mesh, ignored_params=whole)

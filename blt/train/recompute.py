@@ -25,7 +25,7 @@ def recompute_blocks(model: nn.Module) -> int:
 
 
 def compute_once(model: nn.Module) -> None:
-    """Undoes `recompute_blocks`."""
+    """Undoes `recompute_blocks`, and the compilation of single blocks."""
     for module in model.modules():
         if isinstance(module, Block):
             module.__dict__.pop("forward", None)
