@@ -72,3 +72,22 @@ def test_the_dry_run_of_a_baseline(blt: Call) -> None:
     wrong = blt("train", "bpe", "-c", CONFIGS / "tiny-entropy.yaml", "--dry-run")
     assert wrong.code == 2
     assert "blt train entropy" in wrong.err
+
+
+def test_a_dry_run_with_data_costs_its_own_tokens(blt: Call, data: Path) -> None:
+    arguments = ["train", "bpe", "-c", CONFIGS / "tiny-bpe.yaml", "--dry-run", "--json"]
+    assumed, measured = json.loads(blt(*arguments).text), json.loads(blt(*arguments, "--data", data).text)
+    per_token = 4.0 * assumed["flops_per_byte"]  # of an assumed token of four bytes
+    unit = per_token / measured["flops_per_byte"]
+    assert measured["bytes_per_step"] == round(4 * 64 * unit)
+    assert unit == pytest.approx(measured_bytes_per_token(data), rel=1e-6)
+
+
+def measured_bytes_per_token(data: Path) -> float:
+    from blt.data.dataset import Dataset
+    from blt.data.token_cache import tokenised
+    from blt.data.tokens import read_vocabulary
+
+    dataset = Dataset(data)
+    tokens = tokenised(dataset, "train", read_vocabulary(next((data / "tokens").glob("tokenizer-*.json"))))
+    return dataset.split("train").n_bytes / int(tokens.lengths.sum())
