@@ -1,7 +1,7 @@
 """Activation checkpointing: a block keeps its input alone and computes itself again in the backward pass.
 
 It saves what `blt train --dry-run` counts as activations, all but one width a position and layer, for one more forward
-pass of the blocks (about a third more time).
+pass of the blocks.
 """
 
 from __future__ import annotations
