@@ -1,7 +1,8 @@
 """Documents to rows to batches of a few fixed shapes.
 
 Documents (BOS, tokens, EOS) follow each other in a seeded order. `pack: stream`: a row takes P patches of that stream,
-or as many as fit into the largest bucket, and the next row goes on where it stopped. Nothing is dropped: the last token
+or as many as fit into the largest bucket (or into a smaller one that P patches just pass), and the next row goes on
+where it stopped. Nothing is dropped: the last token
 of a row is only a target there and is the first input of the next row, so every token but a block's first is a target
 exactly once. (The published loader cuts rows the same way but drops the last patch of every row whose first patch it
 has to split.) `pack: documents`: a row holds whole documents (`blt.data.rows`); no BOS is a target there. In both, the
@@ -134,7 +135,7 @@ class Loader:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         boundaries = np.concatenate([offset + places for offset, places in zip(offsets, starts, strict=False)])
         if not whole:
-            rows = cut_rows(int(offsets[-1]), boundaries, patches, cap)
+            rows = cut_rows(int(offsets[-1]), boundaries, patches, cap, self.shape.buckets)
         counted = self._counted(members, offsets, whole)
         ids = np.concatenate([self.documents.ids(int(index)) for index in members])
         batches = self._deal(rows, self._row_order(rows, counted, (self.seed, epoch, block)))

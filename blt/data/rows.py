@@ -8,6 +8,8 @@ Letters: N tokens of a row, P patches, R rows.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,11 +37,13 @@ class Rows:
         return len(self.begin)
 
 
-def cut_rows(n_tokens: int, boundaries: Int, patches: int | None, cap: int) -> Rows:
+def cut_rows(n_tokens: int, boundaries: Int, patches: int | None, cap: int, buckets: Sequence[int] = ()) -> Rows:
     """Rows of at most `patches` patches and `cap` input tokens over a stream of `n_tokens`, each going on where the
     one before stopped, so that every token but the first is a target once.
 
-    `boundaries` are the ascending positions where patches begin.
+    `boundaries` are the ascending positions where patches begin. A row that its patches end just behind one of the
+    lengths `buckets` ends at that length instead: it then lacks a few patches, which cost less than padding up to the
+    next length would.
     """
     begin, end, here = [], [], 0
     while here < n_tokens - 1:
@@ -48,10 +52,20 @@ def cut_rows(n_tokens: int, boundaries: Int, patches: int | None, cap: int) -> R
             # Patches 0 and 1 begin at `here` and `here` + 1; patch P would begin at the (P-2)-th boundary after.
             behind = int(np.searchsorted(boundaries, here + 2)) + patches - 2
             stop = min(stop, int(boundaries[behind])) if behind < len(boundaries) else stop
+        if stop < n_tokens:
+            stop = here + 1 + _nearest(stop - here - 1, buckets)
         begin.append(here)
         end.append(stop)
         here = stop - 1
     return Rows(np.array(begin, np.int64), np.array(end, np.int64))
+
+
+def _nearest(length: int, buckets: Sequence[int]) -> int:
+    """The bucket below if it is nearer than the one above, else `length`."""
+    above = bisect_left(buckets, length)
+    if 0 < above < len(buckets) and length - buckets[above - 1] < buckets[above] - length:
+        return buckets[above - 1]
+    return length
 
 
 @dataclass(frozen=True)

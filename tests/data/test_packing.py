@@ -170,6 +170,24 @@ def test_rows_tile_any_stream(lengths: list[int], patches: int, cap: int) -> Non
         assert real == patches or end - begin - 1 == cap or end == n
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=80),
+    st.integers(2, 20),
+    st.sets(st.integers(2, 40), min_size=1, max_size=5).map(sorted),
+)
+def test_rows_end_at_the_nearest_bucket(lengths: list[int], patches: int, buckets: list[int]) -> None:
+    n = sum(lengths) + 1
+    boundaries = np.cumsum([0, *lengths])[:-1].astype(np.int64)
+    rows = cut_rows(n, boundaries, patches, buckets[-1], buckets)
+    assert (rows.begin[0], rows.end[-1]) == (0, n)
+    np.testing.assert_array_equal(rows.begin[1:], rows.end[:-1] - 1)
+    for row in rows.lengths[:-1].tolist():
+        above = min(bucket for bucket in buckets if bucket >= row)
+        below = max((bucket for bucket in buckets if bucket < row), default=-above)
+        assert above - row <= row - below
+
+
 def test_published_rows_have_our_layout(golden: Path) -> None:
     """What the reference's loader made: the padding belongs to the last patch, and the rest is ours exactly."""
     case = np.load(golden / "a" / "cases.npz")
