@@ -187,7 +187,7 @@ class Study:
         """`blt eval` of the trained model, kept beside it."""
         file = self.out / run.folder / "eval.json"
         if not file.exists():
-            options = ["--split", "test", "--by", "group", "--limit", self.args.limit, "--context", "4k"]
+            options = ["--split", "test", "--by", "group", "--limit", self.args.limit, "--context", "1k"]
             options += ["--baseline", "ppmd,xz", "--threads", self.args.threads, "--json"]
             file.write_text(_blt("eval", self.train(run), self.args.data, *options, log=self.out / f"{run.folder}.log"))
         report: dict[str, Any] = json.loads(file.read_text())
