@@ -11,7 +11,6 @@ import torch
 from blt import start
 from blt.checkpoint import Checkpoint
 from blt.config import BLTRun, BPERun, RunConfig
-from blt.data.packing import Loader
 from blt.data.token_cache import save_vocabulary
 from blt.model import BLT, EntropyModel
 from blt.model.token import TokenModel
@@ -45,18 +44,6 @@ def prepare_run(
     valid, flops = material.loaders["valid"], material.flops_per_byte
     trainer = Trainer(config, objective, material.training, valid, out, material.extra, flops)
     return trainer, lambda: _finished(model, material, out)
-
-
-def training_loader(
-    config: RunConfig,
-    data: str | Path | None = None,
-    entropy_model: str | Path | None = None,
-    compile: bool | None = None,
-    device: str = "cpu",
-) -> tuple[RunConfig, Loader]:
-    """The configuration with the row lengths chosen on the training text, and the loader over it, without a model."""
-    material = gather(config, data, entropy_model, compile, device, ("train",))
-    return material.config, material.training
 
 
 def _initial(config: RunConfig, device: str, compiled: bool) -> Model:

@@ -26,6 +26,7 @@ from blt_runtime.patching import PatchRule
 
 log = logging.getLogger("blt.train")
 MEASURED_BYTES = 2 << 20  # of the training text, for the mean patch in the count of FLOPs
+VALIDATION_SEED = 0  # not the run's: runs of any seed and row length validate on the same documents in the same order
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,21 @@ def _members(config: RunConfig, documents: Documents) -> Int:
 def _loader(
     config: RunConfig, dataset: Dataset, split: str, starts: PatchStarts | None, tokens: TokenSource | None
 ) -> Callable[[], Loader] | None:
-    """Makes loaders over one split, as bytes or as `tokens`; None if it has no documents."""
+    """Makes loaders over one split, as bytes or as `tokens`; None if it has no documents.
+
+    The text of validation is in one shuffled order, because a run reads the first `data.valid_bytes` of it and shards
+    hold one group behind the other. Its rows follow that order, so that the bytes read are the same for rows of any
+    length; only rows of whole documents, which are packed longest first, are shuffled, too.
+    """
     documents = dataset.split(split)
     members = _members(config, documents)
     source = documents if tokens is None else tokens
     if not len(members):
         return None
-    shape, seed, shuffle = batch_shape(config), config.run.seed, split == "train"
-    workers = config.data.workers if shuffle else 0
+    shape, training = batch_shape(config), split == "train"
+    if training:
+        seed, shuffle, workers = config.run.seed, True, config.data.workers
+    else:
+        members = np.random.default_rng(VALIDATION_SEED).permutation(members)
+        seed, shuffle, workers = VALIDATION_SEED, shape.pack == "documents", 0
     return lambda: Loader(source, shape, starts, seed=seed, shuffle=shuffle, subset=members, workers=workers)

@@ -12,7 +12,8 @@ import torch
 from blt.config import load_config
 from blt.data import Batch
 from blt.train import Trainer, train
-from blt.train.jobs import prepare_run, training_loader
+from blt.train.jobs import prepare_run
+from blt.train.material import gather
 from blt.train.metrics import Window
 from blt.train.packed import packing_report
 
@@ -27,7 +28,7 @@ def one_epoch(trainer: Trainer) -> list[Batch]:
 @pytest.mark.parametrize("kind", ["tiny", "tiny-entropy"])
 def test_the_report_counts_what_the_batches_hold(repo: Path, data: Path, tmp_path: Path, kind: str, pack: str) -> None:
     options = [*(SPACE if kind == "tiny" else []), f"batch.pack={pack}"]
-    _, loader = training_loader(load_config(repo / "configs" / f"{kind}.yaml", options), data)
+    loader = gather(load_config(repo / "configs" / f"{kind}.yaml", options), data).training
     report, window = packing_report(loader), Window()
     batches = list(loader.one_pass())
     for batch in batches:
@@ -43,7 +44,7 @@ def test_the_report_counts_what_the_batches_hold(repo: Path, data: Path, tmp_pat
 
 
 def test_a_window_goes_on_where_it_stopped(repo: Path, data: Path) -> None:
-    _, loader = training_loader(load_config(repo / "configs" / "tiny.yaml", SPACE), data)
+    loader = gather(load_config(repo / "configs" / "tiny.yaml", SPACE), data).training
     whole, first = Window(), Window()
     for _ in range(3):
         batch = next(loader)
@@ -73,10 +74,10 @@ def test_auto_buckets_are_stored_and_found_again(repo: Path, data: Path, tmp_pat
     assert 2 <= len(batch["byte_buckets"]) <= 3
     assert batch["byte_buckets"][-1] == 128
     train(load_config(path, [*SPACE, *auto, "schedule.steps=8"]), tmp_path / "run", data=data)
-    chosen, loader = training_loader(load_config(path, [*SPACE, *auto]), data)
-    plain = training_loader(load_config(path, [*SPACE, "batch.patches=16", "batch.byte_buckets=[128]"]), data)[1]
-    assert list(chosen.batch.byte_buckets) == batch["byte_buckets"]
-    assert packing_report(loader)["padding"] < packing_report(plain)["padding"]
+    chosen = gather(load_config(path, [*SPACE, *auto]), data)
+    plain = gather(load_config(path, [*SPACE, "batch.patches=16", "batch.byte_buckets=[128]"]), data)
+    assert list(chosen.config.batch.byte_buckets) == batch["byte_buckets"]
+    assert packing_report(chosen.training)["padding"] < packing_report(plain.training)["padding"]
 
 
 def test_workers_change_no_weight(repo: Path, data: Path, tmp_path: Path) -> None:
