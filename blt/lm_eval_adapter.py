@@ -140,9 +140,9 @@ class Opened:
 
             self._model = Model.open(self.path, threads=threads)
         else:
-            from blt.checkpoint import load
+            from blt.row_scoring import load_on
 
-            self.checkpoint = load(path, entropy_model)
+            self.checkpoint = load_on(self.device, path, entropy_model)
 
     @property
     def model(self) -> Model:
@@ -175,7 +175,4 @@ class Opened:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        for model in (checkpoint.blt, checkpoint.entropy, checkpoint.bpe):
-            if model is not None:
-                model.to(self.device)
         return scorer_of(checkpoint, device=self.device)

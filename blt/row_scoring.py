@@ -7,36 +7,61 @@ Letters: B rows (1), N ids, P patches, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blt.checkpoint import Checkpoint
+from blt.checkpoint import Checkpoint, load
 from blt.data.tokens import Vocabulary
 from blt.model import BLT, EntropyModel, entropy_of
 from blt.scoring import Scored, Scorer, StreamScorer, Unit, patches_from, scored
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS, EOS, encode
-from blt_runtime.patching import PatchRule, patch_lengths
+from blt_runtime.patching import EntropyDtype, PatchRule, patch_lengths
 
+log = logging.getLogger("blt.scoring")
 GATHER_BYTES = 512 << 20
 """Of the encoder's gather, patches x longest patch x width. A text with one very long patch is read by a stream."""
 Ids = NDArray[np.int64]
 
 
+def load_on(
+    device: str,
+    path: str | Path,
+    entropy_model: str | Path | None = None,
+    entropy_dtype: EntropyDtype | None = None,
+) -> Checkpoint:
+    """A checkpoint of any kind for `scorer_of`, its models on `device`. The rest is `blt.checkpoint.load`'s."""
+    # Hash tables that lie in their file serve the CPU only.
+    checkpoint = load(path, entropy_model, trainable=device != "cpu", entropy_dtype=entropy_dtype)
+    for model in (checkpoint.blt, checkpoint.entropy, checkpoint.bpe):
+        if model is not None:
+            model.to(device)
+    return checkpoint
+
+
 def scorer_of(checkpoint: Checkpoint, n_ids: int | None = None, device: str = "cpu") -> Scorer:
-    """A scorer of any checkpoint, on whole rows of up to the trained length; a BLT that must hold more (`n_ids`) is
-    read by a stream. `device`: where the models of the checkpoint are. Raises CheckpointError for an incomplete one."""
+    """A scorer of any checkpoint, on whole rows of up to the model's `max_seqlen` (rows of the training may have been
+    shorter). A BLT that must hold more (`n_ids`) is read by a stream; streams run on the CPU, so on another device it
+    stays with whole rows, and a warning says so. `device`: where the models of the checkpoint are (`load_on`).
+    Raises CheckpointError for an incomplete one."""
     if checkpoint.bpe is not None and checkpoint.vocabulary is not None:
         return TokenRows(checkpoint.bpe, checkpoint.vocabulary, device)
     if checkpoint.blt is None and checkpoint.entropy is not None:
         return ByteRows(checkpoint.entropy, device)
     blt, rule = checkpoint.require_blt()
     rows = PatchRows(checkpoint, blt, rule, device)
-    return rows if n_ids is None or n_ids <= rows.n_ids else _stream(checkpoint, n_ids)
+    if n_ids is None or n_ids <= rows.n_ids:
+        return rows
+    if device == "cpu":
+        return _stream(checkpoint, n_ids)
+    log.warning("on %s this model reads at most %d bytes at once; longer texts need the CPU", device, rows.capacity)
+    return rows
 
 
 def _stream(checkpoint: Checkpoint, n_ids: int) -> StreamScorer:
@@ -118,10 +143,18 @@ class PatchRows(Scorer):
         longest, first = int(lengths_P.max()), 1 + len(prompt)
         too_long = len(lengths_P) > self.blt.config.latent.max_seqlen
         if too_long or 4 * len(lengths_P) * longest * self.blt.config.local_dim > GATHER_BYTES:
+            self._check_stream(len(lengths_P), longest)
             return self.stream.measure(text, prompt, eos)
         with torch.inference_mode():
             logits_BNV = self.blt(_row(ids_N, self.device), _row(lengths_P, self.device), longest)
         return scored(logits_BNV[0].cpu().numpy(), ids_N, first, patches_from(lengths_P, first, len(ids_N)))
+
+    def _check_stream(self, patches: int, longest: int) -> None:
+        if self.device != "cpu":
+            raise UsageError(
+                f"a text of {patches} patches, the longest of {longest} bytes, is no row for this model on "
+                f"{self.device}, and streams run on the CPU: use --device cpu or a smaller --context"
+            )
 
     def _patches(self, ids_N: Ids) -> Ids:
         entropies_N = None

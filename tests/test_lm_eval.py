@@ -155,6 +155,14 @@ def test_a_byte_level_model_scores_and_does_not_generate(adapter: Any, files: di
         model.generate_until([Request("a", {})], disable_tqdm=True)
 
 
+def test_weights_and_hash_tables_are_on_the_device(adapter: Any, files: dict[str, Path]) -> None:
+    scorer = adapter.ByteModel(files["model"], device="meta").opened.scorer
+    assert scorer.device == "meta"
+    held = dict(scorer.blt.named_parameters())
+    assert any("hash" in name for name in held)
+    assert {parameter.device.type for parameter in held.values()} == {"meta"}
+
+
 @pytest.mark.slow
 def test_a_bundle_gives_what_its_checkpoint_gives(adapter: Any, files: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from blt.checkpoint import Checkpoint
+from blt.checkpoint import Checkpoint, save
+from blt.cli import devices
+from blt.cli.scoring import open_scorer
 from blt.data.tokens import train_vocabulary
+from blt.model.hashing import MappedTables
 from blt.model.token import TokenConfig, TokenModel
-from blt.row_scoring import PatchRows, scorer_of
+from blt.row_scoring import PatchRows, load_on, scorer_of
 from blt.scoring import Scorer, StreamScorer, bits_of
 from blt_runtime.errors import CheckpointError, UsageError
 from tests.tiny import VARIANTS, tiny
@@ -99,6 +104,38 @@ def test_one_very_long_patch_is_read_by_a_stream(monkeypatch: pytest.MonkeyPatch
     assert "stream" in vars(rows)
     assert found.bits == pytest.approx(expected.bits, rel=1e-5)
     assert found.units == expected.units
+
+
+def test_hash_tables_go_to_the_device_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that stay in their file serve the CPU only. The device `meta` stands for an accelerator."""
+    save(tmp_path / "model.pt", tiny())
+    here, there = load_on("cpu", tmp_path / "model.pt"), load_on("meta", tmp_path / "model.pt")
+    assert here.blt is not None
+    assert there.blt is not None
+    assert here.blt.hash_embedding is not None
+    assert isinstance(here.blt.hash_embedding.tables, MappedTables)
+    held = dict(there.blt.named_parameters())
+    assert any("hash" in name for name in held)
+    assert {parameter.device.type for parameter in held.values()} == {"meta"}
+    monkeypatch.setattr(devices, "torch_device", lambda device: "meta")
+    with open_scorer(tmp_path / "model.pt", 100, device="cuda") as scorer:
+        assert isinstance(scorer, PatchRows)
+        assert scorer.device == "meta"
+        assert {parameter.device.type for parameter in scorer.blt.parameters()} == {"meta"}
+
+
+def test_no_stream_reads_weights_of_another_device(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Longer texts are cut to the rows, with a warning; a long patch is refused. (The weights stay on the CPU here.)"""
+    checkpoint = tiny("static")
+    with caplog.at_level(logging.WARNING, "blt.scoring"):
+        rows = scorer_of(checkpoint, 10_000, "cuda")
+    assert isinstance(rows, PatchRows)
+    assert f"at most {rows.capacity} bytes" in caplog.text
+    monkeypatch.setattr("blt.row_scoring.GATHER_BYTES", 1000)
+    with pytest.raises(UsageError, match="use --device cpu"):
+        rows.measure(TEXT)
 
 
 def test_an_incomplete_checkpoint_has_no_scorer() -> None:

@@ -57,7 +57,7 @@ def open_scorer(
     entropy_dtype: EntropyDtype | None = None,
 ) -> Iterator[Scorer]:
     """Any model for texts of up to `n_ids` ids: whole rows on PyTorch for checkpoints of every kind, a stream for a
-    bundle, for --backend onnx, and for texts longer than the trained rows."""
+    bundle, for --backend onnx, and (on the CPU) for texts longer than the model's rows, its `max_seqlen`."""
     models.check_backend(backend)
     models.existing(path)
     if models.is_bundle(path) or backend == "onnx":
@@ -72,17 +72,11 @@ def open_scorer(
         ) as stream:
             yield stream
         return
-    from blt.checkpoint import load
-    from blt.row_scoring import scorer_of
+    from blt.row_scoring import load_on, scorer_of
 
     chosen = "cpu" if device == "auto" else devices.torch_device(device)
     devices.limit_torch_threads(threads)
-    # Hash tables that lie in their file serve the CPU only.
-    checkpoint = load(path, entropy_model, trainable=chosen != "cpu", entropy_dtype=entropy_dtype)
-    for model in (checkpoint.blt, checkpoint.entropy, checkpoint.bpe):
-        if model is not None:
-            model.to(chosen)
-    yield scorer_of(checkpoint, n_ids, chosen)
+    yield scorer_of(load_on(chosen, path, entropy_model, entropy_dtype), n_ids, chosen)
 
 
 @dataclass(frozen=True)
