@@ -34,7 +34,7 @@ def prepare(
     completion_field: Annotated[str | None, typer.Option(help="Key of the completion behind the prompt.")] = None,
     split: Annotated[str, typer.Option(help="Shares of train/valid/test.")] = "98/1/1",
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop exact duplicates.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Reading processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Files read at once, one thread each.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Another split of the same documents.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
     as_json: options.Json = False,

@@ -32,7 +32,7 @@ def is_data_folder(path: Path) -> bool:
     """True if `path` holds a manifest of ours (its shards are not looked at)."""
     try:
         return bool(json.loads((path / MANIFEST).read_text()).get("format") == FORMAT)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

@@ -59,7 +59,7 @@ def _stamp(path: Path, digest: str) -> Stamp:
 def _read(folder: Path) -> dict[str, Stamp]:
     try:
         stamps = json.loads((folder / STAMPS).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return stamps if isinstance(stamps, dict) else {}
 

@@ -117,7 +117,7 @@ def prepare(
     data folder).
     """
     shares, fields = _shares(split), Fields(text_field, prompt_field, completion_field)
-    sources = find_sources(inputs, format)
+    sources = find_sources(inputs, format, fields)
     out = Path(out).resolve()
     check_target(out, force, [Path(path).resolve() for path in inputs])
     with staged(out) as temporary:

@@ -1,7 +1,7 @@
 """Documents from files and folders, in an order that depends on nothing but the inputs' names.
 
 A text file holds documents separated by NUL bytes (so binary files are read, too, and end a document at each NUL), a
-JSONL file one document per line, a parquet file one per row. The group of a document is the stem of its file. A folder
+JSONL file (also `.json`) one document per line, a parquet file one per row. The group of a document is the stem of its file. A folder
 is read whole, or it holds nothing but the subfolders train, valid and test: the splits.
 """
 
@@ -23,7 +23,7 @@ SPLITS = ("train", "valid", "test")
 KINDS = ("txt", "jsonl", "parquet")
 FORMATS = ("auto", *KINDS, "dir")
 READ_BYTES = 1 << 22
-_KIND_OF = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_KIND_OF = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Source:
     split: str | None
 
 
-def find_sources(inputs: Sequence[str | Path], format: str = "auto") -> list[Source]:
-    """The files behind `inputs`, sorted inside each folder. Raises UsageError for wrong arguments and InputError
-    for what cannot be read."""
+def find_sources(inputs: Sequence[str | Path], format: str = "auto", fields: Fields | None = None) -> list[Source]:
+    """The files behind `inputs`, sorted inside each folder. Raises UsageError for wrong arguments (also for `fields`
+    of prompts where a file is text without fields) and InputError for what cannot be read."""
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
     if not inputs:
@@ -52,6 +52,9 @@ def find_sources(inputs: Sequence[str | Path], format: str = "auto") -> list[Sou
         sources += _folder(path, format) if path.is_dir() else [_source(path, format, None)]
     if not sources:
         raise InputError(f"{inputs[0]}: the folder holds no files")
+    plain = [source.path for source in sources if source.format == "txt"]
+    if plain and fields is not None and fields.prompt is not None:
+        raise UsageError(f"{plain[0]} is read as text, which has no --prompt-field; give JSONL or parquet files alone")
     return sources
 
 

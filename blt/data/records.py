@@ -15,6 +15,9 @@ from typing import Any, BinaryIO, NamedTuple
 from blt_runtime.errors import InputError, UsageError
 
 
+ONE_PER_LINE = "write one object per line (JSONL), or read the file itself as text with --format txt"
+
+
 class Document(NamedTuple):
     """The bytes of a document; the first `prompt` of them carry no loss."""
 
@@ -48,15 +51,21 @@ class Fields:
 
 
 def read_jsonl(lines: BinaryIO, path: Path, fields: Fields) -> Iterator[Document]:
-    """One document per line that is not blank. Raises InputError that names the line."""
+    """One document per line that is not blank. Raises InputError that names the line.
+
+    A file of one JSON value over several lines fails at its first one.
+    """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not a JSON object ({error})") from error
-        yield fields.document(record, f"{path}:{number}")
+        except (ValueError, RecursionError) as error:  # brackets a thousand deep
+            raise InputError(f"{where}: not a JSON object ({error}); {ONE_PER_LINE}") from error
+        if not isinstance(record, Mapping):
+            raise InputError(f"{where}: a JSON {type(record).__name__} and no object; {ONE_PER_LINE}")
+        yield fields.document(record, where)
 
 
 def _text(record: Any, key: str, option: str, where: str) -> bytes:

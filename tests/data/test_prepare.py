@@ -107,6 +107,15 @@ def test_jsonl_plain_and_gzip(tmp_path: Path) -> None:
     assert Dataset(tmp_path / "data").manifest["groups"] == ["a", "b"]
 
 
+def test_a_json_file_is_records_unless_text_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    prepare([tmp_path / "a.json"], tmp_path / "records")
+    assert everything(tmp_path / "records") == Counter([b"one", b"two"])
+    assert Dataset(tmp_path / "records").manifest["groups"] == ["a"]
+    prepare([tmp_path / "a.json"], tmp_path / "text", format="txt", split=(1, 0, 0))
+    assert everything(tmp_path / "text") == Counter([(tmp_path / "a.json").read_bytes()])
+
+
 def test_zstandard(tmp_path: Path) -> None:
     """One frame, and several with a skippable one between them, as parallel compressors write."""
     half = [zstandard.compress(b"\0".join(part)) for part in (DOCUMENTS[:30], [b"", *DOCUMENTS[30:]])]
@@ -139,6 +148,9 @@ def broken_inputs(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "folder").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text"\n')
     (tmp_path / "field.jsonl").write_text('{"other": "x"}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    (tmp_path / "list.json").write_text('["one", "two"]\n')
+    (tmp_path / "pretty.json").write_text(json.dumps({"text": "a", "more": [1, 2]}, indent=1))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     (tmp_path / "x.zst").write_bytes(b"no zstd at all")
     (tmp_path / "cut.txt.zst").write_bytes(zstandard.compress(os.urandom(300_000))[:-20])
@@ -150,6 +162,8 @@ def broken_inputs(tmp_path: Path) -> dict[str, Path]:
     names = {"empty": "empty.txt", "no files": "folder", "bad.jsonl:2": "bad.jsonl", "--text-field": "field.jsonl"}
     names |= {"as parquet": "x.parquet", "complete": "cut.txt.gz", "cut.txt.zst: .* complete": "cut.txt.zst"}
     names |= {"cut.jsonl.zst: .* complete": "cut.jsonl.zst", "inputs are empty": "nul.bin"}
+    names |= {"deep.jsonl:1: .*recursion": "deep.jsonl", "a JSON list and no object": "list.json"}
+    names |= {"pretty.json:1: .*one object per line.*--format txt": "pretty.json"}
     names |= {"is the file complete": "x.zst", "more.txt beside them would be ignored": "mixed"}
     return {message: tmp_path / name for message, name in names.items()}
 
@@ -279,6 +293,12 @@ def test_opening_what_is_no_data_folder(tmp_path: Path) -> None:
         info(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "blt-data", "version": 99}')
     with pytest.raises(InputError, match="newer version"):
+        info(tmp_path)
+
+
+def test_a_manifest_nested_too_deeply_is_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(InputError, match="is not a data folder"):
         info(tmp_path)
 
 

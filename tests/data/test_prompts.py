@@ -93,4 +93,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         prepared(tmp_path, completion_field=None)
     with pytest.raises(InputError, match=r"pairs.jsonl:1: no text under the key 'question'.*--prompt-field"):
         prepared(tmp_path, prompt_field="question")
+    (tmp_path / "notes.txt").write_text("no fields at all")
+    keys = {"prompt_field": "prompt", "completion_field": "completion"}
+    with pytest.raises(UsageError, match=r"notes.txt is read as text.*--prompt-field"):
+        prepare([tmp_path / "pairs.jsonl", tmp_path / "notes.txt"], tmp_path / "data", **keys)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"pairs.jsonl is read as text"):
+        prepare([tmp_path / "pairs.jsonl"], tmp_path / "data", format="txt", **keys)  # type: ignore[arg-type]
     assert not (tmp_path / "data").exists()
