@@ -1,8 +1,8 @@
 """Documents from files and folders, in an order that depends on nothing but the inputs' names.
 
 A text file holds documents separated by NUL bytes (so binary files are read, too, and end a document at each NUL), a
-JSONL file (also `.json`) one document per line, a parquet file one per row. The group of a document is the stem of its file. A folder
-is read whole, or it holds nothing but the subfolders train, valid and test: the splits.
+JSONL file (also `.json`) one document per line, a parquet file one per row. The group of a document is the stem of its
+file. A folder is read whole, or it holds nothing but the subfolders train, valid and test: the splits.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from blt_runtime.errors import InputError, UsageError
 
-
-ONE_PER_LINE = "write one object per line (JSONL), or read the file itself as text with --format txt"
+ONE_PER_LINE = "write one object per line (JSONL), or read the file as text by `blt data prepare --format txt`"
 
 
 class Document(NamedTuple):
