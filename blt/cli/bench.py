@@ -228,7 +228,7 @@ def _guessing(stats: SpeculationStats) -> str:
 
 
 def _show(report: dict[str, Any], found: Latency) -> None:
-    from blt.plot_bench import duration
+    from blt.figures.costs import duration
 
     bandwidth, mean, share = found.bandwidth, report["mean_patch_bytes"], found.share_of_floor
     threads = _count(bandwidth.threads, "thread")
@@ -282,7 +282,7 @@ def split_table(found: Latency) -> Table:
 
 
 def _plot(found: Latency, title: str, path: Path) -> None:
-    from blt.plot_bench import Bar, Bars, render
+    from blt.figures.costs import Bar, Bars, render
 
     bars = [Bar("measured", found.split.seconds)]
     if found.weights:

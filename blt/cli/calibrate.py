@@ -1,6 +1,6 @@
 """`blt calibrate`: the threshold that gives a wanted mean patch, and what other thresholds would cost.
 
-Not here: the search (`blt.calibrate`), the measurements (`costs`), what is shown (`tradeoff`, `blt.plot_tradeoff`).
+Not here: the search (`blt.calibrate`), the measurements (`costs`), what is shown (`tradeoff`, `blt.figures.tradeoff`).
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _sample(pieces: Sequence[Piece], most: int) -> list[Piece]:
 
 
 def _plot(result: tradeoff.Result, path: Path) -> None:
-    from blt.plot_tradeoff import Point, Tradeoff, render
+    from blt.figures.tradeoff import Point, Tradeoff, render
 
     rule, mean = result.rule, result.held_out.mean
     points = []

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blt.cli import console, files, inputs, options, scoring
-from blt.plot import SPECIAL
+from blt.figures.patches import SPECIAL
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import OFFSET, decode, encode
 from blt_runtime.patching import EntropyDtype, PatchRule, patch_lengths
@@ -158,7 +158,7 @@ def _resolve(asked: PatchRule | None, scheme: str | None, own: PatchRule | None)
 
 
 def _plot(cut: Patches, path: Path) -> None:
-    from blt.plot import Figure, render
+    from blt.figures.patches import Figure, render
 
     if cut.entropies is None:
         raise UsageError("--plot draws entropies, which come from a model: add --model MODEL")

@@ -49,7 +49,7 @@ def plot(
 
 
 def _axes(names: str) -> list[str]:
-    from blt.plot_runs import AXES
+    from blt.figures.runs import AXES
 
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
@@ -59,7 +59,7 @@ def _axes(names: str) -> list[str]:
 
 
 def _draw(runs: list[Run], axes: list[str], title: str, least: int, out: Path) -> None:
-    from blt.plot_runs import Figure, render
+    from blt.figures.runs import Figure, render
 
     figure = Figure(runs, axes, title, least)
     if not figure.panels():

@@ -11,8 +11,8 @@ import pytest
 
 from blt.bench import PARTS
 from blt.checkpoint import save
+from blt.figures.costs import Bar, Bars, duration, render, to_html
 from blt.machine import MemoryReader
-from blt.plot_bench import Bar, Bars, duration, render, to_html
 from blt_runtime.errors import UsageError
 from tests.tiny import runs_rows, tiny
 

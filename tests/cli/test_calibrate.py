@@ -15,7 +15,7 @@ import torch
 
 from blt.checkpoint import Checkpoint, load, open_source, save
 from blt.cli import costs, run, texts
-from blt.plot_tradeoff import Point, Tradeoff, render
+from blt.figures.tradeoff import Point, Tradeoff, render
 from blt_runtime.errors import UsageError
 from blt_runtime.patching import PatchRule
 from tests.test_calibrate import code

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blt import plot_runs
+from blt.figures import runs as plot_runs
 from blt.run_metrics import distinct, read_run, read_runs
 
 Call = Callable[..., Any]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blt import plot_page
-from blt.plot import BAR_START
-from blt.plot_page import EDGE, INK, MUTED
+from blt.figures import page
+from blt.figures.page import EDGE, INK, MUTED
+from blt.figures.patches import BAR_START
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,18 +61,18 @@ class Tradeoff:
 
 def render(tradeoff: Tradeoff, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    return plot_page.drawn(kind, lambda: to_png(tradeoff), lambda: to_html(tradeoff))
+    return page.drawn(kind, lambda: to_png(tradeoff), lambda: to_html(tradeoff))
 
 
 def to_png(tradeoff: Tradeoff) -> bytes:
     """Panels of 6.4 x 2 inches at 160 dots per inch. Needs matplotlib."""
     panels = tradeoff.panels()
-    canvas = plot_page.canvas(6.4, 2.0 * len(panels) + 0.6)
+    canvas = page.canvas(6.4, 2.0 * len(panels) + 0.6)
     axes = canvas.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (name, points) in zip(axes, panels.items(), strict=True):
         _draw(ax, name, points)
     axes[-1].set_xlabel("mean patch (bytes)", fontsize=8, color=INK)
-    return plot_page.png(canvas, f"{tradeoff.title}\n{tradeoff.legend}")
+    return page.png(canvas, f"{tradeoff.title}\n{tradeoff.legend}")
 
 
 def _draw(ax: Axes, name: str, points: Sequence[tuple[float, float, str]]) -> None:
@@ -84,7 +84,7 @@ def _draw(ax: Axes, name: str, points: Sequence[tuple[float, float, str]]) -> No
         ax.annotate(_number(y), (x, y), xytext=(0, 6), textcoords="offset points", fontsize=6, color=MUTED, ha="center")
     ax.margins(x=0.06, y=0.25)
     ax.set_ylabel(name, fontsize=8, color=INK)
-    plot_page.quiet(ax)
+    page.quiet(ax)
 
 
 def _number(value: float) -> str:
@@ -110,7 +110,7 @@ def to_html(tradeoff: Tradeoff) -> str:
         f"<p><b>●</b> {html.escape(tradeoff.legend)}</p>\n"
         f'<svg viewBox="0 0 {WIDTH} {height}">\n{"".join(drawn)}{axis}\n</svg>'
     )
-    return plot_page.page(tradeoff.title or "Patch sizes", body, _CSS)
+    return page.document(tradeoff.title or "Patch sizes", body, _CSS)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -9,8 +9,8 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from blt import plot_page
-from blt.plot_page import EDGE, INK, MUTED
+from blt.figures import page
+from blt.figures.page import EDGE, INK, MUTED
 
 COLOURS = {
     "entropy": "#4a76a8",
@@ -64,7 +64,7 @@ class Bars:
 
 def render(bars: Bars, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    return plot_page.drawn(kind, lambda: to_png(bars), lambda: to_html(bars))
+    return page.drawn(kind, lambda: to_png(bars), lambda: to_html(bars))
 
 
 def duration(seconds: float) -> str:
@@ -77,7 +77,7 @@ def to_png(bars: Bars) -> bytes:
     """7.2 inches wide at 160 dots per inch. Needs matplotlib."""
     from matplotlib.patches import Patch
 
-    canvas = plot_page.canvas(7.2, 0.55 * len(bars.bars) + 1.5)
+    canvas = page.canvas(7.2, 0.55 * len(bars.bars) + 1.5)
     ax = canvas.subplots()
     for row, bar in enumerate(bars.bars):
         for part, begin, seconds in bar.pieces():
@@ -96,7 +96,7 @@ def to_png(bars: Bars) -> bytes:
         ax.spines[side].set_visible(False)
     handles = [Patch(color=COLOURS.get(part, OTHER), label=part) for part in bars.parts()]
     canvas.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7, frameon=False)
-    return plot_page.png(canvas, bars.title)
+    return page.png(canvas, bars.title)
 
 
 _CSS = f"""
@@ -113,7 +113,7 @@ def to_html(bars: Bars) -> str:
     height = TOP + len(bars.bars) * (HEIGHT + GAP)
     drawn = "".join(_row(bar, bars.longest, TOP + at * (HEIGHT + GAP)) for at, bar in enumerate(bars.bars))
     body = f'<p>{legend}</p>\n<svg viewBox="0 0 {WIDTH} {height}">\n{drawn}</svg>'
-    return plot_page.page(bars.title or "Where the time of a byte goes", body, _CSS)
+    return page.document(bars.title or "Where the time of a byte goes", body, _CSS)
 
 
 def _row(bar: Bar, longest: float, top: int) -> str:

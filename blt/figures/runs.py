@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from blt import plot_page
-from blt.plot_page import EDGE, INK, MUTED
+from blt.figures import page
+from blt.figures.page import EDGE, INK, MUTED
 from blt.run_metrics import Run
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def tick_label(key: str, value: float) -> str:
 
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    return plot_page.drawn(kind, lambda: to_png(figure), lambda: to_html(figure))
+    return page.drawn(kind, lambda: to_png(figure), lambda: to_html(figure))
 
 
 # --- PNG ---------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def to_png(figure: Figure) -> bytes:
     rows = figure.panels()
     across = max((len(row) for row in rows), default=1)
     legend_rows = -(-len(figure.runs) // 3)
-    canvas = plot_page.canvas(4.4 * across, 3.0 * max(1, len(rows)) + 0.5 + 0.18 * legend_rows)
+    canvas = page.canvas(4.4 * across, 3.0 * max(1, len(rows)) + 0.5 + 0.18 * legend_rows)
     axes = canvas.subplots(max(1, len(rows)), across, squeeze=False)
     for at, row in enumerate(rows):
         for ax, panel in zip(axes[at], row, strict=True):
@@ -149,7 +149,7 @@ def to_png(figure: Figure) -> bytes:
     styles = [Line(i, run.label, [], bold=True) for i, run in enumerate(figure.runs)]
     handles = [Line2D([], [], color=s.colour, linestyle=_linestyle(s), label=s.label) for s in styles]
     canvas.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=7, frameon=False)
-    return plot_page.png(canvas, figure.title)
+    return page.png(canvas, figure.title)
 
 
 def _linestyle(line: Line) -> Literal["-"] | tuple[float, Sequence[float]]:
@@ -172,7 +172,7 @@ def _draw(ax: Axes, panel: Panel) -> None:
     ax.set_ylim(panel.y_range)
     ax.set_xlabel(AXES[panel.x_key], fontsize=8, color=INK)
     ax.set_ylabel(panel.y_name, fontsize=8, color=INK)
-    plot_page.quiet(ax)
+    page.quiet(ax)
 
 
 # --- HTML --------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def to_html(figure: Figure) -> str:
     across, down = max((len(row) for row in rows), default=1), max(1, len(rows))
     box = f"0 0 {across * (WIDTH + GAP)} {down * (HEIGHT + GAP)}"
     body = f'<p>{legend}</p>\n<svg viewBox="{box}">\n{"".join(drawn)}</svg>'
-    return plot_page.page(figure.title or "Runs", body, _CSS, width="72rem" if across > 1 else "44rem")
+    return page.document(figure.title or "Runs", body, _CSS, width="72rem" if across > 1 else "44rem")
 
 
 def _svg(panel: Panel) -> Iterator[str]:

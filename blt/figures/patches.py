@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blt import plot_page
-from blt.plot_page import EDGE, INK, MUTED
+from blt.figures import page
+from blt.figures.page import EDGE, INK, MUTED
 from blt_runtime.ids import OFFSET
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _text_glyphs(data: bytes, drawable: Callable[[str], bool]) -> list[str]:
 
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    return plot_page.drawn(kind, lambda: to_png(figure), lambda: to_html(figure))
+    return page.drawn(kind, lambda: to_png(figure), lambda: to_html(figure))
 
 
 # --- PNG ---------------------------------------------------------------------------------------------------
@@ -97,12 +97,12 @@ def to_png(figure: Figure) -> bytes:
     n = len(figure.ids)
     width = min(n, ROW)
     n_rows = max(1, math.ceil(n / ROW))
-    canvas = plot_page.canvas(max(4.0, 0.175 * width + 0.9), 1.5 * n_rows + 0.55)
+    canvas = page.canvas(max(4.0, 0.175 * width + 0.9), 1.5 * n_rows + 0.55)
     axes = canvas.subplots(n_rows, 1, squeeze=False)[:, 0]
     labels, top = glyphs(figure.ids, _in_font()), _top(figure)
     for row, ax in enumerate(axes):
         _draw_row(ax, figure, labels, range(row * ROW, min(n, (row + 1) * ROW)), width, top)
-    return plot_page.png(canvas, figure.title)
+    return page.png(canvas, figure.title)
 
 
 def _in_font() -> Callable[[str], bool]:
@@ -183,7 +183,7 @@ def to_html(figure: Figure) -> str:
         f'<div class="legend">entropy of each byte before it is read, in nats{legend}</div>\n'
         f'<div class="text">\n{"".join(cells)}</div>'
     )
-    return plot_page.page(figure.title or "Patches", body, _CSS, width="76rem")
+    return page.document(figure.title or "Patches", body, _CSS, width="76rem")
 
 
 def _cell(figure: Figure, t: int, label: str, patch: int, top: float) -> str:

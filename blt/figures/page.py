@@ -52,7 +52,7 @@ def quiet(ax: Axes) -> None:
         ax.spines[side].set_visible(False)
 
 
-def page(title: str, body: str, css: str, width: str = "52rem") -> str:
+def document(title: str, body: str, css: str, width: str = "52rem") -> str:
     """A page that stands alone: no script, no font, no image from outside. `body` is HTML, `title` is not yet."""
     shown = html.escape(title)
     common = f"""
