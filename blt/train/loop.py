@@ -46,7 +46,7 @@ class Terminated(BltError):
     """The run was told to stop, and saved its state first."""
 
     def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by signal {signal_number} after step {step}; the same command resumes")
+        super().__init__(f"stopped by signal {signal_number} after step {step}; --resume auto goes on from there")
         self.exit_code = 128 + signal_number
 
 

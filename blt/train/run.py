@@ -39,7 +39,8 @@ def train(
     """Trains and returns the path of `model.pt`.
 
     `data` and `entropy_model` replace the configuration's; `resume` is "auto" (the newest checkpoint in `out`, if any),
-    "none" (refused if `out` has some) or a checkpoint's path; `force` trains into a folder that holds something else.
+    "none" or the path of a checkpoint or run; the last two are refused if `out` has checkpoints of its own, which the
+    path does not name. `force` trains into a folder that holds something else.
     Under torchrun every process calls it: parameters are in shards, the first rank writes logs, metrics and model.pt.
     Raises UsageError, InputError, ConfigError, CheckpointError, and Terminated after SIGTERM with everything saved.
     """
@@ -64,6 +65,7 @@ def _begin(trainer: Trainer) -> None:
     settings = trainer.config.model_dump(mode="json")
     replace_text(trainer.out / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
     trainer.metrics.cut(trainer.step)
+    snapshots.set_aside(trainer.folder, trainer.step)
 
 
 def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
@@ -114,12 +116,22 @@ def _chosen(trainer: Trainer, resume: str) -> Snapshot | None:
     if resume == "auto":
         return snapshots.read_newest(trainer.folder)
     if resume == "none":
-        if snapshots.snapshots(trainer.folder):
-            raise ConfigError(
-                f"{trainer.out} holds a run; resume it with --resume auto, or choose another output folder"
-            )
+        _check_unused(trainer)
         return None
-    path = Path(resume)
+    snapshot = _named(Path(resume))
+    if snapshot.path not in [path.resolve() for path in snapshots.snapshots(trainer.folder)]:
+        _check_unused(trainer)
+    return snapshot
+
+
+def _check_unused(trainer: Trainer) -> None:
+    """Raises ConfigError if `out` has checkpoints: another branch of training would be mixed with theirs."""
+    if snapshots.snapshots(trainer.folder):
+        raise ConfigError(f"{trainer.out} holds a run; resume it with --resume auto, or choose another output folder")
+
+
+def _named(path: Path) -> Snapshot:
+    """The snapshot at `path`, or the newest one of the run there. Raises UsageError and CheckpointError."""
     if not path.exists():
         raise UsageError(f"--resume {path}: no such folder; give auto, none, a checkpoint or a run")
     if not path.is_dir():

@@ -8,6 +8,9 @@
 One format for one rank or many: torch's distributed checkpoint (DCP) cuts tensors and puts them together again for any
 number of ranks. Its usual storage unpickles its index; its safetensors storage, used here, runs nothing of a file.
 A folder is written under a hidden name, flushed to disk and renamed. All ranks see the same file system.
+
+A folder of snapshots is one branch of training. A run that goes on from step s sets those behind s aside under a hidden
+name; they are removed when its own next one is complete.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from blt_runtime.errors import CheckpointError
 FORMAT, VERSION = "blt-train", 2
 MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_ASIDE = ".aside-"
 _CHUNK = 4 << 20
 log = logging.getLogger("blt.train")
 
@@ -83,7 +87,7 @@ class Snapshot:
 def write(
     folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int, ranks: Ranks = ONE
 ) -> Path:
-    """Saves the snapshot of `step`, then removes all but the newest `keep`. Every rank calls it.
+    """Saves the snapshot of `step`, then removes all but the newest `keep` of the run so far. Every rank calls it.
 
     tensors: what this rank has of each, by a name that is the same everywhere (DTensors, or the same plain tensors).
     state: plain values.  Raises CheckpointError on every rank if one cannot write (a full disk): nothing of the new
@@ -91,8 +95,8 @@ def write(
     """
     path = folder / f"step-{step:08d}"
     draft = folder / f".{path.name}.part"
-    ranks.first_does(lambda: _fresh(folder, draft))
     try:
+        ranks.first_does(lambda: _fresh(folder, draft))
         with _quiet():
             writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
             dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.alone)
@@ -102,12 +106,27 @@ def write(
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder} ({_cause(error)}); older ones are intact: "
-            "make room, and the same command resumes from the newest"
+            "make room, and --resume auto goes on from the newest"
         ) from None
     if ranks.first:
-        for old in snapshots(folder)[:-keep]:
-            _remove(old)
+        _rotate(folder, step, keep)
     return path
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Hides the snapshots behind `step`, from which a run goes on: they are of another branch, or damaged.
+
+    The next `write` that succeeds removes them.
+    """
+    later = [path for path in snapshots(folder) if step_of(path) > step]
+    for path in later:
+        hidden = path.with_name(f"{_ASIDE}{path.name}")
+        if hidden.exists():
+            shutil.rmtree(hidden)
+        path.rename(hidden)
+    if later:
+        names = ", ".join(path.name for path in later)
+        log.info("going on from step %d: %s set aside (%s*) until the next checkpoint", step, names, folder / _ASIDE)
 
 
 def _fresh(folder: Path, draft: Path) -> None:
@@ -124,32 +143,62 @@ def _complete(draft: Path, path: Path, step: int, state: dict[str, Any]) -> None
     files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(draft.iterdir())}
     _write_text(draft / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}))
     _sync(draft)
-    if path.exists():  # of a longer run that resumed from before it
-        _remove(path)
+    if path.exists():
+        path.rename(_old(path))
     draft.rename(path)
     _sync(path.parent)
 
 
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    """After the snapshot of `step` is complete: away with older ones, those set aside and what was replaced.
+
+    One that a short or missing file gives away does not count towards `keep`: there may be nothing else to go back to.
+    Checksums are not computed here; that would read all of them again for each new one.
+    """
+    earlier = [path for path in snapshots(folder) if step_of(path) < step]
+    whole = [path for path in earlier if _looks_whole(path)]
+    kept = whole[max(0, len(whole) - (keep - 1)) :]
+    try:
+        for path in earlier:
+            if path not in kept:
+                _remove(path)
+        for hidden in (*folder.glob(f"{_ASIDE}step-*"), *folder.glob(".step-*.old")):
+            shutil.rmtree(hidden)
+    except OSError as error:
+        log.warning("an old checkpoint in %s could not be removed (%s)", folder, _cause(error))
+
+
 def _remove(path: Path) -> None:
     """First the name, then the content: half a folder never looks like a checkpoint."""
-    hidden = path.with_name(f".{path.name}.old")
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    path.rename(_old(path))
+    shutil.rmtree(_old(path))
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def snapshots(folder: Path) -> list[Path]:
     """Snapshot folders, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a snapshot folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read(path: Path) -> Snapshot:
-    """One snapshot, every file compared with its checksum. Raises CheckpointError."""
+    """One snapshot, every file compared with its checksum; a copy may have any name. Raises CheckpointError."""
+    path = path.resolve()
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training checkpoint; give a folder step-* or a run folder")
-    if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
-        raise CheckpointError(f"{path} was written by a newer version (format {manifest.get('version')}); upgrade")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} is of format {manifest.get('version')}, this version reads {VERSION}; use the one that wrote it"
+        )
     try:
         step, files = int(manifest["step"]), dict(manifest["files"])
         for name, entry in files.items():
@@ -160,7 +209,7 @@ def read(path: Path) -> Snapshot:
     if extra or STATE not in files:
         raise CheckpointError(f"{path} is not what its manifest says: {', '.join(extra) or STATE}")
     state = _read_json(path / STATE)
-    if state.get("step") != step or int(path.name.removeprefix("step-")) != step:
+    if state.get("step") != step or (_NAME.fullmatch(path.name) and step_of(path) != step):
         raise CheckpointError(f"{path} holds step {state.get('step')}, its manifest says {step}")
     return Snapshot(path, step, state)
 
@@ -176,6 +225,15 @@ def read_newest(folder: Path) -> Snapshot | None:
     if found:
         raise CheckpointError(f"{folder}: no checkpoint can be read; start anew in another output folder")
     return None
+
+
+def _looks_whole(path: Path) -> bool:
+    """Whether the manifest's files are there in their sizes."""
+    try:
+        files = _read_json(path / MANIFEST)["files"]
+        return all((path / name).stat().st_size == entry["size"] for name, entry in files.items())
+    except (CheckpointError, OSError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:

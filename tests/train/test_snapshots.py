@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -69,6 +70,55 @@ def test_the_newest_few_are_kept(folder: Path) -> None:
     assert snapshots.read(folder / "step-00000003").step == 3
 
 
+def test_another_branch_is_hidden_at_once_and_removed_when_there_is_a_new_one(folder: Path) -> None:
+    for step in (18, 20):
+        snapshots.write(folder, step, tensors(step), STATE, keep=9)
+    snapshots.set_aside(folder, 2)
+    assert names(folder) == [".aside-step-00000018", ".aside-step-00000020", "step-00000001", "step-00000002"]
+    newest = snapshots.read_newest(folder)
+    assert newest is not None
+    assert newest.step == 2
+    snapshots.write(folder, 4, tensors(4), STATE, keep=2)
+    assert names(folder) == ["step-00000002", "step-00000004"]
+
+
+def test_a_truncated_one_is_none_of_those_kept(folder: Path) -> None:
+    snapshots.write(folder, 3, tensors(3), STATE, keep=3)
+    truncate(next((folder / "step-00000002").glob("shard*")))
+    (folder / "step-00000003" / "state.json").unlink()
+    snapshots.write(folder, 4, tensors(4), STATE, keep=2)
+    assert names(folder) == ["step-00000001", "step-00000004"]
+
+
+def test_old_ones_that_cannot_be_removed_are_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    snapshots.write(folder, 3, tensors(3), STATE, keep=1)
+    assert "could not be removed (Read-only file system)" in caplog.text
+    assert snapshots.read(folder / "step-00000003").step == 3
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(30, "Read-only file system")
+
+
+@pytest.mark.parametrize("call", ["mkdir", "rename"])
+def test_a_disk_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    before = names(folder)
+    monkeypatch.setattr(Path, call, refuse)
+    with pytest.raises(CheckpointError, match=r"Read-only file system.*older ones are intact"):
+        snapshots.write(folder, 3, tensors(3), STATE, keep=1)
+    assert names(folder) == before
+
+
+def test_a_copy_may_have_any_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder / "step-00000002", tmp_path / "best")
+    assert snapshots.read(tmp_path / "best").step == 2
+    monkeypatch.chdir(tmp_path / "best")
+    assert snapshots.read(Path()).path == tmp_path / "best"
+
+
 def test_nothing_of_a_checkpoint_is_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.suffix for path in (folder / "step-00000002").iterdir()) == [".json", ".json", ".safetensors"]
     for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
@@ -102,16 +152,31 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert "trying the one before" in caplog.text
 
 
-def test_every_flipped_bit_is_seen(folder: Path) -> None:
-    """In every byte of every file."""
+def test_flipped_bits_are_seen(folder: Path) -> None:
+    """Every third bit of the manifest, and one at random of every 37th byte of the other files."""
+    random = np.random.default_rng(0)
     for path in sorted((folder / "step-00000002").iterdir()):
         content = path.read_bytes()
-        for place in range(0, len(content), 1 if path.name == "manifest.json" else 37):
-            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        everything = path.name == "manifest.json"
+        places = range(0, 8 * len(content), 3) if everything else random.integers(8, size=len(content) // 37)
+        for i, place in enumerate(places):
+            changed = bytearray(content)
+            byte, bit = divmod(place, 8) if everything else (37 * i, place)
+            changed[byte] ^= 1 << bit
+            if everything and same_json(changed, content):  # white space
+                continue
+            path.write_bytes(changed)
             with pytest.raises(CheckpointError):
                 snapshots.read(folder / "step-00000002")
         path.write_bytes(content)
     assert snapshots.read(folder / "step-00000002").step == 2
+
+
+def same_json(a: bytes | bytearray, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a) == json.loads(b))
+    except ValueError:
+        return False
 
 
 def test_more_or_other_files_than_the_manifest_says(folder: Path) -> None:
@@ -265,6 +330,33 @@ def test_one_checkpoint_can_be_named(entropy_config: EntropyRun, entropy_run: Pa
     train(entropy_config, tmp_path / "run", data=data, resume=str(older))
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [30, 40, 40]
+
+
+def test_going_on_from_an_older_one_leaves_the_branch_behind(
+    entropy_config: EntropyRun, entropy_run: Path, data: Path, repo: Path, tmp_path: Path
+) -> None:
+    """20 and 40 are there; the new branch from 20 ends at 25, and is what a resumed run takes."""
+    out = tmp_path / "run"
+    shutil.copytree(entropy_run, out)
+    older = out / "checkpoints" / "step-00000020"
+    shorter = load_config(repo / "configs" / "tiny-entropy.yaml", ["schedule={steps: 25, warmup: 5}"])
+    train(shorter, out, data=data, resume=str(older))
+    assert names(out / "checkpoints") == ["step-00000020", "step-00000025"]
+    trainer = trainer_of(entropy_config, out, data)
+    newest = snapshots.read_newest(trainer.folder)
+    assert newest is not None
+    assert newest.step == 25
+
+
+def test_another_runs_checkpoint_needs_its_own_folder(
+    entropy_config: EntropyRun, entropy_run: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(entropy_run, out)
+    theirs = entropy_run / "checkpoints" / "step-00000020"
+    with pytest.raises(ConfigError, match=r"holds a run; resume it with --resume auto"):
+        train(entropy_config, out, data=data, resume=str(theirs))
+    assert names(out / "checkpoints") == names(entropy_run / "checkpoints")
 
 
 def test_a_state_of_something_else(entropy_config: EntropyRun, entropy_run: Path, data: Path, tmp_path: Path) -> None:
