@@ -74,9 +74,10 @@ class Trainer:
         self.window, self.watch = Window(), Watch()
         self.extra = extra or {}
         self.flops_per_byte = flops_per_byte
-        self.step = self.bytes = 0
+        self.step = self.bytes = self.skips = 0
+        self.lr = self.norm = 0.0
         self._saved = -1
-        self._signal = self._skips = 0
+        self._signal = 0
         self._told = False
 
     @property
@@ -177,15 +178,15 @@ class Trainer:
     def _is_finite(self, nats: float, norm: float, batch: Batch) -> bool:
         """Whether the step can be taken. Raises Diverged, without gradients left, if it stops the run."""
         if math.isfinite(nats) and math.isfinite(norm):
-            self._skips = 0
+            self.skips = 0
             return True
-        self._skips += 1
+        self.skips += 1
         what = "the gradient norm" if math.isfinite(nats) else "the loss"
         value = norm if math.isfinite(nats) else nats
         where = f"{what} is {value} at step {self.step}, {batch.identity}"
-        if self.config.run.on_nonfinite == "stop" or self._skips > SKIPS:
+        if self.config.run.on_nonfinite == "stop" or self.skips > SKIPS:
             self.optimizer.zero_grad(set_to_none=True)
-            often = f" ({self._skips} steps in a row)" if self._skips > 1 else ""
+            often = f" ({self.skips} steps in a row)" if self.skips > 1 else ""
             raise Diverged(
                 f"{where}{often}; nothing of this step was kept: resume with a lower optimizer.lr, "
                 "a longer schedule.warmup or run.dtype=fp32"
@@ -194,7 +195,9 @@ class Trainer:
         return False
 
     def log(self) -> None:
-        record = {"step": self.step, **self.window.summary(), "lr": self.lr, "norm": self.norm, **self.spent()}
+        """One line of metrics.jsonl over the steps since the last one; rate and norm are the last step's."""
+        last = {"lr": self.lr, "norm": self.norm} if self.window.buckets else {}
+        record = {"step": self.step, **self.window.summary(), **last, **self.spent()}
         self.metrics.write({**record, "seconds": self.window.all_seconds})
         self.window.reset()
 

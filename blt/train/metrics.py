@@ -85,7 +85,10 @@ class Window:
     def summary(self) -> dict[str, Any]:
         """loss (nats per counted target), bpb (bits per byte), bytes_per_s, padding (share of the byte places), buckets
         (batches of each length); with patches also patch_size (tokens a patch, the one-token first patch of each row
-        counted) and patch_padding (share of the patch places); skipped (steps), if there were any."""
+        counted) and patch_padding (share of the patch places); skipped (steps), if there were any. A window of skipped
+        steps alone has nothing else."""
+        if self.skipped and not self.buckets:
+            return {"skipped": self.skipped}
         seconds = max(time.monotonic() - self.began, 1e-9)
         found: dict[str, Any] = {
             "loss": self.nats / max(1, self.targets),

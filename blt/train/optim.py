@@ -11,15 +11,21 @@ from torch.distributed.tensor import DTensor
 
 from blt.config import OptimizerConfig, ScheduleConfig
 from blt.train.parts import parameter_groups
+from blt_runtime.errors import ConfigError
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on all parameters that train, as published.
 
-    Fused: one pass over the hash tables instead of six.
+    Fused: one pass over the hash tables instead of six. Raises ConfigError if no parameter is left to it.
     """
+    groups = parameter_groups(model, config)
+    if not groups:
+        raise ConfigError(
+            "optimizer.freeze leaves the hash tables alone to train; use optimizer.tables: dense for that"
+        )
     return torch.optim.AdamW(
-        parameter_groups(model, config),
+        groups,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

@@ -31,6 +31,8 @@ SAME: dict[str, tuple[str, ...]] = {
     "optimizer": ("freeze", "lr_scale", "tables"),
     "run": ("seed", "dtype"),
 }
+# What a row of sparse tables has missed was summed up with these; the dense optimizer may change them.
+SAME_SPARSE = SAME | {"optimizer": (*SAME["optimizer"], "betas", "eps")}
 
 
 def save(trainer: Trainer) -> None:
@@ -39,6 +41,8 @@ def save(trainer: Trainer) -> None:
         "config": trainer.config.model_dump(mode="json"),
         "loader": trainer.loader.state(),
         "bytes": trainer.bytes,
+        "skips": trainer.skips,
+        "last": [trainer.lr, trainer.norm],
         "table_steps": None if trainer.tables is None else trainer.tables.missed.steps,
         "window": trainer.window.state(),
         "extra": trainer.extra,
@@ -64,8 +68,10 @@ def restore(trainer: Trainer, snapshot: Snapshot) -> None:
         torch.set_rng_state(tensors["rng"])
         trainer.loader.restore(state["loader"])
         trainer.step, trainer.bytes = snapshot.step, state["bytes"]
+        trainer.skips = int(state["skips"])
+        trainer.lr, trainer.norm = state["last"]
         trainer.window.restore(state["window"])
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{snapshot.path}: {snapshots.STATE} is incomplete ({error!r})") from None
 
 
@@ -80,7 +86,8 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 def _same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
     """What decides the weights' shapes and the next batch must agree; rates, schedule and logging may change."""
-    for section, keys in SAME.items():
+    sparse = new["optimizer"]["tables"] == "sparse"
+    for section, keys in (SAME_SPARSE if sparse else SAME).items():
         if section not in old and section not in new:
             continue
         for key in keys or (None,):

@@ -95,6 +95,11 @@ class MissingExtra(BackendError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} is not installed: pip install 'blt-lm[{extra}]'")
+        self.what, self.extra = what, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
+        """Pickled as what it was made of: processes hand errors to each other."""
+        return type(self), (self.what, self.extra)
 
 
 class CheckFailed(BltError):

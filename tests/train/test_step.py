@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from blt.config import BLTRun, EntropyRun, load_config
-from blt.train import Trainer
+from blt.train import Trainer, snapshots
 from blt.train.jobs import prepare_run
 from blt.train.loop import SKIPS
 from blt.train.objective import Diverged
@@ -71,15 +72,37 @@ def test_a_non_finite_step_is_passed_over(
     assert trainer.bytes == other.bytes
 
 
-def test_too_many_in_a_row_stop(data: Path, repo: Path, tmp_path: Path) -> None:
+def test_too_many_in_a_row_stop_also_across_a_resume(data: Path, repo: Path, tmp_path: Path) -> None:
     config = load_config(repo / "configs" / "tiny-entropy.yaml", ["run.on_nonfinite=skip"])
     assert isinstance(config, EntropyRun)
-    trainer = trainer_of(config, tmp_path, data)
+    first, trainer = (trainer_of(config, tmp_path, data) for _ in range(2))
+    broken_for(first, range(100))
     broken_for(trainer, range(100))
-    for _ in range(SKIPS):
-        trainer.train_step()
+    for _ in range(SKIPS - 1):
+        first.train_step()
+    first.save()
+    snapshot = snapshots.read_newest(first.folder)
+    assert snapshot is not None
+    trainer.restore(snapshot)
+    trainer.train_step()
     with pytest.raises(Diverged, match=f"{SKIPS + 1} steps in a row"):
         trainer.train_step()
+
+
+def test_a_line_of_skipped_steps_alone(data: Path, repo: Path, tmp_path: Path) -> None:
+    """The first line of a run; the next one has numbers again."""
+    settings = ["run.on_nonfinite=skip", "run.log_every=2", "run.valid_every=100", "run.checkpoint_every=100"]
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", settings)
+    assert isinstance(config, EntropyRun)
+    trainer = trainer_of(config, tmp_path, data)
+    trainer.valid = None
+    broken_for(trainer, range(2))
+    trainer.run(4)
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first.keys() == {"step", "skipped", "bytes", "flops", "seconds"}
+    assert (first["step"], first["skipped"], first["bytes"]) == (2, 2, 0)
+    assert {"loss", "bpb", "padding", "lr", "norm"} < second.keys()
+    assert "skipped" not in second
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2])

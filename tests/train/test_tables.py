@@ -89,6 +89,9 @@ def test_resumed_bit_for_bit(repo: Path, data: Path, tmp_path: Path) -> None:
     dense = trainer_of(config_of(repo), tmp_path / "run", data)
     with pytest.raises(CheckpointError, match=r"'optimizer.tables' \(sparse, not dense\)"):
         dense.restore(snapshot)
+    other = trainer_of(config_of(repo, "optimizer={tables: sparse, eps: 1.0e-6}"), tmp_path / "run", data)
+    with pytest.raises(CheckpointError, match=r"'optimizer.eps' \(1e-08, not 1e-06\)"):
+        other.restore(snapshot)
     resumed = checkpoint.load(train(config, tmp_path / "run", data=data)).require_blt()[0]
     theirs = whole.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in resumed.state_dict().items())
@@ -110,6 +113,14 @@ def test_what_cannot_be_sparse(repo: Path, data: Path, tmp_path: Path) -> None:
         trainer_of(config_of(repo, "optimizer.tables=sparse", "model.hash=null"), tmp_path, data)
     with pytest.raises(ConfigError, match="square root"):
         trainer_of(config_of(repo, "optimizer={tables: sparse, betas: [0.99, 0.95]}"), tmp_path, data)
+
+
+def test_something_else_must_train(repo: Path, data: Path, tmp_path: Path) -> None:
+    names = [name for name, _ in trainer_of(config_of(repo), tmp_path, data).objective.model.named_parameters()]
+    others = [name for name in names if not name.startswith("hash_embedding.")]
+    config = config_of(repo, "optimizer.tables=sparse", f"optimizer.freeze=[{', '.join(others)}]")
+    with pytest.raises(ConfigError, match="tables: dense"):
+        trainer_of(config, tmp_path, data)
 
 
 @pytest.mark.slow
