@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 class Document(NamedTuple):
-    """A text and its group; the first `prompt` bytes are read and not counted."""
+    """A text and its group; the first `prompt` bytes are read and not counted. `whole`: the text is not cut short."""
 
     group: str
     text: bytes
     prompt: int = 0
+    whole: bool = True
 
 
 def documents(data: Path, split: str) -> Iterator[Document]:
@@ -44,21 +45,20 @@ def documents(data: Path, split: str) -> Iterator[Document]:
 
 
 def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
-    """At most `limit` bytes of each group; the last document is cut. Empty documents are left out."""
+    """At most `limit` bytes of each group; the last document is cut and not `whole`. Empty ones are left out."""
     used: dict[str, int] = defaultdict(int)
-    for group, text, prompt in found:
-        if limit is not None:
-            text = text[: limit - used[group]]
-        used[group] += len(text)
-        if text:
-            yield Document(group, text, min(prompt, len(text)))
+    for group, text, prompt, whole in found:
+        kept = text if limit is None else text[: limit - used[group]]
+        used[group] += len(kept)
+        if kept:
+            yield Document(group, kept, min(prompt, len(kept)), whole and len(kept) == len(text))
 
 
 def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]:
     """(prompt, counted text, whether the document ends there) of pieces of at most `context` bytes together."""
-    _, text, prompt = document
+    _, text, prompt, whole = document
     for start in range(0, len(text), context):
-        piece, last = text[start : start + context], start + context >= len(text)
+        piece, last = text[start : start + context], whole and start + context >= len(text)
         read = min(max(prompt - start, 0), len(piece))
         if read < len(piece) or last:
             yield piece[:read], piece[read:], last

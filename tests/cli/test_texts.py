@@ -1,0 +1,52 @@
+"""Text to be measured: limits and pieces, and where a document ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blt.cli.texts import Document, cut, limited
+from blt.scoring import Scored
+from tests.tiny import tiny
+
+Call = Callable[..., Any]
+
+
+def pieces(documents: list[Document], limit: int | None, context: int) -> list[tuple[bytes, bytes, bool]]:
+    return [piece for document in limited(documents, limit) for piece in cut(document, context)]
+
+
+def test_a_document_ends_only_where_its_text_does() -> None:
+    documents = [Document("a", b"12345"), Document("a", b"abcdefgh"), Document("b", b"xyz"), Document("a", b"gone")]
+    expected = [(b"", b"12345", True), (b"", b"abcd", False), (b"", b"ef", False), (b"", b"xyz", True)]
+    assert pieces(documents, 11, 5) == [expected[0], (b"", b"abcde", False), (b"", b"f", False), expected[3]]
+    assert pieces(documents, 11, 4)[2:] == expected[1:]
+    assert pieces(documents[:2], 13, 8) == [expected[0], (b"", b"abcdefgh", True)]
+    assert pieces(documents[:1], None, 8) == [expected[0]]
+
+
+def test_a_limit_inside_a_prompt_leaves_nothing_to_count() -> None:
+    document = Document("a", b"question answer", 9)
+    assert pieces([document], 7, 100) == []
+    assert pieces([document], 12, 100) == [(b"question ", b"ans", False)]
+    assert pieces([document], 15, 100) == [(b"question ", b"answer", True)]
+
+
+def test_eval_scores_no_end_where_the_limit_cuts(blt: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blt.checkpoint import save
+    from blt.row_scoring import PatchRows
+
+    save(tmp_path / "model.pt", tiny("static"))
+    (tmp_path / "text").write_bytes(b"first\0the second document")
+    ends: list[tuple[bytes, bool]] = []
+
+    def measure(self: PatchRows, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
+        ends.append((text, eos))
+        return Scored(1.0, 1, True)
+
+    monkeypatch.setattr(PatchRows, "measure", measure)
+    assert blt("eval", tmp_path / "model.pt", tmp_path / "text", "--limit", 15, "--context", "600", "-q").code == 0
+    assert ends == [(b"first", True), (b"the second", False)]
