@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SUITES = ("noise", "characters", "all")
 PAIR_BYTES = 256  # of a prompt and of a completion, at most
 ROOM = 5  # a model must hold so many times PAIR_BYTES: two of them, twice as long by AntSpeak, and a little
-N_IDS = 514  # what a model that can choose is opened for: the longest question has about 250 bytes
+N_IDS = ROOM * PAIR_BYTES + 2  # what a model that can choose is opened for; the longest question has about 250 bytes
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ def run(scorer: Scorer, chosen: Chosen, as_json: bool) -> None:
     report: dict[str, Any] = {"suite": chosen.suite, "seed": chosen.seed}
     tables = []
     if chosen.has("noise"):
-        lines = _noise(scorer, chosen)
-        report["noise"] = {"pairs": len(lines[0].worse), "lines": [_line_report(line) for line in lines]}
-        tables.append(_noise_table(lines))
+        size = _pair_bytes(scorer.capacity)
+        lines = _noise(scorer, chosen, size)
+        pairs = len(lines[0].worse)
+        report["noise"] = {"pairs": pairs, "pair_bytes": size, "lines": [_line_report(line) for line in lines]}
+        tables.append(_noise_table(lines, f"{pairs:,} pairs, prompt and completion of up to {size} bytes each"))
     if chosen.has("characters"):
         results = _characters(scorer, chosen)
         report["characters"] = {"items": chosen.items, "tasks": [_task_report(result) for result in results]}
@@ -65,12 +67,21 @@ def run(scorer: Scorer, chosen: Chosen, as_json: bool) -> None:
         console.stdout_console().print(table)
 
 
-def _noise(scorer: Scorer, chosen: Chosen) -> list[Line]:
+def _pair_bytes(capacity: int | None) -> int:
+    """Of a prompt and of a completion. Raises UsageError for a model that holds too little."""
+    from blt.suite.noise import LEAST
+
+    size = PAIR_BYTES if capacity is None else min(PAIR_BYTES, capacity // ROOM)
+    if size < LEAST:
+        raise UsageError(f"the model reads {capacity} bytes at once, the noise suite needs {ROOM * LEAST} or more")
+    return size
+
+
+def _noise(scorer: Scorer, chosen: Chosen, size: int) -> list[Line]:
     from blt.suite.noise import fitting, measure, pairs
 
     assert chosen.data is not None
     documents = texts.limited(texts.documents(chosen.data, chosen.split), chosen.limit)
-    size = PAIR_BYTES if scorer.capacity is None else min(PAIR_BYTES, scorer.capacity // ROOM)
     found = pairs((document.text for document in documents), size, chosen.items)
     if scorer.capacity is not None:
         found = fitting(found, scorer.capacity, chosen.seed)
@@ -85,8 +96,12 @@ def _noise(scorer: Scorer, chosen: Chosen) -> list[Line]:
 def _characters(scorer: Scorer, chosen: Chosen) -> list[Result]:
     from blt.suite.characters import TASKS, items, measure
 
+    found = {task: items(task, chosen.items, chosen.seed) for task in TASKS}
+    longest = max(len(item.prompt) + len(item.options[0]) for questions in found.values() for item in questions)
+    if scorer.capacity is not None and longest > scorer.capacity:
+        raise UsageError(f"the model reads {scorer.capacity} bytes at once, questions about characters have {longest}")
     with console.progress("characters", len(TASKS) * chosen.items) as advance:
-        return [measure(scorer.bits, task, items(task, chosen.items, chosen.seed), advance) for task in TASKS]
+        return [measure(scorer.bits, task, questions, advance) for task, questions in found.items()]
 
 
 def _line_report(line: Line) -> dict[str, Any]:
@@ -113,8 +128,8 @@ def _task_report(result: Result) -> dict[str, Any]:
     }
 
 
-def _noise_table(lines: list[Line]) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _noise_table(lines: list[Line], caption: str) -> Table:
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for name in ("recipe", "noise in", "bits/byte", "bits/clean byte", "rise", "±"):
         table.add_column(name, justify="left" if name in ("recipe", "noise in") else "right")
     for line in lines:

@@ -11,10 +11,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from blt_runtime.errors import UsageError
+
 Bits = Callable[[bytes, bytes], float]  # of a text, behind a prompt
 Recipe = Callable[[str, random.Random], str]
 
 DROPPED, REPEATED, MOST_COPIES = 0.10, 0.20, 4
+LEAST = 4  # bytes of a piece: the longest character in UTF-8
 
 
 def antspeak(text: str, rng: random.Random) -> str:
@@ -72,7 +75,10 @@ def pairs(texts: Iterable[bytes], size: int, most: int) -> list[Pair]:
     """At most `most` pairs, evenly spread over all texts, of a prompt and a completion of up to `size` bytes each.
 
     Cuts lie between characters. A text's last piece is left out unless it fills its prompt and half its completion.
+    Raises UsageError for a `size` below LEAST, which may hold no character.
     """
+    if size < LEAST:
+        raise UsageError(f"the noise suite cuts text into pieces of {LEAST} bytes or more, not of {size}")
     found = [pair for text in texts for pair in _pairs_of(text, size)]
     every = max(1.0, len(found) / most)
     return [found[int(i * every)] for i in range(min(most, len(found)))]
@@ -92,7 +98,7 @@ def _pairs_of(text: bytes, size: int) -> Iterator[Pair]:
     while start < len(text):
         middle = _between_characters(text, start + size)
         end = _between_characters(text, middle + size)
-        if end - middle >= max(1, size // 2):
+        if end - middle >= size // 2:
             yield Pair(text[start:middle], text[middle:end])
         start = end
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from blt.suite import noise
 from blt.suite.noise import RECIPES, Pair, fitting, measure, noised, pairs
+from blt_runtime.errors import UsageError
 
 TEXT = "The quick brown fox jumps over the lazy dog, größer 東京. " * 20
 
@@ -87,6 +88,14 @@ def test_pairs_are_neighbouring_pieces_cut_between_characters(text: str, size: i
 def test_pairs_of_bytes_that_are_no_text_end() -> None:
     found = pairs([b"\x80" * 100], 10, 1000)
     assert [len(pair.prompt + pair.completion) for pair in found] == [20] * 5
+
+
+@pytest.mark.parametrize("size", [-1, 0, 3])
+def test_pieces_that_may_hold_no_character_are_refused(size: int) -> None:
+    """Cutting between characters would stand still."""
+    with pytest.raises(UsageError, match="pieces of 4 bytes or more"):
+        pairs(["🚀🚀🚀".encode()], size, 10)
+    assert pairs(["🚀🚀🚀".encode()], 4, 10) == [Pair("🚀".encode(), "🚀".encode())]
 
 
 def test_fewer_pairs_are_spread_over_all_texts() -> None:
