@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
@@ -106,8 +107,20 @@ def _prompts(path: Path, shard: dict[str, Any], offsets: NDArray[np.int64]) -> N
     return lengths
 
 
+def _digest(text: str, *arrays: NDArray[np.int64]) -> str:
+    """sha256 of a shard's bytes (given by theirs) and of arrays of its documents."""
+    digest = hashlib.sha256(text.encode())
+    for array in arrays:
+        digest.update(array.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 class Documents:
-    """The documents of one split, in shard order. `groups[i]` names the group of document i."""
+    """The documents of one split, in shard order.
+
+    `sha256` names the content of every shard: bytes, ends, groups and prompts of its documents. `text_sha256`: bytes
+    and ends alone.
+    """
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], group_names: list[str]):
         self.names = group_names
@@ -125,7 +138,9 @@ class Documents:
         self._start = np.concatenate([empty, *(offset[:-1] for offset in offsets)])
         self.lengths = np.concatenate([empty, *(np.diff(offset) for offset in offsets)])
         self.group_ids = np.concatenate([empty, *ids]).astype(np.int64)
-        self.sha256 = [str(shard["sha256"]) for shard in shards]
+        texts = [str(shard["sha256"]) for shard in shards]
+        self.text_sha256 = [_digest(*shard) for shard in zip(texts, offsets, strict=True)]
+        self.sha256 = [_digest(*shard) for shard in zip(texts, offsets, ids, self._prompts, strict=True)]
 
     def __len__(self) -> int:
         return len(self.lengths)

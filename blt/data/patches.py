@@ -4,7 +4,7 @@ Definition used for training: each document (BOS, bytes, EOS) is evaluated alone
 (`blt.data.entropies`). The first version of the cache cut long documents into overlapping pieces; see DEFINITION.
 
 Entropies are stored, not boundaries: another threshold or rule then costs nothing. The file is keyed by the entropy
-model's weights, its configuration and the shards' checksums. It is written as it is computed (`blt.data.store`), so a
+model's weights, its configuration, the shards' bytes and where documents end. It is written as it is computed (`blt.data.store`), so a
 run that is killed goes on where it stopped, and a second run starts at once.
 """
 
@@ -92,7 +92,7 @@ class PatchIndex:
     @property
     def path(self) -> Path:
         """The cache file of this split."""
-        data = hashlib.sha256("".join(self.documents.sha256).encode()).hexdigest()[:8]
+        data = hashlib.sha256("".join(self.documents.text_sha256).encode()).hexdigest()[:8]
         return self.dataset.folder / CACHE_FOLDER / f"{self.split}-{data}-{self.key[:24]}.npy"
 
     def _load(self) -> Float:

@@ -1,8 +1,9 @@
-"""A long array that is computed for hours: written as it comes, found again after a kill, complete or absent.
+"""Files that are made once and kept beside the data: complete or absent, whoever is killed and whatever is full.
 
-The values are appended to a hidden file beside the final one, which begins with the finished file's own header. So its
-size says how much there is, nothing is held in memory, and the last step is a rename. One process computes; others
-that want the same file wait for it (a lock that the system takes back from a killed process).
+Each is written as a hidden file beside the final one (`made`); the last step is a rename. One process makes it; others
+that want the same file wait (a lock that the system takes back from a killed process), and what a kill has left is
+taken over by the next. An array that is computed for hours (`filled`) is appended to a hidden file that begins with the
+finished file's own header, so that its size says how much there is and nothing is held in memory.
 """
 
 from __future__ import annotations
@@ -34,23 +35,53 @@ def filled(path: Path, length: int, step: int, compute: Callable[[int], Iterable
     compute: given how many values are stored already (a multiple of `step`), yields the rest. Raises InputError if the
     folder cannot be written; what was appended until then stays for the next call.
     """
+    with writing(path.parent, " (what was computed is kept)"), _claimed(path) as part:
+        if part is not None:
+            _append(part, length, step, compute)
+            Path(part.name).replace(path)
+
+
+def made(path: Path, make: Callable[[BinaryIO], None]) -> None:
+    """Makes the file `path` unless it is there: `make` writes its content to an empty file.
+
+    Raises InputError if the folder cannot be written, and what `make` raises; then nothing is left.
+    """
+    with writing(path.parent), _claimed(path) as part:
+        if part is None:
+            return
+        part.truncate(0)
+        try:
+            make(part)
+            part.flush()
+            os.fsync(part.fileno())
+        except BaseException:
+            Path(part.name).unlink(missing_ok=True)
+            raise
+        Path(part.name).replace(path)
+
+
+def draft_of(path: Path) -> Path:
+    """The hidden file that becomes `path`; only who makes `path`, or its companion, writes it."""
+    return path.with_name(f".{path.name}.part")
+
+
+@contextmanager
+def writing(folder: Path, note: str = "") -> Iterator[None]:
+    """Makes the folder; an error of writing there is an InputError, which ends with `note`."""
     try:
-        path.parent.mkdir(exist_ok=True)
-        with _claimed(path) as part:
-            if part is not None:
-                _append(part, length, step, compute)
-                Path(part.name).replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise InputError(
-            f"cannot write to {path.parent}: {error.strerror or error}; make room there or make it writable, and run "
-            "again (what was computed is kept)"
+            f"cannot write to {folder}: {error.strerror or error}; make room there or make it writable, and run "
+            f"again{note}"
         ) from error
 
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[BinaryIO | None]:
     """The unfinished file behind `path`, locked; None if somebody finished `path` meanwhile."""
-    part = path.with_name(f".{path.name}.part")
+    part = draft_of(path)
     while not path.exists():
         with part.open("a+b") as file:
             _lock(file, part)
@@ -64,7 +95,7 @@ def _lock(file: BinaryIO, part: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.info("waiting for another process that computes %s", part)
+        log.info("waiting for another process that makes %s", part)
         fcntl.flock(file, fcntl.LOCK_EX)
 
 

@@ -1,8 +1,8 @@
 """The documents of a split in the tokens of a vocabulary, made once and kept beside the data.
 
 `TOKENS/{split}-{data}-{vocabulary}.ids` holds BOS, tokens, EOS of all documents in order as whole numbers of 16 or 32
-bits, `.offsets.npy` where each begins; the latter is written last, so that its presence says that both are whole.
-Vocabularies trained on the data lie there, too, keyed by the data and their size.
+bits, `.offsets.npy` where each begins, `.prompts.npy` the tokens of its prompt. The ids get their name last, so that
+their presence says that all is whole. Vocabularies trained on the data lie there, too, keyed by the data and their size.
 
 Letters: V vocabulary.
 """
@@ -15,12 +15,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blt.data.dataset import Dataset, Documents
+from blt.data.store import draft_of, made, writing
 from blt.data.tokens import Vocabulary, read_vocabulary, train_vocabulary
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import BOS, EOS
@@ -51,15 +52,16 @@ class TokenDocuments:
 
 
 def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocuments:
-    """A split's documents in tokens, from the cache where they are there. Raises InputError for a damaged one."""
+    """A split's documents in tokens, from the cache where they are there. Raises InputError for a damaged one, and
+    where none can be written."""
     documents = dataset.split(split)
     stem = _folder(dataset) / f"{split}-{_data_key(documents)}-{vocabulary.key[:24]}"
     files = [Path(f"{stem}{end}") for end in (".ids", ".prompts.npy", ".offsets.npy")]
     dtype: np.dtype[Any] = np.dtype(np.int16 if vocabulary.size <= np.iinfo(np.int16).max else np.int32)
-    if files[-1].exists():
-        log.info("tokens of %s: from %s", split, files[-1].parent)
+    if files[0].exists():
+        log.info("tokens of %s: from %s", split, files[0].parent)
     else:
-        _write(documents, split, vocabulary, files, dtype)
+        made(files[0], lambda out: _write(out, documents, split, vocabulary, files, dtype))
     try:
         offsets, prompts = (np.load(file, allow_pickle=False) for file in (files[2], files[1]))
         ids: NDArray[Any] = np.memmap(files[0], dtype, mode="r") if offsets[-1] else np.empty(0, dtype)
@@ -70,24 +72,25 @@ def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocu
     return TokenDocuments(ids, offsets, prompts, vocabulary)
 
 
-def _write(documents: Documents, split: str, vocabulary: Vocabulary, files: list[Path], dtype: np.dtype[Any]) -> None:
-    drafts = [file.with_name(f".{file.name}.{os.getpid()}.npy") for file in files]
-    files[0].parent.mkdir(exist_ok=True)
+def _write(
+    out: BinaryIO, documents: Documents, split: str, vocabulary: Vocabulary, files: list[Path], dtype: np.dtype[Any]
+) -> None:
+    """The ids to `out`, and the two arrays to their files."""
     lengths, prompts, began = [0], [], time.monotonic()
-    try:
-        with drafts[0].open("wb") as out:
-            for members in _groups(documents):
-                for ids, prompt in _encode(documents, members, vocabulary):
-                    out.write(np.concatenate([[BOS], ids, [EOS]]).astype(dtype).tobytes())
-                    lengths.append(len(ids) + 2)
-                    prompts.append(prompt)
-                _log(documents, split, members[-1], began)
-        np.save(drafts[1], np.array(prompts, np.int64))
-        np.save(drafts[2], np.cumsum(np.array(lengths, np.int64)))
-        for draft, file in zip(drafts, files, strict=True):
+    for members in _groups(documents):
+        for ids, prompt in _encode(documents, members, vocabulary):
+            out.write(np.concatenate([[BOS], ids, [EOS]]).astype(dtype).tobytes())
+            lengths.append(len(ids) + 2)
+            prompts.append(prompt)
+        _log(documents, split, members[-1], began)
+    arrays = (np.array(prompts, np.int64), np.cumsum(np.array(lengths, np.int64)))
+    for file, array in zip(files[1:], arrays, strict=True):
+        draft = draft_of(file)
+        try:
+            with draft.open("wb") as opened:
+                np.save(opened, array)
             draft.replace(file)
-    finally:
-        for draft in drafts:
+        finally:
             draft.unlink(missing_ok=True)
 
 
@@ -126,7 +129,7 @@ def vocabulary_for(dataset: Dataset, members: Ids, size: int, train_bytes: int, 
     """The vocabulary of a run: that of the `tokenizer.json` at `path`, or one trained on about `train_bytes` of the
     training documents `members` (spread over all of them), which is kept beside the data.
 
-    Raises ConfigError if the one at `path` has more than `size` ids.
+    Raises ConfigError if the one at `path` has more than `size` ids, and InputError where none can be written.
     """
     if path is not None:
         found = read_vocabulary(path)
@@ -136,25 +139,30 @@ def vocabulary_for(dataset: Dataset, members: Ids, size: int, train_bytes: int, 
     documents = dataset.split("train")
     what = f"{TRAINED} {_data_key(documents)} {size} {train_bytes} {hashlib.sha256(members.tobytes()).hexdigest()}"
     file = _folder(dataset) / f"tokenizer-{size}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
-    if file.exists():
-        return read_vocabulary(file)
+    made(file, lambda out: _train(out, _sample(documents, members, train_bytes), size))
+    return read_vocabulary(file)
+
+
+def _train(out: BinaryIO, texts: Iterator[bytes], size: int) -> None:
     began = time.monotonic()
-    vocabulary = train_vocabulary(_sample(documents, members, train_bytes), size)
+    vocabulary = train_vocabulary(texts, size)
     log.info("vocabulary of %d ids in %.0f s", vocabulary.size, time.monotonic() - began)
     if vocabulary.size < size:
         log.warning(
             "the text has only %d tokens; %d of the vocabulary stay unused", vocabulary.size, size - vocabulary.size
         )
-    save_vocabulary(vocabulary, file)
-    return vocabulary
+    out.write(vocabulary.text.encode())
 
 
 def save_vocabulary(vocabulary: Vocabulary, file: Path) -> None:
-    """Writes the whole file or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the whole file or none. Raises InputError where it cannot be written."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(vocabulary.text, encoding="utf-8")
-    draft.replace(file)
+    with writing(file.parent):
+        try:
+            draft.write_text(vocabulary.text, encoding="utf-8")
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def _sample(documents: Documents, members: Ids, n_bytes: int) -> Iterator[bytes]:

@@ -76,6 +76,16 @@ def test_dedup_tells_prompts_apart(tmp_path: Path) -> None:
     assert Dataset(prepared(tmp_path, records, dedup=True)).split("train").prompt_lengths.tolist() == [2, 1]
 
 
+def test_shards_are_told_apart_by_their_prompts(tmp_path: Path) -> None:
+    found = []
+    for i, record in enumerate([{"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bc"}]):
+        (tmp_path / str(i)).mkdir()
+        found.append(Dataset(prepared(tmp_path / str(i), [record])).split("train"))
+    assert found[0].bytes(0) == found[1].bytes(0)
+    assert found[0].sha256 != found[1].sha256
+    assert found[0].text_sha256 == found[1].text_sha256
+
+
 def test_damaged_prompts_are_found(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     path = folder / "train-00000.prompts.npy"

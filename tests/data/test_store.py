@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
-from blt.data.store import filled
+from blt.data.store import filled, made
 from blt_runtime.errors import InputError
 
 LENGTH, STEP = 1000, 64
@@ -111,7 +112,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         filled(tmp_path / "file" / "a.npy", LENGTH, STEP, values)
 
 
-def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", ["filled", "made"])
+def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     path = tmp_path / "a.npy"
     computing, go_on = threading.Event(), threading.Event()
     asked = []
@@ -122,7 +124,13 @@ def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert go_on.wait(60)
         yield from values(done)
 
-    threads = [threading.Thread(target=filled, args=(path, LENGTH, STEP, slow)) for _ in range(2)]
+    def save(out: BinaryIO) -> None:
+        np.save(out, np.concatenate(list(slow(0))))
+
+    def work() -> None:
+        made(path, save) if kind == "made" else filled(path, LENGTH, STEP, slow)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
     with caplog.at_level(logging.INFO, "blt.data"):
         threads[0].start()
         assert computing.wait(60)
@@ -137,3 +145,24 @@ def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "waiting for another process" in caplog.text
     assert asked == [0]
     check(path)
+
+
+def test_a_file_made_at_once_leaves_nothing_where_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+
+    def save(out: BinaryIO) -> None:
+        np.save(out, np.arange(LENGTH, dtype=np.float32))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 4 * 700, hard))
+    try:
+        with pytest.raises(InputError, match="cannot write to .*make room") as caught:
+            made(path, save)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "kept" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".a.npy.part").write_bytes(b"left by a kill" * 999)
+    made(path, save)
+    check(path)
+    made(path, lambda out: pytest.fail("it is there"))

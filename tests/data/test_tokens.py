@@ -162,6 +162,48 @@ def test_an_interrupted_or_damaged_cache(
         cache.tokenised(dataset, "train", vocabulary)
 
 
+def test_what_a_kill_left_is_taken_over(dataset: Dataset, vocabulary: Vocabulary) -> None:
+    folder, expected = dataset.folder / cache.TOKENS, cache.tokenised(dataset, "train", vocabulary)
+    members = np.arange(len(expected))
+    trained = cache.vocabulary_for(dataset, members, 300, 1 << 20).key
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for name in whole:
+        (folder / name).rename(folder / f".{name}.part")  # a killed process: hidden files, none of them complete
+        (folder / f".{name}.part").write_bytes(b"torn" * 9999)
+    cache.tokenised(dataset, "train", vocabulary)
+    assert cache.vocabulary_for(dataset, members, 300, 1 << 20).key == trained
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(dataset: Dataset, vocabulary: Vocabulary) -> None:
+    (dataset.folder / cache.TOKENS).write_text("in the way")
+    members = np.arange(4)
+    for use in (
+        lambda: cache.tokenised(dataset, "train", vocabulary),
+        lambda: cache.vocabulary_for(dataset, members, 300, 1 << 20),
+        lambda: cache.save_vocabulary(vocabulary, dataset.folder / cache.TOKENS / "t.json"),
+    ):
+        with pytest.raises(InputError, match="cannot write to") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_tokens_belong_to_the_ends_of_documents(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """The same bytes cut elsewhere are other documents: nothing that was made for the one is taken for the other."""
+    found = []
+    for text in (b"the cat\0s", b"the\0 cats"):
+        (tmp_path / "a.txt").write_bytes(text)
+        prepare([tmp_path / "a.txt"], tmp_path / "data", split=(1, 0, 0), force=True)
+        dataset = Dataset(tmp_path / "data")
+        kept = tmp_path / "kept"
+        if kept.exists():
+            kept.rename(dataset.folder / cache.TOKENS)
+        tokens = cache.tokenised(dataset, "train", vocabulary)
+        found.append([vocabulary.decode(tokens.ids(index)) for index in range(2)])
+        (dataset.folder / cache.TOKENS).rename(kept)
+    assert found == [[b"the cat", b"s"], [b"the", b" cats"]]
+
+
 def test_a_vocabulary_from_a_file(dataset: Dataset, vocabulary: Vocabulary, tmp_path: Path) -> None:
     cache.save_vocabulary(vocabulary, tmp_path / "t.json")
     members = np.arange(4)

@@ -10,7 +10,11 @@ import pytest
 
 from blt.config import load_config
 from blt.data import Batch, Dataset, prepare
+from blt.data.patches import PatchIndex
+from blt.model import EntropyConfig, EntropyModel
+from blt.train import train
 from blt.train.material import gather
+from blt_runtime.errors import CheckpointError
 
 GROUPS = 12
 
@@ -74,3 +78,20 @@ def test_streams_of_other_row_lengths_validate_the_same_text(repo: Path, grouped
     )
     assert small <= large
     assert len(large - small) <= 3
+
+
+def test_the_same_bytes_cut_elsewhere_are_other_data(repo: Path, tmp_path: Path) -> None:
+    text = b"the cat " * 40
+    for name, end in {"one": 200, "other": 209}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_bytes(text[:end] + b"\0" + text[end:])
+        prepare([tmp_path / name / "a.txt"], tmp_path / f"{name}-data", split=(1, 0, 0))
+    shards = [(tmp_path / f"{name}-data" / "train-00000.bin").read_bytes() for name in ("one", "other")]
+    assert shards[0] == shards[1]
+    model = EntropyModel(EntropyConfig(dim=16, n_layers=1, n_heads=2))
+    paths = {PatchIndex(Dataset(tmp_path / f"{name}-data"), "train", model).path.name for name in ("one", "other")}
+    assert len(paths) == 2
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", ["schedule.steps=2", "schedule.warmup=1"])
+    train(config, tmp_path / "run", data=tmp_path / "one-data")
+    with pytest.raises(CheckpointError, match="data"):
+        train(config, tmp_path / "run", data=tmp_path / "other-data")
