@@ -18,6 +18,9 @@ from blt.data.packing import Loader
 SAMPLE_TOKENS = 16 << 20
 STEP = 32
 """Lengths are multiples of it, for the tiles of matrix products; of less where rows are shorter than 16 of them."""
+CANDIDATES = 512
+"""Lengths to choose from, at most (a larger multiple of STEP then): the waste between any two is some matrices of
+CANDIDATES^2 numbers."""
 
 
 WORTH = 0.001
@@ -33,6 +36,7 @@ def choose_buckets(lengths: Int, count: int, longest: int, early: bool = True) -
     no row of the sample is that long, because another block's may be.
     """
     step = min(STEP, max(1, longest // 16))
+    step *= max(1, -(-longest // (CANDIDATES * step)))
     ends = np.unique(np.append(np.arange(step, longest, step).clip(2), longest))
     first, between = _waste(np.sort(lengths), ends, early)
     waste, came_from = first, []

@@ -4,8 +4,8 @@ Definition used for training: each document (BOS, bytes, EOS) is evaluated alone
 (`blt.data.entropies`). The first version of the cache cut long documents into overlapping pieces; see DEFINITION.
 
 Entropies are stored, not boundaries: another threshold or rule then costs nothing. The file is keyed by the entropy
-model's weights, its configuration, the shards' bytes and where documents end. It is written as it is computed (`blt.data.store`), so a
-run that is killed goes on where it stopped, and a second run starts at once.
+model's weights, its configuration, the shards' bytes and where documents end. It is written as it is computed
+(`blt.data.store`), so a run that is killed goes on where it stopped, and a second run starts at once.
 """
 
 from __future__ import annotations

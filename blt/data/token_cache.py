@@ -2,7 +2,8 @@
 
 `TOKENS/{split}-{data}-{vocabulary}.ids` holds BOS, tokens, EOS of all documents in order as whole numbers of 16 or 32
 bits, `.offsets.npy` where each begins, `.prompts.npy` the tokens of its prompt. The ids get their name last, so that
-their presence says that all is whole. Vocabularies trained on the data lie there, too, keyed by the data and their size.
+their presence says that all is whole. Vocabularies trained on the data lie there, too, keyed by the data and their
+size.
 
 Letters: V vocabulary.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -43,6 +44,18 @@ def test_no_lengths_waste_less(longest: int, count: int, numbers: list[int], ear
 def test_a_length_that_saves_next_to_nothing_is_not_compiled() -> None:
     lengths = np.array([892] * 10000 + [630])
     assert choose_buckets(lengths, 8, 1024) == (896, 1024)
+
+
+def test_very_long_rows_need_no_more_memory() -> None:
+    """A million tokens a row are 32,768 multiples of 32, and 8 GB for the waste between any two of them."""
+    lengths = np.array([500_000, 700_000] * 1000)
+    tracemalloc.start()
+    found = choose_buckets(lengths, 4, 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20
+    assert found == (499712, 700416, 1 << 20)  # 288 tokens behind the first are less than 1,760 of padding
+    assert all(length % 2048 == 0 for length in found)
 
 
 def test_fitted_rows_are_those_of_the_data() -> None:
