@@ -3,9 +3,9 @@
     blt data prepare TEXT -o DATA
     python benchmarks/study.py DATA -o STUDY
 
-trains an entropy model and the models of VARIANTS with `blt train`, scores each with `blt eval` on the test split, and
-writes study.md (the table), study.json and study.png into STUDY. Killed, it goes on where it stopped. docs/study.md
-holds the table of a run and says what agrees with the paper.
+trains an entropy model and the models of VARIANTS with `blt train`, scores each with `blt eval` on the test split, also
+under noise, and writes study.md (the tables), study.json and study.png into STUDY. Killed, it goes on where it
+stopped. docs/study.md holds the tables of a run and says what agrees with the paper.
 
 The byte-level transformer of configs/study/bytes.yaml sets the FLOPs per byte. In every other model one feed-forward
 width (the latent transformer's, the token model's) takes up what its other parts leave; with entropy patches the
@@ -184,12 +184,17 @@ class Study:
         return model
 
     def score(self, run: Run) -> dict[str, Any]:
-        """`blt eval` of the trained model, kept beside it."""
-        file = self.out / run.folder / "eval.json"
+        """Bits per byte of the trained model on the test split, and what noise adds to them."""
+        options = ["--by", "group", "--limit", self.args.limit, "--context", "1k", "--baseline", "ppmd,xz"]
+        noise: dict[str, Any] = self._eval(run, "noise.json", "--suite", "noise", "--items", self.args.pairs)["noise"]
+        return self._eval(run, "eval.json", *options) | {"noise": noise["lines"]}
+
+    def _eval(self, run: Run, name: str, *options: object) -> dict[str, Any]:
+        """The report of `blt eval`, kept beside the model."""
+        file, model = self.out / run.folder / name, self.train(run)
         if not file.exists():
-            options = ["--split", "test", "--by", "group", "--limit", self.args.limit, "--context", "1k"]
-            options += ["--baseline", "ppmd,xz", "--threads", self.args.threads, "--json"]
-            file.write_text(_blt("eval", self.train(run), self.args.data, *options, log=self.out / f"{run.folder}.log"))
+            shared = ["--split", "test", "--threads", self.args.threads, "--json"]
+            file.write_text(_blt("eval", model, self.args.data, *options, *shared, log=self.out / f"{run.folder}.log"))
         report: dict[str, Any] = json.loads(file.read_text())
         return report
 
@@ -201,7 +206,7 @@ class Study:
             reports = list(pool.map(self.score, runs))
         rows = [self._row(run, report) for run, report in zip(runs, reports, strict=True)]
         (self.out / "study.json").write_text(json.dumps(rows, indent=1) + "\n")
-        table = "\n".join(_table(rows)) + "\n"
+        table = "\n".join([*_table(rows), "", *_noise_table(rows)]) + "\n"
         (self.out / "study.md").write_text(table)
         names = ",".join(run.variant.name.replace(",", "") for run in runs)
         folders = [self.out / run.folder for run in runs]
@@ -230,6 +235,7 @@ class Study:
             "valid_bits_per_byte": valid["valid_bpb"],
             "test_bits_per_byte": report["bits_per_byte"],
             "kinds": _kinds(report["groups"]),
+            "noise": report["noise"],
             "baselines": report["baselines"],
             "seconds": last["seconds"],
             "settings": run.overrides,
@@ -260,12 +266,25 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _noise_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: what noise adds to the bits of a clean byte, in the completion (in the prompt)."""
+    recipes = list(dict.fromkeys(line["recipe"] for line in rows[0]["noise"] if line["noise_in"]))
+    lines = [f"| model | clean | {' | '.join(recipes)} |", "|---" * (2 + len(recipes)) + "|"]
+    for row in rows:
+        rise = {(line["recipe"], line["noise_in"]): line["rise"] for line in row["noise"]}
+        clean = next(line["bits_per_clean_byte"] for line in row["noise"] if not line["noise_in"])
+        cells = [f"{rise[name, 'completion']:+.2f} ({rise[name, 'prompt']:+.3f})" for name in recipes]
+        lines.append(f"| {row['model']} | {clean:.3f} | {' | '.join(cells)} |")
+    return lines
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a folder made by `blt data prepare`")
     parser.add_argument("-o", "--out", default="study", help="folder of the runs and the table")
     parser.add_argument("--megabytes", type=float, default=8.0, help="text that each model trains on, in 10^6 bytes")
     parser.add_argument("--limit", default="64k", help="test bytes of each group")
+    parser.add_argument("--pairs", type=int, default=60, help="pairs of prompt and completion under noise")
     parser.add_argument("--jobs", type=int, default=1, help="models trained at once")
     parser.add_argument("--threads", type=int, default=2, help="threads of each")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
