@@ -13,11 +13,14 @@ import torch
 from blt.checkpoint import Checkpoint, save
 from blt.cli import devices
 from blt.cli.scoring import open_scorer
+from blt.data import BatchShape, Dataset, Loader, prepare
+from blt.data.batches import Pack
 from blt.data.tokens import train_vocabulary
 from blt.model.hashing import MappedTables
 from blt.model.token import TokenConfig, TokenModel
 from blt.row_scoring import PatchRows, load_on, scorer_of
 from blt.scoring import Scorer, StreamScorer, bits_of
+from blt.train.objective import Objective
 from blt_runtime.errors import CheckpointError, UsageError
 from tests.tiny import VARIANTS, tiny
 
@@ -63,6 +66,24 @@ def test_the_chain_rule() -> None:
         assert scorer.bits(prompt) + scorer.bits(text, prompt, eos=True) == pytest.approx(whole, rel=1e-4), name
         assert scorer.bits(text, prompt) < scorer.bits(text, prompt, eos=True)
         assert scorer.bits(b"") == 0.0
+
+
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+def test_the_loss_counts_what_eval_counts(pack: Pack, tmp_path: Path) -> None:
+    """Documents in one row are masked from each other, so their nats add up to what each one costs by itself."""
+    model = tiny().entropy
+    assert model is not None
+    (tmp_path / "text").write_bytes(b"one\0the second\0\xff\xfe\0and the last of them")
+    prepare([tmp_path / "text"], tmp_path / "data", split=(1, 0, 0))
+    documents = Dataset(tmp_path / "data").split("train")
+    (batch,) = Loader(documents, BatchShape(1, (100,), pack=pack)).one_pass()
+    with torch.no_grad():
+        nats, n_targets = Objective(model)(batch)
+    scorer = scorer_of(Checkpoint(None, model, None))
+    found = [scorer.measure(documents.bytes(i), eos=True) for i in range(len(documents))]
+    assert nats.item() / np.log(2) == pytest.approx(sum(part.bits for part in found), rel=1e-5)
+    assert n_targets == sum(part.units for part in found)
+    assert batch.n_bytes == documents.n_bytes == 35
 
 
 def test_units_are_those_of_the_text() -> None:

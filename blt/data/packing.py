@@ -2,11 +2,11 @@
 
 Documents (BOS, tokens, EOS) follow each other in a seeded order. `pack: stream`: a row takes P patches of that stream,
 or as many as fit into the largest bucket (or into a smaller one that P patches just pass), and the next row goes on
-where it stopped. Nothing is dropped: the last token
-of a row is only a target there and is the first input of the next row, so every token but a block's first is a target
-exactly once. (The published loader cuts rows the same way but drops the last patch of every row whose first patch it
-has to split.) `pack: documents`: a row holds whole documents (`blt.data.rows`); no BOS is a target there. In both, the
-tokens of a prompt are inputs and no targets, and a row without any target is left out.
+where it stopped. Nothing is dropped: the last token of a row is only a target there and is the first input of the next
+row, so every token behind a BOS is a target exactly once, which is what `blt eval` counts, too. (The published loader
+cuts rows the same way but drops the last patch of every row whose first patch it has to split.) `pack: documents`: a
+row holds whole documents (`blt.data.rows`). In both, BOS and the tokens of a prompt are inputs and no targets, and a
+row without any target is left out.
 
 Rows are sorted into buckets, so that a batch has one of a few shapes [B, N]. The order of everything follows from
 (seed, epoch, block), where a block is a run of documents of about `block_tokens`; the loader's state is three integers.
@@ -136,7 +136,7 @@ class Loader:
         boundaries = np.concatenate([offset + places for offset, places in zip(offsets, starts, strict=False)])
         if not whole:
             rows = cut_rows(int(offsets[-1]), boundaries, patches, cap, self.shape.buckets)
-        counted = self._counted(members, offsets, whole)
+        counted = self._counted(members, offsets)
         ids = np.concatenate([self.documents.ids(int(index)) for index in members])
         batches = self._deal(rows, self._row_order(rows, counted, (self.seed, epoch, block)))
         return Block(epoch, block, members, offsets, ids, counted, boundaries, rows, batches)
@@ -147,9 +147,9 @@ class Loader:
             return [np.empty(0, np.int64)] * len(members)
         return [np.flatnonzero(self.patch_starts.starts(int(index))) for index in members]
 
-    def _counted(self, members: Int, offsets: Int, whole: bool) -> NDArray[np.bool_]:
+    def _counted(self, members: Int, offsets: Int) -> NDArray[np.bool_]:
         counted = np.ones(int(offsets[-1]), np.bool_)
-        counted[offsets[:-1]] = not whole
+        counted[offsets[:-1]] = False
         prompts = self.documents.prompt_lengths[members]
         for i in np.flatnonzero(prompts):
             counted[offsets[i] + 1 : offsets[i] + 1 + prompts[i]] = False

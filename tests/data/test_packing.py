@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from blt.data import Batch, BatchShape, Dataset, Documents, Loader, PatchIndex, prepare
 from blt.data.rows import cut_rows, row_patch_lengths
 from blt_runtime.errors import ConfigError, InputError
+from blt_runtime.ids import BOS, EOS
 from blt_runtime.patching import PatchRule
 
 RULE = PatchRule("space", max_patch_length=6)
@@ -45,14 +46,15 @@ SHAPES = [BatchShape(4, (50,)), BatchShape(3, (40, 60, 90), patches=16), BatchSh
 
 
 def row_stream(batches: list[Batch]) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
-    """(block, place) -> inputs and targets of every row that is not blank."""
+    """(block, place) -> inputs and targets of every row that is not blank, padding left out."""
     rows = {}
     for batch in batches:
         for b in np.flatnonzero(batch.starts >= 0):
             key = (batch.block, int(batch.starts[b]))
             assert key not in rows
-            mask = batch.mask[b]
-            rows[key] = batch.ids[b][mask].tolist(), batch.targets[b][mask].tolist()
+            assert batch.row_tokens is not None
+            n = int(batch.row_tokens[b])
+            rows[key] = batch.ids[b, :n].tolist(), batch.targets[b, :n].tolist()
     return dict(sorted(rows.items()))
 
 
@@ -61,6 +63,7 @@ def documents_of(batches: list[Batch]) -> list[list[int]]:
     blocks: dict[int, list[int]] = {}
     for (block, _), (inputs, targets) in row_stream(batches).items():
         stream = blocks.setdefault(block, [inputs[0]])
+        stream += [BOS] if (stream[-1], inputs[0]) == (EOS, BOS) else []  # a row of that target alone is left out
         assert inputs == [stream[-1], *targets[:-1]]
         stream += targets
     return [*blocks.values()]
@@ -93,7 +96,8 @@ def test_patch_lengths_are_those_of_the_documents(dataset: Dataset, loader: Make
         assert (batch.patch_lengths.sum(1) == batch.ids.shape[1] + 1).all()
         assert (batch.patch_lengths[:, 0] == 1).all()
         for b, begin in enumerate(batch.starts):
-            n = int(batch.mask[b].sum())
+            assert batch.row_tokens is not None
+            n = int(batch.row_tokens[b])
             if begin < 0:
                 assert n == 0
                 continue
@@ -106,16 +110,19 @@ def test_patch_lengths_are_those_of_the_documents(dataset: Dataset, loader: Make
 
 def test_padding_is_zero_and_masked(loader: Make) -> None:
     for batch in loader(SHAPES[1]).one_pass():
-        assert not batch.ids[~batch.mask].any()
-        assert not batch.targets[~batch.mask].any()
-        assert batch.padding == int((~batch.mask).sum())
+        assert batch.row_tokens is not None
+        padding = np.arange(batch.bucket) >= batch.row_tokens[:, None]
+        assert not batch.ids[padding].any()
+        assert not batch.targets[padding].any()
+        np.testing.assert_array_equal(batch.mask, ~padding & (batch.targets != BOS))
+        assert batch.padding == padding.sum()
 
 
 def test_batches_have_few_shapes_and_buckets_fit(loader: Make) -> None:
     batches = list(loader(SHAPES[1]).one_pass())
     assert {batch.ids.shape for batch in batches} <= {(3, n) for n in (40, 60, 90)}
-    full = [batch for batch in batches if (batch.starts >= 0).all() and batch.ids.shape[1] == 60]
-    assert any((batch.mask.sum(1) > 40).all() for batch in full)
+    full = [batch.row_tokens for batch in batches if (batch.starts >= 0).all() and batch.ids.shape[1] == 60]
+    assert any(row_tokens is not None and (row_tokens > 40).all() for row_tokens in full)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

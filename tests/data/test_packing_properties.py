@@ -79,15 +79,12 @@ def same(a: Batch, b: Batch) -> None:
 def test_every_token_is_a_target_once(source: Numbered, shape: BatchShape) -> None:
     batches = list(loader_of(source, shape).one_pass())
     targets = np.concatenate([batch.targets[batch.mask] for batch in batches])
-    is_first = targets % STRIDE == 0
-    np.testing.assert_array_equal(np.sort(targets[~is_first]), source.counted)
-    assert len(np.unique(targets)) == len(targets)
-    assert not is_first.any() or shape.pack == "stream"
+    np.testing.assert_array_equal(np.sort(targets), source.counted)  # no BOS (place 0) and nothing twice
     assert sum(batch.n_bytes for batch in batches) == source.token_bytes[source.counted].sum()
     for batch in batches:
         inputs = batch.ids[batch.mask]
         counted = batch.targets[batch.mask]
-        np.testing.assert_array_equal(inputs[counted % STRIDE > 0], counted[counted % STRIDE > 0] - 1)
+        np.testing.assert_array_equal(inputs, counted - 1)
         assert batch.bucket in shape.buckets
         assert batch.n_tokens == batch.mask.size - batch.padding >= batch.n_targets
 
@@ -173,7 +170,7 @@ def test_extreme_documents(sizes: list[int], patches: int | None, pack: str) -> 
     source = Numbered(sizes)
     loader = loader_of(source, BatchShape(3, (4, 16), patches, pack))  # type: ignore[arg-type]
     targets = np.concatenate([batch.targets[batch.mask] for batch in loader.one_pass()])
-    np.testing.assert_array_equal(np.sort(targets[targets % STRIDE > 0]), source.counted)
+    np.testing.assert_array_equal(np.sort(targets), source.counted)
 
 
 def test_a_prompt_longer_than_a_row_leaves_no_empty_row() -> None:
@@ -181,7 +178,7 @@ def test_a_prompt_longer_than_a_row_leaves_no_empty_row() -> None:
     for pack in ("stream", "documents"):
         batches = list(loader_of(source, BatchShape(1, (8,), None, pack)).one_pass())  # type: ignore[arg-type]
         assert all(batch.n_targets for batch in batches)
-        assert sum(batch.n_targets for batch in batches) == 11 + 4 + (pack == "stream")
+        assert sum(batch.n_targets for batch in batches) == 11 + 4
 
 
 def test_whole_documents_leave_little_room() -> None:

@@ -216,4 +216,4 @@ def test_batches_count_the_bytes_of_tokens(dataset: Dataset, vocabulary: Vocabul
     tokens = cache.tokenised(dataset, "train", vocabulary)
     batches = list(Loader(tokens, BatchShape(3, (16, 32))).one_pass())
     assert sum(batch.n_bytes for batch in batches) == dataset.split("train").n_bytes
-    assert sum(batch.n_targets for batch in batches) == (tokens.lengths + 2).sum() - 1  # all but the first BOS
+    assert sum(batch.n_targets for batch in batches) == (tokens.lengths + 1).sum()  # all but BOS

@@ -227,7 +227,8 @@ def test_padding_costs_nothing_and_counts_nothing(
     def wide(array: np.ndarray) -> np.ndarray:
         return np.pad(array, ((0, 0), (0, 20)))
 
-    padded = Batch(wide(batch.ids), wide(batch.targets), wide(batch.mask), longer, batch.starts, batch.block)
+    arrays = (wide(batch.ids), wide(batch.targets), wide(batch.mask), longer, batch.starts)
+    padded = Batch(*arrays, batch.block, row_tokens=batch.row_tokens)
     (short, n), (long, m) = trainer.objective(batch), trainer.objective(padded)
     assert n == m
     assert long.item() == pytest.approx(short.item(), rel=1e-6)
