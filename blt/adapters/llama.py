@@ -9,7 +9,8 @@ rows of both projections changes no attention score, as it is the same permutati
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from blt import hub
-from blt.adapters.huggingface import CONFIG, LAYER, weight_files
+from blt.adapters.huggingface import CONFIG, LAYER, UNUSED, weight_files
 from blt.model.config import TransformerConfig
 from blt.model.layers import Stack
 from blt.source import parse, read_json
@@ -38,6 +39,8 @@ GGUF_LAYER = {
     "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
 }
+GGUF_FREQUENCIES = "rope_freqs.weight"  # factors of the rotary frequencies (Llama 3.1), in no field of the file
+GGUF_UNUSED = re.compile(r".*\.attn_rot_embd\..*")
 SHAPES = ("dim", "n_layers", "n_heads", "kv_heads", "head_size", "hidden_dim")
 FUNCTION = ("norm_eps", "rope_theta")
 
@@ -85,7 +88,8 @@ def check_fits(theirs: TransformerConfig, ours: TransformerConfig, path: Path) -
 def read(path: str | Path) -> Llama:
     """A Llama in a Hugging Face folder (or name on the hub) or a GGUF file, its weights still there.
 
-    Raises CheckpointError, and MissingExtra for GGUF without the library `gguf`.
+    Raises CheckpointError, also for blocks that hold more than a plain Llama's (biases, experts), and MissingExtra for
+    GGUF without the library `gguf`.
     """
     place = hub.resolve(path)
     if place.is_file():
@@ -114,6 +118,8 @@ def _read_folder(folder: Path) -> Llama:
     config = _folder_config(values, where)
     found = read_safetensors(*weight_files(folder))
     names = dict(LAYER)
+    known = {f"model.layers.{i}.{rest}.weight" for i in range(config.n_layers) for rest in names.values()}
+    _check_rest((name for name in found if name.startswith("model.layers.") and not UNUSED.match(name)), known, folder)
 
     def tensor(ours: str) -> Tensor:
         _, layer, rest = ours.removesuffix(".weight").split(".", 2)
@@ -164,6 +170,10 @@ def _read_gguf(path: Path) -> Llama:
         raise CheckpointError(f"{path}: architecture is {kind!r}; the latent transformer starts from 'llama' only")
     config = _gguf_config(reader, str(path))
     found = {tensor.name: tensor for tensor in reader.tensors}
+    known = {f"blk.{i}.{rest}.weight" for i in range(config.n_layers) for rest in GGUF_LAYER.values()}
+    _check_rest((name for name in found if name.startswith("blk.") and not GGUF_UNUSED.match(name)), known, path)
+    if GGUF_FREQUENCIES in found:
+        _warn_scaling(GGUF_FREQUENCIES, str(path))
 
     def tensor(ours: str) -> Tensor:
         _, layer, rest = ours.removesuffix(".weight").split(".", 2)
@@ -222,6 +232,14 @@ def _config(values: dict[str, Any], where: str) -> TransformerConfig:
     if isinstance(values["norm_eps"], float):  # GGUF keeps it in float32
         values["norm_eps"] = float(f"{values['norm_eps']:.6g}")
     return parse(TransformerConfig, values, where)
+
+
+def _check_rest(found: Iterable[str], known: set[str], where: Path) -> None:
+    """Nothing of a block is dropped silently."""
+    rest = sorted(set(found) - known)
+    if rest:
+        listed = ", ".join(rest[:3]) + (", ..." if len(rest) > 3 else "")
+        raise CheckpointError(f"{where}: {listed} ({len(rest)} in all) have no form here; use a plain Llama")
 
 
 def _warn_scaling(kind: str, where: str) -> None:

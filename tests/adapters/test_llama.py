@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blt.adapters import llama
@@ -71,8 +72,8 @@ def ours(path: Path, x_BSD: Tensor) -> Tensor:
     return stack.run_layers(x_BSD, stack.rotary.first(S), [attend] * len(stack.layers))
 
 
-def write_gguf(model: Any, path: Path, **fields: Any) -> None:
-    """As llama.cpp's converter writes a Llama: rows of queries and keys in its order."""
+def write_gguf(model: Any, path: Path, more: dict[str, np.ndarray] | None = None, **fields: Any) -> None:
+    """As llama.cpp's converter writes a Llama: rows of queries and keys in its order. `more` tensors stand behind."""
     gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(path, fields.get("arch", "llama"))
@@ -94,6 +95,8 @@ def write_gguf(model: Any, path: Path, **fields: Any) -> None:
             out, width = array.shape
             array = array.reshape(n, 2, out // n // 2, width).swapaxes(1, 2).reshape(out, width)
         writer.add_tensor(f"blk.{layer}.{OURS[rest.removesuffix('.weight')]}.weight", np.ascontiguousarray(array))
+    for name, extra in (more or {}).items():
+        writer.add_tensor(name, extra)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -158,6 +161,33 @@ def test_what_does_not_fit_is_one_error(tmp_path: Path) -> None:
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(CheckpointError, match=r"NaN or infinite weights in layers.1.feed_forward.w3"):
         llama.read(tmp_path / "broken").copy_to(Stack(found.config))
+
+
+def test_what_has_no_form_in_a_folder_is_refused(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)  # a buffer of old files
+    save_file(weights, tmp_path / "model.safetensors")
+    assert llama.read(tmp_path).config.n_layers == 3
+    weights["model.layers.1.self_attn.q_proj.bias"] = torch.ones(48)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.layers.1.self_attn.q_proj.bias \(1 in all\) have no form here"):
+        llama.read(tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
+def test_what_has_no_form_in_a_gguf_file_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, ones = tmp_path / "model.gguf", np.ones(48, np.float32)
+    write_gguf(made(), path, {f"blk.{i}.attn_q.bias": ones for i in range(3)} | {"blk.2.attn_k.bias": ones[:24]})
+    with pytest.raises(CheckpointError, match=r"blk.0.attn_q.bias, blk.1.attn_q.bias, .* \(4 in all\) have no form"):
+        llama.read(path)
+    write_gguf(made(), path, {"blk.0.attn_rot_embd.weight": ones, "output_norm.weight": ones})
+    with caplog.at_level(logging.WARNING, "blt.adapters"):
+        llama.read(path)
+        assert not caplog.text
+        write_gguf(made(), path, {"rope_freqs.weight": ones[:6]})
+        llama.read(path)
+    assert "scaled by 'rope_freqs.weight' are not" in caplog.text
 
 
 def test_other_models_and_damaged_files_are_refused(tmp_path: Path) -> None:
