@@ -1,7 +1,7 @@
 """The adapter for lm-evaluation-harness: the scorers' likelihoods, windows, generation, and the harness itself.
 
-Where the library is not installed, a stand-in of the two classes that the adapter touches takes its place, and what
-runs the harness itself is skipped.
+Where the library is not installed (CI leaves it out: it brings much with it), a stand-in of the two classes that the
+adapter touches takes its place, and what runs the harness itself is skipped.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed")
+@pytest.mark.skipif(not INSTALLED, reason="the extra lm-eval is not installed (CI leaves it out): pip install lm-eval")
 def test_the_harness_runs_a_task(task: Path, files: dict[str, Path], tmp_path: Path) -> None:
     arguments = ["--tasks", "yes_or_no", "--include_path", task, "--output_path", tmp_path / "results"]
     assert run(["lm-eval", str(files["byte"]), *map(str, arguments), "--log_samples"]) == 0
