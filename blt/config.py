@@ -21,6 +21,8 @@ from blt_runtime.errors import ConfigError, RuleError
 from blt_runtime.ids import VOCAB
 from blt_runtime.patching import PatchRule
 
+MAX_BUCKETS = 32
+"""Row lengths of a run: each is a compilation."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -117,8 +119,8 @@ class BatchConfig(Frozen):
     rows: int = Field(default=8, ge=1)
     micro_rows: int | None = Field(default=None, ge=1)
     patches: int | None = Field(default=None, ge=2)
-    byte_buckets: tuple[Annotated[int, Field(ge=2)], ...] = (512,)
-    auto_buckets: int | None = Field(default=None, ge=2, le=32)
+    byte_buckets: tuple[Annotated[int, Field(ge=2)], ...] = Field(default=(512,), max_length=MAX_BUCKETS)
+    auto_buckets: int | None = Field(default=None, ge=2, le=MAX_BUCKETS)
     pack: Literal["stream", "documents"] = "stream"
 
     @model_validator(mode="after")

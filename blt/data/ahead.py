@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -46,6 +46,9 @@ class _Now:
         future.set_result(work(*arguments))
         return future
 
+    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+        """There is nothing to stop."""
+
 
 class Ahead(Generic[B, R]):
     """Results of `assemble(block, batch)` in order of their places, over blocks `plan(epoch, block)`, without end.
@@ -62,13 +65,21 @@ class Ahead(Generic[B, R]):
     ):
         self._plan, self._assemble, self._n_blocks = plan, assemble, n_blocks
         self._depth = max(1, BATCHES_PER_WORKER * workers)
-        self._planner = ThreadPoolExecutor(1, "planner") if workers else _Now()
-        self._workers = ThreadPoolExecutor(workers, "batches") if workers else _Now()
-        self._plan_ahead = workers > 0
+        self._threads, self._plan_ahead = workers, workers > 0
+        self._planner: Executor | _Now = _Now()
+        self._workers: Executor | _Now = _Now()
         self.start(Place(0, 0, 0))
 
     def start(self, place: Place) -> None:
-        """The next result is that of `place`; what was made ahead is forgotten."""
+        """The next result is that of `place`; what was made ahead is forgotten, and threads end with what they do now.
+
+        New ones begin when a result is asked for.
+        """
+        for executor in (self._planner, self._workers):
+            executor.shutdown(wait=False, cancel_futures=True)
+        if self._threads:
+            self._planner = ThreadPoolExecutor(1, "planner")
+            self._workers = ThreadPoolExecutor(self._threads, "batches")
         self._cursor = place
         self._made: deque[tuple[int, Future[R]]] = deque()
         self._plans: dict[tuple[int, int], Future[B]] = {}

@@ -91,6 +91,10 @@ class Loader:
         self.epoch, self.block, self.batch = state["epoch"], state["block"], state["batch"]
         self._ahead.start(Place(self.epoch, self.block, self.batch))
 
+    def close(self) -> None:
+        """No more batches are made ahead; a later `next` begins again with the one due."""
+        self.restore(self.state())
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 

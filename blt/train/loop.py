@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -102,7 +102,7 @@ class Trainer:
         run = self.config.run
         self.out.mkdir(parents=True, exist_ok=True)
         watch = watching(self.out, steps, self.step, run.tensorboard)
-        with _determinism(run.deterministic), self._signals(), watch as self.watch:
+        with _determinism(run.deterministic), self._signals(), closing(self.loader), watch as self.watch:
             self.metrics.watch = self.watch.record
             self.window.start()
             while self.step < steps:

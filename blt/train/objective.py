@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blt.config import MAX_BUCKETS
 from blt.data.packing import Batch
 from blt.model import BLT, EntropyModel
 from blt_runtime.errors import BltError
 
-MAX_BUCKETS = 32
+GRAPHS = 6 * MAX_BUCKETS
+"""Compilations of one function at most: every length, for three stages, with and without gradients (torch allows 8)."""
 
 
 class Diverged(BltError):
@@ -43,7 +45,7 @@ class Objective:
         self.device = torch.device(device)
         self._sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = self._loss_sum
         if compile:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_BUCKETS)
+            allow_compilations()
             self._sum = torch.compile(self._loss_sum, fullgraph=True, dynamic=False)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
@@ -66,6 +68,16 @@ class Objective:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def allow_compilations() -> None:
+    """For the rest of the process, torch compiles a function for as many shapes as a run has.
+
+    Past its limit a function that must be one graph would be an error.
+    """
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 2 * GRAPHS)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from blt.model.layers import Block
+from blt.train.objective import allow_compilations
 from blt_runtime.errors import BltError, ConfigError, UsageError
 
 PATIENCE = timedelta(days=1)
@@ -139,12 +140,14 @@ def shard(
 ) -> None:
     """Each rank keeps a part of every parameter: blocks are gathered one by one as they are needed, the rest at once.
 
-    compile: each block, one graph per batch shape.  apart: parameters that stay whole.
+    compile: each block, one graph per shape, with and without gradients.  apart: parameters that stay whole.
 
     Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32.
     """
     if ranks.alone:
         return
+    if compile:
+        allow_compilations()
     mesh = init_device_mesh(device.type, (ranks.world,))
     for module in model.modules():
         if isinstance(module, Block):

@@ -46,6 +46,10 @@ def train(
     """
     _check_target(Path(out), force)
     with parallel.processes(device) as (ranks, device), _quiet_unless(ranks.first):
+        if not ranks.alone and config.run.attention == "flex":
+            raise ConfigError(
+                "run.attention: flex trains in one process alone; with several ranks leave run.attention at auto"
+            )
         compiled = config.run.compile if compile is None else compile
         whole_step = compiled and ranks.alone  # FSDP's gathers would break one graph
         trainer, finish = ranks.first_before_others(

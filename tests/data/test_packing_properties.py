@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -204,3 +205,18 @@ def test_identity_names_the_place_and_the_documents() -> None:
     batch = next(loader_of(Numbered([5] * 12), BatchShape(8, (6,)), shuffle=False))
     assert batch.identity == "epoch 0, block 0, batch 0 (documents 0, 1, 2, 3 and 3 others)"
     assert batch.rows(0, 1).identity == "epoch 0, block 0, batch 0 (documents 0)"
+
+
+def test_a_closed_loader_leaves_no_thread_and_can_go_on() -> None:
+    source, shape = Numbered([30] * 400), BatchShape(2, (8, 16))
+    before = set(threading.enumerate())
+    threaded, plain = (loader_of(source, shape, workers=workers) for workers in (3, 0))
+    for _ in range(2):
+        for _ in range(5):
+            same(next(threaded), next(plain))
+        assert len(set(threading.enumerate()) - before) > 1
+        threaded.close()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+        assert set(threading.enumerate()) <= before
+        assert threaded.state() == plain.state()

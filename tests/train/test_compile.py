@@ -37,6 +37,16 @@ def test_as_many_compilations_as_buckets(repo: Path, data: Path, entropy_run: Pa
     assert not counters["graph_break"]
 
 
+def test_torch_allows_every_shape_of_a_run(repo: Path, data: Path, tmp_path: Path) -> None:
+    """Torch's own limit, 8, ends a run whose graph must be whole. Nothing is compiled yet."""
+    settings = torch._dynamo.config
+    with settings.patch(recompile_limit=8, accumulated_recompile_limit=16):
+        config = load_config(repo / "configs" / "tiny.yaml", ["patching.scheme=space"])
+        prepare_run(config, tmp_path, data, compile=True)
+        assert settings.recompile_limit >= 6 * 32
+        assert settings.accumulated_recompile_limit >= settings.recompile_limit
+
+
 @pytest.mark.slow
 def test_compiled_and_eager_steps_agree(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
     path = repo / "configs" / "tiny.yaml"

@@ -57,6 +57,7 @@ def test_overrides(repo: Path) -> None:
         ("optimizer.lr=fast", "optimizer.lr"),
         ("batch.byte_buckets=[96, 64]", "ascending"),
         ("batch.byte_buckets=[4096]", "max_seqlen"),
+        (f"batch.byte_buckets={list(range(50, 83))}", "batch.byte_buckets: .* at most 32"),
         ("batch.patches=null", "batch.patches"),
         ("batch.patches=4000", "max_seqlen"),
         ("patching.max_patch_length=null", "max_patch_length"),

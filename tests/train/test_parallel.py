@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,12 @@ def config_of(repo: Path) -> RunConfig:
     return load_config(repo / "configs" / "tiny.yaml", SETTINGS)
 
 
-def start(repo: Path, out: Path, data: Path, resume: str = "auto", *settings: str) -> subprocess.Popen[bytes]:
+def start(
+    repo: Path, out: Path, data: Path, resume: str = "auto", *settings: str, program: Sequence[str] = ("-m", "blt.cli")
+) -> subprocess.Popen[bytes]:
     """The documented command, two ranks."""
     paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "blt.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     arguments = ["train", "blt", "-c", str(repo / "configs" / "tiny.yaml"), "-o", str(out), "--data", str(data)]
     arguments += ["--threads", "1", "--device", "cpu", "--resume", resume]
     arguments += [word for setting in SETTINGS + settings for word in ("--set", setting)]
@@ -42,8 +46,10 @@ def start(repo: Path, out: Path, data: Path, resume: str = "auto", *settings: st
     return subprocess.Popen(command + arguments, env=environment, stdout=subprocess.PIPE)
 
 
-def two_ranks(repo: Path, out: Path, data: Path, resume: str = "auto", *settings: str) -> Path:
-    process = start(repo, out, data, resume, *settings)
+def two_ranks(
+    repo: Path, out: Path, data: Path, resume: str = "auto", *settings: str, program: Sequence[str] = ("-m", "blt.cli")
+) -> Path:
+    process = start(repo, out, data, resume, *settings, program=program)
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0
     assert printed.decode().split() == [str(out / "model.pt")]  # the first rank alone speaks
@@ -137,6 +143,31 @@ def test_two_ranks_killed_and_resumed_are_bit_exact(repo: Path, data: Path, both
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+# Dynamo traces and counts as it always does; generating code, which no test of ours needs here, takes minutes.
+TRACED = """
+import torch
+compile = torch.compile
+torch.compile = lambda function, **options: compile(function, backend="eager", **options)
+from blt.cli import main
+main()
+"""
+LENGTHS = (
+    "batch={rows: 4, patches: 16, byte_buckets: [76, 82, 88, 128]}", "model.decoder.ffn_dim=48", "run.valid_every=4",
+    "schedule={steps: 8, warmup: 2}",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_ranks_compile_each_length_with_and_without_gradients(repo: Path, data: Path, tmp_path: Path) -> None:
+    """More graphs of a block than torch allows unasked (8): lengths x encoder and decoder x training and validation."""
+    (tmp_path / "traced.py").write_text(TRACED)
+    compiled = (*LENGTHS, "run.compile=true")
+    out = two_ranks(repo, tmp_path / "two", data, "none", *compiled, program=[str(tmp_path / "traced.py")])
+    train(load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *LENGTHS]), tmp_path / "one", data=data)
+    same_within_rounding(records(out), records(tmp_path / "one"))
+    assert len({length for record in records(out) for length in record.get("buckets", {})}) >= 3
+
+
 def test_ranks_without_torchrun_are_refused(
     repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +177,15 @@ def test_ranks_without_torchrun_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UsageError, match="WORLD_SIZE is 'two'"):
         train(config_of(repo), tmp_path / "run", data=data)
+
+
+def test_flex_attention_with_several_ranks_is_refused(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "processes", lambda device: nullcontext((parallel.Ranks(0, 2), device)))
+    config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, "run.attention=flex", "run.compile=true"])
+    with pytest.raises(ConfigError, match="one process alone"):
+        train(config, tmp_path / "run", data=data)
 
 
 @pytest.mark.parametrize(
