@@ -20,7 +20,7 @@ Config = Annotated[Path, typer.Option("-c", "--config", metavar="FILE", help="YA
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=value", help="Replace one value; repeatable.")]
 Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder made by blt data prepare.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")]
-Resume = Annotated[str, typer.Option(help="auto, none, or a checkpoint.")]
+Resume = Annotated[str, typer.Option(help="auto, none, or the path of a checkpoint or run.")]
 Force = Annotated[bool, typer.Option("--force", help="Train into a folder that holds something else.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Length of the schedule.")]
 Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the step.")]

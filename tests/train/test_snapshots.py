@@ -153,12 +153,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
 
 
 def test_flipped_bits_are_seen(folder: Path) -> None:
-    """Every third bit of the manifest, and one at random of every 37th byte of the other files."""
+    """Every seventh bit of the manifest, and one at random of every 37th byte of the other files."""
     random = np.random.default_rng(0)
     for path in sorted((folder / "step-00000002").iterdir()):
         content = path.read_bytes()
         everything = path.name == "manifest.json"
-        places = range(0, 8 * len(content), 3) if everything else random.integers(8, size=len(content) // 37)
+        places = range(0, 8 * len(content), 7) if everything else random.integers(8, size=len(content) // 37)
         for i, place in enumerate(places):
             changed = bytearray(content)
             byte, bit = divmod(place, 8) if everything else (37 * i, place)
