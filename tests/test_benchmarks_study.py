@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,19 +11,12 @@ import pytest
 from blt.config import BLTRun, BPERun
 from blt.data import Dataset, prepare
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "study.py"
 MODELS = 9
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_study", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def study(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("study")
 
 
 @pytest.fixture(scope="module")

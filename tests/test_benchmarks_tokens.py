@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "tokens.py"
-
 
 @pytest.fixture(scope="module")
-def tokens() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_tokens", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def tokens(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("tokens")
 
 
 def test_flops_count_every_multiplication_of_a_token(tokens: ModuleType) -> None:
