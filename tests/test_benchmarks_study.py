@@ -36,7 +36,7 @@ def test_flops_and_text_are_those_of_the_byte_level_transformer(study: ModuleTyp
     run = study.fitted(study.VARIANTS[number], data, 3_000_000)
     budget = study._flops(study.fitted(study.VARIANTS[0], data, 3_000_000).config, None)
     assert study._flops(run.config, run.unit) == pytest.approx(budget, rel=0.01)
-    assert run.config.schedule.steps == 366
+    assert run.config.schedule.steps == 732
     row = run.config.batch.byte_buckets[-1] * (run.unit if isinstance(run.config, BPERun) else 1)
     assert row == pytest.approx(1024, rel=0.005)
     if isinstance(run.config, BLTRun):
