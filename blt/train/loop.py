@@ -11,6 +11,7 @@ import logging
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -102,7 +103,8 @@ class Trainer:
         run = self.config.run
         self.out.mkdir(parents=True, exist_ok=True)
         watch = watching(self.out, steps, self.step, run.tensorboard)
-        with _determinism(run.deterministic), self._signals(), closing(self.loader), watch as self.watch:
+        kernels = _determinism(run.deterministic)
+        with kernels, _known_warnings(), self._signals(), closing(self.loader), watch as self.watch:
             self.metrics.watch = self.watch.record
             self.window.start()
             while self.step < steps:
@@ -272,3 +274,11 @@ def _determinism(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         settings.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def _known_warnings() -> Iterator[None]:
+    """Without torch's remark on norms with float32 weights in a bfloat16 step: the weights are float32 on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield

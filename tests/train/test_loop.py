@@ -272,3 +272,19 @@ def test_weight_decay_is_on_all_parameters(entropy_config: EntropyRun, data: Pat
     assert group["weight_decay"] == 0.1
     assert group["betas"] == (0.9, 0.95)
     assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in model.parameters())
+
+
+def test_bfloat16_trains_without_a_warning(
+    blt_config: BLTRun, data: Path, entropy_run: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Norms keep float32 weights there, of which torch makes a remark, once a process unless it is told otherwise."""
+    run = blt_config.run.model_copy(update={"dtype": "bf16"})
+    trainer = trainer_of(blt_config.model_copy(update={"run": run}), tmp_path, data, entropy_run)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        trainer.run(2)
+    finally:
+        torch.set_warn_always(always)
+    assert trainer.step == 2
+    assert not [warning for warning in recwarn if "Mismatch dtype" in str(warning.message)]
