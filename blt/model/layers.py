@@ -58,7 +58,7 @@ class RotaryTable(nn.Module):
 
 def rotate(x_BHSK: Tensor, rotation: Rotation) -> Tensor:
     """Turn neighbouring pairs (x[2i], x[2i+1]) by their angle, in float32."""
-    if torch.compiler.is_exporting():
+    if ops.exporting():
         turned: Tensor = ops.rope(x_BHSK, rotation.cos, rotation.sin)
         return turned
     return ops.rotate_pairs(x_BHSK, rotation.cos, rotation.sin)
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
+        if ops.exporting():
             normed: Tensor = ops.rms_norm(x, self.weight, self.eps)
             return normed
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def exporting() -> bool:
+    """Whether a module is being captured for an export. Under torch 2.11's compiler `is_exporting` alone is true."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def rotate_pairs(x_BHSK: Tensor, cos_SK: Tensor, sin_SK: Tensor) -> Tensor:
     """Interleaved rotary embedding; cos, sin are [S, K/2] or [B, S, K/2]."""
     if cos_SK.ndim == 3:

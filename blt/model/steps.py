@@ -56,7 +56,7 @@ def open_caches(
 ) -> list[GraphCache] | list[LiveCache]:
     """One cache per layer from the flat list key.0, value.0, key.1, ..."""
     pairs = list(zip(caches[::2], caches[1::2], strict=True))
-    if torch.compiler.is_exporting():
+    if ops.exporting():
         return [GraphCache(key, value, positions_BS, doc_start_BS, window or 0) for key, value in pairs]
     capacity = pairs[0][0].shape[2]
     used = min(capacity, int(positions_BS.max()) + 1)

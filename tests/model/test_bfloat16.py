@@ -52,7 +52,7 @@ def test_golden_entropies_and_patches(checkpoint: Checkpoint, arrays: dict[str, 
         ids, truth = arrays[f"{case}/tokens"], arrays[f"{case}/entropies_bf16_loader"]
         lengths = arrays[f"{case}/patch_lengths_bf16_loader"].tolist()
         entropies = whole_row(rounded.entropy, ids)
-        assert np.abs(entropies - truth).max() < (0.06 if AVX512 else 0.15)
+        assert np.abs(entropies - truth).max() < (0.1 if AVX512 else 0.15)
         equal += int((entropies == truth).sum())
         same_patches += reference.lengths_of(rounded, ids.tolist()) == lengths
         in_float32 += reference.lengths_of(checkpoint, ids.tolist()) == lengths
