@@ -30,31 +30,36 @@ DryRun = Annotated[
 DType = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
 
 
-@app.command("entropy")
-def entropy(
-    config: Config,
-    data: Data = None,
-    out: Out = None,
-    resume: Resume = "auto",
-    force: Force = False,
-    steps: Steps = None,
-    compile: Compile = None,
-    dry_run: DryRun = False,
-    set: Set = None,
-    device: options.Device = "auto",
-    dtype: DType = None,
-    seed: options.Seed = None,
-    threads: options.Threads = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
-) -> None:
-    """Train the byte-level model whose entropies place the patch boundaries."""
-    run = _load("entropy", config, set, dtype, seed, steps)
-    if dry_run:
-        _dry_run(run, data, None, device, threads, as_json)
-    else:
-        _train(run, out, data, None, resume, force, compile, device, threads, as_json)
+def _add_command(kind: Literal["entropy", "bpe"], text: str) -> None:
+    """A command for a kind of model that reads no patches."""
+
+    @app.command(kind, help=text)
+    def command(
+        config: Config,
+        data: Data = None,
+        out: Out = None,
+        resume: Resume = "auto",
+        force: Force = False,
+        steps: Steps = None,
+        compile: Compile = None,
+        dry_run: DryRun = False,
+        set: Set = None,
+        device: options.Device = "auto",
+        dtype: DType = None,
+        seed: options.Seed = None,
+        threads: options.Threads = None,
+        as_json: options.Json = False,
+        quiet: options.Quiet = False,
+        verbose: options.Verbose = 0,
+    ) -> None:
+        run = _load(kind, config, set, dtype, seed, steps)
+        if dry_run:
+            _dry_run(run, data, None, device, threads, as_json)
+        else:
+            _train(run, out, data, None, resume, force, compile, device, threads, as_json)
+
+
+_add_command("entropy", "Train the byte-level model whose entropies place the patch boundaries.")
 
 
 @app.command("blt")
@@ -85,31 +90,7 @@ def blt(
         _train(run, out, data, entropy_model, resume, force, compile, device, threads, as_json)
 
 
-@app.command("bpe")
-def bpe(
-    config: Config,
-    data: Data = None,
-    out: Out = None,
-    resume: Resume = "auto",
-    force: Force = False,
-    steps: Steps = None,
-    compile: Compile = None,
-    dry_run: DryRun = False,
-    set: Set = None,
-    device: options.Device = "auto",
-    dtype: DType = None,
-    seed: options.Seed = None,
-    threads: options.Threads = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
-) -> None:
-    """Train the baseline: a transformer over BPE tokens, whose vocabulary is trained on the data first."""
-    run = _load("bpe", config, set, dtype, seed, steps)
-    if dry_run:
-        _dry_run(run, data, None, device, threads, as_json)
-    else:
-        _train(run, out, data, None, resume, force, compile, device, threads, as_json)
+_add_command("bpe", "Train the baseline: a transformer over BPE tokens, whose vocabulary is trained on the data first.")
 
 
 def _load(
