@@ -230,6 +230,7 @@ class Dataset:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self._opened: dict[str, Documents] = {}
         for name in self.manifest["splits"]:
             for shard in self._shards(name):
                 self._check_size(shard)
@@ -250,10 +251,12 @@ class Dataset:
             raise InputError(f"{path}: {size} bytes, the manifest says {shard['bytes']}; run `blt data prepare` again")
 
     def split(self, name: str) -> Documents:
-        """The documents of `train`, `valid` or `test` (there may be none)."""
+        """The documents of `train`, `valid` or `test` (there may be none); opened once."""
         if name not in self.manifest["splits"]:
             raise InputError(f"no split {name!r} in {self.folder}; it has {', '.join(self.manifest['splits'])}")
-        return Documents(self.folder, self._shards(name), self.manifest["groups"])
+        if name not in self._opened:
+            self._opened[name] = Documents(self.folder, self._shards(name), self.manifest["groups"])
+        return self._opened[name]
 
     def check(self, *splits: str) -> None:
         """That these splits' shards are what was prepared. Each file is read once and remembered by its size and time
