@@ -217,6 +217,6 @@ def test_a_closed_loader_leaves_no_thread_and_can_go_on() -> None:
         assert len(set(threading.enumerate()) - before) > 1
         threaded.close()
         for thread in set(threading.enumerate()) - before:
-            thread.join(10)
+            thread.join(60)
         assert set(threading.enumerate()) <= before
         assert threaded.state() == plain.state()

@@ -50,7 +50,7 @@ def compute(done):
     for start in range(done, 1000, 64):
         yield np.arange(start, min(start + 64, 1000), dtype=np.float32)
         print(start, flush=True)
-        time.sleep(0.02)
+        time.sleep(60 if start == 256 else 0)
 filled(Path(sys.argv[1]), 1000, 64, compute)
 """
 

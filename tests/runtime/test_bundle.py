@@ -218,10 +218,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
 def test_damage_is_one_quick_line(folder: Path, kind: str) -> None:
     damage, error_type, message = DAMAGE[kind]
     damage(folder)
-    start = time.perf_counter()
+    start = time.thread_time()  # not the clock on the wall: other tests run beside this one
     with pytest.raises(error_type) as error:
         Model.open(folder, backend="null")
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

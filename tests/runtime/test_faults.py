@@ -111,10 +111,10 @@ def test_another_thread_cancels() -> None:
     stream.append("before")
     before = stream.ids
     model.backend.trap = Trap("encoder", 3, reading.set)
-    thread = threading.Thread(target=lambda: (reading.wait(10), stop.set()))
+    thread = threading.Thread(target=lambda: (reading.wait(60), stop.set()))
     thread.start()
     with pytest.raises(Cancelled):
-        stream.append(b"x" * 300, cancelled=lambda: reading.is_set() and stop.wait(10))
+        stream.append(b"x" * 300, cancelled=lambda: reading.is_set() and stop.wait(60))
     thread.join()
     assert_is_truth(stream, before)
     stream.append("after")
@@ -205,10 +205,10 @@ def test_a_second_thread_is_refused_by_every_call(call: str) -> None:
     model = trapped_model(null_spec())
     stream = model.stream()
     inside, leave = threading.Event(), threading.Event()
-    model.backend.trap = Trap("decoder", 2, lambda: (inside.set(), leave.wait(10)))
+    model.backend.trap = Trap("decoder", 2, lambda: (inside.set(), leave.wait(60)))
     thread = threading.Thread(target=lambda: stream.append(b"a text" * 20))
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     calls: dict[str, Callable[[], object]] = {
         "append": lambda: stream.append("x"),
         "rewind": lambda: stream.rewind(1),

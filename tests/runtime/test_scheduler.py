@@ -63,7 +63,7 @@ def test_callers_of_many_threads(scheduler: Scheduler) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert got == {i: alone(f"text {i}", 15, i) for i in range(12)}
 
 
@@ -242,11 +242,11 @@ class Gated(NullBackend):
         self._gate = gate
 
     def session(self, group: str):  # type: ignore[no-untyped-def]
-        self._gate.wait(30)
+        self._gate.wait(60)
         return super().session(group)
 
 
-def wait_for(true: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(true: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until

@@ -347,12 +347,12 @@ def test_two_threads_on_one_stream_are_refused() -> None:
     class Slow(Sampler):
         def __call__(self, logits_V: np.ndarray) -> int:
             entered.set()
-            assert leave.wait(10)
+            assert leave.wait(60)
             return super().__call__(logits_V)
 
     thread = threading.Thread(target=lambda: list(stream.generate_ids(1, Slow())))
     thread.start()
-    assert entered.wait(10)
+    assert entered.wait(60)
     with pytest.raises(UsageError, match="thread"):
         stream.append("x")
     leave.set()
