@@ -11,7 +11,7 @@ import pytest
 from blt.config import BLTRun, BPERun
 from blt.data import Dataset, prepare
 
-MODELS = 9
+MODELS = 10
 
 
 @pytest.fixture(scope="module")
