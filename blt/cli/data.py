@@ -58,6 +58,9 @@ def corpus(
     name: Annotated[str, typer.Argument(help="tiny (from this Python's library) or base (from Debian packages).")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
     debs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the packages of base.")] = None,
+    groups: Annotated[
+        str | None, typer.Option(metavar="GLOB,...", help="Only these groups, like '*.en,code.*'.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -67,7 +70,7 @@ def corpus(
     from blt.data.corpora import build
     from blt.data.dataset import info as describe
 
-    build(name, out, debs=debs, force=force)
+    build(name, out, debs=debs, groups=groups.split(",") if groups else None, force=force)
     _show(describe(out), as_json)
 
 

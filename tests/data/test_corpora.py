@@ -116,6 +116,12 @@ def test_base_as_a_data_folder(
     monkeypatch.setattr(base, "split_of", lambda key: "train")
     build("base", tmp_path / "data", debs=debs[0])
     assert Dataset(tmp_path / "data").manifest["groups"] == ["lohelp.de", "lohelp.en"]
+    build("base", tmp_path / "english", debs=debs[0], groups=["*.en"])
+    english = Dataset(tmp_path / "english").manifest
+    assert (english["groups"], english["options"]["only"]) == (["lohelp.en"], ["*.en"])
+    with pytest.raises(UsageError, match=r"--groups quotes\.\*: matches none of lohelp\.de, lohelp\.en"):
+        build("base", tmp_path / "none", debs=debs[0], groups=["*.en", "quotes.*"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "debs", "english"]
 
 
 def test_long_pages_are_cut_at_paragraphs_and_caps_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from blt.data.corpora import base, tiny
-from blt.data.corpora.text import write_texts
+from blt.data.corpora.text import of_groups, write_texts
 from blt.data.prepare import check_target, prepare
 from blt_runtime.errors import UsageError, nearest
 
@@ -18,11 +19,18 @@ NAMES = ("base", "tiny")
 __all__ = ["NAMES", "build"]
 
 
-def build(name: str, out: str | Path, *, debs: str | Path | None = None, force: bool = False) -> dict[str, Any]:
+def build(
+    name: str,
+    out: str | Path,
+    *,
+    debs: str | Path | None = None,
+    groups: Sequence[str] | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
     """Builds a corpus as a data folder and returns its manifest, whose options say what it was made of.
 
-    debs: the folder with the packages of `base`. Raises UsageError for bad arguments, InputError for packages that are
-    missing or are not those of the lock file.
+    debs: the folder with the packages of `base`.  groups: shell patterns; only groups that match one are kept.
+    Raises UsageError for bad arguments, InputError for packages that are missing or are not those of the lock file.
     """
     if name not in NAMES:
         raise UsageError(f"no corpus {name!r}: {nearest(name, NAMES)}")
@@ -31,6 +39,8 @@ def build(name: str, out: str | Path, *, debs: str | Path | None = None, force: 
     out = Path(out).resolve()
     check_target(out, force, [])  # before minutes of work
     texts, about = base.texts(debs) if name == "base" else tiny.texts()
+    if groups is not None:
+        texts, about = of_groups(texts, groups), {**about, "only": list(groups)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / "text"

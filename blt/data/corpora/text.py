@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from blt.data.readers import SPLITS
+from blt_runtime.errors import UsageError
 
 
 class Text(NamedTuple):
@@ -16,6 +18,19 @@ class Text(NamedTuple):
     split: str
     group: str
     content: bytes
+
+
+def of_groups(texts: Iterable[Text], patterns: Sequence[str]) -> Iterator[Text]:
+    """Those whose group matches a pattern. Raises UsageError, at the end, for a pattern that matched none."""
+    groups: dict[str, bool] = {}
+    for text in texts:
+        if text.group not in groups:
+            groups[text.group] = any(fnmatchcase(text.group, pattern) for pattern in patterns)
+        if groups[text.group]:
+            yield text
+    for pattern in patterns:
+        if not any(fnmatchcase(group, pattern) for group in groups):
+            raise UsageError(f"--groups {pattern}: matches none of {', '.join(sorted(groups))}")
 
 
 def write_texts(folder: Path, texts: Iterable[Text]) -> None:
