@@ -53,20 +53,23 @@ def _patches(scheme: str, layers: int, **more: object) -> dict[str, object]:
     return {"patching.scheme": scheme, "model.latent.n_layers": layers} | keys
 
 
+ENTROPY_45 = _patches("entropy", 3, target_patch_size=4.5)
+LEARNED = {"model.pooling": "learned"}
+SEED = {"run.seed": 1}
+
 VARIANTS = (
     Variant("byte-level", "bytes"),
     Variant("BPE", "bpe"),
-    Variant("BLT, entropy 4.5", "blt", _patches("entropy", 3, target_patch_size=4.5)),
+    Variant("BLT, entropy 4.5", "blt", ENTROPY_45),
     Variant("BLT, entropy 6", "blt", _patches("entropy", 4, target_patch_size=6.0)),
     Variant("BLT, entropy 8", "blt", _patches("entropy", 5, target_patch_size=8.0)),
     Variant("BLT, space", "blt", _patches("space", 4)),
     Variant("BLT, static 6", "blt", _patches("static", 4, patch_size=6, max_patch_length=None)),
-    Variant("without hash n-grams", "blt", _patches("entropy", 3, target_patch_size=4.5) | {"model.hash": None}),
-    Variant(
-        "without pooled queries", "blt", _patches("entropy", 3, target_patch_size=4.5) | {"model.pooling": "learned"}
-    ),
-    # The same model again: differences below that between the two say nothing.
-    Variant("BLT, entropy 4.5, seed 1", "blt", _patches("entropy", 3, target_patch_size=4.5) | {"run.seed": 1}),
+    Variant("without hash n-grams", "blt", ENTROPY_45 | {"model.hash": None}),
+    Variant("without pooled queries", "blt", ENTROPY_45 | LEARNED),
+    # Two of them again: a difference below that between two seeds says nothing.
+    Variant("BLT, entropy 4.5, seed 1", "blt", ENTROPY_45 | SEED),
+    Variant("without pooled queries, seed 1", "blt", ENTROPY_45 | LEARNED | SEED),
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 from blt.config import BLTRun, BPERun
 from blt.data import Dataset, prepare
 
-MODELS = 10
+MODELS = 11
 
 
 @pytest.fixture(scope="module")
