@@ -94,6 +94,16 @@ class Run:
         return self.variant.name.lower().replace(",", "").replace(" ", "-")
 
 
+def chosen(folders: str | None) -> Sequence[Variant]:
+    """Of VARIANTS those whose runs lie in these folders, all for None. Raises SystemExit for an unknown one."""
+    known = {Run(variant, []).folder: variant for variant in VARIANTS}
+    names = folders.split(",") if folders else list(known)
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"--models {name}: choose from {', '.join(known)}")
+    return [known[name] for name in names]
+
+
 def _load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return load_config(CONFIGS / f"{name}.yaml", overrides)
 
@@ -206,7 +216,7 @@ class Study:
     def __call__(self) -> None:
         n_bytes = round(self.args.megabytes * 1e6)
         self.train(fitted(Variant(ENTROPY, "entropy"), self.data, n_bytes))
-        runs = [fitted(variant, self.data, n_bytes) for variant in VARIANTS]
+        runs = [fitted(variant, self.data, n_bytes) for variant in chosen(self.args.models)]
         with ThreadPoolExecutor(self.args.jobs) as pool:
             reports = list(pool.map(self.score, runs))
         rows = [self._row(run, report) for run, report in zip(runs, reports, strict=True)]
@@ -288,6 +298,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a folder made by `blt data prepare`")
     parser.add_argument("-o", "--out", default="study", help="folder of the runs and the table")
+    parser.add_argument("--models", metavar="NAME,...", help="these alone, by the names of their folders, like bpe")
     parser.add_argument("--megabytes", type=float, default=8.0, help="text that each model trains on, in 10^6 bytes")
     parser.add_argument("--limit", default="64k", help="test bytes of each group")
     parser.add_argument("--pairs", type=int, default=60, help="pairs of prompt and completion under noise")

@@ -48,3 +48,11 @@ def test_a_budget_that_the_other_parts_exceed_is_refused(study: ModuleType) -> N
     values = {"patching.scheme": "static", "patching.patch_size": 4, "patching.max_patch_length": None}
     with pytest.raises(SystemExit, match="its other parts alone"):
         study._width("blt", values, "model.latent.ffn_dim", 1e6, 4.0)
+
+
+def test_models_are_chosen_by_their_folders(study: ModuleType) -> None:
+    assert study.chosen(None) == list(study.VARIANTS)
+    names = [variant.name for variant in study.chosen("bpe,blt-entropy-4.5-seed-1")]
+    assert names == ["BPE", "BLT, entropy 4.5, seed 1"]
+    with pytest.raises(SystemExit, match="--models blt: choose from byte-level, bpe, "):
+        study.chosen("blt")
