@@ -215,8 +215,9 @@ class Study:
 
     def __call__(self) -> None:
         n_bytes = round(self.args.megabytes * 1e6)
-        self.train(fitted(Variant(ENTROPY, "entropy"), self.data, n_bytes))
         runs = [fitted(variant, self.data, n_bytes) for variant in chosen(self.args.models)]
+        if any(run.reads_entropies for run in runs):
+            self.train(fitted(Variant(ENTROPY, "entropy"), self.data, n_bytes))
         with ThreadPoolExecutor(self.args.jobs) as pool:
             reports = list(pool.map(self.score, runs))
         rows = [self._row(run, report) for run, report in zip(runs, reports, strict=True)]
