@@ -233,6 +233,8 @@ class Study:
             self.out / "study.png",
             "--labels",
             names,
+            "--against",  # the same curves against FLOPs: all models have the same FLOPs per byte
+            "bytes",
             "--from",
             round(n_bytes / 20),
             log=self.out / "plot.log",

@@ -82,10 +82,11 @@ class Figure:
     least_bytes: float = 0
 
     def panels(self) -> list[list[Panel]]:
-        """Rows of panels; an axis that no run has is left out."""
+        """Rows of panels, one a quantity, side by side where there is one axis; an axis that no run has is left out."""
         rows = [[self._panel(x, name, keys) for x in self.axes] for name, keys in ROWS]
         kept = [i for i in range(len(self.axes)) if any(row[i].lines for row in rows)]
-        return [[row[i] for i in kept] for row in rows if any(row[i].lines for i in kept)]
+        drawn = [[row[i] for i in kept] for row in rows if any(row[i].lines for i in kept)]
+        return [[panel for row in drawn for panel in row]] if len(kept) == 1 else drawn
 
     def _panel(self, x: str, name: str, keys: Sequence[str]) -> Panel:
         found = (
@@ -140,7 +141,8 @@ def to_png(figure: Figure) -> bytes:
 
     rows = figure.panels()
     across = max((len(row) for row in rows), default=1)
-    legend_rows = -(-len(figure.runs) // 3)
+    columns = legend_columns([run.label for run in figure.runs], 4.4 * across)
+    legend_rows = -(-len(figure.runs) // columns)
     canvas = page.canvas(4.4 * across, 3.0 * max(1, len(rows)) + 0.5 + 0.18 * legend_rows)
     axes = canvas.subplots(max(1, len(rows)), across, squeeze=False)
     for at, row in enumerate(rows):
@@ -148,8 +150,14 @@ def to_png(figure: Figure) -> bytes:
             _draw(ax, panel)
     styles = [Line(i, run.label, [], bold=True) for i, run in enumerate(figure.runs)]
     handles = [Line2D([], [], color=s.colour, linestyle=_linestyle(s), label=s.label) for s in styles]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=7, frameon=False)
+    canvas.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
     return page.png(canvas, figure.title)
+
+
+def legend_columns(labels: Sequence[str], inches: float) -> int:
+    """At most three, as many as fit into the width: a letter of 7 points takes about 0.05 inches, the line 0.45."""
+    longest = max(map(len, labels), default=1)
+    return max(1, min(3, len(labels), int(inches / (0.45 + 0.05 * longest))))
 
 
 def _linestyle(line: Line) -> Literal["-"] | tuple[float, Sequence[float]]:

@@ -146,3 +146,16 @@ def test_an_axis_has_a_few_round_ticks_within_its_ends(low: float, factor: float
     assert 2 <= len(at) <= 2 * plot_runs.MOST
     assert at == sorted(set(at))
     assert all(low <= value <= low * factor * (1 + 1e-9) for value in at)
+
+
+def test_one_axis_has_its_panels_side_by_side(runs: list[Path]) -> None:
+    read = read_runs(runs)
+    assert [len(row) for row in plot_runs.Figure(read, ["bytes"]).panels()] == [2]
+    assert [len(row) for row in plot_runs.Figure(read, ["bytes", "flops"]).panels()] == [2, 2]
+
+
+def test_the_legend_fits_into_the_width() -> None:
+    assert plot_runs.legend_columns(["a", "b"], 8.8) == 2
+    assert plot_runs.legend_columns(["a", "b", "c", "d"], 8.8) == 3
+    assert plot_runs.legend_columns(["x" * 29] * 4, 4.4) == 2
+    assert plot_runs.legend_columns(["x" * 200] * 4, 4.4) == 1
