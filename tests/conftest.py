@@ -1,4 +1,4 @@
-"""Fixtures of all tests: where the golden data lies, one thread for torch."""
+"""Fixtures and settings of all tests: where the golden data lies, one thread for torch, no clocks in properties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+settings.register_profile(  # the same examples in every run, however busy the machine is
+    "blt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("blt")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it gives
 
 REPO = Path(__file__).resolve().parent.parent

@@ -67,7 +67,7 @@ levels = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 1.5000001, 3.0]) | st.floats
 texts = st.lists(st.tuples(st.lists(levels, min_size=3, max_size=40), st.booleans()), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts, st.sampled_from(sorted(RULES)), st.floats(0, 1))
 def test_the_closest_reachable_mean_is_returned(rows: list[tuple[list[float], bool]], name: str, share: float) -> None:
     rule, pieces = RULES[name], [piece(*row) for row in rows]

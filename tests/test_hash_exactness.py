@@ -42,7 +42,7 @@ def plain_rows(ids: list[int], sizes: tuple[int, ...], rows: int) -> list[list[i
     return [[hash % rows for hash in hash_T] for hash_T in plain_hashes(ids, sizes)]  # Python's % is floor modulo
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ids_lists, size_lists, row_counts)
 def test_numpy_equals_python(ids: list[int], sizes: tuple[int, ...], rows: int) -> None:
     truth = plain_rows(ids, sizes, rows)
@@ -55,7 +55,7 @@ def test_numpy_equals_python(ids: list[int], sizes: tuple[int, ...], rows: int) 
     assert [embedding.locate(window_G).tolist() for window_G in windows] == truth
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(ids_lists, min_size=1, max_size=2), size_lists, row_counts)
 def test_pytorch_equals_python(batch: list[list[int]], sizes: tuple[int, ...], rows: int) -> None:
     n = min(map(len, batch))
@@ -82,7 +82,7 @@ def test_the_random_ids_above_give_negative_hashes() -> None:
     assert ((negative_T[:, 1:] > 0.2) & (negative_T[:, 1:] < 0.8)).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 259), min_size=1, max_size=16))
 def test_rows_beyond_two_to_the_31_are_read(sparse_tables: np.ndarray, ids: list[int]) -> None:
     """Two fused tables of 2^31 - 1 rows (a sparse file): `one` and `many` read the rows that Python computes."""

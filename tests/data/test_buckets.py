@@ -27,7 +27,7 @@ def waste(lengths: np.ndarray, buckets: tuple[int, ...], early: bool) -> int:
     return total
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(4, 48), st.integers(1, 4), st.lists(st.integers(0, 1 << 30), min_size=1, max_size=20), st.booleans())
 def test_no_lengths_waste_less(longest: int, count: int, numbers: list[int], early: bool) -> None:
     lengths = np.array(numbers) % longest + 1

@@ -153,7 +153,7 @@ def test_seed_and_epoch_change_the_order(loader: Make) -> None:
     assert order(0, 0) != order(0, 1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=80),
     st.integers(2, 20),
@@ -177,7 +177,7 @@ def test_rows_tile_any_stream(lengths: list[int], patches: int, cap: int) -> Non
         assert real == patches or end - begin - 1 == cap or end == n
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=80),
     st.integers(2, 20),

@@ -75,7 +75,7 @@ def same(a: Batch, b: Batch) -> None:
     assert a.identity == b.identity
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(documents, shapes)
 def test_every_token_is_a_target_once(source: Numbered, shape: BatchShape) -> None:
     batches = list(loader_of(source, shape).one_pass())
@@ -90,7 +90,7 @@ def test_every_token_is_a_target_once(source: Numbered, shape: BatchShape) -> No
         assert batch.n_tokens == batch.mask.size - batch.padding >= batch.n_targets
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(documents, shapes.filter(lambda shape: shape.patches is not None))
 def test_patches_are_the_documents_own(source: Numbered, shape: BatchShape) -> None:
     for batch in loader_of(source, shape).one_pass():
@@ -110,7 +110,7 @@ def test_patches_are_the_documents_own(source: Numbered, shape: BatchShape) -> N
         assert batch.n_patches == found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(documents, shapes)
 def test_whole_documents_stay_whole(source: Numbered, shape: BatchShape) -> None:
     """All but those that no row can hold."""
@@ -125,7 +125,7 @@ def test_whole_documents_stay_whole(source: Numbered, shape: BatchShape) -> None
         assert rows_of[i] == 1 or not fits
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(documents, shapes, st.integers(0, 40), st.integers(0, 3), st.integers(0, 3), st.data())
 def test_resume_and_workers_change_no_batch(
     source: Numbered, shape: BatchShape, at: int, workers: int, others: int, data: st.DataObject
@@ -147,7 +147,7 @@ def test_resume_and_workers_change_no_batch(
     same(next(resumed), next(plain))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(documents, shapes, st.integers(1, 3), st.integers(1, 3))
 def test_ranks_and_micro_batches_share_out_the_rows(
     source: Numbered, shape: BatchShape, ranks: int, micro: int

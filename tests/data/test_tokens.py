@@ -30,7 +30,7 @@ def vocabulary() -> Vocabulary:
     return train_vocabulary(TEXTS, 290)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.one_of(st.binary(max_size=300), st.text(max_size=200).map(lambda s: s.encode("utf-8", "surrogatepass"))))
 def test_every_text_is_its_tokens_again(text: bytes) -> None:
     vocabulary = train_vocabulary(TEXTS, 290)

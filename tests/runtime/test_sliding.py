@@ -201,7 +201,7 @@ def test_cancelling_a_slide_brings_everything_back() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_sequence_of_calls(data: st.DataObject) -> None:
     spec = data.draw(st.sampled_from(list(SMALL.values())))
     bos = data.draw(st.booleans())

@@ -104,7 +104,7 @@ def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: 
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_interruption(data: st.DataObject) -> None:
     """Between two ids anything may happen to the stream: rewinds, new text, another generation."""
     spec = data.draw(st.sampled_from(list(ALL.values())))

@@ -110,7 +110,7 @@ def test_rewind_is_exact(spec: ModelSpec) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_sequence_of_calls(data: st.DataObject) -> None:
     spec = data.draw(st.sampled_from(list(SPECS.values())))
     stream, ids = model_of(spec).stream(), np.array([BOS])
