@@ -32,12 +32,6 @@ def cross_layers(n: int, dim: int, n_heads: int, eps: float) -> nn.ModuleList:
     return nn.ModuleList(CrossAttention(dim, n_heads, eps) for _ in range(n))
 
 
-def residual(x: Tensor) -> Tensor:
-    """float32 from here on, as behind an embedding: autocast would hand on a product's bfloat16, and every layer would
-    add to a sum of 8 bits. 30 latent layers then learn visibly slower, and a CPU computes no faster."""
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
 def crosses(layers: nn.ModuleList) -> list[CrossAttention]:
     return cast(list[CrossAttention], list(layers))
 
@@ -85,7 +79,7 @@ class LocalEncoder(Stack):
     ) -> Tensor:
         """`pool` with the gathered keys and values [B, P, V, D] of each layer: computed before they are gathered, the
         products see every byte once and not every place of a patch (3.5 times as many in the demo's rows)."""
-        p_BPkD = residual(self.patch_projection(self._reduce(first_BPVD, own_valid_BPV))).unflatten(-1, (self.k, -1))
+        p_BPkD = self.patch_projection(self._reduce(first_BPVD, own_valid_BPV)).unflatten(-1, (self.k, -1))
         any_BP11 = key_valid_BPV.any(-1)[..., None, None]
         visible_BPV = key_valid_BPV | ~any_BP11[..., 0]
         for cross, (key, value) in zip(crosses(self.cross), keys_values, strict=True):
@@ -114,7 +108,7 @@ class LatentTransformer(Stack):
 
     def forward(self, p_BPE: Tensor, rotation: Rotation, attends: Sequence[Attend]) -> Tensor:
         x_BPG = p_BPE if self.projection is None else self.projection(p_BPE)
-        return self.run_layers(residual(x_BPG), rotation, attends)
+        return self.run_layers(x_BPG, rotation, attends)
 
 
 class LocalDecoder(Stack):
