@@ -90,7 +90,8 @@ def to_bfloat16(values: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """float32 values rounded to the nearest bfloat16, ties to even; as float32."""
     exact = np.asarray(values, dtype=np.float32)
     bits = exact.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    # The array is added to last: of two scalars numpy would say that a NaN's bits overflow.
+    rounded = (bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(exact), exact, rounded.view(np.float32))
 
 
