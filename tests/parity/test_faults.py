@@ -102,7 +102,8 @@ def test_a_cancelled_append_never_was(model: Model) -> None:
 
 
 SCARCE = """
-import resource, sys, threading
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
 from blt_runtime import Model
 from blt_runtime.errors import OutOfMemory, UsageError
 
@@ -137,9 +138,8 @@ def main():
     print("\\n".join(seen))
 
 
-thread = threading.Thread(target=main)  # its stack is mapped whole; the first thread's grows, and dies where it cannot
-thread.start()
-thread.join()
+with ThreadPoolExecutor(1) as pool:  # a thread's stack is mapped whole; the first one's grows, and dies where it cannot
+    pool.submit(main).result()
 """
 
 
