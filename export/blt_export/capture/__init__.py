@@ -1,0 +1,1 @@
+"""Capture: PyTorch step modules become ONNX graphs."""
