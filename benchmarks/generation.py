@@ -66,7 +66,7 @@ def random_ids(n: int) -> np.ndarray:
 def make_checkpoint(shape: str) -> Any:
     import torch
 
-    from blt.checkpoint import Checkpoint
+    from blt.checkpoint.models import Checkpoint
     from blt.model import BLT, EntropyModel, entropy_of
     from blt_runtime.patching import PatchRule
 
@@ -141,7 +141,7 @@ def transformers_engine(shape: str, _: Path) -> Generate:
 
 
 def reference_engine(shape: str, _: Path) -> Generate:
-    from blt import reference
+    from blt.generate import reference
 
     checkpoint = make_checkpoint(shape)
 
@@ -175,7 +175,7 @@ def stream_engine(spec: Any, backend: Any, tables: Any) -> Generate:
 
 
 def torch_engine(shape: str, _: Path) -> Generate:
-    from blt.torch_backend import host_tables, open_model
+    from blt.generate.torch_backend import host_tables, open_model
 
     checkpoint = make_checkpoint(shape)
     model = open_model(checkpoint)

@@ -30,13 +30,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "runtime"), str(ROOT / "export")]
 
-from blt import reference as slow  # noqa: E402
-from blt.adapters.reference import hash_table_name, reference_name  # noqa: E402
-from blt.checkpoint import load  # noqa: E402
-from blt.config import load_config  # noqa: E402
+from blt.checkpoint.facebook import hash_table_name, reference_name  # noqa: E402
+from blt.checkpoint.models import load  # noqa: E402
+from blt.checkpoint.source import HASH_TABLES, shapes  # noqa: E402
+from blt.checkpoint.tensors import BLOCK, Stored, write_pickled, write_safetensors  # noqa: E402
+from blt.generate import reference as slow  # noqa: E402
 from blt.model import BLTConfig, EntropyConfig  # noqa: E402
-from blt.source import HASH_TABLES, shapes  # noqa: E402
-from blt.tensors import BLOCK, Stored, write_pickled, write_safetensors  # noqa: E402
+from blt.train.config import load_config  # noqa: E402
 
 GB = 1e9
 CONVERT_PEAK, EXPORT_PEAK, OPEN_SECONDS = 8 * GB, 14 * GB, 3.0

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from blt.config import BLTRun, BPERun, EntropyRun, RunConfig, load_config
 from blt.data import Dataset
 from blt.data.token_cache import tokenised, vocabulary_for
+from blt.train.config import BLTRun, BPERun, EntropyRun, RunConfig, load_config
 from blt.train.dryrun import flops_per_byte
 from blt_runtime.patching import PatchRule, patch_lengths
 

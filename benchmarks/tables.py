@@ -36,7 +36,7 @@ WIDTH, SIZES = 64, [3, 4, 5, 6, 7, 8]
 
 
 def config_of(tables: str, rows: int) -> Any:
-    from blt.config import parse_config
+    from blt.train.config import parse_config
 
     block = {"dim": WIDTH, "n_heads": 4, "ffn_dim": 176, "window": 128, "max_seqlen": 1024}
     model = {

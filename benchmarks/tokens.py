@@ -34,9 +34,9 @@ from typing import Any
 import numpy as np
 
 from blt.bench import Forced, Text, at_patch_size, bench_text, run, together, with_changes
-from blt.machine import MemoryReader, available_cores
+from blt.bench.machine import MemoryReader, available_cores
 from blt.model import TransformerConfig
-from blt_runtime.batch import SHARE, SLICE
+from blt_runtime.engine.batch import SHARE, SLICE
 
 MEAN_PATCH, CONTEXT = 4.5, 2048
 TOKENIZERS = {"llama3": (128_256, 4.4), "llama2": (32_000, 3.7)}
@@ -176,7 +176,7 @@ def llama_for(a: argparse.Namespace) -> Llama:
 
 
 def run_blt(a: argparse.Namespace, precision: str, batch: int) -> dict[str, float]:
-    from blt.weights import bundle_weight_bytes
+    from blt.bench.weight_bytes import bundle_weight_bytes
     from blt_runtime import Bundle, Model
 
     size, folder = a.prompt_bytes + a.new_bytes, bundle_of(a, precision)
@@ -218,7 +218,7 @@ def many_streams(model: Any, spec: Any, texts: list[Text], per_call: dict[str, f
 def run_llama(a: argparse.Namespace, precision: str, batch: int) -> dict[str, float]:
     import onnxruntime_genai as og
 
-    from blt.weights import graph_weight_bytes
+    from blt.bench.weight_bytes import graph_weight_bytes
 
     bytes_per_token = TOKENIZERS[a.tokenizer][1]
     config = og.Config(str(llama_folder(a, precision)))

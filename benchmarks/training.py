@@ -49,7 +49,7 @@ class Shape:
     def model(self) -> Any:
         if self.of in ("S", "M"):
             return configs(self.of)[0]
-        from blt.config import load_config
+        from blt.train.config import load_config
 
         return load_config(ROOT / self.of).model
 
@@ -127,8 +127,8 @@ def theirs(shape: Shape, batch: dict[str, Any], bf16: bool, form: str) -> tuple[
     import torch
     from transformers import BltConfig, BltForCausalLM
 
-    from blt.adapters.huggingface import huggingface_name
-    from blt.adapters.huggingface_write import to_json
+    from blt.checkpoint.huggingface import huggingface_name
+    from blt.checkpoint.huggingface_write import to_json
     from blt_runtime.patching import PatchRule
 
     source = our_model(shape)

@@ -4,7 +4,7 @@
     python benchmarks/waiting.py BUNDLE --streams 8 --patch 6
 
 The latent transformer reads most of the weights, once per call however many patches are in it. The policy of
-`blt_runtime.batch.gather` runs it when a share of the streams wait. First the calls are timed: bytes of n streams, and
+`engine.batch.gather` runs it when a share of the streams wait. First the calls are timed: bytes of n streams, and
 n patches, for n up to the number of streams, at the median of a few runs. Then streams with patches of random lengths
 (geometric, as an entropy threshold gives, with the wanted mean) go through rounds under each policy, and the clock
 advances by what the calls cost. `blt bench throughput --share` measures the same.
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from blt_runtime import Model
-from blt_runtime.batch import Batch, fitted, gather
-from blt_runtime.rows import Segment
+from blt_runtime.engine.batch import Batch, fitted, gather
+from blt_runtime.engine.rows import Segment
 
 SHARES = (None, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 CONTEXT = 128

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blt.checkpoint import Checkpoint, load, save
+    from blt.checkpoint.models import Checkpoint, load, save
     from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, HashConfig, TransformerConfig
 
 __version__ = "0.1.0"
@@ -33,4 +33,4 @@ _CHECKPOINT = ("Checkpoint", "load", "save")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("blt.checkpoint" if name in _CHECKPOINT else "blt.model"), name)
+    return getattr(import_module("blt.checkpoint.models" if name in _CHECKPOINT else "blt.model"), name)

@@ -1,4 +1,4 @@
-"""Putting a finished folder in place of an older one. No torch: data preparation needs none."""
+"""Atomic outputs: a file or a folder appears whole or not at all. No torch: data preparation needs none."""
 
 from __future__ import annotations
 
@@ -46,3 +46,21 @@ def replace_folder(finished: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old)
+
+
+def check_folder(path: Path) -> None:
+    """Raise UsageError if the folder of `path` does not exist: before the work, not behind it."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A draft name beside `path`; it takes the place of `path` when the block ends without an error."""
+    check_folder(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

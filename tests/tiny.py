@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from blt import reference
-from blt.checkpoint import Checkpoint
+from blt.checkpoint.models import Checkpoint
+from blt.generate import reference
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, HashConfig, TransformerConfig
 from blt_runtime.backends.onnx import ROWS_MINIMUM, load_library
 from blt_runtime.errors import BackendError

@@ -12,14 +12,14 @@ from functools import cached_property
 
 import numpy as np
 
+from blt.bench.machine import Bandwidth, MemoryReader, peak_memory, resident_bytes
 from blt.bench.parts import Split, split
 from blt.bench.runs import Forced, Run, Text, run, with_changes
-from blt.calibrate import Piece, find_rule
-from blt.machine import Bandwidth, MemoryReader, peak_memory, resident_bytes
+from blt.data.threshold import Piece, find_rule
 from blt_runtime import Model
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS
-from blt_runtime.speculate import Speculate
+from blt_runtime.speculation.speculate import Speculate
 
 WARM_UP = 8
 """Bytes generated before the first timed run: lazily made memory and threads are there afterwards."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from blt.bench.runs import Forced, Text, run, with_changes
 from blt_runtime import Model
 from blt_runtime.backends.protocol import Backend, Buffer, Call, Session
-from blt_runtime.spec import GraphSpec
-from blt_runtime.speculate import Speculate
+from blt_runtime.bundle.spec import GraphSpec
+from blt_runtime.speculation.speculate import Speculate
 
 PARTS = ("entropy", "hashing", "encoder", "latent", "decoder", "sampling", "other")
 

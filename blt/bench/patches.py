@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 
 from blt_runtime import Model, patch_lengths
+from blt_runtime.engine.memory import Memory
+from blt_runtime.engine.prefill import Prefill
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import encode
-from blt_runtime.memory import Memory
-from blt_runtime.prefill import Prefill
 
 
 @dataclass(frozen=True)

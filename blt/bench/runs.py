@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from blt_runtime import Model, Sampler, Stream
 from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import encode
-from blt_runtime.speculate import Speculate, SpeculationStats
+from blt_runtime.speculation.speculate import Speculate, SpeculationStats
 
 Ids = NDArray[np.int64]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from blt.bench.runs import Forced, Text
 from blt_runtime import Model, Request, Scheduler
-from blt_runtime.batch import Counts
+from blt_runtime.engine.batch import Counts
 from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.ids import BOS
 

@@ -14,8 +14,8 @@ from blt_runtime.errors import BundleError
 from blt_runtime.hashing import row_bytes
 
 if TYPE_CHECKING:
-    from blt.source import Source
-    from blt_runtime.bundle import Bundle
+    from blt.checkpoint.source import Source
+    from blt_runtime.bundle.bundle import Bundle
 
 HASH = "hash tables"
 ROWS = {"Gather": (0,), "GatherBlockQuantized": (0, 2, 3), "GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}

@@ -19,13 +19,13 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
+from blt.checkpoint.source import HASH_TABLES, Part, Source, make_part, parse, read_json
+from blt.checkpoint.tensors import Stored, read_safetensors, read_tensors, stored
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
-from blt.source import HASH_TABLES, Part, Source, make_part, parse, read_json
-from blt.tensors import Stored, read_safetensors, read_tensors, stored
 from blt_runtime.errors import BltError, CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
 
-log = logging.getLogger("blt.adapters")
+log = logging.getLogger(__name__)
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
 HUB_CONFIG, HUB_WEIGHTS, TRAIN_ARGS = "config.json", "model.safetensors", "train_args.json"
 Tensors = Mapping[str, Stored]

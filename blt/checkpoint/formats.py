@@ -1,6 +1,6 @@
 """Checkpoint formats, one module each: `matches(path)`, `read(path) -> Source`, and for two of them `write`."""
 
-from blt.adapters import huggingface, native, reference
+from blt.checkpoint import facebook, huggingface, native
 
-ADAPTERS = (native, reference, huggingface)
+ADAPTERS = (native, facebook, huggingface)
 """In the order in which a path is offered to them."""

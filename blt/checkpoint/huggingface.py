@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from blt.adapters import huggingface_config, huggingface_write
-from blt.folders import staged
+from blt.checkpoint import huggingface_config, huggingface_write
+from blt.checkpoint.source import Part, Source, make_part, read_json
+from blt.checkpoint.tensors import Stored, read_safetensors, write_safetensors
+from blt.files import staged
 from blt.model.config import BLTConfig, TransformerConfig
-from blt.source import Part, Source, make_part, read_json
-from blt.tensors import Stored, read_safetensors, write_safetensors
 from blt_runtime.errors import CheckpointError
 
-log = logging.getLogger("blt.adapters")
+log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HASH_TENSOR = "model.encoder_hash_tok_embedding.weight"
 PATCHER = "model.patcher."

@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from blt.checkpoint.source import parse
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
-from blt.source import parse
 from blt_runtime.errors import BltError, CheckpointError
 from blt_runtime.patching import PatchRule
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from blt.checkpoint.source import Source
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
-from blt.source import Source
 from blt_runtime.patching import PatchRule
 
 

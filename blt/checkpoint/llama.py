@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blt import hub
-from blt.adapters.huggingface import CONFIG, LAYER, UNUSED, weight_files
+from blt.checkpoint import hub
+from blt.checkpoint.huggingface import CONFIG, LAYER, UNUSED, weight_files
+from blt.checkpoint.source import parse, read_json
+from blt.checkpoint.tensors import read_safetensors
 from blt.model.config import TransformerConfig
 from blt.model.layers import Stack
-from blt.source import parse, read_json
-from blt.tensors import read_safetensors
 from blt_runtime.errors import CheckpointError, MissingExtra
 
-log = logging.getLogger("blt.adapters")
+log = logging.getLogger(__name__)
 LONGEST = 1 << 20  # rows of a rotary table
 GGUF_LAYER = {
     "attention_norm": "attn_norm",

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from blt import hub
-from blt.adapters import ADAPTERS, native, reference
-from blt.data.tokens import Vocabulary, checked
+from blt.checkpoint import facebook, hub, native
+from blt.checkpoint.formats import ADAPTERS
+from blt.checkpoint.source import HASH_TABLES, Part, Source, require_complete
+from blt.checkpoint.tensors import Stored
 from blt.model import BLT, EntropyModel
 from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.model.hashing import HashEmbedding, MappedTables
 from blt.model.layers import RotaryTable
 from blt.model.token import TokenModel
-from blt.source import HASH_TABLES, Part, Source, require_complete
-from blt.tensors import Stored
+from blt.model.vocabulary import Vocabulary, checked
 from blt_runtime.errors import CheckpointError, RuleError
 from blt_runtime.patching import EntropyDtype, PatchRule
 
@@ -101,10 +101,10 @@ def _read(path: str | Path) -> Source:
 
 def _why_not(place: Path) -> str:
     """What is wrong with a path that no adapter takes, and what helps."""
-    config = place / reference.HUB_CONFIG
+    config = place / facebook.HUB_CONFIG
     if config.is_file():
         return f"its {config.name} has neither the reference's 'args' nor model_type blt, so it is another model's"
-    inside = {path.parent.name for name in (native.MODEL_FILE, reference.PARAMS) for path in place.glob(f"*/{name}")}
+    inside = {path.parent.name for name in (native.MODEL_FILE, facebook.PARAMS) for path in place.glob(f"*/{name}")}
     if inside:
         return f"it is a folder with {', '.join(sorted(inside))} in it; give one of them"
     return "a folder needs model.pt, params.json (reference) or config.json (hub)"

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from blt.checkpoint.source import Part, Source, make_part, parse
+from blt.checkpoint.tensors import read_tensors, stored, write_pickled
 from blt.model import BLTConfig, EntropyConfig
 from blt.model.token import TokenConfig
-from blt.source import Part, Source, make_part, parse
-from blt.tensors import read_tensors, stored, write_pickled
 from blt_runtime.errors import BltError, CheckpointError
 from blt_runtime.patching import PatchRule
 

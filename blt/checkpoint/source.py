@@ -1,6 +1,6 @@
 """What a checkpoint of any format says, before anything of it is in memory.
 
-An adapter (`blt.adapters`) turns files into a `Source`: configurations, the patch rule, and weights under our names
+An adapter (`formats`) turns files into a `Source`: configurations, the patch rule, and weights under our names
 that still lie in their files. Everything that can be wrong with names, shapes, dtypes and numbers is found here.
 """
 
@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
+from blt.checkpoint.tensors import DTYPES, Stored
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel
 from blt.model.token import TokenConfig
-from blt.tensors import DTYPES, Stored
 from blt_runtime.errors import CheckpointError
 from blt_runtime.ids import VOCAB
 from blt_runtime.patching import PatchRule

@@ -7,7 +7,6 @@ a conversion holds one block at a time. This is the one place that opens pickled
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import mmap
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from blt.model.pages import drop_pages
 from blt_runtime.errors import CheckpointError, MissingExtra
 
 BLOCK = 64 << 20
@@ -87,22 +87,6 @@ class Stored:
 def _finite(block: Tensor) -> bool:
     """A sum is not finite if an element is not, and is read at the speed of memory; `isfinite` decides the rest."""
     return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
-
-
-_MADV_DONTNEED = 4
-_PAGE = mmap.PAGESIZE
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def drop_pages(tensor: Tensor) -> None:
-    """Give back the pages that lie wholly inside a tensor of a mapped file; they are read again when needed. Of memory
-    that is no file's, it would be the content."""
-    if _libc is None or not tensor.is_contiguous():
-        return
-    start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-    stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
-    if stop > start:
-        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
 
 
 # --- reading -------------------------------------------------------------------------------------------------

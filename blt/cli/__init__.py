@@ -14,24 +14,22 @@ from typing import Annotated
 import typer
 
 from blt import __version__
-from blt.cli import (
+from blt.cli import console, failures, throughput
+from blt.cli.commands import (
     bench,
     calibrate,
     check,
-    console,
     convert,
     data,
     env,
     evaluate,
     export,
-    failures,
     generate,
     inspect,
     lm_eval,
     patch,
     plot,
     score,
-    throughput,
     train,
 )
 

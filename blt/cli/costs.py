@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.scoring import bits_of
+from blt.evaluate.scoring import bits_of
 from blt_runtime.patching import PatchRule, patch_lengths
 
 if TYPE_CHECKING:
-    from blt.calibrate import Piece
+    from blt.data.threshold import Piece
     from blt_runtime import Model
 
 PROMPT = 256  # tokens read in before the clock runs

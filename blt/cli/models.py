@@ -17,7 +17,7 @@ from blt.cli import devices
 from blt_runtime.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from blt.checkpoint import Checkpoint
+    from blt.checkpoint.models import Checkpoint
     from blt_runtime import Model
     from blt_runtime.patching import EntropyDtype
 
@@ -35,7 +35,7 @@ def check_backend(backend: str) -> None:
 def existing(path: Path) -> Path:
     """`path` itself, which may be a name on the hub; raises UsageError if there is nothing at it, or no model."""
     if not path.exists():
-        from blt.hub import is_name
+        from blt.checkpoint.hub import is_name
 
         if is_name(path):
             return path
@@ -94,7 +94,7 @@ def open_model(
         raise UsageError(
             f"{path} is a checkpoint, which runs at fp32: blt export {path} -o DIR --precision {precision}"
         )
-    from blt.checkpoint import load
+    from blt.checkpoint.models import load
 
     checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype, generates=True)
     if backend == "onnx":
@@ -102,7 +102,7 @@ def open_model(
         with _exported(checkpoint, device, threads, capacity) as model:
             yield model
     else:
-        from blt.torch_backend import open_model as open_torch
+        from blt.generate.torch_backend import open_model as open_torch
 
         chosen = "cpu" if device == "auto" else devices.torch_device(device)
         yield open_torch(checkpoint, device=chosen, threads=threads, capacity=capacity)
@@ -154,7 +154,7 @@ def open_checkpoint(
         with _exported(checkpoint, "auto", threads, capacity) as model:
             yield model
     else:
-        from blt.torch_backend import open_model as open_torch
+        from blt.generate.torch_backend import open_model as open_torch
 
         yield open_torch(checkpoint, threads=threads, capacity=capacity)
 

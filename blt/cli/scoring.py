@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blt.cli import devices, models
-from blt.scoring import Scorer, StreamScorer
+from blt.evaluate.scoring import Scorer, StreamScorer
 from blt_runtime.errors import UsageError
 from blt_runtime.patching import PatchRule
 
@@ -72,7 +72,7 @@ def open_scorer(
         ) as stream:
             yield stream
         return
-    from blt.row_scoring import load_on, scorer_of
+    from blt.evaluate.rows import load_on, scorer_of
 
     chosen = "cpu" if device == "auto" else devices.torch_device(device)
     devices.limit_torch_threads(threads)
@@ -107,7 +107,7 @@ def _torch_entropies(
 ) -> Entropies:
     import torch
 
-    from blt.checkpoint import load
+    from blt.checkpoint.models import load
     from blt.model import entropy_of
 
     devices.limit_torch_threads(threads)

@@ -12,9 +12,9 @@ from blt.cli import console, texts
 from blt_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from blt.scoring import Scorer
-    from blt.suite.characters import Result
-    from blt.suite.noise import Line
+    from blt.evaluate.characters import Result
+    from blt.evaluate.noise import Line
+    from blt.evaluate.scoring import Scorer
 
 SUITES = ("noise", "characters", "all")
 PAIR_BYTES = 256  # of a prompt and of a completion, at most
@@ -69,7 +69,7 @@ def run(scorer: Scorer, chosen: Chosen, as_json: bool) -> None:
 
 def _pair_bytes(capacity: int | None) -> int:
     """Of a prompt and of a completion. Raises UsageError for a model that holds too little."""
-    from blt.suite.noise import LEAST
+    from blt.evaluate.noise import LEAST
 
     size = PAIR_BYTES if capacity is None else min(PAIR_BYTES, capacity // ROOM)
     if size < LEAST:
@@ -78,7 +78,7 @@ def _pair_bytes(capacity: int | None) -> int:
 
 
 def _noise(scorer: Scorer, chosen: Chosen, size: int) -> list[Line]:
-    from blt.suite.noise import fitting, measure, pairs
+    from blt.evaluate.noise import fitting, measure, pairs
 
     assert chosen.data is not None
     documents = texts.limited(texts.documents(chosen.data, chosen.split), chosen.limit)
@@ -94,7 +94,7 @@ def _noise(scorer: Scorer, chosen: Chosen, size: int) -> list[Line]:
 
 
 def _characters(scorer: Scorer, chosen: Chosen) -> list[Result]:
-    from blt.suite.characters import TASKS, items, measure
+    from blt.evaluate.characters import TASKS, items, measure
 
     found = {task: items(task, chosen.items, chosen.seed) for task in TASKS}
     longest = max(len(item.prompt) + len(item.options[0]) for questions in found.values() for item in questions)

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, models, options
-from blt.cli.bench import PromptBytes, Repeat, TextFile, read_text, setting
+from blt.cli.commands.bench import PromptBytes, Repeat, TextFile, read_text, setting
 
 if TYPE_CHECKING:
     from blt.bench import Joined, Run, Text, Together

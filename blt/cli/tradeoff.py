@@ -12,7 +12,7 @@ from blt.cli import costs
 from blt_runtime.patching import PatchRule
 
 if TYPE_CHECKING:
-    from blt.calibrate import Sizes
+    from blt.data.threshold import Sizes
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Result:
     @property
     def problem(self) -> str | None:
         """Why the wanted mean is missed; None if it is not."""
-        from blt.calibrate import miss
+        from blt.data.threshold import miss
 
         share = f"more than {100 * self.tolerance:g} % from the wanted {self.wanted:g}"
         if miss(self.chosen_on.mean, self.wanted) > self.tolerance:

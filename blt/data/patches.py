@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.calibrate import Piece, find_rule
 from blt.data.dataset import Dataset, Documents
 from blt.data.entropies import Float, document_entropies, make_pass
 from blt.data.store import filled
+from blt.data.threshold import Piece, find_rule
 from blt.model import EntropyModel
 from blt_runtime.errors import ConfigError, InputError, UsageError
 from blt_runtime.patching import PatchRule, patch_lengths
@@ -165,7 +165,7 @@ def choose_threshold(
 ) -> float:
     """The threshold (nats) at which `rule` gives the mean patch closest to `target` bytes on a sample of `members`.
 
-    Bytes per patch are those of `blt.calibrate` and `blt eval`. Raises ConfigError if no threshold reaches the target.
+    Bytes per patch are those of `blt calibrate` and `blt eval`. Raises ConfigError if no threshold reaches the target.
     """
     sample = _sample(index.documents, members, sample_tokens)
     try:

@@ -20,7 +20,7 @@ from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
 from blt.data.integrity import sha256_of
 from blt.data.readers import SPLITS, Source, find_sources, read_all
 from blt.data.records import Document, Fields
-from blt.folders import staged
+from blt.files import staged
 from blt_runtime.errors import InputError, UsageError
 
 SHARD_BYTES = 256 << 20

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from blt.data.dataset import Dataset, Documents
 from blt.data.store import draft_of, made, writing
-from blt.data.tokens import Vocabulary, read_vocabulary, train_vocabulary
+from blt.model.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import BOS, EOS
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from blt.suite.noise import Bits
-from blt.suite.words import WORDS
+from blt.evaluate.noise import Bits
+from blt.evaluate.words import WORDS
 
 OPTIONS, SHOTS = 4, 3
 

@@ -2,7 +2,7 @@
 
 Importing this module registers the name `blt` there:
 
-    import blt.lm_eval_adapter
+    import blt.evaluate.lm_eval
     lm_eval.simple_evaluate(model="blt", model_args="path=runs/blt", tasks=["lambada_openai"])
 
 `blt lm-eval MODEL --tasks ...` does the same and runs the harness's own command line. Likelihoods are of bytes (of the
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from blt.scoring import Scored, Scorer, StreamScorer
+from blt.evaluate.scoring import Scored, Scorer, StreamScorer
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from blt.checkpoint import Checkpoint
+    from blt.checkpoint.models import Checkpoint
     from blt_runtime import Model
 
 BYTES_PER_TOKEN = 4  # tasks limit answers in tokens (`max_gen_toks`)
@@ -140,7 +140,7 @@ class Opened:
 
             self._model = Model.open(self.path, threads=threads)
         else:
-            from blt.row_scoring import load_on
+            from blt.evaluate.rows import load_on
 
             self.checkpoint = load_on(self.device, path, entropy_model)
 
@@ -153,7 +153,7 @@ class Opened:
                 raise UsageError(
                     f"{self.path} is no BLT, so it scores and does not generate: leave out generating tasks"
                 )
-            from blt.torch_backend import open_model
+            from blt.generate.torch_backend import open_model
 
             self._model = open_model(self.checkpoint, device=self.device, threads=self.threads)
         return self._model
@@ -171,7 +171,7 @@ class Opened:
     def _rows(self, checkpoint: Checkpoint) -> Scorer:
         import torch
 
-        from blt.row_scoring import scorer_of
+        from blt.evaluate.rows import scorer_of
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)

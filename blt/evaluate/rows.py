@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blt.checkpoint import Checkpoint, load
-from blt.data.tokens import Vocabulary
+from blt.checkpoint.models import Checkpoint, load
+from blt.evaluate.scoring import Scored, Scorer, StreamScorer, Unit, patches_from, scored
 from blt.model import BLT, EntropyModel, entropy_of
-from blt.scoring import Scored, Scorer, StreamScorer, Unit, patches_from, scored
+from blt.model.vocabulary import Vocabulary
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS, EOS, encode
 from blt_runtime.patching import EntropyDtype, PatchRule, patch_lengths
 
-log = logging.getLogger("blt.scoring")
+log = logging.getLogger(__name__)
 GATHER_BYTES = 512 << 20
 """Of the encoder's gather, patches x longest patch x width. A text with one very long patch is read by a stream."""
 Ids = NDArray[np.int64]
@@ -36,7 +36,7 @@ def load_on(
     entropy_model: str | Path | None = None,
     entropy_dtype: EntropyDtype | None = None,
 ) -> Checkpoint:
-    """A checkpoint of any kind for `scorer_of`, its models on `device`. The rest is `blt.checkpoint.load`'s."""
+    """A checkpoint of any kind for `scorer_of`, its models on `device`. The rest is `blt.checkpoint.models.load`'s."""
     # Hash tables that lie in their file serve the CPU only.
     checkpoint = load(path, entropy_model, trainable=device != "cpu", entropy_dtype=entropy_dtype)
     for model in (checkpoint.blt, checkpoint.entropy, checkpoint.bpe):
@@ -65,7 +65,7 @@ def scorer_of(checkpoint: Checkpoint, n_ids: int | None = None, device: str = "c
 
 
 def _stream(checkpoint: Checkpoint, n_ids: int) -> StreamScorer:
-    from blt.torch_backend import open_model
+    from blt.generate.torch_backend import open_model
 
     model = open_model(checkpoint, capacity=n_ids)
     return StreamScorer(model.stream(bos=False), model.spec.capacity_bytes)

@@ -1,7 +1,7 @@
 """Bits that a model gives a text: one interface for every kind of model.
 
 A text stands behind BOS and maybe a prompt; bits are those of its bytes, and of an EOS behind them if asked for. Here
-is the interface and what runs on streams (bundles, cached PyTorch); whole rows on PyTorch are in `blt.row_scoring`.
+is the interface and what runs on streams (bundles, cached PyTorch); whole rows on PyTorch are in `blt.evaluate.rows`.
 
 Letters: N ids, V vocabulary.
 """

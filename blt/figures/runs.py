@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from blt.figures import page
+from blt.figures.metrics import Run
 from blt.figures.page import EDGE, INK, MUTED
-from blt.run_metrics import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

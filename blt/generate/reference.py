@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blt.checkpoint import Checkpoint
+from blt.checkpoint.models import Checkpoint
 from blt.model import BLT, EntropyModel, entropy_of
 from blt.model.bfloat16 import BFloat16EntropyModel
 from blt.model.layers import Attention, Block, CrossAttention, FeedForward, RMSNorm, Stack

@@ -14,14 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from blt.checkpoint import Checkpoint, load
+from blt.checkpoint.models import Checkpoint, load
 from blt.model import BLT
-from blt.model.specs import CHUNK, Limits, model_spec
+from blt.model.graphs import CHUNK, Limits, model_spec
 from blt.model.steps import Step, make_steps
 from blt_runtime import Model
 from blt_runtime.backends.protocol import Buffer, Call, HostBuffer
+from blt_runtime.bundle.spec import GraphSpec, ModelSpec
 from blt_runtime.errors import BackendError, UsageError
-from blt_runtime.spec import GraphSpec, ModelSpec
 
 
 class TorchSession:

@@ -1,7 +1,7 @@
 """The Byte Latent Transformer: local encoder, latent transformer, local decoder, over whole rows.
 
-This is the form that trains. `blt.model.steps` runs the same modules incrementally, `blt.reference` says the same
-slowly and plainly, and tests hold the three together.
+This is the form that trains. `blt.model.steps` runs the same modules incrementally, `blt.generate.reference` is the
+slow and plain form, and tests hold the three together.
 
 Letters: B rows, N tokens, P patches, V width of the byte gather, k slices a patch, D local width, E = k * D,
 G latent width, W patches a decoder token may read, Y cross-attention layers of the decoder.

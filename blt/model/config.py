@@ -1,7 +1,7 @@
 """Shapes of the three stages, as frozen configurations.
 
 Everything a report derives from a shape (parameters, FLOPs per byte, cache bytes) is a method here, so that
-`inspect`, `--dry-run` and the benchmarks agree. Reading YAML is not done here (see `blt.config`).
+`inspect`, `--dry-run` and the benchmarks agree. Reading YAML is not done here (see `blt.train.config`).
 """
 
 from __future__ import annotations

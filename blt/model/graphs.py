@@ -1,7 +1,7 @@
 """What the four steps look like to the code that drives them: tensor names, shapes, caches and limits.
 
 One description serves the steps run directly, both exported flavours and the bundle's manifest. Letters as in
-`blt_runtime.spec`: capitals B, S, N, P, L, R vary from call to call, everything else is a number.
+`blt_runtime.bundle.spec`: capitals B, S, N, P, L, R vary from call to call, everything else is a number.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blt.model.config import BLTConfig, EntropyConfig, TransformerConfig
+from blt_runtime.bundle.spec import CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import ConfigError
 from blt_runtime.hashing import TableDtype
 from blt_runtime.patching import PatchRule
-from blt_runtime.spec import CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
 
 CHUNK = 128
 """Bytes per prefill call: large enough to be bound by arithmetic, small enough that a ring of window + chunk is

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blt.model.config import HashConfig
-from blt.tensors import drop_pages
+from blt.model.pages import drop_pages
 from blt_runtime.hashing import PRIMES, TableDtype
 
 _WORD = 1 << 64

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from blt.config import BLTRun, BPERun, EntropyRun, RunConfig
 from blt.model import EntropyConfig, TransformerConfig
+from blt.train.config import BLTRun, BPERun, EntropyRun, RunConfig
 
 OPTIMIZER_BYTES = 16
 """Per parameter in float32: weight, gradient and AdamW's two moments."""

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from blt import start
-from blt.checkpoint import Checkpoint
-from blt.config import BLTRun, BPERun, RunConfig
+from blt.checkpoint.models import Checkpoint
 from blt.data.token_cache import save_vocabulary
 from blt.model import BLT, EntropyModel
 from blt.model.token import TokenModel
 from blt.model.windows import choose_attention
+from blt.train import start
+from blt.train.config import BLTRun, BPERun, RunConfig
 from blt.train.loop import Trainer
 from blt.train.material import Material, gather
 from blt.train.objective import Objective, count_parameters

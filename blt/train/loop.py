@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from blt.config import RunConfig
 from blt.data.packing import Batch, Loader
 from blt.train import parallel, restart
+from blt.train.config import RunConfig
 from blt.train.dryrun import TRAINING
 from blt.train.metrics import MetricsFile, Window
 from blt.train.objective import Diverged, Objective

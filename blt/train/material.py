@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from blt import start
-from blt.config import BLTRun, BPERun, RunConfig
 from blt.data.batches import Int, PatchStarts, TokenSource
 from blt.data.dataset import Dataset, Documents
 from blt.data.packing import Loader
 from blt.data.patches import PatchIndex, choose_threshold
 from blt.data.token_cache import tokenised, vocabulary_for
-from blt.data.tokens import Vocabulary
 from blt.model import EntropyConfig, EntropyModel
+from blt.model.vocabulary import Vocabulary
+from blt.train import start
+from blt.train.config import BLTRun, BPERun, RunConfig
 from blt.train.dryrun import dry_run, flops_per_byte
 from blt.train.packed import batch_shape, with_buckets
 from blt_runtime.errors import CheckpointError, ConfigError

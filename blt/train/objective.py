@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blt.config import MAX_BUCKETS
 from blt.data.packing import Batch
 from blt.model import BLT, EntropyModel
+from blt.train.config import MAX_BUCKETS
 from blt_runtime.errors import BltError
 
 GRAPHS = 6 * MAX_BUCKETS

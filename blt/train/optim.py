@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from blt.config import OptimizerConfig, ScheduleConfig
+from blt.train.config import OptimizerConfig, ScheduleConfig
 from blt.train.parts import parameter_groups
 from blt_runtime.errors import ConfigError
 

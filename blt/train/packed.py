@@ -7,11 +7,11 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from blt.config import BLTRun, BPERun, EntropyRun, RunConfig
 from blt.data.batches import BatchShape, Int, PatchStarts, TokenSource
 from blt.data.buckets import fitted
 from blt.data.packing import Block, Loader
 from blt.data.rows import row_patches
+from blt.train.config import BLTRun, BPERun, EntropyRun, RunConfig
 
 log = logging.getLogger("blt.train")
 Config = TypeVar("Config", bound=BLTRun | BPERun | EntropyRun)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from blt.config import OptimizerConfig
+from blt.train.config import OptimizerConfig
 from blt_runtime.errors import ConfigError
 
 

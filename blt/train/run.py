@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from blt import checkpoint
-from blt.checkpoint import Checkpoint
-from blt.config import KINDS, RunConfig
+from blt.checkpoint import models
+from blt.checkpoint.models import Checkpoint
 from blt.train import parallel, snapshots
+from blt.train.config import KINDS, RunConfig
 from blt.train.jobs import prepare_run
 from blt.train.loop import Trainer
 from blt.train.metrics import replace_text
@@ -61,7 +61,7 @@ def train(
         trainer.run(config.schedule.steps)
         trainer.finish()
         ranks.first_does(lambda: _end(trainer, finish))
-    return Path(out) / checkpoint.MODEL_FILE
+    return Path(out) / models.MODEL_FILE
 
 
 def _begin(trainer: Trainer) -> None:
@@ -73,8 +73,8 @@ def _begin(trainer: Trainer) -> None:
 
 
 def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
-    path = trainer.out / checkpoint.MODEL_FILE
-    checkpoint.save(path, finish(), DTYPES[trainer.config.run.save_dtype])
+    path = trainer.out / models.MODEL_FILE
+    models.save(path, finish(), DTYPES[trainer.config.run.save_dtype])
     log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from blt import checkpoint
-from blt.adapters import llama
+from blt.checkpoint import llama, models
+from blt.checkpoint.source import Part, Source
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, TransformerConfig
-from blt.source import Part, Source
 from blt_runtime.errors import CheckpointError, ConfigError
 
 log = logging.getLogger("blt.train")
@@ -45,7 +44,7 @@ def complete(raw: Mapping[str, Any]) -> Values:
 
 
 def _from_checkpoint(raw: Values, path: str) -> None:
-    source = checkpoint.open_source(path, raw.get("entropy_model"))
+    source = models.open_source(path, raw.get("entropy_model"))
     part = _part(source, raw.get("kind") == "entropy")
     raw["model"] = _merged(part.config.model_dump(mode="json"), raw.get("model", {}))
     if raw.get("kind") != "blt":
@@ -91,7 +90,7 @@ def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, la
     finite. Options that no weight depends on may differ; a warning lists them.
     """
     if checkpoint_path is not None:
-        source = checkpoint.open_source(checkpoint_path)
+        source = models.open_source(checkpoint_path)
         part = _part(source, isinstance(model, EntropyModel))
         _check_same(part.config, model.config, source.path)
         source.check_finite()
@@ -108,9 +107,9 @@ def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, la
 
 def entropy_model(path: str | Path) -> EntropyModel | None:
     """The entropy model of a checkpoint in float32, or None; the rest of it is not loaded. Errors as `open_source`."""
-    source = checkpoint.open_source(path)
+    source = models.open_source(path)
     alone = Source(source.format, source.path, None, source.entropy)
-    return checkpoint.build(alone).entropy
+    return models.build(alone).entropy
 
 
 def _check_same(theirs: BLTConfig | EntropyConfig, ours: BLTConfig | EntropyConfig, path: Path) -> None:

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from blt.config import OptimizerConfig
 from blt.data.packing import Batch
 from blt.model.hashing import HashEmbedding, Touched, hash_ids
+from blt.train.config import OptimizerConfig
 from blt.train.parallel import Ranks
 from blt.train.parts import scale_of
 from blt_runtime.errors import ConfigError

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.errors import CheckFailed, MissingExtra
-from blt_runtime.spec import GraphSpec
 
 Range = tuple[int, int, int]
 

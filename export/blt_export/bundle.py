@@ -17,15 +17,15 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from blt import folders
-from blt.tensors import Stored, cast, raw_bytes
-from blt_runtime import manifest as manifests
-from blt_runtime.bundle import entry_of
+from blt import files
+from blt.checkpoint.tensors import Stored, cast, raw_bytes
+from blt_runtime.bundle import manifest as manifests
+from blt_runtime.bundle.bundle import entry_of
+from blt_runtime.bundle.manifest import FileEntry
 from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype, stored_width
-from blt_runtime.manifest import FileEntry
 
-from .table_rows import quantise_rows
+from .quantize.table_rows import quantise_rows
 
 HASH_TABLES = "hash_tables.npy"
 _PAGE = 4096
@@ -55,7 +55,7 @@ def _is_bundle(folder: Path) -> bool:
 def staged(out: Path, force: bool) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends, and vanishes if it raises."""
     check_target(out, force)
-    with folders.staged(out) as work:
+    with files.staged(out) as work:
         yield work
 
 

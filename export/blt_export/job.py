@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from blt.checkpoint import Checkpoint
+from blt.checkpoint.models import Checkpoint
 from blt.model.steps import Step as ModelStep
-from blt_runtime.manifest import Manifest, Parity
-from blt_runtime.spec import GraphSpec, ModelSpec
+from blt_runtime.bundle.manifest import Manifest, Parity
+from blt_runtime.bundle.spec import GraphSpec, ModelSpec
 
-from . import quantize
-from .parity import ParityReport
+from .quantize import quantize
 from .rewrite import diff, op_counts
 from .specs import Flavour
+from .verify.parity import ParityReport
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from blt.checkpoint import Checkpoint, load, stored_tables
+from blt.checkpoint.models import Checkpoint, load, stored_tables
 from blt.model.steps import make_steps
-from blt_runtime import manifest as manifests
 from blt_runtime.backends.onnx import ROWS_MINIMUM, load_library
-from blt_runtime.bundle import Bundle
+from blt_runtime.bundle import manifest as manifests
+from blt_runtime.bundle.bundle import Bundle
+from blt_runtime.bundle.manifest import FileRef, Manifest
 from blt_runtime.errors import BackendError, BltError, UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype
-from blt_runtime.manifest import FileRef, Manifest
 
-from . import bundle, capture, judge, parity, quantize, row_parity, rows
+from . import bundle
+from .capture import capture
 from .job import ExportReport, Job, Step, StepReport, each
 from .lower import ort, portable
 from .passes import (
+    batch_rows,
     cleanup,
     fix_capacity,
     fold_constants,
@@ -44,7 +46,10 @@ from .passes import (
     simplify_gathers,
     simplify_reshapes,
 )
+from .quantize import quantize
 from .specs import FLAVOURS, Flavour, export_spec
+from .verify import parity, text
+from .verify import rows as verify_rows
 
 log = logging.getLogger("blt_export")
 
@@ -105,10 +110,10 @@ def write_graphs(job: Job) -> str:
 def write_row_graphs(job: Job) -> str:
     """The graphs for many streams, on the weights that were just written."""
     written = {name: ir.load(path) for name, path in job.files.items()}
-    refused = [name for name, model in written.items() if not rows.takes(model, job.spec.graphs[name])]
+    refused = [name for name, model in written.items() if not batch_rows.takes(model, job.spec.graphs[name])]
     if refused:
         return f"not possible: attention of {', '.join(refused)} is not GroupQueryAttention"
-    made = {name: rows.run(model, job.spec.graphs[name]) for name, model in written.items()}
+    made = {name: batch_rows.run(model, job.spec.graphs[name]) for name, model in written.items()}
     job.row_files = {name: bundle.write_row_graph(model, job.folder, name) for name, model in made.items()}
     return ", ".join(f"{name}: {len(model.graph)} nodes" for name, model in made.items())
 
@@ -162,7 +167,7 @@ def check_row_parity(job: Job) -> str:
     except BackendError as error:
         log.warning("the graphs for many streams were not checked: %s", error)
         return "not possible here"
-    found = row_parity.check(Bundle(job.folder, job.manifest))
+    found = verify_rows.check(Bundle(job.folder, job.manifest))
     job.parity = replace(job.parity, rows=(*job.parity.rows, *found))
     job.manifest = replace(job.manifest, parity=job.parity.rows)
     return ", ".join(f"{row.output} {row.max_abs_error:.1e}" for row in found)
@@ -172,7 +177,7 @@ def judge_on_text(job: Job) -> str:
     assert job.manifest is not None
     if not job.eval_ids:
         return "no text was given"
-    found = judge.judge(job.checkpoint, Bundle(job.folder, job.manifest), job.eval_ids)
+    found = text.judge(job.checkpoint, Bundle(job.folder, job.manifest), job.eval_ids)
     job.manifest = replace(job.manifest, judged=found)
     return f"{found.float_bits_per_byte:.4f} bits per byte in float32, {found.bits_per_byte:.4f} in the bundle"
 

@@ -1,4 +1,4 @@
-"""What the exported graphs promise: `blt.model.specs`, with the cache layout of the flavour.
+"""What the exported graphs promise: `blt.model.graphs`, with the cache layout of the flavour.
 
 portable    windowed layers: ring, slots addressed by absolute position; a call may span documents
 ort         windowed layers: the evicting cache of GroupQueryAttention; a call must stay within a document
@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from blt.checkpoint import Checkpoint
-from blt.model.specs import Limits, model_spec
+from blt.checkpoint.models import Checkpoint
+from blt.model.graphs import Limits, model_spec
+from blt_runtime.bundle.spec import GraphSpec, ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TableDtype
-from blt_runtime.spec import GraphSpec, ModelSpec
 
 from .lower import ort
 

@@ -7,17 +7,17 @@ stream.append("Once upon a time")
 for piece in stream.generate(200): sys.stdout.buffer.write(piece)
 """
 
-from .bundle import Bundle
-from .drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
+from .bundle.bundle import Bundle
+from .bundle.manifest import Manifest
+from .bundle.spec import ModelSpec
+from .engine.snapshot import Snapshot
 from .errors import BltError
-from .manifest import Manifest
 from .model import Model
 from .patching import PatchRule, PatchState, patch_lengths
 from .sampling import Sampler
 from .scheduler import Request, Scheduler
-from .snapshot import Snapshot
-from .spec import ModelSpec
-from .speculate import SpeculationStats
+from .speculation.drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
+from .speculation.speculate import SpeculationStats
 from .stream import Score, Stream
 from .text import StopMatcher, Utf8Stream
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy.typing as npt
 
 from .backends.protocol import Backend
-from .bundle import Bundle, Verify
-from .drafters import Drafter
+from .bundle.bundle import Bundle, Verify
+from .bundle.manifest import Manifest, check_precision
+from .bundle.spec import ModelSpec
 from .errors import ConfigError, OutOfMemory, UsageError
 from .hashing import Tables, check_tables
-from .manifest import Manifest, check_precision
 from .sampling import is_whole
-from .spec import ModelSpec
-from .speculate import Speculate
+from .speculation.drafters import Drafter
+from .speculation.speculate import Speculate
 from .stream import DRAFT, Overflow, Score, Stream
 from .text import Utf8Stream
 

@@ -17,13 +17,13 @@ from typing import Literal
 import numpy as np
 
 from .backends.protocol import Array
-from .batch import SHARE, SLICE, Batch, Counts, Row, fitted, gather
+from .engine.batch import SHARE, SLICE, Batch, Counts, Row, fitted, gather
+from .engine.memory import out_of_memory
+from .engine.snapshot import Snapshot
 from .errors import BltError, Cancelled, CapacityError, QueueFull, UsageError
 from .ids import EOS, checked_ids, encode
-from .memory import out_of_memory
 from .model import Model
 from .sampling import Sampler
-from .snapshot import Snapshot
 from .stream import BYTES
 from .text import StopMatcher
 

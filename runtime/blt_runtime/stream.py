@@ -18,19 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends.protocol import Array, Backend
-from .drafters import Drafter
+from .bundle.spec import ModelSpec
+from .engine.memory import Memory, out_of_memory
+from .engine.prefill import Cancel, Prefill
+from .engine.snapshot import Snapshot, put, take
+from .engine.step import StepCalls
 from .errors import Cancelled, CapacityError, InputError, UsageError, nearest
 from .hashing import Tables
 from .ids import BOS, EOS, OFFSET, Ids, checked_ids, encode
-from .memory import Memory, out_of_memory
 from .patching import checked_closes, closes_from_lengths
 from .patching import patch_lengths as rule_lengths
-from .prefill import Cancel, Prefill
 from .sampling import Sampler, generator
-from .snapshot import Snapshot, put, take
-from .spec import ModelSpec
-from .speculate import Speculate, Speculation, SpeculationStats, Speculator
-from .step import StepCalls
+from .speculation.drafters import Drafter
+from .speculation.speculate import Speculate, Speculation, SpeculationStats, Speculator
 from .text import StopMatcher
 
 Overflow = Literal["error", "slide"]

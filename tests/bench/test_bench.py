@@ -8,17 +8,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from blt import machine
-from blt.bench import PARTS, Forced, Latency, Run, Text, at_patch_size, bench_text, latency, patching, run, split
+from blt.bench import (
+    PARTS,
+    Forced,
+    Latency,
+    Run,
+    Text,
+    at_patch_size,
+    bench_text,
+    latency,
+    machine,
+    patching,
+    run,
+    split,
+)
+from blt.bench.machine import Bandwidth, MemoryReader
 from blt.bench.parts import Clock, Split
-from blt.machine import Bandwidth, MemoryReader
 from blt_runtime import Model
 from blt_runtime.backends.null import NullBackend, null_spec
+from blt_runtime.bundle.spec import HashSpec
 from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import EOS, VOCAB, encode
 from blt_runtime.patching import PatchRule
-from blt_runtime.spec import HashSpec
-from blt_runtime.speculate import Speculate
+from blt_runtime.speculation.speculate import Speculate
 
 HASH = HashSpec((3, 4), 1, 50, 4)
 PER_CALL = {"entropy": 100.0, "latent": 125.0}

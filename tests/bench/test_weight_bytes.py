@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt.weights import graph_weight_bytes
+from blt.bench.weight_bytes import graph_weight_bytes
 from blt_runtime.errors import BundleError
 
 onnx = pytest.importorskip("onnx")

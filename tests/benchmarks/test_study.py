@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from blt.config import BLTRun, BPERun
 from blt.data import Dataset, prepare
+from blt.train.config import BLTRun, BPERun
 
 MODELS = 11
 

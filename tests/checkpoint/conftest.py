@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapters.folders import write
+from tests.checkpoint.folders import write
 from tests.tiny import tiny
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from blt.adapters import huggingface
-from blt.checkpoint import Checkpoint
-from blt.tensors import Stored
+from blt.checkpoint import huggingface
+from blt.checkpoint.models import Checkpoint
+from blt.checkpoint.tensors import Stored
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the format: pip install safetensors")
 

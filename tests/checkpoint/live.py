@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from blt.checkpoint import Checkpoint
+from blt.checkpoint.models import Checkpoint
 from blt.model import entropy_of
 from blt_runtime.ids import BOS, EOS, encode
 from blt_runtime.patching import patch_lengths

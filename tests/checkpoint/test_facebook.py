@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blt import reference
-from blt.adapters.reference import reference_state
-from blt.checkpoint import Checkpoint, build, load, open_source, save
+from blt.checkpoint.facebook import reference_state
+from blt.checkpoint.models import Checkpoint, build, load, open_source, save
+from blt.generate import reference
+from blt.generate.torch_backend import open_model
 from blt.model import EntropyModel
-from blt.torch_backend import open_model
 from blt_runtime.errors import CheckpointError
 from tests.tiny import ENTROPY, VARIANTS, hard_text, tiny
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from blt import hub
-from blt.checkpoint import load, save
+from blt.checkpoint import hub
+from blt.checkpoint.models import load, save
 from blt_runtime.errors import CheckpointError, MissingExtra
-from tests.test_reference_format import forced_window, write_reference
+from tests.checkpoint.test_facebook import forced_window, write_reference
 from tests.tiny import tiny
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub extra is not installed")

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from blt.adapters import huggingface, huggingface_config, native
-from blt.checkpoint import open_source
+from blt.checkpoint import huggingface, huggingface_config, native
+from blt.checkpoint.models import open_source
+from blt.checkpoint.source import Source
+from blt.checkpoint.tensors import Stored
+from blt.generate.torch_backend import open_model
 from blt.model.config import HashConfig
-from blt.source import Source
-from blt.tensors import Stored
-from blt.torch_backend import open_model
 from blt_runtime.errors import CheckpointError
 from blt_runtime.ids import EOS
 from blt_runtime.patching import PatchRule
-from tests.adapters.folders import edit, load_state, rows, save_state, write
+from tests.checkpoint.folders import edit, load_state, rows, save_state, write
 from tests.tiny import BY_ENTROPY, PLAIN, VARIANTS, WINDOW, random_checkpoint, stack, tiny
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from blt import reference
-from blt.adapters import huggingface, native
-from blt.checkpoint import Checkpoint, load, open_source
+from blt.checkpoint import huggingface, native
+from blt.checkpoint.models import Checkpoint, load, open_source
+from blt.generate import reference
+from blt.generate.torch_backend import open_model
 from blt.model.config import HashConfig
-from blt.torch_backend import open_model
 from blt_runtime.ids import EOS
 from blt_runtime.patching import PatchRule
-from tests.adapters import live
+from tests.checkpoint import live
 from tests.tiny import BY_ENTROPY, PLAIN, WINDOW, random_checkpoint, stack
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the format: pip install safetensors")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt.checkpoint import load, open_source
+from blt.checkpoint.models import load, open_source
 from blt_runtime.errors import CheckpointError
-from tests.adapters.folders import edit, load_state, rows, save_state, shard, write_index
+from tests.checkpoint.folders import edit, load_state, rows, save_state, shard, write_index
 
 
 def test_every_tensor_that_does_not_fit_is_listed(folder: Path) -> None:

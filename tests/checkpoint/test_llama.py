@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blt.adapters import llama
+from blt.checkpoint import llama
 from blt.model import TransformerConfig
 from blt.model.layers import Stack
 from blt.model.windows import row_attend
@@ -139,7 +139,7 @@ def test_shards_and_half_precision_are_read(tmp_path: Path) -> None:
 def test_rotary_settings_are_read_and_differences_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
     made(rope_parameters=scaling).save_pretrained(tmp_path / "folder")
-    with caplog.at_level(logging.WARNING, "blt.adapters"):
+    with caplog.at_level(logging.WARNING, "blt.checkpoint.llama"):
         found = llama.read(tmp_path / "folder")
         assert found.config.rope_theta == 5e4
         found.copy_to(Stack(found.config.model_copy(update={"norm_eps": 1e-6})))
@@ -182,7 +182,7 @@ def test_what_has_no_form_in_a_gguf_file_is_told(tmp_path: Path, caplog: pytest.
     with pytest.raises(CheckpointError, match=r"blk.0.attn_q.bias, blk.1.attn_q.bias, .* \(4 in all\) have no form"):
         llama.read(path)
     write_gguf(made(), path, {"blk.0.attn_rot_embd.weight": ones, "output_norm.weight": ones})
-    with caplog.at_level(logging.WARNING, "blt.adapters"):
+    with caplog.at_level(logging.WARNING, "blt.checkpoint.llama"):
         llama.read(path)
         assert not caplog.text
         write_gguf(made(), path, {"rope_freqs.weight": ones[:6]})

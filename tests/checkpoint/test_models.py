@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from blt.checkpoint import Checkpoint, load, save
+from blt.checkpoint.models import Checkpoint, load, save
 from blt.model import BLT, EntropyConfig, EntropyModel, HashConfig
 from blt_runtime.errors import CheckpointError
 from blt_runtime.patching import PatchRule
@@ -220,7 +220,7 @@ def test_what_generation_needs_is_asked_before_weights_are_read(
     checkpoint = tiny()
     save(tmp_path / "alone.pt", Checkpoint(checkpoint.blt, None, checkpoint.patch_rule))
     save(tmp_path / "entropy.pt", Checkpoint(None, checkpoint.entropy, None))
-    monkeypatch.setattr("blt.source.Source.check_finite", lambda self: pytest.fail("weights were read"))
+    monkeypatch.setattr("blt.checkpoint.source.Source.check_finite", lambda self: pytest.fail("weights were read"))
     with pytest.raises(CheckpointError, match="--entropy-model"):
         load(tmp_path / "alone.pt", generates=True)
     with pytest.raises(CheckpointError, match="entropy model only"):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from blt import tensors
-from blt.tensors import Stored, read_safetensors, read_tensors, stored, write_pickled, write_safetensors
+from blt.checkpoint import tensors
+from blt.checkpoint.tensors import Stored, read_safetensors, read_tensors, stored, write_pickled, write_safetensors
 from blt_runtime.errors import CheckpointError
 
 safetensors = pytest.importorskip("safetensors.torch")

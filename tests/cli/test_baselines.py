@@ -86,7 +86,7 @@ def test_a_dry_run_with_data_costs_its_own_tokens(blt: Call, data: Path) -> None
 def measured_bytes_per_token(data: Path) -> float:
     from blt.data.dataset import Dataset
     from blt.data.token_cache import tokenised
-    from blt.data.tokens import read_vocabulary
+    from blt.model.vocabulary import read_vocabulary
 
     dataset = Dataset(data)
     tokens = tokenised(dataset, "train", read_vocabulary(next((data / "tokens").glob("tokenizer-*.json"))))

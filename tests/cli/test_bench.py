@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from blt.bench import PARTS
-from blt.checkpoint import save
+from blt.bench.machine import MemoryReader
+from blt.checkpoint.models import save
 from blt.figures.costs import Bar, Bars, duration, render, to_html
-from blt.machine import MemoryReader
 from blt_runtime.errors import UsageError
 from tests.tiny import runs_rows, tiny
 

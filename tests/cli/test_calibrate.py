@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from blt.checkpoint import Checkpoint, load, open_source, save
+from blt.checkpoint.models import Checkpoint, load, open_source, save
 from blt.cli import costs, run, texts
 from blt.figures.tradeoff import Point, Tradeoff, render
 from blt_runtime.errors import UsageError
 from blt_runtime.patching import PatchRule
-from tests.test_calibrate import code
+from tests.data.test_threshold import code
 from tests.tiny import tiny
 
 Call = Callable[..., Any]
@@ -64,7 +64,7 @@ def text_of(ids: np.ndarray[Any, Any]) -> bytes:
 
 
 def test_the_wanted_mean_is_met_on_held_out_text(report: dict[str, Any]) -> None:
-    assert report["schema"] == "blt.calibrate/1"
+    assert report["schema"] == "blt.data.threshold/1"
     assert report["within_tolerance"]
     assert report["held_out"]["mean_patch"] == pytest.approx(3, rel=0.02)
     assert report["chosen_on"]["mean_patch"] == pytest.approx(3, rel=0.005)
@@ -293,7 +293,7 @@ def test_spread_is_even_and_repeatable(tmp_path: Path) -> None:
 
 def test_times_need_text(files: dict[str, Path]) -> None:
     """The clock runs on patches of four bytes, whatever the text."""
-    from blt.torch_backend import open_model
+    from blt.generate.torch_backend import open_model
 
     checkpoint = load(files["model"])
     assert checkpoint.patch_rule is not None

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt.checkpoint import load, open_source, save
+from blt.checkpoint.models import load, open_source, save
+from tests.checkpoint.test_facebook import Form, write_reference
 from tests.cli.conftest import Result
-from tests.test_reference_format import Form, write_reference
 from tests.tiny import tiny
 
 pytest.importorskip("safetensors")
@@ -152,12 +152,12 @@ def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
     """A conversion that is told to stop removes what it wrote so far and says 143."""
     script = (
         "import os, signal, sys, time\n"
-        "import blt.cli, blt.tensors\n"
-        "blocks = blt.tensors.Stored.blocks\n"
+        "import blt.cli, blt.checkpoint.tensors\n"
+        "blocks = blt.checkpoint.tensors.Stored.blocks\n"
         "def slow(self):\n"
         "    yield from blocks(self)\n"
         "    if len(os.listdir(sys.argv[-3])) > 0: os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
-        "blt.tensors.Stored.blocks = slow\n"
+        "blt.checkpoint.tensors.Stored.blocks = slow\n"
         "blt.cli.main()\n"
     )
     save(tmp_path / "model.pt", tiny())

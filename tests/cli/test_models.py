@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from blt.checkpoint import Checkpoint, save
-from blt.cli import evaluate, run
+from blt.checkpoint.models import Checkpoint, save
+from blt.cli import run
+from blt.cli.commands import evaluate
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, HashConfig, TransformerConfig
 from blt_runtime.errors import CheckFailed
 from blt_runtime.patching import PatchRule
@@ -233,7 +234,7 @@ def test_a_group_named_all_is_counted_once(blt: Call, checkpoint: Path, tmp_path
 
 
 def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
-    from blt.checkpoint import load
+    from blt.checkpoint.models import load
 
     loaded = load(checkpoint, trainable=True)
     report = json.loads(blt("inspect", checkpoint, "--json", "--tensors").text)
@@ -304,7 +305,7 @@ def test_a_bundle_runs_without_torch_and_onnx(blt_process: Call, bundle: Path) -
     assert done.code == 0
     loaded = {line.split("|")[-1].strip() for line in done.err.splitlines()}
     assert "onnxruntime" in loaded
-    assert not {"torch", "onnx", "blt.checkpoint"} & loaded
+    assert not {"torch", "onnx", "blt.checkpoint.models"} & loaded
 
 
 def test_a_closed_pipe_is_silent(bundle: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blt.cli import console, patch
+from blt.cli import console
+from blt.cli.commands import patch
 from blt.figures import patches as plot
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import encode

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blt.figures import runs as plot_runs
-from blt.run_metrics import distinct, read_run, read_runs
+from blt.figures.metrics import distinct, read_run, read_runs
 
 Call = Callable[..., Any]
 Records = list[dict[str, Any]]

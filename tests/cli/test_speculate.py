@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from blt.checkpoint import save
+from blt.checkpoint.models import save
 from tests.tiny import tiny
 
 Call = Callable[..., Any]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from blt.checkpoint import Checkpoint, load, save
-from blt.data.tokens import train_vocabulary
+from blt.checkpoint.models import Checkpoint, load, save
+from blt.evaluate import characters, noise
+from blt.evaluate.rows import scorer_of
 from blt.model import EntropyModel
 from blt.model.token import TokenConfig, TokenModel
-from blt.row_scoring import scorer_of
-from blt.suite import characters, noise
-from tests.test_calibrate import code
+from blt.model.vocabulary import train_vocabulary
+from tests.data.test_threshold import code
 from tests.tiny import ENTROPY, tiny
 
 Call = Callable[..., Any]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from blt.cli.texts import Document, cut, limited
-from blt.scoring import Scored
+from blt.evaluate.scoring import Scored
 from tests.tiny import tiny
 
 Call = Callable[..., Any]
@@ -36,8 +36,8 @@ def test_a_limit_inside_a_prompt_leaves_nothing_to_count() -> None:
 
 
 def test_eval_scores_no_end_where_the_limit_cuts(blt: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from blt.checkpoint import save
-    from blt.row_scoring import PatchRows
+    from blt.checkpoint.models import save
+    from blt.evaluate.rows import PatchRows
 
     save(tmp_path / "model.pt", tiny("static"))
     (tmp_path / "text").write_bytes(b"first\0the second document")

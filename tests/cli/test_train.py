@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from blt.checkpoint import load
+from blt.checkpoint.models import load
 from blt.cli import console, run
 
 Call = Callable[..., Any]

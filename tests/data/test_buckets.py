@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt.config import parse_config
 from blt.data import BatchShape
 from blt.data.buckets import choose_buckets, fitted
+from blt.train.config import parse_config
 from blt_runtime.errors import ConfigError
 from tests.data.test_packing_properties import Numbered
 

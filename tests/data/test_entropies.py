@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from blt import reference
 from blt.data.entropies import CHUNK, RoundedPass, StreamPass, document_entropies, make_pass
+from blt.generate import reference
 from blt.model import EntropyConfig, EntropyModel, entropy_of
 from blt.model.bfloat16 import to_bfloat16
-from blt.model.specs import cache_spec
+from blt.model.graphs import cache_spec
 from blt.model.steps import EntropyStep
 from blt_runtime.ids import BOS, EOS, OFFSET
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt.config import load_config
 from blt.data import Dataset, integrity, prepare
+from blt.train.config import load_config
 from blt.train.jobs import prepare_run
 from blt_runtime.errors import InputError
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt.calibrate import Piece, base_rule, find_rule, halves, mean_patch, miss, sizes
-from blt.checkpoint import load
+from blt.checkpoint.models import load
+from blt.data.threshold import Piece, base_rule, find_rule, halves, mean_patch, miss, sizes
 from blt.model import entropy_of
 from blt_runtime.errors import InputError, UsageError
 from blt_runtime.ids import encode

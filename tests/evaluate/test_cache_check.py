@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from blt.checkpoint import Checkpoint
-from blt.equality import TOLERANCE, Line, Report, check
-from blt.equality.jobs import OWN, Rows
-from blt.equality.truth import Uncached
-from blt.torch_backend import open_model
+from blt.checkpoint.models import Checkpoint
+from blt.evaluate.cache_check import TOLERANCE, Line, Report, check
+from blt.evaluate.cache_check.jobs import OWN, Rows
+from blt.evaluate.cache_check.truth import Uncached
+from blt.generate.torch_backend import open_model
 from blt_export import export
 from blt_runtime import Model
 from blt_runtime.backends.protocol import Backend, Buffer, Call, HostBuffer, Session
+from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS, EOS
 from blt_runtime.patching import PatchRule, PatchState
 from blt_runtime.sampling import Sampler
-from blt_runtime.spec import GraphSpec
 from tests.tiny import tiny
 
 CAPACITY, CHUNK = 420, 16

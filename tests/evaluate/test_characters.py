@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from blt.suite.characters import OPTIONS, SHOTS, TASKS, Item, Result, items, measure
-from blt.suite.words import WORDS
+from blt.evaluate.characters import OPTIONS, SHOTS, TASKS, Item, Result, items, measure
+from blt.evaluate.words import WORDS
 
 
 def solve(question: str) -> str:

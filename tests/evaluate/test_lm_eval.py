@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from blt.checkpoint import Checkpoint, load, save
+from blt.checkpoint.models import Checkpoint, load, save
 from blt.cli import run
-from blt.row_scoring import scorer_of
-from blt.scoring import Scored, Scorer, Unit
+from blt.evaluate.rows import scorer_of
+from blt.evaluate.scoring import Scored, Scorer, Unit
 from blt_runtime.errors import UsageError
 from tests.tiny import tiny
 
@@ -62,8 +62,8 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
             setattr(modules[name], attribute, value)
         for name, module in modules.items():
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.delitem(sys.modules, "blt.lm_eval_adapter", raising=False)
-    return importlib.import_module("blt.lm_eval_adapter")
+        monkeypatch.delitem(sys.modules, "blt.evaluate.lm_eval", raising=False)
+    return importlib.import_module("blt.evaluate.lm_eval")
 
 
 @pytest.fixture(scope="module")

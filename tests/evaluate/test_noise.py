@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blt.suite import noise
-from blt.suite.noise import RECIPES, Pair, fitting, measure, noised, pairs
+from blt.evaluate import noise
+from blt.evaluate.noise import RECIPES, Pair, fitting, measure, noised, pairs
 from blt_runtime.errors import UsageError
 
 TEXT = "The quick brown fox jumps over the lazy dog, größer 東京. " * 20

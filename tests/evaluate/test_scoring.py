@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from blt.checkpoint import Checkpoint, save
+from blt.checkpoint.models import Checkpoint, save
 from blt.cli import devices
 from blt.cli.scoring import open_scorer
 from blt.data import BatchShape, Dataset, Loader, prepare
 from blt.data.batches import Pack
-from blt.data.tokens import train_vocabulary
+from blt.evaluate.rows import PatchRows, load_on, scorer_of
+from blt.evaluate.scoring import Scorer, StreamScorer, bits_of
 from blt.model.hashing import MappedTables
 from blt.model.token import TokenConfig, TokenModel
-from blt.row_scoring import PatchRows, load_on, scorer_of
-from blt.scoring import Scorer, StreamScorer, bits_of
+from blt.model.vocabulary import train_vocabulary
 from blt.train.objective import Objective
 from blt_runtime.errors import CheckpointError, UsageError
 from tests.tiny import VARIANTS, tiny
@@ -119,7 +119,7 @@ def test_one_very_long_patch_is_read_by_a_stream(monkeypatch: pytest.MonkeyPatch
     assert whole.patch_rule is not None
     checkpoint = replace(whole, patch_rule=replace(whole.patch_rule, threshold=99.0))
     expected = scorer_of(checkpoint).measure(TEXT)
-    monkeypatch.setattr("blt.row_scoring.GATHER_BYTES", 1000)
+    monkeypatch.setattr("blt.evaluate.rows.GATHER_BYTES", 1000)
     rows = scorer_of(checkpoint)
     found = rows.measure(TEXT)
     assert "stream" in vars(rows)
@@ -150,11 +150,11 @@ def test_no_stream_reads_weights_of_another_device(
 ) -> None:
     """Longer texts are cut to the rows, with a warning; a long patch is refused. (The weights stay on the CPU here.)"""
     checkpoint = tiny("static")
-    with caplog.at_level(logging.WARNING, "blt.scoring"):
+    with caplog.at_level(logging.WARNING, "blt.evaluate.scoring"):
         rows = scorer_of(checkpoint, 10_000, "cuda")
     assert isinstance(rows, PatchRows)
     assert f"at most {rows.capacity} bytes" in caplog.text
-    monkeypatch.setattr("blt.row_scoring.GATHER_BYTES", 1000)
+    monkeypatch.setattr("blt.evaluate.rows.GATHER_BYTES", 1000)
     with pytest.raises(UsageError, match="use --device cpu"):
         rows.measure(TEXT)
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from blt_export import ExportReport, aot
+from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 from blt_runtime.errors import CheckFailed, MissingExtra
-from blt_runtime.spec import GraphSpec, TensorSpec
 from tests.export.conftest import VARIANTS
 
 needs_tensorrt = pytest.mark.skipif(

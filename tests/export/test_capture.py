@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 
-from blt_export import capture, pipeline, translate
+from blt_export import pipeline
+from blt_export.capture import capture, translate
 from blt_export.rewrite import dims, op_counts
 from tests.export.conftest import VARIANTS, MakeJob
 from tests.export.test_lowering import RING, WINDOW, Attend

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import blt_export
-from blt import tensors
-from blt.checkpoint import save
-from blt.tensors import Stored
-from blt_export import ExportReport, bundle, capture, pipeline
+from blt.checkpoint import tensors
+from blt.checkpoint.models import save
+from blt.checkpoint.tensors import Stored
+from blt_export import ExportReport, bundle, pipeline
+from blt_export.capture import capture
 from blt_export.rewrite import op_counts
-from blt_runtime.bundle import Bundle
+from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
 from blt_runtime.hashing import TableDtype
 from tests.export.conftest import FLAVOURS, VARIANTS, MakeJob

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from blt.model import ops
-from blt_export import capture
+from blt_export.capture import capture
 from blt_export.lower import ort, portable
-from blt_export.parity import GraphRun
 from blt_export.passes import cleanup, fix_capacity, fold_constants, name_io
 from blt_export.rewrite import op_counts
-from blt_runtime.spec import CacheSpec, GraphSpec, TensorSpec
+from blt_export.verify.parity import GraphRun
+from blt_runtime.bundle.spec import CacheSpec, GraphSpec, TensorSpec
 
 HEADS, GROUPS, SIZE, WINDOW, ROWS = 4, 2, 8, 16, 512
 LOWER = {"portable": portable.lower, "ort": ort.lower}

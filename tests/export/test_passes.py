@@ -18,7 +18,7 @@ from blt_export.passes import (
     simplify_reshapes,
 )
 from blt_export.rewrite import Builder, op_counts
-from blt_runtime.spec import DTYPE_BYTES, CacheSpec, GraphSpec, TensorSpec
+from blt_runtime.bundle.spec import DTYPE_BYTES, CacheSpec, GraphSpec, TensorSpec
 
 F, INT = ir.DataType.FLOAT, ir.DataType.INT64
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from blt import reference
-from blt.checkpoint import Checkpoint, load
+from blt.checkpoint.models import Checkpoint, load
+from blt.generate import reference
+from blt.generate.torch_backend import open_model
 from blt.model import EntropyModel, entropy_of
 from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
-from blt.torch_backend import open_model
 from blt_runtime.errors import RuleError, UsageError
 from blt_runtime.patching import PatchRule, patch_lengths
 from blt_runtime.patching import to_bfloat16 as round_to_bfloat16

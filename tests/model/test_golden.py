@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blt import reference
-from blt.adapters.reference import reference_state
-from blt.checkpoint import Checkpoint, load
+from blt.checkpoint.facebook import reference_state
+from blt.checkpoint.models import Checkpoint, load
+from blt.generate import reference
 from blt.model import entropy_of
 from blt.model.masks import causal_mask, document_ids, patch_document_ids, patch_layout
 from blt_runtime.patching import patch_lengths

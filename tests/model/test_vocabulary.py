@@ -17,12 +17,12 @@ from blt.data import prepare
 from blt.data import token_cache as cache
 from blt.data.dataset import Dataset
 from blt.data.packing import BatchShape, Loader
-from blt.data.tokens import PIECE, SPLIT, Vocabulary, alphabet, read_vocabulary, train_vocabulary
+from blt.model.vocabulary import PIECE, SPLIT, Vocabulary, alphabet, read_vocabulary, train_vocabulary
 from blt_runtime.errors import ConfigError, InputError, MissingExtra
 from blt_runtime.ids import BOS, EOS, OFFSET
 
 TEXTS = [b"the cat sat on the mat, and the cat saw the other cat 1234567", "ähnlich, älter, ähnlich".encode()] * 3
-SOURCE = "from blt.data.tokens import train_vocabulary; from tests.data.test_tokens import TEXTS"
+SOURCE = "from blt.model.vocabulary import train_vocabulary; from tests.model.test_vocabulary import TEXTS"
 
 
 @pytest.fixture(scope="module")

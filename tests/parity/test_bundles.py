@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from blt import reference
-from blt.checkpoint import Checkpoint
+from blt.checkpoint.models import Checkpoint
+from blt.generate import reference
 from blt_export import pipeline
 from blt_runtime import Model
 from tests.tiny import hard_text, prompts, tiny

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from blt import reference
-from blt.checkpoint import Checkpoint
-from blt.torch_backend import open_model
+from blt.checkpoint.models import Checkpoint
+from blt.generate import reference
+from blt.generate.torch_backend import open_model
 from tests.tiny import VARIANTS, hard_text, prompts, tiny
 
 TOLERANCE = 2e-5

@@ -9,12 +9,12 @@ import pytest
 
 from blt_export import pipeline
 from blt_runtime import Model
-from blt_runtime.batch import Batch, gather
+from blt_runtime.engine.batch import Batch, gather
 from blt_runtime.errors import BackendError
 from blt_runtime.ids import BOS, OFFSET
 from blt_runtime.scheduler import Scheduler
 from blt_runtime.stream import BYTES
-from tests.runtime.test_batch import move
+from tests.runtime.engine.test_batch import move
 from tests.tiny import hard_text, runs_rows, tiny
 
 pytestmark = pytest.mark.skipif(

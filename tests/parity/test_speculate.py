@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from blt import reference
-from blt.checkpoint import Checkpoint
-from blt.torch_backend import open_model
+from blt.checkpoint.models import Checkpoint
+from blt.generate import reference
+from blt.generate.torch_backend import open_model
 from blt_export import pipeline
 from blt_runtime import Drafter, Model, Sampler
 from blt_runtime.ids import EOS

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from blt_runtime import manifest as manifests
 from blt_runtime.backends.null import null_spec
-from blt_runtime.bundle import entry_of
+from blt_runtime.bundle import manifest as manifests
+from blt_runtime.bundle.bundle import entry_of
+from blt_runtime.bundle.manifest import FileEntry, FileRef, Manifest, Parity
+from blt_runtime.bundle.spec import HashSpec, ModelSpec
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype, stored_width
-from blt_runtime.manifest import FileEntry, FileRef, Manifest, Parity
-from blt_runtime.spec import HashSpec, ModelSpec
 
 HASH = HashSpec((3, 4), 1, 50, 4)
 

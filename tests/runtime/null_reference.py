@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from blt_runtime.backends.null import MODULUS, NATS, SLICES, WIDTH
+from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.hashing import hash_ids
 from blt_runtime.ids import EOS, NEWLINE, VOCAB
 from blt_runtime.patching import patch_lengths
-from blt_runtime.spec import ModelSpec
 
 
 @dataclass(frozen=True)

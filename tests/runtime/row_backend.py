@@ -10,7 +10,7 @@ import numpy as np
 
 from blt_runtime.backends.null import NullBackend
 from blt_runtime.backends.protocol import Buffer
-from blt_runtime.spec import GraphSpec, row_spec
+from blt_runtime.bundle.spec import GraphSpec, row_spec
 
 
 class NullRowBackend(NullBackend):

@@ -14,8 +14,8 @@ import pytest
 from blt_runtime import Model, PatchRule, Sampler, Stream
 from blt_runtime.backends.null import NullBackend, NullSession, null_spec
 from blt_runtime.backends.protocol import Array, Call, HostBuffer
+from blt_runtime.bundle.spec import GRAPHS, ModelSpec
 from blt_runtime.errors import BackendError, BltError, BundleError, Cancelled, CapacityError, OutOfMemory, UsageError
-from blt_runtime.spec import GRAPHS, ModelSpec
 from tests.runtime.bundles import edit, write_bundle
 from tests.runtime.test_stream import HASH, SPECS, assert_is_truth, model_of, random_ids, tables_for
 

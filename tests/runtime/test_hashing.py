@@ -12,9 +12,9 @@ import pytest
 
 from blt_runtime import Model, hashing
 from blt_runtime.backends.null import NullBackend, null_spec
+from blt_runtime.bundle.spec import HashSpec
 from blt_runtime.errors import ConfigError
 from blt_runtime.hashing import TableDtype
-from blt_runtime.spec import HashSpec
 from tests.runtime.bundles import write_bundle
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from blt_runtime import Model, PatchRule, Sampler, Stream
 from blt_runtime.backends.null import NullBackend, null_spec
+from blt_runtime.bundle.spec import HashSpec, ModelSpec
 from blt_runtime.errors import BackendError, CapacityError, InputError, UsageError
 from blt_runtime.ids import BOS, EOS, NEWLINE, encode
 from blt_runtime.patching import patch_lengths
-from blt_runtime.spec import HashSpec, ModelSpec
 from tests.runtime.null_reference import compute
 
 HASH = HashSpec((3, 5), 2, 11, 3)
@@ -130,7 +130,7 @@ def test_latent_calls_are_cut_to_their_scratch(monkeypatch: pytest.MonkeyPatch) 
     spec = null_spec(chunk=64, slack=64)
     whole = model_of(spec)
     whole.score(ids)
-    monkeypatch.setattr("blt_runtime.prefill.GATHER_BYTES", 200)
+    monkeypatch.setattr("blt_runtime.engine.prefill.GATHER_BYTES", 200)
     cut = model_of(spec)
     score = cut.score(ids)
     assert cut.backend.calls["latent"] > 2 * whole.backend.calls["latent"]

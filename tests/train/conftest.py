@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from blt.config import BLTRun, EntropyRun, load_config
 from blt.data import prepare
+from blt.train.config import BLTRun, EntropyRun, load_config
 
 
 @pytest.fixture(scope="session")

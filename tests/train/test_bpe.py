@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt import checkpoint
-from blt.checkpoint import Checkpoint, build, open_source
-from blt.config import BPERun, load_config
+from blt.checkpoint import models
+from blt.checkpoint.models import Checkpoint, build, open_source
 from blt.data.dataset import Dataset
-from blt.row_scoring import scorer_of
+from blt.evaluate.rows import scorer_of
 from blt.train import snapshots, train
+from blt.train.config import BPERun, load_config
 from blt.train.jobs import prepare_run
 from blt_export import export
 from blt_runtime.errors import CheckpointError, ConfigError
@@ -37,7 +37,7 @@ def test_it_learns_and_its_checkpoint_holds_the_tokenizer(bpe_run: Path) -> None
     lines = [json.loads(line) for line in (bpe_run / "metrics.jsonl").read_text().splitlines()]
     valid = [line["valid_bpb"] for line in lines if "valid_bpb" in line]
     assert valid[-1] < valid[0] < 8
-    saved = checkpoint.load(bpe_run)
+    saved = models.load(bpe_run)
     assert (saved.blt, saved.entropy, saved.patch_rule) == (None, None, None)
     assert saved.bpe is not None
     assert saved.vocabulary is not None
@@ -50,14 +50,14 @@ def test_validation_is_what_eval_counts(bpe_run: Path, data: Path) -> None:
     masks keep them apart, but cuts some where a row ends: so nearly, not exactly."""
     lines = [json.loads(line) for line in (bpe_run / "metrics.jsonl").read_text().splitlines()]
     found = next(line for line in reversed(lines) if "valid_bpb" in line)
-    documents, scorer = Dataset(data).split("valid"), scorer_of(checkpoint.load(bpe_run))
+    documents, scorer = Dataset(data).split("valid"), scorer_of(models.load(bpe_run))
     bits = sum(scorer.bits(documents.bytes(i), eos=True) for i in range(len(documents)))
     assert found["valid_bytes"] == documents.n_bytes
     assert found["valid_bpb"] == pytest.approx(bits / documents.n_bytes, rel=0.03)
 
 
 def test_flops_in_the_metrics_are_those_of_the_formula(bpe_run: Path, data: Path) -> None:
-    saved = checkpoint.load(bpe_run)
+    saved = models.load(bpe_run)
     assert saved.bpe is not None
     assert saved.vocabulary is not None
     documents = Dataset(data).split("train")
@@ -124,7 +124,7 @@ def test_what_it_is_not_for_is_refused(bpe_run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="token-level baseline"):
         export(bpe_run, tmp_path / "bundle")
     with pytest.raises(CheckpointError, match="token-level baseline"):
-        checkpoint.load(bpe_run).require_blt()
+        models.load(bpe_run).require_blt()
 
 
 def test_a_checkpoint_with_a_wrong_tokenizer(bpe_run: Path, tmp_path: Path) -> None:
@@ -137,10 +137,10 @@ def test_a_checkpoint_with_a_wrong_tokenizer(bpe_run: Path, tmp_path: Path) -> N
 
 
 def test_saved_again_it_is_the_same(bpe_run: Path, tmp_path: Path) -> None:
-    saved = checkpoint.load(bpe_run)
+    saved = models.load(bpe_run)
     assert saved.bpe is not None
-    checkpoint.save(tmp_path / "again.pt", Checkpoint(None, None, None, saved.bpe, saved.vocabulary))
-    again = checkpoint.load(tmp_path / "again.pt")
+    models.save(tmp_path / "again.pt", Checkpoint(None, None, None, saved.bpe, saved.vocabulary))
+    again = models.load(tmp_path / "again.pt")
     assert again.bpe is not None
     for name, tensor in saved.bpe.state_dict().items():
         assert torch.equal(tensor, again.bpe.state_dict()[name])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from blt.config import load_config
 from blt.train import Trainer
+from blt.train.config import load_config
 from blt.train.jobs import prepare_run
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from blt.config import BLTRun, EntropyRun, load_config
 from blt.train import dry_run
+from blt.train.config import BLTRun, EntropyRun, load_config
 from blt.train.dryrun import flops_per_byte
 from blt_runtime.errors import ConfigError
 

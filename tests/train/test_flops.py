@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from blt.config import BLTRun, load_config
 from blt.model import BLT, BLTConfig, EntropyModel, TransformerConfig
 from blt.model.masks import causal_mask
 from blt.model.token import TokenModel
+from blt.train.config import BLTRun, load_config
 from blt.train.dryrun import TRAINING, flops_by_part, flops_per_byte
 from tests.tiny import VARIANTS
 

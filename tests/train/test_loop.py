@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from blt import checkpoint
-from blt.config import BLTRun, EntropyRun, RunConfig, load_config
+from blt.checkpoint import models
 from blt.data import Batch, prepare
 from blt.train import Terminated, Trainer, snapshots, train
+from blt.train.config import BLTRun, EntropyRun, RunConfig, load_config
 from blt.train.jobs import prepare_run
 from blt.train.objective import Objective
 from blt.train.optim import learning_rate, make_optimizer
@@ -48,7 +48,7 @@ def same_state(a: Trainer, b: Trainer) -> bool:
 def test_the_entropy_model_learns_and_is_saved(entropy_run: Path) -> None:
     valid = [bpb for _, bpb in records(entropy_run, "step", "valid_bpb") if bpb is not None]
     assert valid[-1] < valid[0] < math.log2(260)
-    saved = checkpoint.load(entropy_run)
+    saved = models.load(entropy_run)
     assert saved.blt is None
     assert saved.entropy is not None
     assert saved.entropy.config.dim == 16
@@ -65,7 +65,7 @@ def test_the_blt_learns_and_carries_all_it_needs(
     assert [row[0] for row in logged] == [10, 20, 30, 40]
     assert all(isinstance(value, float) for row in logged for value in row[2:])
     assert np.mean([row[3] for row in logged]) == pytest.approx(4.0, rel=0.25)
-    saved = checkpoint.load(path)
+    saved = models.load(path)
     _, rule = saved.require_blt()
     assert rule.threshold is not None
     assert rule.max_patch_length == 8
@@ -97,7 +97,7 @@ def test_resume_through_train_gives_the_same_model_and_metrics(
         file.write('{"step": 30, "loss": 9.0}\n{"step": 3')
     path = train(entropy_config, out, data=data)
     assert records(out, "step", "loss", "valid_bpb") == records(entropy_run, "step", "loss", "valid_bpb")
-    ours, theirs = checkpoint.load(path).entropy, checkpoint.load(entropy_run).entropy
+    ours, theirs = models.load(path).entropy, models.load(entropy_run).entropy
     assert ours is not None
     assert theirs is not None
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -138,7 +138,7 @@ def test_a_folder_that_is_no_run_is_refused(entropy_config: EntropyRun, data: Pa
         train(entropy_config, out, data=data)
     assert (out / "model.pt").read_text() == "mine"
     train(entropy_config, out, data=data, force=True)
-    assert checkpoint.load(out).entropy is not None
+    assert models.load(out).entropy is not None
     with pytest.raises(UsageError, match="is a file"):
         train(entropy_config, out / "model.pt", data=data)
 
@@ -197,7 +197,7 @@ def test_the_data_may_move_and_validation_may_change(repo: Path, data: Path, ent
 
 def test_space_patches_need_no_entropy_model(data: Path, repo: Path, tmp_path: Path) -> None:
     config = load_config(repo / "configs" / "tiny.yaml", ["patching.scheme=space", "schedule={steps: 2, warmup: 0}"])
-    saved = checkpoint.load(train(config, tmp_path / "run", data=data))
+    saved = models.load(train(config, tmp_path / "run", data=data))
     assert saved.entropy is None
     assert saved.patch_rule is not None
     assert saved.patch_rule.scheme == "space"
@@ -240,7 +240,7 @@ def test_golden_training_loss(golden: Path) -> None:
     """The loss of the reference's training batch, through our objective (tests/model checks the gradients)."""
     truth = json.loads((golden / "a" / "train.json").read_text())
     case = np.load(golden / "a" / "cases.npz")
-    blt, _ = checkpoint.load(golden / "a" / "blt").require_blt()
+    blt, _ = models.load(golden / "a" / "blt").require_blt()
     tokens, lengths = case["train_batch/tokens"], case["train_batch/patch_lengths"]
     real = np.array(truth["mask"]).astype(bool)
     batch = Batch(tokens, np.array(truth["targets"]), real, lengths, np.zeros(2, np.int64), 0)
@@ -260,7 +260,7 @@ def test_the_schedule() -> None:
 
 
 def load_config_schedule(**values: Any) -> Any:
-    from blt.config import ScheduleConfig
+    from blt.train.config import ScheduleConfig
 
     return ScheduleConfig(**values)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt.config import load_config
 from blt.data import Batch, Dataset, prepare
 from blt.data.patches import PatchIndex
 from blt.model import EntropyConfig, EntropyModel
 from blt.train import train
+from blt.train.config import load_config
 from blt.train.material import gather
 from blt_runtime.errors import CheckpointError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt.config import load_config
 from blt.data import Batch
 from blt.train import Trainer, train
+from blt.train.config import load_config
 from blt.train.jobs import prepare_run
 from blt.train.material import gather
 from blt.train.metrics import Window

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from blt import checkpoint
-from blt.config import RunConfig, load_config
+from blt.checkpoint import models
 from blt.train import parallel, train
+from blt.train.config import RunConfig, load_config
 from blt_runtime.errors import ConfigError, UsageError
 
 STEPS, HALF = 12, 6
@@ -87,7 +87,7 @@ def both_ranks(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_two_ranks_match_one(one_rank: Path, both_ranks: Path) -> None:
     same_within_rounding(records(both_ranks), records(one_rank))
     assert sum("valid_bpb" in record for record in records(both_ranks)) == 2
-    ours, theirs = (checkpoint.load(out).require_blt()[0].state_dict() for out in (both_ranks, one_rank))
+    ours, theirs = (models.load(out).require_blt()[0].state_dict() for out in (both_ranks, one_rank))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], rtol=1e-2, atol=1e-3), name
@@ -139,7 +139,7 @@ def test_two_ranks_killed_and_resumed_are_bit_exact(repo: Path, data: Path, both
     for newer in (out / "checkpoints").glob(f"step-{STEPS:08d}"):  # it was quick; it resumes from the middle anyway
         shutil.rmtree(newer)
     assert records(two_ranks(repo, out, data)) == records(both_ranks)
-    ours, theirs = (checkpoint.load(run).require_blt()[0].state_dict() for run in (out, both_ranks))
+    ours, theirs = (models.load(run).require_blt()[0].state_dict() for run in (out, both_ranks))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blt.config import OptimizerConfig
 from blt.model import BLT
+from blt.train.config import OptimizerConfig
 from blt.train.optim import make_optimizer
 from blt.train.parts import freeze, parameter_groups, scale_of
 from blt_runtime.errors import ConfigError

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blt import checkpoint
-from blt.config import EntropyRun, load_config
+from blt.checkpoint import models
 from blt.train import Trainer, snapshots, train
+from blt.train.config import EntropyRun, load_config
 from blt.train.jobs import prepare_run
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
 
@@ -296,7 +296,7 @@ def test_a_run_that_could_not_write_goes_on_from_the_older_one(
         trainer.save()
     assert names(trainer.folder) == ["step-00000020"]
     path = train(entropy_config, out, data=data)
-    ours, theirs = checkpoint.load(path).entropy, checkpoint.load(entropy_run).entropy
+    ours, theirs = models.load(path).entropy, models.load(entropy_run).entropy
     assert ours is not None
     assert theirs is not None
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from blt import checkpoint
+from blt.checkpoint import models
 from blt.cli import run
-from blt.config import BLTRun, EntropyRun, load_config, parse_config
 from blt.data import prepare
 from blt.model import TransformerConfig
-from blt.start import initialise
 from blt.train import train
+from blt.train.config import BLTRun, EntropyRun, load_config, parse_config
 from blt.train.jobs import prepare_run
+from blt.train.start import initialise
 from blt_runtime import Model
 from blt_runtime.errors import CheckpointError, ConfigError
 
@@ -54,7 +54,7 @@ def tuning(path: Path, **sections: Any) -> BLTRun:
 
 
 def test_model_rule_and_entropy_model_are_the_checkpoints(blt_run: Path, data: Path, tmp_path: Path) -> None:
-    loaded = checkpoint.load(blt_run, trainable=True)
+    loaded = models.load(blt_run, trainable=True)
     blt, rule = loaded.require_blt()
     config = tuning(blt_run)
     assert config.model == blt.config
@@ -71,7 +71,7 @@ def test_model_rule_and_entropy_model_are_the_checkpoints(blt_run: Path, data: P
 
 
 def test_what_a_section_says_counts(blt_run: Path) -> None:
-    rule = checkpoint.open_source(blt_run).patch_rule
+    rule = models.open_source(blt_run).patch_rule
     assert rule is not None
     config = tuning(blt_run, model={"encoder": {"window": 16}}, patching={"max_patch_length": 6})
     assert config.model.encoder.window == 16
@@ -100,12 +100,12 @@ def test_a_checkpoint_that_does_not_fit(blt_run: Path, data: Path, tmp_path: Pat
 
 def _entropy_alone(blt_run: Path, folder: Path) -> Path:
     path = folder / "entropy.pt"
-    checkpoint.save(path, replace(checkpoint.load(blt_run), blt=None, patch_rule=None))
+    models.save(path, replace(models.load(blt_run), blt=None, patch_rule=None))
     return path
 
 
 def test_options_without_weights_may_differ(blt_run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = checkpoint.load(blt_run, trainable=True).require_blt()[0]
+    model = models.load(blt_run, trainable=True).require_blt()[0]
     latent = model.config.latent.model_copy(update={"rope_theta": 1e4, "max_seqlen": 100})
     other = type(model)(model.config.model_copy(update={"latent": latent}))
     with caplog.at_level(logging.WARNING, "blt.train"):
@@ -121,7 +121,7 @@ def test_an_entropy_run_goes_on(blt_run: Path, data: Path, tmp_path: Path) -> No
     config = parse_config(raw)
     assert isinstance(config, EntropyRun)
     trainer, _ = prepare_run(config, tmp_path, data)
-    entropy = checkpoint.load(blt_run).entropy
+    entropy = models.load(blt_run).entropy
     assert entropy is not None
     weight = trainer.objective.model.state_dict()["output.weight"]
     assert torch.equal(weight, entropy.output.weight)
@@ -165,7 +165,7 @@ def test_from_the_references_format(golden: Path, data: Path, tmp_path: Path) ->
         tuning(golden / "a" / "blt")
     config = tuning(golden / "a" / "blt", patching={"max_patch_length": 12})
     trainer, finish = prepare_run(config, tmp_path, data)
-    loaded = checkpoint.load(golden / "a" / "blt", trainable=True, entropy_dtype="float32")
+    loaded = models.load(golden / "a" / "blt", trainable=True, entropy_dtype="float32")
     blt, rule = loaded.require_blt()
     assert finish().patch_rule == replace(rule, max_patch_length=12)
     for name, weight in trainer.objective.model.state_dict().items():
@@ -184,7 +184,7 @@ def test_a_resumed_run_keeps_its_parts(blt_run: Path, data: Path, tmp_path: Path
     newest = max((again / "checkpoints").iterdir())
     shutil.rmtree(newest)
     train(tuning(blt_run, run=run_settings, **sections), again, data=data)
-    weights = [checkpoint.load(out, trainable=True).require_blt()[0].state_dict() for out in (whole, again)]
+    weights = [models.load(out, trainable=True).require_blt()[0].state_dict() for out in (whole, again)]
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
     other = tuning(blt_run, run=run_settings, schedule=sections["schedule"], optimizer={"freeze": ["encoder.*"]})
@@ -199,8 +199,8 @@ def test_fine_tuned_exported_and_asked(blt_run: Path, pairs: Path, tmp_path: Pat
     config = tuning(blt_run, optimizer=optimizer, schedule={"steps": 100, "warmup": 5}, patching={"scheme": "space"})
     out = tmp_path / "tuned"
     train(config, out, data=pairs)
-    before = checkpoint.load(blt_run, trainable=True).require_blt()[0].state_dict()
-    after = checkpoint.load(out, trainable=True).require_blt()[0].state_dict()
+    before = models.load(blt_run, trainable=True).require_blt()[0].state_dict()
+    after = models.load(out, trainable=True).require_blt()[0].state_dict()
     for name, weight in after.items():
         frozen = name.startswith(("encoder.", "latent.layers.0."))
         assert torch.equal(weight, before[name]) == frozen, name

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt.config import BLTRun, EntropyRun, load_config
 from blt.train import Trainer, snapshots
+from blt.train.config import BLTRun, EntropyRun, load_config
 from blt.train.jobs import prepare_run
 from blt.train.loop import SKIPS
 from blt.train.objective import Diverged

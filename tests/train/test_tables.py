@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from blt import checkpoint
-from blt.config import RunConfig, load_config
+from blt.checkpoint import models
 from blt.train import Trainer, snapshots, train
+from blt.train.config import RunConfig, load_config
 from blt.train.jobs import prepare_run
 from blt.train.tables import CatchUp
 from blt_runtime.errors import CheckpointError, ConfigError
@@ -79,7 +79,7 @@ def test_micro_batches_share_the_rows(repo: Path, data: Path, tmp_path: Path) ->
 
 def test_resumed_bit_for_bit(repo: Path, data: Path, tmp_path: Path) -> None:
     config = config_of(repo, "optimizer.tables=sparse", "schedule.steps=20")
-    whole = checkpoint.load(train(config, tmp_path / "whole", data=data)).require_blt()[0]
+    whole = models.load(train(config, tmp_path / "whole", data=data)).require_blt()[0]
     first = trainer_of(config, tmp_path / "run", data)
     for _ in range(9):
         first.train_step()
@@ -92,7 +92,7 @@ def test_resumed_bit_for_bit(repo: Path, data: Path, tmp_path: Path) -> None:
     other = trainer_of(config_of(repo, "optimizer={tables: sparse, eps: 1.0e-6}"), tmp_path / "run", data)
     with pytest.raises(CheckpointError, match=r"'optimizer.eps' \(1e-08, not 1e-06\)"):
         other.restore(snapshot)
-    resumed = checkpoint.load(train(config, tmp_path / "run", data=data)).require_blt()[0]
+    resumed = models.load(train(config, tmp_path / "run", data=data)).require_blt()[0]
     theirs = whole.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in resumed.state_dict().items())
 

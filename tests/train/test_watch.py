@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt.config import EntropyRun, load_config
 from blt.data import Batch
 from blt.train import metrics, watch
+from blt.train.config import EntropyRun, load_config
 from blt.train.jobs import prepare_run
 from blt_runtime.errors import MissingExtra
 

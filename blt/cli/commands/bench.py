@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
-from blt.cli import console, files, models, options
-from blt.cli.inspect import precision_text
+from blt import files
+from blt.cli import console, models, options
+from blt.cli.commands.inspect import precision_text
 from blt_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from blt.bench import Latency, Weights
     from blt_runtime import Model
-    from blt_runtime.speculate import Speculate, SpeculationStats
+    from blt_runtime.speculation.speculate import Speculate, SpeculationStats
 
 PARTS_OF = {  # names of weights -> those of the split
     "hash tables": "hashing",
@@ -61,7 +62,7 @@ def latency(
 ) -> None:
     """One stream: bytes per second, gaps between bytes, and the share of the speed at which memory gives weights."""
     from blt import bench
-    from blt.machine import available_cores
+    from blt.bench.machine import available_cores
 
     prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
     new_n = options.parse_size(new_bytes, "--new-bytes", at_least=2)
@@ -159,16 +160,16 @@ def read_text(path: Path | None, size: int) -> bytes:
 def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
     """Weight bytes of a call: from a bundle's files, or from a checkpoint's configuration (also where it was exported
     for this run, which keeps float32)."""
-    from blt import weights
+    from blt.bench import weight_bytes
 
     if models.is_bundle(path) and opened.manifest is not None:
         from blt_runtime import Bundle
 
-        read = weights.bundle_weight_bytes(Bundle(path, opened.manifest), patch_size=1)
+        read = weight_bytes.bundle_weight_bytes(Bundle(path, opened.manifest), patch_size=1)
     else:
-        from blt.checkpoint import open_source
+        from blt.checkpoint.models import open_source
 
-        read = weights.source_weight_bytes(open_source(path, entropy_model=entropy_model), patch_size=1)
+        read = weight_bytes.source_weight_bytes(open_source(path, entropy_model=entropy_model), patch_size=1)
     return {PARTS_OF.get(part, part): n for part, n in read.items() if part != "total"}
 
 

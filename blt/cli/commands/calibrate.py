@@ -1,6 +1,6 @@
 """`blt calibrate`: the threshold that gives a wanted mean patch, and what other thresholds would cost.
 
-Not here: the search (`blt.calibrate`), the measurements (`costs`), what is shown (`tradeoff`, `blt.figures.tradeoff`).
+Not here: the search (`blt.data.threshold`), the measurements (`costs`), the output (`tradeoff`, `figures.tradeoff`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from blt.cli import console, costs, devices, files, models, options, texts, tradeoff
+from blt import files
+from blt.cli import console, costs, devices, models, options, texts, tradeoff
 from blt_runtime.errors import CheckFailed, CheckpointError, UsageError
 from blt_runtime.patching import PatchRule
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from blt.calibrate import Piece
-    from blt.checkpoint import Checkpoint
+    from blt.checkpoint.models import Checkpoint
+    from blt.data.threshold import Piece
     from blt.model import EntropyModel
 
     Halves = tuple[list[Piece], list[Piece]]  # to choose on, held out
@@ -73,9 +74,9 @@ def calibrate(
     size = options.parse_size(context, "--context", at_least=1)
     most = options.parse_size(n_bytes, "--bytes", at_least=1)
     scored = options.parse_size(bpb_bytes, "--bpb-bytes")
-    from blt.adapters import native
-    from blt.calibrate import base_rule, halves, sizes
-    from blt.checkpoint import build, open_source
+    from blt.checkpoint import native
+    from blt.checkpoint.models import build, open_source
+    from blt.data.threshold import base_rule, halves, sizes
 
     devices.limit_torch_threads(threads)
     source = open_source(models.existing(model), entropy_model)
@@ -100,7 +101,7 @@ def calibrate(
     if written is not None:
         native.write(replace(source, patch_rule=result.rule), written)
     if as_json:
-        console.print_json("blt.calibrate/1", tradeoff.report(result, written))
+        console.print_json("blt.data.threshold/1", tradeoff.report(result, written))
     else:
         console.stdout_console().print(tradeoff.table(result))
         print("\n".join(tradeoff.notes(result, written)), flush=True)
@@ -140,7 +141,7 @@ def _pieces(model: EntropyModel, reset_newlines: bool, rows: Sequence[NDArray[np
     """Pieces of the text with their entropies, each row computed alone and whole."""
     import torch
 
-    from blt.calibrate import Piece
+    from blt.data.threshold import Piece
     from blt.model import entropy_of
 
     model.to(device)
@@ -164,7 +165,7 @@ def _rows(
     own: PatchRule | None, base: PatchRule, wanted: float, halves: Halves
 ) -> tuple[list[tradeoff.Row], list[float]]:
     """Rows without costs: the wanted mean first, the model's own rule, MEANS; and those of MEANS out of reach."""
-    from blt.calibrate import find_rule, sizes
+    from blt.data.threshold import find_rule, sizes
 
     chosen_on, held_out = halves
     found = find_rule(base, chosen_on, wanted)

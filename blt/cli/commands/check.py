@@ -17,8 +17,8 @@ from blt.cli import console, devices, models, options
 from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from blt.checkpoint import Checkpoint
-    from blt.equality import Line, Report
+    from blt.checkpoint.models import Checkpoint
+    from blt.evaluate.cache_check import Line, Report
     from blt_runtime import Model
     from blt_runtime.patching import EntropyDtype
 
@@ -49,7 +49,7 @@ def check(
     verbose: options.Verbose = 0,
 ) -> None:
     """Compare cached streams with whole rows: entropies, boundaries, logits and greedy text, alone and in company."""
-    from blt.equality import check as compare
+    from blt.evaluate.cache_check import check as compare
 
     forms = _forms(backend, model, bundle)
     if entropy_dtype == "bfloat16" and "onnx" in forms:
@@ -105,8 +105,8 @@ def _open(
     capacity: int,
 ) -> Iterator[tuple[Checkpoint, dict[str, Model]]]:
     """The checkpoint and its cached forms. The export comes first: what it loads is gone when the rest is loaded."""
-    from blt.checkpoint import load
-    from blt.torch_backend import open_model
+    from blt.checkpoint.models import load
+    from blt.generate.torch_backend import open_model
 
     devices.limit_torch_threads(threads)
     with ExitStack() as stack:

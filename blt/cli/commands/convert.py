@@ -47,8 +47,8 @@ def convert(
 
     import torch
 
-    from blt.adapters import huggingface, native
-    from blt.checkpoint import open_source
+    from blt.checkpoint import huggingface, native
+    from blt.checkpoint.models import open_source
 
     started = time.perf_counter()
     source = open_source(model, entropy_model=entropy_model)
@@ -81,7 +81,7 @@ def _check_target(out: Path, target: Path, force: bool) -> None:
     if there and not force:
         raise UsageError(f"{target} exists; give another place, or --force to replace it")
     if there and target.is_dir():
-        from blt.adapters import huggingface
+        from blt.checkpoint import huggingface
 
         if not huggingface.matches(target):
             raise UsageError(f"{target} is no Hugging Face folder of a BLT and is not replaced; give a new folder")

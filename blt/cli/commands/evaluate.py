@@ -26,7 +26,7 @@ from blt.cli import suite as suites
 from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from blt.scoring import Scored, Scorer, Unit
+    from blt.evaluate.scoring import Scored, Scorer, Unit
 
 ALL = ""  # the sum over all groups; no group has an empty name
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blt.cli import console, models, options, texts
-from blt.cli.inspect import judged_table, parity_table, precision_text
+from blt.cli.commands.inspect import judged_table, parity_table, precision_text
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from blt.checkpoint import Checkpoint
+    from blt.checkpoint.models import Checkpoint
 
 FLAVOURS = ("ort", "portable")
 EVAL_BYTES = 1 << 18
@@ -61,7 +61,7 @@ def export(
     if models.is_bundle(model):
         raise UsageError(f"{model} is a bundle already; give the checkpoint it was made from")
     import blt_export  # first: where PyTorch is missing too, the extra to install is `export`
-    from blt.checkpoint import load
+    from blt.checkpoint.models import load
 
     blt_export.pipeline.check_arguments(flavour, precision, table_dtype, overrides)
     blt_export.bundle.check_target(out, force)  # now, not behind minutes of work
@@ -105,7 +105,7 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
 
 def _eval_ids(data: Path, checkpoint: Checkpoint, capacity: int | None) -> list[NDArray[np.int64]]:
     """Pieces of the test split, or of the file, that a stream can hold between BOS and EOS."""
-    from blt.model.specs import Limits
+    from blt.model.graphs import Limits
 
     context = min(EVAL_PIECE, Limits.of(checkpoint.require_blt()[0].config, capacity).bytes - 2)
     if context < 1:

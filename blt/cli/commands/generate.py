@@ -16,7 +16,7 @@ from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from blt_runtime import Stream
-    from blt_runtime.speculate import Speculate
+    from blt_runtime.speculation.speculate import Speculate
     from blt_runtime.stream import Overflow
 
 

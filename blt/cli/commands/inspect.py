@@ -12,9 +12,9 @@ from blt.cli import console, models, options
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from blt.source import Source
-    from blt_runtime.bundle import Bundle
-    from blt_runtime.manifest import Judged, Manifest, Parity
+    from blt.checkpoint.source import Source
+    from blt_runtime.bundle.bundle import Bundle
+    from blt_runtime.bundle.manifest import Judged, Manifest, Parity
 
 
 def inspect(
@@ -32,11 +32,11 @@ def inspect(
     if models.is_bundle(model):
         if entropy_model is not None:
             raise UsageError(f"{model} is a bundle and holds its entropy model; leave --entropy-model out")
-        from blt_runtime.bundle import Bundle
+        from blt_runtime.bundle.bundle import Bundle
 
         _inspect_bundle(Bundle.open(model), patch_size, tensors, as_json)
         return
-    from blt.checkpoint import open_source
+    from blt.checkpoint.models import open_source
 
     size = options.parse_size(context, "--context", at_least=1)
     source = open_source(model, entropy_model=entropy_model)
@@ -70,7 +70,7 @@ def token_report(source: Source, context: int) -> dict[str, Any]:
 def source_report(source: Source, patch_size: float, context: int) -> dict[str, Any]:
     """What a checkpoint says, without loading it; costs of one byte at a mean patch of `patch_size` bytes in rows of
     `context` bytes. Weights are read as float32, rows of the hash tables as they are stored."""
-    from blt.weights import source_weight_bytes
+    from blt.bench.weight_bytes import source_weight_bytes
 
     blt, entropy = source.blt_config, source.entropy_config
     parameters: dict[str, int] = {}
@@ -114,7 +114,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inspect_bundle(bundle: Bundle, patch_size: float, tensors: bool, as_json: bool) -> None:
-    from blt.weights import bundle_weight_bytes
+    from blt.bench.weight_bytes import bundle_weight_bytes
 
     if as_json:
         report = {

@@ -43,7 +43,7 @@ def _plain(value: Path | int) -> str:
 def _run(arguments: Sequence[str]) -> None:
     import lm_eval.__main__ as harness
 
-    import blt.lm_eval_adapter  # noqa: F401  registers the name
+    import blt.evaluate.lm_eval  # noqa: F401  registers the name
 
     before = sys.argv
     sys.argv = ["lm_eval", *arguments]  # it reads no other list

@@ -14,7 +14,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from blt.cli import console, files, inputs, options, scoring
+from blt import files
+from blt.cli import console, inputs, options, scoring
 from blt.figures.patches import SPECIAL
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import OFFSET, decode, encode

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from blt.cli import console, files, options
+from blt import files
+from blt.cli import console, options
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from blt.run_metrics import Run
+    from blt.figures.metrics import Run
 
 log = logging.getLogger("blt.cli")
 
@@ -35,7 +36,7 @@ def plot(
     """Compare runs: loss and bits per byte against bytes and FLOPs."""
     if out is not None and out.suffix.lower() not in (".png", ".html"):
         raise UsageError(f"-o {out}: the name must end in .png or .html")
-    from blt.run_metrics import read_runs
+    from blt.figures.metrics import read_runs
 
     least = options.parse_size(start, "--from")
     axes = _axes(against)

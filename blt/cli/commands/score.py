@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from blt.cli import console, files, inputs, options, scoring
+from blt import files
+from blt.cli import console, inputs, options, scoring
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:

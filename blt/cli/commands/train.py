@@ -12,7 +12,7 @@ from blt.cli import console, devices, options
 from blt_runtime.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from blt.config import RunConfig
+    from blt.train.config import RunConfig
 
 app = typer.Typer(no_args_is_help=True, help="Train a model from a configuration.")
 
@@ -101,7 +101,7 @@ def _load(
     seed: int | None,
     steps: int | None,
 ) -> RunConfig:
-    from blt.config import load_config
+    from blt.train.config import load_config
 
     options_as_keys = {"run.dtype": dtype, "run.seed": seed, "schedule.steps": steps}
     last = [f"{key}={value}" for key, value in options_as_keys.items() if value is not None]

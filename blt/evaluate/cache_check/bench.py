@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from blt import reference
-from blt.checkpoint import Checkpoint
-from blt.equality.jobs import OWN, Job, Rows
-from blt.equality.judge import TOLERANCE, Judge, Line, Report
-from blt.equality.sides import Side
-from blt.equality.text import forced_lengths, take
-from blt.equality.truth import Uncached, forced
+from blt.checkpoint.models import Checkpoint
+from blt.evaluate.cache_check.jobs import OWN, Job, Rows
+from blt.evaluate.cache_check.judge import TOLERANCE, Judge, Line, Report
+from blt.evaluate.cache_check.sides import Side
+from blt.evaluate.cache_check.text import forced_lengths, take
+from blt.evaluate.cache_check.truth import Uncached, forced
+from blt.generate import reference
 from blt_runtime import Model
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import Ids
@@ -91,7 +91,7 @@ class _Bench:
 
     def slow(self, name: str) -> None:
         """The training form against the slow reference, on short rows."""
-        line = self.line("whole rows", "against blt.reference", name)
+        line = self.line("whole rows", "against blt.generate.reference", name)
         for index, row in enumerate(self._rows.short(name, SLOW_ROWS if name == OWN else 1, SLOW_BYTES)):
             judge = Judge(row, line, f"rule {name!r}, short row {index}")
             ids, at_N = row.ids_N.tolist(), np.arange(len(row))

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from blt.equality.scripts import AHEAD, Op, make_script
-from blt.equality.text import Random, given_bytes, mixed_bytes, take, with_specials
-from blt.equality.truth import Row, Uncached
+from blt.evaluate.cache_check.scripts import AHEAD, Op, make_script
+from blt.evaluate.cache_check.text import Random, given_bytes, mixed_bytes, take, with_specials
+from blt.evaluate.cache_check.truth import Row, Uncached
+from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BPE, OFFSET, Ids
 from blt_runtime.patching import PatchRule
-from blt_runtime.spec import ModelSpec
 
 STREAMS = 4
 """Streams in company: the first half begins with BOS."""

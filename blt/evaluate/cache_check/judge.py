@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from blt.equality.scripts import Run, Settled
-from blt.equality.truth import Floats, Row, scale
-from blt.equality.watch import Taken, joined
+from blt.evaluate.cache_check.scripts import Run, Settled
+from blt.evaluate.cache_check.truth import Floats, Row, scale
+from blt.evaluate.cache_check.watch import Taken, joined
 from blt_runtime.ids import Ids
 from blt_runtime.patching import Bools, closes_from_lengths
 

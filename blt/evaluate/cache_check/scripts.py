@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blt.equality.text import Random
-from blt.equality.truth import Row
-from blt.equality.watch import Taken, Watcher
+from blt.evaluate.cache_check.text import Random
+from blt.evaluate.cache_check.truth import Row
+from blt.evaluate.cache_check.watch import Taken, Watcher
 from blt_runtime import Model, Stream
 from blt_runtime.errors import CapacityError
 from blt_runtime.ids import OFFSET, Ids, decode

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from blt.equality.jobs import Job
-from blt.equality.judge import Judge, Line, compare_runs
-from blt.equality.scripts import Run, Settled, play_alone, play_together
-from blt.equality.text import Random
-from blt.equality.truth import Row
-from blt.equality.watch import Taken, watched
+from blt.evaluate.cache_check.jobs import Job
+from blt.evaluate.cache_check.judge import Judge, Line, compare_runs
+from blt.evaluate.cache_check.scripts import Run, Settled, play_alone, play_together
+from blt.evaluate.cache_check.text import Random
+from blt.evaluate.cache_check.truth import Row
+from blt.evaluate.cache_check.watch import Taken, watched
 from blt_runtime import Model, Stream
 from blt_runtime.ids import Ids
 from blt_runtime.patching import PatchRule

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from blt.checkpoint import Checkpoint
+from blt.checkpoint.models import Checkpoint
 from blt.model import entropy_of
 from blt_runtime.ids import Ids
 from blt_runtime.patching import Bools, PatchRule, closes_from_lengths, lengths_from_closes, patch_lengths

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from blt_runtime import Model
 from blt_runtime.backends.protocol import Backend, Buffer, Call, Session
+from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.ids import Ids
-from blt_runtime.spec import GraphSpec
 
 WATCHED = {"entropy": "entropy", "decoder": "logits"}
 """Graph and its output."""

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from blt_runtime.spec import GraphSpec, TensorSpec
+from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 
 from .translate import translation_table
 

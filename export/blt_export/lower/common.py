@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from blt_runtime.spec import GraphSpec
+from blt_runtime.bundle.spec import GraphSpec
 
+from ..capture.translate import DOMAIN
 from ..rewrite import Builder, nodes, replace
-from ..translate import DOMAIN
 
 
 def lower_norms(model: ir.Model) -> int:

@@ -25,10 +25,10 @@ import logging
 import numpy as np
 import onnx_ir as ir
 
-from blt_runtime.spec import GraphSpec
+from blt_runtime.bundle.spec import GraphSpec
 
+from ..capture.translate import DOMAIN
 from ..rewrite import Builder, dims, nodes, replace, required, static, swap
-from ..translate import DOMAIN
 from . import portable
 from .common import check_lowered, lower_norms, lower_ropes
 

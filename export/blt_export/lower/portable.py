@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from blt_runtime.spec import GraphSpec
+from blt_runtime.bundle.spec import GraphSpec
 
+from ..capture.translate import DOMAIN
 from ..rewrite import Builder, nodes, replace, required, static
-from ..translate import DOMAIN
 from .common import check_lowered, lower_norms, lower_ropes
 
 

@@ -25,12 +25,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from blt_runtime.bundle.spec import GraphSpec, TensorSpec, row_spec
 from blt_runtime.errors import UsageError
-from blt_runtime.spec import GraphSpec, TensorSpec, row_spec
 
-from .lower.ort import CONTRIB
-from .passes import cleanup
-from .rewrite import Builder, nodes, replace
+from ..lower.ort import CONTRIB
+from ..rewrite import Builder, nodes, replace
+from . import cleanup
 
 _PAST, _ROTARY, _OTHERS = slice(3, 5), slice(7, 10), slice(10, None)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from blt_runtime.spec import GraphSpec
+from blt_runtime.bundle.spec import GraphSpec
 
 from ..rewrite import dims
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from blt_runtime.spec import GraphSpec, TensorSpec
+from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 
 from ..rewrite import dims
 

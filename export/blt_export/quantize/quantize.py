@@ -30,8 +30,8 @@ import onnx_ir as ir
 
 from blt_runtime.errors import UsageError, nearest
 
+from ..rewrite import Builder, nodes, replace, required
 from .blockwise import Blocks, Floats, Format, block_error, dequantise, quantise
-from .rewrite import Builder, nodes, replace, required
 
 FORMATS = {"int8": Format(8, 128), "int4": Format(4, 32, shrink=(0.95, 0.9, 0.85, 0.8, 0.75))}
 PRECISIONS = ("fp32", *FORMATS)

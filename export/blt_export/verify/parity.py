@@ -31,15 +31,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from blt.checkpoint import Checkpoint
+from blt.checkpoint.models import Checkpoint
 from blt_runtime.backends.onnx import load_library
+from blt_runtime.bundle.manifest import Parity
+from blt_runtime.bundle.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, hash_ids
-from blt_runtime.manifest import Parity
-from blt_runtime.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 
-from .parity_plan import Plan, graph_calls, make_plan
-from .quantize import Packed, read_error
+from ..quantize.quantize import Packed, read_error
+from .plan import Plan, graph_calls, make_plan
 
 TOLERANCE = {"fp32": 2e-5, "int8": 0.1, "int4": 0.6}
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blt_runtime import ids as tokens
-from blt_runtime.caches import calls
-from blt_runtime.spec import CacheSpec, GraphSpec, ModelSpec
+from blt_runtime.bundle.spec import CacheSpec, GraphSpec, ModelSpec
+from blt_runtime.engine.caches import calls
 
 Array = npt.NDArray[np.int64]
 _TEXT = "Bytes, not tokens.\nGrüße — байты, 字节, 🙂 and e\u0301. The quick brown fox; 0123456789.\n"

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxBackend, OnnxRowBackend
-from blt_runtime.batch import Batch, Row
-from blt_runtime.bundle import Bundle
+from blt_runtime.bundle.bundle import Bundle
+from blt_runtime.bundle.manifest import Parity
+from blt_runtime.bundle.spec import ModelSpec
+from blt_runtime.engine.batch import Batch, Row
 from blt_runtime.ids import BOS, EOS, OFFSET
-from blt_runtime.manifest import Parity
 from blt_runtime.patching import PatchRule
-from blt_runtime.spec import ModelSpec
 
 from .parity import TOLERANCE, demand
 

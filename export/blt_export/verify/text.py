@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from blt.checkpoint import Checkpoint
-from blt.torch_backend import open_model
+from blt.checkpoint.models import Checkpoint
+from blt.generate.torch_backend import open_model
 from blt_runtime import Model, Score
 from blt_runtime.backends.onnx import OnnxBackend
-from blt_runtime.bundle import Bundle
+from blt_runtime.bundle.bundle import Bundle
+from blt_runtime.bundle.manifest import Judged
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import OFFSET
-from blt_runtime.manifest import Judged
 
 Ids = npt.NDArray[np.int64]
 

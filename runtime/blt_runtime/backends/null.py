@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.spec import CacheKind, CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
 from ..errors import BackendError
 from ..ids import VOCAB
 from ..patching import PatchRule
-from ..spec import CacheKind, CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
 from .protocol import Array, Buffer, Call, HostBuffer
 
 MODULUS = 251

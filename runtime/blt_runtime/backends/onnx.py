@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
+from ..bundle.spec import GraphSpec, row_spec
 from ..errors import BackendError, MissingExtra, UsageError
-from ..spec import GraphSpec, row_spec
 from .protocol import Buffer, Call, HostBuffer
 
 CPU = "CPUExecutionProvider"

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from ..spec import GraphSpec
+from ..bundle.spec import GraphSpec
 
 Array = npt.NDArray[Any]
 Call = Callable[[], None]

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import BundleError, UsageError
+from ..hashing import TABLE_DTYPES, stored_width
 from . import manifest as manifests
-from .errors import BundleError, UsageError
-from .hashing import TABLE_DTYPES, stored_width
 from .manifest import FileEntry, Manifest
 
 Verify = Literal["auto", "full", "sizes"]

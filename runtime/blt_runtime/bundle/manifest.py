@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import BundleError, ConfigError, ManifestError, VersionError
-from .records import from_dict, to_dict
+from ..errors import BundleError, ConfigError, ManifestError, VersionError
+from ..records import from_dict, to_dict
 from .spec import ModelSpec
 
 FORMAT = "blt-bundle"

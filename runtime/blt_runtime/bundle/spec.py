@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .errors import ConfigError, nearest
-from .hashing import PRIMES, TABLE_DTYPES, TableDtype
-from .patching import PatchRule
+from ..errors import ConfigError, nearest
+from ..hashing import PRIMES, TABLE_DTYPES, TableDtype
+from ..patching import PatchRule
 
 GRAPHS = ("entropy", "encoder", "latent", "decoder")
 LETTERS = frozenset("BSNPLRQMC")

@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .backends.protocol import Array, Backend, RowBackend
+from ..backends.protocol import Array, Backend, RowBackend
+from ..bundle.spec import ModelSpec
+from ..errors import BltError, UsageError
+from ..hashing import Tables
+from ..ids import Ids
 from .caches import calls
-from .errors import BltError, UsageError
-from .hashing import Tables
-from .ids import Ids
 from .memory import Memory
 from .prefill import GATHER_BYTES
 from .rows import Arena, Calls, LoopedCalls, RowCalls, Segment, Staging
 from .snapshot import Snapshot, put, take
-from .spec import ModelSpec
 
 SLICE = 8
 """Bytes of a prompt per round: few enough that rows which write are held up little."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from .ids import Ids
-from .spec import CacheSpec
+from ..bundle.spec import CacheSpec
+from ..ids import Ids
 
 
 class CacheTrack:

@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backends.protocol import Array, Backend, Buffer, Call
+from ..backends.protocol import Array, Backend, Buffer, Call
+from ..bundle.spec import GraphSpec, ModelSpec
+from ..errors import CapacityError, OutOfMemory
+from ..hashing import HashEmbedding, Tables
+from ..ids import EOS, NEWLINE, Ids
+from ..patching import PatchState
 from .caches import CacheTrack
-from .errors import CapacityError, OutOfMemory
-from .hashing import HashEmbedding, Tables
-from .ids import EOS, NEWLINE, Ids
-from .patching import PatchState
-from .spec import GraphSpec, ModelSpec
 
 MARKS = 16
 """Patch boundaries that a rewind can return to without replaying everything."""

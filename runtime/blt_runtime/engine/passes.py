@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 
-from .backends.protocol import Array, Buffer, Call
-from .ids import Ids
+from ..backends.protocol import Array, Buffer, Call
+from ..ids import Ids
+from ..speculation.pace import Costs
 from .memory import AHEAD, Memory
-from .pace import Costs
 from .step import LatentCall, entries
 
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .backends.protocol import Array, Buffer
+from ..backends.protocol import Array, Buffer
+from ..errors import Cancelled
+from ..ids import Ids
+from ..patching import PatchState
 from .caches import calls
-from .errors import Cancelled
-from .ids import Ids
 from .memory import Graph, Mark, Memory
-from .patching import PatchState
 
 Cancel = Callable[[], bool]
 """Asked between chunks: shall the call stop here?"""

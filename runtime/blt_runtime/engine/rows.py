@@ -20,8 +20,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .backends.protocol import Array, Backend, Buffer, Call, RowBackend
-from .spec import GraphSpec, ModelSpec, row_spec
+from ..backends.protocol import Array, Backend, Buffer, Call, RowBackend
+from ..bundle.spec import GraphSpec, ModelSpec, row_spec
 from .step import entries
 
 Key = tuple[str, int, int, tuple[int, ...]]

@@ -12,11 +12,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-from .backends.protocol import Array
+from ..backends.protocol import Array
+from ..bundle.spec import ModelSpec
+from ..patching import PatchState
 from .caches import CacheTrack
 from .memory import Graph, Mark, Memory
-from .patching import PatchState
-from .spec import ModelSpec
 
 
 @dataclass(frozen=True)

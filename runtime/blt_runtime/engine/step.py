@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backends.protocol import Array, Buffer, Call
-from .ids import EOS, NEWLINE
+from ..backends.protocol import Array, Buffer, Call
+from ..ids import EOS, NEWLINE
 from .memory import Mark, Memory
 
 SHORTEST = 8

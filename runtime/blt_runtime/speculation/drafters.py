@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from .backends.protocol import Array
-from .ids import Ids
-from .sampling import Sampler
+from ..backends.protocol import Array
+from ..ids import Ids
+from ..sampling import Sampler
 
 Guess = tuple[int, Array | None]
 """An id, and the distribution [V] that it was drawn from; None for a guess that was not drawn from one."""

@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from .backends.protocol import Array
+from ..backends.protocol import Array
+from ..ids import Ids
+from ..sampling import Sampler
 from .drafters import Choice, Drafter, Guess, LookupDrafter, Source, highest_probability
-from .ids import Ids
-from .sampling import Sampler
 
 Way = Literal["plain", "lookup"] | Source
 BINS = 16

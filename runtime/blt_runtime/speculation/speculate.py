@@ -28,15 +28,15 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .backends.protocol import Array
+from ..backends.protocol import Array
+from ..engine.memory import AHEAD, Mark, Memory
+from ..engine.passes import PassCalls, longest_pass
+from ..engine.step import StepCalls
+from ..errors import UsageError, nearest
+from ..ids import Ids
+from ..sampling import Sampler, is_whole
 from .drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
-from .errors import UsageError, nearest
-from .ids import Ids
-from .memory import AHEAD, Mark, Memory
 from .pace import Costs, Paced
-from .passes import PassCalls, longest_pass
-from .sampling import Sampler, is_whole
-from .step import StepCalls
 
 Speculate = Literal["off", "auto", "decoder", "entropy", "lookup", "lookup+decoder"]
 

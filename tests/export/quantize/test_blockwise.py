@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from blt_export.blockwise import Blocks, Format, block_error, dequantise, quantise
+from blt_export.quantize.blockwise import Blocks, Format, block_error, dequantise, quantise
 
 FORMATS = (Format(8, 128), Format(8, 32, zero_points=True), Format(4, 32), Format(4, 32, True), Format(4, 16, True))
 SHRUNK = Format(4, 32, shrink=(0.9, 0.8))
@@ -77,7 +77,7 @@ def test_a_shrunk_scale_is_never_worse_and_often_better() -> None:
 
 def test_large_weights_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantise(weight(), FORMATS[3])
-    monkeypatch.setattr("blt_export.blockwise._AT_ONCE", 2 * K)
+    monkeypatch.setattr("blt_export.quantize.blockwise._AT_ONCE", 2 * K)
     parts = quantise(weight(), FORMATS[3])
     for name in ("codes", "scales", "zeros"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))

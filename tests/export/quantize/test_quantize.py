@@ -13,18 +13,20 @@ import onnx_ir as ir
 import pytest
 
 import blt_export
-from blt.checkpoint import Checkpoint
+from blt.checkpoint.models import Checkpoint
 from blt.model import HashConfig
-from blt_export import ExportReport, parity, pipeline, quantize
-from blt_export.blockwise import Blocks, Format, quantise
+from blt_export import ExportReport, pipeline
+from blt_export.quantize import quantize
+from blt_export.quantize.blockwise import Blocks, Format, quantise
 from blt_export.rewrite import op_counts
+from blt_export.verify import parity
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxBackend
-from blt_runtime.bundle import Bundle
+from blt_runtime.bundle.bundle import Bundle
+from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.errors import CheckFailed, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule
-from blt_runtime.spec import GraphSpec
 from tests import tiny as tinies
 from tests.export.conftest import CAPACITY, CHUNK, VARIANTS, MakeJob
 

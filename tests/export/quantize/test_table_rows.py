@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import blt_export
-from blt import tensors
+from blt.bench.weight_bytes import HASH, bundle_weight_bytes
+from blt.checkpoint import tensors
+from blt.checkpoint.tensors import Stored
+from blt.generate.torch_backend import open_model
 from blt.model.hashing import hash_ids
-from blt.tensors import Stored
-from blt.torch_backend import open_model
-from blt.weights import HASH, bundle_weight_bytes
 from blt_export import bundle
-from blt_export.table_rows import quantise_rows
+from blt_export.quantize.table_rows import quantise_rows
 from blt_runtime import Model
-from blt_runtime.bundle import Bundle
+from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, TableDtype, widen
 from blt_runtime.ids import encode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blt_export.parity_plan import graph_calls, make_plan, sequence
+from blt_export.verify.plan import graph_calls, make_plan, sequence
 from blt_runtime.ids import BOS, EOS, OFFSET, decode
 from tests.export.conftest import FLAVOURS, VARIANTS, MakeJob
 

@@ -13,9 +13,9 @@ import pytest
 from blt_runtime import Bundle, ModelSpec, PatchRule
 from blt_runtime.backends.null import null_spec
 from blt_runtime.backends.protocol import HostBuffer
-from blt_runtime.bundle import entry_of
+from blt_runtime.bundle.bundle import entry_of
+from blt_runtime.bundle.spec import CacheSpec, GraphSpec, TensorSpec
 from blt_runtime.errors import BackendError, MissingExtra, UsageError
-from blt_runtime.spec import CacheSpec, GraphSpec, TensorSpec
 from tests.runtime.bundles import edit, write_bundle
 
 onnx = pytest.importorskip("onnx")

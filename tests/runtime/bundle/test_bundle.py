@@ -261,8 +261,8 @@ def test_bad_tables(folder: Path, content: object, message: str) -> None:
 def test_verify_levels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace("decoder.onnx", b"graph decodeR")(folder)
     Bundle.open(folder, verify="sizes")
-    monkeypatch.setattr("blt_runtime.bundle.HASH_WHOLE_BUNDLE", 10)
-    monkeypatch.setattr("blt_runtime.bundle.HASH_FILE", 12)
+    monkeypatch.setattr("blt_runtime.bundle.bundle.HASH_WHOLE_BUNDLE", 10)
+    monkeypatch.setattr("blt_runtime.bundle.bundle.HASH_FILE", 12)
     Bundle.open(folder, verify="auto")
     with pytest.raises(BundleError, match="changed"):
         Bundle.open(folder, verify="full")

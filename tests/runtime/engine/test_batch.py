@@ -7,11 +7,11 @@ import pytest
 
 from blt_runtime import PatchRule
 from blt_runtime.backends.null import NullBackend, null_spec
-from blt_runtime.batch import Batch, fitted, gather
+from blt_runtime.bundle.spec import ModelSpec
+from blt_runtime.engine.batch import Batch, fitted, gather
+from blt_runtime.engine.rows import RowCalls
 from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.ids import EOS
-from blt_runtime.rows import RowCalls
-from blt_runtime.spec import ModelSpec
 from tests.runtime.null_reference import compute
 from tests.runtime.row_backend import NullRowBackend
 from tests.runtime.test_stream import SPECS, random_ids, tables_for

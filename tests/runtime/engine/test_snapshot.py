@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from blt_runtime import Sampler, Stream
+from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS, EOS
-from blt_runtime.spec import ModelSpec
-from tests.runtime.test_speculate import Oracle, Script
+from tests.runtime.speculation.test_speculate import Oracle, Script
 from tests.runtime.test_stream import SPECS, model_of, random_ids
 
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())

@@ -11,13 +11,22 @@ from hypothesis import strategies as st
 
 from blt_runtime import Sampler, Stream
 from blt_runtime.backends.null import null_spec
-from blt_runtime.caches import CacheTrack
-from blt_runtime.drafters import Choice, DecoderDrafter, Drafter, EntropyDrafter, FirstOf, Guess, LookupDrafter, Source
+from blt_runtime.bundle.spec import CacheSpec, ModelSpec
+from blt_runtime.engine.caches import CacheTrack
 from blt_runtime.errors import BackendError, CapacityError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET, encode
 from blt_runtime.patching import PatchRule
-from blt_runtime.spec import CacheSpec, ModelSpec
-from blt_runtime.speculate import Speculate
+from blt_runtime.speculation.drafters import (
+    Choice,
+    DecoderDrafter,
+    Drafter,
+    EntropyDrafter,
+    FirstOf,
+    Guess,
+    LookupDrafter,
+    Source,
+)
+from blt_runtime.speculation.speculate import Speculate
 from tests.runtime.null_reference import compute
 from tests.runtime.test_stream import SPECS, assert_is_truth, model_of, random_ids, tables_for
 
@@ -205,8 +214,8 @@ def test_calls_are_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = model_of(null_spec(slack=64, chunk=32)).stream()
     ids = random_ids(200, seed=6)
     list(stream.generate_ids(100, Script(ids), speculate=Oracle(ids, 1, 0.9), draft=4))
-    monkeypatch.setattr("blt_runtime.memory.Graph.bind", lambda *_, **__: pytest.fail("bound again"))
-    monkeypatch.setattr("blt_runtime.memory.Graph.new", lambda *_, **__: pytest.fail("allocated"))
+    monkeypatch.setattr("blt_runtime.engine.memory.Graph.bind", lambda *_, **__: pytest.fail("bound again"))
+    monkeypatch.setattr("blt_runtime.engine.memory.Graph.new", lambda *_, **__: pytest.fail("allocated"))
     list(stream.generate_ids(50, Script(ids[100:]), speculate=Oracle(ids, 1, 0.9), draft=4))
 
 
@@ -263,7 +272,7 @@ def test_a_failed_pass_asks_for_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise BackendError("device lost")
 
-    monkeypatch.setattr("blt_runtime.speculate.PassCalls.decode", fail)
+    monkeypatch.setattr("blt_runtime.speculation.speculate.PassCalls.decode", fail)
     with pytest.raises(BackendError):
         list(stream.generate_ids(40, Script(ids), speculate=Oracle(ids, 1, 1.0)))
     monkeypatch.undo()
