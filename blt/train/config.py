@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from blt.model.config import BLTConfig, EntropyConfig, Frozen
 from blt.model.token import TokenConfig
 from blt_runtime.errors import ConfigError, RuleError
 from blt_runtime.ids import VOCAB
-from blt_runtime.patching import PatchRule
+from blt_runtime.patching import PatchRule, PatchSettings
 
 MAX_BUCKETS = 32
 """Row lengths of a run: each is a compilation."""
@@ -36,18 +36,19 @@ class DataConfig(Frozen):
     workers: int = Field(default=1, ge=0, le=64)
 
 
-class PatchingConfig(Frozen):
-    """The patch rule. A null entropy threshold is chosen on training data so that patches have `target_patch_size`
-    bytes in the mean. `max_patch_length` is also the static width of the encoder's gather, so training needs it."""
+class PatchingConfig(Frozen, PatchSettings):  # type: ignore[misc]  # mypy takes Frozen for a mutable dataclass
+    """The patch rule of a run: `PatchSettings`, with the limits that training adds.
+
+    If the scheme is entropy and `threshold` is null, a threshold is chosen on training data, for a mean patch size of
+    `target_patch_size` bytes. `max_patch_length` is also the static width of the encoder's gather.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     scheme: Literal["entropy", "space", "static", "byte"] = "entropy"
-    threshold: FiniteFloat | None = None
-    threshold_add: FiniteFloat | None = None
-    monotonic: bool = False
     patch_size: int | None = Field(default=None, ge=1)
     max_patch_length: int | None = Field(default=16, ge=2)
-    reset_newlines: bool = False
-    target_patch_size: FiniteFloat = Field(default=4.5, gt=1)
+    target_patch_size: float = Field(default=4.5, gt=1)
 
     @model_validator(mode="after")
     def _complete(self) -> typing.Self:

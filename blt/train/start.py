@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,12 +17,10 @@ from blt.checkpoint import llama, models
 from blt.checkpoint.source import Part, Source
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, TransformerConfig
 from blt_runtime.errors import CheckpointError, ConfigError
+from blt_runtime.patching import PatchSettings
 
 log = logging.getLogger("blt.train")
 Values = dict[str, Any]
-RULE_KEYS = (
-    "scheme", "threshold", "threshold_add", "monotonic", "patch_size", "max_patch_length", "reset_newlines",
-)  # fmt: skip
 FREE = (
     "max_seqlen", "window", "norm_eps", "rope_theta", "encoder_cross_window", "decoder_cross_window",
     "latent_document_mask",
@@ -50,7 +49,7 @@ def _from_checkpoint(raw: Values, path: str) -> None:
     if raw.get("kind") != "blt":
         return
     if source.patch_rule is not None:
-        rule = {key: getattr(source.patch_rule, key) for key in RULE_KEYS}
+        rule = {field.name: getattr(source.patch_rule, field.name) for field in dataclasses.fields(PatchSettings)}
         raw["patching"] = _patching(rule, raw.get("patching", {}))
     scheme = raw["patching"].get("scheme") if isinstance(raw.get("patching"), Mapping) else None
     if source.entropy is not None and scheme == "entropy" and raw.get("entropy_model") is None:

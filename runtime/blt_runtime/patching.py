@@ -30,14 +30,13 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class PatchRule:
-    """How a model cuts text.
+class PatchSettings:
+    """The settings that a patch rule and the section `patching` of a training run share, with no check of values.
 
     scheme entropy: a patch ends at t when e[t] > threshold (nats); with `monotonic` when e[t] - e[t-1] >
     threshold; with `threshold_add` when e[t] > threshold and e[t] - e[t-1] > threshold_add. `patch_size`
     belongs to static (lengths 1, s, s, ...). `max_patch_length` splits longer patches. `reset_newlines`
-    lets the entropy model forget at newlines. `entropy_dtype` bfloat16 rounds (to nearest, ties to even) entropies,
-    their differences and the thresholds before they are compared; it belongs to the scheme entropy alone.
+    lets the entropy model forget at newlines.
     """
 
     scheme: Scheme = "entropy"
@@ -47,6 +46,16 @@ class PatchRule:
     patch_size: int | None = None
     max_patch_length: int | None = None
     reset_newlines: bool = False
+
+
+@dataclass(frozen=True)
+class PatchRule(PatchSettings):
+    """How a model cuts text: complete settings, checked. Raises RuleError if they do not make a rule.
+
+    `entropy_dtype` bfloat16 rounds (to nearest, ties to even) entropies, their differences and the thresholds before
+    they are compared. Only the scheme entropy allows it.
+    """
+
     entropy_dtype: EntropyDtype = "float32"
 
     def __post_init__(self) -> None:
