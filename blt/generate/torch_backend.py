@@ -17,7 +17,7 @@ from torch import Tensor
 from blt.checkpoint.models import Checkpoint, load
 from blt.model import BLT
 from blt.model.graphs import CHUNK, Limits, model_spec
-from blt.model.steps import Step, make_steps
+from blt.model.steps import StepModule, make_steps
 from blt_runtime import Model
 from blt_runtime.backends.protocol import Buffer, Call, HostBuffer
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec
@@ -27,7 +27,7 @@ from blt_runtime.errors import BackendError, UsageError
 class TorchSession:
     """One step module. Its outputs are copied into the bound buffers, its caches are those buffers."""
 
-    def __init__(self, step: Step, spec: GraphSpec) -> None:
+    def __init__(self, step: StepModule, spec: GraphSpec) -> None:
         self.spec = spec
         self._step = step
 

@@ -65,7 +65,7 @@ def open_caches(
     return [LiveCache(key, value, positions_BS, mask) for key, value in pairs]
 
 
-class Step(nn.Module):
+class StepModule(nn.Module):
     """A stack, and a rotary table of exactly the positions its caches can reach."""
 
     def __init__(self, stack: Stack, capacity: int) -> None:
@@ -84,7 +84,7 @@ def _present(opened: Sequence[GraphCache] | Sequence[LiveCache] | Sequence[Block
     return [tensor for cache in opened for tensor in cache.present]
 
 
-class EntropyStep(Step):
+class EntropyStep(StepModule):
     """ids, positions, doc_start [B, S], caches -> entropy [B, S] in nats, logits [B, S, V], caches."""
 
     def __init__(self, model: EntropyModel, capacity: int) -> None:
@@ -119,7 +119,7 @@ class BFloat16EntropyStep(EntropyStep):
         return [BlockCache(key, value, positions_BS, attention) for key, value in pairs]
 
 
-class EncoderStep(Step):
+class EncoderStep(StepModule):
     """ids [B, S], hash_embedding [B, S, D] (if the model has tables), positions, doc_start, caches
     -> byte_states [B, S, X, D], caches."""
 
@@ -138,7 +138,7 @@ class EncoderStep(Step):
         return torch.stack(states, 2), *_present(opened)
 
 
-class LatentStep(Step):
+class LatentStep(StepModule):
     """Finished patches to what the decoder reads of them.
 
     byte_states [N, X, D], byte_index [B, P, L], patch_length [B, P], own_start [B, P] (only with an encoder window
@@ -165,7 +165,7 @@ class LatentStep(Step):
         return self.decoder.patch_keys_values(g_BPG), *_present(opened)
 
 
-class DecoderStep(Step):
+class DecoderStep(StepModule):
     """byte_states [B, S, X, D], patch_kv [R, Y, 2, k, D], patch_row [B, S, W], positions, doc_start, caches
     -> logits [B, S, V], caches."""
 
@@ -188,9 +188,11 @@ class DecoderStep(Step):
         return logits, *_present(opened)
 
 
-def make_steps(blt: BLT, entropy: EntropyModel | None, capacity_bytes: int, capacity_patches: int) -> dict[str, Step]:
+def make_steps(
+    blt: BLT, entropy: EntropyModel | None, capacity_bytes: int, capacity_patches: int
+) -> dict[str, StepModule]:
     """The steps of a model by graph name, in evaluation mode, for streams of these capacities."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, StepModule] = {}
     if entropy is not None:
         kind = BFloat16EntropyStep if isinstance(entropy, BFloat16EntropyModel) else EntropyStep
         steps["entropy"] = kind(entropy, capacity_bytes)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from blt.checkpoint.models import Checkpoint
-from blt.model.steps import Step as ModelStep
+from blt.model.steps import StepModule
 from blt_runtime.bundle.manifest import Manifest, Parity
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec
 
@@ -72,7 +72,7 @@ class Job:
     precisions: dict[str, str] = field(default_factory=dict)
     eval_ids: Sequence[npt.NDArray[np.int64]] = ()
     folder: Path = Path()
-    modules: dict[str, ModelStep] = field(default_factory=dict)
+    modules: dict[str, StepModule] = field(default_factory=dict)
     captured: dict[str, ir.Model] = field(default_factory=dict)
     graphs: dict[str, ir.Model] = field(default_factory=dict)
     quantised: dict[str, quantize.Outcome] = field(default_factory=dict)
