@@ -27,7 +27,6 @@ EXTRAS = {
     "pydantic": "train",
     "pyppmd": "dev",
     "safetensors": "hub",
-    "tensorrt": "tensorrt",
     "tensorrt_rtx": "aot",
     "tokenizers": "bpe",
     "torch": "train",
