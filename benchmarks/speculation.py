@@ -27,7 +27,7 @@ from typing import Any
 
 from blt.bench.runs import Forced, Text, bench_text, with_changes
 from blt_runtime import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter, Model, Sampler, Stream
-from blt_runtime.speculation.pace import Costs
+from blt_runtime.speculation.adaptive import Costs
 
 RELEASED_MB = {"entropy": 404, "encoder": 59, "latent": 5258, "decoder": 545}
 WAYS: dict[str, Callable[[Sampler], str | Drafter]] = {

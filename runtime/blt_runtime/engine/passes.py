@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backends.protocol import Array, Buffer, Call
 from ..ids import Ids
-from ..speculation.pace import Costs
+from ..speculation.adaptive import Costs
 from .memory import AHEAD, Memory
 from .step import LatentCall, entries
 

@@ -35,8 +35,8 @@ from ..engine.step import StepCalls
 from ..errors import UsageError, nearest
 from ..ids import Ids
 from ..sampling import Sampler, is_whole
+from .adaptive import Costs, Paced
 from .drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
-from .pace import Costs, Paced
 
 Speculate = Literal["off", "auto", "decoder", "entropy", "lookup", "lookup+decoder"]
 

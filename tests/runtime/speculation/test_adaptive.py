@@ -10,8 +10,8 @@ import pytest
 
 from blt_runtime.ids import encode
 from blt_runtime.sampling import Sampler
+from blt_runtime.speculation.adaptive import TIMED, CallCost, Cost, Costs, Paced, Share, Way
 from blt_runtime.speculation.drafters import LookupDrafter
-from blt_runtime.speculation.pace import TIMED, CallCost, Cost, Costs, Paced, Share, Way
 
 TEXT = encode(b"again and again and again and ", bos=False)
 
