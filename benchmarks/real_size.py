@@ -30,10 +30,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "runtime"), str(ROOT / "export")]
 
-from blt.checkpoint.facebook import hash_table_name, reference_name  # noqa: E402
+from blt.checkpoint.facebook import facebook_name, hash_table_name  # noqa: E402
 from blt.checkpoint.models import load  # noqa: E402
 from blt.checkpoint.source import HASH_TABLES, shapes  # noqa: E402
-from blt.checkpoint.tensors import BLOCK, Stored, write_pickled, write_safetensors  # noqa: E402
+from blt.checkpoint.tensors import BLOCK, StoredTensor, write_pickled, write_safetensors  # noqa: E402
 from blt.generate import reference as slow  # noqa: E402
 from blt.model import BLTConfig, EntropyConfig  # noqa: E402
 from blt.train.config import load_config  # noqa: E402
@@ -44,7 +44,7 @@ MEAN_PATCH = 4.5
 PROMPT = "The Byte Latent Transformer reads bytes, finds where the next one is hard to predict, and cuts there."
 
 
-class Random(Stored):
+class Random(StoredTensor):
     """Random bfloat16 weights that exist one block at a time: normal, sigma = width^(-1/2); norms are ones."""
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int, scale: float = 1.0) -> None:
@@ -63,17 +63,17 @@ class Random(Stored):
             )
 
 
-def random_weights(config: BLTConfig | EntropyConfig, seed: int) -> dict[str, Stored]:
+def random_weights(config: BLTConfig | EntropyConfig, seed: int) -> dict[str, StoredTensor]:
     """Under the reference's names; hash tables one by one."""
     entropy = isinstance(config, EntropyConfig)
-    weights: dict[str, Stored] = {}
+    weights: dict[str, StoredTensor] = {}
     for i, (ours, shape) in enumerate(shapes(config).items()):
         if ours == HASH_TABLES and isinstance(config, BLTConfig) and config.hash:
             for t in range(config.hash.n_tables):
                 name = hash_table_name(t)
                 weights[name] = Random(name, (config.hash.rows, shape[1]), seed + 1000 * (t + 1))
         else:
-            name = reference_name(ours, entropy=entropy)
+            name = facebook_name(ours, entropy=entropy)
             sharp = 3.0 if entropy and ours == "output.weight" else 1.0  # entropies spread over a nat or more
             weights[name] = Random(name, shape, seed + i, sharp)
     return weights

@@ -1,1 +1,1 @@
-"""Checkpoints: one adapter per format, tensors that stay in their files, and the models made of them."""
+"""Checkpoints: `formats` opens one of any format as a `Source`, `models` makes models of it and saves them."""

@@ -1,11 +1,11 @@
-"""The reference implementation's two formats, which share names and arguments.
+"""The facebook format: checkpoints of facebookresearch/blt, in two layouts that share names and arguments.
 
-Training: a folder with `params.json` and `consolidated.pth`. Hub: `config.json` with `args`, `model.safetensors`, and
-for a BLT `train_args.json`, which is the params.json. Both keep the entropy model in a folder of its own.
+Training folder: `params.json` and `consolidated.pth`. Hub folder: `config.json` with `args`, `model.safetensors`, and
+for a BLT `train_args.json`, which has the content of params.json. Both store the entropy model in a separate folder.
 
-Facts from spec sections 4, 5, 13.1 to 13.3. Semantics are the reference's own, read row by row in float32, with two
-deliberate differences. Its entropy calls start without context every 8,192 tokens; ours never do. `attn_impl` chooses
-kernels there, and with all but xformers loses the masks; we always mask.
+The facts are in spec sections 4, 5 and 13.1 to 13.3. A checkpoint means what facebookresearch/blt computes row by row
+in float32, with two deliberate differences. Its entropy model starts without context every 8,192 tokens; ours never
+does. Its `attn_impl` chooses the kernels, and every choice but xformers loses the masks; we always mask.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
-from blt.checkpoint.source import HASH_TABLES, Part, Source, make_part, parse, read_json
-from blt.checkpoint.tensors import Stored, read_safetensors, read_tensors, stored
+from blt.checkpoint.source import HASH_TABLES, Source, StoredModel, fit_weights, parse, read_json
+from blt.checkpoint.tensors import StoredTensor, read_safetensors, read_tensors, stored_tensors
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
 from blt_runtime.errors import BltError, CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
@@ -28,9 +28,9 @@ from blt_runtime.patching import PatchRule
 log = logging.getLogger(__name__)
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
 HUB_CONFIG, HUB_WEIGHTS, TRAIN_ARGS = "config.json", "model.safetensors", "train_args.json"
-Tensors = Mapping[str, Stored]
+Tensors = Mapping[str, StoredTensor]
 
-# ours -> theirs; the first that matches is applied
+# our names -> theirs; the first pattern that matches is applied
 RENAMES = (
     (r"encoder\.byte_embedding\.", "local_encoder.tok_embeddings."),
     (r"(encoder|decoder)\.patch_projection\.", r"local_\1.patch_embedding_projection."),
@@ -42,11 +42,11 @@ RENAMES = (
 )
 ENTROPY_RENAMES = ((r"byte_embedding\.", "tok_embeddings."),)
 UNUSED = re.compile(r"local_(encoder|decoder)\.token_embedding_projection\.weight|.*rope.*freqs.*")
-"""Tensors that the reference stores and never reads (spec sections 11 and 13.3)."""
+"""Tensors that facebookresearch/blt stores and never reads (spec sections 11 and 13.3)."""
 
 
-def reference_name(name: str, entropy: bool = False) -> str:
-    """The reference's name of one of our parameters (hash tables apart: they are split, see `hash_table_name`)."""
+def facebook_name(name: str, entropy: bool = False) -> str:
+    """The facebook name of one of our parameters. Hash tables are stored one by one, see `hash_table_name`."""
     for pattern, replacement in ENTROPY_RENAMES if entropy else RENAMES:
         renamed, n = re.subn("^" + pattern, replacement, name)
         if n:
@@ -59,7 +59,7 @@ def hash_table_name(table: int) -> str:
 
 
 class Arguments(BaseModel):
-    """The arguments that decide what the weights compute. The files hold many more, for training; those are ignored."""
+    """The arguments that decide what the weights compute. Others, for training, are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -95,7 +95,7 @@ class ModelArguments(Arguments):
     patch_in_forward: bool = False
     patching_mode: str | None = None
     max_patch_length: PositiveInt | None = None
-    # what we have only one form of
+    # only these values are supported
     use_rope: Literal[True] = True
     cross_attn_encoder: Literal[True] | None = True
     cross_attn_decoder: Literal[True] | None = True
@@ -128,21 +128,21 @@ Section = TypeVar("Section", bound=Arguments)
 
 
 def matches(path: Path) -> bool:
-    """The training format by its params.json, the hub format by the arguments in its config.json."""
+    """A training folder has params.json, a hub folder has `args` in its config.json."""
     return path.is_dir() and ((path / PARAMS).is_file() or "args" in _json(path / HUB_CONFIG, required=False))
 
 
 def read(path: Path) -> Source:
-    """A BLT and its rule, or an entropy model. Raises CheckpointError."""
+    """A BLT and its patch rule, or an entropy model. Raises CheckpointError."""
     try:
         source = _read_training(path) if (path / PARAMS).is_file() else _read_hub(path)
     except CheckpointError:
         raise
-    except ValidationError as error:  # the configurations' own checks
+    except ValidationError as error:  # from the checks of the configurations
         raise CheckpointError(f"{path}: {error.errors()[0]['msg']}") from None
     except BltError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return source.check_together()
+    return source.check_vocabularies()
 
 
 def _read_training(path: Path) -> Source:
@@ -152,10 +152,10 @@ def _read_training(path: Path) -> Source:
         key = "entropy_model" if params.get("entropy_model") else "model"
         entropy = _section(EntropyArguments, file, params, key)
         _check_forced(entropy, file)
-        return Source("reference", path, entropy=_entropy_part(entropy, tensors, path))
+        return Source("facebook", path, entropy=_entropy_model(entropy, tensors, path))
     args = _section(ModelArguments, file, params, "model")
     rule = patch_rule(args, params, file)
-    return Source("reference", path, _blt_part(args, tensors, path), None, rule)
+    return Source("facebook", path, blt=_blt(args, tensors, path), patch_rule=rule)
 
 
 def _read_hub(path: Path) -> Source:
@@ -163,37 +163,40 @@ def _read_hub(path: Path) -> Source:
     config, tensors = _json(file), read_safetensors(path / HUB_WEIGHTS)
     if not isinstance(config["args"], dict) or "dim_global" not in config["args"]:
         entropy = _section(EntropyArguments, file, config, "args")
-        return Source("hub", path, entropy=_entropy_part(entropy, tensors, path))
+        return Source("facebook-hub", path, entropy=_entropy_model(entropy, tensors, path))
     if not train_args.is_file():
-        raise CheckpointError(f"{path} has no {TRAIN_ARGS}, and the threshold of its patches is written only there")
+        raise CheckpointError(f"{path} has no {TRAIN_ARGS}, the only file with the patch threshold; copy it, too")
     args = _section(ModelArguments, file, config, "args")
     rule = patch_rule(args, _json(train_args), train_args)
-    return Source("hub", path, _blt_part(args, tensors, path), None, rule)
+    return Source("facebook-hub", path, blt=_blt(args, tensors, path), patch_rule=rule)
 
 
-def _blt_part(args: ModelArguments, tensors: Tensors, path: Path) -> Part:
+def _blt(args: ModelArguments, tensors: Tensors, path: Path) -> StoredModel[BLTConfig]:
     config = blt_config(args, tensors)
     n_tables = config.hash.n_tables if config.hash else 0
 
     def names_of(ours: str) -> list[str]:
-        return [hash_table_name(t) for t in range(n_tables)] if ours == HASH_TABLES else [reference_name(ours)]
+        return [hash_table_name(t) for t in range(n_tables)] if ours == HASH_TABLES else [facebook_name(ours)]
 
-    return make_part(config, tensors, names_of, path, UNUSED)
+    return fit_weights(config, tensors, names_of, path, UNUSED)
 
 
-def _entropy_part(args: EntropyArguments, tensors: Tensors, path: Path) -> Part:
-    return make_part(entropy_config(args, tensors), tensors, lambda n: [reference_name(n, entropy=True)], path, UNUSED)
+def _entropy_model(args: EntropyArguments, tensors: Tensors, path: Path) -> StoredModel[EntropyConfig]:
+    return fit_weights(entropy_config(args, tensors), tensors, lambda n: [facebook_name(n, entropy=True)], path, UNUSED)
 
 
 def _check_forced(args: EntropyArguments, file: Path) -> None:
-    """The reference's loader does not read these arguments but takes its own values (spec section 4): a model that was
-    trained with others gives entropies there that nobody meant."""
+    """Raises CheckpointError for an entropy model that facebookresearch/blt does not run as it was trained.
+
+    Its loader ignores these arguments and uses fixed values (spec section 4), so a model that was trained with others
+    gives wrong entropies there.
+    """
     for name, forced in (("sliding_window", 512), ("rope_theta", 10000.0), ("norm_eps", 1e-5)):
         value = getattr(args, name)
         if value is not None and value != forced:
             raise CheckpointError(
-                f"{file}: the entropy model has {name} {value}, but the reference runs every one with {forced}: "
-                f"it does not belong to the BLT's patches; write {forced} to get what the reference computes"
+                f"{file}: the entropy model has {name} {value}, but facebookresearch/blt runs every one with {forced}: "
+                f"it does not belong to the BLT's patches; write {forced} to get what facebookresearch/blt computes"
             )
 
 
@@ -211,11 +214,11 @@ def _read_pickled(path: Path) -> Tensors:
     weights = content.get("model", content)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} holds no state dict under the key 'model'")
-    return stored(weights, path)
+    return stored_tensors(weights, path)
 
 
 def _section(kind: type[Section], file: Path, values: Any, *keys: str) -> Section:
-    """One section of a JSON file, checked. Raises CheckpointError that names the argument."""
+    """One section of a JSON file, validated. Raises CheckpointError that names the argument."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     where = ".".join(keys)
@@ -226,7 +229,7 @@ def _section(kind: type[Section], file: Path, values: Any, *keys: str) -> Sectio
 
 def blt_config(args: ModelArguments, weights: Tensors) -> BLTConfig:
     if args.attn_impl not in (None, "xformers"):
-        log.warning("attn_impl is %s; windows and documents are masked as with xformers", args.attn_impl)
+        log.warning("attn_impl is %s; windows and documents are masked anyway, as with xformers", args.attn_impl)
 
     def stack(
         name: str, dim: int, layers: int, heads: int, length: int | None, window: int | None = None
@@ -265,8 +268,11 @@ def blt_config(args: ModelArguments, weights: Tensors) -> BLTConfig:
 
 
 def _shapes(weights: Tensors, stack: str, heads: int) -> dict[str, Any]:
-    """Head counts and widths from a stack's weights: the reference derives them from one of several arguments each,
-    and the weights are what counts. None where the weights do not say: then they are missing and listed as such."""
+    """Head counts and widths from a stack's weights.
+
+    facebookresearch/blt derives each of them from one of several arguments, and only the weights are decisive. A value
+    that the weights do not give is None; the weights are then missing and reported as such.
+    """
     width = _most_common(weights, stack, ("attention.wq", 0), ("attention.wo", 1))
     shared = _most_common(weights, stack, ("attention.wk", 0), ("attention.wv", 0))
     ffn_dim = _most_common(weights, stack, ("feed_forward.w1", 0), ("feed_forward.w3", 0), ("feed_forward.w2", 1))
@@ -287,8 +293,8 @@ def _shapes(weights: Tensors, stack: str, heads: int) -> dict[str, Any]:
 
 
 def _most_common(weights: Tensors, stack: str, *places: tuple[str, int]) -> int | None:
-    """The size that most of a stack's matrices have at these places (name and axis), so that one that is misshapen is
-    not the measure of the others."""
+    """The most frequent size of a stack's matrices at these places (name and axis), so that one matrix of a wrong shape
+    does not define what is expected of the others."""
     named = [(name.removeprefix(stack), tensor.shape) for name, tensor in weights.items() if name.startswith(stack)]
     sizes = [
         shape[axis]
@@ -323,7 +329,7 @@ def entropy_config(args: EntropyArguments, weights: Tensors) -> EntropyConfig:
 
 
 def patch_rule(model: ModelArguments, params: Mapping[str, Any], file: Path) -> PatchRule:
-    """The rule of `data.patcher_args`, or of the model where it patches by itself (spec section 5)."""
+    """The rule of `data.patcher_args`, or the model's own with `patch_in_forward` (spec section 5)."""
     if model.patch_in_forward:
         if model.patching_mode not in ("space", "byte"):
             raise CheckpointError(f"{file}: model.patch_in_forward works for space and byte patching only")
@@ -333,7 +339,7 @@ def patch_rule(model: ModelArguments, params: Mapping[str, Any], file: Path) -> 
     if args.patching_mode == "entropy":
         if args.threshold is None:
             raise CheckpointError(f"{file}: data.patcher_args has no threshold; entropy patching needs one")
-        # monotonicity wins over threshold_add
+        # monotonicity takes precedence over threshold_add
         add = None if args.monotonicity else args.threshold_add
         rule |= {"threshold": args.threshold, "threshold_add": add, "monotonic": args.monotonicity}
     if args.patching_mode == "static":
@@ -343,9 +349,9 @@ def patch_rule(model: ModelArguments, params: Mapping[str, Any], file: Path) -> 
     return PatchRule.from_dict(rule)
 
 
-def reference_state(state: Mapping[str, Tensor], n_tables: int, entropy: bool = False) -> dict[str, Tensor]:
-    """The same tensors (or their gradients) under the reference's names."""
-    named = {reference_name(name, entropy): tensor for name, tensor in state.items() if name != HASH_TABLES}
+def facebook_state(state: Mapping[str, Tensor], n_tables: int, entropy: bool = False) -> dict[str, Tensor]:
+    """The same tensors (or their gradients) under their facebook names."""
+    named = {facebook_name(name, entropy): tensor for name, tensor in state.items() if name != HASH_TABLES}
     if n_tables:
         chunks = state[HASH_TABLES].chunk(n_tables)
         named |= {hash_table_name(table): chunk for table, chunk in enumerate(chunks)}

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from blt.checkpoint import huggingface_config, huggingface_write
-from blt.checkpoint.source import Part, Source, make_part, read_json
-from blt.checkpoint.tensors import Stored, read_safetensors, write_safetensors
+from blt.checkpoint.source import Source, fit_weights, read_json
+from blt.checkpoint.tensors import StoredTensor, read_safetensors, write_safetensors
 from blt.files import staged
 from blt.model.config import BLTConfig, TransformerConfig
 from blt_runtime.errors import CheckpointError
@@ -108,13 +108,13 @@ def read(path: Path) -> Source:
     patcher = {name: found.pop(name) for name in list(found) if name.startswith(PATCHER)}
     if blt_config.hash is None:
         found.pop(HASH_TENSOR, None)  # a table without rows
-    blt = make_part(blt_config, _ungrouped(blt_config, found), _names, path)
+    blt = fit_weights(blt_config, _ungrouped(blt_config, found), _names, path)
     entropy = None
     if patcher and entropy_config is not None:
-        entropy = make_part(entropy_config, patcher, _names, path)
+        entropy = fit_weights(entropy_config, patcher, _names, path)
     elif patcher:
         log.warning("%s: patch_in_forward is off, so its patcher is not read", where)
-    return Source("huggingface", path, blt, entropy, rule).check_together()
+    return Source("huggingface", path, blt=blt, entropy=entropy, patch_rule=rule).check_vocabularies()
 
 
 def _names(ours: str) -> list[str]:
@@ -147,7 +147,7 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _ungrouped(config: BLTConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
+def _ungrouped(config: BLTConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Tensors with the key/value heads of grouped cross-attention repeated."""
     out = dict(found)
     for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
@@ -156,14 +156,14 @@ def _ungrouped(config: BLTConfig, found: Mapping[str, Stored]) -> dict[str, Stor
     return out
 
 
-def _repeat_heads(tensor: Stored, stack: TransformerConfig) -> Stored:
+def _repeat_heads(tensor: StoredTensor, stack: TransformerConfig) -> StoredTensor:
     """Rows of each key/value head once for every head of its group; views of the file, nothing is copied."""
     group = stack.n_heads // stack.kv_heads
     if group == 1 or tensor.shape != (stack.kv_heads * stack.head_size, stack.dim):
         return tensor
     (rows,) = tensor.pieces
     pieces = tuple(head for head in rows.split(stack.head_size) for _ in range(group))
-    return Stored(tensor.names * len(pieces), pieces, tensor.mapped)
+    return StoredTensor(tensor.names * len(pieces), pieces, tensor.mapped)
 
 
 # --- writing -------------------------------------------------------------------------------------------------
@@ -205,21 +205,20 @@ def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     return huggingface_write.to_json(source.blt_config, source.entropy_config, source.patch_rule, name)
 
 
-def _huggingface_tensors(source: Source) -> dict[str, Stored]:
+def _huggingface_tensors(source: Source) -> dict[str, StoredTensor]:
     """Everything under their names, in our order."""
-    blt, config = source.blt, source.blt_config
-    assert isinstance(blt, Part)
-    assert config is not None
+    assert source.blt is not None
+    blt, config = source.blt, source.blt.config
     tensors = {huggingface_name(ours): _written(ours, t, config) for ours, t in blt.weights.items()}
     if config.hash is None:  # no functions, so the table has no rows, but it is there
         example = next(iter(blt.weights.values()))
-        tensors[HASH_TENSOR] = Stored((HASH_TENSOR,), (torch.empty(0, config.local_dim, dtype=example.dtype),))
+        tensors[HASH_TENSOR] = StoredTensor((HASH_TENSOR,), (torch.empty(0, config.local_dim, dtype=example.dtype),))
     if source.entropy is not None:
         tensors |= {huggingface_name(ours): t for ours, t in source.entropy.weights.items()}
     return tensors
 
 
-def _written(ours: str, tensor: Stored, config: BLTConfig) -> Stored:
+def _written(ours: str, tensor: StoredTensor, config: BLTConfig) -> StoredTensor:
     stack = {"encoder": config.encoder, "decoder": config.decoder}.get(ours.split(".")[0])
     grouped = re.search(r"\.attention\.w[kv]\.", ours)
     return _repeat_heads(tensor, stack) if stack is not None and grouped else tensor

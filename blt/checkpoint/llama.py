@@ -1,9 +1,9 @@
-"""Llama checkpoints as a start for the latent transformer (paper, section 6.2): a Hugging Face folder or a GGUF file.
+"""Llama checkpoints to start the latent transformer from (paper, section 6.2): a Hugging Face folder or a GGUF file.
 
-Only the blocks are taken. Embeddings, the final norm and the output have no place between patches. Two layouts of the
-rotary embedding are read: transformers turns the halves of a head, (x[i], x[i + K/2]); we turn neighbours,
-(x[2i], x[2i + 1]), and so does llama.cpp, whose GGUF files hold queries and keys in that order already. Reordering the
-rows of both projections changes no attention score, as it is the same permutation of the head for queries and keys.
+Only the blocks are read: embeddings, the final norm and the output have no use between patches. Two layouts of the
+rotary embedding occur. transformers rotates the halves of a head, (x[i], x[i + K/2]); this project rotates neighbours,
+(x[2i], x[2i + 1]), and so does llama.cpp, whose GGUF files already have the rows of queries and keys in that order.
+Reordering the rows changes no attention score, because queries and keys get the same permutation of the head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,27 +28,63 @@ from blt_runtime.errors import CheckpointError, MissingExtra
 
 log = logging.getLogger(__name__)
 LONGEST = 1 << 20  # rows of a rotary table
-GGUF_LAYER = {
-    "attention_norm": "attn_norm",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "ffn_norm": "ffn_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w3": "ffn_up",
-    "feed_forward.w2": "ffn_down",
-}
 GGUF_FREQUENCIES = "rope_freqs.weight"  # factors of the rotary frequencies (Llama 3.1), in no field of the file
-GGUF_UNUSED = re.compile(r".*\.attn_rot_embd\..*")
 SHAPES = ("dim", "n_layers", "n_heads", "kv_heads", "head_size", "hidden_dim")
 FUNCTION = ("norm_eps", "rope_theta")
+Weight = TypeVar("Weight")
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """A format's names of the weights of a block, `prefix.<layer>.<name>.weight`, and those that it never reads."""
+
+    prefix: str
+    names: Mapping[str, str]
+    unused: re.Pattern[str]
+
+    def weight(self, layer: int | str, name: str) -> str:
+        return f"{self.prefix}.{layer}.{self.names[name]}.weight"
+
+    def find(self, ours: str, found: Mapping[str, Weight], where: Path) -> tuple[str, Weight]:
+        """The format's name of one of our parameters, and what is stored under it. Raises CheckpointError."""
+        _, layer, name = ours.removesuffix(".weight").split(".", 2)
+        theirs = self.weight(layer, name)
+        if theirs not in found:
+            raise CheckpointError(f"{where}: missing {theirs}; copy the whole checkpoint again")
+        return theirs, found[theirs]
+
+    def check_plain(self, found: Iterable[str], n_layers: int, where: Path) -> None:
+        """Raises CheckpointError if a block has more than a plain Llama's weights: nothing is dropped silently."""
+        known = {self.weight(layer, name) for layer in range(n_layers) for name in self.names}
+        blocks = {name for name in found if name.startswith(f"{self.prefix}.") and not self.unused.match(name)}
+        rest = sorted(blocks - known)
+        if rest:
+            listed = ", ".join(rest[:3]) + (", ..." if len(rest) > 3 else "")
+            raise CheckpointError(f"{where}: {listed} ({len(rest)} in all) are not supported; use a plain Llama")
+
+
+FOLDER_NAMES = BlockNames("model.layers", dict(LAYER), UNUSED)
+GGUF_NAMES = BlockNames(
+    "blk",
+    {
+        "attention_norm": "attn_norm",
+        "attention.wq": "attn_q",
+        "attention.wk": "attn_k",
+        "attention.wv": "attn_v",
+        "attention.wo": "attn_output",
+        "ffn_norm": "ffn_norm",
+        "feed_forward.w1": "ffn_gate",
+        "feed_forward.w3": "ffn_up",
+        "feed_forward.w2": "ffn_down",
+    },
+    re.compile(r".*\.attn_rot_embd\..*"),
+)
 
 
 @dataclass(frozen=True)
 class Llama:
-    """The blocks of a Llama. `read` gives one weight by our name in a `Stack` (`layers.0.attention.wq.weight`), float32
-    and in our layout."""
+    """The blocks of a Llama. `read` returns one weight by its name in a `Stack` (`layers.0.attention.wq.weight`), in
+    float32 and in this project's layout."""
 
     path: Path
     config: TransformerConfig
@@ -56,10 +92,10 @@ class Llama:
 
     @torch.no_grad()
     def copy_to(self, stack: Stack) -> None:
-        """Fills the blocks of `stack`, one weight in memory at a time.
+        """Copies the weights into the blocks of `stack`, one weight in memory at a time.
 
         Raises CheckpointError for another shape, and for weights that are missing or not finite. Another `norm_eps` or
-        `rope_theta` is a warning: the weights mean a little less.
+        `rope_theta` is a warning: the blocks then compute something slightly different from what was trained.
         """
         check_fits(self.config, stack.config, self.path)
         for name, parameter in stack.layers.named_parameters(prefix="layers"):
@@ -73,7 +109,7 @@ class Llama:
 
 
 def check_fits(theirs: TransformerConfig, ours: TransformerConfig, path: Path) -> None:
-    """Raises CheckpointError that lists what `model.latent` must say for these weights."""
+    """Raises CheckpointError that lists the values of `model.latent` that these weights need."""
     wrong = [name for name in SHAPES if getattr(theirs, name) != getattr(ours, name)]
     if wrong:
         listed = ", ".join(f"{name} {getattr(theirs, name)} (not {getattr(ours, name)})" for name in wrong)
@@ -86,21 +122,21 @@ def check_fits(theirs: TransformerConfig, ours: TransformerConfig, path: Path) -
 
 
 def read(path: str | Path) -> Llama:
-    """A Llama in a Hugging Face folder (or name on the hub) or a GGUF file, its weights still there.
+    """Opens a Llama in a Hugging Face folder (or hub name) or a GGUF file; its weights stay there until they are read.
 
-    Raises CheckpointError, also for blocks that hold more than a plain Llama's (biases, experts), and MissingExtra for
-    GGUF without the library `gguf`.
+    Raises CheckpointError, also for blocks with more than a plain Llama's weights (biases, experts), and MissingExtra
+    for GGUF without the library `gguf`.
     """
     place = hub.resolve(path)
     if place.is_file():
         return _read_gguf(place)
     if not (place / CONFIG).is_file():
-        raise CheckpointError(f"{path} is no Llama: give a folder with {CONFIG} and safetensors, or a .gguf file")
+        raise CheckpointError(f"{path} is not a Llama: give a folder with {CONFIG} and safetensors, or a .gguf file")
     return _read_folder(place)
 
 
 def to_pairs(weight_RD: Tensor, head_size: int) -> Tensor:
-    """Rows of a query or key projection [heads * K, D] from halves of each head to neighbouring pairs."""
+    """Reorders the rows of a query or key projection [heads * K, D] from halves of each head to neighbouring pairs."""
     halves_HXKD = weight_RD.unflatten(0, (-1, 2, head_size // 2))
     pairs_RD: Tensor = halves_HXKD.transpose(1, 2).flatten(0, 2)
     return pairs_RD
@@ -117,20 +153,14 @@ def _read_folder(folder: Path) -> Llama:
         raise CheckpointError(f"{where}: model_type is {kind!r}; the latent transformer starts from 'llama' only")
     config = _folder_config(values, where)
     found = read_safetensors(*weight_files(folder))
-    names = dict(LAYER)
-    known = {f"model.layers.{i}.{rest}.weight" for i in range(config.n_layers) for rest in names.values()}
-    _check_rest((name for name in found if name.startswith("model.layers.") and not UNUSED.match(name)), known, folder)
+    FOLDER_NAMES.check_plain(found, config.n_layers, folder)
 
     def tensor(ours: str) -> Tensor:
-        _, layer, rest = ours.removesuffix(".weight").split(".", 2)
-        theirs = f"model.layers.{layer}.{names[rest]}.weight"
-        if theirs not in found:
-            raise CheckpointError(f"{folder}: missing {theirs}; copy all files of the checkpoint")
-        stored = found[theirs]
+        _, stored = FOLDER_NAMES.find(ours, found, folder)
         weight = torch.empty(stored.shape)
         stored.copy_to(weight)
-        turned = rest in ("attention.wq", "attention.wk") and weight.shape[0] % config.head_size == 0
-        return to_pairs(weight, config.head_size) if turned else weight
+        rotated = ours.endswith(("attention.wq.weight", "attention.wk.weight"))
+        return to_pairs(weight, config.head_size) if rotated and weight.shape[0] % config.head_size == 0 else weight
 
     return Llama(folder, config, tensor)
 
@@ -138,7 +168,7 @@ def _read_folder(folder: Path) -> Llama:
 def _folder_config(values: dict[str, Any], where: str) -> TransformerConfig:
     biased = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
     if biased or values.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{where}: {', '.join(biased) or 'hidden_act'} has no form here; use a plain Llama")
+        raise CheckpointError(f"{where}: {', '.join(biased) or 'hidden_act'} is not supported; use a plain Llama")
     rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else "default"
@@ -170,17 +200,12 @@ def _read_gguf(path: Path) -> Llama:
         raise CheckpointError(f"{path}: architecture is {kind!r}; the latent transformer starts from 'llama' only")
     config = _gguf_config(reader, str(path))
     found = {tensor.name: tensor for tensor in reader.tensors}
-    known = {f"blk.{i}.{rest}.weight" for i in range(config.n_layers) for rest in GGUF_LAYER.values()}
-    _check_rest((name for name in found if name.startswith("blk.") and not GGUF_UNUSED.match(name)), known, path)
+    GGUF_NAMES.check_plain(found, config.n_layers, path)
     if GGUF_FREQUENCIES in found:
         _warn_scaling(GGUF_FREQUENCIES, str(path))
 
     def tensor(ours: str) -> Tensor:
-        _, layer, rest = ours.removesuffix(".weight").split(".", 2)
-        theirs = f"blk.{layer}.{GGUF_LAYER[rest]}.weight"
-        if theirs not in found:
-            raise CheckpointError(f"{path}: missing {theirs}; copy the file again")
-        stored = found[theirs]
+        theirs, stored = GGUF_NAMES.find(ours, found, path)
         try:
             return torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
         except (NotImplementedError, ValueError) as error:
@@ -197,7 +222,7 @@ def _open_gguf(path: Path) -> tuple[Any, Any]:
     try:
         return gguf.GGUFReader(path), gguf
     except (ValueError, IndexError, KeyError, OSError, TypeError, OverflowError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged or no GGUF file ({error}); copy it again") from None
+        raise CheckpointError(f"{path} is damaged or not a GGUF file ({error}); copy it again") from None
 
 
 def _field(reader: Any, name: str) -> Any:
@@ -229,19 +254,15 @@ def _gguf_config(reader: Any, where: str) -> TransformerConfig:
 def _config(values: dict[str, Any], where: str) -> TransformerConfig:
     if isinstance(values["max_seqlen"], int):
         values["max_seqlen"] = min(values["max_seqlen"], LONGEST)
-    if isinstance(values["norm_eps"], float):  # GGUF keeps it in float32
+    if isinstance(values["norm_eps"], float):  # GGUF stores it in float32
         values["norm_eps"] = float(f"{values['norm_eps']:.6g}")
     return parse(TransformerConfig, values, where)
 
 
-def _check_rest(found: Iterable[str], known: set[str], where: Path) -> None:
-    """Nothing of a block is dropped silently."""
-    rest = sorted(set(found) - known)
-    if rest:
-        listed = ", ".join(rest[:3]) + (", ..." if len(rest) > 3 else "")
-        raise CheckpointError(f"{where}: {listed} ({len(rest)} in all) have no form here; use a plain Llama")
-
-
 def _warn_scaling(kind: str, where: str) -> None:
     if kind not in ("default", "none"):
-        log.warning("%s: rotary frequencies scaled by %r are not; the plain ones of rope_theta are used", where, kind)
+        log.warning(
+            "%s: the scaling %r of the rotary frequencies is ignored; the plain ones of rope_theta are used",
+            where,
+            kind,
+        )

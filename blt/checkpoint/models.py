@@ -1,20 +1,19 @@
-"""Checkpoints of every format, as models in memory and as files.
-
-`open_source` says what a checkpoint is without loading it, `load` builds the models, `save` writes our own format.
-Nothing in a checkpoint is ever run: pickled files are read with `weights_only=True`.
-"""
+"""Models in memory, and the way from and to files: `load` and `build` make models, `save` writes `model.pt`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from blt.checkpoint import facebook, hub, native
-from blt.checkpoint.formats import ADAPTERS
-from blt.checkpoint.source import HASH_TABLES, Part, Source, require_complete
-from blt.checkpoint.tensors import Stored
+from blt.checkpoint import native
+from blt.checkpoint.formats import open_source
+from blt.checkpoint.source import HASH_TABLES, ModelConfig, Source, StoredModel, check_can_generate
+from blt.checkpoint.tensors import StoredTensor
 from blt.model import BLT, EntropyModel
 from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.model.hashing import HashEmbedding, MappedTables
@@ -24,13 +23,16 @@ from blt.model.vocabulary import Vocabulary, checked
 from blt_runtime.errors import CheckpointError, RuleError
 from blt_runtime.patching import EntropyDtype, PatchRule
 
-MODEL_FILE = native.MODEL_FILE
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model file holds. An entropy model alone has no `blt`; a rule without entropies needs no `entropy`. A
-    token-level baseline is `bpe` with its `vocabulary`, and nothing else."""
+    """The models of one checkpoint.
+
+    `blt` is None if the checkpoint holds only an entropy model. `entropy` is None if the patch rule needs no entropies.
+    A token-level baseline is `bpe` with its `vocabulary`; everything else is None.
+    """
 
     blt: BLT | None
     entropy: EntropyModel | None
@@ -39,27 +41,28 @@ class Checkpoint:
     vocabulary: Vocabulary | None = None
 
     def require_blt(self) -> tuple[BLT, PatchRule]:
-        """The BLT and its rule. Raises CheckpointError if one is missing, or the entropy model that the rule needs."""
-        require_complete(self.blt, self.entropy, self.patch_rule, self.bpe)
+        """The BLT and its patch rule. Raises CheckpointError unless they, and the entropy model if the rule needs one,
+        are there."""
+        check_can_generate(self.blt, self.entropy, self.patch_rule, self.bpe)
         assert self.blt is not None
         assert self.patch_rule is not None
         return self.blt, self.patch_rule
 
     def with_entropy_dtype(self, dtype: EntropyDtype) -> Checkpoint:
-        """The same with the entropy model and the patch rule in `dtype`: float32 is ours, bfloat16 what the reference's
-        loader computes (spec section 4). The BLT is the same object.
+        """A copy with the entropy model and the patch rule in `dtype`; the BLT is the same object.
 
-        Raises RuleError if bfloat16 is asked of a checkpoint whose patches need no entropies, or float32 of one whose
-        entropy model was rounded already.
+        float32 is the default of this project, bfloat16 is what facebookresearch/blt's loader computes (spec section
+        4). Raises RuleError for bfloat16 if the checkpoint has no entropy model, and for float32 if the entropy model
+        was rounded before.
         """
         model, rule = self.entropy, self.patch_rule
         rounded = isinstance(model, BFloat16EntropyModel)
         if dtype == "float32" and rounded:
             raise RuleError(
-                "the entropy model was rounded to bfloat16: load the checkpoint again for float32 entropies"
+                "the entropy model was rounded to bfloat16; load the checkpoint again for float32 entropies"
             )
         if dtype == "bfloat16" and model is None:
-            raise RuleError("bfloat16 entropies need an entropy model, and this checkpoint has none: leave float32")
+            raise RuleError("bfloat16 entropies need an entropy model, and this checkpoint has none; use float32")
         if rule is not None:
             rule = replace(rule, entropy_dtype=dtype)
         if dtype == "bfloat16" and model is not None and not rounded:
@@ -67,47 +70,16 @@ class Checkpoint:
         return replace(self, entropy=model, patch_rule=rule)
 
     def to_source(self, path: Path) -> Source:
-        """The same as weights to be written at `path`."""
-        blt = None if self.blt is None else Part(self.blt.config, _weights(self.blt))
-        entropy = None if self.entropy is None else Part(self.entropy.config, _weights(self.entropy))
-        bpe = None if self.bpe is None else Part(self.bpe.config, _weights(self.bpe))
+        """The weights as a `Source`, to be written at `path`."""
         return Source(
-            "native", path, blt, entropy, self.patch_rule, bpe, self.vocabulary.text if self.vocabulary else None
+            format="native",
+            path=path,
+            blt=None if self.blt is None else StoredModel(self.blt.config, _weights(self.blt)),
+            entropy=None if self.entropy is None else StoredModel(self.entropy.config, _weights(self.entropy)),
+            patch_rule=self.patch_rule,
+            bpe=None if self.bpe is None else StoredModel(self.bpe.config, _weights(self.bpe)),
+            tokenizer=self.vocabulary.text if self.vocabulary else None,
         )
-
-
-def open_source(path: str | Path, entropy_model: str | Path | None = None) -> Source:
-    """What any supported checkpoint says: configurations, rule, and weights that stay in their files.
-
-    path: a `model.pt`, a folder with one, a folder in the reference's training or hub format, a Hugging Face folder,
-    or a name on the hub.  entropy_model: the same, for formats that keep it apart; found by itself where it lies
-    beside.  Raises CheckpointError, and MissingExtra for a hub name without huggingface_hub.
-    """
-    source = _read(path)
-    alone = source.entropy is None and source.patch_rule is not None and source.patch_rule.needs_entropy
-    if entropy_model is None and alone:
-        entropy_model = hub.entropy_beside(path, source.path)
-    return source if entropy_model is None else source.with_entropy(_read(entropy_model))
-
-
-def _read(path: str | Path) -> Source:
-    place = hub.resolve(path)
-    adapter = next((a for a in ADAPTERS if a.matches(place)), None)
-    if adapter is None:
-        raise CheckpointError(f"{path} is no checkpoint: {_why_not(place)}")
-    source: Source = adapter.read(place)
-    return source
-
-
-def _why_not(place: Path) -> str:
-    """What is wrong with a path that no adapter takes, and what helps."""
-    config = place / facebook.HUB_CONFIG
-    if config.is_file():
-        return f"its {config.name} has neither the reference's 'args' nor model_type blt, so it is another model's"
-    inside = {path.parent.name for name in (native.MODEL_FILE, facebook.PARAMS) for path in place.glob(f"*/{name}")}
-    if inside:
-        return f"it is a folder with {', '.join(sorted(inside))} in it; give one of them"
-    return "a folder needs model.pt, params.json (reference) or config.json (hub)"
 
 
 def load(
@@ -117,15 +89,16 @@ def load(
     entropy_dtype: EntropyDtype | None = None,
     generates: bool = False,
 ) -> Checkpoint:
-    """Load any supported checkpoint in float32 and evaluation mode; hash tables stay in their file, in its dtype.
+    """Loads a checkpoint of any format, in float32 and evaluation mode; hash tables stay in their file and dtype.
 
-    trainable: hash tables in memory and float32, too.  entropy_dtype: see `Checkpoint.with_entropy_dtype` (default:
-    what the checkpoint's rule says).  generates: it must have all that generation needs, which is asked before weights
-    are read.  Other arguments and errors as `open_source`; weights that are not finite are a CheckpointError.
+    trainable: hash tables are in memory and float32, too.  entropy_dtype: see `Checkpoint.with_entropy_dtype` (default:
+    that of the checkpoint's patch rule).  generates: the checkpoint must have everything that generation needs, which
+    is checked before weights are read.  `path`, `entropy_model` and errors are those of `open_source`; weights that are
+    not finite raise CheckpointError.
     """
     source = open_source(path, entropy_model)
     if generates:
-        source.require_blt()
+        source.check_can_generate()
     checkpoint = build(source, trainable)
     if entropy_dtype is None:
         entropy_dtype = checkpoint.patch_rule.entropy_dtype if checkpoint.patch_rule else "float32"
@@ -133,35 +106,44 @@ def load(
 
 
 def build(source: Source, trainable: bool = False) -> Checkpoint:
-    """The models of a source. Raises CheckpointError for weights that are not finite, before memory is spent."""
+    """The models of a source. Raises CheckpointError for weights that are not finite, before memory is allocated."""
     source.check_finite()
-    blt = entropy = None
-    if source.blt is not None and source.blt_config is not None:
-        with torch.device("meta"):
-            blt = BLT(source.blt_config)
-        _materialise(blt, source.blt.weights, trainable)
-    if source.entropy is not None and source.entropy_config is not None:
-        with torch.device("meta"):
-            entropy = EntropyModel(source.entropy_config)
-        _materialise(entropy, source.entropy.weights, trainable)
-    bpe = vocabulary = None
-    if source.bpe is not None and source.bpe_config is not None:
-        vocabulary = checked(source.tokenizer or "", source.path)
-        if vocabulary.size > source.bpe_config.vocab_size:
-            raise CheckpointError(f"{source.path}: its tokenizer has {vocabulary.size} ids, more than its model")
-        with torch.device("meta"):
-            bpe = TokenModel(source.bpe_config)
-        _materialise(bpe, source.bpe.weights, trainable)
-    return Checkpoint(blt, entropy, source.patch_rule, bpe, vocabulary)
+    return Checkpoint(
+        blt=_model(BLT, source.blt, trainable),
+        entropy=_model(EntropyModel, source.entropy, trainable),
+        patch_rule=source.patch_rule,
+        bpe=_model(TokenModel, source.bpe, trainable),
+        vocabulary=_vocabulary(source),
+    )
+
+
+def _vocabulary(source: Source) -> Vocabulary | None:
+    if source.bpe is None:
+        return None
+    vocabulary = checked(source.tokenizer or "", source.path)
+    if vocabulary.size > source.bpe.config.vocab_size:
+        raise CheckpointError(f"{source.path}: its tokenizer has {vocabulary.size} ids, more than its model")
+    return vocabulary
 
 
 def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
-    """Write `model.pt` atomically; `dtype` is that of the stored floating-point weights (default: as they are)."""
+    """Writes `model.pt` atomically. `dtype` is that of the stored floating-point weights (default: unchanged)."""
     native.write(checkpoint.to_source(Path(path)), Path(path), dtype)
 
 
-def _materialise(model: BLT | EntropyModel, weights: dict[str, Stored], trainable: bool) -> None:
-    """Fill a model that was built on the meta device."""
+def _model(
+    kind: Callable[[ModelConfig], Model], stored: StoredModel[ModelConfig] | None, trainable: bool
+) -> Model | None:
+    if stored is None:
+        return None
+    with torch.device("meta"):
+        model = kind(stored.config)
+    _load_weights(model, stored.weights, trainable)
+    return model
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, StoredTensor], trainable: bool) -> None:
+    """Gives a model that was built on the meta device its weights and buffers."""
     mapped = not trainable and HASH_TABLES in weights and weights[HASH_TABLES].dtype != torch.float64
     if isinstance(model, BLT) and model.hash_embedding is not None and mapped:
         stored = weights[HASH_TABLES]
@@ -176,18 +158,18 @@ def _materialise(model: BLT | EntropyModel, weights: dict[str, Stored], trainabl
     model.eval()
 
 
-def stored_tables(model: BLT) -> Stored:
-    """A model's hash tables, wherever they are. Raises ValueError if it has none."""
+def stored_tables(model: BLT) -> StoredTensor:
+    """A model's hash tables, in memory or mapped. Raises ValueError if it has none."""
     if model.hash_embedding is None:
         raise ValueError("this model has no hash tables")
     tables = model.hash_embedding.tables
     if isinstance(tables, MappedTables):
-        return Stored((HASH_TABLES,) * len(tables.tables), tables.tables, tables.mapped)
-    return Stored((HASH_TABLES,), (tables.weight.detach().cpu(),))
+        return StoredTensor((HASH_TABLES,) * len(tables.tables), tables.tables, tables.mapped)
+    return StoredTensor((HASH_TABLES,), (tables.weight.detach().cpu(),))
 
 
-def _weights(model: BLT | EntropyModel) -> dict[str, Stored]:
-    weights = {name: Stored((name,), (t.detach().cpu(),)) for name, t in model.state_dict().items()}
+def _weights(model: BLT | EntropyModel) -> dict[str, StoredTensor]:
+    weights = {name: StoredTensor((name,), (t.detach().cpu(),)) for name, t in model.state_dict().items()}
     if isinstance(model, BLT) and model.hash_embedding is not None:
         weights[HASH_TABLES] = stored_tables(model)
     return weights

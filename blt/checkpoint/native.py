@@ -4,18 +4,19 @@
  "config": {"blt": {...} | None, "entropy": {...} | None, "patch_rule": {...} | None},
  "blt": state dict | None, "entropy": state dict | None}
 
-A token-level baseline has a configuration and weights "bpe" besides, and its tokenizer as text ("tokenizer").
+The checkpoint of a token-level baseline also has the configuration and weights "bpe", and the text of its tokenizer
+under "config" ("tokenizer").
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from blt.checkpoint.source import Part, Source, make_part, parse
-from blt.checkpoint.tensors import read_tensors, stored, write_pickled
+from blt.checkpoint.source import Source, StoredModel, fit_weights, parse
+from blt.checkpoint.tensors import read_tensors, stored_tensors, write_pickled
 from blt.model import BLTConfig, EntropyConfig
 from blt.model.token import TokenConfig
 from blt_runtime.errors import BltError, CheckpointError
@@ -23,10 +24,11 @@ from blt_runtime.patching import PatchRule
 
 FORMAT, VERSION = "blt-model", 1
 MODEL_FILE = "model.pt"
+ModelConfig = TypeVar("ModelConfig", bound=BLTConfig | EntropyConfig)
 
 
 def matches(path: Path) -> bool:
-    """A file, or a folder (of a finished run) with one in it."""
+    """Any file, or a folder that holds a model.pt (a finished run)."""
     return path.is_file() or (path / MODEL_FILE).is_file()
 
 
@@ -36,28 +38,35 @@ def read(path: Path) -> Source:
     content = read_tensors(path)
     if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is not a {FORMAT} file; weights of another format are read by their folder's name"
+            f"{path} is not a {FORMAT} file; for weights of another format give the folder that holds them"
         )
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has format version {content.get('version')!r}, known is {VERSION}: upgrade blt-lm"
+            f"{path} has format version {content.get('version')!r}, this release reads {VERSION}: upgrade blt-lm"
         )
     config = content.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} has no configuration")
     rule = None if config.get("patch_rule") is None else _rule(config["patch_rule"], path)
-    blt = _part(BLTConfig, "blt", content, path)
-    entropy, bpe = _part(EntropyConfig, "entropy", content, path), _part(TokenConfig, "bpe", content, path)
     tokenizer = config.get("tokenizer")
+    bpe = _model(TokenConfig, "bpe", content, path)
     if bpe is not None and not isinstance(tokenizer, str):
         raise CheckpointError(f"{path} has a token model and no tokenizer; copy it again")
-    return Source("native", path, blt, entropy, rule, bpe, tokenizer).check_together()
+    return Source(
+        format="native",
+        path=path,
+        blt=_model(BLTConfig, "blt", content, path),
+        entropy=_model(EntropyConfig, "entropy", content, path),
+        patch_rule=rule,
+        bpe=bpe,
+        tokenizer=tokenizer,
+    ).check_vocabularies()
 
 
 def write(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
-    """One file, streamed and atomic; `dtype` is that of the stored weights (default: as they are)."""
-    parts = source.parts()
-    config = {name: part.config.model_dump(mode="json") for name, part in parts.items()}
+    """Writes one file, streamed and atomically. `dtype` is that of the stored weights (default: unchanged)."""
+    models = source.models()
+    config = {name: model.config.model_dump(mode="json") for name, model in models.items()}
     rule = source.patch_rule.to_dict() if source.patch_rule else None
     tokens = {"tokenizer": source.tokenizer} if source.tokenizer is not None else {}
     content = {
@@ -67,17 +76,17 @@ def write(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
         "blt": None,
         "entropy": None,
     }
-    write_pickled(path, content, {name: part.weights for name, part in parts.items()}, dtype)
+    write_pickled(path, content, {name: model.weights for name, model in models.items()}, dtype)
 
 
-def _part(kind: type[BLTConfig | EntropyConfig], key: str, content: dict[str, Any], path: Path) -> Part | None:
+def _model(kind: type[ModelConfig], key: str, content: dict[str, Any], path: Path) -> StoredModel[ModelConfig] | None:
     values = content["config"].get(key)
     if values is None:
         return None
     config = parse(kind, values, str(path), key)
     weights = content.get(key)
-    found = stored(weights if isinstance(weights, dict) else {}, path)
-    return make_part(config, found, lambda name: [name], path)
+    found = stored_tensors(weights if isinstance(weights, dict) else {}, path)
+    return fit_weights(config, found, lambda name: [name], path)
 
 
 def _rule(values: Any, path: Path) -> PatchRule:

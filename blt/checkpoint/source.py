@@ -1,7 +1,7 @@
-"""What a checkpoint of any format says, before anything of it is in memory.
+"""A checkpoint of any format, described before any of its weights are in memory.
 
-An adapter (`formats`) turns files into a `Source`: configurations, the patch rule, and weights under our names
-that still lie in their files. Everything that can be wrong with names, shapes, dtypes and numbers is found here.
+A format's module (see `formats`) turns files into a `Source`: configurations, the patch rule, and weights that stay in
+their files, under this project's parameter names. Wrong names, shapes, dtypes and numbers are found here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
 
-from blt.checkpoint.tensors import DTYPES, Stored
+from blt.checkpoint.tensors import DTYPES, StoredTensor
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel
 from blt.model.token import TokenConfig
 from blt_runtime.errors import CheckpointError
@@ -25,15 +25,15 @@ from blt_runtime.patching import PatchRule
 
 HASH_TABLES = "hash_embedding.tables.weight"
 Config = TypeVar("Config", bound=BaseModel)
+ModelConfig = TypeVar("ModelConfig", bound=BLTConfig | EntropyConfig)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A BLT, an entropy model or a token model: configuration, and a `Stored` for each of its parameters, by our
-    names."""
+class StoredModel(Generic[ModelConfig]):
+    """A BLT, an entropy model or a token model in its file: the configuration, and every parameter by its name."""
 
-    config: BLTConfig | EntropyConfig
-    weights: dict[str, Stored]
+    config: ModelConfig
+    weights: dict[str, StoredTensor]
 
     @property
     def bytes(self) -> int:
@@ -42,48 +42,48 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint as it lies on disk. `format`: native, reference, hub or huggingface. A token model (`bpe`) comes
-    alone, with the text of its `tokenizer`."""
+    """A checkpoint on disk. `format` is native, facebook, facebook-hub or huggingface.
+
+    A checkpoint with a token model (`bpe`) holds nothing else but the text of its `tokenizer`.
+    """
 
     format: str
     path: Path
-    blt: Part | None = None
-    entropy: Part | None = None
+    blt: StoredModel[BLTConfig] | None = None
+    entropy: StoredModel[EntropyConfig] | None = None
     patch_rule: PatchRule | None = None
-    bpe: Part | None = None
+    bpe: StoredModel[TokenConfig] | None = None
     tokenizer: str | None = None
 
     @property
     def blt_config(self) -> BLTConfig | None:
-        return self.blt.config if self.blt is not None and isinstance(self.blt.config, BLTConfig) else None
+        return self.blt.config if self.blt else None
 
     @property
     def entropy_config(self) -> EntropyConfig | None:
-        part = self.entropy
-        return part.config if part is not None and isinstance(part.config, EntropyConfig) else None
+        return self.entropy.config if self.entropy else None
 
     @property
-    def bpe_config(self) -> TokenConfig | None:
-        return self.bpe.config if self.bpe is not None and isinstance(self.bpe.config, TokenConfig) else None
+    def lacks_entropy_model(self) -> bool:
+        return self.entropy is None and self.patch_rule is not None and self.patch_rule.needs_entropy
 
-    def parts(self) -> dict[str, Part]:
-        named = {"blt": self.blt, "entropy": self.entropy, "bpe": self.bpe}
-        return {name: part for name, part in named.items() if part is not None}
+    def models(self) -> dict[str, StoredModel[Any]]:
+        named: dict[str, StoredModel[Any] | None] = {"blt": self.blt, "entropy": self.entropy, "bpe": self.bpe}
+        return {name: model for name, model in named.items() if model is not None}
 
-    def require_blt(self) -> None:
-        """Raises CheckpointError as `require_complete`."""
-        require_complete(self.blt, self.entropy, self.patch_rule, self.bpe)
+    def check_can_generate(self) -> None:
+        """Raises CheckpointError if something that generation needs is missing."""
+        check_can_generate(self.blt, self.entropy, self.patch_rule, self.bpe)
 
     def with_entropy(self, other: Source) -> Source:
-        """The same with the entropy model of `other`. Raises CheckpointError if it has none, or another vocabulary."""
+        """A copy with the entropy model of `other`. Raises CheckpointError if it has none, or one of other ids."""
         if other.entropy is None:
             raise CheckpointError(f"{other.path} holds no entropy model")
-        return replace(self, entropy=other.entropy).check_together()
+        return replace(self, entropy=other.entropy).check_vocabularies()
 
-    def check_together(self) -> Source:
-        """Raises CheckpointError where BLT and entropy model do not belong together."""
-        blt, entropy = self.blt_config, self.entropy_config
-        for name, config in (("BLT", blt), ("entropy model", entropy)):
+    def check_vocabularies(self) -> Source:
+        """Raises CheckpointError if the BLT or the entropy model does not have the byte-level ids."""
+        for name, config in (("BLT", self.blt_config), ("entropy model", self.entropy_config)):
             if config is not None and config.vocab_size != VOCAB:
                 raise CheckpointError(
                     f"{self.path}: the {name} has {config.vocab_size} ids, a byte-level model has {VOCAB}"
@@ -92,50 +92,51 @@ class Source:
 
     def check_finite(self) -> None:
         """Raises CheckpointError that names every tensor with a NaN or an infinity. Reads all weights once."""
-        bad = [name for part in self.parts().values() for t in part.weights.values() for name in t.not_finite()]
+        bad = [name for model in self.models().values() for t in model.weights.values() for name in t.not_finite()]
         if bad:
             raise CheckpointError(
                 f"{self.path}: NaN or infinite weights in {', '.join(dict.fromkeys(bad))}; it was saved broken"
             )
 
 
-def require_complete(
+def check_can_generate(
     blt: object | None, entropy: object | None, rule: PatchRule | None, bpe: object | None = None
 ) -> None:
-    """Raises CheckpointError unless these can generate: a BLT, its rule, and the entropy model that the rule needs."""
+    """Raises CheckpointError unless there are a BLT, its patch rule, and the entropy model if the rule needs one."""
     if bpe is not None:
         raise CheckpointError(
-            "this checkpoint holds a token-level baseline, which is trained, evaluated and inspected, no more; "
+            "this checkpoint holds a token-level baseline, which can only be trained, evaluated and inspected; "
             "give one made by `blt train blt`"
         )
     if blt is None:
         raise CheckpointError("this checkpoint holds an entropy model only; give one made by `blt train blt`")
     if rule is None:
-        raise CheckpointError("this checkpoint has no patch rule, so nobody knows where its patches begin")
+        raise CheckpointError("this checkpoint has no patch rule, so its patch boundaries are unknown")
     if rule.needs_entropy and entropy is None:
         raise CheckpointError("the patch rule needs an entropy model; name one with --entropy-model PATH")
 
 
-def make_part(
-    config: BLTConfig | EntropyConfig,
-    found: Mapping[str, Stored],
+def fit_weights(
+    config: ModelConfig,
+    found: Mapping[str, StoredTensor],
     names_of: Callable[[str], list[str]],
     where: Path,
     unused: re.Pattern[str] | None = None,
-) -> Part:
-    """A part from tensors under a file's own names; everything that does not fit is listed in one CheckpointError.
+) -> StoredModel[ModelConfig]:
+    """A model from tensors under a file's own names. Raises one CheckpointError that lists everything that does not fit
+    the configuration.
 
-    names_of: the file's name of one of our parameters (several where it keeps the hash tables apart, one for each).
-    unused: names that the format stores and never reads.
+    names_of: the file's names of one of our parameters: one, or one for each hash table if the format stores the tables
+    separately.  unused: names that the format stores and no implementation reads.
     """
     layers = config.n_layers if isinstance(config, EntropyConfig) else _blt_layers(config)
     if layers > len(found):
         raise CheckpointError(f"{where}: the configuration has {layers} layers, the file only {len(found)} tensors")
     try:
         expected_shapes = shapes(config)
-    except RuntimeError as error:  # torch has no number for such a size
+    except RuntimeError as error:  # the size overflows torch's integers
         raise CheckpointError(f"{where}: the configuration cannot be right: {str(error).splitlines()[0]}") from None
-    weights: dict[str, Stored] = {}
+    weights: dict[str, StoredTensor] = {}
     problems: list[str] = []
     left = dict(found)
     for ours, shape in expected_shapes.items():
@@ -147,34 +148,34 @@ def make_part(
         wrong = [problem for piece in here if (problem := _problem(piece, expected))]
         problems += wrong
         if here and not wrong and len({piece.dtype for piece in here}) > 1:
-            problems.append(f"{theirs[0]} and the other tables are of several dtypes")
+            problems.append(f"{theirs[0]} and the other tables have different dtypes")
         if here:
             tensors = tuple(tensor for piece in here for tensor in piece.pieces)
             names = tuple(name for piece in here for name in piece.names)
-            weights[ours] = Stored(names, tensors, all(piece.mapped for piece in here))
+            weights[ours] = StoredTensor(names, tensors, all(piece.mapped for piece in here))
     problems += [f"unknown {name}" for name in left if not (unused and unused.fullmatch(name))]
     if problems:
         raise CheckpointError(f"{where}: tensors do not fit the configuration: " + "; ".join(problems))
-    return Part(config, weights)
+    return StoredModel(config, weights)
 
 
 def _blt_layers(config: BLTConfig) -> int:
     return config.encoder.n_layers + config.latent.n_layers + config.decoder.n_layers
 
 
-def _problem(tensor: Stored, expected: tuple[int, ...]) -> str | None:
+def _problem(tensor: StoredTensor, expected: tuple[int, ...]) -> str | None:
     if tensor.shape != expected:
         return f"{tensor.names[0]} is {tensor.shape}, expected {expected}"
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return f"{tensor.names[0]} is {str(tensor.dtype).removeprefix('torch.')}, weights are one of {known}"
+        return f"{tensor.names[0]} is {str(tensor.dtype).removeprefix('torch.')}, weights must be one of {known}"
     if any(piece.layout is not torch.strided or piece.is_meta for piece in tensor.pieces):
-        return f"{tensor.names[0]} is sparse or has no data, weights are plain tensors"
+        return f"{tensor.names[0]} is sparse or has no data; weights must be plain tensors"
     return None
 
 
 def shapes(config: BLTConfig | EntropyConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameter names and shapes; nothing is allocated."""
+    """The parameter names and shapes of a configuration; no memory is allocated."""
     with torch.device("meta"):
         model = BLT(config) if isinstance(config, BLTConfig) else EntropyModel(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -192,7 +193,7 @@ def parse(kind: type[Config], values: Any, file: str, section: str = "") -> Conf
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises CheckpointError."""
+    """The content of a JSON file. Raises CheckpointError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
 """Tensors on disk: read without running what is in a file, and without holding more of it than one block.
 
-A released checkpoint is 9 GB, most of it hash tables. `Stored` is a tensor that stays in its file, memory-mapped;
+A released checkpoint is 9 GB, most of it hash tables. `StoredTensor` is a tensor that stays in its file, memory-mapped;
 whoever needs it reads blocks of rows, and the pages go when the block is done. Both writers stream such tensors, so
 a conversion holds one block at a time. This is the one place that opens pickled files.
 """
@@ -33,7 +33,7 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor [R, ...] in a file or in memory: `pieces` that follow each other along the first axis.
 
     names: what the file calls each piece.  mapped: the pieces are clean pages of a memory-mapped file, which may be
@@ -120,10 +120,10 @@ def _check_readable(path: Path) -> None:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
-def stored(tensors: Mapping[str, Any], path: Path) -> dict[str, Stored]:
+def stored_tensors(tensors: Mapping[str, Any], path: Path) -> dict[str, StoredTensor]:
     """Those of an unpickled mapping that are tensors; `path` is the file they lie in."""
     mapped = zipfile.is_zipfile(path) and _is_of_this_machine(path)
-    return {name: Stored((name,), (t,), mapped) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return {name: StoredTensor((name,), (t,), mapped) for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
 def _is_of_this_machine(path: Path) -> bool:
@@ -133,13 +133,13 @@ def _is_of_this_machine(path: Path) -> bool:
     return all(order.decode() == sys.byteorder for order in orders)
 
 
-def read_safetensors(*paths: Path) -> dict[str, Stored]:
+def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
     """All tensors of some files, which stay there. Raises CheckpointError for a damaged file or a name given twice."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise MissingExtra("safetensors, which this checkpoint needs,", "hub") from None
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path in paths:
         _check_readable(path)
         try:
@@ -150,7 +150,7 @@ def read_safetensors(*paths: Path) -> dict[str, Stored]:
         twice = sorted(tensors.keys() & found.keys())
         if twice:
             raise CheckpointError(f"{path}: {', '.join(twice)} lie in another file of this checkpoint, too")
-        found |= {name: Stored((name,), (t,), mapped=True) for name, t in tensors.items()}
+        found |= {name: StoredTensor((name,), (t,), mapped=True) for name, t in tensors.items()}
     return found
 
 
@@ -177,7 +177,10 @@ def atomic_save(path: Path, content: Any) -> None:
 
 
 def write_pickled(
-    path: Path, content: dict[str, Any], parts: Mapping[str, Mapping[str, Stored]], dtype: torch.dtype | None = None
+    path: Path,
+    content: dict[str, Any],
+    parts: Mapping[str, Mapping[str, StoredTensor]],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """`torch.save` of `content` with a state dict under the key of each part, streamed, all or nothing.
 
@@ -214,13 +217,13 @@ def _interned(value: Any) -> Any:
     return [_interned(item) for item in value] if isinstance(value, list) else value
 
 
-def _fill(source: Stored, room: Tensor) -> None:
+def _fill(source: StoredTensor, room: Tensor) -> None:
     for block, target in source.beside(room):
         target.copy_(cast(block, room.dtype, source.names[0]))
         drop_pages(target)  # written through to the file, which the kernel flushes
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None = None) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None = None) -> None:
     """A safetensors file, streamed, all or nothing; the package's own writer wants all bytes in memory at once.
 
     dtype: of the file's weights (default: as stored).

@@ -178,7 +178,7 @@ class BLT(nn.Module):
         document_BN = document_ids(ids_BN)
         states = self.encode(ids_BN, document_BN)
         p_BPE = self.pool(states, layout)
-        g_BPG = self.think(p_BPE, patch_document_ids(ids_BN, layout))
+        g_BPG = self.run_latent(p_BPE, patch_document_ids(ids_BN, layout))
         return self.decode(states[-1], g_BPG, layout, document_BN)
 
     def embed(self, ids_BN: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class BLT(nn.Module):
         read = [(layout.gather(key), layout.gather(value)) for key, value in self.encoder.keys_values(states_BND)]
         return self.encoder.pool_read(layout.gather(states_BND[0]), read, layout.key_valid, layout.own_valid)
 
-    def think(self, p_BPE: Tensor, patch_document_BP: Tensor) -> Tensor:
+    def run_latent(self, p_BPE: Tensor, patch_document_BP: Tensor) -> Tensor:
         if not self.config.latent_document_mask:
             patch_document_BP = torch.zeros_like(patch_document_BP)
         out: Tensor = self.latent(p_BPE, *self._whole(self.latent, patch_document_BP))

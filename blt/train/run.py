@@ -12,6 +12,7 @@ import torch
 
 from blt.checkpoint import models
 from blt.checkpoint.models import Checkpoint
+from blt.checkpoint.native import MODEL_FILE
 from blt.train import parallel, snapshots
 from blt.train.config import KINDS, RunConfig
 from blt.train.jobs import prepare_run
@@ -61,7 +62,7 @@ def train(
         trainer.run(config.schedule.steps)
         trainer.finish()
         ranks.first_does(lambda: _end(trainer, finish))
-    return Path(out) / models.MODEL_FILE
+    return Path(out) / MODEL_FILE
 
 
 def _begin(trainer: Trainer) -> None:
@@ -73,7 +74,7 @@ def _begin(trainer: Trainer) -> None:
 
 
 def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
-    path = trainer.out / models.MODEL_FILE
+    path = trainer.out / MODEL_FILE
     models.save(path, finish(), DTYPES[trainer.config.run.save_dtype])
     log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 

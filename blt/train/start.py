@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from blt.checkpoint import llama, models
-from blt.checkpoint.source import Part, Source
+from blt.checkpoint.formats import open_source
+from blt.checkpoint.source import Source, StoredModel
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, TransformerConfig
 from blt_runtime.errors import CheckpointError, ConfigError
 from blt_runtime.patching import PatchSettings
@@ -43,9 +44,9 @@ def complete(raw: Mapping[str, Any]) -> Values:
 
 
 def _from_checkpoint(raw: Values, path: str) -> None:
-    source = models.open_source(path, raw.get("entropy_model"))
-    part = _part(source, raw.get("kind") == "entropy")
-    raw["model"] = _merged(part.config.model_dump(mode="json"), raw.get("model", {}))
+    source = open_source(path, raw.get("entropy_model"))
+    stored = _stored(source, raw.get("kind") == "entropy")
+    raw["model"] = _merged(stored.config.model_dump(mode="json"), raw.get("model", {}))
     if raw.get("kind") != "blt":
         return
     if source.patch_rule is not None:
@@ -70,12 +71,12 @@ def _merged(base: Any, over: Any) -> Any:
     return {**base, **{key: _merged(base[key], value) if key in base else value for key, value in over.items()}}
 
 
-def _part(source: Source, entropy: bool) -> Part:
-    part = source.entropy if entropy else source.blt
-    if part is None:
+def _stored(source: Source, entropy: bool) -> StoredModel[BLTConfig] | StoredModel[EntropyConfig]:
+    stored = source.entropy if entropy else source.blt
+    if stored is None:
         what = "entropy model" if entropy else "BLT"
         raise CheckpointError(f"{source.path} holds no {what} to start from; give another init.checkpoint")
-    return part
+    return stored
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -89,12 +90,12 @@ def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, la
     finite. Options that no weight depends on may differ; a warning lists them.
     """
     if checkpoint_path is not None:
-        source = models.open_source(checkpoint_path)
-        part = _part(source, isinstance(model, EntropyModel))
-        _check_same(part.config, model.config, source.path)
+        source = open_source(checkpoint_path)
+        stored = _stored(source, isinstance(model, EntropyModel))
+        _check_same(stored.config, model.config, source.path)
         source.check_finite()
         for name, parameter in model.named_parameters():
-            part.weights[name].copy_to(parameter)
+            stored.weights[name].copy_to(parameter)
         log.info("weights of %s", source.path)
     if latent_path is not None:
         if not isinstance(model, BLT):
@@ -106,8 +107,8 @@ def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, la
 
 def entropy_model(path: str | Path) -> EntropyModel | None:
     """The entropy model of a checkpoint in float32, or None; the rest of it is not loaded. Errors as `open_source`."""
-    source = models.open_source(path)
-    alone = Source(source.format, source.path, None, source.entropy)
+    source = open_source(path)
+    alone = Source(source.format, source.path, entropy=source.entropy)
     return models.build(alone).entropy
 
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 
 from blt import files
-from blt.checkpoint.tensors import Stored, cast, raw_bytes
+from blt.checkpoint.tensors import StoredTensor, cast, raw_bytes
 from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import entry_of
 from blt_runtime.bundle.manifest import FileEntry
@@ -80,7 +80,7 @@ def write_row_graph(model: ir.Model, folder: Path, name: str) -> Path:
     return path
 
 
-def write_hash_tables(tables: Stored, folder: Path, dtype: TableDtype) -> Path:
+def write_hash_tables(tables: StoredTensor, folder: Path, dtype: TableDtype) -> Path:
     """Stream the rows, so that tables larger than memory (a mapped checkpoint) pass through block by block."""
     path = folder / HASH_TABLES
     rows, dim = tables.shape

@@ -12,7 +12,7 @@ import torch
 
 from blt.checkpoint import huggingface
 from blt.checkpoint.models import Checkpoint
-from blt.checkpoint.tensors import Stored
+from blt.checkpoint.tensors import StoredTensor
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the format: pip install safetensors")
 
@@ -22,7 +22,7 @@ def write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None
     return folder
 
 
-def rows(tensor: Stored) -> torch.Tensor:
+def rows(tensor: StoredTensor) -> torch.Tensor:
     return torch.cat(list(tensor.blocks()))
 
 

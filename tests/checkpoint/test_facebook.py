@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blt.checkpoint.facebook import reference_state
-from blt.checkpoint.models import Checkpoint, build, load, open_source, save
+from blt.checkpoint.facebook import facebook_state
+from blt.checkpoint.formats import open_source
+from blt.checkpoint.models import Checkpoint, build, load, save
 from blt.generate import reference
 from blt.generate.torch_backend import open_model
 from blt.model import EntropyModel
@@ -67,7 +68,7 @@ def write_reference(folder: Path, checkpoint: Checkpoint, form: Form = "training
         "max_patch_length": rule.max_patch_length,
         "patch_size": rule.patch_size or 4.5,
     }
-    state = reference_state(blt.state_dict(), h.n_tables if h else 0)
+    state = facebook_state(blt.state_dict(), h.n_tables if h else 0)
     _write(folder / "blt", {"model": model, "data": {"patcher_args": patcher}}, "model", state, form)
     if checkpoint.entropy is not None:
         e = ENTROPY
@@ -79,7 +80,7 @@ def write_reference(folder: Path, checkpoint: Checkpoint, form: Form = "training
             "max_seqlen": 640,
         }
         params = {"train_entropy_model": True, "entropy_model": args, "model": None}
-        state = reference_state(checkpoint.entropy.state_dict(), 0, entropy=True)
+        state = facebook_state(checkpoint.entropy.state_dict(), 0, entropy=True)
         _write(folder / "entropy_model", params, "entropy_model", state, form)
     return folder / "blt"
 
@@ -114,7 +115,7 @@ def test_every_variant_scores_the_same_from_the_reference_format(variant: str, f
     lengths = reference.lengths_of(checkpoint, ids)
     source = open_source(write_reference(tmp_path, checkpoint, form))
     score = open_model(build(source)).stream().score_ids(ids)
-    assert (source.format, source.patch_rule) == ("hub" if form == "hub" else "reference", rule)
+    assert (source.format, source.patch_rule) == ("facebook-hub" if form == "hub" else "facebook", rule)
     assert score.patch_lengths.tolist() == lengths
     np.testing.assert_allclose(score.logits, reference.forward(blt, ids, lengths).logits, rtol=0, atol=2e-5)
 
@@ -260,7 +261,7 @@ def test_matrices_that_say_how_wide_a_layer_is_are_missed_all_at_once(tmp_path: 
 
 
 ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "float8_e4m3fn, weights are": lambda t: t.to(torch.float8_e4m3fn),
+    "float8_e4m3fn, weights must be": lambda t: t.to(torch.float8_e4m3fn),
     "sparse": torch.Tensor.to_sparse,
     "sparse or has no data": lambda t: t.to("meta"),
 }
@@ -306,6 +307,6 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
     content["model"]["local_decoder.norm.weight"] = torch.ones(32, dtype=torch.int8)
     torch.save(content, folder / "consolidated.pth")
     with pytest.raises(
-        CheckpointError, match=r"local_decoder\.norm\.weight is int8, weights are one of float32, float16"
+        CheckpointError, match=r"local_decoder\.norm\.weight is int8, weights must be one of float32, float16"
     ):
         load(folder)

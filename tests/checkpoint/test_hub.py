@@ -52,7 +52,7 @@ def test_a_name_and_the_entropy_model_of_the_same_owner(tmp_path: Path, monkeypa
 
 FAILURES = {
     "gated": ("GatedRepoError", "is gated: accept its licence"),
-    "unknown": ("RepositoryNotFoundError", "does not exist, or is private"),
+    "unknown": ("RepositoryNotFoundError", "does not exist or is private"),
     "server": ("HfHubHTTPError", "the hub cannot be reached"),
     "offline": ("LocalEntryNotFoundError", "the hub cannot be reached"),
 }

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from blt.checkpoint import huggingface, huggingface_config, native
-from blt.checkpoint.models import open_source
+from blt.checkpoint.formats import open_source
 from blt.checkpoint.source import Source
-from blt.checkpoint.tensors import Stored
+from blt.checkpoint.tensors import StoredTensor
 from blt.generate.torch_backend import open_model
 from blt.model.config import HashConfig
 from blt_runtime.errors import CheckpointError
@@ -35,8 +35,8 @@ def test_native_there_and_back_is_the_same_bits(dtype: torch.dtype | None, tmp_p
     assert second.format == "huggingface"
     assert second.patch_rule == first.patch_rule
     assert second.blt_config == filled(first)
-    for key, part in first.parts().items():
-        back = second.parts()[key].weights
+    for key, part in first.models().items():
+        back = second.models()[key].weights
         assert back.keys() == part.weights.keys()
         for name, tensor in part.weights.items():
             assert back[name].dtype == tensor.dtype == (dtype or torch.float32)
@@ -62,7 +62,7 @@ def test_tables_kept_apart_are_written_fused(tmp_path: Path) -> None:
     assert source.blt is not None
     name = "hash_embedding.tables.weight"
     whole = rows(source.blt.weights[name])
-    pieces = Stored((name,) * 3, tuple(whole.split(97)))
+    pieces = StoredTensor((name,) * 3, tuple(whole.split(97)))
     apart = replace(source, blt=replace(source.blt, weights=source.blt.weights | {name: pieces}))
     huggingface.write(apart, tmp_path / "hf")
     fused = load_state(tmp_path / "hf")["model.encoder_hash_tok_embedding.weight"]
@@ -100,9 +100,9 @@ def test_golden_text(golden: Path) -> None:
 def test_golden_weights_are_those_of_the_reference_format(golden: Path) -> None:
     here, there = open_source(golden / "a" / "hf"), open_source(golden / "a" / "blt")
     assert here.patch_rule == there.patch_rule
-    for key, part in there.parts().items():
+    for key, part in there.models().items():
         for name, tensor in part.weights.items():
-            assert torch.equal(rows(here.parts()[key].weights[name]), rows(tensor)), name
+            assert torch.equal(rows(here.models()[key].weights[name]), rows(tensor)), name
 
 
 # --- what transformers has no form for ---------------------------------------------------------------------

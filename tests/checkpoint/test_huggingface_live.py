@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from blt.checkpoint import huggingface, native
-from blt.checkpoint.models import Checkpoint, load, open_source
+from blt.checkpoint.formats import open_source
+from blt.checkpoint.models import Checkpoint, load
 from blt.generate import reference
 from blt.generate.torch_backend import open_model
 from blt.model.config import HashConfig

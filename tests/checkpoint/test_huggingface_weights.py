@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt.checkpoint.models import load, open_source
+from blt.checkpoint.formats import open_source
+from blt.checkpoint.models import load
 from blt_runtime.errors import CheckpointError
 from tests.checkpoint.folders import edit, load_state, rows, save_state, shard, write_index
 
@@ -95,9 +96,9 @@ def test_truncated_weights(folder: Path) -> None:
 def test_shards(folder: Path) -> None:
     whole = open_source(folder)
     shard(folder)
-    for key, part in open_source(folder).parts().items():
+    for key, part in open_source(folder).models().items():
         for name, tensor in part.weights.items():
-            assert tensor.shape == whole.parts()[key].weights[name].shape
+            assert tensor.shape == whole.models()[key].weights[name].shape
     (folder / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors does not exist"):
         open_source(folder)

@@ -143,7 +143,7 @@ def test_rotary_settings_are_read_and_differences_told(tmp_path: Path, caplog: p
         found = llama.read(tmp_path / "folder")
         assert found.config.rope_theta == 5e4
         found.copy_to(Stack(found.config.model_copy(update={"norm_eps": 1e-6})))
-    assert "scaled by 'linear'" in caplog.text
+    assert "scaling 'linear' of the rotary frequencies is ignored" in caplog.text
     assert "norm_eps 1e-05, model.latent has 1e-06" in caplog.text
 
 
@@ -171,7 +171,7 @@ def test_what_has_no_form_in_a_folder_is_refused(tmp_path: Path) -> None:
     assert llama.read(tmp_path).config.n_layers == 3
     weights["model.layers.1.self_attn.q_proj.bias"] = torch.ones(48)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model.layers.1.self_attn.q_proj.bias \(1 in all\) have no form here"):
+    with pytest.raises(CheckpointError, match=r"model.layers.1.self_attn.q_proj.bias \(1 in all\) are not supported"):
         llama.read(tmp_path)
 
 
@@ -179,7 +179,9 @@ def test_what_has_no_form_in_a_folder_is_refused(tmp_path: Path) -> None:
 def test_what_has_no_form_in_a_gguf_file_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, ones = tmp_path / "model.gguf", np.ones(48, np.float32)
     write_gguf(made(), path, {f"blk.{i}.attn_q.bias": ones for i in range(3)} | {"blk.2.attn_k.bias": ones[:24]})
-    with pytest.raises(CheckpointError, match=r"blk.0.attn_q.bias, blk.1.attn_q.bias, .* \(4 in all\) have no form"):
+    with pytest.raises(
+        CheckpointError, match=r"blk.0.attn_q.bias, blk.1.attn_q.bias, .* \(4 in all\) are not supported"
+    ):
         llama.read(path)
     write_gguf(made(), path, {"blk.0.attn_rot_embd.weight": ones, "output_norm.weight": ones})
     with caplog.at_level(logging.WARNING, "blt.checkpoint.llama"):
@@ -187,7 +189,7 @@ def test_what_has_no_form_in_a_gguf_file_is_told(tmp_path: Path, caplog: pytest.
         assert not caplog.text
         write_gguf(made(), path, {"rope_freqs.weight": ones[:6]})
         llama.read(path)
-    assert "scaled by 'rope_freqs.weight' are not" in caplog.text
+    assert "scaling 'rope_freqs.weight' of the rotary frequencies is ignored" in caplog.text
 
 
 def test_other_models_and_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_other_models_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         llama.read(tmp_path / "nothing.gguf")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="is no Llama"):
+    with pytest.raises(CheckpointError, match="is not a Llama"):
         llama.read(tmp_path / "empty")
 
 

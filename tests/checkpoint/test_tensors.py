@@ -15,21 +15,28 @@ import pytest
 import torch
 
 from blt.checkpoint import tensors
-from blt.checkpoint.tensors import Stored, read_safetensors, read_tensors, stored, write_pickled, write_safetensors
+from blt.checkpoint.tensors import (
+    StoredTensor,
+    read_safetensors,
+    read_tensors,
+    stored_tensors,
+    write_pickled,
+    write_safetensors,
+)
 from blt_runtime.errors import CheckpointError
 
 safetensors = pytest.importorskip("safetensors.torch")
 
 TENSORS = {
-    "pieces": Stored(("a", "b"), (torch.randn(5, 3), torch.randn(4, 3))),
-    "vector": Stored(("v",), (torch.arange(7.0),)),
-    "scalar": Stored(("s",), (torch.tensor(2.5),)),
-    "strided": Stored(("t",), (torch.randn(4, 6).T,)),
-    "none": Stored(("n",), (torch.empty(0, 3),)),
+    "pieces": StoredTensor(("a", "b"), (torch.randn(5, 3), torch.randn(4, 3))),
+    "vector": StoredTensor(("v",), (torch.arange(7.0),)),
+    "scalar": StoredTensor(("s",), (torch.tensor(2.5),)),
+    "strided": StoredTensor(("t",), (torch.randn(4, 6).T,)),
+    "none": StoredTensor(("n",), (torch.empty(0, 3),)),
 }
 
 
-def whole(tensor: Stored) -> torch.Tensor:
+def whole(tensor: StoredTensor) -> torch.Tensor:
     return torch.cat(tensor.pieces) if len(tensor.pieces) > 1 else tensor.pieces[0]
 
 
@@ -52,12 +59,12 @@ def test_both_writers_give_what_their_libraries_read(
 
 
 def test_what_is_read_back_stays_in_the_file_and_reads_the_same_twice(tmp_path: Path) -> None:
-    big = {"w": Stored(("w",), (torch.randn(300, 1000),))}
+    big = {"w": StoredTensor(("w",), (torch.randn(300, 1000),))}
     write_safetensors(tmp_path / "m.safetensors", big)
     write_pickled(tmp_path / "m.pt", {}, {"state": big})
     read = (
         read_safetensors(tmp_path / "m.safetensors"),
-        stored(read_tensors(tmp_path / "m.pt")["state"], tmp_path / "m.pt"),
+        stored_tensors(read_tensors(tmp_path / "m.pt")["state"], tmp_path / "m.pt"),
     )
     for found in read:
         assert found["w"].mapped
@@ -81,7 +88,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("big", [1e6, -1e6])
 def test_a_number_too_large_for_the_narrower_type_is_named(big: float, tmp_path: Path) -> None:
-    weights = {"ours": Stored(("theirs",), (torch.tensor([1.0, 65504.0, big]),))}
+    weights = {"ours": StoredTensor(("theirs",), (torch.tensor([1.0, 65504.0, big]),))}
     with pytest.raises(CheckpointError, match=r"theirs has numbers beyond 6\.55e\+04, the largest float16"):
         write_pickled(tmp_path / "m.pt", {}, {"state": weights}, torch.float16)
     with pytest.raises(CheckpointError, match="theirs has numbers beyond"):
@@ -126,7 +133,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_safetensors_file_is_one_clear_error(name: str, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_safetensors(path, {"a": Stored(("a",), (torch.ones(8),)), "b": Stored(("b",), (torch.ones(8),))})
+    write_safetensors(path, {"a": StoredTensor(("a",), (torch.ones(8),)), "b": StoredTensor(("b",), (torch.ones(8),))})
     path.write_bytes(DAMAGE[name](path.read_bytes()))
     with pytest.raises(CheckpointError, match=r"m\.safetensors is damaged or no safetensors file") as caught:
         read_safetensors(path)
@@ -135,7 +142,7 @@ def test_a_damaged_safetensors_file_is_one_clear_error(name: str, tmp_path: Path
 
 def test_a_tensor_in_two_files_is_an_error(tmp_path: Path) -> None:
     for name in ("1", "2"):
-        write_safetensors(tmp_path / name, {"twice": Stored(("twice",), (torch.ones(1),))})
+        write_safetensors(tmp_path / name, {"twice": StoredTensor(("twice",), (torch.ones(1),))})
     with pytest.raises(CheckpointError, match="twice lie in another file"):
         read_safetensors(tmp_path / "1", tmp_path / "2")
 
@@ -153,6 +160,6 @@ def test_a_file_of_the_other_endianness_is_read_in_memory(tmp_path: Path) -> Non
             if item.filename.endswith("/data/0"):
                 content = np.frombuffer(content, np.float32).byteswap().tobytes()
             target.writestr(item.filename, content)
-    found = stored(read_tensors(tmp_path / "other.pt"), tmp_path / "other.pt")
+    found = stored_tensors(read_tensors(tmp_path / "other.pt"), tmp_path / "other.pt")
     for _ in range(2):
         assert torch.equal(torch.cat(list(found["w"].blocks())), want)

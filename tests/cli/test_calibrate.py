@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from blt.checkpoint.models import Checkpoint, load, open_source, save
+from blt.checkpoint.formats import open_source
+from blt.checkpoint.models import Checkpoint, load, save
 from blt.cli import costs, run, texts
 from blt.figures.tradeoff import Point, Tradeoff, render
 from blt_runtime.errors import UsageError
@@ -105,7 +106,7 @@ def test_the_written_model_has_the_rule_and_nothing_else_changed(
         assert before is not None
         assert after is not None
         assert all(torch.equal(before.state_dict()[name], t) for name, t in after.state_dict().items())
-    parts = open_source(report["output"]).parts()
+    parts = open_source(report["output"]).models()
     assert {t.dtype for part in parts.values() for t in part.weights.values()} == {torch.float16}
     names = sorted(path.name for path in report["folder"].iterdir())
     assert names == ["figure.html", "new.pt"]  # no draft is left

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt.checkpoint.models import load, open_source, save
+from blt.checkpoint.formats import open_source
+from blt.checkpoint.models import load, save
 from tests.checkpoint.test_facebook import Form, write_reference
 from tests.cli.conftest import Result
 from tests.tiny import tiny
@@ -41,7 +42,7 @@ def native(tmp_path: Path) -> Path:
 
 
 def same_weights(one: Path, other: Path) -> None:
-    for left, right in zip(open_source(one).parts().values(), open_source(other).parts().values(), strict=True):
+    for left, right in zip(open_source(one).models().values(), open_source(other).models().values(), strict=True):
         assert left.weights.keys() == right.weights.keys()
         for name, tensor in left.weights.items():
             assert tensor.dtype == right.weights[name].dtype
@@ -53,7 +54,7 @@ def test_there_and_back_gives_the_same_file(blt: Call, native: Path, tmp_path: P
     if dtype is not None:
         blt("convert", native, "-o", tmp_path / "narrow.pt", "--to", "native", "--dtype", dtype)
         native = tmp_path / "narrow.pt"
-        assert {t.dtype for part in open_source(native).parts().values() for t in part.weights.values()} == {
+        assert {t.dtype for part in open_source(native).models().values() for t in part.weights.values()} == {
             torch.bfloat16
         }
     blt("convert", native, "-o", tmp_path / "hf", "--to", "hf")
@@ -153,11 +154,11 @@ def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, time\n"
         "import blt.cli, blt.checkpoint.tensors\n"
-        "blocks = blt.checkpoint.tensors.Stored.blocks\n"
+        "blocks = blt.checkpoint.tensors.StoredTensor.blocks\n"
         "def slow(self):\n"
         "    yield from blocks(self)\n"
         "    if len(os.listdir(sys.argv[-3])) > 0: os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
-        "blt.checkpoint.tensors.Stored.blocks = slow\n"
+        "blt.checkpoint.tensors.StoredTensor.blocks = slow\n"
         "blt.cli.main()\n"
     )
     save(tmp_path / "model.pt", tiny())

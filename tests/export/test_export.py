@@ -16,7 +16,7 @@ import torch
 import blt_export
 from blt.checkpoint import tensors
 from blt.checkpoint.models import save
-from blt.checkpoint.tensors import Stored
+from blt.checkpoint.tensors import StoredTensor
 from blt_export import ExportReport, bundle, pipeline
 from blt_export.capture import capture
 from blt_export.rewrite import op_counts
@@ -122,7 +122,7 @@ def test_a_wrong_weight_fails_parity_and_leaves_no_bundle(
 def test_a_wrong_hash_table_fails_parity(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = bundle.write_hash_tables
 
-    def corrupt(tables: Stored, folder: Path, dtype: TableDtype) -> Path:
+    def corrupt(tables: StoredTensor, folder: Path, dtype: TableDtype) -> Path:
         return written(replace(tables, pieces=(tables.pieces[0].roll(1, 0),)), folder, dtype)
 
     monkeypatch.setattr(bundle, "write_hash_tables", corrupt)
@@ -178,7 +178,7 @@ def test_hash_tables_are_written_block_by_block(tmp_path: Path, monkeypatch: pyt
         ("float16", want.half()),
         ("bfloat16", want.bfloat16().view(torch.uint16)),
     ):
-        path = bundle.write_hash_tables(Stored(("a", "b"), pieces), tmp_path, cast(TableDtype, dtype))
+        path = bundle.write_hash_tables(StoredTensor(("a", "b"), pieces), tmp_path, cast(TableDtype, dtype))
         np.testing.assert_array_equal(np.load(path, allow_pickle=False), stored.numpy())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blt.checkpoint.facebook import reference_state
+from blt.checkpoint.facebook import facebook_state
 from blt.checkpoint.models import Checkpoint, load
 from blt.generate import reference
 from blt.model import entropy_of
@@ -92,7 +92,7 @@ def test_whole_row_states(checkpoint: Checkpoint, arrays: Arrays, case: str) -> 
         layout = blt.layout(lengths, ids.shape[1], int(lengths.max()))
         states = blt.encode(ids, document_ids(ids))
         patches = blt.pool(states, layout)
-        latents = blt.think(patches, patch_document_ids(ids, layout))
+        latents = blt.run_latent(patches, patch_document_ids(ids, layout))
     close(blt.embed(ids)[0].detach(), arrays[f"{case}/mid_embeds"])
     close(states[-1][0], arrays[f"{case}/mid_enc_h"])
     close(patches[0].view(-1, blt.config.local_dim), arrays[f"{case}/mid_enc_patches"])
@@ -124,7 +124,7 @@ def test_training_loss_and_gradients(checkpoint: Checkpoint, arrays: Arrays, gol
     loss.backward()
     assert blt.config.hash is not None
     gradients = {name: p.grad for name, p in blt.named_parameters() if p.grad is not None}
-    norms = {name: g.norm().item() for name, g in reference_state(gradients, blt.config.hash.n_tables).items()}
+    norms = {name: g.norm().item() for name, g in facebook_state(gradients, blt.config.hash.n_tables).items()}
     assert norms.keys() == truth["grad_norms"].keys()
     for name, norm in truth["grad_norms"].items():
         assert norms[name] == pytest.approx(norm, rel=1e-4, abs=TOLERANCE), name

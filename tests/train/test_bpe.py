@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from blt.checkpoint import models
-from blt.checkpoint.models import Checkpoint, build, open_source
+from blt.checkpoint.formats import open_source
+from blt.checkpoint.models import Checkpoint, build
 from blt.data.dataset import Dataset
 from blt.evaluate.rows import scorer_of
 from blt.train import snapshots, train

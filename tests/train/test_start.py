@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from blt.checkpoint import models
+from blt.checkpoint.formats import open_source
 from blt.cli import run
 from blt.data import prepare
 from blt.model import TransformerConfig
@@ -71,7 +72,7 @@ def test_model_rule_and_entropy_model_are_the_checkpoints(blt_run: Path, data: P
 
 
 def test_what_a_section_says_counts(blt_run: Path) -> None:
-    rule = models.open_source(blt_run).patch_rule
+    rule = open_source(blt_run).patch_rule
     assert rule is not None
     config = tuning(blt_run, model={"encoder": {"window": 16}}, patching={"max_patch_length": 6})
     assert config.model.encoder.window == 16

@@ -167,7 +167,7 @@ def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
 
         read = weight_bytes.bundle_weight_bytes(Bundle(path, opened.manifest), patch_size=1)
     else:
-        from blt.checkpoint.models import open_source
+        from blt.checkpoint.formats import open_source
 
         read = weight_bytes.source_weight_bytes(open_source(path, entropy_model=entropy_model), patch_size=1)
     return {PARTS_OF.get(part, part): n for part, n in read.items() if part != "total"}

@@ -75,13 +75,14 @@ def calibrate(
     most = options.parse_size(n_bytes, "--bytes", at_least=1)
     scored = options.parse_size(bpb_bytes, "--bpb-bytes")
     from blt.checkpoint import native
-    from blt.checkpoint.models import build, open_source
+    from blt.checkpoint.formats import open_source
+    from blt.checkpoint.models import build
     from blt.data.threshold import base_rule, halves, sizes
 
     devices.limit_torch_threads(threads)
     source = open_source(models.existing(model), entropy_model)
     if source.bpe is not None:
-        source.require_blt()
+        source.check_can_generate()
     if source.entropy_config is None:
         raise CheckpointError(f"{model} has no entropy model; name one with --entropy-model PATH")
     base, place = base_rule(source.patch_rule, rule), devices.torch_device(device)

@@ -48,7 +48,7 @@ def convert(
     import torch
 
     from blt.checkpoint import huggingface, native
-    from blt.checkpoint.models import open_source
+    from blt.checkpoint.formats import open_source
 
     started = time.perf_counter()
     source = open_source(model, entropy_model=entropy_model)

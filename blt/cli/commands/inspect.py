@@ -36,13 +36,13 @@ def inspect(
 
         _inspect_bundle(Bundle.open(model), patch_size, tensors, as_json)
         return
-    from blt.checkpoint.models import open_source
+    from blt.checkpoint.formats import open_source
 
     size = options.parse_size(context, "--context", at_least=1)
     source = open_source(model, entropy_model=entropy_model)
     report = token_report(source, size) if source.bpe is not None else source_report(source, patch_size, size)
     if tensors:
-        named = [(part, name, t) for part, p in source.parts().items() for name, t in p.weights.items()]
+        named = [(part, name, t) for part, p in source.models().items() for name, t in p.weights.items()]
         report["tensors"] = {f"{part}.{name}": f"{t.shape} {t.dtype}" for part, name, t in named}
     if as_json:
         console.print_json("blt.inspect/1", {"path": model, "kind": "checkpoint", **report})
@@ -55,7 +55,7 @@ def inspect(
 
 def token_report(source: Source, context: int) -> dict[str, Any]:
     """What a token-level baseline says; costs of one token in rows of `context` tokens."""
-    config = source.bpe_config
+    config = source.bpe.config if source.bpe else None
     assert config is not None
     return {
         "format": source.format,
@@ -99,7 +99,7 @@ def source_report(source: Source, patch_size: float, context: int) -> dict[str, 
 def _stored(source: Source) -> dict[str, int]:
     """Bytes of weights by dtype."""
     found: dict[str, int] = {}
-    for part in source.parts().values():
+    for part in source.models().values():
         for tensor in part.weights.values():
             name = str(tensor.dtype).removeprefix("torch.")
             found[f"bytes as {name}"] = found.get(f"bytes as {name}", 0) + sum(p.nbytes for p in tensor.pieces)

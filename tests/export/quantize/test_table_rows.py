@@ -11,7 +11,7 @@ import torch
 import blt_export
 from blt.bench.weight_bytes import HASH, bundle_weight_bytes
 from blt.checkpoint import tensors
-from blt.checkpoint.tensors import Stored
+from blt.checkpoint.tensors import StoredTensor
 from blt.generate.torch_backend import open_model
 from blt.model.hashing import hash_ids
 from blt_export import bundle
@@ -73,7 +73,7 @@ def test_torch_and_numpy_read_the_same_bits() -> None:
 def test_tables_are_written_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "BLOCK", 4 * 3 * 5)
     pieces = tuple(torch.randn(n, 3) for n in (17, 4))
-    path = bundle.write_hash_tables(Stored(("a", "b"), pieces), tmp_path, "int8")
+    path = bundle.write_hash_tables(StoredTensor(("a", "b"), pieces), tmp_path, "int8")
     np.testing.assert_array_equal(np.load(path, allow_pickle=False), quantise_rows(torch.cat(pieces).numpy()))
 
 
@@ -108,7 +108,7 @@ def test_a_bundle_with_tables_in_8_bits(tmp_path: Path) -> None:
 def test_a_wrong_row_fails_parity(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = bundle.write_hash_tables
 
-    def corrupt(tables: Stored, folder: Path, dtype: TableDtype) -> Path:
+    def corrupt(tables: StoredTensor, folder: Path, dtype: TableDtype) -> Path:
         path = written(tables, folder, dtype)
         stored = np.load(path)
         if what == "scale":
