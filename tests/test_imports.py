@@ -128,6 +128,48 @@ def test_the_command_line_loads_only_light_modules_at_the_top() -> None:
     assert not [str(i) for i in ours if not i.module.startswith(CLI_MAY_LOAD)]
 
 
+# The rooms of a package, from the ground up: a room imports only rooms before it.
+ROOMS = {
+    "blt": (
+        "__version__", "files", "model", "checkpoint", "generate", "data", "evaluate", "figures", "train", "bench",
+        "cli",
+    ),
+}  # fmt: skip
+
+
+def room_imports(package: str) -> Iterator[tuple[Path, int, str, str]]:
+    """File, line, room, imported room of every import between rooms, also inside functions and for types alone."""
+    for file in sorted(PACKAGES[package].rglob("*.py")):
+        inside = file.relative_to(PACKAGES[package]).with_suffix("").parts
+        if inside == ("__init__",):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            for target in imported_rooms(node, package):
+                if target != inside[0]:
+                    yield file, getattr(node, "lineno", 0), inside[0], target
+
+
+def imported_rooms(node: ast.AST, package: str) -> list[str]:
+    """Rooms of `package` that a statement with absolute imports names."""
+    names: list[str] = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        whole = node.module == package
+        names = [f"{package}.{alias.name}" for alias in node.names] if whole else [node.module]
+    return [name.split(".")[1] for name in names if name.startswith(f"{package}.")]
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_only_rooms_before_them(package: str) -> None:
+    order = ROOMS[package]
+    found = list(room_imports(package))
+    assert len(found) > 20  # the walk found them
+    wrong = [f"{f}:{line}: {room} imports {target}" for f, line, room, target in found
+             if order.index(target) > order.index(room)]  # fmt: skip
+    assert not wrong
+
+
 def loaded_by(code: str, *arguments: str) -> set[str]:
     """Top-level modules in a fresh interpreter behind `code`."""
     program = (
