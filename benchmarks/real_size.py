@@ -225,7 +225,7 @@ opened = time.perf_counter()
 stream = model.stream()
 stream.append(sys.argv[2][:64])
 first = time.perf_counter()
-text = list(stream.generate_ids(64))
+text = list(stream.generate_ids(64, temperature=0, stop_at_eos=False))
 done = time.perf_counter()
 resident, here = 0, False
 for line in Path("/proc/self/smaps").read_text().splitlines():

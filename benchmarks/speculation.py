@@ -90,7 +90,7 @@ def run(stream: Stream, prompt: Any, sampler: Sampler, speculate: Any, new: int,
     stream.append_ids(prompt)
     stats, patches = stream.speculation, len(stream.patch_lengths)
     before, rounds = vars(stats).copy(), Rounds()
-    made = stream.generate_ids(new, sampler, speculate=speculate, draft=draft)
+    made = stream.generate_ids(new, sampler=sampler, stop_at_eos=False, speculate=speculate, draft=draft)
     ids, start, cpu = [], 0.0, 0.0
     for id in made:
         if not ids:

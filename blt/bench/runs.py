@@ -126,7 +126,7 @@ def run(
     stream.append_ids(text.prompt)
     read = time.perf_counter()
     stamps = []
-    for _ in stream.generate_ids(len(text.new), sampler, speculate=speculate):
+    for _ in stream.generate_ids(len(text.new), sampler=sampler, stop_at_eos=False, speculate=speculate):
         stamps.append(time.perf_counter())
         if len(stamps) == 1:
             at_first()

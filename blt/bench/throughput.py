@@ -159,4 +159,4 @@ def _run(scheduler: Scheduler, given: Sequence[Text], temperature: float) -> lis
 
 
 def _submit(scheduler: Scheduler, text: Text, sampler: Stamped) -> Request:
-    return scheduler.submit_ids(np.concatenate([[BOS], text.prompt]), len(text.new), sampler)
+    return scheduler.submit_ids(np.concatenate([[BOS], text.prompt]), len(text.new), sampler=sampler, stop_at_eos=False)

@@ -13,6 +13,7 @@ from .bundle.spec import ModelSpec
 from .engine.snapshot import Snapshot
 from .errors import BltError
 from .model import Model
+from .options import GenerateOptions
 from .patching import PatchRule, PatchState, patch_lengths
 from .sampling import Sampler
 from .scheduler import Request, Scheduler
@@ -28,6 +29,7 @@ __all__ = [
     "Drafter",
     "EntropyDrafter",
     "FirstOf",
+    "GenerateOptions",
     "LookupDrafter",
     "Manifest",
     "Model",

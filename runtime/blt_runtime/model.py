@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import numpy.typing as npt
 
@@ -13,10 +14,9 @@ from .bundle.manifest import Manifest, check_precision
 from .bundle.spec import ModelSpec
 from .errors import ConfigError, OutOfMemory, UsageError
 from .hashing import Tables, check_tables
+from .options import GenerateKeywords, GenerateOptions, resolve
 from .sampling import is_whole
-from .speculation.drafters import Drafter
-from .speculation.speculate import Speculate
-from .stream import DRAFT, Overflow, Score, Stream
+from .stream import Overflow, Score, Stream
 from .text import Utf8Stream
 
 
@@ -87,7 +87,7 @@ class Model:
     def stream(self, bos: bool = True, seed: int | None = None, overflow: Overflow = "error") -> Stream:
         """A new stream: caches for the bundle's capacity, nothing read yet but BOS. overflow "slide" lets it forget its
         oldest text when it is full (see `Stream`). Raises OutOfMemory."""
-        return Stream(self.spec, self.backend, self._hash_tables, bos, seed, overflow)
+        return Stream(self.spec, self.backend, self._hash_tables, bos=bos, seed=seed, overflow=overflow)
 
     def score(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
         """`Stream.score_ids` on a stream of its own."""
@@ -98,25 +98,21 @@ class Model:
         prompt: str | bytes,
         n: int,
         *,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        stop: Iterable[str | bytes] | str | bytes | None = None,
-        stop_at_eos: bool = True,
-        speculate: Speculate | Drafter = "off",
-        draft: int = DRAFT,
         overflow: Overflow = "error",
+        options: GenerateOptions | None = None,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Iterator[str]:
         """Text that continues `prompt`, up to `n` bytes, yielded as whole characters (invalid bytes become U+FFFD).
 
-        speculate, draft: see `Stream.generate_ids`. overflow: see `Stream`.
+        overflow: see `Stream`. options, keywords: see `GenerateOptions`; a keyword replaces a field of `options`.
+
+        Raises UsageError for a bad option, OutOfMemory, and CapacityError when the text does not fit and the stream
+        does not slide.
         """
-        stream = self.stream(seed=seed, overflow=overflow)
+        chosen = resolve(options, keywords)
+        stream = self.stream(overflow=overflow)
         stream.append(prompt)
-        pieces = stream.generate(n, temperature, top_k, top_p, min_p, None, stop, stop_at_eos, speculate, draft)
-        return _as_text(pieces)
+        return _as_text(stream.generate(n, options=chosen))
 
 
 def _as_text(pieces: Iterator[bytes]) -> Iterator[str]:

@@ -25,16 +25,14 @@ class Sampler:
 
     def __init__(
         self,
-        temperature: float = 0.0,
+        temperature: float,
+        *,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | np.random.Generator | None = None,
     ) -> None:
-        _check("temperature", _is_number(temperature) and temperature >= 0, "a number from 0 up")
-        _check("top_k", top_k is None or (is_whole(top_k) and top_k >= 1), "a whole number of at least 1")
-        _check("top_p", top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "a number above 0 and at most 1")
-        _check("min_p", min_p is None or (_is_number(min_p) and 0 <= min_p <= 1), "a number between 0 and 1")
+        check_sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self._random = generator(seed)
 
@@ -104,10 +102,25 @@ class Sampler:
         return min(drawn, int(np.flatnonzero(mass_V)[-1]))
 
 
+def check_sampling(
+    temperature: float,
+    *,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int | np.random.Generator | None,
+) -> None:
+    """Raises UsageError for a value out of range."""
+    _check("temperature", _is_number(temperature) and temperature >= 0, "a number from 0 up")
+    _check("top_k", top_k is None or (is_whole(top_k) and top_k >= 1), "a whole number of at least 1")
+    _check("top_p", top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "a number above 0 and at most 1")
+    _check("min_p", min_p is None or (_is_number(min_p) and 0 <= min_p <= 1), "a number between 0 and 1")
+    _check_seed(seed)
+
+
 def generator(seed: int | np.random.Generator | None) -> np.random.Generator:
     """The generator of a seed; None takes fresh entropy. Raises UsageError."""
-    if not isinstance(seed, np.random.Generator):
-        _check("seed", seed is None or (is_whole(seed) and seed >= 0), "a whole number from 0 up")
+    _check_seed(seed)
     return np.random.default_rng(seed)
 
 
@@ -119,6 +132,11 @@ def is_whole(value: object) -> bool:
 def _is_number(value: object) -> bool:
     """A finite Python or numpy number, and no truth value."""
     return is_whole(value) or (isinstance(value, float | np.floating) and math.isfinite(value))
+
+
+def _check_seed(seed: int | np.random.Generator | None) -> None:
+    if not isinstance(seed, np.random.Generator):
+        _check("seed", seed is None or (is_whole(seed) and seed >= 0), "a whole number from 0 up")
 
 
 def _check(name: str, ok: bool, wanted: str) -> None:

@@ -11,8 +11,8 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, Unpack
 
 import numpy as np
 
@@ -21,8 +21,9 @@ from .engine.batch import SHARE, SLICE, Batch, Counts, Row, fitted, gather
 from .engine.memory import out_of_memory
 from .engine.snapshot import Snapshot
 from .errors import BltError, Cancelled, CapacityError, QueueFull, UsageError
-from .ids import EOS, checked_ids, encode
+from .ids import EOS, Ids, checked_ids, encode
 from .model import Model
+from .options import GenerateKeywords, GenerateOptions, Stop, resolve
 from .sampling import Sampler
 from .stream import BYTES
 from .text import StopMatcher
@@ -43,15 +44,16 @@ class Request:
         ids: Array,
         n: int,
         sampler: Sampler,
-        matcher: StopMatcher,
-        stop_at_eos: bool,
-        after: Snapshot | None,
+        *,
+        stop: Stop = None,
+        stop_at_eos: bool = True,
+        after: Snapshot | None = None,
     ) -> None:
         self.ids, self.n, self.after = ids, n, after
         self.read: Snapshot | None = None
         self.finish: Finish | None = None
         self.generated = 0
-        self._sampler, self._matcher, self._stop_at_eos = sampler, matcher, stop_at_eos
+        self._sampler, self._matcher, self._stop_at_eos = sampler, StopMatcher(stop), stop_at_eos
         self._out: queue.SimpleQueue[bytes | BltError | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
 
@@ -107,6 +109,7 @@ class Scheduler:
     def __init__(
         self,
         model: Model,
+        *,
         streams: int = 16,
         capacity: int | None = None,
         waiting: int = 1024,
@@ -131,27 +134,25 @@ class Scheduler:
         self,
         prompt: str | bytes,
         n: int,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        stop: Iterable[str | bytes] | str | bytes | None = None,
-        stop_at_eos: bool = True,
+        *,
         after: Snapshot | None = None,
+        options: GenerateOptions | None = None,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Request:
-        """A request for up to `n` bytes behind `prompt`. BOS is put in front, or what `read` gave as `after`.
+        """A request for up to `n` bytes that continue `prompt`. The prompt follows BOS, or the snapshot `after`, which
+        `read` returned.
 
-        Raises UsageError for arguments, CapacityError, QueueFull. A text that needs too many patches fails when that
-        shows.
+        options, keywords: see `GenerateOptions`; a keyword replaces a field of `options`. A scheduler does not
+        speculate.
+
+        Raises UsageError for bad arguments, CapacityError if the bytes do not fit, and QueueFull. A text that needs
+        too many patches fails while it runs.
         """
-        sampler = Sampler(temperature, top_k, top_p, min_p, seed)
-        ids = encode(prompt, bos=after is None)
-        return self.submit_ids(ids, n, sampler, StopMatcher(stop), stop_at_eos, after)
+        return self._submit(encode(prompt, bos=after is None), n, resolve(options, keywords), after=after)
 
     def read(self, prefix: str | bytes) -> Snapshot:
         """Reads BOS and a text that many prompts begin with (a system prompt) once, to go before them (`after`)."""
-        request = self._submit(Request(encode(prefix, bos=True), 0, Sampler(), StopMatcher(), False, None))
+        request = self._queue(Request(encode(prefix, bos=True), 0, Sampler(0.0)))
         request.result()
         assert request.read is not None
         return request.read
@@ -160,20 +161,33 @@ class Scheduler:
         self,
         ids: Array,
         n: int,
+        *,
         sampler: Sampler | None = None,
-        matcher: StopMatcher | None = None,
-        stop_at_eos: bool = False,
         after: Snapshot | None = None,
+        options: GenerateOptions | None = None,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Request:
-        """A request for up to `n` ids behind ids [N], taken as they are; greedily without a sampler."""
-        ids = checked_ids(ids, self._vocab)
+        """A request for up to `n` ids that continue ids [N]; no BOS is added.
+
+        sampler: chooses the ids in place of temperature, top_k, top_p, min_p and seed. Everything else as for `submit`.
+        """
+        chosen = resolve(options, keywords, sampler)
+        return self._submit(checked_ids(ids, self._vocab), n, chosen, sampler=sampler, after=after)
+
+    def _submit(
+        self, ids: Ids, n: int, options: GenerateOptions, *, sampler: Sampler | None = None, after: Snapshot | None
+    ) -> Request:
+        if options.speculate != "off":
+            raise UsageError("a scheduler does not speculate: leave speculate at 'off'")
         if n < 1 or len(ids) < 1:
             raise UsageError("a request needs at least 1 id to begin with, and must ask for at least 1")
         if after is not None:
             self._batch.check(after)
-        return self._submit(Request(ids, n, sampler or Sampler(), matcher or StopMatcher(), stop_at_eos, after))
+        sampler = sampler or options.sampler()
+        request = Request(ids, n, sampler, stop=options.stop, stop_at_eos=options.stop_at_eos, after=after)
+        return self._queue(request)
 
-    def _submit(self, request: Request) -> Request:
+    def _queue(self, request: Request) -> Request:
         tokens = len(request.ids) + (request.after.position if request.after else 0)
         if tokens + max(0, request.n - 1) > self._capacity:
             raise CapacityError(

@@ -9,10 +9,10 @@ allocates nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,16 +26,14 @@ from .engine.step import StepCalls
 from .errors import Cancelled, CapacityError, InputError, UsageError, nearest
 from .hashing import Tables
 from .ids import BOS, EOS, OFFSET, Ids, checked_ids, encode
+from .options import GenerateKeywords, GenerateOptions, resolve
 from .patching import checked_closes, closes_from_lengths
 from .patching import patch_lengths as rule_lengths
 from .sampling import Sampler, generator
-from .speculation.drafters import Drafter
-from .speculation.speculate import Speculate, Speculation, SpeculationStats, Speculator
+from .speculation.speculate import Speculation, SpeculationStats, Speculator
 from .text import StopMatcher
 
 Overflow = Literal["error", "slide"]
-DRAFT = 16
-"""Ids guessed ahead at most: three patches or so."""
 BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 
 
@@ -73,6 +71,7 @@ class Stream:
         spec: ModelSpec,
         backend: Backend,
         hash_tables: Tables | None = None,
+        *,
         bos: bool = True,
         seed: int | None = None,
         overflow: Overflow = "error",
@@ -181,55 +180,53 @@ class Stream:
             self._calls.read_patches()
 
     def generate(
-        self,
-        n: int,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        stop: Iterable[str | bytes] | str | bytes | None = None,
-        stop_at_eos: bool = True,
-        speculate: Speculate | Drafter = "off",
-        draft: int = DRAFT,
+        self, n: int, *, options: GenerateOptions | None = None, **keywords: Unpack[GenerateKeywords]
     ) -> Iterator[bytes]:
-        """Generates up to `n` tokens, yielding bytes as they come (b"" for a special id, or while bytes are
-        held back because they may begin a stop string). Every token is taken into the stream before its
-        bytes come out, a stop string too; an EOS that ends the text is not.
+        """Generates up to `n` tokens and yields the bytes of each: b"" for a special id, or while bytes are held back
+        because they may begin a stop string. The stream has read every token before its bytes come out, also those of
+        a stop string; it does not read an EOS that ends the text.
 
-        speculate, draft: see `generate_ids`.
+        options, keywords: see `GenerateOptions`; a keyword replaces a field of `options`.
+
+        Raises UsageError for a bad option, an empty stream or a drafter that the model cannot use, and CapacityError
+        when the stream is full and does not slide.
+
+            for piece in stream.generate(200, temperature=0.7, stop="\n"):
+                sys.stdout.buffer.write(piece)
         """
-        random = self._random if seed is None else seed
-        sampler, matcher = Sampler(temperature, top_k, top_p, min_p, random), StopMatcher(stop)
-        return self._generate_bytes(self.generate_ids(n, sampler, stop_at_eos, speculate, draft), matcher)
+        chosen = resolve(options, keywords)
+        ids = self._start_generating(n, chosen, chosen.sampler(self._random))
+        return self._generate_bytes(ids, StopMatcher(chosen.stop))
 
     def generate_ids(
         self,
         n: int,
+        *,
         sampler: Sampler | None = None,
-        stop_at_eos: bool = False,
-        speculate: Speculate | Drafter = "off",
-        draft: int = DRAFT,
+        options: GenerateOptions | None = None,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Iterator[int]:
-        """Generates up to `n` ids (greedily without a sampler); each is in the stream when it is yielded.
+        """Generates up to `n` ids. The stream has read each when it is yielded.
 
-        speculate: guess up to `draft` ids ahead and check them in one pass. The same ids come out as with
-        "off". "lookup" guesses what followed the same bytes earlier, "decoder" lets the decoder go on with the last
-        finished patch, "lookup+decoder" the one or else the other, "entropy" lets the entropy model guess, "auto"
-        whichever pays; or a Drafter.
+        sampler: chooses the ids in place of temperature, top_k, top_p, min_p and seed. options, keywords: as for
+        `generate`, but for `stop`, which applies to bytes.
 
-        Raises CapacityError when the stream is full and does not slide, UsageError if it is empty, or cannot speculate
-        so.
+        Raises UsageError and CapacityError as `generate` does.
         """
+        chosen = resolve(options, keywords, sampler)
+        if chosen.stop is not None:
+            raise UsageError("stop applies to bytes, not to ids: use generate")
+        return self._start_generating(n, chosen, sampler or chosen.sampler(self._random))
+
+    def _start_generating(self, n: int, options: GenerateOptions, sampler: Sampler) -> Iterator[int]:
         if n < 0:
             raise UsageError("n must not be negative")
         _ = self.logits
-        sampler = sampler or Sampler()
         ahead = None
-        if speculate != "off":
+        if options.speculate != "off":
             with self._exclusive(changes=False):
-                ahead = self._speculator.start(speculate, draft, sampler)
-        return self._generate_ids(n, sampler, stop_at_eos, ahead)
+                ahead = self._speculator.start(options.speculate, options.draft, sampler)
+        return self._generate_ids(n, sampler, options.stop_at_eos, ahead)
 
     def score_ids(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
         """Runs ids [N], taken as they are, through the emptied stream and returns everything it computes on

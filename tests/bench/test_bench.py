@@ -102,7 +102,7 @@ class EosBackend(NullBackend):
 def test_eos_does_not_end_a_run(temperature: float) -> None:
     model = null_model()
     model.backend = EosBackend(model.spec)
-    assert list(model.stream().generate_ids(5, stop_at_eos=True)) == []
+    assert list(model.stream().generate_ids(5, temperature=0, stop_at_eos=True)) == []
     stream, given = model.stream(), text()
     run(stream, given, Forced(given.new.tolist(), temperature))
     assert stream.ids.tolist()[-len(given.new) :] == given.new.tolist()

@@ -41,7 +41,7 @@ def is_half_way(stream: Stream) -> bool:
 def write(model: Model, seed: int) -> tuple[list[int], np.ndarray]:
     stream = model.stream(overflow="slide")
     stream.append_ids(hard_text()[seed : seed + 70])
-    return list(stream.generate_ids(90, Sampler(1.0, seed=seed))), stream.logits.copy()
+    return list(stream.generate_ids(90, sampler=Sampler(1.0, seed=seed), stop_at_eos=False)), stream.logits.copy()
 
 
 def test_many_threads_on_one_model(model: Model) -> None:

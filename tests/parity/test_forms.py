@@ -53,7 +53,7 @@ def test_greedy_text_is_identical(checkpoint: Checkpoint, prompt: int) -> None:
     ids = prompts()[prompt]
     stream = open_model(checkpoint, chunk=16).stream(bos=False)
     stream.append_ids(ids)
-    assert list(stream.generate_ids(120)) == reference.generate(checkpoint, ids, 120)
+    assert list(stream.generate_ids(120, temperature=0, stop_at_eos=False)) == reference.generate(checkpoint, ids, 120)
 
 
 def test_given_patch_lengths_replace_the_rule(checkpoint: Checkpoint) -> None:
@@ -74,5 +74,7 @@ def test_a_snapshot_is_put_back_to_the_last_bit(checkpoint: Checkpoint) -> None:
         stream.append_ids(ids[start:end])
         other.restore(stream.snapshot())
         np.testing.assert_array_equal(other.logits, stream.logits)
-        assert list(other.generate_ids(30)) == list(stream.generate_ids(30))
+        assert list(other.generate_ids(30, temperature=0, stop_at_eos=False)) == list(
+            stream.generate_ids(30, temperature=0, stop_at_eos=False)
+        )
         np.testing.assert_array_equal(other.logits, stream.logits)

@@ -101,7 +101,7 @@ def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
     model = Model.open(pipeline.run(job, tmp_path / "bundle").path, many=True)
     with Scheduler(model, streams=3, slice=slice) as scheduler:
         for n in (30, 30, 10):
-            requests = [scheduler.submit_ids(hard_text()[:31], n) for _ in range(3)]
+            requests = [scheduler.submit_ids(hard_text()[:31], n, temperature=0, stop_at_eos=False) for _ in range(3)]
             assert {len(request.result()) >= 0 and request.finish for request in requests} == {"length"}
 
 
@@ -113,7 +113,7 @@ def test_heads_that_the_attention_does_not_take_have_no_graphs_for_many(tmp_path
         Model.open(made.path, many=True)
     seen = Scheduler(Model.open(made.path), streams=2)  # one after the other, on the graphs of single streams
     with seen:
-        text = seen.submit_ids(hard_text()[:40], 20)
+        text = seen.submit_ids(hard_text()[:40], 20, temperature=0, stop_at_eos=False)
         stream = Model.open(made.path).stream(bos=False)
         stream.append_ids(hard_text()[:40])
-        assert text.result() == b"".join(BYTES[id] for id in stream.generate_ids(20))
+        assert text.result() == b"".join(BYTES[id] for id in stream.generate_ids(20, temperature=0, stop_at_eos=False))

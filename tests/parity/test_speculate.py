@@ -41,7 +41,7 @@ class Script(Sampler):
     """Writes given ids and keeps the logits that it was shown."""
 
     def __init__(self, ids: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__(0.0)
         self._ids, self.seen = iter(ids), []
 
     def __call__(self, logits_V: np.ndarray) -> int:
@@ -65,7 +65,9 @@ def assert_greedy(model: Model, prompt: Sequence[int], truth: Sequence[int]) -> 
     for way in ways(model, [*prompt, *truth]):
         stream = model.stream(bos=False)
         stream.append_ids(prompt)
-        for n, id in enumerate(stream.generate_ids(len(truth), Watched(), speculate=way, draft=6)):
+        for n, id in enumerate(
+            stream.generate_ids(len(truth), sampler=Watched(0.0), stop_at_eos=False, speculate=way, draft=6)
+        ):
             if id != truth[n]:
                 assert Watched.margin < MARGIN, f"{way}: {id} for {truth[n]} at {n}, margin {Watched.margin}"
                 ties += 1
@@ -107,7 +109,7 @@ def test_logits_along_the_hard_text(checkpoint: Checkpoint) -> None:
 def assert_logits(model: Model, ids: np.ndarray, truth: np.ndarray) -> None:
     stream, script = model.stream(bos=False), Script(ids[1:].tolist())
     stream.append_ids(ids[:1])
-    list(stream.generate_ids(len(ids) - 1, script, speculate=Knows(ids.tolist())))
+    list(stream.generate_ids(len(ids) - 1, sampler=script, stop_at_eos=False, speculate=Knows(ids.tolist())))
     np.testing.assert_allclose(np.stack(script.seen), truth[:-1], rtol=0, atol=2e-5)
     assert stream.speculation.passes < 0.6 * len(ids)
 
@@ -148,5 +150,5 @@ def test_seeded_sampling_is_the_same_text(bundles: tuple[Checkpoint, list[Model]
         for speculate in ("off", "auto", "decoder"):
             stream = model.stream()
             stream.append("Once upon a time")
-            texts.append(list(stream.generate(60, 0.7, seed=3, stop_at_eos=False, speculate=speculate)))
+            texts.append(list(stream.generate(60, temperature=0.7, seed=3, stop_at_eos=False, speculate=speculate)))
         assert texts[0] == texts[1] == texts[2]

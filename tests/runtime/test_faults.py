@@ -118,7 +118,7 @@ def test_another_thread_cancels() -> None:
     thread.join()
     assert_is_truth(stream, before)
     stream.append("after")
-    assert len(list(stream.generate_ids(5))) == 5
+    assert len(list(stream.generate_ids(5, temperature=0, stop_at_eos=False))) == 5
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -133,13 +133,17 @@ def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, reque
     ways: dict[str, Callable[[], object]] = {
         "step": lambda: [stream.append_ids([id]) for id in random_ids(40)],
         "chunk": lambda: stream.append(b"a long text" * 9),
-        "guess": lambda: list(stream.generate_ids(60, speculate="lookup")),
+        "guess": lambda: list(stream.generate_ids(60, temperature=0, stop_at_eos=False, speculate="lookup")),
         "rewind": lambda: stream.rewind(60),
         "score": lambda: stream.score_ids(random_ids(60)),
     }
     with pytest.raises(KeyboardInterrupt):
         ways[way]()
-    for call in (lambda: stream.append("x"), lambda: stream.rewind(0), lambda: list(stream.generate_ids(1))):
+    for call in (
+        lambda: stream.append("x"),
+        lambda: stream.rewind(0),
+        lambda: list(stream.generate_ids(1, temperature=0, stop_at_eos=False)),
+    ):
         with pytest.raises(UsageError, match=r"failed half-way: call reset\(\)|the stream is empty"):
             call()
     other.append("untouched")
@@ -159,7 +163,7 @@ def test_a_thread_that_dies_harms_its_stream_alone(graph: str, n: int) -> None:
 
     def work() -> None:
         try:
-            for _ in stream.generate_ids(100):
+            for _ in stream.generate_ids(100, temperature=0, stop_at_eos=False):
                 pass
         except BltError as error:
             deaths.append(error)
@@ -170,7 +174,9 @@ def test_a_thread_that_dies_harms_its_stream_alone(graph: str, n: int) -> None:
     assert str(deaths[0]) == "device lost"
     with pytest.raises(UsageError, match="half-way"):
         stream.append("x")
-    assert list(other.generate_ids(50)) == list(model.stream().generate_ids(50))
+    assert list(other.generate_ids(50, temperature=0, stop_at_eos=False)) == list(
+        model.stream().generate_ids(50, temperature=0, stop_at_eos=False)
+    )
     assert_is_truth(other, other.ids)
     snapshot = other.snapshot()
     stream.restore(snapshot)  # repairs as reset does
@@ -288,7 +294,7 @@ def test_no_memory_in_a_call() -> None:
     with pytest.raises(UsageError, match="half-way"):
         stream.append("x")
     with pytest.raises(OutOfMemory):
-        other.generate_ids(5, speculate="lookup")
+        other.generate_ids(5, temperature=0, stop_at_eos=False, speculate="lookup")
     assert_is_truth(other, other.ids)  # nothing had begun
     backend.left = 1 << 30
     stream.reset()
@@ -318,7 +324,7 @@ def test_a_sampler_that_fails_is_as_bad_as_a_backend() -> None:
 
     stream = model_of(null_spec()).stream()
     with pytest.raises(ZeroDivisionError):
-        next(stream.generate_ids(1, Broken()))
+        next(stream.generate_ids(1, sampler=Broken(0.0), stop_at_eos=False))
     with pytest.raises(UsageError, match="half-way"):
         stream.append("x")
 

@@ -17,7 +17,7 @@ def kept(**options: float) -> list[int]:
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:
-    assert Sampler()(np.array([0.0, 2.0, 2.0], dtype=np.float32)) == 1
+    assert Sampler(0.0)(np.array([0.0, 2.0, 2.0], dtype=np.float32)) == 1
 
 
 def test_trimming() -> None:
@@ -69,4 +69,4 @@ def test_seeds() -> None:
 )
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
-        Sampler(**options)  # type: ignore[arg-type]
+        Sampler(**{"temperature": 1.0, **options})  # type: ignore[arg-type]

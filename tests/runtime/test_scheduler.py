@@ -129,7 +129,9 @@ def test_a_failing_backend_fails_its_requests_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("fault", ["sampler", "matcher", "flush"])
-def test_what_a_caller_brings_can_fail_its_own_request_only(scheduler: Scheduler, fault: str) -> None:
+def test_what_a_caller_brings_can_fail_its_own_request_only(
+    scheduler: Scheduler, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Wrong(Sampler):
         def __call__(self, logits_V: object) -> int:
             raise ValueError("wrong")
@@ -142,9 +144,13 @@ def test_what_a_caller_brings_can_fail_its_own_request_only(scheduler: Scheduler
             raise ValueError("wrong")
 
     beside = [scheduler.submit("abc", 30, seed=i, stop_at_eos=False) for i in range(2)]
-    sampler, matcher = (Wrong(), None) if fault == "sampler" else (None, Matcher("\0"))
+    if fault != "sampler":
+        monkeypatch.setattr("blt_runtime.scheduler.StopMatcher", Matcher)
+    sampler = Wrong(0.0) if fault == "sampler" else Sampler(0.0)
+    broken = scheduler.submit_ids(encode("abc"), 5, sampler=sampler, stop="\0", stop_at_eos=False)
+    monkeypatch.undo()
     with pytest.raises(BltError, match="unexpected error: ValueError"):
-        scheduler.submit_ids(encode("abc"), 5, sampler, matcher).result()
+        broken.result()
     assert [request.result() for request in beside] == [alone("abc", 30, i) for i in range(2)]
     assert scheduler.submit("abc", 9, seed=5, stop_at_eos=False).result() == alone("abc", 9, 5)
 
@@ -170,7 +176,10 @@ def test_an_interrupted_thread_leaves_nobody_waiting() -> None:
             raise SystemExit
 
     scheduler = Scheduler(model_of(SPEC), streams=2)
-    requests = [scheduler.submit("abc", 200, stop_at_eos=False), scheduler.submit_ids(encode("abc"), 5, Exit())]
+    requests = [
+        scheduler.submit("abc", 200, stop_at_eos=False),
+        scheduler.submit_ids(encode("abc"), 5, sampler=Exit(0.0), stop_at_eos=False),
+    ]
     for request in requests:
         with pytest.raises(Cancelled, match="closed"):
             request.result()

@@ -120,8 +120,8 @@ def test_generation_with_guesses_writes_the_same(spec: ModelSpec, speculate: str
     plain, ahead = slides(spec), slides(spec)
     for stream in (plain, ahead):
         stream.append(b"abcabc" * 3)
-    text = list(plain.generate_ids(200))
-    assert list(ahead.generate_ids(200, speculate=speculate, draft=6)) == text
+    text = list(plain.generate_ids(200, temperature=0, stop_at_eos=False))
+    assert list(ahead.generate_ids(200, temperature=0, stop_at_eos=False, speculate=speculate, draft=6)) == text
     assert ahead.forgotten == plain.forgotten > 100
     assert_holds(ahead, np.concatenate([encode(b"abcabc" * 3, bos=False), text]))
 
@@ -214,7 +214,9 @@ def test_any_sequence_of_calls(data: st.DataObject) -> None:
             text_N = np.concatenate([text_N, more_N])
         elif kind == "generate":
             guess = data.draw(st.sampled_from(["off", "lookup"]))
-            made = stream.generate_ids(data.draw(st.integers(1, 50)), Sampler(2.0, seed=1), speculate=guess)
+            made = stream.generate_ids(
+                data.draw(st.integers(1, 50)), sampler=Sampler(2.0, seed=1), stop_at_eos=False, speculate=guess
+            )
             text_N = np.concatenate([text_N, list(made)]).astype(np.int64)
         else:
             n = data.draw(st.integers(0, stream.position - 1))
@@ -228,7 +230,7 @@ def test_only_who_asks_slides() -> None:
     with pytest.raises(CapacityError):
         model_of(spec).stream().append(b"x" * 40)
     with pytest.raises(CapacityError):
-        list(model_of(spec).stream().generate_ids(60))
+        list(model_of(spec).stream().generate_ids(60, temperature=0, stop_at_eos=False))
     with pytest.raises(UsageError, match="did you mean 'slide'"):
         model_of(spec).stream(overflow="slides")
     with pytest.raises(UsageError, match="too small"):

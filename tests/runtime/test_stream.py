@@ -204,7 +204,7 @@ def test_generation_equals_recomputing(spec: ModelSpec) -> None:
     stream = model_of(spec).stream()
     stream.append("Größe\x00\n\t x")
     prompt = stream.ids
-    ids = np.array([*prompt, *stream.generate_ids(150)])
+    ids = np.array([*prompt, *stream.generate_ids(150, temperature=0, stop_at_eos=False)])
     truth = compute(spec, ids, tables_for(spec))
     assert truth.logits.argmax(axis=1)[len(prompt) - 1 : -1].tolist() == ids[len(prompt) :].tolist()
     assert_is_truth(stream, ids)
@@ -219,16 +219,16 @@ def test_generation_stops_at_eos_only_if_asked() -> None:
         def __call__(self, logits_V: np.ndarray) -> int:
             return next(self.ids)
 
-    script = Script()
-    assert list(model.stream().generate_ids(4, script)) == [9, 8, EOS, 7]
+    script = Script(0.0)
+    assert list(model.stream().generate_ids(4, sampler=script, stop_at_eos=False)) == [9, 8, EOS, 7]
     stream = model.stream()
-    assert list(stream.generate_ids(4, script, stop_at_eos=True)) == [9, 8]
+    assert list(stream.generate_ids(4, sampler=script, stop_at_eos=True)) == [9, 8]
     assert stream.ids.tolist() == [BOS, 9, 8]
 
 
 def test_generate_yields_one_piece_per_token() -> None:
     model = model_of(null_spec())
-    ids = list(model.stream().generate_ids(40))
+    ids = list(model.stream().generate_ids(40, temperature=0, stop_at_eos=False))
     pieces = list(model.stream().generate(40, temperature=0, stop_at_eos=False))
     assert pieces == [bytes([i - 4]) if i >= 4 else b"" for i in ids]
 
@@ -267,7 +267,7 @@ def test_reuse_after_more_input() -> None:
     list(stream.generate(20, temperature=0))
     stream.append(b"\xff\xfe more")
     assert_is_truth(stream, stream.ids)
-    list(stream.generate_ids(20, Sampler(1.0, seed=1)))
+    list(stream.generate_ids(20, sampler=Sampler(1.0, seed=1), stop_at_eos=False))
     assert_is_truth(stream, stream.ids)
     stream.reset()
     assert stream.ids.tolist() == [BOS]
@@ -282,7 +282,7 @@ def test_byte_capacity() -> None:
     np.testing.assert_array_equal(stream.logits, logits)
     stream.append(b"y" * 9)
     with pytest.raises(CapacityError, match="40"):
-        next(stream.generate_ids(1))
+        next(stream.generate_ids(1, temperature=0, stop_at_eos=False))
     assert_is_truth(stream, encode(b"x" * 30 + b"y" * 9))
 
 
@@ -307,7 +307,7 @@ def test_patch_capacity_in_an_empty_stream_and_in_steps() -> None:
     assert stream.position == 0
     stream.append_ids(random_ids(20))
     with pytest.raises(CapacityError):
-        list(stream.generate_ids(1))
+        list(stream.generate_ids(1, temperature=0, stop_at_eos=False))
     assert_is_truth(stream, random_ids(20))
 
 
@@ -316,7 +316,7 @@ def test_empty_stream_has_nothing_to_say() -> None:
     stream.append("")
     assert stream.patch_lengths.tolist() == [1]
     with pytest.raises(UsageError, match="empty"):
-        stream.generate_ids(1)
+        stream.generate_ids(1, temperature=0, stop_at_eos=False)
     with pytest.raises(UsageError, match="empty"):
         stream.generate(1)
 
@@ -350,7 +350,7 @@ def test_two_threads_on_one_stream_are_refused() -> None:
             assert leave.wait(60)
             return super().__call__(logits_V)
 
-    thread = threading.Thread(target=lambda: list(stream.generate_ids(1, Slow())))
+    thread = threading.Thread(target=lambda: list(stream.generate_ids(1, sampler=Slow(0.0), stop_at_eos=False)))
     thread.start()
     assert entered.wait(60)
     with pytest.raises(UsageError, match="thread"):
@@ -383,7 +383,7 @@ def test_threads_share_a_model() -> None:
     results: list[list[int]] = []
 
     def work() -> None:
-        results.append(list(model.stream().generate_ids(60)))
+        results.append(list(model.stream().generate_ids(60, temperature=0, stop_at_eos=False)))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -148,7 +148,15 @@ def generate(
         timing = Timing(len(given))
         stream.append(given)
         made = stream.generate(
-            size, temperature, top_k, top_p, min_p, seed, stops, not ignore_eos, cast("Speculate", speculate)
+            size,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stops,
+            stop_at_eos=not ignore_eos,
+            speculate=cast("Speculate", speculate),
         )
         pieces = timing.watch(made)
         if as_json:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -32,9 +32,9 @@ from ..backends.protocol import Array
 from ..engine.memory import AHEAD, Mark, Memory
 from ..engine.passes import PassCalls, longest_pass
 from ..engine.step import StepCalls
-from ..errors import UsageError, nearest
+from ..errors import UsageError
 from ..ids import Ids
-from ..sampling import Sampler, is_whole
+from ..sampling import Sampler
 from .adaptive import Costs, Paced
 from .drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
 
@@ -314,9 +314,7 @@ class Speculator:
         self._paced: Paced | None = None
 
     def start(self, speculate: Speculate | Drafter, draft: int, sampler: Sampler) -> Speculation:
-        """Raises UsageError for a name that is unknown or that the model cannot follow."""
-        if not is_whole(draft) or draft < 1:
-            raise UsageError("draft must be a whole number of at least 1")
+        """Raises UsageError for a drafter that the model cannot use."""
         drafter = speculate if isinstance(speculate, Drafter) else self._drafter(speculate, sampler)
         longest = longest_pass(self.memory, draft)
         if self._calls is None or self._calls.longest != longest:
@@ -336,8 +334,6 @@ class Speculator:
             return DecoderDrafter(sampler=sampler)
         if name == "lookup+decoder":
             return FirstOf(LookupDrafter(spec.capacity_bytes), DecoderDrafter(sampler=sampler))
-        if name == "entropy" and not with_entropy:
+        if not with_entropy:
             raise UsageError("speculate 'entropy' needs a model whose patch rule reads entropies: choose 'decoder'")
-        if name == "entropy":
-            return EntropyDrafter(sampler=sampler)
-        raise UsageError(f"speculate {name!r} is unknown: {nearest(name, get_args(Speculate))}")
+        return EntropyDrafter(sampler=sampler)

@@ -59,7 +59,9 @@ def test_a_snapshot_in_the_middle_of_guesses(spec: ModelSpec) -> None:
     model, ids = model_of(spec), random_ids(60, seed=3)
     stream, plain = model.stream(), model.stream()
     taken = []
-    for _ in stream.generate_ids(len(ids), Script(ids), speculate=Oracle(ids, 1, 0.9), draft=6):
+    for _ in stream.generate_ids(
+        len(ids), sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 0.9), draft=6
+    ):
         taken.append(stream.snapshot())
     plain.append_ids(ids[:20])
     other = model.stream()
@@ -78,7 +80,9 @@ def test_guesses_of_an_earlier_text_are_dropped() -> None:
     model, ids = model_of(next(iter(SPECS.values()))), random_ids(40, seed=4)
     stream = model.stream()
     start = stream.snapshot()
-    for i, _ in enumerate(stream.generate_ids(len(ids), Script(ids), speculate=Oracle(ids, 1, 1.0), draft=6)):
+    for i, _ in enumerate(
+        stream.generate_ids(len(ids), sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0), draft=6)
+    ):
         if i == 11:
             stream.restore(start)
     plain = model.stream()
@@ -97,7 +101,9 @@ def test_a_damaged_stream_is_repaired_and_a_document_goes_on() -> None:
     broken.append_ids([14, 15])
     stream.append_ids([14, 15])
     same(broken, stream)
-    assert list(broken.generate_ids(5, Sampler())) == list(stream.generate_ids(5, Sampler()))
+    assert list(broken.generate_ids(5, sampler=Sampler(0.0), stop_at_eos=False)) == list(
+        stream.generate_ids(5, sampler=Sampler(0.0), stop_at_eos=False)
+    )
 
 
 def test_a_snapshot_is_read_only_and_of_one_model() -> None:

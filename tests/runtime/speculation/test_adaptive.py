@@ -193,7 +193,7 @@ def test_another_text_is_looked_up() -> None:
     drafter = Paced(LookupDrafter(100), costs_of(), with_entropy=True)
     other = encode(b"not the same but not the same ", bos=False)
     for text in (TEXT, other):
-        drafter.begin(Sampler())
+        drafter.begin(Sampler(0.0))
         ways = [(list(drafter.propose(text, 3)), drafter.source) for _ in range(20)]
         assert any(found for found, _ in ways)
 

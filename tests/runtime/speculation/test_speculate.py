@@ -52,7 +52,7 @@ class Script(Sampler):
     """Writes given ids, whatever the logits say."""
 
     def __init__(self, ids: np.ndarray) -> None:
-        super().__init__()
+        super().__init__(0.0)
         self._ids = iter(ids.tolist())
 
     def __call__(self, logits_V: np.ndarray) -> int:
@@ -103,7 +103,7 @@ def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: 
     made = []
     oracle = Oracle(ids, 1, right, source)
     truth = compute(spec, np.array([BOS, *ids]), tables_for(spec))
-    for id in stream.generate_ids(len(ids), Script(ids), speculate=oracle, draft=9):
+    for id in stream.generate_ids(len(ids), sampler=Script(ids), stop_at_eos=False, speculate=oracle, draft=9):
         made.append(id)
         assert stream.ids.tolist() == [BOS, *made]
         assert stream.patch_lengths.sum() == stream.position + 1
@@ -125,7 +125,9 @@ def test_any_interruption(data: st.DataObject) -> None:
     )
     oracle = Oracle(ids, 1, right, source, data.draw(st.integers(0, 50)))
     draft = data.draw(st.integers(1, 20))
-    for i, id in enumerate(stream.generate_ids(len(ids), Script(ids), speculate=oracle, draft=draft)):
+    for i, id in enumerate(
+        stream.generate_ids(len(ids), sampler=Script(ids), stop_at_eos=False, speculate=oracle, draft=draft)
+    ):
         text.append(id)
         event = data.draw(st.sampled_from(["none"] * 6 + ["rewind", "append", "there and back", "again"]))
         if event == "rewind":
@@ -141,7 +143,9 @@ def test_any_interruption(data: st.DataObject) -> None:
             stream.rewind(3)
         elif event == "again":
             other = random_ids(5, seed=i)
-            text += stream.generate_ids(5, Script(other), speculate=Oracle(other, len(text), 0.9), draft=3)
+            text += stream.generate_ids(
+                5, sampler=Script(other), stop_at_eos=False, speculate=Oracle(other, len(text), 0.9), draft=3
+            )
         oracle.start = len(text) - i - 1
         assert_is_truth(stream, np.array(text))
 
@@ -154,9 +158,11 @@ def test_named_drafters_change_nothing(spec: ModelSpec, how: str) -> None:
         stream.append(PROMPT * 3)
     if how == "entropy" and not spec.patch_rule.needs_entropy:
         with pytest.raises(UsageError, match="choose 'decoder'"):
-            guessed.generate_ids(1, speculate=how)
+            guessed.generate_ids(1, temperature=0, stop_at_eos=False, speculate=how)
         return
-    assert list(guessed.generate_ids(100, speculate=how)) == list(plain.generate_ids(100))
+    assert list(guessed.generate_ids(100, temperature=0, stop_at_eos=False, speculate=how)) == list(
+        plain.generate_ids(100, temperature=0, stop_at_eos=False)
+    )
     assert_is_truth(guessed, plain.ids)
     assert guessed.speculation.tokens == 100
 
@@ -171,7 +177,7 @@ def test_right_guesses_save_calls(source: Source | None) -> None:
     before = dict(model.backend.calls)
     drafter = Oracle(ids, 1, 1.0, source)
     drafter.sure = True
-    list(stream.generate_ids(160, Script(ids), speculate=drafter, draft=15))
+    list(stream.generate_ids(160, sampler=Script(ids), stop_at_eos=False, speculate=drafter, draft=15))
     used, stats = {name: model.backend.calls[name] - before[name] for name in before}, stream.speculation
     assert stats.passes == stats.latent_calls == used["latent"] == 10
     assert stats.right == stats.guesses == 150
@@ -189,7 +195,7 @@ def test_the_decoder_is_never_wrong_before_a_patch_ends() -> None:
     stream = model.stream()
     before = dict(model.backend.calls)
     sampler = Sampler(0.7, seed=0)
-    list(stream.generate_ids(90, sampler, speculate=DecoderDrafter(0.0, sampler), draft=8))
+    list(stream.generate_ids(90, sampler=sampler, stop_at_eos=False, speculate=DecoderDrafter(0.0, sampler), draft=8))
     used = {name: model.backend.calls[name] - before[name] for name in before}
     assert stream.speculation.right == stream.speculation.guesses >= 80 - 3
     assert used["encoder"] in range(90, 100)
@@ -206,17 +212,21 @@ def test_the_entropy_model_reads_no_byte_twice_while_its_guesses_are_right() -> 
         model = model_of(spec)
         stream = model.stream()
         before = model.backend.calls["entropy"]
-        list(stream.generate_ids(100, Script(ids), speculate=Oracle(ids, 1, 1.0, source), draft=8))
+        list(
+            stream.generate_ids(
+                100, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0, source), draft=8
+            )
+        )
         assert model.backend.calls["entropy"] - before <= most
 
 
 def test_calls_are_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = model_of(null_spec(slack=64, chunk=32)).stream()
     ids = random_ids(200, seed=6)
-    list(stream.generate_ids(100, Script(ids), speculate=Oracle(ids, 1, 0.9), draft=4))
+    list(stream.generate_ids(100, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 0.9), draft=4))
     monkeypatch.setattr("blt_runtime.engine.memory.Graph.bind", lambda *_, **__: pytest.fail("bound again"))
     monkeypatch.setattr("blt_runtime.engine.memory.Graph.new", lambda *_, **__: pytest.fail("allocated"))
-    list(stream.generate_ids(50, Script(ids[100:]), speculate=Oracle(ids, 1, 0.9), draft=4))
+    list(stream.generate_ids(50, sampler=Script(ids[100:]), stop_at_eos=False, speculate=Oracle(ids, 1, 0.9), draft=4))
 
 
 @pytest.mark.parametrize("how", ["lookup", "off"])
@@ -224,7 +234,7 @@ def test_repetition_is_looked_up(how: str) -> None:
     spec = null_spec(slack=64, chunk=32, capacity_bytes=2048, capacity_patches=2048)
     ids = encode(b"a sentence that comes again and again. " * 12, bos=False)
     stream = model_of(spec).stream()
-    assert list(stream.generate_ids(len(ids), Script(ids), speculate=how)) == ids.tolist()
+    assert list(stream.generate_ids(len(ids), sampler=Script(ids), stop_at_eos=False, speculate=how)) == ids.tolist()
     assert (stream.speculation.right > 200) == (how == "lookup")
 
 
@@ -232,14 +242,17 @@ def test_stop_strings_eos_and_limits_end_the_text_where_they_do_without() -> Non
     ids = encode(b"abcdefghijkl", bos=False)
     spec = null_spec(slack=64, chunk=32)
     stream = model_of(spec).stream()
-    guessing = stream.generate_ids(5, Script(ids), speculate=Oracle(ids, 1, 1.0))
+    guessing = stream.generate_ids(5, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0))
     assert list(guessing) == ids[:5].tolist()
     assert_is_truth(stream, np.array([BOS, *ids[:5]]))
 
     ended = ids.copy()
     ended[7] = EOS
     stream.reset()
-    assert list(stream.generate_ids(12, Script(ended), True, speculate=Oracle(ended, 1, 1.0))) == ended[:7].tolist()
+    assert (
+        list(stream.generate_ids(12, sampler=Script(ended), stop_at_eos=True, speculate=Oracle(ended, 1, 1.0)))
+        == ended[:7].tolist()
+    )
     assert_is_truth(stream, np.array([BOS, *ended[:7]]))
 
     whole = b"".join(model_of(spec).stream().generate(60, temperature=0))
@@ -259,7 +272,7 @@ def test_capacity_ends_where_it_does_without(kind: str, source: Source | None) -
         for speculate in ("off", Oracle(ids, 1, 0.9, source)):
             stream = model_of(spec).stream()
             with pytest.raises(CapacityError):
-                list(stream.generate_ids(200, Script(ids), speculate=speculate))
+                list(stream.generate_ids(200, sampler=Script(ids), stop_at_eos=False, speculate=speculate))
             assert_is_truth(stream, stream.ids)
             ends.append(stream.position)
         assert ends[0] == ends[1]
@@ -274,22 +287,25 @@ def test_a_failed_pass_asks_for_reset(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("blt_runtime.speculation.speculate.PassCalls.decode", fail)
     with pytest.raises(BackendError):
-        list(stream.generate_ids(40, Script(ids), speculate=Oracle(ids, 1, 1.0)))
+        list(stream.generate_ids(40, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0)))
     monkeypatch.undo()
     with pytest.raises(UsageError, match=r"reset\(\)"):
         stream.append("x")
     stream.reset()
-    assert list(stream.generate_ids(40, Script(ids), speculate=Oracle(ids, 1, 1.0))) == ids.tolist()
+    assert (
+        list(stream.generate_ids(40, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0)))
+        == ids.tolist()
+    )
     assert_is_truth(stream, np.array([BOS, *ids]))
 
 
 def test_bad_arguments() -> None:
     stream = model_of(null_spec()).stream()
     with pytest.raises(UsageError, match="did you mean 'lookup'"):
-        stream.generate_ids(1, speculate="lokup")
+        stream.generate_ids(1, temperature=0, stop_at_eos=False, speculate="lokup")
     for draft in (0, -1, 1.5, True):
         with pytest.raises(UsageError, match="draft"):
-            stream.generate_ids(1, speculate="auto", draft=draft)
+            stream.generate_ids(1, temperature=0, stop_at_eos=False, speculate="auto", draft=draft)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -438,7 +454,7 @@ def test_sampled_text_has_the_targets_distribution() -> None:
     counts = dict.fromkeys(expected, 0)
     n = 2000
     for _ in range(n):
-        counts[tuple(stream.generate_ids(2, sampler, speculate=drafter))] += 1
+        counts[tuple(stream.generate_ids(2, sampler=sampler, stop_at_eos=False, speculate=drafter))] += 1
         stream.rewind(2)
     chi_square = sum((counts[k] - n * p) ** 2 / (n * p) for k, p in expected.items())
     assert len(expected) == 9
