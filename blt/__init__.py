@@ -1,6 +1,6 @@
 """Byte Latent Transformers: the model, its checkpoints, its training and the command line.
 
-`import blt` itself loads nothing heavy; the names below load PyTorch when they are first used.
+`import blt` loads no heavy library: the names below import PyTorch when they are first used.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.model.hashing import HashEmbedding, MappedTables
 from blt.model.layers import RotaryTable
 from blt.model.token import TokenModel
-from blt.model.vocabulary import Vocabulary, checked
-from blt_runtime.errors import CheckpointError, RuleError
+from blt.model.vocabulary import Vocabulary
+from blt_runtime.errors import CheckpointError, ConfigError, RuleError
 from blt_runtime.patching import EntropyDtype, PatchRule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,7 +120,10 @@ def build(source: Source, trainable: bool = False) -> Checkpoint:
 def _vocabulary(source: Source) -> Vocabulary | None:
     if source.bpe is None:
         return None
-    vocabulary = checked(source.tokenizer or "", source.path)
+    try:
+        vocabulary = Vocabulary(source.tokenizer or "", f"the tokenizer in {source.path}")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     if vocabulary.size > source.bpe.config.vocab_size:
         raise CheckpointError(f"{source.path}: its tokenizer has {vocabulary.size} ids, more than its model")
     return vocabulary

@@ -1,8 +1,8 @@
-"""Tensors on disk: read without running what is in a file, and without holding more of it than one block.
+"""Tensors on disk: read without executing anything in a file, and with at most one block of them in memory.
 
-A released checkpoint is 9 GB, most of it hash tables. `StoredTensor` is a tensor that stays in its file, memory-mapped;
-whoever needs it reads blocks of rows, and the pages go when the block is done. Both writers stream such tensors, so
-a conversion holds one block at a time. This is the one place that opens pickled files.
+A released checkpoint is 9 GB, most of it hash tables. `StoredTensor` is a tensor that stays in its memory-mapped file;
+it is read in blocks of rows, and the pages of a block are released after it. Both writers stream such tensors, so a
+conversion holds one block at a time. Only this module opens pickled files.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from blt.model.pages import drop_pages
 from blt_runtime.errors import CheckpointError, MissingExtra
 
 BLOCK = 64 << 20
-"""Bytes that one block of rows holds at most (one row at least)."""
+"""Most bytes of one block of rows (at least one row)."""
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-"""What a weight may be stored as, and its name in safetensors."""
+"""The dtypes of stored weights, with their names in safetensors."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor [R, ...] in a file or in memory: `pieces` that follow each other along the first axis.
+    """A tensor [R, ...] in a file or in memory: `pieces`, concatenated along the first axis.
 
-    names: what the file calls each piece.  mapped: the pieces are clean pages of a memory-mapped file, which may be
+    names: the file's name of each piece.  mapped: the pieces are clean pages of a memory-mapped file, which may be
     dropped.
     """
 
@@ -54,7 +54,7 @@ class StoredTensor:
         return self.pieces[0].dtype
 
     def blocks(self) -> Iterator[Tensor]:
-        """Consecutive rows, contiguous, in the stored dtype; what was read of the file leaves memory again."""
+        """Blocks of consecutive rows, contiguous, in the stored dtype; pages of the file are released after each."""
         for piece in self.pieces:
             yield from self._blocks_of(piece)
 
@@ -67,12 +67,12 @@ class StoredTensor:
                 drop_pages(block)
 
     def copy_to(self, out: Tensor) -> None:
-        """Into a tensor of the same shape and any floating dtype."""
-        for block, target in self.beside(out):
+        """Copies into a tensor of the same shape and any floating dtype."""
+        for block, target in self.blocks_with(out):
             target.copy_(block)
 
-    def beside(self, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each block with the rows of `out`, a tensor of the same shape, that belong to it."""
+    def blocks_with(self, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each block with its rows of `out`, a tensor of the same shape."""
         start, rows = 0, out if out.ndim else out[None]
         for block in self.blocks():
             yield block, rows[start : start + len(block)]
@@ -85,7 +85,7 @@ class StoredTensor:
 
 
 def _finite(block: Tensor) -> bool:
-    """A sum is not finite if an element is not, and is read at the speed of memory; `isfinite` decides the rest."""
+    """The sum runs at the speed of memory and is not finite if an element is not; `isfinite` decides if it is not."""
     return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
 
 
@@ -93,7 +93,7 @@ def _finite(block: Tensor) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Unpickle tensors and plain containers, nothing else; tensors stay in the file. Raises CheckpointError."""
+    """Unpickles tensors and plain containers only; tensors stay in the file. Raises CheckpointError."""
     _check_readable(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -102,16 +102,16 @@ def read_tensors(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} contains Python objects other than tensors and is refused; save its state dict alone"
             ) from None
-        raise CheckpointError(f"{path} is no PyTorch checkpoint, or a damaged one") from None
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint, or it is damaged") from None
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError):
-        raise CheckpointError(f"{path} is no PyTorch checkpoint, or a truncated one; copy it again") from None
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint, or it is truncated; copy it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
 def _check_readable(path: Path) -> None:
-    """Raises CheckpointError; the libraries call a file damaged that may not be read."""
+    """Raises CheckpointError: the libraries report a file without read permission as damaged."""
     try:
         path.open("rb").close()
     except FileNotFoundError:
@@ -121,20 +121,20 @@ def _check_readable(path: Path) -> None:
 
 
 def stored_tensors(tensors: Mapping[str, Any], path: Path) -> dict[str, StoredTensor]:
-    """Those of an unpickled mapping that are tensors; `path` is the file they lie in."""
-    mapped = zipfile.is_zipfile(path) and _is_of_this_machine(path)
+    """The tensors of an unpickled mapping; `path` is their file."""
+    mapped = zipfile.is_zipfile(path) and _has_native_byte_order(path)
     return {name: StoredTensor((name,), (t,), mapped) for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
-def _is_of_this_machine(path: Path) -> bool:
-    """False where torch turned the bytes of a file of the other endianness around: in memory, not in the file."""
+def _has_native_byte_order(path: Path) -> bool:
+    """False if torch had to swap the bytes: then the tensors are in memory and not in the file."""
     with zipfile.ZipFile(path) as file:
         orders = [file.read(name) for name in file.namelist() if name.endswith("/byteorder")]
     return all(order.decode() == sys.byteorder for order in orders)
 
 
 def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
-    """All tensors of some files, which stay there. Raises CheckpointError for a damaged file or a name given twice."""
+    """All tensors of these files, still in the files. Raises CheckpointError for a damaged file or a repeated name."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -146,10 +146,10 @@ def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); copy it again") from None
+            raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}); copy it again") from None
         twice = sorted(tensors.keys() & found.keys())
         if twice:
-            raise CheckpointError(f"{path}: {', '.join(twice)} lie in another file of this checkpoint, too")
+            raise CheckpointError(f"{path}: {', '.join(twice)} are in another file of this checkpoint, too")
         found |= {name: StoredTensor((name,), (t,), mapped=True) for name, t in tensors.items()}
     return found
 
@@ -158,7 +158,7 @@ def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO, Path], None]) -> None:
-    """`write(file, its path)` fills a file beside `path`, which is flushed to disk and renamed over it."""
+    """`write(file, its path)` fills a temporary file next to `path`, which is flushed and renamed to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("w+b") as file:
@@ -171,45 +171,40 @@ def atomic_write(path: Path, write: Callable[[BinaryIO, Path], None]) -> None:
         raise
 
 
-def atomic_save(path: Path, content: Any) -> None:
-    """`torch.save`, all or nothing."""
-    atomic_write(path, lambda file, _: torch.save(content, file))
-
-
 def write_pickled(
     path: Path,
     content: dict[str, Any],
-    parts: Mapping[str, Mapping[str, StoredTensor]],
+    models: Mapping[str, Mapping[str, StoredTensor]],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """`torch.save` of `content` with a state dict under the key of each part, streamed, all or nothing.
+    """`torch.save` of `content` with a state dict for each key of `models`, streamed and atomic.
 
-    dtype: of the file's weights (default: as stored).  The file is laid out with room for the tensors and then
-    filled through a shared mapping, so that no tensor is ever in memory as a whole. Equal content gives equal bytes.
+    dtype: of the file's weights (default: as stored).  The file is written with empty space for the tensors, which is
+    then filled through a shared mapping, so that no whole tensor is ever in memory. Equal content gives equal bytes.
     """
     empty = {
-        key: {name: torch.empty(t.shape, dtype=dtype or t.dtype) for name, t in part.items()}
-        for key, part in parts.items()
+        key: {name: torch.empty(t.shape, dtype=dtype or t.dtype) for name, t in weights.items()}
+        for key, weights in models.items()
     }
 
     def write(file: BinaryIO, temporary: Path) -> None:
         with torch.serialization.skip_data():
             torch.save(_interned({**content, **empty}), file)
         file.flush()
-        if not any(parts.values()):
+        if not any(models.values()):
             return
-        os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)  # a full disk is an error here, a crash later
+        os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)  # a full disk raises here, and would crash later
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            room = torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
-        for key, part in parts.items():
-            for name, tensor in part.items():
-                _fill(tensor, room[key][name])
+            space = torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+        for key, weights in models.items():
+            for name, tensor in weights.items():
+                _fill(tensor, space[key][name])
 
     atomic_write(path, write)
 
 
 def _interned(value: Any) -> Any:
-    """The same with equal strings as one object: a pickle depends on which objects are the same."""
+    """A copy in which equal strings are one object, because a pickle depends on object identity."""
     if isinstance(value, str):
         return sys.intern(value)
     if isinstance(value, dict):
@@ -217,14 +212,14 @@ def _interned(value: Any) -> Any:
     return [_interned(item) for item in value] if isinstance(value, list) else value
 
 
-def _fill(source: StoredTensor, room: Tensor) -> None:
-    for block, target in source.beside(room):
-        target.copy_(cast(block, room.dtype, source.names[0]))
-        drop_pages(target)  # written through to the file, which the kernel flushes
+def _fill(source: StoredTensor, space: Tensor) -> None:
+    for block, target in source.blocks_with(space):
+        target.copy_(cast(block, space.dtype, source.names[0]))
+        drop_pages(target)  # the content is in the file, which the kernel flushes
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None = None) -> None:
-    """A safetensors file, streamed, all or nothing; the package's own writer wants all bytes in memory at once.
+    """Writes a safetensors file, streamed and atomic; the package's writer needs all bytes in memory.
 
     dtype: of the file's weights (default: as stored).
     """
@@ -247,17 +242,17 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], dtype: to
 
 
 def cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Finite numbers in `dtype`. Raises CheckpointError that names the tensor if one is too large for it."""
+    """Casts to `dtype`. Raises CheckpointError that names the tensor if a number is too large for it."""
     narrow = block.to(dtype)
     if torch.finfo(dtype).max < torch.finfo(block.dtype).max and not _finite(narrow):
         raise CheckpointError(
             f"{name} has numbers beyond {torch.finfo(dtype).max:.3g}, the largest "
-            f"{str(dtype).removeprefix('torch.')}: choose a wider type"
+            f"{str(dtype).removeprefix('torch.')}; choose a wider dtype"
         )
     return narrow
 
 
 def raw_bytes(block: Tensor) -> memoryview:
-    """A contiguous tensor's bytes, not copied."""
+    """The bytes of a contiguous tensor, not copied."""
     data: memoryview = block.reshape(-1).view(torch.uint8).numpy().data
     return data

@@ -1,4 +1,4 @@
-"""The model: configurations, the three stages over whole rows, and the same stages as incremental steps."""
+"""The model: configurations, the modules over whole rows, and the same modules as incremental steps."""
 
 from blt.model.blt import BLT
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig

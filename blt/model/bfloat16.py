@@ -1,11 +1,13 @@
-"""The entropy model as the reference's loader runs it: weights, activations and entropies in bfloat16 (spec section 4).
+"""The entropy model as facebookresearch/blt's loader runs it: weights, activations and entropies in bfloat16 (spec
+section 4).
 
-Eight bits of precision show how a sum was grouped, so the layout of the attention is part of the definition: blocks of
-512 queries from the start of each document, each with its own keys and the window - 1 before it, in this order. That
-is how the golden data was computed, and a position gets the same sums whether its row is long, short, or taken in by
-steps. With torch's AVX-512 kernels 2,260 of the 2,283 golden entropies are equal to the last bit and all 15 cases have
-the golden patches. The other 23 lie in documents that an EOS closes: the kernel ends its sums with the document, which
-nobody who reads it can know yet. Older kernels sum otherwise; there they differ by up to 0.11 nats and in 2 to 4 cases.
+With eight bits of precision the result shows how a sum was grouped, so the layout of the attention is part of the
+definition: blocks of 512 queries from the start of each document, each with its own keys and the window - 1 keys before
+them, in this order. The golden data was computed like this, and a position gets the same sums in a long row, in a short
+row and step by step. With torch's AVX-512 kernels 2,260 of the 2,283 golden entropies are bit-identical and all 15
+cases have the golden patches. The other 23 are in documents that an EOS ends: the kernel ends its sums with the
+document, whose end an incremental step cannot know yet. Older kernels group sums differently; with them entropies
+differ by up to 0.11 nats, and patches in 2 to 4 cases.
 
 Letters: B rows, S positions of this call, J keys of a block, C slots, N positions of a row, V vocabulary.
 """
@@ -24,16 +26,16 @@ from blt.model.masks import document_ids
 
 BLOCK = 512
 QUERIES = 32
-"""Queries come in multiples of this many: the kernel sums the rest of a division by 8 in another order (measured)."""
+"""Queries are padded to a multiple of this: the kernel sums the remainder modulo 8 in another order (measured)."""
 ROWS = 8
-"""Fewest rows of a matrix product: one row, and products of up to 4,096 multiplications (8 rows of a width below 23),
-go to kernels that sum in another order (measured)."""
+"""Least rows of a matrix product. For one row, and for products of up to 4,096 multiplications (8 rows of a width below
+23), torch chooses kernels that sum in another order (measured)."""
 
 
 class BlockAttention:
-    """Attention of `positions` [B, S] (ascending), where position p of keys and values lies in slot p mod C.
+    """Attention of `positions` [B, S] (ascending); the keys and values of position p are in slot p mod C.
 
-    Slots whose position is not visible may hold anything finite.
+    Slots of invisible positions may hold any finite values.
     """
 
     def __init__(self, positions_BS: Tensor, doc_start_BS: Tensor, window: int | None, capacity: int) -> None:
@@ -55,7 +57,7 @@ class BlockAttention:
 def _blocks(
     positions_S: Tensor, doc_start_S: Tensor, window: int | None, capacity: int
 ) -> list[tuple[slice, Tensor, Tensor]]:
-    """Queries, slots of their keys, and mask of each block that the positions touch."""
+    """Of each block that has one of the positions: its queries, the slots of its keys, and its mask."""
     block_S = positions_S - (positions_S - doc_start_S) % BLOCK
     found, end = [], 0
     for start, count in zip(*(x.tolist() for x in block_S.unique_consecutive(return_counts=True)), strict=True):
@@ -74,7 +76,7 @@ def _attend(q_1HSK: Tensor, k_1GJK: Tensor, v_1GJK: Tensor, mask_1SJ: Tensor) ->
 
 
 class BlockCache:
-    """Key and value caches updated in place: buffers of any type, which hold bfloat16 values."""
+    """Key and value caches that are updated in place. Buffers may have any dtype; their values are bfloat16."""
 
     def __init__(self, key: Tensor, value: Tensor, positions_BS: Tensor, attention: BlockAttention) -> None:
         self.present = [key, value]
@@ -87,7 +89,7 @@ class BlockCache:
 
 
 class BFloat16EntropyModel(EntropyModel):
-    """Made by `to_bfloat16`. Its logits are bfloat16, and so `entropy_of` is computed in that."""
+    """Made by `to_bfloat16`. Its logits are bfloat16, so `entropy_of` computes in bfloat16, too."""
 
     def forward(self, ids_BN: Tensor, reset_newlines: bool = False) -> Tensor:
         """Next-byte logits of whole rows, bfloat16 [B, N, V]."""
@@ -105,7 +107,7 @@ class BFloat16EntropyModel(EntropyModel):
 
 
 def to_bfloat16(model: EntropyModel) -> BFloat16EntropyModel:
-    """A copy in bfloat16; the angles of the rotary embedding stay float32, and so does the rotation."""
+    """A copy in bfloat16. The angles of the rotary embedding stay float32, and the rotation is computed in float32."""
     with torch.device("meta"):
         twin = BFloat16EntropyModel(model.config)
     twin.load_state_dict({n: t.detach().to(torch.bfloat16) for n, t in model.state_dict().items()}, assign=True)

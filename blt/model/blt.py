@@ -1,7 +1,7 @@
-"""The Byte Latent Transformer: local encoder, latent transformer, local decoder, over whole rows.
+"""The Byte Latent Transformer over whole rows: local encoder, latent transformer, local decoder.
 
-This is the form that trains. `blt.model.steps` runs the same modules incrementally, `blt.generate.reference` is the
-slow and plain form, and tests hold the three together.
+This form is trained. `blt.model.steps` runs the same modules incrementally, `blt.generate.reference` is the slow and
+plain form, and tests hold the three together.
 
 Letters: B rows, N tokens, P patches, V width of the byte gather, k slices a patch, D local width, E = k * D,
 G latent width, W patches a decoder token may read, Y cross-attention layers of the decoder.
@@ -37,7 +37,7 @@ def crosses(layers: nn.ModuleList) -> list[CrossAttention]:
 
 
 class LocalEncoder(Stack):
-    """Bytes to byte states, and the byte states of a patch to its vector."""
+    """Turns bytes into byte states, and the byte states of a patch into its vector."""
 
     def __init__(self, config: BLTConfig) -> None:
         super().__init__(config.encoder)
@@ -50,7 +50,7 @@ class LocalEncoder(Stack):
         )
 
     def byte_states(self, x_BND: Tensor, rotation: Rotation, attends: Sequence[Attend]) -> list[Tensor]:
-        """Outputs [B, N, D] of the layers that a cross-attention reads; the last one is the encoder's output."""
+        """Outputs [B, N, D] of the layers that a cross-attention reads; the last is the output of the encoder."""
         states = []
         for layer, attend in zip(self.layers, attends, strict=True):
             x_BND = layer(x_BND, rotation, attend)
@@ -60,14 +60,14 @@ class LocalEncoder(Stack):
     def pool(self, states_BPVD: Sequence[Tensor], key_valid_BPV: Tensor, own_valid_BPV: Tensor) -> Tensor:
         """Patch vectors [B, P, E] from the gathered byte states of each cross-attention layer (spec section 7).
 
-        The first states are pooled over the patch's own bytes (`learned`: every patch starts from one trained vector
-        instead, the paper's ablation of this initialisation); then each layer's k queries a patch read the
-        visible bytes. A patch without bytes pools to 0 and attends to nothing.
+        The first states are pooled over the patch's own bytes. With pooling `learned`, the paper's ablation of this
+        initialisation, every patch starts from one trained vector instead. Then the k queries of a patch read the
+        visible bytes, layer by layer. A patch without bytes pools to 0 and attends to nothing.
         """
         return self.pool_read(states_BPVD[0], self.keys_values(states_BPVD), key_valid_BPV, own_valid_BPV)
 
     def keys_values(self, states: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of each cross-attention layer, of the byte states [..., D] that it reads."""
+        """Keys and values of each cross-attention layer, from the byte states [..., D] that it reads."""
         return [cross.keys_values(state) for cross, state in zip(crosses(self.cross), states, strict=True)]
 
     def pool_read(
@@ -77,8 +77,11 @@ class LocalEncoder(Stack):
         key_valid_BPV: Tensor,
         own_valid_BPV: Tensor,
     ) -> Tensor:
-        """`pool` with the gathered keys and values [B, P, V, D] of each layer: computed before they are gathered, the
-        products see every byte once and not every place of a patch (3.5 times as many in the demo's rows)."""
+        """`pool` with the gathered keys and values [B, P, V, D] of each layer.
+
+        Keys and values are computed before the gather: once per byte, and not once per entry of the gather, of which
+        the demo's rows have 3.5 times as many.
+        """
         p_BPkD = self.patch_projection(self._reduce(first_BPVD, own_valid_BPV)).unflatten(-1, (self.k, -1))
         any_BP11 = key_valid_BPV.any(-1)[..., None, None]
         visible_BPV = key_valid_BPV | ~any_BP11[..., 0]
@@ -99,7 +102,7 @@ class LocalEncoder(Stack):
 
 
 class LatentTransformer(Stack):
-    """Patch vectors to latents, causally over patches. No final norm."""
+    """Turns patch vectors into latents, causally over patches. There is no final norm."""
 
     def __init__(self, config: BLTConfig) -> None:
         super().__init__(config.latent)
@@ -112,7 +115,7 @@ class LatentTransformer(Stack):
 
 
 class LocalDecoder(Stack):
-    """Byte states and latents to next-byte logits."""
+    """Turns byte states and latents into next-byte logits."""
 
     def __init__(self, config: BLTConfig) -> None:
         super().__init__(config.decoder)
@@ -124,7 +127,7 @@ class LocalDecoder(Stack):
         self.output = linear(D, config.vocab_size)
 
     def patch_keys_values(self, g_BPG: Tensor) -> Tensor:
-        """What the bytes read of each patch, once per patch for all layers: [B, P, Y, 2, k, D]."""
+        """Keys and values of each patch for the cross-attention of all layers: [B, P, Y, 2, k, D]."""
         slices = g_BPG if self.patch_projection is None else self.patch_projection(g_BPG)
         c_BPkD = slices.unflatten(-1, (self.k, -1))
         return torch.stack([torch.stack(cross.keys_values(c_BPkD), 2) for cross in crosses(self.cross)], 2)
@@ -137,7 +140,7 @@ class LocalDecoder(Stack):
         rotation: Rotation,
         attends: Sequence[Attend],
     ) -> Tensor:
-        """Logits [B, N, 260], float32. `row` [B, N, W] indexes the pool of R patches, -1 for none."""
+        """Logits [B, N, 260], float32. `row` [B, N, W] indexes the R patches of the batch; -1 means no patch."""
         visible_BNJ = (row_BNW >= 0).repeat_interleave(self.k, -1) if row_BNW.shape[-1] > 1 else None
         row_BNW = row_BNW.clamp(min=0)
         cross = crosses(self.cross)
@@ -171,8 +174,8 @@ class BLT(nn.Module):
     def forward(self, ids_BN: Tensor, patch_lengths_BP: Tensor, max_patch: int) -> Tensor:
         """Next-byte logits of whole rows, float32 [B, N, 260].
 
-        ids [B, N] int64.  patch_lengths [B, P] int64, N + 1 a row, the first one 1, zero padded.  max_patch: no
-        patch but the last is longer.
+        ids [B, N] int64.  patch_lengths [B, P] int64: they sum to N + 1 in each row, the first is 1, and rows are
+        padded with zeros.  max_patch: no patch but the last may be longer.
         """
         layout = self.layout(patch_lengths_BP, ids_BN.shape[1], max_patch)
         document_BN = document_ids(ids_BN)

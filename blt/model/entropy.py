@@ -1,4 +1,4 @@
-"""The entropy model: a small byte-level language model that says how hard the next byte is to predict.
+"""The entropy model: a small byte-level language model whose entropies say how hard the next byte is to predict.
 
 Letters: B rows, N tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ from blt.model.windows import row_attend
 def entropy_of(logits_BNV: Tensor) -> Tensor:
     """Entropy in nats of each next-byte distribution, float32 [B, N] (spec section 4).
 
-    Computed in float32, or step by step in bfloat16 if the logits are: only those of `BFloat16EntropyModel` are.
+    Computed in float32. Logits in bfloat16, which only `BFloat16EntropyModel` returns, are processed in bfloat16.
     """
     log_p_BNV = (logits_BNV if logits_BNV.dtype == torch.bfloat16 else logits_BNV.float()).log_softmax(-1)
     return -(log_p_BNV.exp() * log_p_BNV).sum(-1).float()
@@ -35,7 +35,7 @@ class EntropyModel(Stack):
     def forward(self, ids_BN: Tensor, reset_newlines: bool = False) -> Tensor:
         """Next-byte logits of whole rows, float32 [B, N, V].
 
-        `reset_newlines` hides everything up to the last newline, too (paper, section 4.4).
+        With `reset_newlines` a newline ends the context, too (paper, section 4.4).
         """
         attend = row_attend(document_ids(ids_BN, reset_newlines), self.config.window, self.flex)
         rotation = self.rotary.first(ids_BN.shape[1])

@@ -1,7 +1,7 @@
-"""Whole-row attention by torch's FlexAttention: an option for CUDA, never a need (`run.attention: flex`).
+"""Whole-row attention by torch's FlexAttention, an option on CUDA (`run.attention: flex`).
 
-The kernel skips blocks of keys that no query of a block sees, behind a window and across documents. It has a backward
-pass on CUDA alone; elsewhere it only computes forward, which is what the tests compare.
+The kernel skips blocks of keys that no query of a block attends to: those outside the window and in other documents.
+Its backward pass exists only on CUDA; elsewhere only the forward pass runs, which is what the tests compare.
 
 Letters: B rows, N positions, H heads, G key/value heads, K head size.
 """
@@ -15,7 +15,7 @@ from blt.model.layers import Attend
 
 
 def flex_attend(document_BN: Tensor, window: int | None) -> Attend:
-    """Attention within documents and the window, over rows with these document numbers."""
+    """Attention within documents and within the window, for rows with these document numbers."""
     mask = block_mask(document_BN, window)
 
     def attend(q_BHNK: Tensor, k_BGNK: Tensor, v_BGNK: Tensor) -> Tensor:

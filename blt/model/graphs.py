@@ -1,7 +1,7 @@
-"""What the four steps look like to the code that drives them: tensor names, shapes, caches and limits.
+"""The interface of the four step modules: tensor names, shapes, caches and limits.
 
-One description serves the steps run directly, both exported flavours and the bundle's manifest. Letters as in
-`blt_runtime.bundle.spec`: capitals B, S, N, P, L, R vary from call to call, everything else is a number.
+One description serves the modules run directly, both exported flavours and the bundle's manifest. Letters as in
+`blt_runtime.bundle.spec`: the sizes B, S, N, P, L, R vary from call to call, everything else is a number.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from blt_runtime.hashing import TableDtype
 from blt_runtime.patching import PatchRule
 
 CHUNK = 128
-"""Bytes per prefill call: large enough to be bound by arithmetic, small enough that a ring of window + chunk is
-hardly slower to read than one of the window alone."""
+"""Bytes per prefill call: large enough that arithmetic dominates, small enough that a ring of window + chunk slots is
+hardly slower to read than a ring of window slots."""
 ALIGN = 64
 WindowLayout = Literal["ring", "window"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one stream can hold: bytes, patches, and bytes per call."""
+    """The capacity of a stream in bytes and patches, and the largest call in bytes."""
 
     bytes: int
     patches: int
@@ -34,7 +34,7 @@ class Limits:
     def of(
         cls, config: BLTConfig, capacity: int | None = None, patches: int | None = None, chunk: int = CHUNK
     ) -> Limits:
-        """The trained lengths by default; a larger `capacity` (bytes) is granted, as rotary tables extend."""
+        """The trained lengths by default. `capacity` (bytes) may exceed them, because rotary tables extend."""
         n_bytes = min(config.encoder.max_seqlen, config.decoder.max_seqlen) if capacity is None else capacity
         n_patches = max(config.latent.max_seqlen, capacity or 0) if patches is None else patches
         if min(n_bytes, n_patches, chunk) < 1:
@@ -43,7 +43,7 @@ class Limits:
 
 
 def cache_spec(config: TransformerConfig, capacity: int, chunk: int, layout: WindowLayout) -> CacheSpec:
-    """A ring (or evicting window) for windowed layers, a plain buffer of `capacity` positions for the others."""
+    """A ring cache (or a window cache) for windowed layers, a plain buffer of `capacity` positions for others."""
     if config.window is None or config.window + chunk >= capacity:
         return CacheSpec("linear", capacity, config.window, config.n_layers)
     slots = ALIGN * -(-(config.window - 1 + chunk) // ALIGN)
@@ -88,7 +88,7 @@ def model_spec(
     chunk_crosses_documents: bool = True,
     table_dtype: TableDtype = "float32",
 ) -> ModelSpec:
-    """The whole model, its windowed caches laid out as `layout`, its hash tables stored as `table_dtype`."""
+    """The specification of the whole model, with windowed caches of `layout` and hash tables of `table_dtype`."""
     D, X, Y = config.local_dim, config.encoder_cross_layers, config.decoder_cross_layers
     kv = (Y, 2, config.cross_k, D)
     ids = _i64("ids", "B", "S")

@@ -33,8 +33,8 @@ def wrap64(value: int) -> int:
 def hash_ids(ids_BN: Tensor, sizes: tuple[int, ...], functions: int, rows: int) -> Tensor:
     """Row of each table for the n-gram that ends at each token, int64 [B, N, T], T = functions x sizes.
 
-    A polynomial of the ids, oldest id first, in wrapping 64-bit arithmetic; places before the row are id 0. The
-    powers are Python integers reduced here, because int64 `pow` and reductions are not exact everywhere.
+    The hash is a polynomial of the ids, oldest id first, in wrapping 64-bit arithmetic; positions before the row have
+    id 0. The powers are Python integers reduced here, because int64 `pow` and reductions are not exact on every device.
     """
     n = ids_BN.shape[1]
     padded = F.pad(ids_BN, (max(sizes) - 1, 0))
@@ -51,9 +51,9 @@ def hash_ids(ids_BN: Tensor, sizes: tuple[int, ...], functions: int, rows: int) 
 
 
 class MappedTables(nn.Module):
-    """Tables that stay in their file, in its dtype: nothing to train, and only the rows that are read are in memory.
+    """Tables that stay in their file, in its dtype. They are not trainable, and only rows that are read use memory.
 
-    tables: T tensors [rows, D].  mapped: they are pages of a file, which may be dropped.
+    tables: T tensors [rows, D].  mapped: they are pages of a memory-mapped file, which may be dropped.
     """
 
     def __init__(self, tables: Sequence[Tensor], mapped: bool) -> None:
@@ -61,7 +61,7 @@ class MappedTables(nn.Module):
         self.tables, self.mapped = tuple(tables), mapped
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy lies in memory of its own (copy.deepcopy, pickle), whose pages must not be dropped."""
+        """A copy (copy.deepcopy, pickle) is in ordinary memory, whose pages must not be dropped."""
         return {**self.__dict__, "mapped": False}
 
     def forward(self, rows_BNT: Tensor) -> Tensor:
@@ -69,22 +69,26 @@ class MappedTables(nn.Module):
         total = torch.zeros(())
         for rows_BN, table in zip(rows_BNT.unbind(-1), self.tables, strict=True):
             total = total + F.embedding(rows_BN, table).float()
-            if self.mapped:  # the kernel maps up to a megabyte around each row
+            if self.mapped:  # the operating system maps up to a megabyte around each row
                 drop_pages(table)
         return total
 
 
 class Touched(NamedTuple):
-    """The table rows that a batch reads, gathered beforehand (`blt.train.tables`): rows [C, D], and for every byte and
-    table the place of its row among them, int64 [B, N, T]."""
+    """The table rows that a batch reads, gathered in advance (`blt.train.tables`).
+
+    rows: [C, D].  places: for every byte and table the index of its row in `rows`, int64 [B, N, T].
+    """
 
     rows: Tensor
     places: Tensor
 
 
 class HashEmbedding(nn.Module):
-    """All tables in one [T * rows, D] weight, table f * |sizes| + index(size) at row table * rows; or, in a loaded
-    model, `MappedTables`."""
+    """All tables in one weight [T * rows, D], or `MappedTables` in a loaded model.
+
+    The table of hash function f and n-gram size s is number t = f * |sizes| + index(s) and starts at row t * rows.
+    """
 
     offset: Tensor
 
@@ -96,7 +100,7 @@ class HashEmbedding(nn.Module):
         self.make_buffers()
 
     def make_buffers(self) -> None:
-        """Again after the module was built on the meta device."""
+        """Called again after the module was built on the meta device."""
         self.register_buffer("offset", torch.arange(self.config.n_tables) * self.config.rows, persistent=False)
 
     @property

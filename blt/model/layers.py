@@ -1,8 +1,8 @@
-"""The blocks that every stage is made of: norm, rotary embedding, attention, feed-forward, cross-attention.
+"""The blocks of every stage: norm, rotary embedding, attention, feed-forward, cross-attention.
 
-What a query may see is not decided here: a block is given an `Attend`, a function from queries, keys and values to
-the attention output. There are four of them: dense masks (`blt.model.masks`), blocks of a window
-(`blt.model.windows`), caches updated in place, and caches as graph inputs and outputs (`blt.model.steps`).
+A block does not decide what a query may attend to. It is given an `Attend`, a function from queries, keys and values to
+the attention output: dense masks (`blt.model.masks`), blocks of a window (`blt.model.windows`), FlexAttention
+(`blt.model.flex`), caches updated in place, or caches as graph inputs and outputs (both in `blt.model.steps`).
 
 Letters: B rows, S positions, D width, H heads, G key/value heads, K head size, J keys.
 """
@@ -42,7 +42,7 @@ class RotaryTable(nn.Module):
         self.make_buffers()
 
     def make_buffers(self) -> None:
-        """Again after the module was built on the meta device."""
+        """Called again after the module was built on the meta device."""
         rows, head_size, theta = self._made_of
         frequency_K = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
         angle_NK = torch.outer(torch.arange(rows, dtype=torch.float32), frequency_K)
@@ -57,10 +57,10 @@ class RotaryTable(nn.Module):
 
 
 def rotate(x_BHSK: Tensor, rotation: Rotation) -> Tensor:
-    """Turn neighbouring pairs (x[2i], x[2i+1]) by their angle, in float32."""
+    """Rotates neighbouring pairs (x[2i], x[2i+1]) by their angle, in float32."""
     if ops.exporting():
-        turned: Tensor = ops.rope(x_BHSK, rotation.cos, rotation.sin)
-        return turned
+        rotated: Tensor = ops.rope(x_BHSK, rotation.cos, rotation.sin)
+        return rotated
     return ops.rotate_pairs(x_BHSK, rotation.cos, rotation.sin)
 
 
@@ -84,7 +84,7 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """Self attention with rotary embedding; query head h reads key/value head h // (H / G)."""
+    """Self-attention with rotary embedding; query head h reads key/value head h // (H / G)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The blocks of one stage and their rotary table. `flex`: whole rows attend by FlexAttention (`blt.model.flex`)."""
+    """The blocks of one stage and their rotary table. `flex`: use FlexAttention for whole rows (`blt.model.flex`)."""
 
     flex = False
 
@@ -154,8 +154,8 @@ class Stack(nn.Module):
 class CrossAttention(nn.Module):
     """Queries of one stage read keys and values of another; no rotary embedding, no grouped heads.
 
-    Returns the attention output alone. In the published model this layer adds its input and its caller adds the
-    input a second time (spec section 2), so callers write `2 * x + cross(x, ...)`.
+    Returns the attention output without the residual. In the published model this layer adds its input and its caller
+    adds the input a second time (spec section 2), so callers write `2 * x + cross(x, ...)`.
     """
 
     def __init__(self, dim: int, n_heads: int, eps: float) -> None:
@@ -171,9 +171,9 @@ class CrossAttention(nn.Module):
         return self.wk(normed), self.wv(normed)
 
     def forward(self, x_QD: Tensor, k_JD: Tensor, v_JD: Tensor, visible_J: Tensor | None = None) -> Tensor:
-        """Every group of queries reads its own keys.
+        """Attention of each group of Q queries over the J keys of the group.
 
-        x [..., Q, D]; k, v [..., J, D]; visible [..., J] bool, at least one True a group. Returns [..., Q, D].
+        x [..., Q, D]; k, v [..., J, D]; visible [..., J] bool, at least one True in each group. Returns [..., Q, D].
         """
         q_HQK = self._heads(self.wq(self.q_norm(x_QD)))
         k_HKJ = self._heads(k_JD).transpose(-1, -2)
@@ -189,8 +189,11 @@ class CrossAttention(nn.Module):
         return heads_HJK
 
     def read_few(self, x_BSD: Tensor, k_BSJD: Tensor, v_BSJD: Tensor, visible_BSJ: Tensor | None = None) -> Tensor:
-        """`forward` with one query a group and very few keys (the k slices of a patch): products and sums,
-        because thousands of 1 x K by K x 2 matrix products cost more in calls than in arithmetic."""
+        """`forward` for one query per group and very few keys (the k slices of a patch).
+
+        It uses elementwise products and sums, because thousands of 1 x K by K x 2 matrix products cost more in calls
+        than in arithmetic.
+        """
         heads = (self.n_heads, self.head_size)
         q_BSHK = self.wq(self.q_norm(x_BSD)).unflatten(-1, heads)
         score_BSJH = (q_BSHK[:, :, None] * k_BSJD.unflatten(-1, heads)).sum(-1) * self.head_size**-0.5

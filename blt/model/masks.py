@@ -1,6 +1,7 @@
-"""Where patches lie in a row and which positions may see which, for whole rows (spec sections 5, 8 and 10).
+"""The patches of whole rows, and which positions attend to which (spec sections 5, 8 and 10).
 
-All shapes are static and nothing branches on a value, so that a training step is one compiled graph per bucket.
+All shapes are static and no branch depends on a value, so that a training step is one compiled graph per bucket.
+
 Letters: B rows, N tokens, P patches, L longest patch, E patches that the encoder's cross-attention spans, V = L * E
 width of the gather, D width.
 """
@@ -19,7 +20,7 @@ from blt_runtime.ids import EOS, NEWLINE
 
 
 def document_ids(ids_BN: Tensor, reset_newlines: bool = False) -> Tensor:
-    """Number of documents that ended before each token: an EOS belongs to the document it ends. [B, N]"""
+    """Number of documents that ended before each token, [B, N]. An EOS belongs to the document that it ends."""
     ends_BN = ids_BN == EOS
     if reset_newlines:
         ends_BN = ends_BN | (ids_BN == NEWLINE)
@@ -27,7 +28,7 @@ def document_ids(ids_BN: Tensor, reset_newlines: bool = False) -> Tensor:
 
 
 def causal_mask(document_BN: Tensor, window: int | None) -> Tensor:
-    """Same document, not later, and fewer than `window` positions back. bool [B, N, N]"""
+    """Whether a key is in the same document, not later, and fewer than `window` positions back. bool [B, N, N]"""
     n = document_BN.shape[1]
     t_N1 = torch.arange(n, device=document_BN.device)[:, None]
     distance_NN = t_N1 - t_N1.T
@@ -41,12 +42,12 @@ def dense_attend(mask_BNN: Tensor) -> Attend:
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """One row's tokens and patches, seen from both sides.
+    """Which tokens a patch reads, and which patches a token reads, for every row.
 
-    encoder_id [B, N]: patch that each token belongs to.  decoder_row [B, N, W]: the last W patches that are complete
-    at each token, oldest first, -1 where there is none.  byte_index [B, P, V]: the tokens that each patch's queries
-    read; key_valid [B, P, V] marks real entries, own_valid those of the patch itself.  slot [B, N, E]: the places
-    p * V + v where those entries hold each token, for the E patches that may read it, -1 for none.
+    encoder_id [B, N]: the patch of each token.  decoder_row [B, N, W]: the last W patches that are complete at each
+    token, oldest first, -1 for none.  byte_index [B, P, V]: the tokens that the queries of each patch read; key_valid
+    [B, P, V] marks real entries, own_valid those of the patch itself.  slot [B, N, E]: the entries p * V + v of
+    byte_index that hold each token, for the E patches that may read it, -1 for none.
     """
 
     encoder_id: Tensor
@@ -57,8 +58,8 @@ class PatchLayout:
     slot: Tensor
 
     def gather(self, x_BND: Tensor) -> Tensor:
-        """What each patch's queries read of x [B, N, D]: [B, P, V, D]. Entries that are not valid hold anything, and
-        their gradient must be 0."""
+        """The entries of x [B, N, D] that the queries of each patch read, [B, P, V, D]. Invalid entries have any value,
+        and their gradient must be 0."""
         out: Tensor = GatherBytes.apply(x_BND, self.byte_index, self.slot)
         return out
 
@@ -66,9 +67,9 @@ class PatchLayout:
 def patch_layout(
     patch_lengths_BP: Tensor, n_tokens: int, max_patch: int, encoder_window: int = 1, decoder_window: int = 1
 ) -> PatchLayout:
-    """Layout of rows of `n_tokens` tokens; lengths sum to n_tokens + 1 (the virtual next token), zero padded.
+    """Layout of rows of `n_tokens` tokens. Lengths sum to n_tokens + 1 (the virtual next token) and are zero padded.
 
-    A patch longer than `max_patch` loses its tail: allowed only for the last one, which nobody reads.
+    A patch longer than `max_patch` is cut. This is allowed only for the last one, which no token reads.
     """
     device = patch_lengths_BP.device
     end_BP = patch_lengths_BP.cumsum(1)
@@ -89,7 +90,7 @@ def patch_layout(
 
 
 def _slots(id_BN: Tensor, first_BP: Tensor, V: int, encoder_window: int) -> Tensor:
-    """Inverse of `byte_index`: token t lies in patch p at v = t - first[p], for its own patch and the next E - 1."""
+    """Inverse of `byte_index`: token t is entry v = t - first[p] of patch p, for its own patch and the next E - 1."""
     n_patches, n = first_BP.shape[1], id_BN.shape[1]
     p_BNE = id_BN[..., None] + torch.arange(encoder_window, device=id_BN.device)
     first_BNE = gather_rows(first_BP, p_BNE.clamp(max=n_patches - 1))
@@ -98,7 +99,7 @@ def _slots(id_BN: Tensor, first_BP: Tensor, V: int, encoder_window: int) -> Tens
 
 
 def patch_document_ids(ids_BN: Tensor, layout: PatchLayout) -> Tensor:
-    """Number of patches holding an EOS before each patch: a patch belongs to the document it starts in. [B, P]"""
+    """Number of earlier patches with an EOS, [B, P]: a patch belongs to the document in which it starts."""
     ids_BPV = gather_rows(ids_BN, layout.byte_index)
     has_eos_BP = ((ids_BPV == EOS) & layout.own_valid).any(-1).long()
     return has_eos_BP.cumsum(1) - has_eos_BP
@@ -111,8 +112,8 @@ def gather_rows(x_BN: Tensor, index_BPV: Tensor) -> Tensor:
 
 
 class GatherBytes(torch.autograd.Function):
-    """`gather_rows` whose gradient is a gather, too: every token knows its entries, so nothing is scattered. The
-    scatter of torch is one thread if it has to be deterministic."""
+    """`gather_rows` with a gather as its gradient, too: `slot` lists the entries of every token, so nothing is
+    scattered. Torch's deterministic scatter runs in one thread."""
 
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, index_BPV: Tensor, slot_BNE: Tensor) -> Tensor:

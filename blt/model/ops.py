@@ -1,7 +1,7 @@
-"""Operations whose lowering differs per target, as custom operators that stay whole in a captured graph.
+"""Operations that each export flavour lowers differently, as custom operators that stay whole in a captured graph.
 
-Each has eager semantics, so that a captured module is still runnable and is the reference of its own lowering.
-Training does not use them (a custom operator is opaque to the compiler): modules call the plain functions then.
+Each runs eagerly, too, so a captured module can still be executed and is the reference of its own lowering. Training
+does not use them, because the compiler cannot look into a custom operator: modules then call the plain functions.
 
 Letters: B rows, S positions of this call, C cache slots, H heads, G key/value heads, K head size.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def exporting() -> bool:
-    """Whether a module is being captured for an export. Under torch 2.11's compiler `is_exporting` alone is true."""
+    """Whether a module is being captured for an export. Torch 2.11 sets `is_exporting` during compilation, too."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
@@ -23,21 +23,21 @@ def rotate_pairs(x_BHSK: Tensor, cos_SK: Tensor, sin_SK: Tensor) -> Tensor:
     if cos_SK.ndim == 3:
         cos_SK, sin_SK = cos_SK[:, None], sin_SK[:, None]
     even, odd = x_BHSK.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos_SK - odd * sin_SK, even * sin_SK + odd * cos_SK), -1)
-    return turned.flatten(-2).type_as(x_BHSK)
+    rotated = torch.stack((even * cos_SK - odd * sin_SK, even * sin_SK + odd * cos_SK), -1)
+    return rotated.flatten(-2).type_as(x_BHSK)
 
 
 def slot_positions(last_B: Tensor, capacity: int) -> Tensor:
-    """Absolute position that each slot of a ring holds after position `last` was written: [B, C].
+    """Position that each slot of a ring cache holds after position `last` was written: [B, C].
 
-    Position p lives in slot p mod C; a slot that was never written gets a negative number.
+    Position p is stored in slot p mod C; a slot that was never written gets a negative number.
     """
     slot_C = torch.arange(capacity, device=last_B.device)
     return last_B[:, None] - (last_B[:, None] - slot_C) % capacity
 
 
 def visible(positions_BS: Tensor, doc_start_BS: Tensor, slot_position_BC: Tensor, window: int) -> Tensor:
-    """Which slots each query may read, bool [B, S, C]; `window` 0 means no window."""
+    """The slots that each query attends to, bool [B, S, C]; `window` 0 means no window."""
     t_BS1, p_B1C = positions_BS[..., None], slot_position_BC[:, None]
     allowed = (p_B1C <= t_BS1) & (p_B1C >= doc_start_BS[..., None])
     return allowed & (t_BS1 - p_B1C < window) if window else allowed
@@ -52,7 +52,7 @@ def attend_dense(q_BHSK: Tensor, k_BGJK: Tensor, v_BGJK: Tensor, mask_BSJ: Tenso
 
 
 def write_slots(cache_BGCK: Tensor, x_BGSK: Tensor, positions_BS: Tensor) -> None:
-    """Put the entries of `positions` into their ring slots, in place."""
+    """Writes the entries of `positions` into their ring slots, in place."""
     slot_BS = positions_BS % cache_BGCK.shape[2]
     cache_BGCK.scatter_(2, slot_BS[:, None, :, None].expand_as(x_BGSK), x_BGSK.to(cache_BGCK.dtype))
 
@@ -89,9 +89,9 @@ def cached_attention(
     doc_start: Tensor,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write k, v [B, G, S, K] of `positions` [B, S] (consecutive) into the ring caches [B, G, C, K], then attend.
+    """Writes k, v [B, G, S, K] of `positions` [B, S] (consecutive) into the ring caches [B, G, C, K], then attends.
 
-    Needs C >= window - 1 + S (or, without a window, C > the last position). Returns out [B, H, S, K] and both caches.
+    Needs C >= window - 1 + S, or, without a window, C > the last position. Returns out [B, H, S, K] and both caches.
     """
     present_key, present_value = past_key.clone(), past_value.clone()
     write_slots(present_key, k, positions)

@@ -1,4 +1,4 @@
-"""Pages of memory-mapped tensors: given back to the kernel once they are read."""
+"""Pages of memory-mapped tensors: released to the operating system after they were read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def drop_pages(tensor: Tensor) -> None:
-    """Give back the pages that lie wholly inside a tensor of a mapped file; they are read again when needed. Of memory
-    that is no file's, it would be the content."""
+    """Releases the pages that are wholly inside a tensor of a mapped file; they are read again when needed.
+
+    Only for mapped files: the content of ordinary memory would be lost.
+    """
     if _libc is None or not tensor.is_contiguous():
         return
     start = -(-tensor.data_ptr() // _PAGE) * _PAGE

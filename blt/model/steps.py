@@ -1,12 +1,12 @@
-"""The same stages as incremental steps: the signature of the four exported graphs, as modules.
+"""The modules of the model as incremental steps, with the signatures of the four exported graphs.
 
-Each step takes this call's tokens (or patches) and its caches, and returns its outputs and the new caches. Run
-directly, caches are updated in place (the cached PyTorch form of generation); under `torch.export` they are inputs
-and outputs of `blt::cached_attention`, which every export flavour lowers in its own way.
+A step module takes the tokens (or patches) of one call and its caches, and returns its outputs and the new caches. Run
+directly, it updates the caches in place: this is the cached PyTorch form of generation. Under `torch.export`, caches
+are inputs and outputs of `blt::cached_attention`, which every export flavour lowers in its own way.
 
-Letters: B rows, S bytes of this call, P patches of this call, L longest patch, N pooled byte states, R pooled
-patches, C cache slots, D local width, X and Y cross-attention layers of the encoder and the decoder, k slices a patch,
-W patches a decoder byte may read.
+Letters: B rows, S bytes of this call, P patches of this call, L longest patch, N byte states and R patches that the
+call may read, C cache slots, D local width, X and Y cross-attention layers of the encoder and the decoder, k slices a
+patch, W patches a decoder byte may read.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class GraphCache:
         return out
 
 
-class LiveCache:
-    """Key and value caches updated in place; only the slots that were ever written are read."""
+class InPlaceCache:
+    """Key and value caches that are updated in place; only slots that were written are read."""
 
     def __init__(self, key: Tensor, value: Tensor, positions_BS: Tensor, mask_BSC: Tensor) -> None:
         self.present = [key, value]
@@ -53,8 +53,8 @@ class LiveCache:
 
 def open_caches(
     caches: Sequence[Tensor], positions_BS: Tensor, doc_start_BS: Tensor, window: int | None
-) -> list[GraphCache] | list[LiveCache]:
-    """One cache per layer from the flat list key.0, value.0, key.1, ..."""
+) -> list[GraphCache] | list[InPlaceCache]:
+    """One cache per layer, from the flat list key.0, value.0, key.1, ..."""
     pairs = list(zip(caches[::2], caches[1::2], strict=True))
     if ops.exporting():
         return [GraphCache(key, value, positions_BS, doc_start_BS, window or 0) for key, value in pairs]
@@ -62,11 +62,11 @@ def open_caches(
     used = min(capacity, int(positions_BS.max()) + 1)
     slots_BC = ops.slot_positions(positions_BS[:, -1], capacity)[:, :used]
     mask = ops.visible(positions_BS, doc_start_BS, slots_BC, window or 0)
-    return [LiveCache(key, value, positions_BS, mask) for key, value in pairs]
+    return [InPlaceCache(key, value, positions_BS, mask) for key, value in pairs]
 
 
 class StepModule(nn.Module):
-    """A stack, and a rotary table of exactly the positions its caches can reach."""
+    """One graph as a module, with a rotary table of exactly the positions that its caches can hold."""
 
     def __init__(self, stack: Stack, capacity: int) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ class StepModule(nn.Module):
 
     def _open(
         self, caches: Sequence[Tensor], positions_BS: Tensor, doc_start_BS: Tensor
-    ) -> list[GraphCache] | list[LiveCache] | list[BlockCache]:
+    ) -> list[GraphCache] | list[InPlaceCache] | list[BlockCache]:
         return open_caches(caches, positions_BS, doc_start_BS, self.window)
 
 
-def _present(opened: Sequence[GraphCache] | Sequence[LiveCache] | Sequence[BlockCache]) -> list[Tensor]:
+def _present(opened: Sequence[GraphCache] | Sequence[InPlaceCache] | Sequence[BlockCache]) -> list[Tensor]:
     return [tensor for cache in opened for tensor in cache.present]
 
 
@@ -100,11 +100,11 @@ class EntropyStep(StepModule):
 
 
 class BFloat16EntropyStep(EntropyStep):
-    """The same on a `BFloat16EntropyModel`, with its layout of the attention; not for export."""
+    """`EntropyStep` for a `BFloat16EntropyModel`, with its layout of the attention; not for export."""
 
     def forward(self, ids: Tensor, positions: Tensor, doc_start: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         n = ids.shape[1]
-        if n < ROWS:  # the last token again, into the same slot
+        if n < ROWS:  # repeat the last token, which writes the same slot
             ids, positions, doc_start = (
                 torch.cat([x, x[:, -1:].expand(-1, ROWS - n)], 1) for x in (ids, positions, doc_start)
             )
@@ -113,7 +113,7 @@ class BFloat16EntropyStep(EntropyStep):
 
     def _open(
         self, caches: Sequence[Tensor], positions_BS: Tensor, doc_start_BS: Tensor
-    ) -> list[GraphCache] | list[LiveCache] | list[BlockCache]:
+    ) -> list[GraphCache] | list[InPlaceCache] | list[BlockCache]:
         attention = BlockAttention(positions_BS, doc_start_BS, self.window, caches[0].shape[2])
         pairs = zip(caches[::2], caches[1::2], strict=True)
         return [BlockCache(key, value, positions_BS, attention) for key, value in pairs]
@@ -139,7 +139,7 @@ class EncoderStep(StepModule):
 
 
 class LatentStep(StepModule):
-    """Finished patches to what the decoder reads of them.
+    """Turns complete patches into the keys and values that the decoder reads.
 
     byte_states [N, X, D], byte_index [B, P, L], patch_length [B, P], own_start [B, P] (only with an encoder window
     above 1), positions, doc_start [B, P] in patches, caches -> patch_kv [B, P, Y, 2, k, D], caches.
@@ -191,7 +191,7 @@ class DecoderStep(StepModule):
 def make_steps(
     blt: BLT, entropy: EntropyModel | None, capacity_bytes: int, capacity_patches: int
 ) -> dict[str, StepModule]:
-    """The steps of a model by graph name, in evaluation mode, for streams of these capacities."""
+    """The step modules of a model by graph name, in evaluation mode, for streams of these capacities."""
     steps: dict[str, StepModule] = {}
     if entropy is not None:
         kind = BFloat16EntropyStep if isinstance(entropy, BFloat16EntropyModel) else EntropyStep

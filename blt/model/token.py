@@ -1,8 +1,8 @@
 """The token-level baseline: a Llama-style transformer over tokens of a byte-level BPE vocabulary.
 
-The same blocks as every other stack here (RMSNorm, rotary embedding, SwiGLU, documents kept apart), with a full causal
-window and a vocabulary of its own. Ids 0 to 3 mean what they mean for bytes, so that BOS, EOS and the document mask
-are the same; token t of the tokenizer is id 4 + t.
+It has the same blocks as every other stack (RMSNorm, rotary embedding, SwiGLU, a document mask), full causal attention
+and its own vocabulary. Ids 0 to 3 have the same meaning as for bytes, so that BOS, EOS and the document mask are the
+same; token t of the tokenizer is id 4 + t.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from blt.model.entropy import EntropyModel
 
 
 class TokenConfig(EntropyConfig):
-    """A stack over tokens. `vocab_size` counts ids, the four special ones included; lengths are tokens."""
+    """A stack over tokens. `vocab_size` includes the four special ids; lengths count tokens."""
 
     window: int | None = Field(default=None, ge=1)
     rope_theta: float = Field(default=500000.0, gt=0, allow_inf_nan=False)

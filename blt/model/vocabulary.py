@@ -1,9 +1,9 @@
-"""Text as tokens: a byte-level BPE vocabulary, trained on the data, and a split's documents in its tokens.
+"""Text as tokens: a byte-level BPE vocabulary, trained on text or read from a file.
 
-The baseline that BLT is compared with reads the same bytes in other units. Token t of the tokenizer is id 4 + t, behind
-the special ids that bytes have, too. Every token stands for known bytes (GPT-2's alphabet of 256 characters), and the
-tokens of a document are those bytes again, whatever they are: what is UTF-8 goes through the tokenizer, a byte that is
-not becomes the token of that byte. The library `tokenizers` does the work (extra `bpe`).
+The token-level baseline reads the same bytes as a BLT, in other units. Token t of the tokenizer is id 4 + t, after the
+four special ids that bytes have, too. Every token has known bytes (in GPT-2's alphabet of 256 characters), and the
+tokens of a document always have exactly the bytes of the document: the tokenizer encodes what is UTF-8, and every other
+byte becomes the token of that byte. The library `tokenizers` does the work (extra `bpe`).
 
 Letters: V vocabulary.
 """
@@ -19,36 +19,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from blt_runtime.errors import BltError, CheckpointError, ConfigError, InputError, MissingExtra
-from blt_runtime.ids import OFFSET
+from blt_runtime.errors import BltError, ConfigError, InputError, MissingExtra
+from blt_runtime.ids import OFFSET, Ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Ids = NDArray[np.int64]
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""Where tokens may not cross: Llama 3's pattern (words behind a space, three digits, marks, white space)."""
-PIECE = 1 << 20  # characters that the tokenizer gets at once: a longer document is cut there
+"""Tokens do not cross the matches of this pattern, which is Llama 3's: words with the space before them, up to three
+digits, punctuation, white space."""
+PIECE = 1 << 20  # characters per call of the tokenizer; longer text is split
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 
 
 def alphabet() -> dict[str, int]:
-    """Character to byte as in GPT-2's vocabulary: printable bytes are themselves, the others come from 256 on."""
+    """GPT-2's map of characters to bytes: printable bytes are themselves, the others are characters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class Vocabulary:
-    """A byte-level BPE tokenizer. `text` is its whole description, `key` the sha256 of that."""
+    """A byte-level BPE tokenizer. `text` is its complete JSON description, `key` the sha256 of `text`."""
 
     def __init__(self, text: str, where: str = "the tokenizer"):
-        """Raises ConfigError unless `text` is the JSON of a tokenizer whose tokens stand for bytes."""
+        """Raises ConfigError unless `text` is the JSON of a tokenizer whose tokens are sequences of bytes."""
         self.text, self._where = text, where
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self._tokenizer = _open(text, where)
@@ -56,52 +55,52 @@ class Vocabulary:
         if [number for _, number in ordered] != list(range(len(ordered))):
             raise ConfigError(f"{where}: its token numbers have gaps; give a vocabulary without them")
         self._bytes = self._bytes_of([name for name, _ in ordered])
-        self._id_of_byte = self._bytes_alone()
+        self._number_of_byte = self._single_bytes()
 
     @property
     def size(self) -> int:
-        """Ids, the special ones included."""
+        """Number of ids, the special ones included."""
         return OFFSET + len(self._bytes)
 
     @cached_property
     def token_bytes(self) -> Ids:
-        """Bytes that each id stands for, int64 [V]; special ids none."""
+        """Number of bytes of each id, int64 [V]; 0 for special ids."""
         return np.array([0] * OFFSET + [len(token) for token in self._bytes], np.int64)
 
     def encode(self, text: bytes) -> Ids:
-        """Ids of a text, without BOS and EOS. Raises InputError if they would not be this text again."""
+        """Ids of a text, without BOS and EOS. Raises InputError if they do not decode to this text."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[bytes]) -> list[Ids]:
-        """`encode` of many texts at once, which uses all cores."""
-        parts = [list(_parts(text)) for text in texts]
-        strings = [part for found in parts for part in found if isinstance(part, str)]
+        """`encode` for many texts in one call, which uses all cores."""
+        split = [list(_segments(text)) for text in texts]
+        strings = [segment for segments in split for segment in segments if isinstance(segment, str)]
         encoded = iter(self._tokenizer.encode_batch_fast(strings, add_special_tokens=False))
         ids = []
-        for text, found in zip(texts, parts, strict=True):
-            pieces = [self._id_of_byte[part] if isinstance(part, np.ndarray) else next(encoded).ids for part in found]
+        for text, segments in zip(texts, split, strict=True):
+            pieces = [next(encoded).ids if isinstance(s, str) else self._number_of_byte[s] for s in segments]
             ids.append(np.concatenate([np.empty(0, np.int64), *(np.asarray(p, np.int64) for p in pieces)]) + OFFSET)
             if int(self.token_bytes[ids[-1]].sum()) != len(text):
-                raise InputError(f"{self._where} does not keep every byte of the text; give a plain byte-level one")
+                raise InputError(f"{self._where} does not preserve every byte of the text; give a plain byte-level one")
         return ids
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids; special ids vanish. Raises ValueError for an id that is none."""
+        """The bytes of ids; special ids have none. Raises ValueError for an unknown id."""
         numbers = [int(number) for number in ids]
         if any(not 0 <= number < self.size for number in numbers):
-            raise ValueError(f"ids must lie in 0..{self.size - 1}")
+            raise ValueError(f"ids must be in 0..{self.size - 1}")
         return b"".join(self._bytes[number - OFFSET] for number in numbers if number >= OFFSET)
 
     def _bytes_of(self, names: Sequence[str]) -> list[bytes]:
-        """What each token stands for; an added token is the text of its name."""
+        """The bytes of each token; those of an added token are its name in UTF-8."""
         byte_of = alphabet()
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         unknown = [name for name in names if name not in added and not set(name) <= byte_of.keys()]
         if unknown:
-            raise ConfigError(f"{self._where}: {unknown[0]!r} is no token of a byte-level BPE vocabulary")
+            raise ConfigError(f"{self._where}: {unknown[0]!r} is not a token of a byte-level BPE vocabulary")
         return [name.encode() if name in added else bytes(byte_of[char] for char in name) for name in names]
 
-    def _bytes_alone(self) -> Ids:
+    def _single_bytes(self) -> Ids:
         """The tokenizer's number of each of the 256 bytes."""
         numbers = {token: number for number, token in enumerate(self._bytes) if len(token) == 1}
         if len(numbers) != 256:
@@ -109,8 +108,8 @@ class Vocabulary:
         return np.array([numbers[bytes([byte])] for byte in range(256)], np.int64)
 
 
-def _parts(text: bytes) -> Iterator[str | Ids]:
-    """UTF-8 as strings, and runs of other bytes as their values, in order."""
+def _segments(text: bytes) -> Iterator[str | Ids]:
+    """The UTF-8 parts of a text as strings, and runs of other bytes as their values, in order."""
     for i, part in enumerate(_NOT_UTF8.split(text.decode("utf-8", errors="surrogateescape"))):
         if i % 2:
             yield np.array([ord(char) - 0xDC00 for char in part], np.int64)
@@ -132,17 +131,17 @@ def _open(text: str, where: str) -> Tokenizer:
     except BltError:
         raise
     except Exception as error:  # the library raises bare Exceptions
-        raise ConfigError(f"{where} is not the tokenizer.json of `tokenizers` ({error})") from None
+        raise ConfigError(f"{where} is not a tokenizer.json of the library `tokenizers` ({error})") from None
     if not isinstance(tokenizer.model, _library().models.BPE) or tokenizer.normalizer is not None:
-        raise ConfigError(f"{where} is no byte-level BPE vocabulary without a normaliser; give one of that kind")
+        raise ConfigError(f"{where} is not a byte-level BPE vocabulary without a normaliser; give one of that kind")
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<|end|>" in a text is text
+    tokenizer.encode_special_tokens = True  # "<|end|>" in a text is ordinary text
     return tokenizer
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
-    """A `tokenizer.json`. Raises ConfigError."""
+    """The vocabulary in a `tokenizer.json`. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -151,7 +150,7 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
 
 
 def train_vocabulary(texts: Iterable[bytes], size: int) -> Vocabulary:
-    """A vocabulary of `size` ids or fewer (where the texts have no more pairs), the same for the same texts."""
+    """A vocabulary of `size` ids, or fewer if the texts have no more pairs; equal texts give equal vocabularies."""
     lib = _library()
     tokenizer = lib.Tokenizer(lib.models.BPE())
     split = lib.pre_tokenizers.Split(lib.Regex(SPLIT), "isolated")
@@ -161,14 +160,6 @@ def train_vocabulary(texts: Iterable[bytes], size: int) -> Vocabulary:
     trainer = lib.trainers.BpeTrainer(
         vocab_size=size - OFFSET, initial_alphabet=sorted(alphabet()), special_tokens=[], show_progress=False
     )
-    strings = (part for text in texts for part in _parts(text) if isinstance(part, str))
+    strings = (part for text in texts for part in _segments(text) if isinstance(part, str))
     tokenizer.train_from_iterator(strings, trainer)
     return Vocabulary(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False))
-
-
-def checked(text: str, where: Path) -> Vocabulary:
-    """The vocabulary inside a checkpoint. Raises CheckpointError."""
-    try:
-        return Vocabulary(text, f"the tokenizer in {where}")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None

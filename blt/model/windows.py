@@ -1,7 +1,7 @@
-"""Whole-row attention laid out by its window: blocks of w queries read their own block of keys and those before it.
+"""Whole-row attention in blocks of the window: w queries read the keys of their own block and of the blocks before it.
 
-A window of W = m w keys spans m + 1 blocks, so the result equals that of a dense mask while a query costs (1 + 1/m) W
-keys instead of N. Rows too short to gain from that stay dense.
+A window of W = m w keys spans m + 1 blocks, so the result equals that of a dense mask, but a query costs (1 + 1/m) W
+keys instead of N. Rows that are too short to gain from blocks use dense masks.
 
 Letters: B rows, N positions, W window, w block length, m blocks of a window, J blocks of a row, L = (m + 1) w keys of a
 block, H heads, G key/value heads, K head size.
@@ -21,16 +21,16 @@ from blt.model.masks import causal_mask, dense_attend
 from blt_runtime.errors import ConfigError
 
 LONGEST_PRODUCT = 1024
-"""Dense rows of up to this many positions keep their scores for the backward pass: 4 MB a head in float32."""
+"""Dense rows of up to this many positions store their scores for the backward pass: 4 MB a head in float32."""
 SHORTEST_BLOCK, MOST_BLOCKS = 64, 4
-"""Of a window of 256 keys, one CPU core, 2 x 1024 positions, 2 heads of 64, forward and backward: in one block 31.7 ms,
-two 26.6, four 27.5, eight 37.1 (float32; dense 56.6)."""
+"""Measured for a window of 256 keys, one CPU core, 2 x 1024 positions, 2 heads of 64, float32, forward and backward:
+one block 31.7 ms, two 26.6, four 27.5, eight 37.1; dense 56.6."""
 
 
 def row_attend(document_BN: Tensor, window: int | None, flex: bool = False) -> Attend:
-    """Attention within documents and the window, over rows with these document numbers (0 or more)."""
+    """Attention within documents and within the window, for rows with these document numbers (0 or more)."""
     if flex:
-        from blt.model.flex import flex_attend  # slow to import, and an option
+        from blt.model.flex import flex_attend  # slow to import, and optional
 
         return flex_attend(document_BN, window)
     n = document_BN.shape[1]
@@ -43,14 +43,14 @@ def row_attend(document_BN: Tensor, window: int | None, flex: bool = False) -> A
 
 
 def choose_attention(model: nn.Module, attention: str, device: str | torch.device, compiled: bool) -> None:
-    """Sets how the stacks of a model attend over whole rows: "auto" (blocks and masks) or "flex".
+    """Sets how the stacks of a model compute attention over whole rows: "auto" (blocks and masks) or "flex".
 
-    Raises ConfigError where FlexAttention would not train, or only by an unfused form that holds all scores.
+    Raises ConfigError where FlexAttention cannot train, or only in an unfused form that stores all scores.
     """
     if attention == "flex" and torch.device(device).type != "cuda":
-        raise ConfigError("run.attention: flex trains on CUDA alone (--device cuda); leave run.attention at auto here")
+        raise ConfigError("run.attention: flex trains only on CUDA (--device cuda); leave run.attention at auto")
     if attention == "flex" and not compiled:
-        raise ConfigError("run.attention: flex needs run.compile: true; without it every score is kept in memory")
+        raise ConfigError("run.attention: flex needs run.compile: true; without it all scores stay in memory")
     for module in model.modules():
         if isinstance(module, Stack):
             module.flex = attention == "flex"
@@ -63,8 +63,9 @@ def _multiplies(x: Tensor) -> bool:
 def attend_products(q_BHSK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask_BSL: Tensor) -> Tensor:
     """`ops.attend_dense` as two matrix products and a softmax, which keeps the scores for the backward pass.
 
-    For compiled steps on a CPU: torch's flash kernel there computes every score three times and is as slow in bfloat16
-    as in float32. Forward and backward of the blocks above: float32 24.9 ms instead of 27.5, bfloat16 15.9 of 27.5.
+    For compiled training on a CPU: torch's flash kernel there computes every score three times, and bfloat16 is as slow
+    as float32. Forward and backward of the blocks above take 24.9 ms instead of 27.5 in float32, and 15.9 ms instead of
+    27.5 in bfloat16.
     """
     groups = q_BHSK.shape[1] // k_BGLK.shape[1]
     if groups > 1:
@@ -77,7 +78,7 @@ def attend_products(q_BHSK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask_BSL: Te
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a row of `n` positions falls into blocks of `size`, each read together with the `before` ones before it."""
+    """A row of `n` positions in blocks of `size`; a block reads its own keys and those of `before` blocks before it."""
 
     n: int
     size: int
@@ -89,13 +90,13 @@ class Blocks:
         return cls(n, -(-window // before), before)
 
     def split(self, x_BHNK: Tensor) -> Tensor:
-        """[B, H, N, K] -> [B, J, H, w, K]; positions behind the row are 0."""
+        """[B, H, N, K] -> [B, J, H, w, K]; positions after the row are 0."""
         padded = F.pad(x_BHNK, (0, 0, 0, -self.n % self.size))
         blocks_BJHwK: Tensor = padded.unflatten(2, (-1, self.size)).transpose(1, 2)
         return blocks_BJHwK
 
     def keys(self, x_BGNK: Tensor) -> Tensor:
-        """[B, G, N, K] -> [B * J, G, L, K]: each block behind the blocks before it."""
+        """[B, G, N, K] -> [B * J, G, L, K]: each block after the blocks before it."""
         own_BJGwK = self.split(x_BGNK)
         padded = F.pad(own_BJGwK, (0, 0, 0, 0, 0, 0, self.before, 0))
         J = own_BJGwK.shape[1]
@@ -107,8 +108,8 @@ class Blocks:
         return rows_BHNK
 
     def mask(self, document_BN: Tensor, window: int) -> Tensor:
-        """Which keys of its blocks a query sees: bool [B * J, w, L]."""
-        # Padded positions are a document of their own; the blocks before the first are another, so nobody reads them.
+        """The keys of its blocks that a query attends to: bool [B * J, w, L]."""
+        # Padded positions have document -1 and the blocks before the first have -2, so that no query reads them.
         own_BJw = F.pad(document_BN, (0, -self.n % self.size), value=-1).unflatten(1, (-1, self.size))
         padded = F.pad(own_BJw, (0, 0, self.before, 0), value=-2)
         J = own_BJw.shape[1]
@@ -121,7 +122,7 @@ class Blocks:
 
 
 class BlockAttend:
-    """Queries, keys and values of whole rows [B, H or G, N, K] -> [B, H, N, K]."""
+    """Attention in blocks: queries, keys and values of whole rows [B, H or G, N, K] -> [B, H, N, K]."""
 
     def __init__(self, document_BN: Tensor, window: int) -> None:
         self._blocks = Blocks.of(document_BN.shape[1], window)

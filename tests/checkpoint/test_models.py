@@ -149,8 +149,8 @@ def _edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "noise": (_noise, "no PyTorch checkpoint"),
-    "empty": (lambda path: path.write_bytes(b"") and None, "no PyTorch checkpoint"),
+    "noise": (_noise, "not a PyTorch checkpoint"),
+    "empty": (lambda path: path.write_bytes(b"") and None, "not a PyTorch checkpoint"),
     "truncated": (_truncated, "truncated"),
     "foreign global": (_foreign_zip, "other than tensors"),
     "foreign global, plain pickle": (_foreign_pickle, "other than tensors"),

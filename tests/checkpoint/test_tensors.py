@@ -135,7 +135,7 @@ def test_a_damaged_safetensors_file_is_one_clear_error(name: str, tmp_path: Path
     path = tmp_path / "m.safetensors"
     write_safetensors(path, {"a": StoredTensor(("a",), (torch.ones(8),)), "b": StoredTensor(("b",), (torch.ones(8),))})
     path.write_bytes(DAMAGE[name](path.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"m\.safetensors is damaged or no safetensors file") as caught:
+    with pytest.raises(CheckpointError, match=r"m\.safetensors is damaged or not a safetensors file") as caught:
         read_safetensors(path)
     assert "\n" not in str(caught.value)
 
@@ -143,7 +143,7 @@ def test_a_damaged_safetensors_file_is_one_clear_error(name: str, tmp_path: Path
 def test_a_tensor_in_two_files_is_an_error(tmp_path: Path) -> None:
     for name in ("1", "2"):
         write_safetensors(tmp_path / name, {"twice": StoredTensor(("twice",), (torch.ones(1),))})
-    with pytest.raises(CheckpointError, match="twice lie in another file"):
+    with pytest.raises(CheckpointError, match="twice are in another file"):
         read_safetensors(tmp_path / "1", tmp_path / "2")
 
 

@@ -40,7 +40,7 @@ def test_every_stack_attends_as_chosen() -> None:
 
 def test_flex_is_refused_where_it_cannot_train() -> None:
     model = BLT(VARIANTS["static"][0])
-    with pytest.raises(ConfigError, match=r"run\.attention: flex trains on CUDA alone"):
+    with pytest.raises(ConfigError, match=r"run\.attention: flex trains only on CUDA"):
         choose_attention(model, "flex", "cpu", compiled=True)
     with pytest.raises(ConfigError, match=r"run\.attention: flex needs run\.compile"):
         choose_attention(model, "flex", "cuda", compiled=False)

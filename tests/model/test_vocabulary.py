@@ -88,7 +88,7 @@ def test_a_marker_in_the_text_is_text(vocabulary: Vocabulary) -> None:
 
 def test_tokenizers_of_other_kinds_are_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
     wrong = {
-        "is not the tokenizer.json": "{}",
+        "is not a tokenizer.json": "{}",
         "without a normaliser": changed(vocabulary, normalizer={"type": "Lowercase"}),
         "no token for 1 of the bytes": vocabulary.text.replace('"!"', '"ThatIsNoByte"', 1),
     }

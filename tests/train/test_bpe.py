@@ -130,7 +130,7 @@ def test_what_it_is_not_for_is_refused(bpe_run: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_with_a_wrong_tokenizer(bpe_run: Path, tmp_path: Path) -> None:
     content = torch.load(bpe_run / "model.pt", weights_only=True)
-    for text, message in ((None, "no tokenizer"), ("{}", "is not the tokenizer.json")):
+    for text, message in ((None, "no tokenizer"), ("{}", "is not a tokenizer.json")):
         content["config"]["tokenizer"] = text
         torch.save(content, tmp_path / "model.pt")
         with pytest.raises(CheckpointError, match=message):
