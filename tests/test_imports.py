@@ -39,7 +39,7 @@ LAZY = {
     "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "lm_eval", "blt_export"},
 }
 CLI_MAY_LOAD = (
-    "blt.__version__", "blt.cli", "blt.files", "blt.figures", "blt.evaluate.scoring",
+    "blt.__version__", "blt.cli", "blt.files", "blt.figures", "blt.evaluate",
     "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.patching",
 )  # fmt: skip
 

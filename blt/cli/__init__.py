@@ -1,4 +1,4 @@
-"""The command line: `blt COMMAND`. One file per command; whatever is heavy is imported inside the command.
+"""The command line: `blt COMMAND`. One file per command; heavy libraries are imported inside the commands.
 
 `blt --help` and completion load neither torch nor onnx (torch alone costs 1.4 s).
 """
@@ -9,14 +9,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from blt import __version__
-from blt.cli import console, failures, throughput
+from blt.cli import console, failures
 from blt.cli.commands import (
     bench,
+    bench_throughput,
     calibrate,
     check,
     convert,
@@ -32,32 +34,44 @@ from blt.cli.commands import (
     score,
     train,
 )
+from blt.cli.options import Command
 
 __all__ = ["app", "main"]
 
+STAGES: dict[str, dict[str, Command | typer.Typer]] = {
+    "Data and patches": {"data": data.app, "patch": patch.patch, "calibrate": calibrate.calibrate},
+    "Train": {"train": train.app},
+    "Evaluate": {"eval": evaluate.evaluate, "lm-eval": lm_eval.lm_eval, "score": score.score, "check": check.check},
+    "Export": {"export": export.export, "convert": convert.convert},
+    "Generate": {"generate": generate.generate},
+    "Tools": {"bench": bench.app, "inspect": inspect.inspect, "plot": plot.plot, "env": env.env},
+}
+"""The panels of `blt --help` and their commands, in the order of the way from text to a running model."""
+SETTINGS = {"lm-eval": lm_eval.SETTINGS}
+
+
+class _InOrder(TyperGroup):
+    """Lists the commands as `STAGES` does; typer would put groups of commands last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for commands in STAGES.values() for name in commands]
+
+
 app = typer.Typer(
     name="blt",
+    cls=_InOrder,
     help="Byte Latent Transformers: train in PyTorch, export to ONNX, run without PyTorch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(data.app, name="data")
-app.add_typer(train.app, name="train")
-app.add_typer(bench.app, name="bench")
-bench.app.command("throughput")(throughput.throughput)
-app.command("patch")(patch.patch)
-app.command("calibrate")(calibrate.calibrate)
-app.command("inspect")(inspect.inspect)
-app.command("eval")(evaluate.evaluate)
-app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
-app.command("score")(score.score)
-app.command("check")(check.check)
-app.command("plot")(plot.plot)
-app.command("export")(export.export)
-app.command("convert")(convert.convert)
-app.command("generate")(generate.generate)
-app.command("env")(env.env)
+for stage, commands in STAGES.items():
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=stage)
+        else:
+            app.command(name, rich_help_panel=stage, context_settings=SETTINGS.get(name))(command)
+bench.app.command("throughput")(bench_throughput.throughput)
 
 
 def _version(value: bool) -> None:
@@ -76,7 +90,7 @@ def _top(
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; nothing is raised."""
+    """Runs one command and returns its exit code; raises nothing."""
     console.start_logging()
     try:
         result = typer.main.get_command(app).main(
@@ -96,7 +110,7 @@ def _terminate(number: int, _: object) -> None:
 
 def main() -> None:
     """Entry point of the script `blt`."""
-    signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C does: half-written files go before the process does
+    signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C does: half-written files are removed before the process ends
     code = run()
     if code == failures.BROKEN_PIPE:  # keep the interpreter from flushing into the closed pipe once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

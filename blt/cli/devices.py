@@ -7,14 +7,19 @@ import re
 from blt_runtime.errors import BackendError, UsageError
 
 
+def check_name(device: str) -> None:
+    """Raises UsageError unless `device` is auto, cpu, cuda or cuda:n. Does not load PyTorch."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: choose auto, cpu or cuda[:n]")
+
+
 def torch_device(device: str) -> str:
     """`auto` becomes cuda where there is one. Raises UsageError for a wrong name, BackendError for a missing GPU."""
     import torch
 
+    check_name(device)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: choose auto, cpu or cuda[:n]")
     if device.startswith("cuda"):
         index = int(device.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
@@ -25,7 +30,7 @@ def torch_device(device: str) -> str:
 
 
 def limit_torch_threads(threads: int | None) -> None:
-    """Threads of PyTorch's operators; None leaves PyTorch's choice."""
+    """Sets the threads of PyTorch's operators; None leaves PyTorch's default."""
     import torch
 
     if threads is not None:

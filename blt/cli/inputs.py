@@ -1,4 +1,4 @@
-"""From a TEXT, FILE or `-` argument to bytes or ids."""
+"""From an argument to what it names: text, ids, or the path of a model."""
 
 from __future__ import annotations
 
@@ -39,6 +39,29 @@ def read_file(argument: str) -> bytes:
     if not data:
         raise InputError(f"{'standard input' if argument == '-' else argument} is empty; give some text")
     return data
+
+
+def existing_model(path: Path) -> Path:
+    """`path` itself, which may be a name on the hub; raises UsageError if there is nothing at it, or no model."""
+    if not path.exists():
+        from blt.checkpoint.hub import is_name
+
+        if is_name(path):
+            return path
+        raise UsageError(f"{path}: no such file or folder; give a checkpoint, a run folder, a bundle or a hub name")
+    if is_bundle(path):
+        from blt.data.dataset import is_data_folder
+
+        if is_data_folder(path):
+            raise UsageError(f"{path} is a data folder, made for training; give model.pt, a run folder or a bundle")
+    elif (path / "checkpoints").is_dir() and not (path / "model.pt").exists():
+        raise UsageError(f"{path} is an unfinished run: the same `blt train` command finishes it")
+    return path
+
+
+def is_bundle(path: Path) -> bool:
+    """A bundle is a folder with a manifest; checkpoint folders have none."""
+    return path.is_dir() and (path / "manifest.json").exists()
 
 
 def load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:

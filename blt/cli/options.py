@@ -1,18 +1,32 @@
-"""Options that several commands share, and the parsing of their values."""
+"""Options that several commands share: declared, explained and checked once.
+
+A command names the options it accepts and receives them as one object; every command has -q and -v:
+
+    @options.verbosity
+    @options.takes(options.ModelOptions, "backend", "threads")
+    def score(model: options.ModelPath, *, how: options.ModelOptions) -> None: ...
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from blt.cli import console, models
+from blt.cli import console, devices, inputs
 from blt_runtime import patching
 from blt_runtime.errors import UsageError
 
+BACKENDS = ("auto", "torch", "onnx")
 _UNITS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+Command = Callable[..., None]
 
 
 def parse_size(text: str, option: str, at_least: int = 0) -> int:
@@ -22,11 +36,113 @@ def parse_size(text: str, option: str, at_least: int = 0) -> int:
     """
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([kKMG]?)", text.strip())
     if not match:
-        raise UsageError(f"{option}: {text!r} is not a size; write a number with k, K, M or G behind it, as in 4k")
+        raise UsageError(f"{option}: {text!r} is not a size; write a number, optionally followed by k, K, M or G (4k)")
     size = int(float(match[1]) * _UNITS[match[2]])
     if size < at_least:
         raise UsageError(f"{option} {text}: must be at least {at_least}")
     return size
+
+
+# --- single options ----------------------------------------------------------------------------------------
+
+
+def existing_model(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of options that name a model: raises UsageError if there is none. Completion checks nothing."""
+    return path if path is None or context.resilient_parsing else inputs.existing_model(path)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        callback=existing_model,
+        help="model.pt, a run folder, a folder in the reference's or Hugging Face's format, a hub name, or a bundle.",
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the sampling.")]
+
+
+# --- options of commands that open a model -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model is opened. `device` and `threads` count for every backend; the rest depends on the model's format.
+
+    precision: what the model must run at. entropy_model: where the model's format stores it separately.
+    Raises UsageError for an unknown backend or device name.
+    """
+
+    backend: Annotated[str, typer.Option("--backend", help="auto, torch or onnx.")] = "auto"
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="Refuse a MODEL that does not run at this one: fp32, int8 or int4."),
+    ] = None
+    entropy_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--entropy-model",
+            metavar="PATH",
+            callback=existing_model,
+            help="Entropy model, where MODEL's format stores it separately.",
+        ),
+    ] = None
+    entropy_dtype: Annotated[
+        patching.EntropyDtype | None,
+        typer.Option(
+            "--entropy-dtype",
+            help="float32, or bfloat16: entropies and threshold as the reference's loader computes them"
+            " (PyTorch only).",
+        ),
+    ] = None
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:n].")] = "auto"
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")] = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UsageError(f"--backend {self.backend}: choose one of {', '.join(BACKENDS)}")
+        devices.check_name(self.device)
+
+
+# --- decorators of commands --------------------------------------------------------------------------------
+
+
+def takes(record: type[Any], *names: str) -> Callable[[Command], Command]:
+    """The command's parameter annotated `record`, a dataclass of options, becomes these options of the command.
+
+    names: fields of `record`, in the order of the help; none for all of them. The others keep their defaults.
+    """
+    hints = get_type_hints(record, include_extras=True)
+    defaults = {field.name: field.default for field in fields(record)}
+    chosen = names or tuple(defaults)
+    added = [_keyword(name, hints[name], defaults[name]) for name in chosen]
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        holder = next(parameter.name for parameter in own if parameter.annotation is record)
+
+        @functools.wraps(command)
+        def decorated(**values: Any) -> None:
+            given = {name: values.pop(name) for name in chosen}
+            command(**values, **{holder: record(**given)})
+
+        kept = [[parameter] if parameter.name != holder else added for parameter in own]
+        return _with_parameters(decorated, [parameter for some in kept for parameter in some])
+
+    return decorate
+
+
+def verbosity(command: Command) -> Command:
+    """Adds -q and -v, which set the level of the logs before any other option is checked."""
+
+    @functools.wraps(command)
+    def decorated(quiet: bool, verbose: int, **values: Any) -> None:
+        command(**values)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    added = [_keyword("quiet", _Quiet, False), _keyword("verbose", _Verbose, 0)]
+    return _with_parameters(decorated, [*own, *added])
 
 
 def _quiet(value: bool) -> bool:
@@ -41,42 +157,21 @@ def _verbose(value: int) -> int:
     return value
 
 
-def _existing(path: Path | None) -> Path | None:
-    return None if path is None else models.existing(path)
+_Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", is_eager=True, callback=_quiet, help="Warnings and errors only.")
+]
+_Verbose = Annotated[
+    int,
+    typer.Option("-v", "--verbose", is_eager=True, count=True, callback=_verbose, help="More output, tracebacks."),
+]
 
 
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", callback=_quiet, help="Warnings and errors only.")]
-Verbose = Annotated[
-    int, typer.Option("-v", "--verbose", count=True, callback=_verbose, help="More output, tracebacks.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-ModelPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL",
-        help="model.pt, a run folder, a folder in the reference's or Hugging Face's format, a hub name, or a bundle.",
-    ),
-]
-EntropyModel = Annotated[
-    Path | None,
-    typer.Option(
-        "--entropy-model",
-        metavar="PATH",
-        callback=_existing,
-        help="Entropy model, where MODEL's format keeps it apart.",
-    ),
-]
-EntropyDtype = Annotated[
-    patching.EntropyDtype | None,
-    typer.Option(
-        "--entropy-dtype",
-        help="float32, or bfloat16: entropies and threshold as the reference's loader computes them (PyTorch only).",
-    ),
-]
-Precision = Annotated[
-    str | None, typer.Option("--precision", help="Refuse a MODEL that does not run at this one: fp32, int8 or int4.")
-]
-Backend = Annotated[str, typer.Option("--backend", help="auto, torch or onnx.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:n].")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the sampling.")]
+def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _with_parameters(command: Command, parameters: list[inspect.Parameter]) -> Command:
+    """`command` with the signature that typer reads the options from; typer passes every value by its name."""
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    command.__dict__["__signature__"] = inspect.Signature(keywords)
+    return command

@@ -15,7 +15,8 @@ import torch
 
 from blt.checkpoint.formats import open_source
 from blt.checkpoint.models import Checkpoint, load, save
-from blt.cli import costs, run, texts
+from blt.cli import run
+from blt.evaluate import costs, texts
 from blt.figures.tradeoff import Point, Tradeoff, render
 from blt_runtime.errors import UsageError
 from blt_runtime.patching import PatchRule
@@ -65,7 +66,7 @@ def text_of(ids: np.ndarray[Any, Any]) -> bytes:
 
 
 def test_the_wanted_mean_is_met_on_held_out_text(report: dict[str, Any]) -> None:
-    assert report["schema"] == "blt.data.threshold/1"
+    assert report["schema"] == "blt.calibrate/1"
     assert report["within_tolerance"]
     assert report["held_out"]["mean_patch"] == pytest.approx(3, rel=0.02)
     assert report["chosen_on"]["mean_patch"] == pytest.approx(3, rel=0.005)

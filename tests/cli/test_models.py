@@ -305,7 +305,7 @@ def test_a_bundle_runs_without_torch_and_onnx(blt_process: Call, bundle: Path) -
     assert done.code == 0
     loaded = {line.split("|")[-1].strip() for line in done.err.splitlines()}
     assert "onnxruntime" in loaded
-    assert not {"torch", "onnx", "blt.checkpoint.models"} & loaded
+    assert not {"torch", "onnx", "blt.checkpoint"} & loaded
 
 
 def test_a_closed_pipe_is_silent(bundle: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -211,6 +213,46 @@ def test_a_command_without_its_rest_prints_the_help_alone(blt: Call, arguments: 
     assert result.code == 2
     assert "Usage" in result.text
     assert result.err == ""
+
+
+def test_the_help_lists_commands_by_stage_in_the_order_of_the_way(blt: Call) -> None:
+    """Every command is in one panel; the panels go from data to tools."""
+    from blt.cli import STAGES, app
+
+    shown = blt("--help").text
+    panels = re.findall(r"^╭─ ([\w ]+?) ─", shown, re.MULTILINE)
+    assert panels == ["Options", "Data and patches", "Train", "Evaluate", "Export", "Generate", "Tools"]
+    assert panels[1:] == list(STAGES)
+    listed = [line.split()[1] for line in shown.splitlines() if re.match(r"│ [a-z]", line)]
+    in_order = [name for commands in STAGES.values() for name in commands]
+    assert [name for name in listed if name in in_order] == in_order
+    registered = [c.name for c in app.registered_commands] + [g.name for g in app.registered_groups]
+    assert sorted(in_order) == sorted(str(name) for name in registered)
+
+
+@pytest.mark.parametrize("command", [["generate"], ["train", "blt"], ["bench", "throughput"], ["data", "info"]])
+def test_every_command_has_quiet_and_verbose(blt: Call, command: list[str]) -> None:
+    shown = blt(*command, "-h").text
+    assert re.search(r"--quiet +-q", shown)
+    assert re.search(r"--verbose +-v", shown)
+
+
+def test_a_command_shows_the_model_options_it_takes_and_no_others(blt: Call) -> None:
+    shown = blt("bench", "throughput", "-h").text
+    assert "--precision" in shown
+    assert "--threads" in shown
+    assert "--backend" not in shown
+    assert "--entropy-model" not in shown
+
+
+def test_v_shows_the_debug_lines_of_the_export(capsys: pytest.CaptureFixture[str]) -> None:
+    console.start_logging()
+    log = logging.getLogger("blt_export")
+    log.debug("hidden")
+    console.set_verbosity(1)
+    log.debug("a rule did not apply: its reason")
+    console.set_verbosity(0)
+    assert capsys.readouterr().err == "a rule did not apply: its reason\n"
 
 
 def test_help_is_on_stdout(blt: Call) -> None:

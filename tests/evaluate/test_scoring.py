@@ -12,7 +12,8 @@ import torch
 
 from blt.checkpoint.models import Checkpoint, save
 from blt.cli import devices
-from blt.cli.scoring import open_scorer
+from blt.cli.options import ModelOptions
+from blt.cli.scorers import open_scorer
 from blt.data import BatchShape, Dataset, Loader, prepare
 from blt.data.batches import Pack
 from blt.evaluate.rows import PatchRows, load_on, scorer_of
@@ -139,7 +140,7 @@ def test_hash_tables_go_to_the_device_with_the_model(tmp_path: Path, monkeypatch
     assert any("hash" in name for name in held)
     assert {parameter.device.type for parameter in held.values()} == {"meta"}
     monkeypatch.setattr(devices, "torch_device", lambda device: "meta")
-    with open_scorer(tmp_path / "model.pt", 100, device="cuda") as scorer:
+    with open_scorer(tmp_path / "model.pt", 100, ModelOptions(device="cuda")) as scorer:
         assert isinstance(scorer, PatchRows)
         assert scorer.device == "meta"
         assert {parameter.device.type for parameter in scorer.blt.parameters()} == {"meta"}

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
-from blt import files
-from blt.cli import console, models, options
-from blt.cli.commands.inspect import precision_text
-from blt_runtime.errors import InputError, UsageError
+from blt.cli import console, figures, inputs, models, options
+from blt.cli.bundle_tables import precision_text
+from blt_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from blt.bench import Latency, Weights
@@ -38,6 +37,8 @@ Repeat = Annotated[int, typer.Option(min=1, help="Runs; medians are shown.")]
 
 
 @app.command("latency")
+@options.verbosity
+@options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "threads")
 def latency(
     model: options.ModelPath,
     prompt_bytes: PromptBytes = "512",
@@ -52,13 +53,9 @@ def latency(
     ] = "off",
     text: TextFile = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw where the time goes as .png or .html.")] = None,
-    backend: options.Backend = "auto",
-    precision: options.Precision = None,
-    entropy_model: options.EntropyModel = None,
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """One stream: bytes per second, gaps between bytes, and the share of the speed at which memory gives weights."""
     from blt import bench
@@ -66,22 +63,20 @@ def latency(
 
     prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
     new_n = options.parse_size(new_bytes, "--new-bytes", at_least=2)
-    _check_plot(plot)
+    figures.check_path(plot)
     given = bench.Text.of(read_text(text, prompt_n + new_n), prompt_n, new_n)
     began = time.perf_counter()
-    with models.open_model(
-        model, backend=backend, entropy_model=entropy_model, threads=threads, precision=precision
-    ) as opened:
+    with models.open_model(model, how) as opened:
         open_s = time.perf_counter() - began
         if patch_size is not None:
             opened = bench.at_patch_size(opened, [given], patch_size)
         found = bench.latency(
             opened,
             given,
-            _weights(opened, model, entropy_model),
+            _weights(opened, model, how.entropy_model),
             repeat=repeat,
             temperature=temperature,
-            threads=threads or available_cores(),
+            threads=how.threads or available_cores(),
             speculate=cast("Speculate", speculate),
         )
         report = {**setting(opened, model, "latency"), "open_s": open_s, **latency_report(found)}
@@ -94,18 +89,16 @@ def latency(
 
 
 @app.command("patch")
+@options.verbosity
+@options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "threads")
 def patch(
     model: options.ModelPath,
     prompt_bytes: PromptBytes = "512",
     repeat: Repeat = 3,
     text: TextFile = None,
-    backend: options.Backend = "auto",
-    precision: options.Precision = None,
-    entropy_model: options.EntropyModel = None,
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Patching alone: entropies of a text, then the rule."""
     from blt import bench
@@ -114,9 +107,7 @@ def patch(
     data = read_text(text, size)
     if len(data) < size:
         raise InputError(f"{text} has {len(data)} bytes, fewer than --prompt-bytes {size}")
-    with models.open_model(
-        model, backend=backend, entropy_model=entropy_model, threads=threads, precision=precision
-    ) as opened:
+    with models.open_model(model, how) as opened:
         found = bench.patching(opened, data[:size], repeat)
         report = {
             **setting(opened, model, "patch"),
@@ -139,14 +130,6 @@ def patch(
 # --- parts -------------------------------------------------------------------------------------------------
 
 
-def _check_plot(plot: Path | None) -> None:
-    if plot is None:
-        return
-    if plot.suffix.lower() not in (".png", ".html"):
-        raise UsageError(f"--plot {plot}: the name must end in .png or .html")
-    files.check_folder(plot)
-
-
 def read_text(path: Path | None, size: int) -> bytes:
     """The first `size` bytes of a file (or fewer, if it has fewer), or of the built-in text."""
     from blt.bench import bench_text
@@ -162,7 +145,7 @@ def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
     for this run, which keeps float32)."""
     from blt.bench import weight_bytes
 
-    if models.is_bundle(path) and opened.manifest is not None:
+    if inputs.is_bundle(path) and opened.manifest is not None:
         from blt_runtime import Bundle
 
         read = weight_bytes.bundle_weight_bytes(Bundle(path, opened.manifest), patch_size=1)
@@ -289,5 +272,4 @@ def _plot(found: Latency, title: str, path: Path) -> None:
     if found.weights:
         floor = found.floor_s()
         bars.append(Bar("weights alone", {part: floor[part] for part in found.split.seconds if part in floor}))
-    with files.replacing(path) as draft:
-        draft.write_bytes(render(Bars(bars, title), path.suffix.lower().removeprefix(".")))
+    figures.write(path, Bars(bars, title), render)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,9 @@ import numpy as np
 import typer
 
 from blt import files
-from blt.cli import console, costs, devices, models, options, texts, tradeoff
+from blt.cli import console, devices, figures, inputs, models, options
+from blt.cli.commands import calibrate_table as tradeoff
+from blt.evaluate import costs, texts
 from blt_runtime.errors import CheckFailed, CheckpointError, UsageError
 from blt_runtime.patching import PatchRule
 
@@ -31,15 +33,8 @@ if TYPE_CHECKING:
 MEANS = (2.0, 3.0, 4.0, 4.5, 6.0, 8.0)  # beside the wanted one
 
 
-@dataclass(frozen=True)
-class _Costing:
-    """How costs are measured: backend and threads, and the bytes to score with each rule."""
-
-    backend: str
-    threads: int | None
-    bytes: int
-
-
+@options.verbosity
+@options.takes(options.ModelOptions, "backend", "entropy_model", "threads")
 def calibrate(
     model: options.ModelPath,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by blt data prepare, or a file.")],
@@ -61,16 +56,17 @@ def calibrate(
     context: Annotated[str, typer.Option(metavar="SIZE", help="Longer documents are cut into pieces.")] = "4k",
     tolerance: Annotated[float, typer.Option(help="Exit 3 if held-out text misses the mean by more.")] = 0.02,
     force: Annotated[bool, typer.Option("--force", help="Replace an older -o MODEL.")] = False,
-    backend: options.Backend = "auto",
-    entropy_model: options.EntropyModel = None,
     device: Annotated[str, typer.Option("--device", help="Of the entropy model: auto, cpu or cuda[:n].")] = "auto",
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Find the threshold for a wanted mean patch size, and what it costs in bits per byte and speed."""
-    _check(model, mean_patch, tolerance, backend, out, force, plot)
+    _check_numbers(mean_patch, tolerance)
+    if inputs.is_bundle(model):
+        raise UsageError(f"{model} is a bundle; calibrate the checkpoint it was made from, and export that again")
+    figures.check_path(plot)
+    _check_out(out, force)
     size = options.parse_size(context, "--context", at_least=1)
     most = options.parse_size(n_bytes, "--bytes", at_least=1)
     scored = options.parse_size(bpb_bytes, "--bpb-bytes")
@@ -79,8 +75,8 @@ def calibrate(
     from blt.checkpoint.models import build
     from blt.data.threshold import base_rule, halves, sizes
 
-    devices.limit_torch_threads(threads)
-    source = open_source(models.existing(model), entropy_model)
+    devices.limit_torch_threads(how.threads)
+    source = open_source(model, how.entropy_model)
     if source.bpe is not None:
         source.check_can_generate()
     if source.entropy_config is None:
@@ -92,8 +88,8 @@ def calibrate(
     rows, unreachable = _rows(source.patch_rule, base, mean_patch, parts)
     rule_found, cost = rows[0].rule, None
     if checkpoint.blt is not None:
-        how = _Costing("onnx" if backend == "onnx" else "torch", threads, scored)
-        rows, cost = _with_costs(rows, checkpoint, base, parts[1], how)
+        timed = replace(checkpoint, patch_rule=costs.clocked(base))
+        rows, cost = _with_costs(rows, timed, parts[1], scored_bytes=scored, how=how)
     chosen_on, held_out = sizes(rule_found, parts[0]), rows[0].sizes
     result = tradeoff.Result(mean_patch, tolerance, rule_found, chosen_on, held_out, rows, unreachable, cost)
     if plot is not None:
@@ -102,7 +98,7 @@ def calibrate(
     if written is not None:
         native.write(replace(source, patch_rule=result.rule), written)
     if as_json:
-        console.print_json("blt.data.threshold/1", tradeoff.report(result, written))
+        console.print_json("blt.calibrate/1", tradeoff.report(result, written))
     else:
         console.stdout_console().print(tradeoff.table(result))
         print("\n".join(tradeoff.notes(result, written)), flush=True)
@@ -110,26 +106,20 @@ def calibrate(
         raise CheckFailed(result.problem + (f"; {out} was not written" if out else ""))
 
 
-def _check(
-    model: Path, mean: float, tolerance: float, backend: str, out: Path | None, force: bool, plot: Path | None
-) -> None:
-    """What can be wrong before anything is read."""
-    models.check_backend(backend)
+def _check_numbers(mean: float, tolerance: float) -> None:
     if not (math.isfinite(mean) and mean >= 1):
         raise UsageError(f"--mean-patch {mean:g}: a patch has at least 1 byte")
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise UsageError(f"--tolerance {tolerance:g}: give a share such as 0.02")
-    if models.is_bundle(model):
-        models.existing(model)
-        raise UsageError(f"{model} is a bundle; calibrate the checkpoint it was made from, and export that again")
-    if plot is not None and plot.suffix.lower() not in (".png", ".html"):
-        raise UsageError(f"--plot {plot}: the name must end in .png or .html")
-    for path in (out, plot):
-        if path is not None:
-            files.check_folder(path)
-    if out is not None and out.is_dir():
+
+
+def _check_out(out: Path | None, force: bool) -> None:
+    if out is None:
+        return
+    files.check_folder(out)
+    if out.is_dir():
         raise UsageError(f"-o {out} is a folder; name the file to write, such as {out / 'model.pt'}")
-    if out is not None and out.exists() and not force:
+    if out.exists() and not force:
         raise UsageError(f"{out} exists; --force replaces it")
 
 
@@ -185,15 +175,21 @@ def _rows(
 
 
 def _with_costs(
-    rows: list[tradeoff.Row], checkpoint: Checkpoint, base: PatchRule, held_out: Sequence[Piece], how: _Costing
+    rows: list[tradeoff.Row],
+    checkpoint: Checkpoint,
+    held_out: Sequence[Piece],
+    *,
+    scored_bytes: int,
+    how: options.ModelOptions,
 ) -> tuple[list[tradeoff.Row], tradeoff.Cost]:
-    """Rows with bits per byte and expected speed, and how those were measured."""
-    sample = _sample(held_out, how.bytes)
+    """Rows with bits per byte of `scored_bytes` and expected speed, and how those were measured.
+
+    `checkpoint` has the patch rule of the timing (`costs.clocked`); scoring brings its own patches.
+    """
+    sample = _sample(held_out, scored_bytes)
     longest = max(held_out, key=lambda piece: len(piece.ids)).ids
-    # Scoring brings its own patches, so the rule that the model is opened with is that of the timing.
-    timed = replace(checkpoint, patch_rule=costs.clocked(base))
     with (
-        models.open_checkpoint(timed, how.backend, threads=how.threads, capacity=len(longest)) as model,
+        models.open_checkpoint(checkpoint, how, capacity=len(longest)) as model,
         console.progress("bits per byte", len(rows)) as advance,
     ):
         times = costs.measure_times(model, longest)
@@ -203,7 +199,8 @@ def _with_costs(
             speed = times.bytes_per_s(row.sizes.mean) if times else None
             found.append(replace(row, bits_per_byte=bits, bytes_per_s=speed))
             advance()
-    return found, tradeoff.Cost(sum(piece.n_bytes for piece in sample), times, how.backend)
+    backend = "onnx" if how.backend == "onnx" else "torch"
+    return found, tradeoff.Cost(sum(piece.n_bytes for piece in sample), times, backend)
 
 
 def _sample(pieces: Sequence[Piece], most: int) -> list[Piece]:
@@ -224,5 +221,4 @@ def _plot(result: tradeoff.Result, path: Path) -> None:
         mark = tradeoff.mark(row, result)
         points.append(Point(row.sizes.mean, threshold, row.bits_per_byte, row.bytes_per_s, mark))
     title = f"{tradeoff.form(rule)} rule: threshold {rule.threshold} gives {mean:.2f} bytes a patch"
-    with files.replacing(path) as draft:
-        draft.write_bytes(render(Tradeoff(points, title), path.suffix.lower().removeprefix(".")))
+    figures.write(path, Tradeoff(points, title), render)

@@ -6,30 +6,36 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from blt.cli import console, devices, models, options
+from blt.cli import console, devices, inputs, models, options
 from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
     from blt.checkpoint.models import Checkpoint
     from blt.evaluate.cache_check import Line, Report
     from blt_runtime import Model
-    from blt_runtime.patching import EntropyDtype
 
 FORMS = ("torch", "onnx")
 ROOM = 400
 """Ids that a stream holds beyond a row at least: prompts of greedy text may be longer than short rows."""
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", "threads")
 def check(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A checkpoint: model.pt, a run folder or a foreign one.")
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            callback=options.existing_model,
+            help="A checkpoint: model.pt, a run folder, a reference or Hugging Face folder, or a hub name.",
+        ),
     ],
     n_bytes: Annotated[str, typer.Option("--bytes", metavar="SIZE", help="Text under the model's own rule.")] = "100k",
     backend: Annotated[
@@ -41,28 +47,25 @@ def check(
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to use instead of generated text.")] = None,
     row_bytes: Annotated[str, typer.Option("--row-bytes", metavar="SIZE", help="Bytes that a whole row holds.")] = "2k",
     seed: Annotated[int, typer.Option(min=0, help="Seed of text, cuts and order.")] = 0,
-    entropy_model: options.EntropyModel = None,
-    entropy_dtype: options.EntropyDtype = None,
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Compare cached streams with whole rows: entropies, boundaries, logits and greedy text, alone and in company."""
     from blt.evaluate.cache_check import check as compare
 
     forms = _forms(backend, model, bundle)
-    if entropy_dtype == "bfloat16" and "onnx" in forms:
+    if how.entropy_dtype == "bfloat16" and "onnx" in forms:
         raise UsageError("--entropy-dtype bfloat16: a bundle computes entropies in float32; add --backend torch")
     amount = options.parse_size(n_bytes, "--bytes", at_least=1)
     row = options.parse_size(row_bytes, "--row-bytes", at_least=1)
     text = None if data is None else _text(data)
     started = time.monotonic()
     with (
-        _open(model, forms, bundle, entropy_model, entropy_dtype, threads, row + ROOM) as (checkpoint, sides),
+        _open(model, forms, bundle, how=how, capacity=row + ROOM) as (checkpoint, candidates),
         console.progress("check", 1.0) as advance,
     ):
-        report = compare(checkpoint, sides, amount, row_bytes=row, seed=seed, data=text, progress=advance)
+        report = compare(checkpoint, candidates, amount, row_bytes=row, seed=seed, data=text, progress=advance)
     seconds = round(time.monotonic() - started, 1)
     if as_json:
         console.print_json("blt.check/1", {"ok": report.ok, **_finite(asdict(report)), "seconds": seconds})
@@ -76,10 +79,9 @@ def _forms(backend: str, model: Path, bundle: Path | None) -> list[str]:
     for name in forms:
         if name not in FORMS:
             raise UsageError(f"--backend {name}: choose from {', '.join(FORMS)}")
-    models.existing(model)
-    if models.is_bundle(model):
+    if inputs.is_bundle(model):
         raise UsageError(f"{model} is a bundle; give the checkpoint it was made from, and --bundle {model}")
-    if bundle is not None and not models.is_bundle(bundle):
+    if bundle is not None and not inputs.is_bundle(bundle):
         raise UsageError(f"--bundle {bundle}: no bundle there; blt export makes one")
     if bundle is not None and "onnx" not in forms:
         raise UsageError("--bundle is of use with --backend onnx only")
@@ -96,36 +98,24 @@ def _text(file: Path) -> bytes:
 
 @contextmanager
 def _open(
-    path: Path,
-    forms: list[str],
-    bundle: Path | None,
-    entropy_model: Path | None,
-    entropy_dtype: EntropyDtype | None,
-    threads: int | None,
-    capacity: int,
+    path: Path, forms: list[str], bundle: Path | None, *, how: options.ModelOptions, capacity: int
 ) -> Iterator[tuple[Checkpoint, dict[str, Model]]]:
     """The checkpoint and its cached forms. The export comes first: what it loads is gone when the rest is loaded."""
     from blt.checkpoint.models import load
     from blt.generate.torch_backend import open_model
 
-    devices.limit_torch_threads(threads)
+    devices.limit_torch_threads(how.threads)
     with ExitStack() as stack:
-        sides = {}
+        candidates = {}
         if "onnx" in forms:
-            inside = None if bundle is not None else entropy_model  # a bundle holds its own
-            opened = models.open_model(
-                bundle or path,
-                backend="onnx",
-                entropy_model=inside,
-                threads=threads,
-                capacity=capacity,
-                entropy_dtype=entropy_dtype,
-            )
-            sides["onnx"] = stack.enter_context(opened)
-        checkpoint = load(path, entropy_model=entropy_model, entropy_dtype=entropy_dtype)
+            on_onnx = replace(how, backend="onnx")
+            if bundle is not None:  # it holds its own entropy model
+                on_onnx = replace(on_onnx, entropy_model=None)
+            candidates["onnx"] = stack.enter_context(models.open_model(bundle or path, on_onnx, capacity))
+        checkpoint = load(path, entropy_model=how.entropy_model, entropy_dtype=how.entropy_dtype)
         if "torch" in forms:
-            sides["torch"] = open_model(checkpoint, capacity=capacity)
-        yield checkpoint, {name: sides[name] for name in forms}
+            candidates["torch"] = open_model(checkpoint, capacity=capacity)
+        yield checkpoint, {name: candidates[name] for name in forms}
 
 
 def _table(report: Report, seconds: float) -> Table:

@@ -9,13 +9,15 @@ from typing import Annotated
 
 import typer
 
-from blt.cli import console, models, options
+from blt.cli import console, inputs, options
 from blt_runtime.errors import UsageError
 
 FORMATS = ("native", "hf")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype")
 def convert(
     model: options.ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write (or a .pt file, native).")],
@@ -24,11 +26,9 @@ def convert(
         str | None, typer.Option(help="Weights as float32, float16 or bfloat16 (default: as they are).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    entropy_model: options.EntropyModel = None,
-    entropy_dtype: options.EntropyDtype = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Write MODEL in another format. Weights are streamed: memory holds one block of one tensor at a time."""
     if to not in FORMATS:
@@ -37,8 +37,7 @@ def convert(
         raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if to == "hf" and out.suffix == ".pt":
         raise UsageError(f"-o {out}: a Hugging Face checkpoint is a folder")
-    models.existing(model)
-    if models.is_bundle(model):
+    if inputs.is_bundle(model):
         raise UsageError(
             f"{model} is a bundle: weights do not come back out of it; give the checkpoint it was made from"
         )
@@ -51,11 +50,11 @@ def convert(
     from blt.checkpoint.formats import open_source
 
     started = time.perf_counter()
-    source = open_source(model, entropy_model=entropy_model)
-    if entropy_dtype is not None:
+    source = open_source(model, entropy_model=how.entropy_model)
+    if how.entropy_dtype is not None:
         if source.patch_rule is None:
-            raise UsageError(f"--entropy-dtype {entropy_dtype} belongs to a patch rule, and {model} has none")
-        source = replace(source, patch_rule=replace(source.patch_rule, entropy_dtype=entropy_dtype))
+            raise UsageError(f"--entropy-dtype {how.entropy_dtype} belongs to a patch rule, and {model} has none")
+        source = replace(source, patch_rule=replace(source.patch_rule, entropy_dtype=how.entropy_dtype))
     if to == "hf":
         huggingface.check(source)  # before all weights are read
     source.check_finite()

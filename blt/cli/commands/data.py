@@ -25,6 +25,7 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 @app.command("prepare")
+@options.verbosity
 def prepare(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Files or folders of text.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
@@ -38,8 +39,6 @@ def prepare(
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Another split of the same documents.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Turn text into shards of bytes with a manifest (sha256, bytes, documents)."""
     from blt.data.dataset import info as describe
@@ -54,6 +53,7 @@ def prepare(
 
 
 @app.command("corpus")
+@options.verbosity
 def corpus(
     name: Annotated[str, typer.Argument(help="tiny (from this Python's library) or base (from Debian packages).")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
@@ -63,8 +63,6 @@ def corpus(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Build a named corpus as a data folder: the same text for everybody."""
     from blt.data.corpora import build
@@ -75,12 +73,11 @@ def corpus(
 
 
 @app.command("info")
+@options.verbosity
 def info(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by blt data prepare.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every shard and compare its sha256.")] = False,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Splits, groups, documents and bytes of a data folder."""
     from blt.data.dataset import info as describe

@@ -60,11 +60,10 @@ def _torch() -> dict[str, Any] | None:
     return {"cuda": torch.version.cuda, "threads": torch.get_num_threads(), "cuda_devices": devices}
 
 
+@options.verbosity
 def env(
     full: Annotated[bool, typer.Option("--full", help="Also ask PyTorch for its devices (loads it).")] = False,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Versions, providers and devices as JSON, for bug reports. The output is JSON with or without --json."""
     found = {name: _version(name) for name in PACKAGES}

@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from blt.cli import console, options, scoring, texts
-from blt.cli import suite as suites
+from blt.cli import console, options, scorers
+from blt.cli.commands import evaluate_suite as suites
+from blt.evaluate import texts
 from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def _baselines(names: str | None) -> list[str]:
     return chosen
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "threads")
 def evaluate(
     model: options.ModelPath,
     data: Annotated[
@@ -99,14 +101,9 @@ def evaluate(
     suite: Annotated[str | None, typer.Option(help="noise, characters or all, instead of bits per byte.")] = None,
     items: Annotated[int, typer.Option(min=1, help="Pairs of text and questions a task, with --suite.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise and the questions, with --suite.")] = 0,
-    backend: options.Backend = "auto",
-    entropy_model: options.EntropyModel = None,
-    entropy_dtype: options.EntropyDtype = None,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Bits per byte, bytes per patch (or token) and bytes per second of a model of any kind on text."""
     if by not in (None, "group"):
@@ -116,19 +113,10 @@ def evaluate(
     names = _baselines(baseline)
     size = options.parse_size(context, "--context", at_least=1)
     most = None if limit is None else options.parse_size(limit, "--limit", at_least=1)
-    opened = partial(
-        scoring.open_scorer,
-        model,
-        backend=backend,
-        entropy_model=entropy_model,
-        device=device,
-        threads=threads,
-        entropy_dtype=entropy_dtype,
-    )
     if suite is not None:
         _only_without_suite({"--by": by, "--baseline": baseline, "--fail-above": fail_above})
         chosen = suites.Chosen(suite, items, seed, data, split, most)
-        with opened(suites.N_IDS) as scorer:
+        with scorers.open_scorer(model, suites.N_IDS, how) as scorer:
             suites.run(scorer, chosen, as_json)
         return
     if data is None:
@@ -136,7 +124,7 @@ def evaluate(
     limited = list(texts.limited(texts.documents(data, split), most))
     if not limited:
         raise texts.nothing(data, split)
-    with opened(size + 2) as scorer:
+    with scorers.open_scorer(model, size + 2, how) as scorer:
         unit = scorer.unit
         tallies = _score_all(scorer, limited, size if scorer.capacity is None else min(size, scorer.capacity))
     _add_baselines(tallies, limited, names)

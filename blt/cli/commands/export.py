@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blt.cli import console, models, options, texts
-from blt.cli.commands.inspect import judged_table, parity_table, precision_text
+from blt.cli import console, inputs, options
+from blt.cli.bundle_tables import evaluation_table, parity_table, precision_text
+from blt.evaluate import texts
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ EVAL_BYTES = 1 << 18
 EVAL_PIECE = 4096
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "entropy_model")
 def export(
     model: options.ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the bundle.")],
@@ -47,25 +50,23 @@ def export(
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with PyTorch; fail if too far.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an older bundle.")] = False,
-    entropy_model: options.EntropyModel = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Write MODEL as ONNX graphs with everything that a runtime needs, and compare them with PyTorch."""
     if flavour not in FLAVOURS:
         raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
     overrides = _overrides(precision_of or [])
     size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=1)
-    models.existing(model)
-    if models.is_bundle(model):
+    if inputs.is_bundle(model):
         raise UsageError(f"{model} is a bundle already; give the checkpoint it was made from")
     import blt_export  # first: where PyTorch is missing too, the extra to install is `export`
     from blt.checkpoint.models import load
 
     blt_export.pipeline.check_arguments(flavour, precision, table_dtype, overrides)
     blt_export.bundle.check_target(out, force)  # now, not behind minutes of work
-    loaded = load(model, entropy_model=entropy_model, generates=True)
+    loaded = load(model, entropy_model=how.entropy_model, generates=True)
     eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)
     report = blt_export.export(
         loaded,
@@ -85,7 +86,7 @@ def export(
     if report.parity:
         console.stdout_console().print(parity_table(report.parity))
     if report.manifest.judged is not None:
-        console.stdout_console().print(judged_table(report.manifest.judged))
+        console.stdout_console().print(evaluation_table(report.manifest.judged))
     precisions = precision_text(report.manifest)
     print(f"{out}: {report.bytes:,} bytes, {flavour}, {precisions}, made in {report.seconds:.1f} s")
 

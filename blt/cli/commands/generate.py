@@ -100,6 +100,8 @@ def _texts(pieces: Iterable[bytes]) -> Iterator[str]:
         yield tail
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "threads")
 def generate(
     model: options.ModelPath,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT|-]", help="Text; - is standard input.")] = None,
@@ -120,15 +122,10 @@ def generate(
     overflow: Annotated[
         str, typer.Option(help="When the text outgrows the model: error, or slide, which forgets its older half.")
     ] = "error",
-    backend: options.Backend = "auto",
-    entropy_model: options.EntropyModel = None,
-    entropy_dtype: options.EntropyDtype = None,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
     seed: options.Seed = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Continue PROMPT with a model. stdout gets the new text and nothing else."""
     size = options.parse_size(n, "-n")
@@ -136,14 +133,7 @@ def generate(
         raise UsageError("--raw writes bytes and --json writes text; leave one of them out")
     given = _prompt_bytes(prompt, unconditional)
     stops = [os.fsencode(text) for text in stop or []]
-    with models.open_model(
-        model,
-        backend=backend,
-        entropy_model=entropy_model,
-        device=device,
-        threads=threads,
-        entropy_dtype=entropy_dtype,
-    ) as opened:
+    with models.open_model(model, how) as opened:
         stream = opened.stream(bos=True, seed=seed, overflow=cast("Overflow", overflow))
         timing = Timing(len(given))
         stream.append(given)

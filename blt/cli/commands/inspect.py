@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from blt.cli import console, models, options
+from blt.cli import console, inputs, options
+from blt.cli.bundle_tables import evaluation_table, parity_table, precision_text
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from blt.checkpoint.source import Source
     from blt_runtime.bundle.bundle import Bundle
-    from blt_runtime.bundle.manifest import Judged, Manifest, Parity
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "entropy_model")
 def inspect(
     model: options.ModelPath,
     patch_size: Annotated[float, typer.Option(min=1.0, help="Mean patch in bytes, for the costs per byte.")] = 4.5,
     context: Annotated[str, typer.Option(metavar="SIZE", help="Row length in bytes, for the costs.")] = "2k",
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    entropy_model: options.EntropyModel = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Parameters, FLOPs and weight bytes per byte, tensors, manifest."""
-    models.existing(model)
-    if models.is_bundle(model):
-        if entropy_model is not None:
+    if inputs.is_bundle(model):
+        if how.entropy_model is not None:
             raise UsageError(f"{model} is a bundle and holds its entropy model; leave --entropy-model out")
         from blt_runtime.bundle.bundle import Bundle
 
@@ -39,7 +38,7 @@ def inspect(
     from blt.checkpoint.formats import open_source
 
     size = options.parse_size(context, "--context", at_least=1)
-    source = open_source(model, entropy_model=entropy_model)
+    source = open_source(model, entropy_model=how.entropy_model)
     report = token_report(source, size) if source.bpe is not None else source_report(source, patch_size, size)
     if tensors:
         named = [(part, name, t) for part, p in source.models().items() for name, t in p.weights.items()]
@@ -149,7 +148,7 @@ def _inspect_bundle(bundle: Bundle, patch_size: float, tensors: bool, as_json: b
         out.print(parity_table(manifest.parity))
     if manifest.judged is not None:
         out.print()
-        out.print(judged_table(manifest.judged))
+        out.print(evaluation_table(manifest.judged))
 
 
 def _graphs_table(bundle: Bundle) -> Table:
@@ -160,36 +159,4 @@ def _graphs_table(bundle: Bundle) -> Table:
         for way, members in (("in", graph.inputs), ("out", graph.outputs)):
             for t in members:
                 table.add_row(name, t.name, way, t.dtype, " x ".join(str(d) for d in t.shape))
-    return table
-
-
-def parity_table(rows: Sequence[Parity]) -> Table:
-    """The export's comparison with PyTorch, one row per output."""
-    table = Table(title="parity with PyTorch", title_justify="left", box=None, pad_edge=False)
-    for name in ("output", "positions", "error", "tolerance", ""):
-        table.add_column(name, justify="left" if name in ("output", "") else "right")
-    for row in rows:
-        verdict = "ok" if row.max_abs_error <= row.tolerance else "FAILED"
-        table.add_row(row.output, f"{row.positions:,}", f"{row.max_abs_error:.2e}", f"{row.tolerance:.0e}", verdict)
-    return table
-
-
-def precision_text(manifest: Manifest) -> str:
-    """One precision, or that of each graph where they differ."""
-    each = {name: manifest.precision_of(name) for name in manifest.graphs}
-    if len(set(each.values())) == 1:
-        return next(iter(each.values()))
-    return ", ".join(f"{name} {precision}" for name, precision in each.items())
-
-
-def judged_table(judged: Judged) -> Table:
-    """The export's judgement on a text: float32 and this bundle."""
-    table = Table(title=f"on {judged.bytes:,} bytes of text", title_justify="left", box=None, pad_edge=False)
-    for name in ("", "float32", "bundle", "difference"):
-        table.add_column(name, justify="left" if name == "" else "right")
-    before, after = judged.float_bits_per_byte, judged.bits_per_byte
-    table.add_row("bits per byte", f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}")
-    found = judged.boundaries - judged.boundaries_lost + judged.boundaries_new
-    moved = f"{judged.boundaries_lost:,} lost, {judged.boundaries_new:,} new"
-    table.add_row("patch boundaries", f"{judged.boundaries:,}", f"{found:,}", moved)
     return table

@@ -8,28 +8,27 @@ from pathlib import Path
 
 import typer
 
-from blt.cli import devices, models, options
+from blt.cli import devices, options
 from blt_runtime.errors import UsageError
 
 OURS = ("--model", "-M", "--model_args", "-a")
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+@options.takes(options.ModelOptions, "entropy_model", "device", "threads")
 def lm_eval(
     context: typer.Context,
     model: options.ModelPath,
-    entropy_model: options.EntropyModel = None,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
 ) -> None:
     """Run tasks of lm-evaluation-harness (extra lm-eval). All other options go to lm_eval: --tasks, --limit, ..."""
     for word in context.args:
         if word.split("=")[0] in OURS:
             raise UsageError(f"{word} is MODEL here; leave it out")
-    models.existing(model)
-    given = {"path": model, "entropy_model": entropy_model, "threads": threads}
+    given = {"path": model, "entropy_model": how.entropy_model, "threads": how.threads}
     arguments = [f"{name}={_plain(value)}" for name, value in given.items() if value is not None]
-    chosen = "cpu" if device == "auto" else devices.torch_device(device)  # lm_eval's own default is cuda
+    chosen = "cpu" if how.device == "auto" else devices.torch_device(how.device)  # lm_eval's own default is cuda
     _run(["run", "--model", "blt", "--model_args", ",".join(arguments), "--device", chosen, *context.args])
 
 

@@ -14,12 +14,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from blt import files
-from blt.cli import console, inputs, options, scoring
+from blt.cli import console, figures, inputs, options, scorers
 from blt.figures.patches import SPECIAL
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import OFFSET, decode, encode
-from blt_runtime.patching import EntropyDtype, PatchRule, patch_lengths
+from blt_runtime.patching import PatchRule, patch_lengths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,28 +91,29 @@ def parse_scheme(scheme: str, threshold: float | None) -> PatchRule | None:
     return PatchRule(scheme="space" if scheme == "space" else "byte")
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", "threads")
 def patch(
     text: Annotated[str, typer.Argument(metavar="TEXT|FILE|-", help="Text, a file, or - for standard input.")],
-    model: Annotated[Path | None, typer.Option("--model", metavar="MODEL", help="Needed for entropies.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="MODEL", callback=options.existing_model, help="Needed for entropies."),
+    ] = None,
     scheme: Annotated[str | None, typer.Option(help=f"{SCHEMES} (default: the model's rule).")] = None,
     threshold: Annotated[float | None, typer.Option(help="Nats, instead of the model's threshold.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the figure as .png or .html.")] = None,
     table: Annotated[bool, typer.Option("--table/--no-table", help="List the patches.")] = True,
-    entropy_model: options.EntropyModel = None,
-    entropy_dtype: options.EntropyDtype = None,
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Show where a text is cut into patches. Only the entropy rule needs a model."""
     data = inputs.file_or_text(text)
     if not data:
         raise UsageError("the text is empty; give some text, a file, or - for standard input")
-    if plot is not None and plot.suffix.lower() not in (".png", ".html"):
-        raise UsageError(f"--plot {plot}: the name must end in .png or .html")
+    figures.check_path(plot)
     rule = parse_scheme(scheme or "entropy", threshold)
-    cut = _cut(encode(data, bos=True), rule, scheme, model, entropy_model, threads, entropy_dtype)
+    cut = _cut(encode(data, bos=True), rule, scheme, model=model, how=how)
     if plot is not None:
         _plot(cut, plot)
     if as_json:
@@ -130,20 +130,19 @@ def _cut(
     ids: NDArray[np.int64],
     rule: PatchRule | None,
     scheme: str | None,
+    *,
     model: Path | None,
-    entropy_model: Path | None,
-    threads: int | None,
-    entropy_dtype: EntropyDtype | None,
+    how: options.ModelOptions,
 ) -> Patches:
     if model is None:
         if rule is None or rule.needs_entropy:
             raise UsageError("entropies come from a model: give --model MODEL, or --scheme space, static:N or byte")
         return Patches(rule, ids, None, patch_lengths(rule, ids))
-    with scoring.open_entropies(model, entropy_model, threads, entropy_dtype) as source:
+    with scorers.open_entropies(model, how) as source:
         entropies = source.entropies(ids)
         rule = _resolve(rule, scheme, source.rule)
-        if rule.needs_entropy and entropy_dtype is not None:  # an entropy model alone has no rule to say it
-            rule = replace(rule, entropy_dtype=entropy_dtype)
+        if rule.needs_entropy and how.entropy_dtype is not None:  # an entropy model alone has no rule to say it
+            rule = replace(rule, entropy_dtype=how.entropy_dtype)
         return Patches(rule, ids, entropies, patch_lengths(rule, ids, entropies))
 
 
@@ -166,8 +165,7 @@ def _plot(cut: Patches, path: Path) -> None:
     limit = cut.rule.threshold if cut.rule.needs_entropy and not cut.rule.monotonic else None
     title = f"{_rule_name(cut.rule)}: {cut.mean:.2f} bytes per patch"
     figure = Figure(cut.ids.tolist(), cut.entropies.tolist(), frozenset(cut.starts), limit, title)
-    with files.replacing(path) as draft:
-        draft.write_bytes(render(figure, path.suffix.lower().removeprefix(".")))
+    figures.write(path, figure, render)
 
 
 def _rule_name(rule: PatchRule) -> str:

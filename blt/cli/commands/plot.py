@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from blt import files
-from blt.cli import console, options
+from blt.cli import console, figures, options
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ COLUMNS = {"steps": ",d", "bytes": ",d", "flops": ".3e", "bpb": ".4f", "valid_bp
 NAMES = {"flops": "FLOPs", "bpb": "training bits/byte", "valid_bpb": "valid bits/byte", "best_valid_bpb": "best"}
 
 
+@options.verbosity
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their metrics.jsonl.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="Draw into .png or .html.")] = None,
@@ -30,12 +30,9 @@ def plot(
     labels: Annotated[str | None, typer.Option(metavar="A,B,...", help="Names instead of the folders'.")] = None,
     title: Annotated[str, typer.Option(help="Title of the figure.")] = "",
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Compare runs: loss and bits per byte against bytes and FLOPs."""
-    if out is not None and out.suffix.lower() not in (".png", ".html"):
-        raise UsageError(f"-o {out}: the name must end in .png or .html")
+    figures.check_path(out, "-o")
     from blt.figures.metrics import read_runs
 
     least = options.parse_size(start, "--from")
@@ -71,8 +68,7 @@ def _draw(runs: list[Run], axes: list[str], title: str, least: int, out: Path) -
         without = [run.label for run in runs if not (run.points("loss", axis) or run.points("valid_bpb", axis))]
         if without:
             log.warning("without %s in their metrics, so not drawn against them: %s", axis, ", ".join(without))
-    with files.replacing(out) as draft:
-        draft.write_bytes(render(figure, out.suffix.lower().removeprefix(".")))
+    figures.write(out, figure, render)
 
 
 def _table(runs: list[Run]) -> Table:

@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from blt import files
-from blt.cli import console, inputs, options, scoring
+from blt.cli import console, inputs, options, scorers
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def _ids(file: str) -> NDArray[np.int64]:
     return encode(inputs.read_file(file), bos=True, eos=False)
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "threads")
 def score(
     model: options.ModelPath,
     file: Annotated[
@@ -33,14 +35,9 @@ def score(
     patch_lengths: Annotated[
         Path | None, typer.Option("--patch-lengths", metavar="L.npy", help="Use these patches, not the rule's.")
     ] = None,
-    backend: options.Backend = "auto",
-    entropy_model: options.EntropyModel = None,
-    entropy_dtype: options.EntropyDtype = None,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Write ids [N], entropies [N] (nats), patch_lengths [P] (sum N + 1) and logits [N, 260] of FILE to OUT."""
     if npz.suffix != ".npz":
@@ -48,15 +45,7 @@ def score(
     files.check_folder(npz)
     ids = _ids(file)
     lengths = None if patch_lengths is None else inputs.load_patch_lengths(patch_lengths, len(ids))
-    with scoring.open_stream(
-        model,
-        len(ids),
-        backend=backend,
-        entropy_model=entropy_model,
-        device=device,
-        threads=threads,
-        entropy_dtype=entropy_dtype,
-    ) as scorer:
+    with scorers.open_stream(model, len(ids), how) as scorer:
         result = scorer(ids, lengths)
     with files.replacing(npz) as draft, draft.open("wb") as out:
         np.savez(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from blt.cli.texts import Document, cut, limited
+from blt.cli import run
 from blt.evaluate.scoring import Scored
+from blt.evaluate.texts import Document, cut, limited
 from tests.tiny import tiny
-
-Call = Callable[..., Any]
 
 
 def pieces(documents: list[Document], limit: int | None, context: int) -> list[tuple[bytes, bytes, bool]]:
@@ -35,7 +32,7 @@ def test_a_limit_inside_a_prompt_leaves_nothing_to_count() -> None:
     assert pieces([document], 15, 100) == [(b"question ", b"answer", True)]
 
 
-def test_eval_scores_no_end_where_the_limit_cuts(blt: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_scores_no_end_where_the_limit_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from blt.checkpoint.models import save
     from blt.evaluate.rows import PatchRows
 
@@ -48,5 +45,6 @@ def test_eval_scores_no_end_where_the_limit_cuts(blt: Call, tmp_path: Path, monk
         return Scored(1.0, 1, True)
 
     monkeypatch.setattr(PatchRows, "measure", measure)
-    assert blt("eval", tmp_path / "model.pt", tmp_path / "text", "--limit", 15, "--context", "600", "-q").code == 0
+    model, text = str(tmp_path / "model.pt"), str(tmp_path / "text")
+    assert run(["eval", model, text, "--limit", "15", "--context", "600", "-q"]) == 0
     assert ends == [(b"first", True), (b"the second", False)]

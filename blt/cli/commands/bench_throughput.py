@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from blt_runtime import Model
 
 
+@options.verbosity
+@options.takes(options.ModelOptions, "precision", "threads")
 def throughput(
     model: options.ModelPath,
     batch: Annotated[str, typer.Option("--batch", metavar="N,N", help="How many streams at a time.")] = "1,8",
@@ -33,11 +35,9 @@ def throughput(
     ] = 0.5,
     slice: Annotated[int, typer.Option(min=1, help="Bytes of a prompt that are read while others write.")] = 8,
     text: TextFile = None,
-    precision: options.Precision = None,
-    threads: options.Threads = None,
+    *,
+    how: options.ModelOptions,
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
 ) -> None:
     """Many streams of a bundle at once: bytes per second of all, against one stream alone, and the gaps of each."""
     from blt import bench
@@ -47,15 +47,15 @@ def throughput(
     new_n = options.parse_size(new_bytes, "--new-bytes", at_least=16)
     data = read_text(text, bench.SHIFT * max(sizes) + prompt_n + new_n)
     given = bench.texts(data, max(sizes), prompt_n, new_n)
-    models.check_many(model)
-    with models.open_model(model, threads=threads, precision=precision) as single:
+    models.check_batched(model)
+    with models.open_model(model, how) as single:
         given[0].check_room(single.spec.capacity_bytes)
         if patch_size is not None:
             single = bench.at_patch_size(single, given, patch_size, by_rises=True)
         spec = single.spec
         alone = [_alone(single, given[i % len(given)], temperature) for i in range(1 + repeat)]
     del single  # a large model fits into memory once
-    opened = bench.with_changes(models.open_many(model, threads), spec=spec)
+    opened = bench.with_changes(models.open_batched(model, how.threads), spec=spec)
     rows = []
     for streams in sizes:
         texts = given[:streams]
@@ -64,7 +64,7 @@ def throughput(
         rows.append(_row(runs, joins))
     report = {
         **setting(opened, model, "throughput"),
-        "threads": threads,
+        "threads": how.threads,
         "prompt_bytes": prompt_n,
         "new_bytes": new_n,
         "repeat": repeat,

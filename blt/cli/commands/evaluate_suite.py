@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from blt.cli import console, texts
+from blt.cli import console
+from blt.evaluate import texts
 from blt_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:

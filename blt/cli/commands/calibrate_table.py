@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from blt.cli import costs
+from blt.evaluate import costs
 from blt_runtime.patching import PatchRule
 
 if TYPE_CHECKING:
