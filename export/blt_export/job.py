@@ -1,4 +1,4 @@
-"""What an export's steps hand from one to the next, and what is told of them at the end."""
+"""The state that the steps of an export share, and the report of a finished one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ import onnx_ir as ir
 from blt.checkpoint.models import Checkpoint
 from blt.model.steps import StepModule
 from blt_runtime.bundle.manifest import Manifest, Parity
-from blt_runtime.bundle.spec import GraphSpec, ModelSpec
+from blt_runtime.bundle.spec import ModelSpec
 
-from .quantize import quantize
-from .rewrite import diff, op_counts
+from .quantize import matrices
 from .specs import Flavour
 from .verify.parity import ParityReport
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step that ran: what it changed, and seconds."""
+    """What a step changed, and how many seconds it took."""
 
     name: str
     changed: str
@@ -33,7 +32,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did: the bundle's manifest, its parity rows, node counts and the log of its steps."""
+    """A finished export: the bundle's manifest, its parity rows, node counts and the log of its steps."""
 
     path: Path
     manifest: Manifest
@@ -61,8 +60,8 @@ class ExportReport:
 
 @dataclass
 class Job:
-    """What the steps hand from one to the next. `captured` may be given to a second job with another flavour: both
-    flavours come from one capture."""
+    """The state that the steps share. A second job with another flavour may reuse `captured`: one capture serves both
+    flavours."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
@@ -75,7 +74,7 @@ class Job:
     modules: dict[str, StepModule] = field(default_factory=dict)
     captured: dict[str, ir.Model] = field(default_factory=dict)
     graphs: dict[str, ir.Model] = field(default_factory=dict)
-    quantised: dict[str, quantize.Outcome] = field(default_factory=dict)
+    quantised: dict[str, matrices.Outcome] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     row_files: dict[str, Path] = field(default_factory=dict)
     parity: ParityReport = field(default_factory=lambda: ParityReport((), ()))
@@ -84,22 +83,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
+    """An entry of `pipeline.STEPS`."""
+
     name: str
     run: Callable[[Job], str]
-
-
-def each(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[Job], str]:
-    """A pass over every graph of the job; says how the operators changed."""
-
-    def over_all(job: Job) -> str:
-        changes = []
-        for name, model in job.graphs.items():
-            before = op_counts(model)
-            try:
-                run(model, job.spec.graphs[name])
-            except ValueError as error:
-                raise ValueError(f"graph {name}: {error}") from error
-            changes.append(f"{name}: {diff(before, op_counts(model))}")
-        return "; ".join(changes)
-
-    return over_all

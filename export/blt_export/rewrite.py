@@ -67,6 +67,12 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
+def integer(node: ir.Node | None, attribute: str, default: int = 0) -> int:
+    """An integer attribute of a node, or its default."""
+    given = None if node is None else node.attributes.get(attribute)
+    return default if given is None else given.as_int()
+
+
 def required(value: ir.Value | None) -> ir.Value:
     """An input that the operator's schema does not allow to be left out."""
     if value is None:

@@ -25,6 +25,7 @@ FLAVOURS: tuple[Flavour, ...] = ("ort", "portable")
 def export_spec(
     checkpoint: Checkpoint,
     flavour: Flavour,
+    *,
     capacity: int | None,
     patches: int | None,
     chunk: int,

@@ -7,15 +7,15 @@ import logging
 import pytest
 import torch
 
-from blt_export import pipeline
-from blt_export.capture import capture, translate
+from blt_export import steps
+from blt_export.capture import trace, translate
 from blt_export.rewrite import dims, op_counts
 from tests.export.conftest import VARIANTS, MakeJob
 from tests.export.test_lowering import RING, WINDOW, Attend
 
 
 def test_operators_stay_bare_and_sizes_stay_open() -> None:
-    model = capture.capture(Attend(WINDOW, 8), RING)
+    model = trace.capture(Attend(WINDOW, 8), RING)
     counts = op_counts(model)
     assert counts["blt.CachedAttention"] == counts["blt.RMSNorm"] == 1
     assert counts["blt.Rope"] == 2
@@ -31,9 +31,9 @@ def test_an_operator_without_translation_is_decomposed(
 ) -> None:
     job = make_job(VARIANTS[0], "ort")
     table = {op: fn for op, fn in translate.translation_table().items() if op is not torch.ops.aten.to.dtype}
-    monkeypatch.setattr(capture, "translation_table", lambda: table)
-    pipeline.make_modules(job)
+    monkeypatch.setattr(trace, "translation_table", lambda: table)
+    steps.make_modules(job)
     with caplog.at_level(logging.DEBUG, logger="blt_export"):
-        model = capture.capture(job.modules["entropy"], job.spec.graphs["entropy"])
+        model = trace.capture(job.modules["entropy"], job.spec.graphs["entropy"])
     assert "decomposing first" in caplog.text
     assert op_counts(model)["blt.CachedAttention"] == 2

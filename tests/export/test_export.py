@@ -18,7 +18,7 @@ from blt.checkpoint import tensors
 from blt.checkpoint.models import save
 from blt.checkpoint.tensors import StoredTensor
 from blt_export import ExportReport, bundle, pipeline
-from blt_export.capture import capture
+from blt_export.capture import trace
 from blt_export.rewrite import op_counts
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
@@ -29,7 +29,7 @@ from tests.tiny import runs_rows, tiny
 BundleOf = Callable[[str, str], ExportReport]
 OUTPUTS = {"entropy.entropy", "entropy.logits", "encoder.byte_states", "latent.patch_kv", "decoder.logits"}
 OUTPUTS |= {"hash_embedding"}
-MANY = {"many streams.logits", "many streams.entropy"}
+BATCHED = {"batched.logits", "batched.entropy"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -37,7 +37,7 @@ MANY = {"many streams.logits", "many streams.entropy"}
 def test_every_output_agrees_with_pytorch(bundle_of: BundleOf, variant: str, flavour: str) -> None:
     report = bundle_of(variant, flavour)
     assert {row.output for row in report.parity} == OUTPUTS | (
-        MANY if report.manifest.row_graphs and runs_rows() else set()
+        BATCHED if report.manifest.row_graphs and runs_rows() else set()
     )
     assert bool(report.manifest.row_graphs) == (flavour == "ort" and variant != "all_layers_gqa_projection")
     for row in report.parity:
@@ -75,13 +75,13 @@ def test_graphs_have_the_names_shapes_and_operators_they_promise(bundle_of: Bund
 
 
 def test_both_flavours_come_from_one_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured, real = [], capture.capture
+    captured, real = [], trace.capture
 
     def count(*args: Any, **more: Any) -> ir.Model:
         captured.append(args)
         return real(*args, **more)
 
-    monkeypatch.setattr(capture, "capture", count)
+    monkeypatch.setattr(trace, "capture", count)
     models: dict[str, ir.Model] = {}
     for flavour in FLAVOURS:
         job = pipeline.make_job(tiny("no_hash_space_causal_latent"), flavour, capacity=600)
@@ -218,6 +218,6 @@ def test_a_step_that_cannot_be_traced_is_named(
 
     job = make_job(VARIANTS[0], "ort")
     job.captured = {}
-    monkeypatch.setattr(capture, "capture", refuse)
+    monkeypatch.setattr(trace, "capture", refuse)
     with pytest.raises(BltError, match=r"step 'capture' .*: graph encoder: data-dependent branch"):
         pipeline.run(job, tmp_path / "b")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from blt.model import ops
-from blt_export.capture import capture
+from blt_export.capture import trace
 from blt_export.lower import ort, portable
 from blt_export.passes import cleanup, fix_capacity, fold_constants, name_io
 from blt_export.rewrite import op_counts
@@ -65,7 +65,7 @@ def spec_of(kind: str, capacity: int, window: int, size: int) -> GraphSpec:
 @cache
 def captured(window: int, size: int) -> tuple[Attend, ir.Model]:
     module = Attend(window, size)
-    return module, capture.capture(module, spec_of("linear", ROWS, window, size))
+    return module, trace.capture(module, spec_of("linear", ROWS, window, size))
 
 
 @dataclass

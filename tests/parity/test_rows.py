@@ -27,7 +27,7 @@ VARIANTS = ("plain", "cross_windows_own_heads_newlines", "no_hash_space_causal_l
 @pytest.fixture(scope="module", params=[*((v, "fp32") for v in VARIANTS), ("plain", "int8")], ids=lambda p: "-".join(p))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     variant, precision = request.param
-    job = pipeline.make_job(tiny(variant), "ort", precision, capacity=600, chunk=32, check=False)
+    job = pipeline.make_job(tiny(variant), "ort", precision=precision, capacity=600, chunk=32, check=False)
     return pipeline.run(job, tmp_path_factory.mktemp("rows") / "bundle").path
 
 

@@ -64,7 +64,7 @@ def export(
     import blt_export  # first: where PyTorch is missing too, the extra to install is `export`
     from blt.checkpoint.models import load
 
-    blt_export.pipeline.check_arguments(flavour, precision, table_dtype, overrides)
+    blt_export.pipeline.check_arguments(flavour, precision, table_dtype=table_dtype, precision_of=overrides)
     blt_export.bundle.check_target(out, force)  # now, not behind minutes of work
     loaded = load(model, entropy_model=how.entropy_model, generates=True)
     eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)

@@ -4,13 +4,13 @@ blt.CachedAttention becomes GroupQueryAttention with past and present in one buf
 length, not the capacity. The cache restarts at slot 0 with each document, so the host cuts chunks at document starts:
    seqlens_k[b]          = last position - doc_start            (entries after this call, less one)
    total_sequence_length = the largest of them, plus one
-computed once per graph. Rotation stays a node of its own, because positions go on across documents.
+computed once per graph. Rotation stays a separate node, because positions continue across documents.
 Window layers: local_window_size = window; sliding_window_cache 1 where the cache is shorter than the stream, and then
 the operator evicts.
 
-Heads stay packed, [B, S, H*K]: Reshape and Transpose around the attention go. RotaryEmbedding and
-GroupQueryAttention both take the packed form (RMSNormalization and RotaryEmbedding of the standard are as fast on
-CPU as their older contrib forms: 0.5 us at width 512).
+GroupQueryAttention takes heads packed, [B, S, H*K], so Transpose and Reshape are put around it; `passes.pack_heads`
+removes them. RMSNormalization and RotaryEmbedding of the standard are as fast on CPU as their older contrib forms:
+0.5 us at width 512.
 
 GroupQueryAttention takes head sizes that are multiples of 8. A graph with another one gets the portable lowering, and
 its window cache is a ring (`takes` decides, here and in `specs`).
@@ -28,14 +28,14 @@ import onnx_ir as ir
 from blt_runtime.bundle.spec import GraphSpec
 
 from ..capture.translate import DOMAIN
-from ..rewrite import Builder, dims, nodes, replace, required, static, swap
+from ..rewrite import Builder, dims, nodes, replace, required, static
 from . import portable
 from .common import check_lowered, lower_norms, lower_ropes
 
 log = logging.getLogger("blt_export")
 
 CONTRIB = "com.microsoft"
-_SPLIT_HEADS = [0, 2, 1, 3]
+SWAP_HEADS = [0, 2, 1, 3]
 
 
 def takes(spec: GraphSpec) -> bool:
@@ -54,7 +54,7 @@ def lower(model: ir.Model, spec: GraphSpec) -> int:
     attentions = nodes(model, "CachedAttention", DOMAIN)
     for node in attentions:
         _lower_attention(model.graph, node, spec, lengths, attentions[0])
-    count = len(attentions) + lower_norms(model) + _remove_dead_ropes(model) + lower_ropes(model)
+    count = len(attentions) + lower_norms(model) + lower_ropes(model)
     check_lowered(model, spec)
     return count
 
@@ -71,7 +71,6 @@ def _lower_attention(
     if key not in lengths:
         lengths[key] = _lengths(Builder(graph, first), positions, doc_start)
     b = Builder(graph, node)
-    heads, head_size = static(q, 1), static(q, 3)
     packed_out, present_key, present_value = b.op(
         "GroupQueryAttention",
         _packed(b, q),
@@ -82,13 +81,12 @@ def _lower_attention(
         *lengths[key],
         domain=CONTRIB,
         outputs=3,
-        num_heads=heads,
+        num_heads=static(q, 1),
         kv_num_heads=static(past_key, 1),
         do_rotary=0,
         attributes=_window(node, spec),
     )
-    _unpack(b, node.outputs[0], packed_out, heads, head_size)
-    replace(node, [None, present_key, present_value])
+    replace(node, [_split(b, packed_out, q), present_key, present_value])
 
 
 def _window(node: ir.Node, spec: GraphSpec) -> dict[str, int]:
@@ -108,46 +106,25 @@ def _lengths(b: Builder, positions_BS: ir.Value, doc_start_BS: ir.Value) -> tupl
 
 
 def _packed(b: Builder, x_BHSK: ir.Value) -> ir.Value:
-    """The [B, S, H*K] form of a [B, H, S, K] value, without work where it was made from one."""
-    node = x_BHSK.producer()
-    if node is not None and (node.domain, node.op_type) == (DOMAIN, "Rope"):
-        x, cos, sin = (required(value) for value in node.inputs)
-        packed: ir.Value = b.op("RotaryEmbedding", _packed(b, x), cos, sin, interleaved=1, num_heads=static(x_BHSK, 1))
-        return packed
-    if node is not None and node.op_type == "Transpose" and _perm(node) == _SPLIT_HEADS:
-        split = required(node.inputs[0]).producer()
-        if split is not None and split.op_type == "Reshape" and len(dims(split.inputs[0]) or []) == 3:
-            return required(split.inputs[0])
-    x_BSHK = b.op("Transpose", x_BHSK, perm=_SPLIT_HEADS)
-    x_BSD: ir.Value = b.op("Reshape", x_BSHK, b.const([0, 0, static(x_BHSK, 1) * static(x_BHSK, 3)]))
-    return x_BSD
+    """The [B, S, H*K] form of a [B, H, S, K] value."""
+    x_BSHK = b.op("Transpose", x_BHSK, perm=SWAP_HEADS)
+    width = static(x_BHSK, 1) * static(x_BHSK, 3)
+    packed_BSD: ir.Value = b.op("Reshape", x_BSHK, b.const([0, 0, width]))
+    _annotate(packed_BSD, x_BHSK)
+    return packed_BSD
 
 
-def _unpack(b: Builder, out_BHSK: ir.Value, packed_BSD: ir.Value, heads: int, head_size: int) -> None:
-    """Give users of the attention's output the packed value; those that wanted [B, H, S, K] get it split."""
-    for user in list(out_BHSK.consumers()):
-        if user.op_type == "Transpose" and _perm(user) == _SPLIT_HEADS:
-            for merge in list(user.outputs[0].consumers()):
-                if merge.op_type == "Reshape" and len(dims(merge.outputs[0]) or []) == 3:
-                    replace(merge, [packed_BSD])
-            if not user.outputs[0].uses() and not user.outputs[0].is_graph_output():
-                b.graph.remove(user, safe=True)
-    if out_BHSK.uses() or out_BHSK.is_graph_output():
-        x_BSHK = b.op("Reshape", packed_BSD, b.const([0, 0, heads, head_size]))
-        split_BHSK = b.op("Transpose", x_BSHK, dtype=out_BHSK.dtype, shape=dims(out_BHSK), perm=_SPLIT_HEADS)
-        swap(out_BHSK, split_BHSK)
+def _split(b: Builder, packed_BSD: ir.Value, like_BHSK: ir.Value) -> ir.Value:
+    """The [B, H, S, K] form of a [B, S, H*K] value."""
+    _annotate(packed_BSD, like_BHSK)
+    x_BSHK = b.op("Reshape", packed_BSD, b.const([0, 0, static(like_BHSK, 1), static(like_BHSK, 3)]))
+    split_BHSK: ir.Value = b.op("Transpose", x_BSHK, perm=SWAP_HEADS)
+    return split_BHSK
 
 
-def _perm(node: ir.Node) -> list[int]:
-    return list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else []
-
-
-def _remove_dead_ropes(model: ir.Model) -> int:
-    """The unpacked rotations and splits that packing left without users."""
-    dead = 0
-    for node in reversed(list(model.graph)):
-        unused = not any(o.uses() or o.is_graph_output() for o in node.outputs)
-        if unused and (node.op_type in ("Transpose", "Reshape") or node.domain == DOMAIN):
-            dead += node.domain == DOMAIN
-            model.graph.remove(node, safe=True)
-    return dead
+def _annotate(packed_BSD: ir.Value, split_BHSK: ir.Value) -> None:
+    """Give the packed form its type and shape: `pack_heads` compares shapes."""
+    packed_BSD.type = split_BHSK.type
+    sizes = dims(split_BHSK)
+    if sizes is not None:
+        packed_BSD.shape = ir.Shape([sizes[0], sizes[2], static(split_BHSK, 1) * static(split_BHSK, 3)])

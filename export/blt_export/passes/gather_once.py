@@ -1,12 +1,12 @@
-"""Read a patch's keys and values once a call, not once a layer.
+"""Look up a patch's keys and values once a call, not once a layer.
 
-The decoder's layers each take their slice of the pool and then the rows of it: with R patches in the pool that copies
-R rows a layer, and costs a chain of small nodes.
+Each decoder layer takes its slice of the pool, then the rows of the slice. With R patches in the pool, that copies R
+rows a layer and costs a chain of small nodes.
 
 Rules
 1. Squeeze(Slice(x, i, i+1, axis), axis) becomes Gather(x, i, axis).
 2. Gather(Gather(pool, i, axis 1), rows, axis 0) with a constant scalar i becomes
-   Gather(Gather(pool, rows, axis 0), i, axis rank(rows)): the inner one is equal in all layers and is computed once
+   Gather(Gather(pool, rows, axis 0), i, axis rank(rows)). The inner one is equal in all layers and is computed once
    (cleanup merges it).
 
 Requires: GatherND simplified. Ensures: one look-up in the pool a graph.
@@ -14,50 +14,66 @@ Requires: GatherND simplified. Ensures: one look-up in the pool a graph.
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
-from ..rewrite import Builder, constant, dims, nodes, replace, required
+from ..rewrite import constant, dims, integer
+from ..rules import MatchResult, Rule, apply
+
+
+class GatherOfSlice(Rule):
+    """Rule 1."""
+
+    def pattern(self, op: Any, x: Any, start: Any, stop: Any, axis: Any, squeezed: Any) -> Any:
+        return op.Squeeze(op.Slice(x, start, stop, axis), squeezed)
+
+    def check(
+        self, context: Any, start: ir.Value, stop: ir.Value, axis: ir.Value, squeezed: ir.Value, **_: Any
+    ) -> MatchResult:
+        first, end, sliced, gone = (constant(value) for value in (start, stop, axis, squeezed))
+        if first is None or end is None or sliced is None or gone is None:
+            return MatchResult().fail("the slice or the squeezed axis is not constant")
+        if first.size != 1 or gone.tolist() != sliced.tolist():
+            return MatchResult().fail("other axes are squeezed than sliced")
+        if first[0] < 0 or end[0] != first[0] + 1:
+            return MatchResult().fail("the slice is not one entry counted from the front")
+        return MatchResult()
+
+    def rewrite(self, op: Any, x: ir.Value, start: ir.Value, axis: ir.Value, **_: Any) -> Any:
+        return op.Gather(x, op.Constant(value_int=_number(start)), axis=_number(axis))
+
+
+class RowsBeforeLayer(Rule):
+    """Rule 2."""
+
+    def pattern(self, op: Any, pool: Any, layer: Any, rows: Any) -> Any:
+        return op.Gather(op.Gather(pool, layer, axis=1), rows, _outputs=["out"])
+
+    def check(self, context: Any, layer: ir.Value, rows: ir.Value, out: ir.Value, **_: Any) -> MatchResult:
+        index = constant(layer)
+        if integer(out.producer(), "axis"):
+            return MatchResult().fail("the outer Gather does not look up rows of axis 0")
+        if index is None or index.ndim != 0:
+            return MatchResult().fail("the layer is not a constant scalar")
+        if not dims(rows):
+            return MatchResult().fail("the rank of the rows is not known, or 0")
+        return MatchResult()
+
+    def rewrite(self, op: Any, pool: ir.Value, layer: ir.Value, rows: ir.Value, **_: Any) -> Any:
+        sizes, of_pool = dims(rows) or [], dims(pool)
+        looked_up = op.Gather(pool, rows, axis=0)
+        looked_up.dtype = pool.dtype
+        looked_up.shape = None if of_pool is None else ir.Shape([*sizes, *of_pool[1:]])
+        return op.Gather(looked_up, layer, axis=len(sizes))
+
+
+def _number(value: ir.Value) -> int:
+    array = constant(value)
+    assert array is not None
+    return int(array[0])
 
 
 def run(model: ir.Model) -> int:
-    return _slices(model) + _rows_first(model)
-
-
-def _slices(model: ir.Model) -> int:
-    changed = 0
-    for node in nodes(model, "Squeeze"):
-        cut = required(node.inputs[0]).producer()
-        if cut is None or cut.op_type != "Slice" or len(cut.inputs) != 4:
-            continue
-        start, stop, axis = (constant(value) for value in cut.inputs[1:])
-        squeezed = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        if start is None or stop is None or axis is None or squeezed is None or start.size != 1:
-            continue
-        if stop[0] != start[0] + 1 or start[0] < 0 or squeezed.tolist() != axis.tolist():
-            continue
-        b = Builder(model.graph, node)
-        replace(node, [b.op("Gather", cut.inputs[0], b.const(int(start[0])), axis=int(axis[0]))])
-        changed += 1
-    return changed
-
-
-def _rows_first(model: ir.Model) -> int:
-    changed = 0
-    for node in nodes(model, "Gather"):
-        layer = required(node.inputs[0]).producer()
-        if layer is None or layer.op_type != "Gather" or _axis(node) != 0 or _axis(layer) != 1:
-            continue
-        index, rows = constant(layer.inputs[1]), required(node.inputs[1])
-        pool, rank = required(layer.inputs[0]), len(dims(rows) or [])
-        if index is None or index.ndim != 0 or rank == 0:
-            continue
-        b = Builder(model.graph, node)
-        shape = [*(dims(rows) or []), *(dims(pool) or [])[1:]] if dims(pool) else None
-        taken = b.op("Gather", pool, rows, axis=0, dtype=pool.dtype, shape=shape)
-        replace(node, [b.op("Gather", taken, layer.inputs[1], axis=rank)])
-        changed += 1
-    return changed
-
-
-def _axis(node: ir.Node) -> int:
-    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    """Returns how often the rules applied."""
+    return apply(model, GatherOfSlice, RowsBeforeLayer)

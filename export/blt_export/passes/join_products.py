@@ -10,8 +10,11 @@ Rules
    become MatMul(x, [W1 W2 ...]) and one Split of its columns. The joined matrix is computed when it is read (a lazy
    tensor).
 
-Requires: weights folded (fold_weights): they lie as [in, out]. Ensures: no two products with such matrices share their
-left side.
+Not a `Rule`: a pattern has a fixed number of nodes and starts at one of them, but these are two, three or more
+siblings, which have only their input in common.
+
+Requires: weights folded (fold_weights): they are stored as [in, out]. Ensures: no two products with such matrices
+share their left side.
 """
 
 from __future__ import annotations
@@ -20,27 +23,37 @@ import numpy as np
 import onnx_ir as ir
 
 from ..rewrite import Builder, nodes, replace, required, static
+from ..rules import Skipped
 
 
 def run(model: ir.Model, block: int) -> int:
-    """Returns how many products went."""
+    """Returns how many products fewer there are."""
+    skipped = Skipped("JoinProducts")
     groups: dict[ir.Value, list[ir.Node]] = {}
     for node in nodes(model, "MatMul"):
-        matrix = _matrix(node)
-        if matrix is not None and static(node.inputs[1], 0) % block == 0:
+        reason = _refused(node, block)
+        if reason is None:
             groups.setdefault(required(node.inputs[0]), []).append(node)
+        else:
+            skipped.add(node, reason)
     changed = 0
     for x, products in groups.items():
-        if len(products) > 1:
-            _join(model.graph, x, products)
-            changed += len(products) - 1
+        if len(products) == 1:
+            skipped.add(products[0], "no other product reads the same values")
+            continue
+        _join(model.graph, x, products)
+        changed += len(products) - 1
+    skipped.log(model)
     return changed
 
 
-def _matrix(node: ir.Node) -> ir.TensorProtocol | None:
+def _refused(node: ir.Node, block: int) -> str | None:
     weight = required(node.inputs[1])
     tensor = weight.const_value if weight.is_initializer() else None
-    return tensor if tensor is not None and len(tensor.shape) == 2 else None
+    if tensor is None or len(tensor.shape) != 2:
+        return "the right side is not a constant matrix"
+    inputs = static(weight, 0)
+    return f"{inputs} inputs, no multiple of {block}: the matrix stays float32" if inputs % block else None
 
 
 def _join(graph: ir.Graph, x: ir.Value, products: list[ir.Node]) -> None:

@@ -10,30 +10,34 @@ Requires: nothing. Ensures: embedding and rotary table look-ups are single nodes
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
-from ..rewrite import Builder, constant, dims, nodes, replace
+from ..rewrite import constant, dims, integer
+from ..rules import MatchResult, Rule, apply
+
+
+class GatherRows(Rule):
+    """Rule 1."""
+
+    def pattern(self, op: Any, data: Any, index: Any, axes: Any) -> Any:
+        return op.GatherND(data, op.Unsqueeze(index, axes, _outputs=["entries"]), _outputs=["out"])
+
+    def check(self, context: Any, axes: ir.Value, entries: ir.Value, out: ir.Value, **_: Any) -> MatchResult:
+        at, rank = constant(axes), len(dims(entries) or [])
+        if integer(out.producer(), "batch_dims"):
+            return MatchResult().fail("batch_dims is not 0")
+        if at is None or not rank:
+            return MatchResult().fail("the axis or the rank of the index is not known at export")
+        if (at.reshape(-1) % rank).tolist() != [rank - 1]:
+            return MatchResult().fail("the index has entries of more than one axis")
+        return MatchResult()
+
+    def rewrite(self, op: Any, data: ir.Value, index: ir.Value, **_: Any) -> Any:
+        return op.Gather(data, index, axis=0)
 
 
 def run(model: ir.Model) -> int:
-    changed = 0
-    for node in nodes(model, "GatherND"):
-        index = _unsqueezed(node)
-        if index is None:
-            continue
-        replace(node, [Builder(model.graph, node).op("Gather", node.inputs[0], index, axis=0)])
-        changed += 1
-    return changed
-
-
-def _unsqueezed(node: ir.Node) -> ir.Value | None:
-    """The index tensor, if the GatherND reads it one row at a time."""
-    batch_dims = node.attributes["batch_dims"].as_int() if "batch_dims" in node.attributes else 0
-    index = node.inputs[1]
-    producer = None if index is None else index.producer()
-    if batch_dims or producer is None or producer.op_type != "Unsqueeze":
-        return None
-    axes, rank = constant(producer.inputs[1]), len(dims(index) or [])
-    if axes is None or rank == 0 or [int(a) % rank for a in axes.reshape(-1)] != [rank - 1]:
-        return None
-    return producer.inputs[0]
+    """Returns how many look-ups were simplified."""
+    return apply(model, GatherRows)

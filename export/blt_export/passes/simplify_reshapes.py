@@ -1,51 +1,84 @@
 """Replace computed reshape targets by constants.
 
-The exporter computes targets as Concat(Shape(x), ...): four nodes a layer that do nothing but pass sizes on.
+The exporter computes targets as Concat(Shape(x), ...): four nodes a layer that only pass sizes on.
 
 Rules
-1. The target of a Reshape with a known output shape becomes a constant: a fixed size stays; a symbolic size that
-   stands at the same axis of the input becomes 0 (copy); one other symbolic size becomes -1 (the rest).
-2. Two or more such sizes: the rule does not apply, the target stays computed.
-3. Sizes that were equal before and after the Reshape: the node goes.
-4. Reshape(Reshape(x)) with constant targets becomes one Reshape, unless the outer target copies (0) a size that the
-   inner one did not copy from the same place.
+1. A Reshape whose output has the sizes of its input goes.
+2. The target of a Reshape with a known output shape becomes a constant: a fixed size stays; a symbolic size that is at
+   the same axis of the input becomes 0 (copy); one other symbolic size becomes -1 (the rest). With two or more such
+   sizes the target stays computed.
+3. Reshape(Reshape(x)) with constant targets becomes one Reshape, unless the outer target copies (0) a size that the
+   inner one did not copy from the same axis.
 
 Requires: letters unified (name_io). Ensures: `allowzero` is 0 on every Reshape that was changed.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
-from ..rewrite import Builder, constant, dims, nodes, replace, required
+from ..rewrite import Dim, constant, dims
+from ..rules import MatchResult, Rule, apply
 
 
-def run(model: ir.Model) -> int:
-    return _make_constant(model) + _merge(model)
+class DropReshape(Rule):
+    """Rule 1."""
 
+    def pattern(self, op: Any, x: Any, target: Any) -> Any:
+        return op.Reshape(x, target, _outputs=["out"])
 
-def _make_constant(model: ir.Model) -> int:
-    changed = 0
-    for node in nodes(model, "Reshape"):
-        before, after = dims(node.inputs[0]), dims(node.outputs[0])
+    def check(self, context: Any, x: ir.Value, out: ir.Value, **_: Any) -> MatchResult:
+        before, after = dims(x), dims(out)
         if before is None or after is None:
-            continue
-        if before == after:
-            replace(node, [node.inputs[0]])
-            changed += 1
-            continue
-        target = _target(before, after)
-        if target is None or constant(node.inputs[1]) is not None:
-            continue
-        b = Builder(model.graph, node)
-        new = b.op("Reshape", required(node.inputs[0]), b.const(target))
-        replace(node, [new])
-        changed += 1
-    return changed
+            return MatchResult().fail("the shape of the input or the output is not known")
+        return MatchResult() if before == after else MatchResult().fail("the shape changes")
+
+    def rewrite(self, op: Any, x: ir.Value, **_: Any) -> Any:
+        return op.Identity(x)
 
 
-def _target(before: list[int | str], after: list[int | str]) -> list[int] | None:
+class ConstantTarget(Rule):
+    """Rule 2."""
+
+    def pattern(self, op: Any, x: Any, target: Any) -> Any:
+        return op.Reshape(x, target, _outputs=["out"])
+
+    def check(self, context: Any, x: ir.Value, target: ir.Value, out: ir.Value) -> MatchResult:
+        before, after = dims(x), dims(out)
+        if constant(target) is not None:
+            return MatchResult().fail("the target is constant already")
+        if before is None or after is None:
+            return MatchResult().fail("the shape of the input or the output is not known")
+        if _target(before, after) is None:
+            return MatchResult().fail("two sizes of the output are neither fixed nor copied")
+        return MatchResult()
+
+    def rewrite(self, op: Any, x: ir.Value, out: ir.Value, **_: Any) -> Any:
+        return op.Reshape(x, op.Constant(value_ints=_target(dims(x) or [], dims(out) or [])))
+
+
+class MergeReshapes(Rule):
+    """Rule 3."""
+
+    def pattern(self, op: Any, x: Any, inner: Any, outer: Any) -> Any:
+        return op.Reshape(op.Reshape(x, inner), outer)
+
+    def check(self, context: Any, inner: ir.Value, outer: ir.Value, **_: Any) -> MatchResult:
+        first, last = constant(inner), constant(outer)
+        if first is None or last is None:
+            return MatchResult().fail("a target is not constant")
+        if any(axis >= len(first) or first[axis] for axis in np.flatnonzero(last == 0)):
+            return MatchResult().fail("the outer target copies a size that the inner one changes")
+        return MatchResult()
+
+    def rewrite(self, op: Any, x: ir.Value, outer: ir.Value, **_: Any) -> Any:
+        return op.Reshape(x, outer)
+
+
+def _target(before: list[Dim], after: list[Dim]) -> list[int] | None:
     target: list[int] = []
     for axis, size in enumerate(after):
         if isinstance(size, int):
@@ -57,20 +90,6 @@ def _target(before: list[int | str], after: list[int | str]) -> list[int] | None
     return target if target.count(-1) <= 1 and 0 not in after else None
 
 
-def _merge(model: ir.Model) -> int:
-    changed = 0
-    for node in nodes(model, "Reshape"):
-        inner = required(node.inputs[0]).producer()
-        if inner is None or inner.op_type != "Reshape":
-            continue
-        outer_target, inner_target = constant(node.inputs[1]), constant(inner.inputs[1])
-        if outer_target is None or inner_target is None or not _merges(outer_target, inner_target):
-            continue
-        replace(node, [Builder(model.graph, node).op("Reshape", inner.inputs[0], node.inputs[1])])
-        changed += 1
-    return changed
-
-
-def _merges(outer: np.ndarray, inner: np.ndarray) -> bool:
-    """A size that the outer Reshape copies must be one that the inner one copied from the same place."""
-    return all(axis < len(inner) and inner[axis] == 0 for axis in np.flatnonzero(outer == 0))
+def run(model: ir.Model) -> int:
+    """Returns how often the rules applied."""
+    return apply(model, DropReshape, ConstantTarget, MergeReshapes)

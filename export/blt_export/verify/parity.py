@@ -38,7 +38,7 @@ from blt_runtime.bundle.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, hash_ids
 
-from ..quantize.quantize import Packed, read_error
+from ..quantize.matrices import Packed, read_error
 from .plan import Plan, graph_calls, make_plan
 
 TOLERANCE = {"fp32": 2e-5, "int8": 0.1, "int4": 0.6}
@@ -66,6 +66,7 @@ def check_parity(
     checkpoint: Checkpoint,
     steps: Mapping[str, nn.Module],
     spec: ModelSpec,
+    *,
     files: Mapping[str, Path],
     hash_tables: Path,
     precisions: Mapping[str, str] | None = None,

@@ -41,7 +41,7 @@ class _Tally:
         self.boundaries |= {(piece, int(start)) for start in np.cumsum(score.patch_lengths[:-1])}
 
 
-def judge(checkpoint: Checkpoint, bundle: Bundle, pieces: Sequence[Ids]) -> Judged:
+def evaluate(checkpoint: Checkpoint, bundle: Bundle, pieces: Sequence[Ids]) -> Judged:
     """Score `pieces`, id sequences [N] of BOS and bytes, on both sides.
 
     Raises UsageError for pieces without bytes, or of more ids than the bundle's capacity.

@@ -16,7 +16,7 @@ import blt_export
 from blt.checkpoint.models import Checkpoint
 from blt.model import HashConfig
 from blt_export import ExportReport, pipeline
-from blt_export.quantize import quantize
+from blt_export.quantize import matrices
 from blt_export.quantize.blockwise import Blocks, Format, quantise
 from blt_export.rewrite import op_counts
 from blt_export.verify import parity
@@ -58,7 +58,9 @@ def make_quantised(wide: Checkpoint) -> MakeQuantised:
     captured: dict[str, ir.Model] = {}
 
     def make(precision: str, **precision_of: str) -> pipeline.Job:
-        job = pipeline.make_job(wide, "ort", precision, CAPACITY, chunk=CHUNK, precision_of=precision_of)
+        job = pipeline.make_job(
+            wide, "ort", precision=precision, capacity=CAPACITY, chunk=CHUNK, precision_of=precision_of
+        )
         job.captured = captured
         return job
 
@@ -201,7 +203,7 @@ def test_one_wrong_weight_fails_parity_and_leaves_no_bundle(
         codes[7, 0], scales[7, 0] = wrong.codes[7, 0], wrong.scales[7, 0]
         return Blocks(codes, scales, blocks.zeros)
 
-    monkeypatch.setattr(quantize, "quantise", pack)
+    monkeypatch.setattr(matrices, "quantise", pack)
     with pytest.raises(CheckFailed, match=r"parity: decoder\.weights differs"):
         pipeline.run(make_quantised("fp32", decoder=precision), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
@@ -216,7 +218,7 @@ def test_a_graph_that_reads_its_codes_in_another_way_fails(
     fault: Callable[[Blocks], Blocks],
 ) -> None:
     """Even if packing and reading back were wrong in the same way, the graph's outputs show it."""
-    monkeypatch.setattr(quantize, "quantise", lambda w_NK, form: fault(quantise(w_NK, form)))
+    monkeypatch.setattr(matrices, "quantise", lambda w_NK, form: fault(quantise(w_NK, form)))
     monkeypatch.setattr(parity, "read_error", lambda *_: 0.0)
     with pytest.raises(CheckFailed, match=r"parity: decoder\.logits differs"):
         pipeline.run(make_quantised("fp32", decoder=precision), tmp_path / "b")

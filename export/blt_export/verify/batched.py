@@ -42,13 +42,13 @@ def check(bundle: Bundle) -> tuple[Parity, ...]:
     want = [single.score(ids) for ids in text]
     del single
     logits, entropies = _rows(spec, bundle, text)
-    pairs = {"many streams.logits": (logits, np.array([score.logits[min(PROMPT, tokens) - 1 :] for score in want]))}
+    pairs = {"batched.logits": (logits, np.array([score.logits[min(PROMPT, tokens) - 1 :] for score in want]))}
     if entropies is not None:
-        pairs["many streams.entropy"] = (entropies, np.array([score.entropies for score in want]))
+        pairs["batched.entropy"] = (entropies, np.array([score.entropies for score in want]))
     of = bundle.manifest.precision_of
     tolerances = {
-        "many streams.logits": max(TOLERANCE[of(name)] for name in spec.graphs if name != "entropy"),
-        "many streams.entropy": TOLERANCE[of("entropy")],
+        "batched.logits": max(TOLERANCE[of(name)] for name in spec.graphs if name != "entropy"),
+        "batched.entropy": TOLERANCE[of("entropy")],
     }
     found = tuple(
         Parity(
