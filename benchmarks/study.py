@@ -164,7 +164,8 @@ def _patch_size(data: Dataset, config: BLTRun) -> float:
 def _bytes_per_token(data: Dataset, config: BPERun) -> float:
     documents, wanted = data.split("train"), config.tokenizer
     members = np.arange(len(documents))
-    tokens = tokenised(data, "train", vocabulary_for(data, members, wanted.vocab_size, wanted.train_bytes, wanted.path))
+    vocabulary = vocabulary_for(data, members, size=wanted.vocab_size, train_bytes=wanted.train_bytes, path=wanted.path)
+    tokens = tokenised(data, "train", vocabulary)
     return float(documents.lengths.sum() / tokens.lengths.sum())
 
 

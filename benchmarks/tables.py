@@ -63,7 +63,7 @@ def measure(tables: str, rows: int, data: Path, repeats: int) -> dict[str, Any]:
     """In this process: milliseconds of a step (median of `repeats` after three), peak memory, rows touched."""
     import torch
 
-    from blt.train.jobs import prepare_run
+    from blt.train.setup import prepare_run
 
     torch.set_num_threads(1)
     before = resident("VmRSS")
@@ -75,7 +75,7 @@ def measure(tables: str, rows: int, data: Path, repeats: int) -> dict[str, Any]:
         began = time.perf_counter()
         trainer.train_step()
         times.append(time.perf_counter() - began)
-    touched = None if trainer.tables is None else len(trainer.tables.rows_U)
+    touched = None if trainer.state.tables is None else len(trainer.state.tables.rows_U)
     table_bytes = 4 * len(SIZES) * rows * WIDTH
     return {
         "tables": tables, "rows_per_table": rows, "table_bytes": table_bytes, "rows_touched": touched,
@@ -87,7 +87,7 @@ def learn(tables: str, rows: int, data: Path, steps: int) -> dict[str, Any]:
     """Bits per byte on the validation text after a short training."""
     import torch
 
-    from blt.train.jobs import prepare_run
+    from blt.train.setup import prepare_run
 
     torch.set_num_threads(1)
     trainer = prepare_run(config_of(tables, rows), data / "unused", data)[0]

@@ -64,3 +64,18 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a text file and flushes it to the disk."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole text file or none, even if the power fails."""
+    draft = path.with_name(f".{path.name}.part")
+    write_synced(draft, text)
+    draft.replace(path)

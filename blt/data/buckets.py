@@ -72,7 +72,7 @@ def _waste(lengths: Int, ends: Int, early: bool) -> tuple[Floats, Floats]:
     return (ends * n - s).astype(float), np.where(lower < upper, down + up, np.inf)
 
 
-def fitted(
+def fit_buckets(
     shape: BatchShape,
     count: int,
     documents: TokenSource,

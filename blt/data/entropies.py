@@ -76,13 +76,13 @@ class EntropyPass(Protocol):
 def make_pass(model: EntropyModel, length: int, reset_newlines: bool = False, compile: bool = False) -> EntropyPass:
     """The pass for this kind of model over about `length` tokens."""
     if isinstance(model, BFloat16EntropyModel):
-        return RoundedPass(model, reset_newlines)
+        return BFloat16Pass(model, reset_newlines)
     device = next(model.parameters()).device
     chunk = CHUNK.get(device.type, CHUNK["cuda"])
-    return StreamPass(model, reset_newlines, compile, min(chunk, length))
+    return ChunkedPass(model, reset_newlines, compile, min(chunk, length))
 
 
-class StreamPass:
+class ChunkedPass:
     """A model over a stream of tokens, chunk by chunk."""
 
     def __init__(self, model: EntropyModel, reset_newlines: bool = False, compile: bool = False, chunk: int = 4096):
@@ -165,7 +165,7 @@ def _spans(x_T: Tensor, span: int) -> Tensor:
     return x_T.unfold(0, span, BLOCK_QUERIES)
 
 
-class RoundedPass:
+class BFloat16Pass:
     """A model in bfloat16, whose sums depend on where a document begins: every document is a row of its own.
 
     One that is longer than max_seqlen is cut at multiples of the model's block, with the receptive field of all layers

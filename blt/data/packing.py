@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.data.ahead import Ahead, Place
 from blt.data.batches import Batch, BatchShape, Int, PatchStarts, TokenSource
+from blt.data.prefetch import Position, Prefetcher
 from blt.data.rows import Rows, cut_rows, pack_documents, row_patch_lengths
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import OFFSET
@@ -79,7 +79,7 @@ class Loader:
         if not len(self.subset):
             raise InputError("no documents to train on; look at the split with `blt data info`")
         self._epoch_blocks: tuple[int, list[Int]] = (-1, [])
-        self._ahead: Ahead[Block, Batch] = Ahead(self.plan, self._assemble, self.n_blocks, workers)
+        self._prefetcher: Prefetcher[Block, Batch] = Prefetcher(self.plan, self._assemble, self.n_blocks, workers)
         self.restore({"epoch": 0, "block": 0, "batch": 0})
 
     def state(self) -> dict[str, int]:
@@ -89,7 +89,7 @@ class Loader:
     def restore(self, state: dict[str, int]) -> None:
         """The next batch is that of a `state`."""
         self.epoch, self.block, self.batch = state["epoch"], state["block"], state["batch"]
-        self._ahead.start(Place(self.epoch, self.block, self.batch))
+        self._prefetcher.start(Position(self.epoch, self.block, self.batch))
 
     def close(self) -> None:
         """No more batches are made ahead; a later `next` begins again with the one due."""
@@ -99,14 +99,14 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        batch = self._ahead.take()
+        batch = self._prefetcher.take()
         self.epoch, self.block, self.batch = batch.epoch, batch.block, batch.index + 1
         return batch
 
     def one_pass(self) -> Iterator[Batch]:
         """The batches of the rest of this epoch; the last of a block may hold blank rows."""
         epoch = self.epoch
-        while self._ahead.has_next(epoch):
+        while self._prefetcher.has_next(epoch):
             yield next(self)
         self.restore({"epoch": epoch + 1, "block": 0, "batch": 0})
 

@@ -5,7 +5,7 @@ Definition used for training: each document (BOS, bytes, EOS) is evaluated alone
 
 Entropies are stored, not boundaries: another threshold or rule then costs nothing. The file is keyed by the entropy
 model's weights, its configuration, the shards' bytes and where documents end. It is written as it is computed
-(`blt.data.store`), so a run that is killed goes on where it stopped, and a second run starts at once.
+(`blt.data.cache_files`), so a run that is killed goes on where it stopped, and a second run starts at once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blt.data.cache_files import fill_array
 from blt.data.dataset import Dataset, Documents
 from blt.data.entropies import Float, document_entropies, make_pass
-from blt.data.store import filled
 from blt.data.threshold import Piece, find_rule
 from blt.model import EntropyModel
 from blt_runtime.errors import ConfigError, InputError, UsageError
@@ -120,7 +120,7 @@ class PatchIndex:
                 yield entropies_C
                 progress.add(len(entropies_C))
 
-        filled(self.path, len(tokens), entropy_pass.chunk, compute)
+        fill_array(self.path, len(tokens), entropy_pass.chunk, compute)
 
 
 class _Progress:

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from blt.data.cache_files import create_file, draft_path, writable_folder
 from blt.data.dataset import Dataset, Documents
-from blt.data.store import draft_of, made, writing
 from blt.model.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import BOS, EOS
@@ -62,7 +62,7 @@ def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocu
     if files[0].exists():
         log.info("tokens of %s: from %s", split, files[0].parent)
     else:
-        made(files[0], lambda out: _write(out, documents, split, vocabulary, files, dtype))
+        create_file(files[0], lambda out: _write(out, documents, split, vocabulary, files, dtype))
     try:
         offsets, prompts = (np.load(file, allow_pickle=False) for file in (files[2], files[1]))
         ids: NDArray[Any] = np.memmap(files[0], dtype, mode="r") if offsets[-1] else np.empty(0, dtype)
@@ -86,7 +86,7 @@ def _write(
         _log(documents, split, members[-1], began)
     arrays = (np.array(prompts, np.int64), np.cumsum(np.array(lengths, np.int64)))
     for file, array in zip(files[1:], arrays, strict=True):
-        draft = draft_of(file)
+        draft = draft_path(file)
         try:
             with draft.open("wb") as opened:
                 np.save(opened, array)
@@ -140,7 +140,7 @@ def vocabulary_for(dataset: Dataset, members: Ids, size: int, train_bytes: int, 
     documents = dataset.split("train")
     what = f"{TRAINED} {_data_key(documents)} {size} {train_bytes} {hashlib.sha256(members.tobytes()).hexdigest()}"
     file = _folder(dataset) / f"tokenizer-{size}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
-    made(file, lambda out: _train(out, _sample(documents, members, train_bytes), size))
+    create_file(file, lambda out: _train(out, _sample(documents, members, train_bytes), size))
     return read_vocabulary(file)
 
 
@@ -158,7 +158,7 @@ def _train(out: BinaryIO, texts: Iterator[bytes], size: int) -> None:
 def save_vocabulary(vocabulary: Vocabulary, file: Path) -> None:
     """Writes the whole file or none. Raises InputError where it cannot be written."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with writing(file.parent):
+    with writable_folder(file.parent):
         try:
             draft.write_text(vocabulary.text, encoding="utf-8")
             draft.replace(file)

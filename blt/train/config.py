@@ -302,7 +302,7 @@ def _completed(raw: Mapping[str, Any]) -> dict[str, Any]:
     """With what `init` brings; most runs have none, and then no checkpoint's reader is imported."""
     if not raw.get("init"):
         return dict(raw)
-    from blt.train.start import complete
+    from blt.train.initial_weights import complete
 
     InitConfig.model_validate(raw["init"])
     return complete(raw)

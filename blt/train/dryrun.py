@@ -1,8 +1,9 @@
 """What a configuration costs, without allocating it: parameters, FLOPs, memory.
 
 One formula per model gives the FLOPs (`flops` or `flops_per_byte` of its configuration, see `blt.model.config`), and
-every report takes it from here. Counted are matrix products and attention over the keys that a position may see; norms,
-softmax, rotation and table lookups are not. A step costs three times its forward pass: each product has two gradients.
+every report uses these functions. Matrix products are counted, and attention over the keys that a position may see;
+norms, softmax, rotation and table lookups are not. A training step costs three forward passes: each product has two
+gradients.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ OPTIMIZER_BYTES = 16
 """Per parameter in float32: weight, gradient and AdamW's two moments."""
 HEAD_OUTPUTS = 8
 """Activations kept per position and layer for the backward pass, in widths: two norms, q, k, v, attention output, its
-projection and the block's output; the feed-forward part adds three of its hidden width."""
-TRAINING = 3
+projection and the block's output. The feed-forward part adds three of its hidden width."""
+FORWARD_PASSES_PER_STEP = 3
 """FLOPs of a training step in forward passes."""
 BYTES_PER_TOKEN = 4.0
-"""Of a BPE vocabulary on English, where nobody has measured it on the data yet; `blt train bpe` does."""
+"""Of a BPE vocabulary on English text, used if it was not measured on the data; `blt train bpe` measures it."""
 
 
 def flops_by_part(
     config: RunConfig,
+    *,
     bytes_per_token: float | None = None,
     entropy: EntropyConfig | None = None,
     patch_size: float | None = None,
 ) -> dict[str, float]:
     """Forward FLOPs per byte of each part, in rows of the largest bucket.
 
-    bytes_per_token: of a BPE vocabulary on the data.  entropy: the entropy model that cuts the patches of a BLT, which
-    reads every byte, too.  patch_size: mean bytes per patch on the data (default: what the configuration aims at).
+    bytes_per_token: of a BPE vocabulary on the data.  entropy: the entropy model that cuts the patches of a BLT; it
+    reads every byte, too.  patch_size: mean bytes per patch on the data (default: the configuration's target).
     """
     context = config.batch.byte_buckets[-1]
     if isinstance(config, EntropyRun):
@@ -45,28 +47,18 @@ def flops_by_part(
     return parts
 
 
-def flops_per_byte(
-    config: RunConfig,
-    bytes_per_token: float | None = None,
-    entropy: EntropyConfig | None = None,
-    patch_size: float | None = None,
-) -> float:
+def flops_per_byte(config: RunConfig, **measured: Any) -> float:
     """Forward FLOPs per byte; arguments as `flops_by_part`."""
-    return sum(flops_by_part(config, bytes_per_token, entropy, patch_size).values())
+    return sum(flops_by_part(config, **measured).values())
 
 
-def dry_run(
-    config: RunConfig,
-    bytes_per_token: float | None = None,
-    entropy: EntropyConfig | None = None,
-    patch_size: float | None = None,
-) -> dict[str, Any]:
-    """Parameters (per part), forward FLOPs per byte, and a memory estimate in bytes of one training step.
+def dry_run(config: RunConfig, **measured: Any) -> dict[str, Any]:
+    """Parameters (also by part), forward FLOPs per byte, and a memory estimate in bytes of one training step.
 
     FLOPs are those of the configured row; the other arguments as `flops_by_part`.
     """
     tokens = config.batch.rows * config.batch.byte_buckets[-1]
-    flops = flops_by_part(config, bytes_per_token, entropy, patch_size)
+    flops = flops_by_part(config, **measured)
     if isinstance(config, BLTRun):
         parts = config.model.params()
         stacks: list[tuple[TransformerConfig, int]] = [(config.model.encoder, tokens), (config.model.decoder, tokens)]
@@ -74,7 +66,7 @@ def dry_run(
     else:
         parts = {next(iter(flops)): config.model.n_params()}
         stacks = [(config.model, tokens)]
-    worth = bytes_per_token or BYTES_PER_TOKEN if isinstance(config, BPERun) else 1.0
+    bytes_per_position = measured.get("bytes_per_token") or BYTES_PER_TOKEN if isinstance(config, BPERun) else 1.0
     n_params = sum(parts.values())
     item = 2 if config.run.dtype == "bf16" else 4
     activations = sum(
@@ -86,7 +78,7 @@ def dry_run(
         "parameters_by_part": parts,
         "flops_per_byte": sum(flops.values()),
         "flops_per_byte_by_part": flops,
-        "bytes_per_step": round(tokens * worth),
+        "bytes_per_step": round(tokens * bytes_per_position),
         "memory_bytes": {
             "weights_and_optimizer": OPTIMIZER_BYTES * n_params,
             "activations": activations,

@@ -1,8 +1,8 @@
-"""The training loop of the entropy model and the BLT.
+"""The training loop of the entropy model, the BLT and the token model.
 
-A run can be stopped at any step and resumed bit for bit: the snapshot holds the model, the optimizer, the step, the
-loader's place and the random state, and everything else follows from the configuration. `deterministic` keeps
-gradients independent of thread timing (torch's compiled scatter uses atomic additions otherwise).
+A run can be stopped at any step and resumed bit for bit: a checkpoint holds the run's `TrainState`, and everything else
+follows from the configuration. `run.deterministic` makes gradients independent of thread timing (torch's compiled
+scatter uses atomic additions otherwise).
 """
 
 from __future__ import annotations
@@ -23,36 +23,42 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from blt.data.packing import Batch, Loader
-from blt.train import parallel, restart
+from blt.data.batches import Batch
+from blt.data.packing import Loader
+from blt.train import checkpoints, parallel, resume
+from blt.train.checkpoints import TrainingCheckpoint
 from blt.train.config import RunConfig
-from blt.train.dryrun import TRAINING
-from blt.train.metrics import MetricsFile, Window
+from blt.train.dryrun import FORWARD_PASSES_PER_STEP
+from blt.train.metrics import MetricsFile, MetricWindow
 from blt.train.objective import Diverged, Objective
 from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_gradients
 from blt.train.parallel import Ranks, accumulating
-from blt.train.recompute import compute_once, recompute_blocks
-from blt.train.snapshots import Snapshot
+from blt.train.progress import Observer, observing
+from blt.train.recompute import recompute_blocks, undo_recompute
+from blt.train.state import TrainState
 from blt.train.tables import sparse_tables
-from blt.train.watch import Watch, watching
 from blt_runtime.errors import BltError
 
 log = logging.getLogger("blt.train")
 
-SKIPS = 10
-"""Steps in a row that `run.on_nonfinite: skip` skips; one more stops the run: its weights are lost."""
+MAX_SKIPPED_STEPS = 10
+"""Steps in a row that `run.on_nonfinite: skip` skips. One more stops the run: its weights are lost."""
 
 
 class Terminated(BltError):
-    """The run was told to stop, and saved its state first."""
+    """The run was stopped by a signal, after its state was saved."""
 
     def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by signal {signal_number} after step {step}; --resume auto goes on from there")
+        super().__init__(f"stopped by signal {signal_number} after step {step}; --resume auto continues from there")
         self.exit_code = 128 + signal_number
 
 
 class Trainer:
-    """One run in the folder `out`. `valid` makes a fresh loader over the validation text, or is None."""
+    """One run in the folder `out`.
+
+    valid: makes a fresh loader over the validation text; None without one.  extra: plain values that a resumed run must
+    share.  flops_per_byte: of a forward pass, for the metrics.
+    """
 
     def __init__(
         self,
@@ -61,191 +67,207 @@ class Trainer:
         loader: Loader,
         valid: Callable[[], Loader] | None,
         out: Path,
+        *,
         extra: dict[str, Any] | None = None,
         flops_per_byte: float = 0.0,
     ):
-        self.config, self.objective, self.loader, self.valid, self.out = config, objective, loader, valid, out
-        self.ranks = parallel.ONE
+        self.config, self.objective, self.valid, self.out = config, objective, valid, out
+        self.ranks = parallel.SINGLE
         self.micro_rows = parallel.check_rows(config.batch.rows, config.batch.micro_rows, 1)
+        model = objective.model
         if config.run.activation_checkpointing:
-            recompute_blocks(objective.model)
-        self.tables = sparse_tables(objective.model, config.optimizer)
-        self.optimizer = make_optimizer(objective.model, config.optimizer)
+            recompute_blocks(model)
+        tables = sparse_tables(model, config.optimizer)
+        self.state = TrainState(model, make_optimizer(model, config.optimizer), tables, loader)
         self.metrics = MetricsFile(out / "metrics.jsonl")
-        self.window, self.watch = Window(), Watch()
+        self.observer = Observer()
         self.extra = extra or {}
         self.flops_per_byte = flops_per_byte
-        self.step = self.bytes = self.skips = 0
-        self.lr = self.norm = 0.0
-        self._saved = -1
+        self._saved_step = -1
         self._signal = 0
-        self._told = False
+        self._any_rank_signalled = False
 
     @property
     def folder(self) -> Path:
-        return self.out / "checkpoints"
+        """The folder of the run's checkpoints."""
+        return self.out / checkpoints.FOLDER
 
-    def share_out(self, ranks: Ranks, compile: bool = False) -> None:
-        """This trainer becomes one of several, before its first step. Every rank calls it.
+    def distribute(self, ranks: Ranks, compile: bool = False) -> None:
+        """Makes this trainer one of several, before its first step. Every rank calls it.
 
-        compile: the blocks, each for itself; FSDP gathers between them, so the step cannot be one graph.
+        compile: each block alone, because FSDP gathers parameters between blocks and the step cannot be one graph.
         """
-        if ranks.alone:
+        if ranks.single:
             return
         self.ranks, self.metrics.writes = ranks, ranks.first
         self.micro_rows = parallel.check_rows(self.config.batch.rows, self.config.batch.micro_rows, ranks.world)
-        apart = [] if self.tables is None else [self.tables.weight_RD]
-        parallel.shard(self.objective.model, ranks, self.objective.device, compile, apart)
-        self.optimizer = make_optimizer(self.objective.model, self.config.optimizer)
+        model, tables = self.objective.model, self.state.tables
+        unsharded = [] if tables is None else [tables.weight_RD]
+        parallel.shard(model, ranks, self.objective.device, compile=compile, unsharded=unsharded)
+        self.state.optimizer = make_optimizer(model, self.config.optimizer)
 
     def run(self, steps: int) -> None:
-        """Trains up to `steps` in all. Raises Terminated after SIGTERM or Ctrl-C, with everything saved."""
-        run = self.config.run
+        """Trains until step `steps`. Raises Terminated after SIGTERM or Ctrl-C, with everything saved."""
+        run, state = self.config.run, self.state
         self.out.mkdir(parents=True, exist_ok=True)
-        watch = watching(self.out, steps, self.step, run.tensorboard)
+        observing_run = observing(self.out, steps, state.step, run.tensorboard)
         kernels = _determinism(run.deterministic)
-        with kernels, _known_warnings(), self._signals(), closing(self.loader), watch as self.watch:
-            self.metrics.watch = self.watch.record
-            self.window.start()
-            while self.step < steps:
+        with kernels, _ignored_warnings(), self._signals(), closing(state.loader), observing_run as self.observer:
+            self.metrics.on_record = self.observer.record
+            state.window.start()
+            while state.step < steps:
                 self.train_step()
-                last = self.step == steps
-                if self.step % run.log_every == 0 or last:
+                last = state.step == steps
+                if state.step % run.log_every == 0 or last:
                     self.log()
-                if self.valid is not None and (self.step % run.valid_every == 0 or last):
-                    with self.window.paused():
-                        self.metrics.write({"step": self.step, **self.spent(), **self.validate()})
-                if self.step % run.checkpoint_every == 0 or last or self._stop:
-                    with self.window.paused():
+                if self.valid is not None and (state.step % run.valid_every == 0 or last):
+                    with state.window.paused():
+                        self.metrics.write({"step": state.step, **self.spent(), **self.validate()})
+                if state.step % run.checkpoint_every == 0 or last or self._must_stop:
+                    with state.window.paused():
                         self.save()
-                if self._stop:
-                    raise Terminated(self._signal or signal.SIGTERM, self.step)
+                if self._must_stop:
+                    raise Terminated(self._signal or signal.SIGTERM, state.step)
 
     def train_step(self) -> float:
         """One step over a global batch; returns its loss in nats per target.
 
-        Raises Diverged if the loss or the gradient is not finite: weights and step are those before. With
-        `run.on_nonfinite: skip` such a batch is passed over instead and the step counted.
+        If the loss or the gradient is not finite, weights and step stay as they were and Diverged is raised. With
+        `run.on_nonfinite: skip` the batch is skipped instead, and the step is counted.
         """
-        batch = next(self.loader)
-        lr = learning_rate(self.step, self.config.optimizer.lr, self.config.schedule)
-        for group in self.optimizer.param_groups:
+        state, tables = self.state, self.state.tables
+        batch = next(state.loader)
+        lr = learning_rate(state.step, self.config.optimizer.lr, self.config.schedule)
+        for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         nats = self._backward(batch)
         gradients = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
-        if self.tables is not None:
-            gradients.append(self.tables.reduce(self.ranks))
+        if tables is not None:
+            gradients.append(tables.reduce(self.ranks))
         norm = gradient_norm(gradients)
         finite = self._is_finite(nats, norm.item(), batch)
         if finite:
             scale_gradients(gradients, norm, self.config.optimizer.clip)
-            self.optimizer.step()
-            if self.tables is not None:
-                self.tables.step(gradients[-1], lr)
-            self.bytes += batch.n_bytes
-            self.window.add(nats, batch)
-            self.watch.step(self.step + 1, nats, batch)
-            self.lr, self.norm = lr, norm.item()
+            state.optimizer.step()
+            if tables is not None:
+                tables.step(gradients[-1], lr)
+            state.bytes += batch.n_bytes
+            state.window.add(nats, batch)
+            self.observer.step(state.step + 1, nats, batch)
+            state.lr, state.norm = lr, norm.item()
         else:
-            self.window.skip()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+            state.window.skip()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
         return nats / max(1, batch.n_targets)
 
     def _backward(self, batch: Batch) -> float:
-        """Adds the gradients of the mean loss over the global batch, in micro-batches; returns its sum in nats."""
+        """Adds up the gradients of the mean loss over the global batch, in micro-batches; returns the summed nats."""
         model, targets, nats = self.objective.model, max(1, batch.n_targets), 0.0
-        parts = self._parts(batch)
-        for i, part in enumerate(parts):
-            with accumulating(model, last=i == len(parts) - 1):
-                total = part()
+        losses = self._micro_batches(batch)
+        for i, loss in enumerate(losses):
+            with accumulating(model, last=i == len(losses) - 1):
+                total = loss()
                 (total / targets).backward()
             nats += total.item()
-        nats, told = self.ranks.sum(nats, float(self._signal != 0))
-        self._told = told > 0
+        nats, signals = self.ranks.sum(nats, float(self._signal != 0))
+        self._any_rank_signalled = signals > 0
         return nats
 
-    def _parts(self, batch: Batch) -> list[Callable[[], Tensor]]:
-        """This rank's rows in micro-batches: each, when called, computes its sum of nats."""
-        if self.tables is not None:
-            self.tables.begin(batch)
+    def _micro_batches(self, batch: Batch) -> list[Callable[[], Tensor]]:
+        """This rank's rows as micro-batches: functions that compute the summed nats of one each."""
+        if self.state.tables is not None:
+            self.state.tables.gather(batch)
         first, stop = self.ranks.rows(len(batch.starts))
         return [partial(self._loss, batch, row) for row in range(first, stop, self.micro_rows)]
 
     def _loss(self, batch: Batch, row: int) -> Tensor:
-        if self.tables is not None:
-            self.tables.place(row, row + self.micro_rows)
+        if self.state.tables is not None:
+            self.state.tables.select_rows(row, row + self.micro_rows)
         return self.objective(batch.rows(row, row + self.micro_rows))[0]
 
     def _is_finite(self, nats: float, norm: float, batch: Batch) -> bool:
-        """Whether the step can be taken. Raises Diverged, without gradients left, if it stops the run."""
+        """Whether the step can be taken. If it stops the run, raises Diverged after the gradients are cleared."""
+        state = self.state
         if math.isfinite(nats) and math.isfinite(norm):
-            self.skips = 0
+            state.skips = 0
             return True
-        self.skips += 1
-        what = "the gradient norm" if math.isfinite(nats) else "the loss"
-        value = norm if math.isfinite(nats) else nats
-        where = f"{what} is {value} at step {self.step}, {batch.identity}"
-        if self.config.run.on_nonfinite == "stop" or self.skips > SKIPS:
-            self.optimizer.zero_grad(set_to_none=True)
-            often = f" ({self.skips} steps in a row)" if self.skips > 1 else ""
+        state.skips += 1
+        name, value = ("the gradient norm", norm) if math.isfinite(nats) else ("the loss", nats)
+        where = f"{name} is {value} at step {state.step}, {batch.identity}"
+        if self.config.run.on_nonfinite == "stop" or state.skips > MAX_SKIPPED_STEPS:
+            state.optimizer.zero_grad(set_to_none=True)
+            in_a_row = f" ({state.skips} steps in a row)" if state.skips > 1 else ""
             raise Diverged(
-                f"{where}{often}; nothing of this step was kept: resume with a lower optimizer.lr, "
+                f"{where}{in_a_row}; this step changed nothing: resume with a lower optimizer.lr, "
                 "a longer schedule.warmup or run.dtype=fp32"
             )
         log.warning("%s; skipped", where)
         return False
 
     def log(self) -> None:
-        """One line of metrics.jsonl over the steps since the last one; rate and norm are the last step's."""
-        last = {"lr": self.lr, "norm": self.norm} if self.window.buckets else {}
-        record = {"step": self.step, **self.window.summary(), **last, **self.spent()}
-        self.metrics.write({**record, "seconds": self.window.all_seconds})
-        self.window.reset()
+        """Writes one line of metrics.jsonl about the steps since the last one; `lr` and `norm` are the last step's."""
+        state, window = self.state, self.state.window
+        last = {"lr": state.lr, "norm": state.norm} if window.buckets else {}
+        record = {"step": state.step, **window.summary(), **last, **self.spent()}
+        self.metrics.write({**record, "seconds": window.all_seconds})
+        window.reset()
 
     def spent(self) -> dict[str, float]:
-        """Bytes trained on so far, and the FLOPs of that: forward once and backward twice."""
-        return {"bytes": self.bytes, "flops": TRAINING * self.flops_per_byte * self.bytes}
+        """Bytes trained on so far, and the FLOPs spent on them."""
+        n_bytes = self.state.bytes
+        return {"bytes": n_bytes, "flops": FORWARD_PASSES_PER_STEP * self.flops_per_byte * n_bytes}
 
     def validate(self) -> dict[str, float]:
-        """Bits per byte on the validation text, every target (also EOS) counted, up to `data.valid_bytes`."""
+        """Bits per byte on up to `data.valid_bytes` of the validation text; every target counts, EOS included."""
         assert self.valid is not None
-        window = Window()
-        # One rank keeps gradients on: the compiled step serves both, a second one would cost a compilation.
-        with torch.set_grad_enabled(self.ranks.alone):
+        window = MetricWindow()
+        # One rank keeps gradients on: the compiled step then serves training and validation without a second graph.
+        with torch.set_grad_enabled(self.ranks.single):
             for batch in self.valid().one_pass():
-                nats = sum(part().item() for part in self._parts(batch))
+                nats = sum(loss().item() for loss in self._micro_batches(batch))
                 window.add(self.ranks.sum(nats)[0], batch)
                 if window.bytes >= self.config.data.valid_bytes:
                     break
         return {"valid_bpb": window.summary()["bpb"], "valid_bytes": window.bytes}
 
     def save(self) -> None:
-        """Writes the snapshot of this step, once. Raises CheckpointError, with older ones intact."""
-        if self._saved != self.step:
-            restart.save(self)
-            self._saved = self.step
+        """Writes the checkpoint of this step, once. Every rank calls it.
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Goes on from a snapshot. Raises CheckpointError if its model, data or batch shape is another one."""
-        restart.restore(self, snapshot)
-        self._saved = self.step
+        Raises CheckpointError if it cannot be written; older ones are intact then.
+        """
+        if self._saved_step == self.state.step:
+            return
+        tensors, values = self.state.state_dict()
+        values |= {"config": self.config.model_dump(mode="json"), "extra": self.extra}
+        keep = self.config.run.keep_checkpoints
+        checkpoints.write(self.folder, self.state.step, tensors, values, keep=keep, ranks=self.ranks)
+        self._saved_step = self.state.step
+
+    def restore(self, checkpoint: TrainingCheckpoint) -> None:
+        """Continues from a checkpoint. Raises CheckpointError if its model, data or batch shape differs."""
+        resume.check_same_run(checkpoint, self.config, self.extra)
+        try:
+            self.state.load_state_dict(checkpoint.state, partial(checkpoint.load, ranks=self.ranks))
+        except (LookupError, TypeError, ValueError) as error:
+            raise checkpoint.incomplete(error) from None
+        self._saved_step = self.state.step
 
     def finish(self) -> None:
-        """After the last step: the model is whole on every rank, and computes as if nobody had trained it."""
-        if self.tables is not None:
-            self.tables.settle()
-        compute_once(self.objective.model)
-        parallel.make_whole(self.objective.model)
+        """After the last step: the model is whole on every rank, and no training hook is left in it."""
+        if self.state.tables is not None:
+            self.state.tables.catch_up_all()
+        undo_recompute(self.objective.model)
+        parallel.unshard(self.objective.model)
 
     @property
-    def _stop(self) -> bool:
-        """A signal came; with several ranks, to any of them before the last step's sums."""
-        return self._signal != 0 if self.ranks.alone else self._told
+    def _must_stop(self) -> bool:
+        """A signal arrived: with several ranks, at any of them before the last step's sums."""
+        return self._signal != 0 if self.ranks.single else self._any_rank_signalled
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """While running, SIGTERM and Ctrl-C end the run after the step that they fall into."""
+        """While inside, SIGTERM and Ctrl-C end the run after the current step."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -263,9 +285,10 @@ class Trainer:
 
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
-    """Deterministic kernels while inside, without that mode's filling of fresh memory (it costs time alone)."""
+    """Deterministic kernels while inside. Fresh memory is not filled, which that mode does by default: it costs time
+    and changes no result."""
     before = torch.are_deterministic_algorithms_enabled()
-    settings: Any = deterministic  # a property that the type stubs do not know
+    settings: Any = deterministic  # the type stubs lack this property
     fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(wanted)
     settings.fill_uninitialized_memory = False
@@ -277,8 +300,8 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _known_warnings() -> Iterator[None]:
-    """Without torch's remark on norms with float32 weights in a bfloat16 step: the weights are float32 on purpose."""
+def _ignored_warnings() -> Iterator[None]:
+    """Hides torch's warning about float32 norm weights in a bfloat16 step: they are float32 on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield

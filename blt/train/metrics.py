@@ -1,7 +1,7 @@
-"""metrics.jsonl (one object per line) and the log line for people.
+"""metrics.jsonl (one object per line), and the same records as log lines.
 
-Rates are means over the steps since the last line, also across a stop. On resume, lines behind the
-checkpoint's step are cut off, so that the file reads like that of an uninterrupted run.
+Rates are means over the steps since the last line, even if the run was stopped and resumed in between. On resume, lines
+after the checkpoint's step are removed, so that the file is that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,37 +16,38 @@ from pathlib import Path
 from typing import Any
 
 from blt.data.batches import Batch
+from blt.files import replace_text
 
 log = logging.getLogger("blt.train")
 
 
-class Window:
-    """Sums over the steps since the last log line, and the seconds of training in all."""
+class MetricWindow:
+    """Sums over the steps since the last log line, and the total seconds of training."""
 
     def __init__(self) -> None:
         self.total_seconds, self.began = 0.0, time.monotonic()
         self.reset()
 
     def reset(self) -> None:
-        """A new window. `total_seconds` keeps what the old ones took."""
+        """Begins a new window; the seconds of the old one are added to `total_seconds`."""
         self.total_seconds += time.monotonic() - self.began
         self.nats = self.seconds = 0.0
-        self.targets = self.bytes = self.tokens = self.places = 0
+        self.targets = self.bytes = self.tokens = self.places = 0  # the names are keys of a checkpoint's state
         self.patches = self.patch_places = self.skipped = 0
         self.buckets: dict[str, int] = {}
         self.start()
 
     def start(self) -> None:
-        """The clock runs from here, on top of the seconds that were restored."""
+        """Starts the clock, on top of restored seconds."""
         self.began = time.monotonic() - self.seconds
 
     def state(self) -> dict[str, Any]:
-        """The sums and the seconds so far; plain values for JSON."""
+        """The sums and seconds so far, as plain values for JSON."""
         sums = {name: value for name, value in vars(self).items() if name != "began"}
         return sums | {"seconds": time.monotonic() - self.began, "buckets": dict(self.buckets)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state`; an empty one is that of a new window."""
+        """Continues from a `state`; an empty one is that of a new window."""
         self.reset()
         self.total_seconds = 0.0
         vars(self).update(state)
@@ -56,18 +56,18 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
+        """Excludes the time spent inside."""
         before = time.monotonic()
         yield
         self.began += time.monotonic() - before
 
     @property
     def all_seconds(self) -> float:
-        """Seconds of training since the run began, also before a stop."""
+        """Seconds of training since the run began, those before a resume included."""
         return self.total_seconds + time.monotonic() - self.began
 
     def add(self, nats: float, batch: Batch) -> None:
-        """One step: the sum of its loss in nats, and its GLOBAL batch."""
+        """Adds one step: its summed loss in nats and its GLOBAL batch."""
         self.nats += nats
         self.targets += batch.n_targets
         self.bytes += batch.n_bytes
@@ -79,14 +79,17 @@ class Window:
         self.buckets[key] = self.buckets.get(key, 0) + 1
 
     def skip(self) -> None:
-        """One step whose loss or gradient was not finite, and which changed nothing."""
+        """Counts a step that was skipped because its loss or gradient was not finite."""
         self.skipped += 1
 
     def summary(self) -> dict[str, Any]:
-        """loss (nats per counted target), bpb (bits per byte), bytes_per_s, padding (share of the byte places), buckets
-        (batches of each length); with patches also patch_size (tokens a patch, the one-token first patch of each row
-        counted) and patch_padding (share of the patch places); skipped (steps), if there were any. A window of skipped
-        steps alone has nothing else."""
+        """The numbers of the window:
+
+        loss (nats per counted target), bpb (bits per byte), bytes_per_s, padding (share of the byte positions), buckets
+        (batches of each length); with patches also patch_size (tokens per patch; the one-token first patch of each row
+        counts) and patch_padding (share of the patch positions); skipped (steps), if there were any. A window that
+        holds only skipped steps has only `skipped`.
+        """
         if self.skipped and not self.buckets:
             return {"skipped": self.skipped}
         seconds = max(time.monotonic() - self.began, 1e-9)
@@ -104,36 +107,30 @@ class Window:
 
 
 class MetricsFile:
-    """`writes`: only one of several ranks does; the others are silent."""
+    """Appends records to metrics.jsonl. `writes` is True on one rank only; the others write and log nothing.
+
+    `on_record` is called with every record and returns a note for its log line.
+    """
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes = path, writes
-        self.watch: Callable[[dict[str, Any]], str] = lambda record: ""  # gives words for the log line
+        self.on_record: Callable[[dict[str, Any]], str] = lambda record: ""
 
     def cut(self, step: int) -> None:
-        """Removes lines behind `step` and a half-written last one."""
+        """Removes lines after `step`, and a last line that is incomplete."""
         if not self.writes or not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
+        """Appends one record, and logs it."""
         if not self.writes:
             return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        note = self.watch(record)
+        note = self.on_record(record)
         log.info("%s%s", " ".join(f"{key} {_short(value)}" for key, value in record.items()), note)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a whole file or none, also if the power goes."""
-    draft = path.with_name(f".{path.name}.part")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _step_of(line: str) -> float:

@@ -1,4 +1,4 @@
-"""What a step computes: the summed cross-entropy of a batch, compiled once per batch shape.
+"""The objective of a step: the summed cross-entropy of a batch, compiled once per batch shape.
 
 Letters: B rows, N bytes, P patches, V vocabulary.
 """
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blt.data.packing import Batch
+from blt.data.batches import Batch
 from blt.model import BLT, EntropyModel
 from blt.train.config import MAX_BUCKETS
 from blt_runtime.errors import BltError
 
-GRAPHS = 6 * MAX_BUCKETS
-"""Compilations of one function at most: every length, for three stages, with and without gradients (torch allows 8)."""
+MAX_COMPILATIONS = 6 * MAX_BUCKETS
+"""Of one function: every row length, for three stages, with and without gradients (torch allows 8 by default)."""
 
 
 class Diverged(BltError):
@@ -28,8 +28,8 @@ class Diverged(BltError):
 class Objective:
     """Σ −ln p(target) over the unmasked positions of a batch.
 
-    The same compiled code serves training and validation: a graph for validation alone (without gradients) would
-    double the compilations, and saves only memory.
+    The same compiled code serves training and validation. A separate graph for validation (without gradients) would
+    double the compilations and save only memory.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Objective:
 
 
 def allow_compilations() -> None:
-    """For the rest of the process, torch compiles a function for as many shapes as a run has.
+    """Lets torch compile a function for as many shapes as a run has, for the rest of the process.
 
-    Past its limit a function that must be one graph would be an error.
+    Beyond torch's own limit, a function that must be one graph would be an error.
     """
     settings = torch._dynamo.config
-    settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
-    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 2 * GRAPHS)
+    settings.recompile_limit = max(settings.recompile_limit, MAX_COMPILATIONS)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 2 * MAX_COMPILATIONS)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""AdamW, its schedule (spec section 11), its gradient norm, and its state by names."""
+"""AdamW, its schedule (spec section 11), the gradient norm, and the optimizer's state by name."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from blt.train.config import OptimizerConfig, ScheduleConfig
-from blt.train.parts import parameter_groups
+from blt.train.parameters import parameter_groups
 from blt_runtime.errors import ConfigError
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on all parameters that train, as published.
 
-    Fused: one pass over the hash tables instead of six. Raises ConfigError if no parameter is left to it.
+    It is fused: one pass over the hash tables instead of six. Raises ConfigError if it has no parameter to train.
     """
     groups = parameter_groups(model, config)
     if not groups:
-        raise ConfigError(
-            "optimizer.freeze leaves the hash tables alone to train; use optimizer.tables: dense for that"
-        )
+        raise ConfigError("optimizer.freeze leaves only the hash tables to train; use optimizer.tables: dense for that")
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -35,7 +33,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def learning_rate(step: int, lr: float, schedule: ScheduleConfig) -> float:
-    """Of step 0, 1, ...: linear up to `lr` in `warmup` steps, then a cosine down to `min_ratio` * lr at the end."""
+    """The rate of step 0, 1, ...: linear up to `lr` in `warmup` steps, then a cosine down to `min_ratio` * lr."""
     if step < schedule.warmup:
         return lr * (step + 1) / schedule.warmup
     done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
@@ -44,7 +42,7 @@ def learning_rate(step: int, lr: float, schedule: ScheduleConfig) -> float:
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all of them, of whole ones and of those in shards, which are summed over ranks."""
+    """The 2-norm over all gradients: whole ones, and sharded ones, whose norms are summed over ranks."""
     whole: list[Tensor] = []
     shards: list[Tensor] = []
     for gradient in gradients:
@@ -55,7 +53,7 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def scale_gradients(gradients: Iterable[Tensor], norm: Tensor, largest: float) -> None:
-    """In place: divided so that their norm is at most `largest`, as torch's clip_grad_norm_ does."""
+    """Scales gradients in place so that their norm is at most `largest`, as torch's clip_grad_norm_ does."""
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
@@ -63,7 +61,7 @@ def scale_gradients(gradients: Iterable[Tensor], norm: Tensor, largest: float) -
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`{parameter name}.{exp_avg, exp_avg_sq, step}`: the tensors themselves, made where no step was taken yet."""
+    """`{parameter name}.{exp_avg, exp_avg_sq, step}`: the live tensors, created before the first step."""
     training = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

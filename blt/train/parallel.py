@@ -1,8 +1,8 @@
 """Several processes as one trainer: `torchrun`, and fully sharded parameters (FSDP2).
 
-Every rank reads the same global batch and takes its rows, so the data's order does not depend on the number of ranks.
-Gradients are summed, and the loss is divided by the targets of the global batch, so neither does the step, up to
-rounding. Losses and decisions (stop, skip, signals) are those of all ranks together.
+Every rank reads the same global batch and computes its share of the rows, so the order of the data does not depend on
+the number of ranks. Gradients are summed and the loss is divided by the targets of the global batch, so the step does
+not depend on it either, up to rounding. Losses and decisions (stop, skip, signals) are those of all ranks.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from blt.model.layers import Block
 from blt.train.objective import allow_compilations
 from blt_runtime.errors import BltError, ConfigError, UsageError
 
-PATIENCE = timedelta(days=1)
+CONTROL_TIMEOUT = timedelta(days=1)
 """How long ranks wait for the first one, which may compute the entropies of all data."""
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them. `control` carries objects and checkpoints' plans, None for one process."""
+    """This process among all `world` processes.
+
+    `control` is the process group for objects and checkpoint plans; None for a single process.
+    """
 
     rank: int = 0
     world: int = 1
     control: Any = None
 
     @property
-    def alone(self) -> bool:
+    def single(self) -> bool:
         return self.world == 1
 
     @property
@@ -47,26 +50,26 @@ class Ranks:
         return self.rank == 0
 
     def rows(self, n_rows: int) -> tuple[int, int]:
-        """First and last + 1 of a global batch's rows that this rank computes."""
+        """The rows [first, stop) of a global batch that this rank computes."""
         share = n_rows // self.world
         return self.rank * share, (self.rank + 1) * share
 
     def sum(self, *values: float) -> list[float]:
         """Sums over ranks, in float64."""
-        if self.alone:
+        if self.single:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return list(total.tolist())
 
-    def add_up(self, tensor: Tensor) -> None:
-        """In place, the sum over ranks of equal tensors."""
-        if not self.alone:
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sums `tensor` over ranks, in place; it has the same shape on each."""
+        if not self.single:
             dist.all_reduce(tensor)
 
-    def first_does(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on the first rank, on all; the others wait. An error there is an error everywhere."""
-        if self.alone:
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` on the first rank and returns its result on all ranks; an error is raised on all of them."""
+        if self.single:
             return work()
         answer: list[Any] = [None, None]
         if self.first:
@@ -80,25 +83,25 @@ class Ranks:
         result: Result = answer[0]
         return result
 
-    def first_before_others(self, work: Callable[[], Result]) -> Result:
-        """`work` on every rank, but the first one alone before: it leaves files that the others find."""
+    def first_then_others(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` on the first rank, then on the others, which find the files that the first one wrote."""
         done: list[Result] = []
-        self.first_does(lambda: done.append(work()))
+        self.on_first(lambda: done.append(work()))
         return done[0] if done else work()
 
 
-ONE = Ranks()
+SINGLE = Ranks()
 
 
 @contextmanager
 def processes(device: str) -> Iterator[tuple[Ranks, str]]:
-    """Joins the processes that torchrun started; yields the ranks and this one's device.
+    """Joins the processes that torchrun started; yields this process's `Ranks` and its device.
 
-    Raises UsageError if WORLD_SIZE says several and the rest of torchrun's environment is missing.
+    Raises UsageError if WORLD_SIZE is above 1 and the rest of torchrun's environment is missing.
     """
     world = _number("WORLD_SIZE", 1)
     if world == 1:
-        yield ONE, device
+        yield SINGLE, device
         return
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
@@ -108,7 +111,7 @@ def processes(device: str) -> Iterator[tuple[Ranks, str]]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
-        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         yield Ranks(dist.get_rank(), world, control), device
     finally:
         dist.destroy_process_group()
@@ -122,7 +125,8 @@ def _number(name: str, default: int) -> int:
 
 
 def check_rows(n_rows: int, micro_rows: int | None, world: int) -> int:
-    """Rows of a micro-batch. Raises ConfigError unless rows divide evenly among ranks and micro-batches."""
+    """The number of rows in a micro-batch. Raises ConfigError unless rows divide evenly among ranks and
+    micro-batches."""
     share = n_rows // world
     micro = min(micro_rows or share, share)
     if n_rows % world or share % max(1, micro):
@@ -135,16 +139,17 @@ def shard(
     model: nn.Module,
     ranks: Ranks,
     device: torch.device,
+    *,
     compile: bool = False,
-    apart: Collection[Tensor] = (),
+    unsharded: Collection[Tensor] = (),
 ) -> None:
-    """Each rank keeps a part of every parameter: blocks are gathered one by one as they are needed, the rest at once.
+    """Splits every parameter over the ranks. Each block is gathered when it is needed, everything else at once.
 
-    compile: each block, one graph per shape, with and without gradients.  apart: parameters that stay whole.
+    compile: each block alone, one graph per shape, with and without gradients.  unsharded: parameters that stay whole.
 
     Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32.
     """
-    if ranks.alone:
+    if ranks.single:
         return
     if compile:
         allow_compilations()
@@ -152,11 +157,11 @@ def shard(
     for module in model.modules():
         if isinstance(module, Block):
             if compile:
-                # the forward alone: FSDP's hooks around the module cannot be compiled
+                # only the forward: FSDP's hooks around the module cannot be compiled
                 module.__dict__["forward"] = torch.compile(module.forward, fullgraph=True, dynamic=False)
             fully_shard(module, mesh=mesh)
-    whole = {parameter for parameter in model.parameters() if any(parameter is tensor for tensor in apart)}
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    ignored = {parameter for parameter in model.parameters() if any(parameter is tensor for tensor in unsharded)}
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the global number of targets
@@ -165,14 +170,14 @@ def shard(
 
 @contextmanager
 def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients of all micro-batches but the last stay on their rank."""
+    """Reduces gradients over ranks only after the last micro-batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     yield
 
 
-def make_whole(model: nn.Module) -> None:
-    """Every parameter whole again, on every rank: for the end of a run, the model computes no more."""
+def unshard(model: nn.Module) -> None:
+    """Makes every parameter whole again, on every rank. The model is not run after this."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):

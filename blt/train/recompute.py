@@ -1,7 +1,7 @@
-"""Activation checkpointing: a block keeps its input alone and computes itself again in the backward pass.
+"""Activation checkpointing: a block keeps only its input, and its forward pass is recomputed in the backward pass.
 
-It saves what `blt train --dry-run` counts as activations, all but one width a position and layer, for one more forward
-pass of the blocks.
+It costs one more forward pass of the blocks, and saves the activations that `blt train --dry-run` counts, except one
+width per position and layer.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from blt.model.layers import Block
 
 
 def recompute_blocks(model: nn.Module) -> int:
-    """Every block of every stage computes itself twice from now on; returns how many. The gradients are the same bits:
-    nothing in a block is random."""
+    """Recomputes every block of every stage in the backward pass from now on; returns how many blocks there are.
+
+    The gradients are bit-identical, because nothing in a block is random.
+    """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
-        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        block.__dict__["forward"] = again
+        recomputed = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.__dict__["forward"] = recomputed
     return len(blocks)
 
 
-def compute_once(model: nn.Module) -> None:
+def undo_recompute(model: nn.Module) -> None:
     """Undoes `recompute_blocks`, and the compilation of single blocks."""
     for module in model.modules():
         if isinstance(module, Block):

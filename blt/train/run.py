@@ -13,13 +13,13 @@ import torch
 from blt.checkpoint import models
 from blt.checkpoint.models import Checkpoint
 from blt.checkpoint.native import MODEL_FILE
-from blt.train import parallel, snapshots
+from blt.files import replace_text
+from blt.train import checkpoints, parallel
 from blt.train.config import KINDS, RunConfig
-from blt.train.jobs import prepare_run
 from blt.train.loop import Trainer
-from blt.train.metrics import replace_text
-from blt.train.snapshots import Snapshot
-from blt_runtime.errors import CheckpointError, ConfigError, UsageError
+from blt.train.resume import find_checkpoint
+from blt.train.setup import prepare_run
+from blt_runtime.errors import ConfigError, UsageError
 
 log = logging.getLogger("blt.train")
 CONFIG_FILE = "config.json"
@@ -39,38 +39,49 @@ def train(
 ) -> Path:
     """Trains and returns the path of `model.pt`.
 
-    `data` and `entropy_model` replace the configuration's; `resume` is "auto" (the newest checkpoint in `out`, if any),
-    "none" or the path of a checkpoint or run; the last two are refused if `out` has checkpoints of its own, which the
-    path does not name. `force` trains into a folder that holds something else.
-    Under torchrun every process calls it: parameters are in shards, the first rank writes logs, metrics and model.pt.
+    data, entropy_model: replace the configuration's.  resume: "auto" (the newest checkpoint in `out`, if any), "none",
+    or the path of a checkpoint or run. The last two are refused if `out` has checkpoints, unless the path is one of
+    them.  force: train into a folder that holds other files.
+
+    Under torchrun every process calls it. Parameters are sharded, and the first rank writes logs, metrics and model.pt.
     Raises UsageError, InputError, ConfigError, CheckpointError, and Terminated after SIGTERM with everything saved.
     """
     _check_target(Path(out), force)
     with parallel.processes(device) as (ranks, device), _quiet_unless(ranks.first):
-        if not ranks.alone and config.run.attention == "flex":
+        if not ranks.single and config.run.attention == "flex":
             raise ConfigError(
-                "run.attention: flex trains in one process alone; with several ranks leave run.attention at auto"
+                "run.attention: flex trains in a single process; with several ranks leave run.attention at auto"
             )
         compiled = config.run.compile if compile is None else compile
-        whole_step = compiled and ranks.alone  # FSDP's gathers would break one graph
-        trainer, finish = ranks.first_before_others(
-            lambda: prepare_run(config, Path(out), data, entropy_model, whole_step, device)
+        whole_step = compiled and ranks.single  # FSDP's gathers would break the step's graph
+        trainer, finish = ranks.first_then_others(
+            lambda: prepare_run(
+                config, Path(out), data=data, entropy_model=entropy_model, compile=whole_step, device=device
+            )
         )
-        trainer.share_out(ranks, compiled)
+        trainer.distribute(ranks, compiled)
         _resume(trainer, resume)
-        ranks.first_does(lambda: _begin(trainer))
+        ranks.on_first(lambda: _begin(trainer))
         trainer.run(config.schedule.steps)
         trainer.finish()
-        ranks.first_does(lambda: _end(trainer, finish))
+        ranks.on_first(lambda: _end(trainer, finish))
     return Path(out) / MODEL_FILE
+
+
+def _resume(trainer: Trainer, resume: str) -> None:
+    """The first rank chooses and checks the checkpoint, because all ranks see the same files."""
+    checkpoint = trainer.ranks.on_first(lambda: find_checkpoint(trainer.out, trainer.folder, resume))
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        log.info("resumed at step %d", trainer.state.step)
 
 
 def _begin(trainer: Trainer) -> None:
     trainer.out.mkdir(parents=True, exist_ok=True)
     settings = trainer.config.model_dump(mode="json")
     replace_text(trainer.out / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
-    trainer.metrics.cut(trainer.step)
-    snapshots.set_aside(trainer.folder, trainer.step)
+    trainer.metrics.cut(trainer.state.step)
+    checkpoints.set_aside(trainer.folder, trainer.state.step)
 
 
 def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
@@ -81,7 +92,7 @@ def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
 
 @contextmanager
 def _quiet_unless(first: bool) -> Iterator[None]:
-    """Ranks but the first log errors alone."""
+    """While inside, all ranks but the first log only errors."""
     package = logging.getLogger("blt")
     before = package.level
     if not first:
@@ -93,13 +104,14 @@ def _quiet_unless(first: bool) -> Iterator[None]:
 
 
 def _check_target(out: Path, force: bool) -> None:
-    """Raises UsageError if `out` holds something that is no run. Hidden files may be what a kill left behind."""
+    """Raises UsageError if `out` is not empty and not a run. Hidden files are ignored: a killed process may leave
+    some."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; name a folder for the run")
     if force or not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):
         return
-    if not snapshots.snapshots(out / "checkpoints") and not _is_run(out / CONFIG_FILE):
-        raise UsageError(f"{out} is not empty and no run; choose another folder, or --force to train into it")
+    if not checkpoints.checkpoint_folders(out / checkpoints.FOLDER) and not _is_run(out / CONFIG_FILE):
+        raise UsageError(f"{out} is not empty and is no run; choose another folder, or --force to train into it")
 
 
 def _is_run(config_file: Path) -> bool:
@@ -107,47 +119,3 @@ def _is_run(config_file: Path) -> bool:
         return json.loads(config_file.read_text())["kind"] in KINDS
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def _resume(trainer: Trainer, resume: str) -> None:
-    """The first rank chooses and checks the snapshot, since all see the same files."""
-    snapshot = trainer.ranks.first_does(lambda: _chosen(trainer, resume))
-    if snapshot is not None:
-        trainer.restore(snapshot)
-        log.info("resumed at step %d", trainer.step)
-
-
-def _chosen(trainer: Trainer, resume: str) -> Snapshot | None:
-    if resume == "auto":
-        return snapshots.read_newest(trainer.folder)
-    if resume == "none":
-        _check_unused(trainer)
-        return None
-    snapshot = _named(Path(resume))
-    if snapshot.path not in [path.resolve() for path in snapshots.snapshots(trainer.folder)]:
-        _check_unused(trainer)
-    return snapshot
-
-
-def _check_unused(trainer: Trainer) -> None:
-    """Raises ConfigError if `out` has checkpoints: another branch of training would be mixed with theirs."""
-    if snapshots.snapshots(trainer.folder):
-        raise ConfigError(f"{trainer.out} holds a run; resume it with --resume auto, or choose another output folder")
-
-
-def _named(path: Path) -> Snapshot:
-    """The snapshot at `path`, or the newest one of the run there. Raises UsageError and CheckpointError."""
-    if not path.exists():
-        raise UsageError(f"--resume {path}: no such folder; give auto, none, a checkpoint or a run")
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a training checkpoint; give a folder step-* or a run folder")
-    if (path / snapshots.MANIFEST).exists():
-        return snapshots.read(path)
-    found = snapshots.read_newest(_snapshot_folder(path))
-    if found is None:
-        raise CheckpointError(f"{path}: no checkpoint to resume from")
-    return found
-
-
-def _snapshot_folder(path: Path) -> Path:
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path

@@ -1,18 +1,18 @@
-"""Hash tables as sparse parameters (`optimizer.tables: sparse`): a step costs what it touches, not what there is.
+"""Hash tables as sparse parameters (`optimizer.tables: sparse`): a step costs as much as the rows that it touches.
 
 The tables are most of a BLT's parameters, and a batch touches few of their rows. The rows of the global batch are
 gathered into a small table of static capacity, which is a leaf of the compiled step; its gradient updates these rows
-and their moments. A row that is not touched waits. When it is next read, it is caught up with the steps it missed, in
-closed form, since AdamW without a gradient is one: moments shrink by beta1^k and beta2^k, the weight decays, and each
-missed step j moves it by
+and their moments. A row that is not touched is updated late: when it is next read, it catches up with the steps it
+missed. That is a closed form, because AdamW without a gradient has one: moments shrink by beta1^k and beta2^k, the
+weight decays, and each missed step j moves it by
 
     lr_j * r^(j-s) * sqrt(1 - beta2^j) / (1 - beta1^j) * m / (sqrt(v) + eps'),      r = beta1 / sqrt(beta2),
 
-s the step that last touched it. So this is dense AdamW up to rounding, but for one thing: eps is taken at s (eps' =
-eps * sqrt(1 - beta2^s)), while dense AdamW lets sqrt(v) shrink towards a constant eps. The sums over j depend on s
-alone and are kept for every s.
+where s is the step that last touched the row. The result is dense AdamW up to rounding, with one exception: eps is
+that of step s (eps' = eps * sqrt(1 - beta2^s)), while dense AdamW lets sqrt(v) shrink towards a constant eps. The sums
+over j depend only on s and are stored for every s.
 
-Every rank knows the global batch and keeps whole tables, outside FSDP; only the small gradient is summed over ranks.
+Every rank has the global batch and whole tables, outside FSDP; only the small gradient is summed over ranks.
 
 Letters: R rows of all tables, D width, U touched rows, C capacity, B rows of a batch, N bytes, T tables.
 """
@@ -23,28 +23,29 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from blt.data.packing import Batch
+from blt.data.batches import Batch
 from blt.model.hashing import HashEmbedding, Touched, hash_ids
 from blt.train.config import OptimizerConfig
 from blt.train.parallel import Ranks
-from blt.train.parts import scale_of
+from blt.train.parameters import scale_of
 from blt_runtime.errors import ConfigError
 
 NAME = "hash_embedding.tables.weight"
 SLACK = 1.25
-"""Room above the first batch's touched rows, so that few later batches need another capacity and a compilation."""
+"""Capacity over the rows that the first batch touches, so that few later batches need more and a compilation."""
 NEGLIGIBLE = 1e-20
+"""Missed steps whose factor r^(j-s) is smaller are left out of the sums."""
 BLOCK = 1 << 16
+"""Rows caught up at a time."""
 
 
 def sparse_tables(model: nn.Module, config: OptimizerConfig) -> SparseTables | None:
-    """Takes the tables of a BLT out of the dense optimizer's hands; None if that is not asked for, or they are frozen.
+    """Takes the tables of a BLT away from the dense optimizer; None if `optimizer.tables` is dense, or they are frozen.
 
-    Raises ConfigError if there are no hash tables, and for betas whose waiting rows would run away.
+    Raises ConfigError if there are no hash tables, and for betas with which rows that wait would diverge (r >= 1).
     """
     if config.tables == "dense":
         return None
@@ -57,7 +58,7 @@ def sparse_tables(model: nn.Module, config: OptimizerConfig) -> SparseTables | N
 
 
 class CatchUp:
-    """For every step s in 0 .. steps: what a row last touched at s has missed since.
+    """For every step s in 0 .. steps: the updates that a row last touched at s has missed since.
 
     `decay[s]` is the product of 1 - lr * weight_decay, `drift[s]` the sum above with later decay applied. float64.
     """
@@ -72,7 +73,7 @@ class CatchUp:
         return len(self.decay) - 1
 
     def step(self, lr: float, weight_decay: float) -> None:
-        """One more step, t."""
+        """Adds the update of one more step, t."""
         beta1, beta2 = self.betas
         t = self.steps + 1
         keep = 1.0 - lr * weight_decay
@@ -100,19 +101,20 @@ class SparseTables:
 
     # --- one step ------------------------------------------------------------------------------------------------
 
-    def begin(self, batch: Batch) -> None:
-        """Gathers the rows of a GLOBAL batch, as of now; nothing of the tables changes."""
+    def gather(self, batch: Batch) -> None:
+        """Gathers the caught-up rows of a GLOBAL batch; the tables do not change."""
         c = self.embedding.config
         ids_BN = torch.as_tensor(batch.ids, device=self.weight_RD.device)
         rows_BNT = hash_ids(ids_BN, c.sizes, c.functions, c.rows) + self.embedding.offset
         self.rows_U, self.places_BNT = torch.unique(rows_BNT, return_inverse=True)
         self.values = self._caught_up(self.rows_U)
-        self.leaf_CD = self.weight_RD.new_zeros(self._room(batch.bucket, len(self.rows_U)), self.weight_RD.shape[1])
+        capacity = self._capacity_for(batch.bucket, len(self.rows_U))
+        self.leaf_CD = self.weight_RD.new_zeros(capacity, self.weight_RD.shape[1])
         self.leaf_CD[: len(self.rows_U)] = self.values[0]
         self.leaf_CD.requires_grad_(True)
 
-    def place(self, first: int, stop: int) -> None:
-        """The next computation is of these rows of the batch."""
+    def select_rows(self, first: int, stop: int) -> None:
+        """The next forward pass is over the rows [first, stop) of the batch."""
         self.embedding.touched = Touched(self.leaf_CD, self.places_BNT[first:stop])
 
     def reduce(self, ranks: Ranks) -> Tensor:
@@ -120,11 +122,11 @@ class SparseTables:
         if self.leaf_CD.grad is None:
             self.leaf_CD.grad = torch.zeros_like(self.leaf_CD)
         gradient_UD = self.leaf_CD.grad[: len(self.rows_U)]
-        ranks.add_up(gradient_UD)
+        ranks.all_reduce(gradient_UD)
         return gradient_UD
 
     def step(self, gradient_UD: Tensor, lr: float) -> None:
-        """AdamW on the touched rows; `lr` is the schedule's."""
+        """Updates the touched rows by AdamW; `lr` is the schedule's."""
         (beta1, beta2), rate = self.config.betas, lr * self.scale
         weight, exp_avg, exp_avg_sq = self.values
         steps = torch.tensor(float(self.missed.steps), device=weight.device)
@@ -137,8 +139,8 @@ class SparseTables:
         self.exp_avg_sq_RD[self.rows_U] = exp_avg_sq
         self.last_R[self.rows_U] = self.missed.steps
 
-    def settle(self) -> None:
-        """Every row is caught up: what a dense table would hold."""
+    def catch_up_all(self) -> None:
+        """Catches up every row, so that the table holds what a dense one would."""
         for rows in torch.arange(len(self.weight_RD), device=self.weight_RD.device).split(BLOCK):
             self.weight_RD[rows], self.exp_avg_RD[rows], self.exp_avg_sq_RD[rows] = self._caught_up(rows)
             self.last_R[rows] = self.missed.steps
@@ -151,15 +153,14 @@ class SparseTables:
         weight, exp_avg, exp_avg_sq = (t[rows_U] for t in (self.weight_RD, self.exp_avg_RD, self.exp_avg_sq_RD))
         missed_U = (self.missed.steps - last_U).double()
         bias_U = torch.where(last_U > 0, (1 - beta2 ** last_U.double()).sqrt(), 1.0)
-        drift_U, decay_U = self._of_steps(self.missed.drift, last_U), self._of_steps(self.missed.decay, last_U)
+        drift_U, decay_U = (
+            torch.as_tensor(sums, device=last_U.device)[last_U] for sums in (self.missed.drift, self.missed.decay)
+        )
         move = exp_avg / (exp_avg_sq.sqrt() + _column(bias_U * self.config.eps))
         weight = weight * _column(decay_U) - move * _column(drift_U)
         return weight, exp_avg * _column(beta1**missed_U), exp_avg_sq * _column(beta2**missed_U)
 
-    def _of_steps(self, values: NDArray[np.float64], last_U: Tensor) -> Tensor:
-        return torch.as_tensor(values, device=last_U.device)[last_U]
-
-    def _room(self, bucket: int, touched: int) -> int:
+    def _capacity_for(self, bucket: int, touched: int) -> int:
         """Static capacity for batches of one length: a power of two, doubled when a batch does not fit."""
         rows = len(self.weight_RD)
         if touched > self._capacity.get(bucket, 0):
@@ -169,14 +170,14 @@ class SparseTables:
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state by name, besides the weight itself; filled in place when a run is resumed."""
+        """The optimizer's state by name, without the weight; a resumed run fills these tensors in place."""
         return {
             f"{NAME}.exp_avg": self.exp_avg_RD, f"{NAME}.exp_avg_sq": self.exp_avg_sq_RD, f"{NAME}.last": self.last_R,
             f"{NAME}.decay": torch.from_numpy(self.missed.decay), f"{NAME}.drift": torch.from_numpy(self.missed.drift),
         }  # fmt: skip
 
-    def make_room(self, steps: int) -> None:
-        """Before the state of a run with so many steps is loaded."""
+    def resize_history(self, steps: int) -> None:
+        """Makes room for the sums of a run with `steps` steps, before its state is loaded."""
         self.missed.decay, self.missed.drift = np.zeros((2, steps + 1))
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt.data import BatchShape
-from blt.data.buckets import choose_buckets, fitted
+from blt.data.buckets import choose_buckets, fit_buckets
 from blt.train.config import parse_config
 from blt_runtime.errors import ConfigError
 from tests.data.test_packing_properties import Numbered
@@ -62,7 +62,7 @@ def test_fitted_rows_are_those_of_the_data() -> None:
     """Whole documents of 61 and 96 input tokens, of which no two share a row of 96."""
     source, shape = Numbered([60] * 20 + [95] * 20), BatchShape(2, (96,), None, "documents")
     for seed in range(3):
-        assert fitted(shape, 4, source, seed=seed).buckets == (66, 96)
+        assert fit_buckets(shape, 4, source, seed=seed).buckets == (66, 96)
 
 
 def test_auto_buckets_take_the_longest_alone() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from blt.data.entropies import CHUNK, RoundedPass, StreamPass, document_entropies, make_pass
+from blt.data.entropies import CHUNK, BFloat16Pass, ChunkedPass, document_entropies, make_pass
 from blt.generate import reference
 from blt.model import EntropyConfig, EntropyModel, entropy_of
 from blt.model.bfloat16 import to_bfloat16
@@ -84,7 +84,7 @@ def test_equal_to_the_stream_with_ring_caches() -> None:
 def test_the_chunk_is_no_part_of_the_result() -> None:
     model = small_model()
     stream = np.concatenate(documents(*LENGTHS))
-    runs = [np.concatenate(list(StreamPass(model, chunk=chunk).run(stream))) for chunk in (128, 1000, 4096)]
+    runs = [np.concatenate(list(ChunkedPass(model, chunk=chunk).run(stream))) for chunk in (128, 1000, 4096)]
     for other in runs[1:]:
         np.testing.assert_allclose(other, runs[0], atol=TOLERANCE)
 
@@ -93,7 +93,7 @@ def test_the_chunk_is_no_part_of_the_result() -> None:
 def test_a_later_start_gives_the_same_bits(done: int) -> None:
     model = small_model(2)
     stream = np.concatenate(documents(*LENGTHS))
-    forward = StreamPass(model, chunk=512)
+    forward = ChunkedPass(model, chunk=512)
     assert forward.replay == 1
     whole = np.concatenate(list(forward.run(stream)))
     np.testing.assert_array_equal(np.concatenate(list(forward.run(stream, done))), whole[done:])
@@ -142,6 +142,6 @@ def test_bfloat16_is_each_document_alone_to_the_bit() -> None:
     np.testing.assert_array_equal(found[3][:4096], row)
     assert len(found[3]) == 5002
     forward = make_pass(model, 10)
-    assert isinstance(forward, RoundedPass)
+    assert isinstance(forward, BFloat16Pass)
     stream = np.concatenate(ids)
     np.testing.assert_array_equal(np.concatenate(list(forward.run(stream, 400))), np.concatenate(found)[400:])

@@ -10,7 +10,7 @@ import pytest
 
 from blt.data import Dataset, integrity, prepare
 from blt.train.config import load_config
-from blt.train.jobs import prepare_run
+from blt.train.setup import prepare_run
 from blt_runtime.errors import InputError
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny-entropy.yaml"

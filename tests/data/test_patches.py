@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blt.data import Dataset, PatchIndex, choose_threshold, document_entropies, prepare
-from blt.data.entropies import CHUNK, Float, StreamPass, Tokens
+from blt.data.entropies import CHUNK, ChunkedPass, Float, Tokens
 from blt.model import EntropyConfig, EntropyModel
 from blt.model.bfloat16 import to_bfloat16
 from blt_runtime.errors import ConfigError, InputError
@@ -97,16 +97,16 @@ def test_a_killed_computation_goes_on_where_it_stopped(dataset: Dataset, monkeyp
     monkeypatch.setitem(CHUNK, "cpu", 512)
     expected = np.concatenate(document_entropies(model, [dataset.split("train").tokens[:]]))
     asked: list[int] = []
-    run = StreamPass.run
+    run = ChunkedPass.run
 
-    def dying(self: StreamPass, ids: Tokens, done: int = 0) -> Iterator[Float]:
+    def dying(self: ChunkedPass, ids: Tokens, done: int = 0) -> Iterator[Float]:
         asked.append(done)
         for count, values in enumerate(run(self, ids, done)):
             if count == 3:
                 raise Killed
             yield values
 
-    monkeypatch.setattr(StreamPass, "run", dying)
+    monkeypatch.setattr(ChunkedPass, "run", dying)
     for _ in range(30):
         index = PatchIndex(dataset, "train", model)
         try:

@@ -13,9 +13,9 @@ from blt.checkpoint.formats import open_source
 from blt.checkpoint.models import Checkpoint, build
 from blt.data.dataset import Dataset
 from blt.evaluate.rows import scorer_of
-from blt.train import snapshots, train
+from blt.train import checkpoints, train
 from blt.train.config import BPERun, load_config
-from blt.train.jobs import prepare_run
+from blt.train.setup import prepare_run
 from blt_export import export
 from blt_runtime.errors import CheckpointError, ConfigError
 
@@ -76,11 +76,11 @@ def test_stop_and_resume_is_bit_exact(bpe_config: BPERun, data: Path, tmp_path: 
         first.train_step()
     first.save()
     second = prepare_run(bpe_config, tmp_path / "run", data)[0]
-    found = snapshots.read_newest(second.folder)
+    found = checkpoints.read_newest(second.folder)
     assert found is not None
     second.restore(found)
     assert [second.train_step() for _ in range(5)] == losses[3:]
-    assert second.bytes == whole.bytes
+    assert second.state.bytes == whole.state.bytes
 
 
 def test_another_vocabulary_does_not_resume(bpe_config: BPERun, data: Path, tmp_path: Path, repo: Path) -> None:

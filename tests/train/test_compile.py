@@ -10,22 +10,22 @@ from torch._dynamo.utils import counters
 
 from blt.train import Trainer
 from blt.train.config import load_config
-from blt.train.jobs import prepare_run
+from blt.train.setup import prepare_run
 
 
 def step_on_each_shape(trainer: Trainer, wanted: int) -> set[int]:
     """Steps until batches of `wanted` lengths were seen; the lengths."""
     for _ in range(60):
         trainer.train_step()
-        if len(trainer.window.buckets) == wanted:
+        if len(trainer.state.window.buckets) == wanted:
             break
-    return {int(length) for length in trainer.window.buckets}
+    return {int(length) for length in trainer.state.window.buckets}
 
 
 @pytest.mark.slow
 def test_as_many_compilations_as_buckets(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
     config = load_config(repo / "configs" / "tiny.yaml", ["run.compile=true"])
-    trainer, _ = prepare_run(config, tmp_path, data, entropy_run)
+    trainer, _ = prepare_run(config, tmp_path, data, entropy_model=entropy_run)
     torch._dynamo.reset()
     counters.clear()
     assert step_on_each_shape(trainer, 2) == {96, 128}
@@ -51,7 +51,9 @@ def test_torch_allows_every_shape_of_a_run(repo: Path, data: Path, tmp_path: Pat
 def test_compiled_and_eager_steps_agree(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
     path = repo / "configs" / "tiny.yaml"
     trainers = [
-        prepare_run(load_config(path, ["batch.byte_buckets=[128]"]), tmp_path, data, entropy_run, compile)[0]
+        prepare_run(
+            load_config(path, ["batch.byte_buckets=[128]"]), tmp_path, data, entropy_model=entropy_run, compile=compile
+        )[0]
         for compile in (True, False)
     ]
     for _ in range(3):

@@ -98,7 +98,9 @@ def test_the_baselines_of_the_demo_cost_what_it_costs(repo: Path) -> None:
     assert isinstance(entropy, EntropyRun)
     cost = flops_per_byte(demo, entropy=entropy.model)
     for name in ("demo-bytes", "demo-bpe"):
-        assert flops_per_byte(load_config(repo / "configs" / f"{name}.yaml"), 3.136) == pytest.approx(cost, rel=0.02)
+        assert flops_per_byte(load_config(repo / "configs" / f"{name}.yaml"), bytes_per_token=3.136) == pytest.approx(
+            cost, rel=0.02
+        )
 
 
 def test_an_entropy_run_has_no_patches(repo: Path) -> None:

@@ -21,7 +21,7 @@ from blt.model import BLT, BLTConfig, EntropyModel, TransformerConfig
 from blt.model.masks import causal_mask
 from blt.model.token import TokenModel
 from blt.train.config import BLTRun, load_config
-from blt.train.dryrun import TRAINING, flops_by_part, flops_per_byte
+from blt.train.dryrun import FORWARD_PASSES_PER_STEP, flops_by_part, flops_per_byte
 from tests.tiny import VARIANTS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -70,7 +70,7 @@ def test_byte_and_token_models(name: str) -> None:
         ids_BN = torch.zeros(2, context, dtype=torch.int64)
     forward, both = counted(lambda: model(ids_BN))
     assert forward == 2 * context * config.model.flops_per_byte(context)
-    assert both == TRAINING * forward
+    assert both == FORWARD_PASSES_PER_STEP * forward
     assert flops_per_byte(config, bytes_per_token=2.5) * (2.5 if name.endswith("bpe") else 1) == pytest.approx(
         forward / (2 * context)
     )
@@ -83,7 +83,7 @@ def test_blt(name: str) -> None:
     context = config.batch.byte_buckets[0]
     forward, both = count_blt(config.model, context)
     assert forward == pytest.approx(context * config.model.flops_per_byte(PATCH, context), rel=SLACK)
-    assert both == pytest.approx(TRAINING * forward, rel=1e-6)
+    assert both == pytest.approx(FORWARD_PASSES_PER_STEP * forward, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -94,7 +94,7 @@ def test_every_option_of_the_architecture(name: str) -> None:
     config = BLTConfig.model_validate(small.model_dump() | {part: c.model_dump() for part, c in wide.items()})
     forward, both = count_blt(config, 512)
     assert forward == pytest.approx(512 * config.flops_per_byte(PATCH, 512), rel=SLACK)
-    assert both == pytest.approx(TRAINING * forward, rel=1e-6)
+    assert both == pytest.approx(FORWARD_PASSES_PER_STEP * forward, rel=1e-6)
 
 
 def widened(part: TransformerConfig) -> TransformerConfig:

@@ -17,11 +17,11 @@ import torch
 
 from blt.checkpoint import models
 from blt.data import Batch, prepare
-from blt.train import Terminated, Trainer, snapshots, train
+from blt.train import Terminated, Trainer, checkpoints, train
 from blt.train.config import BLTRun, EntropyRun, RunConfig, load_config
-from blt.train.jobs import prepare_run
 from blt.train.objective import Objective
 from blt.train.optim import learning_rate, make_optimizer
+from blt.train.setup import prepare_run
 from blt_runtime.errors import BltError, ConfigError, UsageError
 
 
@@ -31,13 +31,13 @@ def records(out: Path, *keys: str) -> list[tuple[Any, ...]]:
 
 
 def trainer_of(config: RunConfig, out: Path, data: Path, entropy: Path | None = None) -> Trainer:
-    return prepare_run(config, out, data, entropy)[0]
+    return prepare_run(config, out, data, entropy_model=entropy)[0]
 
 
 def resume(trainer: Trainer) -> None:
-    snapshot = snapshots.read_newest(trainer.folder)
-    assert snapshot is not None
-    trainer.restore(snapshot)
+    checkpoint = checkpoints.read_newest(trainer.folder)
+    assert checkpoint is not None
+    trainer.restore(checkpoint)
 
 
 def same_state(a: Trainer, b: Trainer) -> bool:
@@ -69,7 +69,7 @@ def test_the_blt_learns_and_carries_all_it_needs(
     _, rule = saved.require_blt()
     assert rule.threshold is not None
     assert rule.max_patch_length == 8
-    assert len(snapshots.snapshots(tmp_path / "run" / "checkpoints")) == 2
+    assert len(checkpoints.checkpoint_folders(tmp_path / "run" / "checkpoints")) == 2
 
 
 def test_stop_and_resume_is_bit_exact(blt_config: BLTRun, data: Path, entropy_run: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_stop_and_resume_is_bit_exact(blt_config: BLTRun, data: Path, entropy_ru
     first.save()
     second = trainer_of(blt_config, tmp_path / "run", data, entropy_run)
     resume(second)
-    assert second.bytes == first.bytes
+    assert second.state.bytes == first.state.bytes
     assert [second.train_step() for _ in range(7)] == losses[5:]
     assert same_state(second, whole)
 
@@ -125,7 +125,7 @@ def test_the_optimizers_settings_are_the_configurations(
     other = load_config(repo / "configs" / "tiny-entropy.yaml", ["optimizer.weight_decay=0.3", "optimizer.eps=1.0e-6"])
     second = trainer_of(other, tmp_path / "run", data)
     resume(second)
-    (group,) = second.optimizer.param_groups
+    (group,) = second.state.optimizer.param_groups
     assert (group["weight_decay"], group["eps"], group["betas"]) == (0.3, 1e-6, (0.9, 0.95))
 
 
@@ -148,7 +148,7 @@ def test_sigterm_saves_and_says_143(entropy_config: EntropyRun, data: Path, tmp_
     step = trainer.train_step
 
     def interrupted() -> float:
-        if trainer.step == 6:
+        if trainer.state.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return step()
 
@@ -158,9 +158,9 @@ def test_sigterm_saves_and_says_143(entropy_config: EntropyRun, data: Path, tmp_
         trainer.run(40)
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    snapshot = snapshots.read_newest(trainer.folder)
-    assert snapshot is not None
-    assert snapshot.step == 7
+    checkpoint = checkpoints.read_newest(trainer.folder)
+    assert checkpoint is not None
+    assert checkpoint.step == 7
 
 
 def test_what_a_run_needs_is_asked_for(
@@ -217,7 +217,7 @@ def test_padding_costs_nothing_and_counts_nothing(
 ) -> None:
     """The same rows in a longer bucket have the same loss."""
     trainer = trainer_of(blt_config, tmp_path, data, entropy_run)
-    batch = next(trainer.loader)
+    batch = next(trainer.state.loader)
     lengths = batch.patch_lengths
     assert lengths is not None
     last = (lengths > 0).sum(1) - 1
@@ -286,5 +286,5 @@ def test_bfloat16_trains_without_a_warning(
         trainer.run(2)
     finally:
         torch.set_warn_always(always)
-    assert trainer.step == 2
+    assert trainer.state.step == 2
     assert not [warning for warning in recwarn if "Mismatch dtype" in str(warning.message)]

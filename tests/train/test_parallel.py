@@ -184,7 +184,7 @@ def test_flex_attention_with_several_ranks_is_refused(
 ) -> None:
     monkeypatch.setattr(parallel, "processes", lambda device: nullcontext((parallel.Ranks(0, 2), device)))
     config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, "run.attention=flex", "run.compile=true"])
-    with pytest.raises(ConfigError, match="one process alone"):
+    with pytest.raises(ConfigError, match="a single process"):
         train(config, tmp_path / "run", data=data)
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt.train import Trainer, snapshots
+from blt.train import Trainer, checkpoints
 from blt.train.config import BLTRun, EntropyRun, load_config
-from blt.train.jobs import prepare_run
-from blt.train.loop import SKIPS
+from blt.train.loop import MAX_SKIPPED_STEPS
 from blt.train.objective import Diverged
+from blt.train.setup import prepare_run
 from blt_runtime.errors import ConfigError
 
 
 def trainer_of(config: BLTRun | EntropyRun, out: Path, data: Path, entropy: Path | None = None) -> Trainer:
-    return prepare_run(config, out, data, entropy)[0]
+    return prepare_run(config, out, data, entropy_model=entropy)[0]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -37,13 +37,13 @@ def test_a_non_finite_step_stops_before_it_is_taken(
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
     assert torch.equal(weight, before)
-    assert trainer.step == 0
+    assert trainer.state.step == 0
 
 
 def broken_for(trainer: Trainer, steps: range) -> None:
     """Gradients of these steps are not finite."""
     nan = float("nan")
-    trainer.objective.model.norm.weight.register_hook(lambda g: g * nan if trainer.step in steps else g)
+    trainer.objective.model.norm.weight.register_hook(lambda g: g * nan if trainer.state.step in steps else g)
 
 
 def test_a_non_finite_step_is_passed_over(
@@ -60,16 +60,16 @@ def test_a_non_finite_step_is_passed_over(
         trainer.train_step()
     assert torch.equal(trainer.objective.model.norm.weight, before)
     assert "step 2, epoch 0, block 0, batch 2" in caplog.text
-    summary = trainer.window.summary()
+    summary = trainer.state.window.summary()
     assert summary["skipped"] == 2
-    assert trainer.step == 3
-    assert trainer.bytes == trainer.window.bytes
+    assert trainer.state.step == 3
+    assert trainer.state.bytes == trainer.state.window.bytes
     other.train_step()
     for _ in range(2):
-        next(other.loader)
-    other.step = 3
+        next(other.state.loader)
+    other.state.step = 3
     assert trainer.train_step() == other.train_step()
-    assert trainer.bytes == other.bytes
+    assert trainer.state.bytes == other.state.bytes
 
 
 def test_too_many_in_a_row_stop_also_across_a_resume(data: Path, repo: Path, tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_too_many_in_a_row_stop_also_across_a_resume(data: Path, repo: Path, tmp
     first, trainer = (trainer_of(config, tmp_path, data) for _ in range(2))
     broken_for(first, range(100))
     broken_for(trainer, range(100))
-    for _ in range(SKIPS - 1):
+    for _ in range(MAX_SKIPPED_STEPS - 1):
         first.train_step()
     first.save()
-    snapshot = snapshots.read_newest(first.folder)
-    assert snapshot is not None
-    trainer.restore(snapshot)
+    checkpoint = checkpoints.read_newest(first.folder)
+    assert checkpoint is not None
+    trainer.restore(checkpoint)
     trainer.train_step()
-    with pytest.raises(Diverged, match=f"{SKIPS + 1} steps in a row"):
+    with pytest.raises(Diverged, match=f"{MAX_SKIPPED_STEPS + 1} steps in a row"):
         trainer.train_step()
 
 
@@ -109,7 +109,7 @@ def test_a_line_of_skipped_steps_alone(data: Path, repo: Path, tmp_path: Path) -
 def test_micro_batches_add_up(repo: Path, data: Path, entropy_run: Path, tmp_path: Path, micro_rows: int) -> None:
     path, setting = repo / "configs" / "tiny.yaml", f"batch.micro_rows={micro_rows}"
     configs = (load_config(path), load_config(path, [setting]))
-    whole, parts = (prepare_run(config, tmp_path, data, entropy_run)[0] for config in configs)
+    whole, parts = (prepare_run(config, tmp_path, data, entropy_model=entropy_run)[0] for config in configs)
     sizes = []
     loss_sum = parts.objective._sum
 
@@ -120,7 +120,7 @@ def test_micro_batches_add_up(repo: Path, data: Path, entropy_run: Path, tmp_pat
     parts.objective._sum = counted
     for _ in range(3):
         assert parts.train_step() == pytest.approx(whole.train_step(), rel=1e-5)
-        assert parts.norm == pytest.approx(whole.norm, rel=1e-4)
+        assert parts.state.norm == pytest.approx(whole.state.norm, rel=1e-4)
     assert sizes == [micro_rows] * (3 * 4 // micro_rows)
     assert parts.validate() == pytest.approx(whole.validate(), rel=1e-5)
 
@@ -155,11 +155,11 @@ def test_activation_checkpointing_saves_memory_and_changes_no_bit(
 ) -> None:
     path = repo / "configs" / "tiny.yaml"
     configs = (load_config(path), load_config(path, ["run.activation_checkpointing=true"]))
-    kept, again = (prepare_run(config, tmp_path, data, entropy_run)[0] for config in configs)
+    kept, again = (prepare_run(config, tmp_path, data, entropy_model=entropy_run)[0] for config in configs)
     assert saved_bytes(again) < 0.7 * saved_bytes(kept)
     for _ in range(2):
         assert again.train_step() == kept.train_step()
-        assert again.norm == kept.norm
+        assert again.state.norm == kept.state.norm
     names = [name for name, _ in again.objective.model.named_parameters()]
     assert names == [name for name, _ in kept.objective.model.named_parameters()]
 
@@ -168,6 +168,8 @@ def test_activation_checkpointing_saves_memory_and_changes_no_bit(
 def test_activation_checkpointing_compiles(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
     settings = ["run.activation_checkpointing=true", "batch.byte_buckets=[128]"]
     config = load_config(repo / "configs" / "tiny.yaml", settings)
-    compiled, eager = (prepare_run(config, tmp_path, data, entropy_run, compile)[0] for compile in (True, False))
+    compiled, eager = (
+        prepare_run(config, tmp_path, data, entropy_model=entropy_run, compile=compile)[0] for compile in (True, False)
+    )
     for _ in range(2):
         assert compiled.train_step() == pytest.approx(eager.train_step(), rel=1e-5)

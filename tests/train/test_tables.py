@@ -10,9 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from blt.checkpoint import models
-from blt.train import Trainer, snapshots, train
+from blt.train import Trainer, checkpoints, train
 from blt.train.config import RunConfig, load_config
-from blt.train.jobs import prepare_run
+from blt.train.setup import prepare_run
 from blt.train.tables import CatchUp
 from blt_runtime.errors import CheckpointError, ConfigError
 
@@ -25,7 +25,7 @@ def config_of(repo: Path, *settings: str) -> RunConfig:
 
 
 def trainer_of(config: RunConfig, out: Path, data: Path, compile: bool = False) -> Trainer:
-    return prepare_run(config, out, data, None, compile)[0]
+    return prepare_run(config, out, data, compile=compile)[0]
 
 
 def tables_of(trainer: Trainer) -> torch.Tensor:
@@ -38,18 +38,18 @@ def test_sparse_is_dense(repo: Path, data: Path, tmp_path: Path) -> None:
     first = tables_of(dense).clone()
     for _ in range(30):
         assert sparse.train_step() == pytest.approx(dense.train_step(), rel=1e-5)
-        assert sparse.norm == pytest.approx(dense.norm, rel=1e-4)
+        assert sparse.state.norm == pytest.approx(dense.state.norm, rel=1e-4)
     assert sparse.validate() == pytest.approx(dense.validate(), rel=1e-5)
-    assert sparse.tables is not None
-    waiting = sparse.tables.last_R
+    assert sparse.state.tables is not None
+    waiting = sparse.state.tables.last_R
     assert (waiting == 0).any()
     assert ((waiting > 0) & (waiting < 20)).any()
     sparse.finish()
     moved, difference = ((tables_of(dense) - other).abs() for other in (first, tables_of(sparse)))
     assert difference.max() < 1e-2 * moved.max()
     assert difference.mean() < 1e-5 * moved.max()
-    second = dense.optimizer.state[dense.objective.model.hash_embedding.tables.weight]["exp_avg_sq"]
-    assert (sparse.tables.exp_avg_sq_RD - second).abs().max() < 1e-3 * second.max()
+    second = dense.state.optimizer.state[dense.objective.model.hash_embedding.tables.weight]["exp_avg_sq"]
+    assert (sparse.state.tables.exp_avg_sq_RD - second).abs().max() < 1e-3 * second.max()
 
 
 @pytest.mark.parametrize(("betas", "decay"), [((0.9, 0.95), 0.1), ((0.9, 0.999), 0.0), ((0.0, 0.9), 0.3)])
@@ -84,14 +84,14 @@ def test_resumed_bit_for_bit(repo: Path, data: Path, tmp_path: Path) -> None:
     for _ in range(9):
         first.train_step()
     first.save()
-    snapshot = snapshots.read_newest(first.folder)
-    assert snapshot is not None
+    checkpoint = checkpoints.read_newest(first.folder)
+    assert checkpoint is not None
     dense = trainer_of(config_of(repo), tmp_path / "run", data)
     with pytest.raises(CheckpointError, match=r"'optimizer.tables' \(sparse, not dense\)"):
-        dense.restore(snapshot)
+        dense.restore(checkpoint)
     other = trainer_of(config_of(repo, "optimizer={tables: sparse, eps: 1.0e-6}"), tmp_path / "run", data)
     with pytest.raises(CheckpointError, match=r"'optimizer.eps' \(1e-08, not 1e-06\)"):
-        other.restore(snapshot)
+        other.restore(checkpoint)
     resumed = models.load(train(config, tmp_path / "run", data=data)).require_blt()[0]
     theirs = whole.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in resumed.state_dict().items())
@@ -100,8 +100,8 @@ def test_resumed_bit_for_bit(repo: Path, data: Path, tmp_path: Path) -> None:
 def test_their_rate_and_whether_they_train(repo: Path, data: Path, tmp_path: Path) -> None:
     pattern, sparse = "hash_embedding.*", "optimizer.tables=sparse"
     scaled = trainer_of(config_of(repo, sparse, f"optimizer.lr_scale={{{pattern!r}: 0.5}}"), tmp_path, data)
-    assert scaled.tables is not None
-    assert scaled.tables.scale == 0.5
+    assert scaled.state.tables is not None
+    assert scaled.state.tables.scale == 0.5
     frozen = trainer_of(config_of(repo, sparse, f"optimizer.freeze=[{pattern!r}]"), tmp_path, data)
     before = tables_of(frozen).clone()
     frozen.train_step()

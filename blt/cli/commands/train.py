@@ -112,13 +112,13 @@ def _dry_run(config: RunConfig, data: Path | None, how: options.ModelOptions, as
     if data is None:
         report = dry_run(config)
     else:
-        from blt.train.material import gather
-        from blt.train.packed import packing_report
+        from blt.train.batching import packing_report
+        from blt.train.inputs import prepare_inputs
 
         devices.limit_torch_threads(how.threads)
         device = devices.torch_device(how.device)
-        material = gather(config, data, how.entropy_model, device=device, splits=("train",))
-        report = material.dry_run() | {"packing": packing_report(material.training, blocks=1)}
+        inputs = prepare_inputs(config, data, entropy_model=how.entropy_model, device=device, splits=("train",))
+        report = inputs.dry_run() | {"packing": packing_report(inputs.training, blocks=1)}
     if as_json:
         console.print_json("blt.dry-run/1", report)
     else:

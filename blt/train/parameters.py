@@ -1,6 +1,6 @@
 """Which parameters train, and how fast: patterns over parameter names, as in `blt inspect MODEL --tensors`.
 
-A pattern is that of a shell (`fnmatch`): `latent.*` is the latent transformer, `*norm.weight` every norm. Names are
+Patterns are shell patterns (`fnmatch`): `latent.*` is the latent transformer, `*norm.weight` every norm. Names are
 those of the checkpoint, such as `decoder.layers.0.attention.wq.weight`.
 """
 
@@ -18,7 +18,7 @@ from blt_runtime.errors import ConfigError
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Parameters whose name matches a pattern no longer train; returns their names.
+    """Freezes the parameters whose name matches a pattern; returns their names.
 
     Raises ConfigError for a pattern that matches nothing, and if nothing is left to train.
     """
@@ -27,17 +27,17 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     _check_used("optimizer.freeze", patterns, parameters)
     frozen = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(parameters):
-        raise ConfigError("optimizer.freeze leaves no parameter to train; take a pattern away")
+        raise ConfigError("optimizer.freeze leaves no parameter to train; remove a pattern")
     for name in frozen:
         parameters[name].requires_grad_(False)
     return frozen
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The parameters that train, in groups of one factor each: {"params": [...], "scale": factor}, factor 1 first.
+    """The parameters that train, one group per factor: {"params": [...], "scale": factor}, factor 1 first.
 
-    The learning rate of a group is the schedule's times its factor. Where several patterns of `optimizer.lr_scale`
-    match, the last one counts. Frozen parameters are in no group, so neither steps nor weight decay change them.
+    The learning rate of a group is the schedule's times its factor. If several patterns of `optimizer.lr_scale` match,
+    the last one counts. Frozen parameters are in no group, so neither steps nor weight decay change them.
     Raises ConfigError for a pattern that matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
@@ -50,7 +50,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def scale_of(name: str, scales: Mapping[str, float]) -> float:
-    """The factor of one parameter's learning rate: of the last pattern that matches, 1 without one."""
+    """The factor of one parameter's learning rate: that of the last matching pattern, 1 if none matches."""
     found = [scale for pattern, scale in scales.items() if fnmatchcase(name, pattern)]
     return found[-1] if found else 1.0
 

@@ -1,16 +1,16 @@
-"""Training checkpoints: one folder per step, complete or absent, the newest few kept, a damaged newest one passed over.
+"""Training checkpoints: one folder per step, complete or absent. The newest few are kept; a damaged one is skipped.
 
     checkpoints/step-00000500/
         manifest.json              format, step, and size and sha256 of every other file
-        state.json                 step, configuration, the loader's place, sums for the log
-        shard-00001-*.safetensors  weights, optimizer state and random state, a file per rank
+        state.json                 step, configuration, the loader's position, sums for the log
+        shard-00001-*.safetensors  weights, optimizer state and random state, one file per rank
 
-One format for one rank or many: torch's distributed checkpoint (DCP) cuts tensors and puts them together again for any
-number of ranks. Its usual storage unpickles its index; its safetensors storage, used here, runs nothing of a file.
-A folder is written under a hidden name, flushed to disk and renamed. All ranks see the same file system.
+One format serves one rank or many: torch's distributed checkpoint (DCP) splits tensors and reassembles them for any
+number of ranks. Its default storage unpickles its index; the safetensors storage used here executes no code of a file.
+A folder is written under a hidden name, flushed to disk and renamed. All ranks must see the same file system.
 
-A folder of snapshots is one branch of training. A run that goes on from step s sets those behind s aside under a hidden
-name; they are removed when its own next one is complete.
+The checkpoints in a folder are one branch of training. A run that continues from step s hides those after s; they are
+removed when its own next checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from blt.train.parallel import ONE, Ranks
+from blt.files import write_synced
+from blt.train.parallel import SINGLE, Ranks
 from blt_runtime.errors import CheckpointError
 
+FOLDER = "checkpoints"
+"""In the run folder."""
 FORMAT, VERSION = "blt-train", 2
 MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -47,15 +50,15 @@ log = logging.getLogger("blt.train")
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A complete checkpoint whose files are what was written. `state` is its state.json."""
+class TrainingCheckpoint:
+    """A complete checkpoint whose files match their checksums. `state` is its state.json."""
 
     path: Path
     step: int
     state: dict[str, Any]
 
-    def load(self, tensors: Mapping[str, Tensor], ranks: Ranks = ONE) -> None:
-        """Fills `tensors` (shards of any number of ranks) in place.
+    def load(self, tensors: Mapping[str, Tensor], ranks: Ranks = SINGLE) -> None:
+        """Fills `tensors` in place; they may be sharded over any number of ranks.
 
         Raises CheckpointError if names or shapes differ.
         """
@@ -63,9 +66,13 @@ class Snapshot:
         self._check_shapes(reader, tensors)
         try:
             with _quiet():
-                dcp_load(dict(tensors), storage_reader=reader, process_group=ranks.control, no_dist=ranks.alone)
+                dcp_load(dict(tensors), storage_reader=reader, process_group=ranks.control, no_dist=ranks.single)
         except (CheckpointException, RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"{self.path}: cannot be read ({_cause(error)})") from None
+
+    def incomplete(self, error: Exception) -> CheckpointError:
+        """The error to raise if `state` lacks a value or has one of a wrong type."""
+        return CheckpointError(f"{self.path}: {STATE} is incomplete ({error!r})")
 
     def _check_shapes(self, reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor]) -> None:
         entries = reader.read_metadata().state_dict_metadata
@@ -85,28 +92,30 @@ class Snapshot:
 
 
 def write(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int, ranks: Ranks = ONE
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, keep: int, ranks: Ranks = SINGLE
 ) -> Path:
-    """Saves the snapshot of `step`, then removes all but the newest `keep` of the run so far. Every rank calls it.
+    """Saves the checkpoint of `step`, then removes all but the newest `keep` up to it. Every rank calls it.
 
-    tensors: what this rank has of each, by a name that is the same everywhere (DTensors, or the same plain tensors).
-    state: plain values.  Raises CheckpointError on every rank if one cannot write (a full disk): nothing of the new
-    folder is left then, and older ones stay.
+    tensors: this rank's shard of each (a DTensor, or a plain tensor that all ranks share), by the same name on all
+    ranks.  state: plain values.
+
+    Raises CheckpointError on every rank if one cannot write (a full disk). Then nothing of the new folder is left and
+    older checkpoints stay.
     """
     path = folder / f"step-{step:08d}"
     draft = folder / f".{path.name}.part"
     try:
-        ranks.first_does(lambda: _fresh(folder, draft))
+        ranks.on_first(lambda: _fresh(folder, draft))
         with _quiet():
             writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
-            dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.alone)
-        ranks.first_does(lambda: _complete(draft, path, step, state))
+            dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.single)
+        ranks.on_first(lambda: _complete(draft, path, step, state))
     except (CheckpointException, OSError) as error:
         if ranks.first:
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder} ({_cause(error)}); older ones are intact: "
-            "make room, and --resume auto goes on from the newest"
+            "free some space, then --resume auto continues from the newest"
         ) from None
     if ranks.first:
         _rotate(folder, step, keep)
@@ -114,11 +123,11 @@ def write(
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Hides the snapshots behind `step`, from which a run goes on: they are of another branch, or damaged.
+    """Hides the checkpoints after `step`, the step that a run continues from: they are another branch, or damaged.
 
-    The next `write` that succeeds removes them.
+    The next successful `write` removes them.
     """
-    later = [path for path in snapshots(folder) if step_of(path) > step]
+    later = [path for path in checkpoint_folders(folder) if step_of(path) > step]
     for path in later:
         hidden = path.with_name(f"{_ASIDE}{path.name}")
         if hidden.exists():
@@ -126,11 +135,11 @@ def set_aside(folder: Path, step: int) -> None:
         path.rename(hidden)
     if later:
         names = ", ".join(path.name for path in later)
-        log.info("going on from step %d: %s set aside (%s*) until the next checkpoint", step, names, folder / _ASIDE)
+        log.info("continuing from step %d: hid %s as %s* until the next checkpoint", step, names, folder / _ASIDE)
 
 
 def _fresh(folder: Path, draft: Path) -> None:
-    """An empty `draft`, and nothing left of what kills have interrupted."""
+    """Makes an empty `draft` and removes the folders that killed processes left."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".step-*"):
         shutil.rmtree(stale)
@@ -139,9 +148,9 @@ def _fresh(folder: Path, draft: Path) -> None:
 
 def _complete(draft: Path, path: Path, step: int, state: dict[str, Any]) -> None:
     """Adds state.json and the manifest and gives the folder its name."""
-    _write_text(draft / STATE, json.dumps({"step": step, **state}))
+    write_synced(draft / STATE, json.dumps({"step": step, **state}))
     files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(draft.iterdir())}
-    _write_text(draft / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}))
+    write_synced(draft / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}))
     _sync(draft)
     if path.exists():
         path.rename(_old(path))
@@ -150,12 +159,12 @@ def _complete(draft: Path, path: Path, step: int, state: dict[str, Any]) -> None
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
-    """After the snapshot of `step` is complete: away with older ones, those set aside and what was replaced.
+    """Once the checkpoint of `step` is complete, removes older ones, hidden ones and the one it replaced.
 
-    One that a short or missing file gives away does not count towards `keep`: there may be nothing else to go back to.
-    Checksums are not computed here; that would read all of them again for each new one.
+    A checkpoint with a short or missing file does not count towards `keep`, so that a readable one remains. Checksums
+    are not computed here: that would read every checkpoint again after each new one.
     """
-    earlier = [path for path in snapshots(folder) if step_of(path) < step]
+    earlier = [path for path in checkpoint_folders(folder) if step_of(path) < step]
     whole = [path for path in earlier if _looks_whole(path)]
     kept = whole[max(0, len(whole) - (keep - 1)) :]
     try:
@@ -169,7 +178,7 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """First the name, then the content: half a folder never looks like a checkpoint."""
+    """Renames the folder before deleting its files, so that half a folder never looks like a checkpoint."""
     path.rename(_old(path))
     shutil.rmtree(_old(path))
 
@@ -178,26 +187,30 @@ def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def snapshots(folder: Path) -> list[Path]:
-    """Snapshot folders, oldest first."""
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """TrainingCheckpoint folders, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a snapshot folder."""
+    """The step in the name of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))
 
 
-def read(path: Path) -> Snapshot:
-    """One snapshot, every file compared with its checksum; a copy may have any name. Raises CheckpointError."""
+def read(path: Path) -> TrainingCheckpoint:
+    """The checkpoint at `path`, a copy under any name included. Compares every file with its checksum.
+
+    Raises CheckpointError.
+    """
     path = path.resolve()
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training checkpoint; give a folder step-* or a run folder")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} is of format {manifest.get('version')}, this version reads {VERSION}; use the one that wrote it"
+            f"{path} has format version {manifest.get('version')}, this program reads version {VERSION}; "
+            "use the program version that wrote it"
         )
     try:
         step, files = int(manifest["step"]), dict(manifest["files"])
@@ -207,28 +220,31 @@ def read(path: Path) -> Snapshot:
         raise CheckpointError(f"{path / MANIFEST} is damaged") from None
     extra = sorted({file.name for file in path.iterdir()} - files.keys() - {MANIFEST})
     if extra or STATE not in files:
-        raise CheckpointError(f"{path} is not what its manifest says: {', '.join(extra) or STATE}")
+        raise CheckpointError(f"{path} does not match its manifest: {', '.join(extra) or STATE}")
     state = _read_json(path / STATE)
     if state.get("step") != step or (_NAME.fullmatch(path.name) and step_of(path) != step):
         raise CheckpointError(f"{path} holds step {state.get('step')}, its manifest says {step}")
-    return Snapshot(path, step, state)
+    return TrainingCheckpoint(path, step, state)
 
 
-def read_newest(folder: Path) -> Snapshot | None:
-    """The newest snapshot that is whole, None if there are none. Warns about each that is not."""
-    found = snapshots(folder)
+def read_newest(folder: Path) -> TrainingCheckpoint | None:
+    """The newest undamaged checkpoint, None if the folder has none. Logs a warning for each damaged one.
+
+    Raises CheckpointError if all are damaged.
+    """
+    found = checkpoint_folders(folder)
     for path in reversed(found):
         try:
             return read(path)
         except CheckpointError as error:
-            log.warning("%s; trying the one before", error)
+            log.warning("%s; trying the previous one", error)
     if found:
         raise CheckpointError(f"{folder}: no checkpoint can be read; start anew in another output folder")
     return None
 
 
 def _looks_whole(path: Path) -> bool:
-    """Whether the manifest's files are there in their sizes."""
+    """Whether all files of the manifest exist with the right size."""
     try:
         files = _read_json(path / MANIFEST)["files"]
         return all((path / name).stat().st_size == entry["size"] for name, entry in files.items())
@@ -266,13 +282,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -282,7 +291,7 @@ def _sync(folder: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """One line of what went wrong: DCP wraps the errors of all ranks."""
+    """One line about the first error: DCP wraps the errors of all ranks."""
     if isinstance(error, CheckpointException):
         inner = next(iter(error.failures.values()))[0]
         return _cause(inner)
@@ -293,7 +302,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DCP warns that it runs without a process group, which is what one rank asks of it."""
+    """Hides DCP's warning that it runs without a process group: one rank has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

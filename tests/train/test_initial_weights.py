@@ -19,8 +19,8 @@ from blt.data import prepare
 from blt.model import TransformerConfig
 from blt.train import train
 from blt.train.config import BLTRun, EntropyRun, load_config, parse_config
-from blt.train.jobs import prepare_run
-from blt.train.start import initialise
+from blt.train.initial_weights import initialise
+from blt.train.setup import prepare_run
 from blt_runtime import Model
 from blt_runtime.errors import CheckpointError, ConfigError
 

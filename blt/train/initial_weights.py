@@ -1,6 +1,7 @@
-"""Where the first weights of a run come from: drawn at random, a checkpoint of any format, or a Llama for the latent.
+"""Initial weights of a run other than random ones: a checkpoint of any format, or a Llama for the latent transformer.
 
-`complete` fills in what a configuration leaves to the checkpoint, before it is checked as a whole; `initialise` loads.
+`complete` adds to a configuration the sections that it leaves to the checkpoint, before it is validated. `initialise`
+loads the weights.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ FREE = (
     "max_seqlen", "window", "norm_eps", "rope_theta", "encoder_cross_window", "decoder_cross_window",
     "latent_document_mask",
 )  # fmt: skip
-"""Keys that weights of a checkpoint do not depend on, so that a run may choose others."""
+"""Keys that no weight of a checkpoint depends on, so that a run may change them."""
 
 
 def complete(raw: Mapping[str, Any]) -> Values:
-    """The sections of a run with what they leave out taken from `init`: of a checkpoint the model, the patch rule and
-    the entropy model, of a Llama `model.latent`. Other runs come back as they are. Raises CheckpointError."""
+    """The sections of a run, completed from `init`: from a checkpoint the model, the patch rule and the entropy model,
+    from a Llama `model.latent`. A run without `init` is returned unchanged. Raises CheckpointError."""
     init, filled = raw.get("init"), dict(raw)
     if not isinstance(init, Mapping):
         return filled
@@ -58,7 +59,10 @@ def _from_checkpoint(raw: Values, path: str) -> None:
 
 
 def _patching(rule: Values, given: Any) -> Any:
-    """The section `given` over the checkpoint's rule. Another scheme is another rule; a target asks for a threshold."""
+    """The checkpoint's rule, overridden by the section `given`.
+
+    Another scheme replaces the whole rule. A target patch size drops the checkpoint's threshold, so that one is chosen.
+    """
     if not isinstance(given, Mapping) or given.get("scheme", rule["scheme"]) != rule["scheme"]:
         return given
     chosen = {"threshold": None} if "target_patch_size" in given else {}
@@ -86,8 +90,8 @@ def _stored(source: Source, entropy: bool) -> StoredModel[BLTConfig] | StoredMod
 def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, latent_path: str | None = None) -> None:
     """Replaces the random weights of `model`, on the CPU, by those of a checkpoint, or its latent blocks by a Llama's.
 
-    Raises CheckpointError for a checkpoint of another shape or with other hash functions, or weights that are not
-    finite. Options that no weight depends on may differ; a warning lists them.
+    Raises CheckpointError if the checkpoint has another shape, other hash functions or weights that are not finite.
+    Options that no weight depends on may differ; a warning lists them.
     """
     if checkpoint_path is not None:
         source = open_source(checkpoint_path)
@@ -96,20 +100,20 @@ def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, la
         source.check_finite()
         for name, parameter in model.named_parameters():
             stored.weights[name].copy_to(parameter)
-        log.info("weights of %s", source.path)
+        log.info("initial weights from %s", source.path)
     if latent_path is not None:
         if not isinstance(model, BLT):
             raise ConfigError("init.latent is for BLT runs; an entropy model has no latent transformer")
         found = llama.read(latent_path)
         found.copy_to(model.latent)
-        log.info("%d blocks of the latent transformer are those of %s", found.config.n_layers, found.path)
+        log.info("initialised %d blocks of the latent transformer from %s", found.config.n_layers, found.path)
 
 
 def entropy_model(path: str | Path) -> EntropyModel | None:
-    """The entropy model of a checkpoint in float32, or None; the rest of it is not loaded. Errors as `open_source`."""
+    """The entropy model of a checkpoint in float32, or None; nothing else is loaded. Raises as `open_source`."""
     source = open_source(path)
-    alone = Source(source.format, source.path, entropy=source.entropy)
-    return models.build(alone).entropy
+    entropy_only = Source(source.format, source.path, entropy=source.entropy)
+    return models.build(entropy_only).entropy
 
 
 def _check_same(theirs: BLTConfig | EntropyConfig, ours: BLTConfig | EntropyConfig, path: Path) -> None:
@@ -119,14 +123,14 @@ def _check_same(theirs: BLTConfig | EntropyConfig, ours: BLTConfig | EntropyConf
     if wrong:
         listed = ", ".join(f"{key} {old.get(key)} (not {new.get(key)})" for key in wrong)
         raise CheckpointError(f"{path} does not fit the section model: it has {listed}; leave these keys out")
-    told = [key for key in changed if not key.endswith("max_seqlen")]
-    if told:
-        listed = ", ".join(f"{key} {old.get(key)}, now {new.get(key)}" for key in told)
+    reported = [key for key in changed if not key.endswith("max_seqlen")]
+    if reported:
+        listed = ", ".join(f"{key} {old.get(key)}, now {new.get(key)}" for key in reported)
         log.warning("the checkpoint was trained with %s", listed)
 
 
 def _settings(config: BLTConfig | EntropyConfig) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value), sizes that are left to others worked out."""
+    """(dotted key, value) of all settings; sizes that follow from others are computed."""
     if isinstance(config, TransformerConfig):
         yield from _stack_settings("", config)
         return
@@ -140,6 +144,6 @@ def _settings(config: BLTConfig | EntropyConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _stack_settings(prefix: str, config: TransformerConfig) -> Iterator[tuple[str, Any]]:
-    worked_out = {"n_kv_heads": config.kv_heads, "head_dim": config.head_size, "ffn_dim": config.hidden_dim}
-    for key, value in (config.model_dump() | worked_out).items():
+    computed = {"n_kv_heads": config.kv_heads, "head_dim": config.head_size, "ffn_dim": config.hidden_dim}
+    for key, value in (config.model_dump() | computed).items():
         yield prefix + key, value

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from blt.data import Batch
-from blt.train import metrics, watch
+from blt.train import metrics, progress
 from blt.train.config import EntropyRun, load_config
-from blt.train.jobs import prepare_run
+from blt.train.setup import prepare_run
 from blt_runtime.errors import MissingExtra
 
 Log = pytest.LogCaptureFixture
@@ -34,7 +34,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(metrics, "time", clock)
     return clock
 
@@ -54,7 +54,7 @@ def a_batch() -> Batch:
 
 
 def test_a_line_every_few_seconds_with_the_means_since_the_last(clock: Clock, info: Log) -> None:
-    lines = watch.Lines(100)
+    lines = progress.ProgressLines(100)
     for step in range(1, 8):
         clock.now += 2.0
         lines.step(step, STEP_BYTES * np.log(2) * step, a_batch())
@@ -67,17 +67,17 @@ def test_a_line_every_few_seconds_with_the_means_since_the_last(clock: Clock, in
 
 
 def test_a_record_takes_the_place_of_a_line_and_says_what_is_left(clock: Clock, info: Log) -> None:
-    lines = watch.Lines(100)
+    lines = progress.ProgressLines(100)
     for step in range(1, 8):
         clock.now += 2.0
         lines.step(step, 1.0, a_batch())
         note = lines.record({"step": step, "loss": 1.0}) if step % 2 else ""
-        assert note == (f" left {watch.duration(2.0 * (100 - step))}" if step in (3, 5, 7) else "")
+        assert note == (f" left {progress.duration(2.0 * (100 - step))}" if step in (3, 5, 7) else "")
     assert not info.records
 
 
 def test_validation_is_not_in_the_speed(clock: Clock) -> None:
-    pace = watch.Lines(100)
+    pace = progress.ProgressLines(100)
     pace.step(1, 1.0, a_batch())
     clock.now += 1000.0
     pace.record({"step": 1, "valid_bpb": 2.0})
@@ -91,7 +91,7 @@ def test_validation_is_not_in_the_speed(clock: Clock) -> None:
     [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3725, "1 h 02 min"), (3e5, "3 d 11 h")],
 )
 def test_durations_are_for_people(seconds: float, words: str) -> None:
-    assert watch.duration(seconds) == words
+    assert progress.duration(seconds) == words
 
 
 class Terminal(io.StringIO):
@@ -108,7 +108,7 @@ def test_a_terminal_has_a_bar_and_log_lines_stay_whole(tmp_path: Path, monkeypat
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
     logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
-    with watch.watching(tmp_path, steps=2, at=0) as watches:
+    with progress.observing(tmp_path, steps=2, at=0) as watches:
         watches.step(1, 1.0, a_batch())
         logging.getLogger("blt.train").info("a line of the log with [brackets]")
         watches.step(2, STEP_BYTES * np.log(2) * 3, a_batch())
@@ -122,7 +122,7 @@ def test_a_terminal_has_a_bar_and_log_lines_stay_whole(tmp_path: Path, monkeypat
 
 def test_other_ranks_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, info: Log) -> None:
     monkeypatch.setenv("RANK", "1")
-    with watch.watching(tmp_path, 10, 0, tensorboard=True) as watches:
+    with progress.observing(tmp_path, 10, 0, tensorboard=True) as watches:
         for step in range(1, 5):
             clock.now += 10.0
             watches.step(step, 1.0, a_batch())
@@ -145,9 +145,9 @@ def test_tensorboard_has_what_the_metrics_have_also_behind_a_resume(repo: Path, 
     assert isinstance(config, EntropyRun)
     trainer = prepare_run(config, tmp_path / "run", data)[0]
     trainer.run(8)
-    with watch.watching(tmp_path / "run", 8, at=4, tensorboard=True) as watches:  # killed at 8, gone on from 4
+    with progress.observing(tmp_path / "run", 8, at=4, tensorboard=True) as watches:  # killed at 8, gone on from 4
         watches.record({"step": 6, "loss": 0.5, "buckets": {"64": 2}})
-    found = scalars_in(tmp_path / "run" / watch.TENSORBOARD)
+    found = scalars_in(tmp_path / "run" / progress.TENSORBOARD)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = {r["step"]: r["loss"] for r in records if "loss" in r and r["step"] <= 4}
     assert found["train/loss"] == pytest.approx(losses | {6: 0.5})
@@ -164,4 +164,4 @@ def test_a_missing_tensorboard_is_said_before_the_first_step(
     trainer = prepare_run(config, tmp_path / "run", data)[0]
     with pytest.raises(MissingExtra, match=r"blt-lm\[tensorboard\]"):
         trainer.run(1)
-    assert trainer.step == 0
+    assert trainer.state.step == 0

@@ -1,4 +1,4 @@
-"""What a run of each kind is made of: its model, its objective, and the checkpoint that it ends with."""
+"""Sets up a run of each kind: its model, its objective, its trainer, and the model checkpoint that it ends with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from blt.data.token_cache import save_vocabulary
 from blt.model import BLT, EntropyModel
 from blt.model.token import TokenModel
 from blt.model.windows import choose_attention
-from blt.train import start
+from blt.train import initial_weights
 from blt.train.config import BLTRun, BPERun, RunConfig
+from blt.train.inputs import RunInputs, prepare_inputs
 from blt.train.loop import Trainer
-from blt.train.material import Material, gather
 from blt.train.objective import Objective, count_parameters
-from blt.train.parts import freeze
+from blt.train.parameters import freeze
 
 log = logging.getLogger("blt.train")
 Model = EntropyModel | BLT  # a TokenModel is an EntropyModel over other ids
@@ -29,42 +29,47 @@ def prepare_run(
     config: RunConfig,
     out: Path,
     data: str | Path | None = None,
+    *,
     entropy_model: str | Path | None = None,
     compile: bool | None = None,
     device: str = "cpu",
 ) -> tuple[Trainer, Callable[[], Checkpoint]]:
-    """The trainer of a run at step 0, and what makes its final checkpoint. Raises as `gather`, and ConfigError for
-    parts to freeze or to start from that do not fit."""
+    """The trainer of a run at step 0, and a function that makes its final model checkpoint.
+
+    Raises as `prepare_inputs`, and ConfigError for parameters to freeze or initial weights that do not fit.
+    """
     compiled = config.run.compile if compile is None else compile
-    material = gather(config, data, entropy_model, compiled, device)
-    config = material.config
-    model = _initial(config, device, compiled)
+    inputs = prepare_inputs(config, data, entropy_model=entropy_model, compile=compiled, device=device)
+    config = inputs.config
+    model = _initial_model(config, device, compiled)
     longest = config.patching.longest_patch if isinstance(config, BLTRun) else 0
     objective = Objective(model, longest, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
-    valid, flops = material.loaders["valid"], material.flops_per_byte
-    trainer = Trainer(config, objective, material.training, valid, out, material.extra, flops)
-    return trainer, lambda: _finished(model, material, out)
+    trainer = Trainer(
+        config, objective, loader=inputs.training, valid=inputs.loaders["valid"], out=out, extra=inputs.extra,
+        flops_per_byte=inputs.flops_per_byte,
+    )  # fmt: skip
+    return trainer, lambda: _final_checkpoint(model, inputs, out)
 
 
-def _initial(config: RunConfig, device: str, compiled: bool) -> Model:
+def _initial_model(config: RunConfig, device: str, compiled: bool) -> Model:
     if isinstance(config, BPERun):
         model: Model = TokenModel(config.model)
     else:
         model = BLT(config.model) if isinstance(config, BLTRun) else EntropyModel(config.model)
     model.init_weights(torch.Generator().manual_seed(config.run.seed))
     if not isinstance(config, BPERun):
-        start.initialise(model, config.init.checkpoint, config.init.latent)
+        initial_weights.initialise(model, config.init.checkpoint, config.init.latent)
     choose_attention(model, config.run.attention, device, compiled)
     frozen = freeze(model, config.optimizer.freeze)
     log.info("%d parameters, %d tensors of them frozen", count_parameters(model), len(frozen))
     return model.to(device).train()
 
 
-def _finished(model: Model, material: Material, out: Path) -> Checkpoint:
+def _final_checkpoint(model: Model, inputs: RunInputs, out: Path) -> Checkpoint:
     if isinstance(model, BLT):
-        return Checkpoint(model, material.entropy, material.rule)
+        return Checkpoint(model, inputs.entropy, inputs.rule)
     if isinstance(model, TokenModel):
-        assert material.vocabulary is not None
-        save_vocabulary(material.vocabulary, out / TOKENIZER_FILE)
-        return Checkpoint(None, None, None, model, material.vocabulary)
-    return Checkpoint(None, model, None)
+        assert inputs.vocabulary is not None
+        save_vocabulary(inputs.vocabulary, out / TOKENIZER_FILE)
+        return Checkpoint(blt=None, entropy=None, patch_rule=None, bpe=model, vocabulary=inputs.vocabulary)
+    return Checkpoint(blt=None, entropy=model, patch_rule=None)

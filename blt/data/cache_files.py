@@ -29,24 +29,24 @@ Float = NDArray[np.float32]
 log = logging.getLogger("blt.data")
 
 
-def filled(path: Path, length: int, step: int, compute: Callable[[int], Iterable[Float]]) -> None:
+def fill_array(path: Path, length: int, step: int, compute: Callable[[int], Iterable[Float]]) -> None:
     """Makes the file `path`, float32 [length] in numpy's format, unless it is there.
 
     compute: given how many values are stored already (a multiple of `step`), yields the rest. Raises InputError if the
     folder cannot be written; what was appended until then stays for the next call.
     """
-    with writing(path.parent, " (what was computed is kept)"), _claimed(path) as part:
+    with writable_folder(path.parent, " (what was computed is kept)"), _claimed(path) as part:
         if part is not None:
             _append(part, length, step, compute)
             Path(part.name).replace(path)
 
 
-def made(path: Path, make: Callable[[BinaryIO], None]) -> None:
+def create_file(path: Path, make: Callable[[BinaryIO], None]) -> None:
     """Makes the file `path` unless it is there: `make` writes its content to an empty file.
 
     Raises InputError if the folder cannot be written, and what `make` raises; then nothing is left.
     """
-    with writing(path.parent), _claimed(path) as part:
+    with writable_folder(path.parent), _claimed(path) as part:
         if part is None:
             return
         part.truncate(0)
@@ -60,13 +60,13 @@ def made(path: Path, make: Callable[[BinaryIO], None]) -> None:
         Path(part.name).replace(path)
 
 
-def draft_of(path: Path) -> Path:
+def draft_path(path: Path) -> Path:
     """The hidden file that becomes `path`; only who makes `path`, or its companion, writes it."""
     return path.with_name(f".{path.name}.part")
 
 
 @contextmanager
-def writing(folder: Path, note: str = "") -> Iterator[None]:
+def writable_folder(folder: Path, note: str = "") -> Iterator[None]:
     """Makes the folder; an error of writing there is an InputError, which ends with `note`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def writing(folder: Path, note: str = "") -> Iterator[None]:
 @contextmanager
 def _claimed(path: Path) -> Iterator[BinaryIO | None]:
     """The unfinished file behind `path`, locked; None if somebody finished `path` meanwhile."""
-    part = draft_of(path)
+    part = draft_path(path)
     while not path.exists():
         with part.open("a+b") as file:
             _lock(file, part)

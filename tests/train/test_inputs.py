@@ -13,7 +13,7 @@ from blt.data.patches import PatchIndex
 from blt.model import EntropyConfig, EntropyModel
 from blt.train import train
 from blt.train.config import load_config
-from blt.train.material import gather
+from blt.train.inputs import prepare_inputs
 from blt_runtime.errors import CheckpointError
 
 GROUPS = 12
@@ -35,7 +35,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def validation(repo: Path, data: Path, *options: str, n_bytes: int = 1 << 30) -> list[Batch]:
     """The batches of validation that begin before `n_bytes`, as `Trainer.validate` takes them."""
-    make = gather(load_config(repo / "configs" / "tiny-entropy.yaml", list(options)), data).loaders["valid"]
+    make = prepare_inputs(load_config(repo / "configs" / "tiny-entropy.yaml", list(options)), data).loaders["valid"]
     assert make is not None
     seen = 0
 

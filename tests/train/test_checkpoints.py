@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from blt.checkpoint import models
-from blt.train import Trainer, snapshots, train
+from blt.train import Trainer, checkpoints, train
 from blt.train.config import EntropyRun, load_config
-from blt.train.jobs import prepare_run
+from blt.train.setup import prepare_run
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
 
 STATE = {"config": {}, "bytes": 3}
@@ -40,9 +40,9 @@ def empty() -> dict[str, Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two snapshots, of steps 1 and 2."""
+    """Two checkpoints, of steps 1 and 2."""
     for step in (1, 2):
-        snapshots.write(tmp_path / "checkpoints", step, tensors(step), STATE, keep=2)
+        checkpoints.write(tmp_path / "checkpoints", step, tensors(step), STATE, keep=2)
     return tmp_path / "checkpoints"
 
 
@@ -51,11 +51,11 @@ def names(folder: Path) -> list[str]:
 
 
 def test_what_was_written_is_read(folder: Path) -> None:
-    snapshot = snapshots.read_newest(folder)
-    assert snapshot is not None
-    assert (snapshot.step, snapshot.state) == (2, {"step": 2, **STATE})
+    checkpoint = checkpoints.read_newest(folder)
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state) == (2, {"step": 2, **STATE})
     found = empty()
-    snapshot.load(found)
+    checkpoint.load(found)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors(2).items())
     assert {tensor.dtype for tensor in found.values()} == {torch.float32, torch.uint8}
 
@@ -63,30 +63,30 @@ def test_what_was_written_is_read(folder: Path) -> None:
 def test_the_newest_few_are_kept(folder: Path) -> None:
     (folder / ".step-00000003.part").mkdir()
     (folder / ".step-00000001.old").mkdir()
-    snapshots.write(folder, 3, tensors(), STATE, keep=2)
+    checkpoints.write(folder, 3, tensors(), STATE, keep=2)
     assert names(folder) == ["step-00000002", "step-00000003"]
-    snapshots.write(folder, 3, tensors(5), STATE, keep=1)  # once more, after a resume from before
+    checkpoints.write(folder, 3, tensors(5), STATE, keep=1)  # once more, after a resume from before
     assert names(folder) == ["step-00000003"]
-    assert snapshots.read(folder / "step-00000003").step == 3
+    assert checkpoints.read(folder / "step-00000003").step == 3
 
 
 def test_another_branch_is_hidden_at_once_and_removed_when_there_is_a_new_one(folder: Path) -> None:
     for step in (18, 20):
-        snapshots.write(folder, step, tensors(step), STATE, keep=9)
-    snapshots.set_aside(folder, 2)
+        checkpoints.write(folder, step, tensors(step), STATE, keep=9)
+    checkpoints.set_aside(folder, 2)
     assert names(folder) == [".aside-step-00000018", ".aside-step-00000020", "step-00000001", "step-00000002"]
-    newest = snapshots.read_newest(folder)
+    newest = checkpoints.read_newest(folder)
     assert newest is not None
     assert newest.step == 2
-    snapshots.write(folder, 4, tensors(4), STATE, keep=2)
+    checkpoints.write(folder, 4, tensors(4), STATE, keep=2)
     assert names(folder) == ["step-00000002", "step-00000004"]
 
 
 def test_a_truncated_one_is_none_of_those_kept(folder: Path) -> None:
-    snapshots.write(folder, 3, tensors(3), STATE, keep=3)
+    checkpoints.write(folder, 3, tensors(3), STATE, keep=3)
     truncate(next((folder / "step-00000002").glob("shard*")))
     (folder / "step-00000003" / "state.json").unlink()
-    snapshots.write(folder, 4, tensors(4), STATE, keep=2)
+    checkpoints.write(folder, 4, tensors(4), STATE, keep=2)
     assert names(folder) == ["step-00000001", "step-00000004"]
 
 
@@ -94,9 +94,9 @@ def test_old_ones_that_cannot_be_removed_are_a_warning(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    snapshots.write(folder, 3, tensors(3), STATE, keep=1)
+    checkpoints.write(folder, 3, tensors(3), STATE, keep=1)
     assert "could not be removed (Read-only file system)" in caplog.text
-    assert snapshots.read(folder / "step-00000003").step == 3
+    assert checkpoints.read(folder / "step-00000003").step == 3
 
 
 def refuse(*_: Any, **__: Any) -> None:
@@ -108,24 +108,24 @@ def test_a_disk_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyP
     before = names(folder)
     monkeypatch.setattr(Path, call, refuse)
     with pytest.raises(CheckpointError, match=r"Read-only file system.*older ones are intact"):
-        snapshots.write(folder, 3, tensors(3), STATE, keep=1)
+        checkpoints.write(folder, 3, tensors(3), STATE, keep=1)
     assert names(folder) == before
 
 
 def test_a_copy_may_have_any_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder / "step-00000002", tmp_path / "best")
-    assert snapshots.read(tmp_path / "best").step == 2
+    assert checkpoints.read(tmp_path / "best").step == 2
     monkeypatch.chdir(tmp_path / "best")
-    assert snapshots.read(Path()).path == tmp_path / "best"
+    assert checkpoints.read(Path()).path == tmp_path / "best"
 
 
 def test_nothing_of_a_checkpoint_is_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.suffix for path in (folder / "step-00000002").iterdir()) == [".json", ".json", ".safetensors"]
     for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("unpickled"))
-    snapshot = snapshots.read_newest(folder)
-    assert snapshot is not None
-    snapshot.load(empty())
+    checkpoint = checkpoints.read_newest(folder)
+    assert checkpoint is not None
+    checkpoint.load(empty())
 
 
 def flip_a_bit(path: Path) -> None:
@@ -145,11 +145,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
 ) -> None:
     (path,) = (folder / "step-00000002").glob(f"{file}*")
     damage(path)
-    snapshot = snapshots.read_newest(folder)
-    assert snapshot is not None
-    assert snapshot.step == 1
+    checkpoint = checkpoints.read_newest(folder)
+    assert checkpoint is not None
+    assert checkpoint.step == 1
     assert "step-00000002" in caplog.text
-    assert "trying the one before" in caplog.text
+    assert "trying the previous one" in caplog.text
 
 
 def test_flipped_bits_are_seen(folder: Path) -> None:
@@ -167,9 +167,9 @@ def test_flipped_bits_are_seen(folder: Path) -> None:
                 continue
             path.write_bytes(changed)
             with pytest.raises(CheckpointError):
-                snapshots.read(folder / "step-00000002")
+                checkpoints.read(folder / "step-00000002")
         path.write_bytes(content)
-    assert snapshots.read(folder / "step-00000002").step == 2
+    assert checkpoints.read(folder / "step-00000002").step == 2
 
 
 def same_json(a: bytes | bytearray, b: bytes) -> bool:
@@ -181,11 +181,11 @@ def same_json(a: bytes | bytearray, b: bytes) -> bool:
 
 def test_more_or_other_files_than_the_manifest_says(folder: Path) -> None:
     (folder / "step-00000002" / "shard-00002-model.safetensors").write_bytes(b"more")
-    with pytest.raises(CheckpointError, match="not what its manifest says"):
-        snapshots.read(folder / "step-00000002")
+    with pytest.raises(CheckpointError, match="does not match its manifest"):
+        checkpoints.read(folder / "step-00000002")
     (folder / "step-00000001").rename(folder / "step-00000009")
     with pytest.raises(CheckpointError, match="holds step 1"):
-        snapshots.read(folder / "step-00000009")
+        checkpoints.read(folder / "step-00000009")
 
 
 def test_a_manifest_cannot_point_outside(folder: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_manifest_cannot_point_outside(folder: Path) -> None:
     manifest["files"]["../step-00000001/state.json"] = manifest["files"]["state.json"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="missing"):
-        snapshots.read(folder / "step-00000002")
+        checkpoints.read(folder / "step-00000002")
 
 
 def killed_at(event: int, folder: Path) -> bool:
@@ -209,7 +209,7 @@ def killed_at(event: int, folder: Path) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-        snapshots.write(folder, 3, tensors(3), STATE, keep=2)
+        checkpoints.write(folder, 3, tensors(3), STATE, keep=2)
         os._exit(0)
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
@@ -222,13 +222,13 @@ def test_killed_anywhere_while_it_writes(folder: Path, tmp_path: Path) -> None:
         shutil.copytree(folder, place)
         if not killed_at(event, place):
             break
-        newest = snapshots.read_newest(place)
+        newest = checkpoints.read_newest(place)
         assert newest is not None
         found.append(newest.step)
         newest.load(empty())
-        snapshots.write(place, 4, tensors(4), STATE, keep=2)
+        checkpoints.write(place, 4, tensors(4), STATE, keep=2)
         assert len(names(place)) == 2
-        assert all(snapshots.read(path) for path in place.iterdir())
+        assert all(checkpoints.read(path) for path in place.iterdir())
     assert found == sorted(found)
     assert set(found) == {2, 3}
     assert len(found) > 10
@@ -238,15 +238,15 @@ def test_when_nothing_can_be_read(folder: Path) -> None:
     for path in folder.iterdir():
         truncate(path / "state.json")
     with pytest.raises(CheckpointError, match="start anew in another output folder"):
-        snapshots.read_newest(folder)
-    assert snapshots.read_newest(folder / "nowhere") is None
+        checkpoints.read_newest(folder)
+    assert checkpoints.read_newest(folder / "nowhere") is None
 
 
 @pytest.mark.parametrize("change", [{"model.a": torch.zeros(7, 4)}, {"model.b": torch.zeros(1)}, {"rng": None}])
 def test_other_tensors_than_the_runs(folder: Path, change: dict[str, Tensor | None]) -> None:
     wanted = {name: tensor for name, tensor in {**empty(), **change}.items() if tensor is not None}
     with pytest.raises(CheckpointError, match=f"{next(iter(change))} is .*start anew") as caught:
-        snapshots.read(folder / "step-00000002").load(wanted)
+        checkpoints.read(folder / "step-00000002").load(wanted)
     assert "\n" not in str(caught.value)
 
 
@@ -257,15 +257,15 @@ def test_a_full_disk_leaves_the_older_ones(folder: Path, monkeypatch: pytest.Mon
     before = names(folder)
     monkeypatch.setattr("safetensors.torch.save", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*older ones are intact") as caught:
-        snapshots.write(folder, 3, tensors(), STATE, keep=1)
+        checkpoints.write(folder, 3, tensors(), STATE, keep=1)
     assert "\n" not in str(caught.value)
     assert names(folder) == before
     monkeypatch.undo()
-    monkeypatch.setattr(snapshots, "_sync", full)  # as late as it can be
+    monkeypatch.setattr(checkpoints, "_sync", full)  # as late as it can be
     with pytest.raises(CheckpointError, match="No space"):
-        snapshots.write(folder, 3, tensors(), STATE, keep=1)
+        checkpoints.write(folder, 3, tensors(), STATE, keep=1)
     assert names(folder) == before
-    assert snapshots.read(folder / "step-00000002").step == 2
+    assert checkpoints.read(folder / "step-00000002").step == 2
 
 
 @contextmanager
@@ -343,7 +343,7 @@ def test_going_on_from_an_older_one_leaves_the_branch_behind(
     train(shorter, out, data=data, resume=str(older))
     assert names(out / "checkpoints") == ["step-00000020", "step-00000025"]
     trainer = trainer_of(entropy_config, out, data)
-    newest = snapshots.read_newest(trainer.folder)
+    newest = checkpoints.read_newest(trainer.folder)
     assert newest is not None
     assert newest.step == 25
 
@@ -361,8 +361,8 @@ def test_another_runs_checkpoint_needs_its_own_folder(
 
 def test_a_state_of_something_else(entropy_config: EntropyRun, entropy_run: Path, data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
-    snapshot = snapshots.read(entropy_run / "checkpoints" / "step-00000040")
-    del snapshot.state["loader"]
+    checkpoint = checkpoints.read(entropy_run / "checkpoints" / "step-00000040")
+    del checkpoint.state["loader"]
     with pytest.raises(CheckpointError, match="incomplete"):
-        trainer.restore(snapshot)
+        trainer.restore(checkpoint)
     shutil.rmtree(tmp_path / "run", ignore_errors=True)

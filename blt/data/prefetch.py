@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """The batch `batch` of block `block` of an epoch; a number behind a block's last batch means the next block."""
 
     epoch: int
@@ -50,7 +50,7 @@ class _Now:
         """There is nothing to stop."""
 
 
-class Ahead(Generic[B, R]):
+class Prefetcher(Generic[B, R]):
     """Results of `assemble(block, batch)` in order of their places, over blocks `plan(epoch, block)`, without end.
 
     Every epoch has `n_blocks(epoch)` blocks. Errors of the work are raised where its result is taken.
@@ -68,9 +68,9 @@ class Ahead(Generic[B, R]):
         self._threads, self._plan_ahead = workers, workers > 0
         self._planner: Executor | _Now = _Now()
         self._workers: Executor | _Now = _Now()
-        self.start(Place(0, 0, 0))
+        self.start(Position(0, 0, 0))
 
-    def start(self, place: Place) -> None:
+    def start(self, place: Position) -> None:
         """The next result is that of `place`; what was made ahead is forgotten, and threads end with what they do now.
 
         New ones begin when a result is asked for.
@@ -111,9 +111,9 @@ class Ahead(Generic[B, R]):
             block = future.result()
             if here.batch < len(block.batches):
                 self._made.append((here.epoch, self._workers.submit(self._assemble, block, here.batch)))
-                self._cursor = Place(*key, here.batch + 1)
+                self._cursor = Position(*key, here.batch + 1)
             else:
-                self._cursor = Place(*following, 0)
+                self._cursor = Position(*following, 0)
                 self._plans.pop(key)
 
     def _planned(self, key: tuple[int, int]) -> Future[B]:

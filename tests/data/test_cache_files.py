@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
-from blt.data.store import filled, made
+from blt.data.cache_files import create_file, fill_array
 from blt_runtime.errors import InputError
 
 LENGTH, STEP = 1000, 64
@@ -35,8 +35,8 @@ def check(path: Path) -> None:
 
 def test_made_once_and_not_again(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "a.npy"
-    filled(path, LENGTH, STEP, values)
-    filled(path, LENGTH, STEP, lambda done: pytest.fail("it is there"))
+    fill_array(path, LENGTH, STEP, values)
+    fill_array(path, LENGTH, STEP, lambda done: pytest.fail("it is there"))
     check(path)
     assert np.load(path, mmap_mode="r").dtype == np.float32
 
@@ -45,13 +45,13 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from blt.data.store import filled
+from blt.data.cache_files import fill_array
 def compute(done):
     for start in range(done, 1000, 64):
         yield np.arange(start, min(start + 64, 1000), dtype=np.float32)
         print(start, flush=True)
         time.sleep(60 if start == 256 else 0)
-filled(Path(sys.argv[1]), 1000, 64, compute)
+fill_array(Path(sys.argv[1]), 1000, 64, compute)
 """
 
 
@@ -66,7 +66,7 @@ def test_kill_9_loses_nothing_that_was_appended(tmp_path: Path) -> None:
     child.wait()
     assert not path.exists()
     asked = []
-    filled(path, LENGTH, STEP, lambda done: asked.append(done) or values(done))
+    fill_array(path, LENGTH, STEP, lambda done: asked.append(done) or values(done))
     assert asked[0] >= 5 * STEP
     assert asked[0] % STEP == 0
     check(path)
@@ -75,18 +75,18 @@ def test_kill_9_loses_nothing_that_was_appended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [1, 60, 130, 131, 128 + 4 * 100, 128 + 4 * LENGTH, 128 + 4 * LENGTH + 9])
 def test_a_torn_file_is_cut_back_to_whole_steps(tmp_path: Path, torn: int) -> None:
     path = tmp_path / "a.npy"
-    filled(path, LENGTH, STEP, values)
+    fill_array(path, LENGTH, STEP, values)
     whole = path.read_bytes() + b"too much"
     path.unlink()
     (tmp_path / ".a.npy.part").write_bytes(whole[:torn])
-    filled(path, LENGTH, STEP, values)
+    fill_array(path, LENGTH, STEP, values)
     check(path)
 
 
 def test_an_unfinished_file_of_another_length_is_not_used(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     (tmp_path / ".a.npy.part").write_bytes(b"\x93NUMPY something else" * 100)
-    filled(path, LENGTH, STEP, values)
+    fill_array(path, LENGTH, STEP, values)
     check(path)
 
 
@@ -96,12 +96,12 @@ def test_a_full_disk_keeps_what_was_computed(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 4 * 700, hard))
     try:
         with pytest.raises(InputError, match=r"cannot write to .*what was computed is kept"):
-            filled(path, LENGTH, STEP, values)
+            fill_array(path, LENGTH, STEP, values)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not path.exists()
     asked = []
-    filled(path, LENGTH, STEP, lambda done: asked.append(done) or values(done))
+    fill_array(path, LENGTH, STEP, lambda done: asked.append(done) or values(done))
     assert asked == [10 * STEP]
     check(path)
 
@@ -109,7 +109,7 @@ def test_a_full_disk_keeps_what_was_computed(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"):
-        filled(tmp_path / "file" / "a.npy", LENGTH, STEP, values)
+        fill_array(tmp_path / "file" / "a.npy", LENGTH, STEP, values)
 
 
 @pytest.mark.parametrize("kind", ["filled", "made"])
@@ -128,7 +128,7 @@ def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         np.save(out, np.concatenate(list(slow(0))))
 
     def work() -> None:
-        made(path, save) if kind == "made" else filled(path, LENGTH, STEP, slow)
+        create_file(path, save) if kind == "made" else fill_array(path, LENGTH, STEP, slow)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     with caplog.at_level(logging.INFO, "blt.data"):
@@ -157,12 +157,12 @@ def test_a_file_made_at_once_leaves_nothing_where_it_fails(tmp_path: Path) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 4 * 700, hard))
     try:
         with pytest.raises(InputError, match=r"cannot write to .*make room") as caught:
-            made(path, save)
+            create_file(path, save)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "kept" not in str(caught.value)
     assert not list(tmp_path.iterdir())
     (tmp_path / ".a.npy.part").write_bytes(b"left by a kill" * 999)
-    made(path, save)
+    create_file(path, save)
     check(path)
-    made(path, lambda out: pytest.fail("it is there"))
+    create_file(path, lambda out: pytest.fail("it is there"))

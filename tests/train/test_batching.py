@@ -11,25 +11,25 @@ import torch
 
 from blt.data import Batch
 from blt.train import Trainer, train
+from blt.train.batching import packing_report
 from blt.train.config import load_config
-from blt.train.jobs import prepare_run
-from blt.train.material import gather
-from blt.train.metrics import Window
-from blt.train.packed import packing_report
+from blt.train.inputs import prepare_inputs
+from blt.train.metrics import MetricWindow
+from blt.train.setup import prepare_run
 
 SPACE = ["patching.scheme=space", "patching.max_patch_length=8"]
 
 
 def one_epoch(trainer: Trainer) -> list[Batch]:
-    return list(trainer.loader.one_pass())
+    return list(trainer.state.loader.one_pass())
 
 
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 @pytest.mark.parametrize("kind", ["tiny", "tiny-entropy"])
 def test_the_report_counts_what_the_batches_hold(repo: Path, data: Path, tmp_path: Path, kind: str, pack: str) -> None:
     options = [*(SPACE if kind == "tiny" else []), f"batch.pack={pack}"]
-    loader = gather(load_config(repo / "configs" / f"{kind}.yaml", options), data).training
-    report, window = packing_report(loader), Window()
+    loader = prepare_inputs(load_config(repo / "configs" / f"{kind}.yaml", options), data).training
+    report, window = packing_report(loader), MetricWindow()
     batches = list(loader.one_pass())
     for batch in batches:
         window.add(math.log(2) * batch.n_bytes, batch)
@@ -44,14 +44,14 @@ def test_the_report_counts_what_the_batches_hold(repo: Path, data: Path, tmp_pat
 
 
 def test_a_window_goes_on_where_it_stopped(repo: Path, data: Path) -> None:
-    loader = gather(load_config(repo / "configs" / "tiny.yaml", SPACE), data).training
-    whole, first = Window(), Window()
+    loader = prepare_inputs(load_config(repo / "configs" / "tiny.yaml", SPACE), data).training
+    whole, first = MetricWindow(), MetricWindow()
     for _ in range(3):
         batch = next(loader)
         whole.add(100.0, batch)
         first.add(100.0, batch)
     first.skip()
-    second = Window()
+    second = MetricWindow()
     second.restore(json.loads(json.dumps(first.state())))
     batch = next(loader)
     whole.add(100.0, batch)
@@ -74,8 +74,8 @@ def test_auto_buckets_are_stored_and_found_again(repo: Path, data: Path, tmp_pat
     assert 2 <= len(batch["byte_buckets"]) <= 3
     assert batch["byte_buckets"][-1] == 128
     train(load_config(path, [*SPACE, *auto, "schedule.steps=8"]), tmp_path / "run", data=data)
-    chosen = gather(load_config(path, [*SPACE, *auto]), data)
-    plain = gather(load_config(path, [*SPACE, "batch.patches=16", "batch.byte_buckets=[128]"]), data)
+    chosen = prepare_inputs(load_config(path, [*SPACE, *auto]), data)
+    plain = prepare_inputs(load_config(path, [*SPACE, "batch.patches=16", "batch.byte_buckets=[128]"]), data)
     assert list(chosen.config.batch.byte_buckets) == batch["byte_buckets"]
     assert packing_report(chosen.training)["padding"] < packing_report(plain.training)["padding"]
 

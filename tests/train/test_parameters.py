@@ -8,7 +8,7 @@ import torch
 from blt.model import BLT
 from blt.train.config import OptimizerConfig
 from blt.train.optim import make_optimizer
-from blt.train.parts import freeze, parameter_groups, scale_of
+from blt.train.parameters import freeze, parameter_groups, scale_of
 from blt_runtime.errors import ConfigError
 from tests.tiny import PLAIN
 

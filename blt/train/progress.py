@@ -1,8 +1,8 @@
-"""Watching a run: how it goes, for people, and its records for TensorBoard.
+"""Observers of a run: progress for people, and records for TensorBoard.
 
-On a terminal a bar, elsewhere a line every few seconds; only rank 0 says anything, and nothing with -q. What is shown
-is the mean since it was last shown: bits per byte, bytes a second, bytes a patch, the share of padding, the time left.
-Not here: metrics.jsonl, which is always written (`blt.train.metrics`).
+Progress is a bar on a terminal, and elsewhere a log line every few seconds. Only rank 0 reports, and nothing is shown
+with -q. The numbers are means since they were last shown: bits per byte, bytes per second, bytes per patch, the share
+of padding, the time left. Not here: metrics.jsonl, which is always written (`blt.train.metrics`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from blt.data.batches import Batch
-from blt.train.metrics import Window
+from blt.train.metrics import MetricWindow
 from blt_runtime.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -27,65 +27,69 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("blt.train")
 
-LINE_EVERY_S, BAR_EVERY_S = 5.0, 0.5  # how often the numbers change
-RECENT_STEPS = 200  # the time left follows the mean of so many; validation and checkpoints are in it
-TENSORBOARD = "tensorboard"  # folder within the run
+LINE_EVERY_S, BAR_EVERY_S = 5.0, 0.5
+"""Seconds between two updates of the numbers."""
+RECENT_STEPS = 200
+"""The time left follows the mean duration of so many steps, validation and checkpoints included."""
+TENSORBOARD = "tensorboard"
+"""Folder within the run."""
 
 
-class Watch:
-    """One who watches a run, and says nothing."""
+class Observer:
+    """Is told of every step and record of a run. This one does nothing."""
 
     def step(self, step: int, nats: float, batch: Batch) -> None:
-        """Called behind each step with its summed loss in nats and the GLOBAL batch."""
+        """Called after each step with its summed loss in nats and the GLOBAL batch."""
 
     def record(self, record: Mapping[str, Any]) -> str:
-        """Called with every record of metrics.jsonl; returns words to put behind it in the log, if any."""
+        """Called with every record of metrics.jsonl; returns text to append to its log line."""
         return ""
 
 
-class Watches(Watch):
-    """Several of them."""
+class Observers(Observer):
+    """Several observers as one."""
 
-    def __init__(self, watches: list[Watch]):
-        self.watches = watches
+    def __init__(self, observers: list[Observer]):
+        self.observers = observers
 
     def step(self, step: int, nats: float, batch: Batch) -> None:
-        for watch in self.watches:
-            watch.step(step, nats, batch)
+        for observer in self.observers:
+            observer.step(step, nats, batch)
 
     def record(self, record: Mapping[str, Any]) -> str:
-        return "".join(watch.record(record) for watch in self.watches)
+        return "".join(observer.record(record) for observer in self.observers)
 
 
 @contextmanager
-def watching(out: Path, steps: int, at: int, tensorboard: bool = False) -> Iterator[Watch]:
-    """The watch over a run in the folder `out` that goes from step `at` to `steps`.
+def observing(out: Path, steps: int, at: int, tensorboard: bool = False) -> Iterator[Observer]:
+    """The observer of a run in the folder `out` that goes from step `at` to `steps`.
 
     Raises MissingExtra if TensorBoard is wanted and not installed.
     """
     with ExitStack() as stack:
-        watches: list[Watch] = []
+        observers: list[Observer] = []
         if is_first_rank() and tensorboard:
-            watches.append(stack.enter_context(tensorboard_events(out / TENSORBOARD, at)))
+            observers.append(stack.enter_context(tensorboard_events(out / TENSORBOARD, at)))
         if is_first_rank() and log.isEnabledFor(logging.INFO):
-            watches.append(stack.enter_context(_bar(steps, at)) if sys.stderr.isatty() else Lines(steps))
-        yield Watches(watches)
+            bar = sys.stderr.isatty()
+            observers.append(stack.enter_context(_progress_bar(steps, at)) if bar else ProgressLines(steps))
+        yield Observers(observers)
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of a torchrun that speaks (alone: yes)."""
+    """Whether this process is rank 0 of a torchrun, or the only process."""
     return os.environ.get("RANK", "0") in ("", "0")
 
 
 # --- for people --------------------------------------------------------------------------------------------
 
 
-class Pace(Watch):
-    """Keeps the numbers between two showings, and calls `show` every `every` seconds."""
+class ProgressObserver(Observer):
+    """Sums the numbers since they were last shown, and calls `show` every `every` seconds."""
 
     def __init__(self, steps: int, every: float):
         self.steps, self.every = steps, every
-        self.window = Window()
+        self.window = MetricWindow()
         self.ends: deque[float] = deque(maxlen=RECENT_STEPS)
         self.shown = time.monotonic()
 
@@ -99,16 +103,16 @@ class Pace(Watch):
 
     def record(self, record: Mapping[str, Any]) -> str:
         if "valid_bpb" in record:
-            self.start()  # validation's time is not training's
+            self.start()  # the time of validation is not training time
         return ""
 
     def start(self) -> None:
-        """The next showing begins here."""
+        """Starts a new window."""
         self.window.reset()
         self.shown = time.monotonic()
 
     def left(self, step: int) -> float | None:
-        """Seconds to the end of the run; None behind the first step, which compiles, and the last."""
+        """Seconds to the end of the run; None after the first step, which compiles, and after the last."""
         if len(self.ends) < 2 or step >= self.steps:
             return None
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) * (self.steps - step)
@@ -118,14 +122,14 @@ class Pace(Watch):
         raise NotImplementedError
 
 
-class Lines(Pace):
-    """`step 1,200 of 3,000: 1.912 bits/byte, ...` in the log, where no record says as much."""
+class ProgressLines(ProgressObserver):
+    """Log lines such as `step 1,200 of 3,000: 1.912 bits/byte, ...`, unless a record was just logged."""
 
     def __init__(self, steps: int):
         super().__init__(steps, LINE_EVERY_S)
 
     def record(self, record: Mapping[str, Any]) -> str:
-        self.start()  # the log has just said it all
+        self.start()  # the log line of the record has the same numbers
         left = self.left(record["step"]) if "loss" in record else None
         return "" if left is None else f" left {duration(left)}"
 
@@ -135,10 +139,10 @@ class Lines(Pace):
 
 
 def report(summary: Mapping[str, Any], left: float | None) -> str:
-    """The numbers of a `Window.summary` in words: `1.912 bits/byte, 12.3 kB/s, 4.51 bytes/patch, ...`."""
+    """A `MetricWindow.summary` as text: `1.912 bits/byte, 12.3 kB/s, 4.51 bytes/patch, ...`."""
     words = [f"{summary['bpb']:.3f} bits/byte", f"{summary['bytes_per_s'] / 1e3:.3g} kB/s"]
     if left is not None:
-        words.append(f"{duration(left)} left")  # what a narrow terminal cuts off comes behind it
+        words.append(f"{duration(left)} left")  # early: a narrow terminal cuts off the end
     if "patch_size" in summary:
         words.append(f"{summary['patch_size']:.2f} bytes/patch")
     words.append(f"padding {summary['padding']:.1%}")
@@ -158,7 +162,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-class Bar(Pace):
+class ProgressBar(ProgressObserver):
     """A line that stays at the bottom of the terminal."""
 
     def __init__(self, steps: int, progress: Progress, task: TaskID):
@@ -170,25 +174,27 @@ class Bar(Pace):
 
 
 @contextmanager
-def _bar(steps: int, at: int) -> Iterator[Bar]:
+def _progress_bar(steps: int, at: int) -> Iterator[ProgressBar]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(file=sys.stderr, highlight=False)
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}", markup=False))
-    often = 1 / BAR_EVERY_S
-    bar = Progress(*columns, console=console, refresh_per_second=often, redirect_stdout=False, redirect_stderr=False)
+    refreshes_per_s = 1 / BAR_EVERY_S
+    bar = Progress(
+        *columns, console=console, refresh_per_second=refreshes_per_s, redirect_stdout=False, redirect_stderr=False
+    )
     with bar as progress:
         task = progress.add_task("train", total=steps, completed=at, numbers="")
         with _logging_above(console):
-            yield Bar(steps, progress, task)
+            yield ProgressBar(steps, progress, task)
 
 
 @contextmanager
 def _logging_above(console: Console) -> Iterator[None]:
-    """While inside, log lines go above the bar; written past it they would leave pieces of it behind."""
+    """Prints log lines above the bar while inside. Written to the stream directly, they would leave pieces of it."""
     found = [h for h in logging.getLogger("blt").handlers if isinstance(h, logging.StreamHandler)]
-    streams = [handler.setStream(cast(TextIO, _Above(console))) for handler in found]
+    streams = [handler.setStream(cast(TextIO, _ConsoleStream(console))) for handler in found]
     try:
         yield
     finally:
@@ -196,8 +202,8 @@ def _logging_above(console: Console) -> Iterator[None]:
             handler.setStream(stream)
 
 
-class _Above:
-    """What a log handler needs of a stream."""
+class _ConsoleStream:
+    """The stream methods that a log handler calls."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -206,14 +212,14 @@ class _Above:
         self.console.print(text, end="", markup=False, soft_wrap=True)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """The console does not buffer."""
 
 
 # --- TensorBoard -------------------------------------------------------------------------------------------
 
 
-class Events(Watch):
-    """Every number of every record as a scalar at its step: `train/bpb`, `train/padding`, `valid/bpb`, ..."""
+class TensorBoardEvents(Observer):
+    """Writes every number of every record as a scalar at its step: `train/bpb`, `train/padding`, `valid/bpb`, ..."""
 
     def __init__(self, writer: Any):
         self.writer = writer
@@ -221,7 +227,7 @@ class Events(Watch):
     def record(self, record: Mapping[str, Any]) -> str:
         for name, value in scalars(record).items():
             self.writer.add_scalar(name, value, record["step"])
-        self.writer.flush()  # a kill loses nothing that metrics.jsonl has
+        self.writer.flush()  # so that a kill loses nothing that metrics.jsonl has
         return ""
 
 
@@ -239,14 +245,14 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def tensorboard_events(folder: Path, at: int) -> Iterator[Events]:
-    """Event files in `folder`; TensorBoard drops what they hold behind step `at`, where this run goes on."""
+def tensorboard_events(folder: Path, at: int) -> Iterator[TensorBoardEvents]:
+    """Event files in `folder`. TensorBoard drops older events after step `at`, from which this run continues."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingExtra("tensorboard (run.tensorboard)", "tensorboard") from error
     writer = SummaryWriter(str(folder), purge_step=at + 1 if at else None)
     try:
-        yield Events(writer)
+        yield TensorBoardEvents(writer)
     finally:
         writer.close()
