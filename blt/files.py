@@ -1,4 +1,4 @@
-"""Atomic outputs: a file or a folder appears whole or not at all. No torch: data preparation needs none."""
+"""Atomic outputs: a file or a folder appears complete or not at all. No torch: data preparation needs none."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from blt_runtime.errors import UsageError
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends, and vanishes if it raises.
+    """A temporary folder next to `out`. It becomes `out` when the block ends, and is removed if the block raises.
 
-    Raises UsageError where none can be made. What a killed process of the same number has left is removed: in a
-    container they all have the same.
+    Raises UsageError if the folder cannot be made. A folder left by a killed process of the same number is removed
+    first: in a container, processes often have the same number.
     """
-    out = out.resolve()  # a link stays, and what it leads to is replaced
+    out = out.resolve()  # a link stays; its target is replaced
     temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -33,8 +33,10 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def replace_folder(finished: Path, out: Path) -> None:
-    """Renames `finished` to `out`; an older `out` steps aside first and comes back if that fails, so `out` is never
-    half written. Both lie in one file system."""
+    """Renames `finished` to `out`; both must be in one file system.
+
+    An older `out` is moved aside first and restored if the renaming fails, so `out` is never incomplete.
+    """
     if not out.exists():
         finished.rename(out)
         return
@@ -49,21 +51,21 @@ def replace_folder(finished: Path, out: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise UsageError if the folder of `path` does not exist: before the work, not behind it."""
+    """Raises UsageError if the folder of `path` does not exist: called before the work starts."""
     if not path.parent.is_dir():
         raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A draft name beside `path`; it takes the place of `path` when the block ends without an error."""
+    """A temporary path next to `path`. It replaces `path` when the block ends, and is removed if the block raises."""
     check_folder(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield draft
-        draft.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -75,7 +77,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a whole text file or none, even if the power fails."""
-    draft = path.with_name(f".{path.name}.part")
-    write_synced(draft, text)
-    draft.replace(path)
+    """Writes a text file atomically, even if the power fails."""
+    temporary = path.with_name(f".{path.name}.part")
+    write_synced(temporary, text)
+    temporary.replace(path)

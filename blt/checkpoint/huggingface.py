@@ -1,10 +1,10 @@
-"""Hugging Face folders of `BltForCausalLM`: `config.json` and `model.safetensors`, whole or in shards.
+"""Hugging Face folders of `BltForCausalLM`: `config.json`, and `model.safetensors` as one file or in shards.
 
-The name map is a table of both sides' names; the configuration is read in `huggingface_config` and written in
-`huggingface_write`. One thing is said in weights and not in names: where transformers groups the key/value heads of a
-local stack, it groups those of the stack's cross-attention as well, and we have no such form there. Reading repeats
-each head's rows for every head of its group; writing a grouped local stack repeats those of its self-attention. Both
-compute exactly the same.
+The name map is a table of both names; the configuration is read in `huggingface_config` and written in
+`huggingface_write`. One difference is in the weights and not in their names: where transformers groups the key/value
+heads of a local stack, it also groups those of the stack's cross-attention, which this project never does. Reading
+repeats each head's rows for every head of its group. Writing a grouped local stack repeats the rows of its
+self-attention. Both compute exactly the same.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from blt.model.config import BLTConfig, TransformerConfig
 from blt_runtime.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+SPEC = "docs/spec.md, section 12"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HASH_TENSOR = "model.encoder_hash_tok_embedding.weight"
 PATCHER = "model.patcher."
@@ -55,7 +56,7 @@ STACKS = {
     "decoder": "model.local_decoder",
 }
 LOCAL = {name: STACKS[name] for name in ("encoder", "decoder")}
-# ours, theirs; # is a layer's number, and .weight follows everywhere
+# our name, their name; # is the number of a layer, and .weight follows every name
 BLT_NAMES = (
     ("hash_embedding.tables", "model.encoder_hash_tok_embedding"),
     ("encoder.byte_embedding", "model.local_encoder.embed_tokens"),
@@ -75,11 +76,11 @@ ENTROPY_NAMES = (
 )
 THEIRS = dict((*BLT_NAMES, *ENTROPY_NAMES))
 UNUSED = re.compile(r".*rotary_emb\..*")
-"""Buffers that no version reads."""
+"""Buffers that no version of transformers reads."""
 
 
 def huggingface_name(name: str) -> str:
-    """Their name of one of our parameters, of the BLT or of the entropy model."""
+    """The Hugging Face name of one of our parameters, of the BLT or of the entropy model."""
     layer = re.search(r"\.(\d+)\.", name)
     general = name.removesuffix(".weight")
     if layer is None:
@@ -88,7 +89,7 @@ def huggingface_name(name: str) -> str:
 
 
 def matches(path: Path) -> bool:
-    """A folder whose config.json says model_type blt (a damaged file that says so belongs here, too)."""
+    """A folder whose config.json has model_type blt; the text is searched, so that a damaged file matches, too."""
     try:
         text = (path / CONFIG).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -100,20 +101,20 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> Source:
-    """What a folder says; weights stay in their files. Raises CheckpointError."""
+    """The checkpoint in a folder; weights stay in their files. Raises CheckpointError."""
     where = str(path / CONFIG)
-    config = huggingface_config.fields(read_json(path / CONFIG), where)
-    blt_config, entropy_config, rule = huggingface_config.meaning(config, where)
+    config = huggingface_config.parse_config(read_json(path / CONFIG), where)
+    blt_config, entropy_config, rule = huggingface_config.our_configs(config, where)
     found = {n: t for n, t in read_safetensors(*weight_files(path)).items() if not UNUSED.fullmatch(n)}
     patcher = {name: found.pop(name) for name in list(found) if name.startswith(PATCHER)}
     if blt_config.hash is None:
-        found.pop(HASH_TENSOR, None)  # a table without rows
+        found.pop(HASH_TENSOR, None)  # it has no rows
     blt = fit_weights(blt_config, _ungrouped(blt_config, found), _names, path)
     entropy = None
     if patcher and entropy_config is not None:
         entropy = fit_weights(entropy_config, patcher, _names, path)
     elif patcher:
-        log.warning("%s: patch_in_forward is off, so its patcher is not read", where)
+        log.warning("%s: patch_in_forward is false, so the weights of the patcher are not read", where)
     return Source("huggingface", path, blt=blt, entropy=entropy, patch_rule=rule).check_vocabularies()
 
 
@@ -122,7 +123,7 @@ def _names(ours: str) -> list[str]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The one file, or the shards that the index names: plain names of files that lie in the folder."""
+    """The weight file, or the shards that the index names; they must be plain names of files in the folder."""
     if not (path / INDEX).is_file():
         if not (path / WEIGHTS).is_file():
             raise CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}; save the model with safetensors")
@@ -135,13 +136,13 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of that name. A link may lead within the folder, or within the hub's cache that the folder is of."""
+    """A file of the folder. A link may only lead to a file in the folder, or in the hub cache that holds the folder."""
     if PurePath(name).name != name or name in ("", "..") or "\\" in name:
         raise CheckpointError(f"{folder / INDEX} names {name!r}, which is not a plain file name; it is refused")
     here, file = folder.resolve(), (folder / name).resolve()
     roots = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]
     if not any(file.is_relative_to(root) for root in roots):
-        raise CheckpointError(f"{folder / name} is a link out of its folder; it is refused")
+        raise CheckpointError(f"{folder / name} is a link to a file outside its folder; it is refused")
     if not file.is_file():
         raise CheckpointError(f"{folder / name} does not exist; copy all shards")
     return folder / name
@@ -157,7 +158,7 @@ def _ungrouped(config: BLTConfig, found: Mapping[str, StoredTensor]) -> dict[str
 
 
 def _repeat_heads(tensor: StoredTensor, stack: TransformerConfig) -> StoredTensor:
-    """Rows of each key/value head once for every head of its group; views of the file, nothing is copied."""
+    """Repeats the rows of each key/value head for every head of its group, as views: nothing is copied."""
     group = stack.n_heads // stack.kv_heads
     if group == 1 or tensor.shape != (stack.kv_heads * stack.head_size, stack.dim):
         return tensor
@@ -170,21 +171,23 @@ def _repeat_heads(tensor: StoredTensor, stack: TransformerConfig) -> StoredTenso
 
 
 def check(source: Source) -> None:
-    """Raises CheckpointError that lists everything transformers has no form for; no weight is read."""
+    """Raises CheckpointError that lists everything that transformers cannot represent; no weight is read."""
     found = huggingface_write.obstacles(source)
     if found:
-        raise CheckpointError(f"{source.path}: transformers has no form for: " + "; ".join(found))
+        numbered = any("(D" in text for text in found)
+        where = " (D numbers: docs/spec.md, section 12)" if numbered else ""
+        raise CheckpointError(f"{source.path}: transformers cannot represent{where}: " + "; ".join(found))
 
 
 def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """A folder for `BltForCausalLM.from_pretrained`, streamed and atomic; an older folder is replaced.
+    """Writes a folder for `BltForCausalLM.from_pretrained`, streamed and atomically; an older folder is replaced.
 
-    dtype: of the stored weights (default: as they are). Errors as `check`.
+    dtype: of the stored weights (default: unchanged).  Raises CheckpointError as `check`.
     """
     check(source)
     tensors = _huggingface_tensors(source)
     kinds = {tensor.dtype for tensor in tensors.values()}
-    kind = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)  # what transformers computes in
+    kind = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)  # the dtype in which transformers computes
     config = _config(source, kind)
     with staged(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -193,9 +196,12 @@ def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> Non
 
 
 def _warn(kind: torch.dtype) -> None:
-    log.warning("D2: transformers does not mask documents; behind an EOS within a text its results differ")
+    log.warning("transformers does not mask documents, so its results differ after an EOS within a text (%s, D2)", SPEC)
     if kind in (torch.bfloat16, torch.float16):
-        log.warning("D9: transformers runs these weights in half precision unless from_pretrained gets dtype=float32")
+        log.warning(
+            "transformers computes in the half precision of these weights unless from_pretrained gets dtype=float32 "
+            "(%s, D9)", SPEC,
+        )  # fmt: skip
 
 
 def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
@@ -206,11 +212,11 @@ def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _huggingface_tensors(source: Source) -> dict[str, StoredTensor]:
-    """Everything under their names, in our order."""
+    """All weights under their Hugging Face names, in our order."""
     assert source.blt is not None
     blt, config = source.blt, source.blt.config
     tensors = {huggingface_name(ours): _written(ours, t, config) for ours, t in blt.weights.items()}
-    if config.hash is None:  # no functions, so the table has no rows, but it is there
+    if config.hash is None:  # transformers expects a table, which has no rows
         example = next(iter(blt.weights.values()))
         tensors[HASH_TENSOR] = StoredTensor((HASH_TENSOR,), (torch.empty(0, config.local_dim, dtype=example.dtype),))
     if source.entropy is not None:

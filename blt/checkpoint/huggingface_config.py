@@ -1,11 +1,11 @@
-"""`config.json` of a Hugging Face `BltForCausalLM`: what it says, as our configurations and patch rule.
+"""`config.json` of a Hugging Face `BltForCausalLM`, read as our configurations and patch rule.
 
-Facts from spec sections 12 and 13.4 and from transformers 5.23 (`models/blt`), whose defaults are repeated here:
-files written by older versions leave out what equals the default. D1 to D11 are the differences between the
-reference and transformers that section 12 numbers.
+The facts are in spec sections 12 and 13.4 and in transformers 5.23 (`models/blt`). Its defaults are repeated here,
+because files of older versions leave out what equals the default. D1 to D11 are the differences between
+facebookresearch/blt and transformers, numbered in docs/spec.md, section 12.
 
-What a file says is read with the reference's meaning: rows are masked at an EOS, which transformers never does (D2).
-Where transformers computes something that is neither the reference's meaning nor ours, the file is refused.
+A file means what facebookresearch/blt would compute: rows are masked at an EOS, which transformers never does (D2). A
+file is refused if transformers computes something that neither facebookresearch/blt nor this project computes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerCo
 from blt_runtime.errors import BltError, CheckpointError
 from blt_runtime.patching import PatchRule
 
+SPEC = "docs/spec.md, section 12,"
+ORIGINAL = "use the checkpoint in facebookresearch/blt's format"
 Ours = TypeVar("Ours", bound=TransformerConfig)
 
 
 class Arguments(BaseModel):
-    """The fields that decide what the weights compute. The file holds more, for training and generation."""
+    """The fields that decide what the weights compute. Others, for training and generation, are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -35,7 +37,7 @@ class Rope(Arguments):
 
 
 class Stack(Arguments):
-    """One of the four sub-configurations, with what they share."""
+    """The fields that the four sub-configurations share."""
 
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt
@@ -47,12 +49,12 @@ class Stack(Arguments):
     rms_norm_eps: float = 1e-5
     hidden_act: Literal["silu"] = "silu"
     rope_parameters: Rope | None = None
-    rope_scaling: Rope | None = None  # older versions: this and rope_theta instead of rope_parameters
+    rope_scaling: Rope | None = None  # older versions have this and rope_theta instead of rope_parameters
     rope_theta: PositiveFloat | None = None
     default_theta: PositiveFloat = 500000.0
 
     def values(self, window: int | None) -> dict[str, Any]:
-        """Of our configuration. Raises ValueError for a form that we do not have."""
+        """The values of our configuration. Raises ValueError for a form that is not supported."""
         heads, dim = self.num_attention_heads, self.hidden_size
         if self.head_dim not in (None, dim // heads):
             raise ValueError(f"head_dim {self.head_dim} is not hidden_size {dim} // num_attention_heads {heads}")
@@ -73,7 +75,7 @@ class Stack(Arguments):
         rope = self.rope_scaling or self.rope_parameters or Rope()
         kind = rope.rope_type or rope.type or "default"
         if kind != "default":
-            raise ValueError(f"rope_type {kind!r} is a scaled rotary embedding; only 'default' is known here")
+            raise ValueError(f"rope_type {kind!r} is a scaled rotary embedding; only 'default' is supported")
         return rope.rope_theta or self.rope_theta or self.default_theta
 
 
@@ -120,7 +122,7 @@ class Patcher(Stack):
         return super().values(window) | {"vocab_size": self.vocab_size}
 
 
-class HuggingFace(Arguments):
+class HuggingFaceConfig(Arguments):
     """The whole file."""
 
     vocab_size: PositiveInt = 260
@@ -134,20 +136,20 @@ class HuggingFace(Arguments):
     encoder_hash_byte_group_size: list[PositiveInt] | None = None
     encoder_hash_byte_group_vocab: PositiveInt = 500002
     encoder_hash_byte_group_nb_functions: NonNegativeInt = 1
-    tie_word_embeddings: Literal[False] = False  # the only form the weights come in
+    tie_word_embeddings: Literal[False] = False  # the only supported form
     encoder_config: Encoder = Field(default_factory=Encoder)
     decoder_config: Decoder = Field(default_factory=Decoder)
     global_config: Global = Field(default_factory=Global)
     patcher_config: Patcher = Field(default_factory=Patcher)
 
     def blt(self) -> BLTConfig:
-        """Raises ValueError (pydantic's, too) where sizes do not fit."""
+        """The configuration of the BLT. Raises ValueError (or pydantic's subclass) if sizes do not fit."""
         encoder, decoder = self.encoder_config, self.decoder_config
         self._check_sizes()
         if encoder.cross_attn_all_layers and encoder.num_hidden_layers > 1:
             raise ValueError(
-                f"encoder_config.cross_attn_all_layers with {encoder.num_hidden_layers} layers: transformers throws "
-                "all but the last layer's away, the reference does not (D3); take the reference's own checkpoint"
+                f"encoder_config.cross_attn_all_layers with {encoder.num_hidden_layers} layers: transformers discards "
+                f"all but the last layer's result, facebookresearch/blt does not ({SPEC} D3); {ORIGINAL}"
             )
         window = self.local_attention_window_len
         return BLTConfig(
@@ -185,28 +187,30 @@ class HuggingFace(Arguments):
         )
 
     def entropy(self) -> EntropyConfig | None:
-        """None without a patcher. Raises ValueError where sizes do not fit."""
+        """The configuration of the entropy model, or None without a patcher. Raises ValueError if sizes do not fit."""
         if not self.patch_in_forward:
             return None
         patcher = self.patcher_config
         return _ours(EntropyConfig, "patcher_config", patcher, patcher.sliding_window)
 
     def patch_rule(self) -> PatchRule:
-        """Raises RuleError or ValueError for what transformers silently does otherwise."""
+        """The patch rule. Raises RuleError or ValueError for settings that transformers silently runs differently."""
         mode = self.patching_mode
         if mode == "byte":
             return PatchRule("byte")
         if mode != "entropy":
             raise ValueError(
-                f"patching_mode {mode!r} means one patch per byte in transformers (D5): write 'byte' if that is how "
-                "the model was trained, or take the reference's own checkpoint"
+                f"patching_mode {mode!r} means one patch per byte in transformers ({SPEC} D5): write 'byte' if the "
+                f"model was trained like this; if not, {ORIGINAL}"
             )
         if self.patch_size is None:
-            raise ValueError("patch_size null means one patch per byte in transformers (D5): write 4, or mode 'byte'")
+            raise ValueError(
+                f"patch_size null means one patch per byte in transformers ({SPEC} D5): write 4, or mode 'byte'"
+            )
         if self.max_patch_length is not None:
             raise ValueError(
                 f"max_patch_length {self.max_patch_length}: transformers splits patches without the next byte and "
-                "gets the last position wrong (D4); write null, or take the reference's own checkpoint"
+                f"computes the last position wrongly ({SPEC} D4); write null, or {ORIGINAL}"
             )
         if self.patching_threshold is None:
             raise ValueError("patching_threshold is null; entropy patching needs one")
@@ -228,15 +232,15 @@ def _message(error: ValidationError) -> str:
     return field + first["msg"].removeprefix("Value error, ")
 
 
-def fields(values: Any, file: str) -> HuggingFace:
-    """Raises CheckpointError that names the field."""
-    if isinstance(values, dict):  # null stands for the defaults of a section
+def parse_config(values: Any, file: str) -> HuggingFaceConfig:
+    """The content of `file`, validated. Raises CheckpointError that names the field."""
+    if isinstance(values, dict):  # a section that is null has the defaults
         values = {key: v for key, v in values.items() if v is not None or not key.endswith("_config")}
-    return parse(HuggingFace, values, file)
+    return parse(HuggingFaceConfig, values, file)
 
 
-def meaning(config: HuggingFace, file: str) -> tuple[BLTConfig, EntropyConfig | None, PatchRule]:
-    """Our configurations and rule. Raises CheckpointError for sizes that do not fit and forms that we do not have."""
+def our_configs(config: HuggingFaceConfig, file: str) -> tuple[BLTConfig, EntropyConfig | None, PatchRule]:
+    """Our configurations and patch rule. Raises CheckpointError for sizes that do not fit and unsupported forms."""
     try:
         return config.blt(), config.entropy(), config.patch_rule()
     except ValidationError as error:

@@ -1,6 +1,6 @@
-"""`config.json` of a Hugging Face `BltForCausalLM` from our configurations, and what it has no words for.
+"""`config.json` of a Hugging Face `BltForCausalLM` from our configurations, and what transformers cannot represent.
 
-Numbers D1 to D11 are those of spec section 12; each was checked against transformers 5.23.
+The numbers D1 to D11 are those of docs/spec.md, section 12; each was checked against transformers 5.23.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from blt_runtime.patching import PatchRule
 
 
 def obstacles(source: Source) -> list[str]:
-    """What of a checkpoint transformers has no form for, each by its number in spec section 12 where it has one."""
+    """Everything in a checkpoint that transformers cannot represent, with its D number if it has one."""
     if source.blt_config is None:
-        return ["an entropy model alone" if source.bpe is None else "a token-level baseline"]
+        return ["a checkpoint with only an entropy model" if source.bpe is None else "a token-level baseline"]
     found = _model_obstacles(source.blt_config) + _rule_obstacles(source.patch_rule)
     if source.patch_rule is not None and source.patch_rule.needs_entropy and source.entropy_config is None:
         found.append("no entropy model (name one with --entropy-model)")
@@ -27,13 +27,13 @@ def obstacles(source: Source) -> list[str]:
 def _model_obstacles(c: BLTConfig) -> list[str]:
     stacks = {"encoder": c.encoder, "latent": c.latent, "decoder": c.decoder}
     checks = {
-        f"D3 encoder_cross_all_layers with {c.encoder.n_layers} encoder layers": c.encoder_cross_layers > 1,
-        f"D6 encoder_cross_window {c.encoder_cross_window}": c.encoder_cross_window > 1,
-        f"D6 decoder_cross_window {c.decoder_cross_window}": c.decoder_cross_window > 1,
-        f"D6 encoder_cross_heads {c.encoder_heads} beside {c.encoder.n_heads} heads": (
+        f"encoder_cross_all_layers with {c.encoder.n_layers} encoder layers (D3)": c.encoder_cross_layers > 1,
+        f"encoder_cross_window {c.encoder_cross_window} (D6)": c.encoder_cross_window > 1,
+        f"decoder_cross_window {c.decoder_cross_window} (D6)": c.decoder_cross_window > 1,
+        f"encoder_cross_heads {c.encoder_heads} with {c.encoder.n_heads} heads (D6)": (
             c.encoder_heads != c.encoder.n_heads
         ),
-        f"D6 decoder_cross_heads {c.decoder_heads} beside {c.decoder.n_heads} heads": (
+        f"decoder_cross_heads {c.decoder_heads} with {c.decoder.n_heads} heads (D6)": (
             c.decoder_heads != c.decoder.n_heads
         ),
         f"pooling {c.pooling!r}": c.pooling != "max",
@@ -51,12 +51,12 @@ def _rule_obstacles(rule: PatchRule | None) -> list[str]:
     if rule is None:
         return ["no patch rule"]
     if rule.scheme not in ("entropy", "byte"):
-        return [f"D5 patch scheme {rule.scheme!r}"]
+        return [f"patch scheme {rule.scheme!r} (D5)"]
     checks = {
-        f"D4 max_patch_length {rule.max_patch_length}": rule.max_patch_length is not None,
-        "D6 monotonic patch rule": rule.monotonic,
-        f"D6 threshold_add {rule.threshold_add}": rule.threshold_add is not None,
-        f"D9 entropies compared in {rule.entropy_dtype}": rule.entropy_dtype != "float32",
+        f"max_patch_length {rule.max_patch_length} (D4)": rule.max_patch_length is not None,
+        "monotonic patch rule (D6)": rule.monotonic,
+        f"threshold_add {rule.threshold_add} (D6)": rule.threshold_add is not None,
+        f"entropies compared in {rule.entropy_dtype} (D9)": rule.entropy_dtype != "float32",
         "reset_newlines": rule.reset_newlines,
     }
     return [name for name, holds in checks.items() if holds and rule.scheme == "entropy"]
@@ -67,9 +67,9 @@ def _plain_heads(stack: TransformerConfig) -> bool:
 
 
 def to_json(blt: BLTConfig, entropy: EntropyConfig | None, rule: PatchRule, dtype: str) -> dict[str, Any]:
-    """The content of config.json for a checkpoint without `obstacles`; `dtype` as in torch, e.g. "bfloat16".
+    """The content of config.json for a checkpoint without `obstacles`; `dtype` is torch's name, e.g. "bfloat16".
 
-    transformers' default generate() crashes on its own cache, hence use_cache false.
+    use_cache is false because transformers' default generate() crashes with its own cache.
     """
     hashing = blt.hash or HashConfig(rows=1)
     local = {"vocab_size": blt.vocab_size, "cross_attn_k": blt.cross_k, "hidden_size_global": blt.latent.dim}
@@ -81,7 +81,7 @@ def to_json(blt: BLTConfig, entropy: EntropyConfig | None, rule: PatchRule, dtyp
         "vocab_size": blt.vocab_size,
         "max_position_embeddings": blt.latent.max_seqlen,
         "patch_in_forward": entropy is not None,
-        "patch_size": 4,  # not read beside a threshold, but null would turn entropy patching off
+        "patch_size": 4,  # not read if there is a threshold, but null would turn entropy patching off
         "patching_mode": rule.scheme,
         "patching_threshold": rule.threshold,
         "patching_batch_size": 1,
@@ -106,7 +106,7 @@ def to_json(blt: BLTConfig, entropy: EntropyConfig | None, rule: PatchRule, dtyp
 
 
 def _stack_json(stack: TransformerConfig, model_type: str, local: bool = False) -> dict[str, Any]:
-    """Local stacks get as many key/value heads as heads: transformers groups their cross-attention, too."""
+    """Local stacks get as many key/value heads as heads, because transformers groups their cross-attention, too."""
     return {
         "model_type": model_type,
         "hidden_size": stack.dim,

@@ -85,6 +85,7 @@ class Checkpoint:
 def load(
     path: str | Path,
     entropy_model: str | Path | None = None,
+    *,
     trainable: bool = False,
     entropy_dtype: EntropyDtype | None = None,
     generates: bool = False,

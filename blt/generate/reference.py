@@ -1,7 +1,7 @@
-"""The slow, obvious Byte Latent Transformer: what every fast path is tested against.
+"""The slow, obvious Byte Latent Transformer: the reference that every fast form is tested against.
 
-One row at a time, everything recomputed for every byte, dense masks everywhere, patch rules through the plain
-vectorised definition. It shares parameters with `blt.model` and nothing of its layout, masks or caches.
+It processes one row at a time, recomputes everything for every byte, and uses dense masks and the plain vectorised
+definition of the patch rules. It shares its parameters with `blt.model`, but no layout, mask or cache.
 Formulas: spec sections 2 to 10.
 
 Letters: N tokens, P patches, D local width, G latent width, k slices a patch, H heads, K head size.
@@ -28,7 +28,7 @@ from blt_runtime.patching import PatchRule, patch_lengths
 
 @dataclass
 class Trace:
-    """One row: its logits, and the states on the way to them."""
+    """The logits of one row, and the intermediate states."""
 
     ids: list[int]
     patch_lengths: list[int]
@@ -44,7 +44,7 @@ def norm(x: Tensor, module: RMSNorm) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + module.eps).rsqrt() * module.weight
 
 
-def turn(x_NHK: Tensor, theta: float) -> Tensor:
+def rotate(x_NHK: Tensor, theta: float) -> Tensor:
     """Rotary embedding of positions 0..N-1 as a complex multiplication of neighbouring pairs."""
     n, _, size = x_NHK.shape
     frequency = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
@@ -55,7 +55,7 @@ def turn(x_NHK: Tensor, theta: float) -> Tensor:
 
 
 def softmax_attention(q_NHK: Tensor, k_JHK: Tensor, v_JHK: Tensor, mask_NJ: Tensor) -> Tensor:
-    """A query without any key gets 0. Returns [N, H * K]."""
+    """Softmax attention [N, H * K]; a query without keys gets 0."""
     score = torch.einsum("nhk,jhk->hnj", q_NHK, k_JHK) / math.sqrt(q_NHK.shape[-1])
     weight = score.masked_fill(~mask_NJ, float("-inf")).softmax(-1).nan_to_num(0.0)
     return torch.einsum("hnj,jhk->nhk", weight, v_JHK).flatten(1)
@@ -64,8 +64,8 @@ def softmax_attention(q_NHK: Tensor, k_JHK: Tensor, v_JHK: Tensor, mask_NJ: Tens
 def self_attention(x_ND: Tensor, a: Attention, theta: float, mask_NN: Tensor) -> Tensor:
     q, k, v = ((x_ND @ w.weight.T).unflatten(-1, (-1, a.head_size)) for w in (a.wq, a.wk, a.wv))
     repeat = q.shape[1] // k.shape[1]
-    k, v = turn(k, theta).repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    return softmax_attention(turn(q, theta), k, v, mask_NN) @ a.wo.weight.T
+    k, v = rotate(k, theta).repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    return softmax_attention(rotate(q, theta), k, v, mask_NN) @ a.wo.weight.T
 
 
 def feed_forward(x: Tensor, f: FeedForward) -> Tensor:
@@ -79,7 +79,7 @@ def block(x_ND: Tensor, layer: Block, theta: float, mask_NN: Tensor) -> Tensor:
 
 
 def cross_attention(x_QD: Tensor, c_JD: Tensor, c: CrossAttention, mask_QJ: Tensor) -> Tensor:
-    """Spec section 2: the input is added here, and once more by the caller."""
+    """The input is added here, and again by the caller (spec section 2)."""
     heads = (c.n_heads, c.head_size)
     normed = norm(c_JD, c.kv_norm)
     q = (norm(x_QD, c.q_norm) @ c.wq.weight.T).unflatten(-1, heads)
@@ -110,7 +110,7 @@ def patch_ids(lengths: Sequence[int], n: int) -> list[int]:
 def entropies(model: EntropyModel, ids: Sequence[int], reset_newlines: bool = False) -> tuple[Tensor, Tensor]:
     """Next-byte entropies [N] in nats, and the logits [N, 260] they come from (spec section 4).
 
-    bfloat16 has no plainer form than its model: the grouping of sums is part of it.
+    For bfloat16 the model itself is the reference, because the grouping of sums is part of its definition.
     """
     if isinstance(model, BFloat16EntropyModel):
         rounded = model(torch.tensor([list(ids)]), reset_newlines)[0]
@@ -130,7 +130,7 @@ def _block(layer: object) -> Block:
 
 
 def hash_row(ids: Sequence[int], t: int, prime: int, size: int, rows: int) -> int:
-    """Spec section 6 in Python integers, wrapped to 64 bits at the end."""
+    """Row of an n-gram in its table, in Python integers that are wrapped to 64 bits at the end (spec section 6)."""
     window = [ids[i] if i >= 0 else 0 for i in range(t - size + 1, t + 1)]
     value: int = sum(token * prime**i for i, token in enumerate(window)) % 2**64
     return (value - 2**64 if value >= 2**63 else value) % rows
@@ -149,8 +149,7 @@ def embed(model: BLT, ids: Sequence[int]) -> Tensor:
 
 
 def pool(model: BLT, h_ND: Tensor, owner: Sequence[int], n_patches: int) -> Tensor:
-    """First patch vectors: the elementwise maximum (or mean, minimum) of each patch's bytes, or one trained vector.
-    [P * k, D]"""
+    """Initial patch vectors [P * k, D]: the maximum (mean, minimum) of each patch's bytes, or a trained vector."""
     rows, query = [], model.encoder.query
     for patch in range(n_patches):
         members = h_ND[[t for t, j in enumerate(owner) if j == patch]]
@@ -162,7 +161,7 @@ def pool(model: BLT, h_ND: Tensor, owner: Sequence[int], n_patches: int) -> Tens
 
 
 def _run(stack: Stack, x: Tensor, mask: Tensor) -> Iterator[Tensor]:
-    """Output of each layer in turn."""
+    """The outputs of all layers, in order."""
     for layer in stack.layers:
         x = block(x, _block(layer), stack.config.rope_theta, mask)
         yield x
@@ -170,15 +169,15 @@ def _run(stack: Stack, x: Tensor, mask: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def forward(model: BLT, ids: Sequence[int], lengths: Sequence[int]) -> Trace:
-    """All quantities of one row of ids whose patch lengths sum to N + 1 (the virtual next token)."""
+    """All states of one row of ids; the patch lengths sum to N + 1 (the virtual next token)."""
     c, n, n_patches = model.config, len(ids), len(lengths)
     trace = Trace(list(ids), list(lengths), embeds=embed(model, ids))
     owner = torch.tensor(patch_ids(lengths, n))
     document = documents(ids)
 
     query_patch = torch.arange(n_patches).repeat_interleave(c.cross_k)
-    behind = query_patch[:, None] - owner[None, :]
-    encoder_mask = (behind >= 0) & (behind < c.encoder_cross_window)
+    distance = query_patch[:, None] - owner[None, :]
+    encoder_mask = (distance >= 0) & (distance < c.encoder_cross_window)
     h, p, crossed = trace.embeds, torch.empty(0), 0
     local_states = _run(model.encoder, trace.embeds, block_causal(document, c.encoder.window))
     for i, h in enumerate(local_states):
@@ -199,8 +198,8 @@ def forward(model: BLT, ids: Sequence[int], lengths: Sequence[int]) -> Trace:
     slices = g if model.decoder.patch_projection is None else g @ model.decoder.patch_projection.weight.T
     slices = slices.reshape(-1, h.shape[1])
     complete = torch.tensor(patch_ids(lengths[1:], n))
-    ahead = complete[:, None] - query_patch[None, :]
-    decoder_mask = (ahead >= 0) & (ahead < c.decoder_cross_window)
+    distance = complete[:, None] - query_patch[None, :]
+    decoder_mask = (distance >= 0) & (distance < c.decoder_cross_window)
     local_mask = block_causal(document, c.decoder.window)
     for i, layer in enumerate(model.decoder.layers):
         if c.decoder_cross_all_layers or i == 0:
@@ -218,7 +217,7 @@ def _cross(module: object) -> CrossAttention:
 
 @torch.no_grad()
 def lengths_of(checkpoint: Checkpoint, ids: Sequence[int], rule: PatchRule | None = None) -> list[int]:
-    """Patch lengths of one row under the checkpoint's rule, the virtual next token included."""
+    """Patch lengths of one row by the checkpoint's patch rule, with the virtual next token."""
     rule = rule or checkpoint.require_blt()[1]
     values = None
     if rule.needs_entropy:
@@ -228,7 +227,7 @@ def lengths_of(checkpoint: Checkpoint, ids: Sequence[int], rule: PatchRule | Non
 
 
 def generate(checkpoint: Checkpoint, ids: Sequence[int], n: int) -> list[int]:
-    """Greedy continuation of `ids` by `n` tokens, everything recomputed for each."""
+    """Greedy continuation of `ids` by `n` tokens; everything is recomputed for each token."""
     blt, _ = checkpoint.require_blt()
     out = list(ids)
     for _ in range(n):

@@ -1,7 +1,7 @@
-"""The cached PyTorch form of generation: the step modules behind the runtime's backend protocol.
+"""The cached PyTorch form of generation: the step modules as a backend of the runtime.
 
 `blt_runtime.Stream` drives it exactly as it drives an exported bundle, so there is one generation loop. Buffers are
-numpy arrays that torch tensors share; caches are updated in place.
+numpy arrays that share their memory with torch tensors; caches are updated in place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blt_runtime.errors import BackendError, UsageError
 
 
 class TorchSession:
-    """One step module. Its outputs are copied into the bound buffers, its caches are those buffers."""
+    """A session of one step module. Outputs are copied into the bound buffers; caches are updated in their buffers."""
 
     def __init__(self, step: StepModule, spec: GraphSpec) -> None:
         self.spec = spec
@@ -35,7 +35,7 @@ class TorchSession:
         tensors = {name: torch.from_numpy(buffer.array) for name, buffer in buffers.items()}
         missing = [t.name for t in (*self.spec.inputs, *self.spec.outputs) if t.name not in tensors]
         if missing:
-            raise BackendError(f"graph {self.spec.name!r}: nothing bound to {', '.join(missing)}")
+            raise BackendError(f"graph {self.spec.name!r}: no buffer is bound to {', '.join(missing)}")
         inputs = [tensors[t.name] for t in self.spec.inputs]
         outputs = [tensors[t.name] for t in self.spec.outputs if t.name not in self.spec.aliases]
         step = self._step
@@ -50,7 +50,7 @@ class TorchSession:
 
 
 class TorchBackend:
-    """The steps of one checkpoint, float32 on the CPU."""
+    """The step modules of one checkpoint, in float32 on the CPU."""
 
     name = "torch"
 
@@ -69,16 +69,17 @@ class TorchBackend:
 def open_model(
     checkpoint: str | Path | Checkpoint,
     entropy_model: str | Path | None = None,
+    *,
     device: str = "cpu",
     threads: int | None = None,
-    *,
     capacity: int | None = None,
     patches: int | None = None,
     chunk: int = CHUNK,
 ) -> Model:
-    """A runtime model over a checkpoint, or over the path of one. Raises CheckpointError, BackendError.
+    """A runtime model of a checkpoint or of its path. Raises CheckpointError, BackendError, UsageError.
 
-    capacity, patches: what a stream can hold (default: the trained lengths).  threads: torch's, for this process.
+    capacity, patches: the bytes and patches that a stream can hold (default: the trained lengths).  chunk: bytes per
+    prefill call.  threads: torch's number of threads in this process.
     """
     if device != "cpu":
         raise BackendError(f"the torch backend runs on the CPU, not on {device!r}: export a bundle for other devices")
@@ -96,7 +97,7 @@ def open_model(
 
 
 def host_tables(blt: BLT) -> list[npt.NDArray[Any]] | None:
-    """The hash tables as the runtime reads them, one [V, D] each, not copied: bfloat16 as the uint16 it lies in."""
+    """The hash tables as the runtime reads them, [rows, D] each, not copied; bfloat16 is viewed as uint16."""
     hashed = blt.hash_embedding
     if hashed is None:
         return None

@@ -169,7 +169,8 @@ class BLT(nn.Module):
 
     def layout(self, patch_lengths_BP: Tensor, n_tokens: int, max_patch: int) -> PatchLayout:
         c = self.config
-        return patch_layout(patch_lengths_BP, n_tokens, max_patch, c.encoder_cross_window, c.decoder_cross_window)
+        windows = {"encoder_window": c.encoder_cross_window, "decoder_window": c.decoder_cross_window}
+        return patch_layout(patch_lengths_BP, n_tokens, max_patch, **windows)
 
     def forward(self, ids_BN: Tensor, patch_lengths_BP: Tensor, max_patch: int) -> Tensor:
         """Next-byte logits of whole rows, float32 [B, N, 260].

@@ -62,19 +62,21 @@ def _graph(
     name: str,
     config: TransformerConfig,
     cache: CacheSpec,
+    *,
     inputs: list[TensorSpec],
     outputs: list[TensorSpec],
 ) -> GraphSpec:
-    clock = "P" if name == "latent" else "S"
+    """A graph with positions, document starts and caches added to its own inputs and outputs."""
+    length = "P" if name == "latent" else "S"
     shape = ("B", config.kv_heads, cache.capacity, config.head_size)
-    parts = [f"{part}.{layer}" for layer in range(config.n_layers) for part in ("key", "value")]
-    past = [_f32(f"past_{part}", *shape) for part in parts]
-    present = [_f32(f"present_{part}", *shape) for part in parts]
+    names = [f"{kind}.{layer}" for layer in range(config.n_layers) for kind in ("key", "value")]
+    past = [_f32(f"past_{name}", *shape) for name in names]
+    present = [_f32(f"present_{name}", *shape) for name in names]
     return GraphSpec(
         name,
-        (*inputs, _i64("positions", "B", clock), _i64("doc_start", "B", clock), *past),
+        (*inputs, _i64("positions", "B", length), _i64("doc_start", "B", length), *past),
         (*outputs, *present),
-        {f"present_{part}": f"past_{part}" for part in parts},
+        {f"present_{name}": f"past_{name}" for name in names},
         cache,
     )
 
@@ -84,6 +86,7 @@ def model_spec(
     entropy: EntropyConfig | None,
     rule: PatchRule,
     limits: Limits,
+    *,
     layout: WindowLayout = "ring",
     chunk_crosses_documents: bool = True,
     table_dtype: TableDtype = "float32",
@@ -95,41 +98,45 @@ def model_spec(
     hashed = [_f32("hash_embedding", "B", "S", D)] if config.hash else []
     own_start = [_i64("own_start", "B", "P")] if config.encoder_cross_window > 1 else []
     local = {
-        part: cache_spec(part_config, limits.bytes, limits.chunk, layout)
-        for part, part_config in _byte_parts(config, entropy)
+        name: cache_spec(stack, limits.bytes, limits.chunk, layout)
+        for name, stack in _byte_stacks(config, entropy).items()
     }
     latent = cache_spec(config.latent, limits.patches, limits.chunk, layout)
     graphs = {
         "encoder": _graph(
-            "encoder", config.encoder, local["encoder"], [ids, *hashed], [_f32("byte_states", "B", "S", X, D)]
+            "encoder",
+            config.encoder,
+            local["encoder"],
+            inputs=[ids, *hashed],
+            outputs=[_f32("byte_states", "B", "S", X, D)],
         ),
         "latent": _graph(
             "latent",
             config.latent,
             latent,
-            [
+            inputs=[
                 _f32("byte_states", "N", X, D),
                 _i64("byte_index", "B", "P", "L"),
                 _i64("patch_length", "B", "P"),
                 *own_start,
             ],
-            [_f32("patch_kv", "B", "P", *kv)],
+            outputs=[_f32("patch_kv", "B", "P", *kv)],
         ),
         "decoder": _graph(
             "decoder",
             config.decoder,
             local["decoder"],
-            [
+            inputs=[
                 _f32("byte_states", "B", "S", X, D),
                 _f32("patch_kv", "R", *kv),
                 _i64("patch_row", "B", "S", config.decoder_cross_window),
             ],
-            [_f32("logits", "B", "S", config.vocab_size)],
+            outputs=[_f32("logits", "B", "S", config.vocab_size)],
         ),
     }
     if entropy is not None:
         outputs = [_f32("entropy", "B", "S"), _f32("logits", "B", "S", entropy.vocab_size)]
-        graphs["entropy"] = _graph("entropy", entropy, local["entropy"], [ids], outputs)
+        graphs["entropy"] = _graph("entropy", entropy, local["entropy"], inputs=[ids], outputs=outputs)
     h = config.hash
     return ModelSpec(
         vocab_size=config.vocab_size,
@@ -146,6 +153,6 @@ def model_spec(
     )
 
 
-def _byte_parts(config: BLTConfig, entropy: EntropyConfig | None) -> list[tuple[str, TransformerConfig]]:
-    parts: list[tuple[str, TransformerConfig]] = [("encoder", config.encoder), ("decoder", config.decoder)]
-    return parts if entropy is None else [*parts, ("entropy", entropy)]
+def _byte_stacks(config: BLTConfig, entropy: EntropyConfig | None) -> dict[str, TransformerConfig]:
+    stacks: dict[str, TransformerConfig] = {"encoder": config.encoder, "decoder": config.decoder}
+    return stacks if entropy is None else {**stacks, "entropy": entropy}

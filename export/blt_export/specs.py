@@ -48,7 +48,9 @@ def export_spec(
     dtype = table_dtype or (blt.hash_embedding.stored_as if blt.hash_embedding else "float32")
     if flavour == "portable":
         return model_spec(blt.config, entropy, rule, limits, table_dtype=dtype)
-    spec = model_spec(blt.config, entropy, rule, limits, "window", chunk_crosses_documents=False, table_dtype=dtype)
+    spec = model_spec(
+        blt.config, entropy, rule, limits, layout="window", chunk_crosses_documents=False, table_dtype=dtype
+    )
     return replace(spec, graphs={name: _ring_if_refused(graph) for name, graph in spec.graphs.items()})
 
 

@@ -105,7 +105,7 @@ def test_golden_weights_are_those_of_the_reference_format(golden: Path) -> None:
             assert torch.equal(rows(here.models()[key].weights[name]), rows(tensor)), name
 
 
-# --- what transformers has no form for ---------------------------------------------------------------------
+# --- what transformers cannot represent --------------------------------------------------------------------
 
 
 def test_every_obstacle_is_listed_at_once(tmp_path: Path) -> None:
@@ -129,14 +129,14 @@ def test_every_obstacle_is_listed_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "\n" not in message
     for part in (
-        "D3 encoder_cross_all_layers with 2 encoder layers",
-        "D4 max_patch_length 3",
-        "D6 monotonic",
-        "D9 entropies compared in bfloat16",
-        "D6 encoder_cross_window 2",
-        "D6 decoder_cross_window 3",
-        "D6 encoder_cross_heads 4 beside 2 heads",
-        "D6 decoder_cross_heads 1 beside 4 heads",
+        "encoder_cross_all_layers with 2 encoder layers (D3)",
+        "max_patch_length 3 (D4)",
+        "monotonic patch rule (D6)",
+        "entropies compared in bfloat16 (D9)",
+        "encoder_cross_window 2 (D6)",
+        "decoder_cross_window 3 (D6)",
+        "encoder_cross_heads 4 with 2 heads (D6)",
+        "decoder_cross_heads 1 with 4 heads (D6)",
         "pooling 'mean'",
         f"windows of encoder ({WINDOW}) and decoder (None) differ",
         "a window of 5 in the latent transformer",
@@ -152,11 +152,11 @@ def test_every_obstacle_is_listed_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("plain", "bytes_no_window")])
 def test_the_other_variants_are_refused(variant: str, tmp_path: Path) -> None:
     named = {
-        "all_layers_gqa_projection": "D3 .*; D6 monotonic",
-        "cross_windows_own_heads_newlines": "D6 threshold_add 0.0; reset_newlines",
-        "no_hash_space_causal_latent": "pooling 'min'; D5 patch scheme 'space'",
-        "max_patch_length": "for: D4 max_patch_length 3$",
-        "static": "for: pooling 'learned'; D5 patch scheme 'static'$",
+        "all_layers_gqa_projection": r"\(D3\); monotonic patch rule \(D6\)",
+        "cross_windows_own_heads_newlines": r"threshold_add 0.0 \(D6\); reset_newlines",
+        "no_hash_space_causal_latent": r"pooling 'min'; patch scheme 'space' \(D5\)",
+        "max_patch_length": r"represent \(D numbers: docs/spec.md, section 12\): max_patch_length 3 \(D4\)$",
+        "static": r"section 12\): pooling 'learned'; patch scheme 'static' \(D5\)$",
     }
     with pytest.raises(CheckpointError, match=named[variant]):
         write(tiny(variant), tmp_path / "hf")
@@ -164,12 +164,12 @@ def test_the_other_variants_are_refused(variant: str, tmp_path: Path) -> None:
 
 def test_other_things_without_a_form(tmp_path: Path) -> None:
     config = PLAIN.model_copy(update={"latent": stack(32, 1, 2), "cross_k": 1, "decoder_projection": False})
-    with pytest.raises(CheckpointError, match=r"for: decoder_projection off$"):
+    with pytest.raises(CheckpointError, match=r"represent: decoder_projection off$"):
         write(random_checkpoint(config, BY_ENTROPY), tmp_path / "hf")
     source = tiny().to_source(tmp_path)
-    with pytest.raises(CheckpointError, match=r"for: no patch rule$"):
+    with pytest.raises(CheckpointError, match=r"represent: no patch rule$"):
         huggingface.write(replace(source, patch_rule=None), tmp_path / "hf")
-    with pytest.raises(CheckpointError, match=r"for: an entropy model alone$"):
+    with pytest.raises(CheckpointError, match=r"represent: a checkpoint with only an entropy model$"):
         huggingface.write(replace(source, blt=None), tmp_path / "hf")
 
 
@@ -194,7 +194,9 @@ def test_an_older_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_missing_fields_are_the_defaults_of_transformers() -> None:
     """Older versions write only what differs from the default; the released 1B is all defaults."""
-    blt, entropy, rule = huggingface_config.meaning(huggingface_config.fields({"encoder_config": None}, ""), "")
+    blt, entropy, rule = huggingface_config.our_configs(
+        huggingface_config.parse_config({"encoder_config": None}, ""), ""
+    )
     assert rule == PatchRule("entropy", threshold=1.335442066192627)
     assert blt.hash == HashConfig(rows=500002)
     assert blt.cross_k == 2
@@ -239,7 +241,7 @@ def test_a_folder_without_patcher(folder: Path, off: bool, caplog: pytest.LogCap
     assert source.entropy is None
     assert source.patch_rule is not None
     assert source.patch_rule.scheme == "entropy"
-    assert ("patcher is not read" in caplog.text) == off
+    assert ("weights of the patcher are not read" in caplog.text) == off
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
