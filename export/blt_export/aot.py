@@ -1,7 +1,7 @@
 """The compile gate: TensorRT-RTX parses a portable graph and builds it ahead of time, without a GPU or a driver.
 
-It proves that TensorRT's ONNX front end and graph compiler accept the graph and use every input of it. It proves
-neither speed nor numerics.
+It proves that TensorRT's ONNX front end and graph compiler accept the graph and use all its inputs. It proves neither
+speed nor numerics.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from blt_runtime.bundle.manifest import Manifest
 from blt_runtime.bundle.spec import GraphSpec
-from blt_runtime.errors import CheckFailed, MissingExtra
+from blt_runtime.errors import CheckFailed, MissingExtra, UsageError
 
 Range = tuple[int, int, int]
 
@@ -32,7 +33,7 @@ DEFAULT_RANGES: dict[str, Range] = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the builder made: seconds and bytes of the plan, and the graph's outputs as it sees them."""
+    """A graph that was built: seconds of parsing and building, bytes of the plan, names of the network's outputs."""
 
     graph: str
     layers: int
@@ -41,10 +42,44 @@ class Compiled:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One graph of a bundle at the gate: why it was refused, or None, and the seconds that it took."""
+
+    graph: str
+    refused: str | None
+    seconds: float
+
+
+def check_arguments(flavour: str) -> None:
+    """The checks that need no bundle. Raises UsageError (another flavour than portable) and MissingExtra."""
+    if flavour != "portable":
+        raise UsageError(f"the compile gate is for the flavour portable, not {flavour}: TensorRT lacks its operators")
+    _library()
+
+
+def compile_bundle(folder: Path, manifest: Manifest) -> tuple[Attempt, ...]:
+    """Try every graph of a bundle, also after a refusal.
+
+    Raises UsageError (a bundle of another flavour than portable) and MissingExtra (tensorrt-rtx is not installed).
+    """
+    check_arguments(manifest.flavour)
+    return tuple(_attempt(folder / ref.file, manifest.spec.graphs[name]) for name, ref in manifest.graphs.items())
+
+
+def _attempt(path: Path, spec: GraphSpec) -> Attempt:
+    started, refused = time.perf_counter(), None
+    try:
+        compile_graph(path, spec)
+    except CheckFailed as error:
+        refused = str(error)
+    return Attempt(spec.name, refused, time.perf_counter() - started)
+
+
 def compile_graph(
     path: str | Path, spec: GraphSpec, ranges: dict[str, Range] | None = None, architectures: Sequence[str] = ()
 ) -> Compiled:
-    """Compile one portable graph. `architectures` are names such as SM89; none given means the builder's default.
+    """Compile one portable graph. `architectures` are names such as SM89; with none, the builder chooses.
 
     Raises CheckFailed (refused, or an input is dropped) and MissingExtra (tensorrt-rtx is not installed).
     """
@@ -100,7 +135,7 @@ def _parser_errors(parser: Any) -> str:
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Attention has fused kernels for fp16 and bf16 only; float32 must be allowed to fall apart into simple layers."""
+    """Attention has fused kernels for fp16 and bf16 only; in float32 it must be decomposed into simple layers."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from blt.checkpoint.models import save
+from blt.cli import run
 from blt_export import ExportReport, aot
 from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 from blt_runtime.errors import CheckFailed, MissingExtra
 from tests.export.conftest import VARIANTS
+from tests.tiny import tiny
 
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (extra aot)"
@@ -62,3 +66,57 @@ def test_without_tensorrt_the_error_names_the_extra(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
     with pytest.raises(MissingExtra, match="blt-lm\\[aot\\]"):
         aot.compile_graph("unused.onnx", GraphSpec("g", (), (), {}, None))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("aot") / "model.pt"
+    save(path, tiny("no_hash_space_causal_latent"))
+    return path
+
+
+def _export(checkpoint: Path, out: Path, *options: str) -> int:
+    return run(["export", str(checkpoint), "-o", str(out), "--no-check", "--check-aot", "-q", *options])
+
+
+@needs_tensorrt
+def test_export_prints_what_the_compiler_accepts(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _export(checkpoint, tmp_path / "b", "--flavour", "portable") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["graph", "accepted", "seconds"]
+    assert [line.split()[:2] for line in lines[2:5]] == [["encoder", "yes"], ["latent", "yes"], ["decoder", "yes"]]
+
+
+def test_a_refused_graph_is_exit_code_3_after_all_graphs_were_tried(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, spec: GraphSpec) -> None:
+        if spec.name == "encoder":
+            raise CheckFailed("compile gate: encoder is refused: NonZero")
+
+    monkeypatch.setattr(aot, "_library", lambda: None)
+    monkeypatch.setattr(aot, "compile_graph", refuse)
+    assert _export(checkpoint, tmp_path / "b", "--flavour", "portable", "--json") == 3
+    printed = capsys.readouterr()
+    accepted = {attempt["graph"]: not attempt["refused"] for attempt in json.loads(printed.out)["aot"]}
+    assert accepted == {"encoder": False, "latent": True, "decoder": True}
+    assert "encoder is refused: NonZero (the bundle was written)" in printed.err
+    assert (tmp_path / "b" / "manifest.json").exists()
+
+
+def test_export_names_the_extra_before_it_does_any_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    assert _export(checkpoint, tmp_path / "b", "--flavour", "portable") == 4
+    assert "blt-lm[aot]" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_gate_is_for_the_flavour_portable(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _export(checkpoint, tmp_path / "b") == 2
+    assert "the compile gate is for the flavour portable, not ort" in capsys.readouterr().err

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from blt.cli import console, inputs, options
 from blt.cli.bundle_tables import evaluation_table, parity_table, precision_text
 from blt.evaluate import texts
-from blt_runtime.errors import UsageError
+from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from blt.checkpoint.models import Checkpoint
+    from blt_export.aot import Attempt
 
 FLAVOURS = ("ort", "portable")
 EVAL_BYTES = 1 << 18
-"""Of the text given with --eval-data, in pieces spread over it: half a minute for each side with the demo model."""
+"""Of the text given with --eval-data, in pieces spread over it. With the demo model, PyTorch and the bundle take half a
+minute each."""
 EVAL_PIECE = 4096
 
 
@@ -49,6 +54,9 @@ def export(
         str | None, typer.Option(metavar="SIZE", help="Bytes that one stream can hold (default: the trained length).")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with PyTorch; fail if too far.")] = True,
+    check_aot: Annotated[
+        bool, typer.Option("--check-aot", help="Compile the graphs with TensorRT-RTX (only portable; extra aot).")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an older bundle.")] = False,
     *,
     how: options.ModelOptions,
@@ -61,11 +69,13 @@ def export(
     size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=1)
     if inputs.is_bundle(model):
         raise UsageError(f"{model} is a bundle already; give the checkpoint it was made from")
-    import blt_export  # first: where PyTorch is missing too, the extra to install is `export`
+    import blt_export.aot  # first: where PyTorch is missing too, the extra to install is `export`
     from blt.checkpoint.models import load
 
     blt_export.pipeline.check_arguments(flavour, precision, table_dtype=table_dtype, precision_of=overrides)
-    blt_export.bundle.check_target(out, force)  # now, not behind minutes of work
+    if check_aot:
+        blt_export.aot.check_arguments(flavour)
+    blt_export.bundle.check_target(out, force)  # now, not after minutes of work
     loaded = load(model, entropy_model=how.entropy_model, generates=True)
     eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)
     report = blt_export.export(
@@ -80,19 +90,41 @@ def export(
         precision_of=overrides,
         eval_ids=eval_ids,
     )
+    compiled = blt_export.aot.compile_bundle(out, report.manifest) if check_aot else ()
     if as_json:
-        console.print_json("blt.export/1", {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json()})
+        gate = {"aot": [asdict(attempt) for attempt in compiled]} if check_aot else {}
+        payload = {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json(), **gate}
+        console.print_json("blt.export/1", payload)
+        _demand_compiled(compiled)
         return
     if report.parity:
         console.stdout_console().print(parity_table(report.parity))
     if report.manifest.judged is not None:
         console.stdout_console().print(evaluation_table(report.manifest.judged))
+    if compiled:
+        console.stdout_console().print(_compile_table(compiled))
     precisions = precision_text(report.manifest)
     print(f"{out}: {report.bytes:,} bytes, {flavour}, {precisions}, made in {report.seconds:.1f} s")
+    _demand_compiled(compiled)
+
+
+def _compile_table(attempts: Sequence[Attempt]) -> Table:
+    table = Table(title="TensorRT-RTX", title_justify="left", box=None, pad_edge=False)
+    for name in ("graph", "accepted", "seconds"):
+        table.add_column(name, justify="right" if name == "seconds" else "left")
+    for attempt in attempts:
+        table.add_row(attempt.graph, "no" if attempt.refused else "yes", f"{attempt.seconds:.1f}")
+    return table
+
+
+def _demand_compiled(attempts: Sequence[Attempt]) -> None:
+    refused = [attempt.refused for attempt in attempts if attempt.refused]
+    if refused:
+        raise CheckFailed("; ".join(refused) + " (the bundle was written)")
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:
-    """`["entropy=fp32"]` as a dictionary; what the names may be is checked by the export."""
+    """`["entropy=fp32"]` as a dictionary; the export checks the names."""
     found: dict[str, str] = {}
     for pair in pairs:
         graph, equals, precision = pair.partition("=")
