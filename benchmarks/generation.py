@@ -155,7 +155,8 @@ def reference_engine(shape: str, _: Path) -> Generate:
 
 
 def stream_engine(spec: Any, backend: Any, tables: Any) -> Generate:
-    from blt_runtime import Sampler, Stream
+    from blt_runtime import Stream
+    from blt_runtime.sampling import Sampler
 
     sampler = Sampler(temperature=1.0, seed=0)
 

@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from blt.bench.runs import Forced, Text, bench_text, with_changes
-from blt_runtime import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter, Model, Sampler, Stream
+from blt_runtime import Drafter, Model, Stream
+from blt_runtime.sampling import Sampler
 from blt_runtime.speculation.adaptive import Costs
+from blt_runtime.speculation.drafters import DecoderDrafter, EntropyDrafter, FirstOf, LookupDrafter
 
 RELEASED_MB = {"entropy": 404, "encoder": 59, "latent": 5258, "decoder": 545}
 WAYS: dict[str, Callable[[Sampler], str | Drafter]] = {

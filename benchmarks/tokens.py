@@ -187,7 +187,9 @@ def run_blt(a: argparse.Namespace, precision: str, batch: int) -> dict[str, floa
     per_call = bundle_weight_bytes(Bundle.open(folder, "sizes"), 1)
     if batch == 1:
         return one_stream(model, texts[0], per_call)
-    return many_streams(Model.open(folder, threads=a.threads, verify="sizes", many=True), model.spec, texts, per_call)
+    return many_streams(
+        Model.open(folder, threads=a.threads, verify="sizes", batched=True), model.spec, texts, per_call
+    )
 
 
 def one_stream(model: Any, text: Any, per_call: dict[str, float]) -> dict[str, float]:

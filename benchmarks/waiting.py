@@ -31,7 +31,7 @@ CONTEXT = 128
 def costs(path: Path, streams: int, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of a round's byte calls, and of a latent call, for 0..streams tokens and patches; positions of a text of
     CONTEXT bytes, of which the rows hold nothing: the time does not depend on it."""
-    model = Model.open(path, threads=threads, many=True)
+    model = Model.open(path, threads=threads, batched=True)
     batch = Batch(fitted(model.spec, 2 * CONTEXT), model.backend, model.hash_tables, streams)
     byte, latent = np.zeros(streams + 1), np.zeros(streams + 1)
     batch._staging["latent"].states(8 * streams)

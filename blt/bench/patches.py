@@ -6,11 +6,12 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from blt_runtime import Model, patch_lengths
+from blt_runtime import Model
 from blt_runtime.engine.memory import Memory
 from blt_runtime.engine.prefill import Prefill
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import encode
+from blt_runtime.patching import patch_lengths
 
 
 @dataclass(frozen=True)

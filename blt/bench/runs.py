@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blt_runtime import Model, Sampler, Stream
+from blt_runtime import Model, Stream
 from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import encode
+from blt_runtime.sampling import Sampler
 from blt_runtime.speculation.speculate import Speculate, SpeculationStats
 
 Ids = NDArray[np.int64]

@@ -84,7 +84,7 @@ def open_batched(path: Path, threads: int | None) -> Model:
     check_batched(path)
     from blt_runtime import Model
 
-    return Model.open(path, threads=threads, many=True)
+    return Model.open(path, threads=threads, batched=True)
 
 
 def _open_bundle(path: Path, how: ModelOptions) -> Model:

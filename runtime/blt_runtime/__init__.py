@@ -1,49 +1,39 @@
-"""Run exported Byte Latent Transformers: numpy and a backend's library, no torch, no onnx.
+"""Run exported Byte Latent Transformers with numpy and a backend's library, without torch and onnx.
 
-from blt_runtime import Model
-model = Model.open("bundle")
-stream = model.stream()
-stream.append("Once upon a time")
-for piece in stream.generate(200): sys.stdout.buffer.write(piece)
+    from blt_runtime import Model
+
+    model = Model.open("bundle")
+    stream = model.stream()
+    stream.append("Once upon a time")
+    for piece in stream.generate(200):
+        sys.stdout.buffer.write(piece)
+
+These names are what an application needs. Everything else is imported from its module: errors (`blt_runtime.errors`),
+samplers (`.sampling`), drafters (`.speculation.drafters`), text helpers (`.text`), manifests (`.bundle.manifest`).
 """
 
 from .bundle.bundle import Bundle
-from .bundle.manifest import Manifest
-from .bundle.spec import ModelSpec
 from .engine.snapshot import Snapshot
 from .errors import BltError
 from .model import Model
 from .options import GenerateOptions
-from .patching import PatchRule, PatchState, patch_lengths
-from .sampling import Sampler
+from .patching import PatchRule
 from .scheduler import Request, Scheduler
-from .speculation.drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
+from .speculation.drafters import Drafter
 from .speculation.speculate import SpeculationStats
 from .stream import Score, Stream
-from .text import StopMatcher, Utf8Stream
 
 __all__ = [
     "BltError",
     "Bundle",
-    "DecoderDrafter",
     "Drafter",
-    "EntropyDrafter",
-    "FirstOf",
     "GenerateOptions",
-    "LookupDrafter",
-    "Manifest",
     "Model",
-    "ModelSpec",
     "PatchRule",
-    "PatchState",
     "Request",
-    "Sampler",
     "Scheduler",
     "Score",
     "Snapshot",
     "SpeculationStats",
-    "StopMatcher",
     "Stream",
-    "Utf8Stream",
-    "patch_lengths",
 ]

@@ -1,7 +1,8 @@
-"""A model that is ready to run: shared and read-only. Streams made from it own everything that changes."""
+"""A model that is ready to run: shared and read-only. Its streams own all state that changes."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -21,10 +22,16 @@ from .text import Utf8Stream
 
 
 class Model:
-    """A spec, a backend that runs its graphs, and its hash tables in the spec's type: one array [T * rows, D_l]
-    or T arrays [rows, D_l] (None if the model has none).
+    """A spec, a backend that runs its graphs, and its hash tables.
 
-    Threads may share a model as long as each uses streams of its own.
+    hash_tables: in the spec's dtype, one array [T * rows, D_l] or T arrays [rows, D_l]; None if the model has none.
+    Threads may share a model if each uses its own streams.
+
+        model = Model.open("bundle")
+        for text in model.generate_text("Once upon a time", 200):
+            print(text, end="", flush=True)
+
+    Raises ConfigError if the hash tables do not fit the spec.
     """
 
     def __init__(
@@ -48,49 +55,58 @@ class Model:
         cls,
         path: str | Path,
         backend: str = "onnx",
+        *,
         threads: int | None = None,
         providers: Sequence[str] | None = None,
         verify: Verify = "auto",
         precision: str | None = None,
-        many: bool = False,
+        batched: bool = False,
         prepack: bool | None = None,
+        many: bool | None = None,
     ) -> Model:
         """Opens the bundle folder `path`.
 
-        backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: of one call, None lets
-        the backend choose. providers: ONNX Runtime execution providers, CPU by default; one that does not
-        load is an error. verify: see `Bundle.open`. precision: what the bundle must have been exported at
-        ("fp32", "int8", "int4"); None takes any. many: open the graphs for many streams, for a `Scheduler`; such a
-        model has no streams of its own. prepack: see `OnnxBackend`; True is worth it for float32 beyond 4 GB where
-        calls take several tokens (`speculate`). Raises UsageError, BundleError, BackendError, OutOfMemory
-        or MissingExtra.
+        backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: for one call; None lets the
+        backend choose. providers: ONNX Runtime execution providers, CPU by default; a provider that does not load is
+        an error. verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32",
+        "int8", "int4"); None accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no
+        single streams. prepack: see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several
+        tokens (`speculate`). many: the former name of `batched`, which warns.
+
+        Raises UsageError, BundleError, BackendError, OutOfMemory or MissingExtra.
         """
+        if many is not None:
+            warnings.warn("Model.open(many=...) is now batched=...", DeprecationWarning, stacklevel=2)
+            batched = many
         if threads is not None and not (is_whole(threads) and threads >= 1):
             raise UsageError("threads must be a whole number of at least 1")
         try:
             bundle = Bundle.open(path, verify)
             if precision is not None:
                 check_precision(bundle.manifest, precision, str(path))
-            chosen, spec = _backend(backend, bundle, threads, providers, many, prepack), bundle.manifest.spec
-            return cls(spec, chosen, bundle.hash_tables(), bundle.manifest)
+            made = _backend(backend, bundle, threads=threads, providers=providers, batched=batched, prepack=prepack)
+            return cls(bundle.manifest.spec, made, bundle.hash_tables(), manifest=bundle.manifest)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "start new thread" not in str(error):  # its stack finds no room
+            if isinstance(error, RuntimeError) and "start new thread" not in str(error):  # no memory for its stack
                 raise
             reason = f"not enough memory to open {path} ({error})"
             raise OutOfMemory(f"{reason}: export at fewer bits, or free some") from error
 
     @property
     def hash_tables(self) -> Tables | None:
-        """As stored; None if the model has none."""
+        """The hash tables as stored in the bundle; None if the model has none."""
         return self._hash_tables
 
     def stream(self, bos: bool = True, seed: int | None = None, overflow: Overflow = "error") -> Stream:
-        """A new stream: caches for the bundle's capacity, nothing read yet but BOS. overflow "slide" lets it forget its
-        oldest text when it is full (see `Stream`). Raises OutOfMemory."""
+        """A new stream with caches for the bundle's capacity. It has read BOS, or nothing if bos is False.
+
+        seed: of the stream's generator. overflow: "slide" forgets the oldest text when the stream is full (see
+        `Stream`). Raises UsageError for bad arguments, and OutOfMemory.
+        """
         return Stream(self.spec, self.backend, self._hash_tables, bos=bos, seed=seed, overflow=overflow)
 
     def score(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
-        """`Stream.score_ids` on a stream of its own."""
+        """`Stream.score_ids` on a new stream."""
         return self.stream(bos=False).score_ids(ids, patch_lengths)
 
     def generate_text(
@@ -127,15 +143,16 @@ def _as_text(pieces: Iterator[bytes]) -> Iterator[str]:
 def _backend(
     name: str,
     bundle: Bundle,
+    *,
     threads: int | None,
     providers: Sequence[str] | None,
-    many: bool,
+    batched: bool,
     prepack: bool | None,
 ) -> Backend:
     if name == "onnx":
         from .backends.onnx import OnnxBackend, OnnxRowBackend
 
-        return (OnnxRowBackend if many else OnnxBackend)(bundle, threads, providers, prepack=prepack)
+        return (OnnxRowBackend if batched else OnnxBackend)(bundle, threads, providers, prepack=prepack)
     if name == "null":
         from .backends.null import NullBackend
 

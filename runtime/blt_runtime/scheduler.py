@@ -37,6 +37,11 @@ class Request:
     """A prompt and what becomes of it. Iterate over it for the bytes as they come; made by `Scheduler.submit`.
 
     `finish` says why it ended, None before it has.
+
+        request = scheduler.submit("Once upon a time", 200)
+        for piece in request:
+            sys.stdout.buffer.write(piece)
+        print(request.finish)
     """
 
     def __init__(
@@ -97,13 +102,16 @@ class Request:
 
 
 class Scheduler:
-    """Runs requests on the rows of a `Batch`. Opened with a model (`Model.open(path, many=True)`); close it, or use it
-    as a context.
+    """Runs requests in a batch, on a model opened with `batched=True`. Close it, or use it as a context.
 
     streams: requests that run at a time. capacity: bytes of one, less than the bundle's to save memory. waiting:
     requests that may wait for a row before `submit` raises QueueFull. slice: bytes of a prompt that are read in one
     round while others write. share: the share of rows that wait at a patch's end before the latent transformer runs
     (`batch.gather`). Raises UsageError, and OutOfMemory for more streams than fit.
+
+        with Scheduler(Model.open("bundle", batched=True), streams=16) as scheduler:
+            requests = [scheduler.submit(f"Chapter {i}", 200, seed=i) for i in range(40)]
+            texts = [request.result() for request in requests]
     """
 
     def __init__(

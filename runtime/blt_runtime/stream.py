@@ -41,7 +41,11 @@ BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 class Score:
     """What a model makes of ids [N]: entropies [N] in nats (NaN without an entropy model), patch lengths
     [P] whose sum is N + 1 (the last patch holds one virtual token), logits [N, V] float32 where row t
-    predicts id t + 1."""
+    predicts id t + 1.
+
+        score = model.score(encode("Once upon a time"))  # blt_runtime.ids.encode
+        print(score.patch_lengths, score.entropies.mean())
+    """
 
     ids: Ids
     entropies: Array
@@ -62,6 +66,12 @@ class Stream:
     half of the capacity. The half begins with a whole UTF-8 character (up to 3 bytes less), and is halved again while
     its patches do not fit. So a slide reads again at most as many tokens as it forgets: one per token taken in.
     `forgotten` counts them. Neither `rewind` nor anything else brings them back.
+
+        stream = model.stream(seed=1)
+        stream.append("Once upon a time")
+        for piece in stream.generate(200):
+            sys.stdout.buffer.write(piece)
+        stream.rewind(50)  # and continue in another way
 
     Raises OutOfMemory (nothing is kept).
     """

@@ -32,7 +32,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def batch_of(path: Path, rows: int, share: float = 0.5) -> Batch:
-    model = Model.open(path, many=True)
+    model = Model.open(path, batched=True)
     return Batch(model.spec, model.backend, model.hash_tables, rows, 16, gather(share))
 
 
@@ -98,7 +98,7 @@ def test_a_prefix_is_held_while_others_move(bundle: Path) -> None:
 def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
     """Rows that are full and idle leave the others room."""
     job = pipeline.make_job(tiny("bytes_no_window"), "ort", capacity=60, chunk=16, check=False)
-    model = Model.open(pipeline.run(job, tmp_path / "bundle").path, many=True)
+    model = Model.open(pipeline.run(job, tmp_path / "bundle").path, batched=True)
     with Scheduler(model, streams=3, slice=slice) as scheduler:
         for n in (30, 30, 10):
             requests = [scheduler.submit_ids(hard_text()[:31], n, temperature=0, stop_at_eos=False) for _ in range(3)]
@@ -110,7 +110,7 @@ def test_heads_that_the_attention_does_not_take_have_no_graphs_for_many(tmp_path
     made = pipeline.run(job, tmp_path / "bundle")
     assert made.manifest.row_graphs == {}
     with pytest.raises(BackendError, match="no graphs for many streams"):
-        Model.open(made.path, many=True)
+        Model.open(made.path, batched=True)
     seen = Scheduler(Model.open(made.path), streams=2)  # one after the other, on the graphs of single streams
     with seen:
         text = seen.submit_ids(hard_text()[:40], 20, temperature=0, stop_at_eos=False)

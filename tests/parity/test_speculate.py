@@ -15,8 +15,9 @@ from blt.checkpoint.models import Checkpoint
 from blt.generate import reference
 from blt.generate.torch_backend import open_model
 from blt_export import pipeline
-from blt_runtime import Drafter, Model, Sampler
+from blt_runtime import Drafter, Model
 from blt_runtime.ids import EOS
+from blt_runtime.sampling import Sampler
 from tests.tiny import VARIANTS, WINDOW, hard_text, prompts, tiny
 
 NEW = 60

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt_runtime import Model, PatchRule, Sampler, Stream
+from blt_runtime import Model, PatchRule, Stream
 from blt_runtime.backends.null import NullBackend, NullSession, null_spec
 from blt_runtime.backends.protocol import Array, Call, HostBuffer
 from blt_runtime.bundle.spec import GRAPHS, ModelSpec
 from blt_runtime.errors import BackendError, BltError, BundleError, Cancelled, CapacityError, OutOfMemory, UsageError
+from blt_runtime.sampling import Sampler
 from tests.runtime.bundles import edit, write_bundle
 from tests.runtime.test_stream import HASH, SPECS, assert_is_truth, model_of, random_ids, tables_for
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blt_runtime import Sampler
 from blt_runtime.errors import UsageError
+from blt_runtime.sampling import Sampler
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
 

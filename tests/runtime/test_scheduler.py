@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from blt_runtime import Model, PatchRule, Request, Sampler, Scheduler, StopMatcher
+from blt_runtime import Model, PatchRule, Request, Scheduler
 from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.backends.protocol import Buffer
 from blt_runtime.errors import BackendError, BltError, Cancelled, CapacityError, QueueFull, UsageError
 from blt_runtime.ids import encode
+from blt_runtime.sampling import Sampler
+from blt_runtime.text import StopMatcher
 from tests.runtime.test_stream import model_of
 
 SPEC = null_spec(local_kind="window", capacity_bytes=300, capacity_patches=300)

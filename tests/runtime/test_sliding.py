@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt_runtime import LookupDrafter, PatchRule, Sampler, Stream
+from blt_runtime import PatchRule, Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.engine.prefill import Prefill
 from blt_runtime.errors import Cancelled, CapacityError, UsageError
 from blt_runtime.ids import BOS, OFFSET, encode
+from blt_runtime.sampling import Sampler
+from blt_runtime.speculation.drafters import LookupDrafter
 from tests.runtime.test_stream import SPECS, assert_is_truth, model_of, random_ids
 
 SMALL = {

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt_runtime import Model, PatchRule, Sampler, Stream
+from blt_runtime import Model, PatchRule, Stream
 from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.bundle.spec import HashSpec, ModelSpec
 from blt_runtime.errors import BackendError, CapacityError, InputError, UsageError
 from blt_runtime.ids import BOS, EOS, NEWLINE, encode
 from blt_runtime.patching import patch_lengths
+from blt_runtime.sampling import Sampler
 from tests.runtime.null_reference import compute
 
 HASH = HashSpec((3, 5), 2, 11, 3)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blt_runtime import StopMatcher, Utf8Stream
 from blt_runtime.errors import UsageError
+from blt_runtime.text import StopMatcher, Utf8Stream
 
 
 def test_characters_come_whole() -> None:

@@ -154,7 +154,7 @@ class OnnxRowBackend(OnnxBackend):
         return self._sessions[group]
 
     def session(self, group: str) -> OnnxSession:
-        raise UsageError("the model was opened for many streams: use a Scheduler, or open it without many=True")
+        raise UsageError("the model was opened for many streams: use a Scheduler, or open it without batched=True")
 
 
 class OnnxSession:

@@ -33,7 +33,11 @@ HASH_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle folder."""
+    """A verified bundle folder.
+
+    bundle = Bundle.open("bundle", verify="full")
+    print(bundle.manifest.precision)
+    """
 
     path: Path
     manifest: Manifest

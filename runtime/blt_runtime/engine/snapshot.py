@@ -21,8 +21,14 @@ from .memory import Graph, Mark, Memory
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Made by `Stream.snapshot`, taken by `Stream.restore` of any stream of the same model. Read-only; it stands behind
-    `position` tokens and holds `nbytes` bytes."""
+    """The state of a stream after `position` tokens, read-only, in `nbytes` bytes of memory.
+
+    Made by `Stream.snapshot`. `Stream.restore` accepts it in any stream of the same model.
+
+        snapshot = stream.snapshot()
+        other = model.stream()
+        other.restore(snapshot)  # reads nothing again
+    """
 
     position: int
     spec: ModelSpec

@@ -44,7 +44,11 @@ Speculate = Literal["off", "auto", "decoder", "entropy", "lookup", "lookup+decod
 @dataclass
 class SpeculationStats:
     """What speculation did on a stream since it was made. `tokens` were generated with it, in `passes` rounds;
-    `guesses` were verified and `right` of them came true; calls of each graph, drafts included."""
+    `guesses` were verified and `right` of them came true; calls of each graph, drafts included.
+
+        list(stream.generate(200, speculate="auto"))
+        print(stream.speculation.tokens_per_pass)
+    """
 
     tokens: int = 0
     passes: int = 0

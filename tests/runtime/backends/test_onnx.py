@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt_runtime import Bundle, ModelSpec, PatchRule
+from blt_runtime import Bundle, PatchRule
 from blt_runtime.backends.null import null_spec
 from blt_runtime.backends.protocol import HostBuffer
 from blt_runtime.bundle.bundle import entry_of
-from blt_runtime.bundle.spec import CacheSpec, GraphSpec, TensorSpec
+from blt_runtime.bundle.spec import CacheSpec, GraphSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import BackendError, MissingExtra, UsageError
 from tests.runtime.bundles import edit, write_bundle
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt_runtime import Bundle, Manifest, Model
+from blt_runtime import Bundle, Model
 from blt_runtime.backends.null import null_spec
+from blt_runtime.bundle.manifest import Manifest
 from blt_runtime.errors import BundleError, ManifestError, UsageError, VersionError
 from blt_runtime.hashing import TableDtype
 from tests.runtime.bundles import HASH, edit, write_bundle

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blt_runtime import Sampler, Stream
+from blt_runtime import Stream
 from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS, EOS
+from blt_runtime.sampling import Sampler
 from tests.runtime.speculation.test_speculate import Oracle, Script
 from tests.runtime.test_stream import SPECS, model_of, random_ids
 

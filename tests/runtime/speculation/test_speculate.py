@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt_runtime import Sampler, Stream
+from blt_runtime import Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.bundle.spec import CacheSpec, ModelSpec
 from blt_runtime.engine.caches import CacheTrack
 from blt_runtime.errors import BackendError, CapacityError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET, encode
 from blt_runtime.patching import PatchRule
+from blt_runtime.sampling import Sampler
 from blt_runtime.speculation.drafters import (
     Choice,
     DecoderDrafter,
