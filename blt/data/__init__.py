@@ -1,4 +1,4 @@
-"""Text to shards of bytes, patch boundaries computed ahead of the step, and rows of static shape.
+"""Data: text to shards of bytes, patch boundaries computed ahead of the step, and rows of static shape.
 
 `prepare` writes a data folder, `info` describes one, `Dataset` reads it. `PatchIndex` adds the boundaries of a frozen
 entropy model, `Loader` cuts the documents into rows and batches of a few fixed shapes.
@@ -12,7 +12,8 @@ from blt.data.packing import Loader
 from blt.data.prepare import prepare
 
 if TYPE_CHECKING:
-    from blt.data.patches import PatchIndex, choose_threshold, document_entropies
+    from blt.data.entropies import document_entropies
+    from blt.data.patches import PatchIndex, choose_threshold
 
 __all__ = [
     "Batch",
@@ -31,9 +32,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`patches` needs torch; preparing and reading data must not."""
+    """Imports `entropies` and `patches` on first use: they load torch, which data preparation must not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from blt.data import patches
+    from blt.data import entropies, patches
 
-    return getattr(patches, name)
+    return getattr(entropies if name == "document_entropies" else patches, name)

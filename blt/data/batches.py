@@ -1,4 +1,4 @@
-"""What a step is given: documents as a source of tokens, the static shapes of batches, one batch.
+"""The input of a step: documents as a source of tokens, the static shapes of batches, one batch.
 
 Letters: B rows, N tokens of a row (bytes, for a byte-level model), P patches, V vocabulary.
 """
@@ -20,9 +20,11 @@ NAMED_DOCUMENTS = 4
 
 
 class TokenSource(Protocol):
-    """Documents as tokens. `lengths` are tokens per document without BOS and EOS; of `prompt_lengths` leading tokens
-    behind BOS no loss is taken; `token_bytes` [V] are the bytes that each id stands for (None: ids from 4 on are one
-    byte each, the special ids none)."""
+    """Documents as tokens.
+
+    `lengths` are tokens per document without BOS and EOS. `prompt_lengths` are the tokens after BOS that carry no loss.
+    `token_bytes` [V] is the number of bytes of each id; None: ids from 4 on are one byte each, special ids none.
+    """
 
     @property
     def lengths(self) -> Int: ...
@@ -41,17 +43,17 @@ class TokenSource(Protocol):
 
 
 class PatchStarts(Protocol):
-    """Says where patches begin, per document: bool [length + 2], position 0 and 1 True."""
+    """Patch boundaries per document: bool [length + 2], positions 0 and 1 True."""
 
     def starts(self, document: int) -> NDArray[np.bool_]: ...
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """`rows` rows of `patches` patches (None: plain rows of tokens) in one of the lengths `buckets` (ascending).
+    """`rows` rows of `patches` patches (None: no patches), in one of the ascending lengths `buckets`.
 
-    `pack`: rows are cut out of the stream of all documents ("stream"), or hold whole documents ("documents": one that
-    is longer than a row is cut, the others are not). Raises ConfigError.
+    `pack`: "stream" cuts rows out of all documents one after another; "documents" packs whole documents into rows, and
+    cuts only those that are longer than a row. Raises ConfigError.
     """
 
     rows: int
@@ -68,13 +70,12 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Batch:
-    """One GLOBAL step's input, or some rows of it.
+    """The input of one GLOBAL step, or some rows of it.
 
-    `ids` and `targets` int64 [B, N] (padding 0); `mask` bool [B, N]: targets that the loss counts; `patch_lengths`
-    int64 [B, P] with sum N + 1 per row, or None; `starts` [B] the row's place in its block, -1 if the row is blank;
-    `row_tokens` [B] positions that are not padding and `row_bytes` [B] bytes of the counted targets (None: every
-    unmasked position, and every unmasked byte); `documents` the rows' documents. `index` is the batch's number in
-    its block.
+    ids, targets: int64 [B, N], padding 0.  mask: bool [B, N], the targets that the loss counts.  patch_lengths: int64
+    [B, P] with sum N + 1 per row, or None.  starts: [B] the row's offset in its block, -1 for a blank row.
+    row_tokens: [B] positions that are not padding (None: the unmasked ones).  row_bytes: [B] bytes of the counted
+    targets (None: the unmasked bytes).  documents: those of each row.  index: the batch's number in its block.
     """
 
     ids: Int
@@ -90,11 +91,11 @@ class Batch:
     documents: tuple[Int, ...] = ()
 
     def rows(self, first: int, stop: int) -> Batch:
-        """The rows [first, stop): a micro-batch, or the part of one rank."""
-        part = slice(first, stop)
-        cut = {name: getattr(self, name)[part] for name in ("ids", "targets", "mask", "starts", "documents")}
+        """The rows [first, stop): a micro-batch, or the share of one rank."""
+        rows = slice(first, stop)
+        cut = {name: getattr(self, name)[rows] for name in ("ids", "targets", "mask", "starts", "documents")}
         optional = {name: getattr(self, name) for name in ("patch_lengths", "row_tokens", "row_bytes")}
-        cut |= {name: None if value is None else value[part] for name, value in optional.items()}
+        cut |= {name: None if value is None else value[rows] for name, value in optional.items()}
         return replace(self, **cut)
 
     @property
@@ -116,7 +117,7 @@ class Batch:
 
     @property
     def n_patches(self) -> int:
-        """Patches that hold a token, the one-token first patch of each row included."""
+        """Patches that hold at least one token, the one-token first patch of each row included."""
         return 0 if self.patch_lengths is None else int((self.patch_lengths[self.starts >= 0] > 0).sum())
 
     @property
@@ -136,11 +137,11 @@ class Batch:
 
     @property
     def identity(self) -> str:
-        """Where the batch comes from, for messages: `epoch 0, block 3, batch 17 (documents 4, 21 and 9 others)`."""
-        place = f"epoch {self.epoch}, block {self.block}, batch {self.index}"
+        """The batch's origin for messages: `epoch 0, block 3, batch 17 (documents 4, 21 and 9 others)`."""
+        position = f"epoch {self.epoch}, block {self.block}, batch {self.index}"
         if not self.documents:
-            return place
+            return position
         found = [int(document) for document in np.unique(np.concatenate(self.documents))]
         names = ", ".join(str(document) for document in found[:NAMED_DOCUMENTS])
         more = f" and {len(found) - NAMED_DOCUMENTS} others" if len(found) > NAMED_DOCUMENTS else ""
-        return f"{place} (documents {names}{more})"
+        return f"{position} (documents {names}{more})"

@@ -1,7 +1,8 @@
-"""Which few row lengths a data set needs, so that little of a batch is padding.
+"""Chooses the few row lengths (buckets) of a data set that leave little padding in its batches.
 
-Every length costs one compilation; a row is padded up to the next one, or ends at the one before and lacks patches. The
-lengths with the least waste over the rows of a sample are found by dynamic programming over the multiples of a step.
+Every length costs one compilation. A row is padded up to the next bucket, or stops at the one below, a few patches
+short. The lengths with the least waste on the rows of a sample are found by dynamic programming over multiples of a
+step.
 """
 
 from __future__ import annotations
@@ -17,38 +18,36 @@ from blt.data.packing import Loader
 
 SAMPLE_TOKENS = 16 << 20
 STEP = 32
-"""Lengths are multiples of it, for the tiles of matrix products; of less where rows are shorter than 16 of them."""
+"""Lengths are multiples of it, to fit the tiles of matrix products; rows shorter than 16 steps use a smaller step."""
 CANDIDATES = 512
-"""Lengths to choose from, at most (a larger multiple of STEP then): the waste between any two is some matrices of
-CANDIDATES^2 numbers."""
-
-
+"""The largest number of lengths to choose from (longer rows use a multiple of STEP): the waste between any two takes
+some matrices of CANDIDATES^2 numbers."""
 WORTH = 0.001
-"""Share of the tokens that a further length must save. (What the next one saves falls with their number.)"""
+"""The share of the tokens that one more length must save. The saving falls with every length added."""
 Floats = NDArray[np.float64]
 
 
 def choose_buckets(lengths: Int, count: int, longest: int, early: bool = True) -> tuple[int, ...]:
-    """At most `count` ascending lengths that waste the least on rows of these natural `lengths`; the last is `longest`.
+    """At most `count` ascending lengths that waste the least on rows of these `lengths`; the last one is `longest`.
 
-    A row is padded up to the next length or, if that is nearer and rows may end `early` (whole documents may not), ends
-    at the one before (`blt.data.rows.cut_rows`) and wastes as many bytes' worth of patches. `longest` is there even if
-    no row of the sample is that long, because another block's may be.
+    A row is padded up to the next length. If the length below is nearer and rows may end `early`, it stops there
+    (`blt.data.rows.cut_rows`) and wastes patches worth as many bytes; rows of whole documents may not. `longest` is
+    included even if no row of the sample is that long, because a row of another block may be.
     """
     step = min(STEP, max(1, longest // 16))
     step *= max(1, -(-longest // (CANDIDATES * step)))
     ends = np.unique(np.append(np.arange(step, longest, step).clip(2), longest))
     first, between = _waste(np.sort(lengths), ends, early)
-    waste, came_from = first, []
+    waste, choices = first, []
     for _ in range(count - 1):
-        # waste[j]: the least for the rows up to ends[j]; one more length may begin behind any ends[i], i < j.
+        # waste[j]: the least for the rows up to ends[j]; the previous length may be any ends[i], i < j.
         options = waste + between
         if waste[-1] - options[-1].min() < WORTH * lengths.sum():
             break
-        came_from.append(np.where(options.min(1) < waste, options.argmin(1), -1))
+        choices.append(np.where(options.min(1) < waste, options.argmin(1), -1))
         waste = np.minimum(waste, options.min(1))
     found, end = [longest], len(ends) - 1
-    for choice in reversed(came_from):
+    for choice in reversed(choices):
         if choice[end] >= 0:
             end = int(choice[end])
             found.append(int(ends[end]))
@@ -56,8 +55,8 @@ def choose_buckets(lengths: Int, count: int, longest: int, early: bool = True) -
 
 
 def _waste(lengths: Int, ends: Int, early: bool) -> tuple[Floats, Floats]:
-    """Tokens wasted on the rows (ascending `lengths`) up to each of `ends` [E] if it is the first bucket, and on those
-    between two buckets that follow each other, [E, E] (upper, lower; infinite unless lower < upper)."""
+    """Tokens wasted on rows of ascending `lengths`: on all rows up to each of `ends`, [E], if it is the first bucket,
+    and on the rows between two neighbouring buckets, [E, E] (upper, lower; infinite unless lower < upper)."""
     sums = np.concatenate([[0], np.cumsum(lengths)])
 
     def up_to(ends: Int) -> tuple[Int, Int]:
@@ -81,9 +80,9 @@ def fit_buckets(
     seed: int = 0,
     subset: Sequence[int] | Int | None = None,
 ) -> BatchShape:
-    """The shape with at most `count` buckets, chosen on SAMPLE_TOKENS of the documents and the last one kept.
+    """The shape with at most `count` buckets, chosen on SAMPLE_TOKENS of the documents; the longest one is kept.
 
-    A function of its arguments: a resumed run finds the same.
+    The result depends only on the arguments, so a resumed run chooses the same.
     """
     sample = Loader(documents, shape, starts, seed=seed, subset=subset, block_tokens=SAMPLE_TOKENS).plan(0, 0)
     early = shape.pack == "stream"

@@ -1,7 +1,7 @@
-"""Opening plain, gzip and zstandard files for reading, such that a cut file is an error and never a shorter text.
+"""Opens plain, gzip and zstandard files for reading. A truncated file is an error, never a shorter text.
 
-The library's own zstandard reader ends without a word where a file was cut, and behind the first frame of several
-(what `pzstd`, or `cat a.zst b.zst`, writes). So the frames are walked here.
+The library's own zstandard reader ends silently where a file was truncated, and after the first of several frames (as
+`pzstd` or `cat a.zst b.zst` write them). So this module reads frame by frame.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ COMPRESSED_BYTES = 1 << 17
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The content of a file, decompressed by its suffix. Raises InputError if it cannot be opened, and MissingExtra;
-    reading raises one of `damage(path)`."""
+    """The content of a file, decompressed according to its suffix.
+
+    Raises InputError if it cannot be opened, and MissingExtra. Reading a damaged file raises one of `damage(path)`.
+    """
     suffix = path.suffix.lower()
     try:
         file = path.open("rb")
@@ -36,18 +38,18 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def damage(path: Path) -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
+    """The errors that reading a damaged file raises."""
     errors: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
     return (*errors, _zstandard(path).ZstdError) if path.suffix.lower() == ".zst" else errors
 
 
 def read_zstandard(file: BinaryIO, name: str) -> bytes:
-    """The decompressed content of an open file. Raises EOFError if it was cut, and MissingExtra."""
+    """The decompressed content of an open file. Raises EOFError if it is truncated, and MissingExtra."""
     return io.BufferedReader(_Frames(file, _zstandard(Path(name)))).read()
 
 
 class _Frames(io.RawIOBase):
-    """All frames of a zstandard file, one behind the other."""
+    """All frames of a zstandard file, one after another."""
 
     def __init__(self, file: BinaryIO, zstandard: Any):
         self._file, self._zstandard = file, zstandard

@@ -1,4 +1,4 @@
-"""Reading a data folder: memory-mapped shards, documents by index, the manifest as a report."""
+"""Reads a data folder: memory-mapped shards, documents by index, the manifest as a report."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _SHAPE = {
     "splits": {_EACH: _COUNT | {"groups": {_EACH: _COUNT}, "shards": [_SHARD]}},
     "options": dict,
 }
-"""What a manifest must hold: types, lists of one kind, mappings with these keys or (`_EACH`) any."""
+"""The required content of a manifest: types, lists of one type, mappings with these keys or (`_EACH`) any keys."""
 
 
 def is_data_folder(path: Path) -> bool:
-    """True if `path` holds a manifest of ours (its shards are not looked at)."""
+    """Whether `path` holds a manifest of this format; its shards are not checked."""
     try:
         return bool(json.loads((path / MANIFEST).read_text()).get("format") == FORMAT)
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -43,7 +43,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data folder; make one with `blt data prepare`")
     if not is_data_folder(folder):
-        raise InputError(f"{folder} is not a data folder (no {MANIFEST} of ours); make one with `blt data prepare`")
+        raise InputError(
+            f"{folder} is not a data folder (no {MANIFEST} of the right format); make one with `blt data prepare`"
+        )
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     version = manifest.get("version")
     if isinstance(version, int) and version > VERSION:
@@ -67,7 +69,10 @@ def _fits(value: Any, shape: Any) -> bool:
 
 
 def info(folder: str | Path, verify: bool = False) -> dict[str, Any]:
-    """What a data folder holds, with every shard's size (`verify`: and content) checked; plain values for JSON."""
+    """The contents of a data folder as plain values for JSON. Checks every shard's size, and with `verify` its content.
+
+    Raises InputError.
+    """
     dataset = Dataset(folder)
     if verify:
         dataset.verify()
@@ -79,7 +84,7 @@ def info(folder: str | Path, verify: bool = False) -> dict[str, Any]:
 
 
 def _integers(path: Path, length: int) -> NDArray[np.int64]:
-    """Whole numbers [length] of a .npy file. Raises InputError."""
+    """Integers [length] from a .npy file. Raises InputError."""
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -90,7 +95,7 @@ def _integers(path: Path, length: int) -> NDArray[np.int64]:
 
 
 def _offsets(path: Path, shard: dict[str, Any]) -> NDArray[np.int64]:
-    """Where the documents of a shard begin and end, [documents + 1]. Raises InputError."""
+    """The offsets of a shard's documents, [documents + 1]. Raises InputError."""
     offsets = _integers(path, shard["documents"] + 1)
     if offsets[0] != 0 or offsets[-1] != shard["bytes"] or (np.diff(offsets) < 0).any():
         raise InputError(f"{path} does not fit its shard; run `blt data prepare` again")
@@ -108,7 +113,7 @@ def _prompts(path: Path, shard: dict[str, Any], offsets: NDArray[np.int64]) -> N
 
 
 def _digest(text: str, *arrays: NDArray[np.int64]) -> str:
-    """sha256 of a shard's bytes (given by theirs) and of arrays of its documents."""
+    """sha256 over a shard: the sha256 of its bytes, and arrays about its documents."""
     digest = hashlib.sha256(text.encode())
     for array in arrays:
         digest.update(array.astype("<i8").tobytes())
@@ -118,8 +123,8 @@ def _digest(text: str, *arrays: NDArray[np.int64]) -> str:
 class Documents:
     """The documents of one split, in shard order.
 
-    `sha256` names the content of every shard: bytes, ends, groups and prompts of its documents. `text_sha256`: bytes
-    and ends alone.
+    `sha256` identifies the content of every shard: bytes, ends, groups and prompts of its documents. `text_sha256`
+    covers only bytes and ends.
     """
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], group_names: list[str]):
@@ -151,7 +156,7 @@ class Documents:
 
     @cached_property
     def token_offsets(self) -> NDArray[np.int64]:
-        """Where each document's tokens (BOS, bytes, EOS) begin in the whole split, [documents + 1]."""
+        """The offsets of each document's tokens (BOS, bytes, EOS) in the whole split, [documents + 1]."""
         return np.concatenate([[0], np.cumsum(self.lengths + 2)]).astype(np.int64)
 
     token_bytes: None = None
@@ -159,10 +164,11 @@ class Documents:
 
     @cached_property
     def prompt_lengths(self) -> NDArray[np.int64]:
-        """Leading bytes of each document that carry no loss, [documents]: zeros where there are no prompts."""
+        """Leading bytes of each document that carry no loss, [documents]; zeros without prompts."""
         return np.concatenate([np.empty(0, np.int64), *self._prompts])
 
     def group(self, index: int) -> str:
+        """The name of a document's group."""
         return self.names[int(self.group_ids[index])]
 
     def of_groups(self, groups: Iterable[str]) -> NDArray[np.int64]:
@@ -174,6 +180,7 @@ class Documents:
         return np.flatnonzero(np.isin(self.group_ids, [self.names.index(group) for group in wanted]))
 
     def bytes(self, index: int) -> bytes:
+        """The bytes of a document."""
         return self._bytes(index).tobytes()
 
     def ids(self, index: int) -> NDArray[np.int16]:
@@ -182,11 +189,11 @@ class Documents:
 
     @property
     def tokens(self) -> TokenStream:
-        """The tokens of all documents, one behind the other; nothing is read before a slice is taken."""
+        """The tokens of all documents, one after another; a slice reads only what it covers."""
         return TokenStream(self)
 
     def _ids(self, index: int, begin: int, end: int) -> NDArray[np.int16]:
-        """Tokens [begin, end) of a document; token 0 is BOS and the last one EOS."""
+        """Tokens [begin, end) of a document; token 0 is BOS, the last one EOS."""
         length = int(self.lengths[index])
         ids = np.empty(end - begin, np.int16)
         first, stop = max(begin, 1), min(end, length + 1)
@@ -225,7 +232,7 @@ class TokenStream:
 
 
 class Dataset:
-    """A data folder opened for reading. Manifest and sizes are checked at once, contents by `verify`."""
+    """A data folder opened for reading. Opening checks manifest and sizes; `check` and `verify` check contents."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -242,16 +249,15 @@ class Dataset:
     def _check_size(self, shard: dict[str, Any]) -> None:
         path = self.folder / f"{shard['name']}.bin"
         arrays = ("offsets", "groups", *(["prompts"] if "prompt_bytes" in shard else []))
-        parts = [path, *(self.folder / f"{shard['name']}.{part}.npy" for part in arrays)]
-        for part in parts:
-            if not part.is_file():
-                raise InputError(f"{part}: missing; run `blt data prepare` again")
+        for file in (path, *(self.folder / f"{shard['name']}.{array}.npy" for array in arrays)):
+            if not file.is_file():
+                raise InputError(f"{file}: missing; run `blt data prepare` again")
         if path.stat().st_size != shard["bytes"]:
             size = path.stat().st_size
             raise InputError(f"{path}: {size} bytes, the manifest says {shard['bytes']}; run `blt data prepare` again")
 
     def split(self, name: str) -> Documents:
-        """The documents of `train`, `valid` or `test` (there may be none); opened once."""
+        """The documents of `train`, `valid` or `test`, possibly none. Raises InputError for another name."""
         if name not in self.manifest["splits"]:
             raise InputError(f"no split {name!r} in {self.folder}; it has {', '.join(self.manifest['splits'])}")
         if name not in self._opened:
@@ -259,8 +265,10 @@ class Dataset:
         return self._opened[name]
 
     def check(self, *splits: str) -> None:
-        """That these splits' shards are what was prepared. Each file is read once and remembered by its size and time
-        of change, so that this costs nothing at the next start. Raises InputError."""
+        """Checks that the shards of these splits are unchanged since they were prepared. Raises InputError.
+
+        A file is read once; its size and modification time are recorded, so that the next start reads nothing.
+        """
         for name in splits:
             integrity.check(self.folder, self._shards(name), trust_stamps=True)
 

@@ -1,18 +1,17 @@
-"""Exact entropies of whole documents: all of them as one stream, in chunks of one fixed shape that remember what is
-behind them.
+"""Exact entropies of whole documents: all of them are one stream, evaluated in chunks of one fixed shape with a cache.
 
-A chunk's queries see its own keys and those of the `window` tokens before it, which every layer keeps from the chunk
-before. So nothing is computed twice and nothing is cut: a token's entropy is that of its document (BOS, bytes, EOS)
-evaluated alone, as in generation, however long the document is. Documents follow each other without padding, and the
-mask ends what a token sees at an EOS.
+A chunk's queries attend to its own keys and to those of the `window` tokens before it, which every layer caches from
+the previous chunk. So nothing is computed twice or truncated: a token's entropy is that of its document (BOS, bytes,
+EOS) evaluated alone, as in generation, however long the document is. Documents follow each other without padding, and
+the mask hides everything before the last EOS.
 
-Two facts of algebra make the shapes static. Rotary embedding is relative, so every chunk counts its positions from
-where its memory begins, and keys that stay in memory are turned back by one chunk. And a query sees at most `window`
-keys, so blocks of queries read a span of window + block keys each, which are views of one buffer.
+Two facts of algebra make the shapes static. Rotary embedding is relative, so every chunk counts positions from the
+start of its cache, and cached keys are rotated back by one chunk. And a query attends to at most `window` keys, so
+each block of queries reads a span of window + block keys, which is a view of one buffer.
 
-A model without a window sees at most its max_seqlen tokens, the longest that it has positions for.
+A model without a window attends to at most max_seqlen tokens, the longest context that it has positions for.
 
-Letters: C tokens of a chunk, H tokens remembered before it, T = H + C, Q queries of a block, J blocks of a chunk,
+Letters: C tokens of a chunk, H cached tokens before it, T = H + C, Q queries of a block, J blocks of a chunk,
 S = H + Q keys of a block's span, G key/value heads, K head size.
 """
 
@@ -35,7 +34,8 @@ from blt_runtime.ids import EOS
 CHUNK = {"cpu": 4096, "cuda": 16384}
 """Tokens of a chunk: rows of a matrix product, so enough of them to be bound by arithmetic."""
 BLOCK_QUERIES = 128
-"""Keys that a block reads in vain: at a window of 512 a block of 128 reads 640 keys a query, one of 512 reads 1,024."""
+"""A smaller block reads fewer masked keys: at a window of 512, a block of 128 reads 640 keys per query, one of 512
+reads 1,024."""
 
 Float = NDArray[np.float32]
 Ids = NDArray[np.int16]
@@ -46,7 +46,7 @@ def document_entropies(
 ) -> list[Float]:
     """Next-byte entropies in nats of each document's tokens (BOS ... EOS), float32 [length] each.
 
-    Each document must end with an EOS, or what follows it sees it.
+    Each document must end with an EOS; otherwise the next document would attend to it.
     """
     if not documents:
         return []
@@ -56,7 +56,7 @@ def document_entropies(
 
 
 class Tokens(Protocol):
-    """Documents one behind the other, each BOS ... EOS, read in slices; an array is one."""
+    """Documents one after another, each BOS ... EOS, read in slices; an array is a valid form."""
 
     def __len__(self) -> int: ...
 
@@ -69,7 +69,7 @@ class EntropyPass(Protocol):
     chunk: int
 
     def run(self, ids_N: Tokens, done: int = 0) -> Iterator[Float]:
-        """Entropies from token `done` (a multiple of `chunk`) on, part by part: the same as in a run from the start."""
+        """Yields the entropies from token `done` (a multiple of `chunk`) on, equal to those of a run from the start."""
         ...
 
 
@@ -93,40 +93,41 @@ class ChunkedPass:
         self.chunk = BLOCK_QUERIES * -(-chunk // BLOCK_QUERIES)
         table = RotaryTable(self.window + self.chunk, config.head_size, config.rope_theta).to(self.device)
         self._rotation = table.at(torch.arange(self.window, self.window + self.chunk, device=self.device))
-        ahead = table.at(torch.tensor([self.chunk], device=self.device))
-        self._back = Rotation(ahead.cos, -ahead.sin)
-        self._step = torch.compile(self._plain, fullgraph=True, dynamic=False) if compile else self._plain
+        one_chunk = table.at(torch.tensor([self.chunk], device=self.device))
+        self._back = Rotation(one_chunk.cos, -one_chunk.sin)
+        self._step = torch.compile(self._run_chunk, fullgraph=True, dynamic=False) if compile else self._run_chunk
 
     @property
     def replay(self) -> int:
-        """Chunks before a given one that have a say in its entropies: the receptive field of all layers."""
+        """The number of chunks before a given one that its entropies depend on: the receptive field of all layers."""
         return -(-self.model.config.n_layers * self.window // self.chunk)
 
     def run(self, ids_N: Tokens, done: int = 0) -> Iterator[Float]:
         begin = max(0, done - self.replay * self.chunk)
-        memory = self._blank()
-        behind_H = np.full(self.window, EOS, np.int64)  # an EOS ends a document, so nobody sees this
+        cache = self._empty_cache()
+        before_H = np.full(self.window, EOS, np.int64)  # an EOS ends a document, so no token attends to these
         for at in range(begin, len(ids_N), self.chunk):
             ids_C = ids_N[at : at + self.chunk]
             ids_T = np.zeros(self.window + self.chunk, np.int64)
-            ids_T[: self.window] = behind_H
+            ids_T[: self.window] = before_H
             ids_T[self.window : self.window + len(ids_C)] = ids_C
-            behind_H = ids_T[self.chunk :]
+            before_H = ids_T[self.chunk :]
             with torch.no_grad():
-                entropy_C, *memory = self._step(torch.from_numpy(ids_T).to(self.device), memory)
+                entropy_C, *cache = self._step(torch.from_numpy(ids_T).to(self.device), cache)
             if at >= done:
                 yield entropy_C[: len(ids_C)].cpu().numpy()
 
-    def _blank(self) -> list[Tensor]:
+    def _empty_cache(self) -> list[Tensor]:
         config = self.model.config
         shape = (1, config.kv_heads, self.window, config.head_size)
         return [torch.zeros(shape, device=self.device) for _ in range(2 * config.n_layers)]
 
-    def _plain(self, ids_T: Tensor, memory: list[Tensor]) -> tuple[Tensor, ...]:
-        """Ids [T], keys and values [1, G, H, K] of each layer -> entropies [C], the memory of the next chunk."""
+    def _run_chunk(self, ids_T: Tensor, cache: list[Tensor]) -> tuple[Tensor, ...]:
+        """Ids [T], keys and values [1, G, H, K] of each layer -> entropies [C], the cache of the next chunk."""
         mask_JQS = self._mask(document_ids(ids_T[None], self.reset_newlines)[0])
         attends = [
-            _Memory(key, value, self._back, mask_JQS) for key, value in zip(memory[::2], memory[1::2], strict=True)
+            _CachedAttention(key, value, self._back, mask_JQS)
+            for key, value in zip(cache[::2], cache[1::2], strict=True)
         ]
         model = self.model
         x_1CD = model.byte_embedding(ids_T[None, self.window :])
@@ -134,7 +135,7 @@ class ChunkedPass:
         return entropy_of(logits)[0], *(tensor for attend in attends for tensor in (attend.key, attend.value))
 
     def _mask(self, document_T: Tensor) -> Tensor:
-        """Which keys of its span each query of a block may read: near, not later, same document. bool [J, Q, S]"""
+        """The keys of its span that each query may attend to: in the window, not later, same document. [J, Q, S]"""
         query_Q1 = torch.arange(BLOCK_QUERIES, device=self.device)[:, None] + self.window
         distance_QS = query_Q1 - torch.arange(self.window + BLOCK_QUERIES, device=self.device)
         near_QS = (distance_QS >= 0) & (distance_QS < self.window)
@@ -143,8 +144,8 @@ class ChunkedPass:
         return mask_JQS
 
 
-class _Memory:
-    """Attention of one layer: keys and values of the tokens before the chunk, and then the chunk's."""
+class _CachedAttention:
+    """Attention of one layer. `key` and `value` [1, G, H, K] are the cache before the chunk, then that after it."""
 
     def __init__(self, key: Tensor, value: Tensor, back: Rotation, mask_JQS: Tensor) -> None:
         self.key, self.value, self._back, self._mask_JQS = key, value, back, mask_JQS
@@ -161,15 +162,15 @@ class _Memory:
 
 
 def _spans(x_T: Tensor, span: int) -> Tensor:
-    """Overlapping stretches of `span` along the first axis, one for each block of queries, [J, ..., S]: a view."""
+    """Overlapping slices of length `span` along the first axis, one for each block of queries, [J, ..., S]: a view."""
     return x_T.unfold(0, span, BLOCK_QUERIES)
 
 
 class BFloat16Pass:
-    """A model in bfloat16, whose sums depend on where a document begins: every document is a row of its own.
+    """A model in bfloat16. Its sums depend on where a document begins, so every document is a separate row.
 
-    One that is longer than max_seqlen is cut at multiples of the model's block, with the receptive field of all layers
-    (or half a row, if that is less) evaluated again in front.
+    A document longer than max_seqlen is cut at multiples of the model's block. Before each piece, the receptive field
+    of all layers is evaluated again, or half a row if that is less.
     """
 
     chunk = 1
@@ -190,7 +191,7 @@ class BFloat16Pass:
                 yield entropies[max(0, done - begin) :]
 
     def _end(self, ids_N: Tokens, begin: int) -> int:
-        """Behind the next EOS, or the end of the stream."""
+        """The position after the next EOS, or the end of the stream."""
         for at in range(begin, len(ids_N), self.row):
             ends = np.flatnonzero(ids_N[at : at + self.row] == EOS)
             if len(ends):

@@ -1,7 +1,7 @@
-"""Whether shards still are what was prepared: their sha256, read once and remembered.
+"""Checks that shards are unchanged since they were prepared: their sha256, computed once and recorded.
 
-A stamp file beside the data keeps size and time of change of every file whose content was found right, so that the
-next start reads nothing. A change that leaves both as they were is not caught there; `verify` reads everything.
+A stamp file next to the data records size and modification time of every verified file, so that the next start reads
+nothing. A change that preserves both is not detected there; `Dataset.verify` reads everything.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from blt_runtime.errors import InputError
 STAMPS = ".verified.json"
 log = logging.getLogger("blt.data")
 Stamp = list[int | str]
-"""Size, time of change in ns, sha256."""
+"""Size, modification time in ns, sha256."""
 
 
 def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_files(folder: Path, shard: Mapping[str, Any]) -> dict[Path, str]:
-    """The files of a shard whose sha256 the manifest knows (an older manifest knows the bytes' alone)."""
+    """The files of a shard with their sha256 in the manifest (an older manifest has only that of the bytes)."""
     files = {folder / f"{shard['name']}.bin": str(shard["sha256"])}
     for array, digest in shard.get("arrays", {}).items():
         files[folder / f"{shard['name']}.{array}.npy"] = str(digest)
@@ -69,5 +70,5 @@ def _write(folder: Path, stamps: dict[str, Stamp]) -> None:
     try:
         temporary.write_text(json.dumps(stamps))
         temporary.replace(folder / STAMPS)
-    except OSError as error:  # a folder that cannot be written is read again at the next start
-        log.debug("%s: no stamps (%s)", folder, error)
+    except OSError as error:  # if the folder is read-only, the next start reads the shards again
+        log.debug("%s: cannot record verified files (%s)", folder, error)

@@ -1,15 +1,18 @@
 """Documents to rows to batches of a few fixed shapes.
 
-Documents (BOS, tokens, EOS) follow each other in a seeded order. `pack: stream`: a row takes P patches of that stream,
-or as many as fit into the largest bucket (or into a smaller one that P patches just pass), and the next row goes on
-where it stopped. Nothing is dropped: the last token of a row is only a target there and is the first input of the next
-row, so every token behind a BOS is a target exactly once, which is what `blt eval` counts, too. (The published loader
-cuts rows the same way but drops the last patch of every row whose first patch it has to split.) `pack: documents`: a
-row holds whole documents (`blt.data.rows`). In both, BOS and the tokens of a prompt are inputs and no targets, and a
-row without any target is left out.
+Documents (BOS, tokens, EOS) follow each other in a seeded order.
+
+`pack: stream`: a row has P patches of that stream, or as many as fit into the largest bucket. If the P patches would
+end just past a smaller bucket, the row stops at that bucket. The next row continues where the row stopped. Nothing is
+dropped: the last token of a row is only a target there and is the first input of the next row. So every token after a
+BOS is a target exactly once, as in `blt eval`. (The published loader cuts rows the same way, but drops the last patch
+of every row whose first patch it has to split.)
+
+`pack: documents`: a row holds whole documents (`blt.data.rows`). In both forms, BOS and the tokens of a prompt are
+inputs but not targets, and a row without any target is left out.
 
 Rows are sorted into buckets, so that a batch has one of a few shapes [B, N]. The order of everything follows from
-(seed, epoch, block), where a block is a run of documents of about `block_tokens`; the loader's state is three integers.
+(seed, epoch, block). A block is a sequence of documents of about `block_tokens`; the loader's state is three integers.
 
 Letters: B rows, N tokens of a row, P patches, T tokens of a block, R rows of a block.
 """
@@ -29,16 +32,15 @@ from blt.data.rows import Rows, cut_rows, pack_documents, row_patch_lengths
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import OFFSET
 
-__all__ = ["BLOCK_TOKENS", "Batch", "BatchShape", "Block", "Loader", "PatchStarts", "TokenSource"]
 BLOCK_TOKENS = 32 << 20
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some documents as one run of tokens, their patch boundaries, and the batches they are dealt into.
+    """Some documents as one sequence of tokens, their patch boundaries, and the batches of their rows.
 
-    `members` the documents in the order of their tokens, `offsets` [documents + 1] where each begins; `ids` [T];
-    `counted` [T] the tokens whose loss counts; `batches` the (bucket, rows) of each batch.
+    members: the documents in the order of their tokens.  offsets: [documents + 1], where each begins.  ids: [T].
+    counted: [T], the tokens whose loss counts.  batches: the (bucket, rows) of each batch.
     """
 
     epoch: int
@@ -53,10 +55,10 @@ class Block:
 
 
 class Loader:
-    """Batches without end (`__next__`), or one pass (`one_pass`), over documents in a seeded order.
+    """Endless batches (`__next__`), or one pass (`one_pass`), over documents in a seeded order.
 
-    `state()` and `restore` name the next batch exactly. The batches are a function of the arguments and that state;
-    `workers` threads make them ahead of the step (0: made when asked for), which changes none of them.
+    `state()` identifies the next batch exactly, and `restore` continues there. Batches are a function of the arguments
+    and that state. `workers` threads prepare them ahead of the step (0: none), which changes no batch.
     """
 
     def __init__(
@@ -83,16 +85,16 @@ class Loader:
         self.restore({"epoch": 0, "block": 0, "batch": 0})
 
     def state(self) -> dict[str, int]:
-        """The place of the next batch."""
+        """The position of the next batch."""
         return {"epoch": self.epoch, "block": self.block, "batch": self.batch}
 
     def restore(self, state: dict[str, int]) -> None:
-        """The next batch is that of a `state`."""
+        """Continues with the batch of a `state`."""
         self.epoch, self.block, self.batch = state["epoch"], state["block"], state["batch"]
         self._prefetcher.start(Position(self.epoch, self.block, self.batch))
 
     def close(self) -> None:
-        """No more batches are made ahead; a later `next` begins again with the one due."""
+        """Stops preparing batches ahead; a later `next` starts again with the batch that is due."""
         self.restore(self.state())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -104,19 +106,20 @@ class Loader:
         return batch
 
     def one_pass(self) -> Iterator[Batch]:
-        """The batches of the rest of this epoch; the last of a block may hold blank rows."""
+        """The remaining batches of this epoch; the last of a block may hold blank rows."""
         epoch = self.epoch
         while self._prefetcher.has_next(epoch):
             yield next(self)
         self.restore({"epoch": epoch + 1, "block": 0, "batch": 0})
 
     def n_blocks(self, epoch: int) -> int:
+        """The number of blocks of an epoch."""
         return len(self._blocks(epoch))
 
     def _blocks(self, epoch: int) -> list[Int]:
-        """The epoch's documents in order, cut into runs of about `block_tokens`."""
-        known, blocks = self._epoch_blocks
-        if known == epoch:
+        """The epoch's documents in order, cut into blocks of about `block_tokens`."""
+        cached, blocks = self._epoch_blocks
+        if cached == epoch:
             return blocks
         order = self.subset
         if self.shuffle:
@@ -137,21 +140,22 @@ class Loader:
             order, rows = pack_documents(lengths, starts, patches, cap)
             members, lengths, starts = members[order], lengths[order], [starts[i] for i in order]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        boundaries = np.concatenate([offset + places for offset, places in zip(offsets, starts, strict=False)])
+        boundaries = np.concatenate([offset + positions for offset, positions in zip(offsets, starts, strict=False)])
         if not whole:
             rows = cut_rows(int(offsets[-1]), boundaries, patches, cap, self.shape.buckets)
         counted = self._counted(members, offsets)
         ids = np.concatenate([self.documents.ids(int(index)) for index in members])
-        batches = self._deal(rows, self._row_order(rows, counted, (self.seed, epoch, block)))
+        batches = self._group_rows(rows, self._row_order(rows, counted, (self.seed, epoch, block)))
         return Block(epoch, block, members, offsets, ids, counted, boundaries, rows, batches)
 
     def _starts(self, members: Int) -> list[Int]:
-        """Where each document's patches begin."""
+        """The patch boundaries of each document, as positions in it."""
         if self.patch_starts is None:
             return [np.empty(0, np.int64)] * len(members)
         return [np.flatnonzero(self.patch_starts.starts(int(index))) for index in members]
 
     def _counted(self, members: Int, offsets: Int) -> NDArray[np.bool_]:
+        """The tokens whose loss counts: all but BOS and prompts."""
         counted = np.ones(int(offsets[-1]), np.bool_)
         counted[offsets[:-1]] = False
         prompts = self.documents.prompt_lengths[members]
@@ -160,13 +164,14 @@ class Loader:
         return counted
 
     def _row_order(self, rows: Rows, counted: NDArray[np.bool_], seed: tuple[int, int, int]) -> Int:
-        """The rows that hold a target, in the order in which they are dealt into batches."""
+        """The rows that hold a target, in the order in which they fill batches."""
         before = np.concatenate([[0], np.cumsum(counted)])
         order = np.flatnonzero(before[rows.end] > before[rows.begin + 1])
         return np.random.default_rng(seed).permutation(order) if self.shuffle else order
 
-    def _deal(self, rows: Rows, order: Int) -> list[tuple[int, list[int]]]:
-        """(bucket, rows) of every batch. What is left at the end shares batches; the very last one gets blank rows."""
+    def _group_rows(self, rows: Rows, order: Int) -> list[tuple[int, list[int]]]:
+        """(bucket, rows) of every batch. Rows left over at the end share batches; the last one is filled up with blank
+        rows."""
         bucket_of = np.searchsorted(self.shape.buckets, rows.lengths)
         queues: list[list[int]] = [[] for _ in self.shape.buckets]
         batches = []
@@ -178,8 +183,8 @@ class Loader:
                 queues[bucket] = []
         left = [row for queue in queues for row in queue]
         for first in range(0, len(left), self.shape.rows):
-            part = left[first : first + self.shape.rows]
-            batches.append((self.shape.buckets[int(bucket_of[part].max())], part))
+            members = left[first : first + self.shape.rows]
+            batches.append((self.shape.buckets[int(bucket_of[members].max())], members))
         return batches
 
     def _assemble(self, block: Block, index: int) -> Batch:
@@ -212,7 +217,7 @@ class Loader:
 
 
 def _blank_patches(rows: int, patches: int, bucket: int) -> Int:
-    """Patch lengths [B, P] of rows that hold nothing."""
+    """Patch lengths [B, P] of blank rows."""
     lengths_BP = np.zeros((rows, patches), np.int64)
     lengths_BP[:, 0], lengths_BP[:, 1] = 1, bucket
     return lengths_BP

@@ -1,4 +1,4 @@
-"""Parquet files as records, a batch of rows at a time, of the columns that are asked for alone."""
+"""Reads parquet files as records, a batch of rows at a time, and only the columns that are needed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ ROWS = 1024
 
 
 def read_parquet(path: Path, fields: Fields) -> Iterator[Document]:
-    """One document per row. Raises InputError for a damaged file and for a row without text, MissingExtra without
-    pyarrow. Columns of strings are read as UTF-8, columns of bytes as they are."""
+    """One document per row; columns of strings become UTF-8, columns of bytes are used unchanged.
+
+    Raises InputError for a damaged file and for a row without text, MissingExtra without pyarrow.
+    """
     pyarrow, parquet = _libraries(path)
     damage = (pyarrow.ArrowException, OSError, EOFError)
     try:

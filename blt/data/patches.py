@@ -1,11 +1,11 @@
-"""Patch boundaries ahead of the step: entropies of whole splits by the frozen entropy model, cached beside the data.
+"""Patch boundaries ahead of the step: entropies of whole splits by the frozen entropy model, cached next to the data.
 
-Definition used for training: each document (BOS, bytes, EOS) is evaluated alone, exactly, as in generation
-(`blt.data.entropies`). The first version of the cache cut long documents into overlapping pieces; see DEFINITION.
+For training, each document (BOS, bytes, EOS) is evaluated alone and exactly, as in generation (`blt.data.entropies`).
+The first version of the cache cut long documents into overlapping pieces; see DEFINITION.
 
-Entropies are stored, not boundaries: another threshold or rule then costs nothing. The file is keyed by the entropy
-model's weights, its configuration, the shards' bytes and where documents end. It is written as it is computed
-(`blt.data.cache_files`), so a run that is killed goes on where it stopped, and a second run starts at once.
+The cache stores entropies, not boundaries, so another threshold or rule costs nothing. Its key covers the entropy
+model's weights and configuration, the shards' bytes and the ends of documents. It is written as it is computed
+(`blt.data.cache_files`): a killed run continues where it stopped, and a second run starts at once.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from numpy.typing import NDArray
 
 from blt.data.cache_files import fill_array
 from blt.data.dataset import Dataset, Documents
-from blt.data.entropies import Float, document_entropies, make_pass
+from blt.data.entropies import Float, make_pass
 from blt.data.threshold import Piece, find_rule
 from blt.model import EntropyModel
 from blt_runtime.errors import ConfigError, InputError, UsageError
 from blt_runtime.patching import PatchRule, patch_lengths
 
 DEFINITION = 2
-"""1: pieces of 4 windows that overlap by one, so that deeper layers forgot what is before a piece. 2: exact."""
+"""1: pieces of 4 windows that overlap by one window, so that deeper layers lacked the context before it. 2: exact."""
 CACHE_FOLDER = "entropies"
 LOG_SECONDS = 5.0
 log = logging.getLogger("blt.data")
-__all__ = ["PatchIndex", "choose_threshold", "document_entropies"]
 
 
 class PatchIndex:
-    """Patch boundaries of every document of a split, under a rule.
+    """Patch boundaries of every document of a split under a rule.
 
-    `model` is needed for rules that look at entropies; those are computed at first use and cached in the data folder.
+    `model` is needed for rules that use entropies. These are computed at first use and cached in the data folder.
     """
 
     def __init__(
@@ -60,16 +59,16 @@ class PatchIndex:
         self._entropies: Float | None = None
 
     def with_rule(self, rule: PatchRule) -> PatchIndex:
-        """The same entropies under a rule."""
+        """The same entropies under another rule. Raises ConfigError if the rule needs other entropies."""
         if rule.needs_entropy and (self.model is None or rule.reset_newlines != self.reset_newlines):
-            raise ConfigError("this patch rule needs entropies of another kind; give the entropy model it was made for")
+            raise ConfigError("this patch rule needs other entropies; give the entropy model it was made for")
         other = PatchIndex(self.dataset, self.split, rule=rule)
         other.model, other.reset_newlines, other.key = self.model, self.reset_newlines, self.key
         other._entropies, other.compile = self._entropies, self.compile
         return other
 
     def compute(self) -> None:
-        """Makes or opens the cache now, and not at the first document asked for."""
+        """Makes or opens the cache now, instead of at the first access to a document."""
         if self.model is not None and self._entropies is None and len(self.documents):
             self._entropies = self._load()
 
@@ -98,7 +97,7 @@ class PatchIndex:
     def _load(self) -> Float:
         length = int(self.documents.token_offsets[-1])
         if self.path.exists():
-            log.info("entropies of %s: taken from %s", self.split, self.path)
+            log.info("entropies of %s: read from %s", self.split, self.path)
         else:
             self._fill()
         try:
@@ -124,31 +123,31 @@ class PatchIndex:
 
 
 class _Progress:
-    """A log line every few seconds."""
+    """Logs the progress every few seconds."""
 
     def __init__(self, split: str, total: int, done: int):
         self.split, self.total, self.first, self.done = split, total, done, done
         self._began = time.monotonic()
-        self._said = 0.0
+        self._logged = 0.0
         if done:
-            log.info("entropies of %s: going on at %.1f %%", split, 100 * done / total)
+            log.info("entropies of %s: continuing at %.1f %%", split, 100 * done / total)
 
     def add(self, tokens: int) -> None:
         self.done += tokens
         now = time.monotonic()
-        if now - self._said < LOG_SECONDS and self.done < self.total:
+        if now - self._logged < LOG_SECONDS and self.done < self.total:
             return
         rate = (self.done - self.first) / max(now - self._began, 1e-9)
         left = (self.total - self.done) / rate
         log.info(
             "entropies of %s: %.1f %%, %.0f bytes/s, %.0f s left", self.split, 100 * self.done / self.total, rate, left
         )
-        self._said = now
+        self._logged = now
 
 
 def _key(model: EntropyModel, reset_newlines: bool) -> str:
     what: dict[str, Any] = {"model": model.config.model_dump(mode="json"), "definition": DEFINITION}
-    what["arithmetic"] = str(next(model.parameters()).dtype)  # the weights of a twin in bfloat16 may be the same
+    what["arithmetic"] = str(next(model.parameters()).dtype)  # a bfloat16 copy may have the same weights
     digest = hashlib.sha256(json.dumps(what | {"reset_newlines": reset_newlines}, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -163,9 +162,11 @@ def choose_threshold(
     members: Sequence[int] | NDArray[np.int64],
     sample_tokens: int = 2 << 20,
 ) -> float:
-    """The threshold (nats) at which `rule` gives the mean patch closest to `target` bytes on a sample of `members`.
+    """The threshold in nats at which the mean patch size of `rule` is closest to `target` bytes, on a sample of
+    `members`.
 
-    Bytes per patch are those of `blt calibrate` and `blt eval`. Raises ConfigError if no threshold reaches the target.
+    Bytes per patch are counted as in `blt calibrate` and `blt eval`. Raises ConfigError if no threshold reaches the
+    target.
     """
     sample = _sample(index.documents, members, sample_tokens)
     try:

@@ -1,9 +1,9 @@
-"""Batches made ahead of the step, in order.
+"""Batches prepared ahead of the step, in order.
 
-One thread plans the block after the current one (seconds for 32 M tokens), `workers` threads fill batches out of
-planned blocks, and `take` hands them over one by one. What is made depends on its place alone, never on timing, and so
-not on how many workers there are. Threads and no processes: numpy gives the interpreter's lock back in the large copies
-that the work consists of, planned blocks need not be copied between processes, and a kill leaves nobody behind.
+One thread plans the block after the current one (seconds for 32 M tokens), `workers` threads fill batches from planned
+blocks, and `take` returns them one by one. A batch depends only on its position, not on timing or the number of
+workers. Threads, not processes: numpy releases the interpreter lock in the large copies that make up the work, planned
+blocks need no copy between processes, and a kill leaves no worker process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BATCHES_PER_WORKER = 4
 
 
 class Planned(Protocol):
-    """A block, which knows how many batches it has."""
+    """A block with a number of batches."""
 
     @property
     def batches(self) -> Sized: ...
@@ -31,15 +31,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Position:
-    """The batch `batch` of block `block` of an epoch; a number behind a block's last batch means the next block."""
+    """The batch number `batch` of block `block` of an epoch; a number after the last batch means the next block."""
 
     epoch: int
     block: int
     batch: int
 
 
-class _Now:
-    """Runs what it is given at once: the executor without threads."""
+class _InlineExecutor:
+    """The executor without threads: runs work when it is submitted."""
 
     def submit(self, work: Callable[..., T], /, *arguments: Any) -> Future[T]:
         future: Future[T] = Future()
@@ -47,13 +47,13 @@ class _Now:
         return future
 
     def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
-        """There is nothing to stop."""
+        """Nothing is pending."""
 
 
 class Prefetcher(Generic[B, R]):
-    """Results of `assemble(block, batch)` in order of their places, over blocks `plan(epoch, block)`, without end.
+    """The endless sequence of `assemble(block, batch)`, in order of position, over the blocks `plan(epoch, block)`.
 
-    Every epoch has `n_blocks(epoch)` blocks. Errors of the work are raised where its result is taken.
+    Every epoch has `n_blocks(epoch)` blocks. An error in the work is raised by the `take` of its result.
     """
 
     def __init__(
@@ -66,51 +66,51 @@ class Prefetcher(Generic[B, R]):
         self._plan, self._assemble, self._n_blocks = plan, assemble, n_blocks
         self._depth = max(1, BATCHES_PER_WORKER * workers)
         self._threads, self._plan_ahead = workers, workers > 0
-        self._planner: Executor | _Now = _Now()
-        self._workers: Executor | _Now = _Now()
+        self._planner: Executor | _InlineExecutor = _InlineExecutor()
+        self._workers: Executor | _InlineExecutor = _InlineExecutor()
         self.start(Position(0, 0, 0))
 
-    def start(self, place: Position) -> None:
-        """The next result is that of `place`; what was made ahead is forgotten, and threads end with what they do now.
+    def start(self, position: Position) -> None:
+        """Continues at `position`: prepared results are dropped, and threads end after their current work.
 
-        New ones begin when a result is asked for.
+        New threads start with the next `take`.
         """
         for executor in (self._planner, self._workers):
             executor.shutdown(wait=False, cancel_futures=True)
         if self._threads:
             self._planner = ThreadPoolExecutor(1, "planner")
             self._workers = ThreadPoolExecutor(self._threads, "batches")
-        self._cursor = place
-        self._made: deque[tuple[int, Future[R]]] = deque()
+        self._cursor = position
+        self._ready: deque[tuple[int, Future[R]]] = deque()
         self._plans: dict[tuple[int, int], Future[B]] = {}
 
     def take(self) -> R:
-        """The next result; waits for it if need be."""
+        """The next result; waits for it if necessary."""
         self._fill(None)
-        result = self._made.popleft()[1].result()
+        result = self._ready.popleft()[1].result()
         if self._plan_ahead:
             self._fill(None, wait=False)
         return result
 
     def has_next(self, epoch: int) -> bool:
-        """True if the next result still belongs to `epoch`; looks no further."""
+        """Whether the next result belongs to `epoch`; plans no later epoch."""
         self._fill(epoch)
-        return bool(self._made) and self._made[0][0] == epoch
+        return bool(self._ready) and self._ready[0][0] == epoch
 
     def _fill(self, last_epoch: int | None, wait: bool = True) -> None:
-        """Work for the places from the cursor on. Waits for a plan only if nothing at all was made ahead and `wait`."""
-        while len(self._made) < self._depth and (last_epoch is None or self._cursor.epoch <= last_epoch):
+        """Submits work from the cursor on. Waits for a plan only if no result is ready or under way, and `wait`."""
+        while len(self._ready) < self._depth and (last_epoch is None or self._cursor.epoch <= last_epoch):
             here = self._cursor
             key = (here.epoch, here.block)
             following = self._following(*key)
             future = self._planned(key)
             if self._plan_ahead:
                 self._planned(following)
-            if not future.done() and (self._made or not wait):
+            if not future.done() and (self._ready or not wait):
                 return
             block = future.result()
             if here.batch < len(block.batches):
-                self._made.append((here.epoch, self._workers.submit(self._assemble, block, here.batch)))
+                self._ready.append((here.epoch, self._workers.submit(self._assemble, block, here.batch)))
                 self._cursor = Position(*key, here.batch + 1)
             else:
                 self._cursor = Position(*following, 0)

@@ -1,8 +1,8 @@
-"""`prepare`: inputs of many kinds to one data folder, written beside its final place and renamed when complete.
+"""`prepare`: inputs of many kinds to one data folder, written under a hidden name and renamed when complete.
 
-A data folder holds, per split, shards of raw bytes (`.bin`, documents back to back, no separators), the document ends
-(`.offsets.npy`, int64 [documents + 1]) and the documents' groups (`.groups.npy`, int32), and one manifest.json. Text
-made of prompts and completions also has the prompts' lengths in bytes (`.prompts.npy`, int64 [documents]).
+A data folder has one manifest.json, and for each split shards of raw bytes (`.bin`, documents without separators) with
+the document ends (`.offsets.npy`, int64 [documents + 1]) and the documents' groups (`.groups.npy`, int32). Text made of
+prompts and completions also has the prompts' lengths in bytes (`.prompts.npy`, int64 [documents]).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARD_BYTES = 256 << 20
 
 
 class _SplitWriter:
-    """Appends documents to the shards of one split and counts them; `prompts`: the prompts' lengths, too."""
+    """Appends documents to the shards of one split and counts them. `prompts`: also writes the prompts' lengths."""
 
     def __init__(self, folder: Path, split: str, shard_bytes: int, prompts: bool = False):
         self.folder, self.split, self.shard_bytes, self.prompts = folder, split, shard_bytes, prompts
@@ -58,7 +58,7 @@ class _SplitWriter:
         return f"{self.split}-{len(self.shards):05d}"
 
     def close(self) -> None:
-        """Ends the current shard."""
+        """Completes the current shard."""
         if self._file is None:
             return
         self._file.close()
@@ -107,21 +107,23 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the data folder `out` and returns its manifest.
 
-    `split` are the shares of train, valid and test for documents that are not already split by subfolders: a hash of
-    the seed and the content decides, so equal documents never straddle two splits and the result does not depend on
-    the order of the inputs. Exact duplicates are dropped with `dedup`. Empty documents are never written.
-    `text_field` is the key of a record's text. With `prompt_field` and `completion_field` a record is a prompt and what
-    is learned behind it; records of one prompt stay in one split. What `about` says of the text is kept with the
-    manifest's options.
-    Raises InputError for bad input, UsageError for bad arguments or when `out` is not empty (`force` replaces an older
-    data folder).
+    split: shares of train, valid and test for documents that subfolders do not split. A hash of the seed and the
+    content decides, so equal documents are in one split and the order of the inputs does not matter.  dedup: drop exact
+    duplicates. Empty documents are never written.  text_field: the key of a record's text.  prompt_field,
+    completion_field: a record is a prompt and the completion to learn; records with the same prompt are in one split.
+    about: further values for the manifest's options.  force: replace an older data folder.
+
+    Raises InputError for bad input, and UsageError for bad arguments or if `out` is not empty.
     """
     shares, fields = _shares(split), Fields(text_field, prompt_field, completion_field)
     sources = find_sources(inputs, format, fields)
     out = Path(out).resolve()
     check_target(out, force, [Path(path).resolve() for path in inputs])
     with staged(out) as temporary:
-        manifest = _write(temporary, sources, shares, dedup, fields, workers, seed, shard_bytes)
+        manifest = _write(
+            temporary, sources, shares=shares, dedup=dedup, fields=fields, workers=workers, seed=seed,
+            shard_bytes=shard_bytes,
+        )  # fmt: skip
         manifest["options"] |= about or {}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -130,6 +132,7 @@ def prepare(
 def _write(
     folder: Path,
     sources: list[Source],
+    *,
     shares: tuple[float, ...],
     dedup: bool,
     fields: Fields,
@@ -139,7 +142,7 @@ def _write(
 ) -> dict[str, Any]:
     group_ids = {group: index for index, group in enumerate(sorted({source.group for source in sources}))}
     writers = {name: _SplitWriter(folder, name, shard_bytes, fields.prompt is not None) for name in SPLITS}
-    # With dedup a document that is in several splits stays where it is scarcest: held-out text first.
+    # With dedup, a document of several splits stays in the held-out one: its text is the scarcest, so it is read first.
     order = sorted(sources, key=lambda source: source.split in (None, "train")) if dedup else sources
     is_new = _duplicate_filter(dedup)
     duplicates = 0
@@ -191,12 +194,12 @@ def _duplicate_filter(dedup: bool) -> Callable[[Document], bool]:
 
 
 def check_target(out: Path, force: bool, inputs: Sequence[Path]) -> None:
-    """Raises UsageError where a data folder made of these inputs cannot be put at `out` (an absolute path)."""
+    """Raises UsageError if a data folder made of these inputs cannot be written to `out` (an absolute path)."""
     if Path.cwd().is_relative_to(out):
-        raise UsageError(f"{out} is the current folder or around it; choose a new folder")
+        raise UsageError(f"{out} is the current folder or contains it; choose a new folder")
     for path in inputs:
         if out.is_relative_to(path) or path.is_relative_to(out):
-            raise UsageError(f"the input {path} and the output {out} lie in each other; choose another folder")
+            raise UsageError(f"one of the input {path} and the output {out} contains the other; choose another folder")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; choose another output folder")
     if not out.is_dir() or not any(out.iterdir()):
@@ -204,4 +207,4 @@ def check_target(out: Path, force: bool, inputs: Sequence[Path]) -> None:
     if not force:
         raise UsageError(f"{out} is not empty; choose another folder, or --force to replace a data folder")
     if not is_data_folder(out):
-        raise UsageError(f"{out} is not a data folder of ours, so --force does not replace it; choose another folder")
+        raise UsageError(f"{out} is not a data folder, so --force does not replace it; choose another folder")

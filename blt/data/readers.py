@@ -1,8 +1,8 @@
-"""Documents from files and folders, in an order that depends on nothing but the inputs' names.
+"""Reads documents from files and folders, in an order that depends only on the inputs' names.
 
-A text file holds documents separated by NUL bytes (so binary files are read, too, and end a document at each NUL), a
-JSONL file (also `.json`) one document per line, a parquet file one per row. The group of a document is the stem of its
-file. A folder is read whole, or it holds nothing but the subfolders train, valid and test: the splits.
+A text file holds documents separated by NUL bytes (so a binary file ends a document at each NUL), a JSONL file (also
+`.json`) one document per line, a parquet file one per row. The group of a document is the stem of its file. A folder is
+read as a whole, unless it has subfolders train, valid and test: these are the splits, and it must hold nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KIND_OF = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet":
 
 @dataclass(frozen=True)
 class Source:
-    """One file to read. `split` is None where a document's content decides."""
+    """One file to read. `split` is None if a hash of each document's content decides."""
 
     path: Path
     group: str
@@ -37,8 +37,11 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str | Path], format: str = "auto", fields: Fields | None = None) -> list[Source]:
-    """The files behind `inputs`, sorted inside each folder. Raises UsageError for wrong arguments (also for `fields`
-    of prompts where a file is text without fields) and InputError for what cannot be read."""
+    """The files of `inputs`, sorted within each folder.
+
+    Raises UsageError for wrong arguments (also for prompt `fields` if a file is plain text), and InputError for inputs
+    that cannot be read.
+    """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
     if not inputs:
@@ -54,7 +57,7 @@ def find_sources(inputs: Sequence[str | Path], format: str = "auto", fields: Fie
         raise InputError(f"{inputs[0]}: the folder holds no files")
     plain = [source.path for source in sources if source.format == "txt"]
     if plain and fields is not None and fields.prompt is not None:
-        raise UsageError(f"{plain[0]} is read as text, which has no --prompt-field; give JSONL or parquet files alone")
+        raise UsageError(f"{plain[0]} is read as text, which has no --prompt-field; give only JSONL or parquet files")
     return sources
 
 
@@ -62,11 +65,11 @@ def _folder(folder: Path, format: str) -> list[Source]:
     if is_data_folder(folder):
         raise UsageError(f"{folder} is a data folder already; give the text that it was made from")
     splits = [name for name in SPLITS if (folder / name).is_dir()]
-    beside = sorted(path.name for path in folder.iterdir() if path.name not in splits and not _hidden(path, folder))
-    if splits and beside:
+    others = sorted(path.name for path in folder.iterdir() if path.name not in splits and not _hidden(path, folder))
+    if splits and others:
         raise InputError(
-            f"{folder}: {', '.join(splits)} are its splits, so {', '.join(beside[:5])} beside them would be ignored; "
-            "move that into a split, or name every input by itself"
+            f"{folder}: {', '.join(splits)} are its splits, so {', '.join(others[:5])} would be ignored; "
+            "move it into a split, or name every input separately"
         )
     found: list[Source] = []
     roots: list[tuple[Path, str | None]] = [(folder / name, name) for name in splits]
@@ -92,7 +95,7 @@ def _source(path: Path, format: str, split: str | None) -> Source:
 
 
 def read_documents(source: Source, fields: Fields | None = None) -> Iterator[Document]:
-    """The documents of one file, empty ones left out. `fields` are the keys of records."""
+    """The documents of one file without empty ones. `fields` are the keys of records."""
     fields = fields or Fields()
     found = read_parquet(source.path, fields) if source.format == "parquet" else _lines_or_text(source, fields)
     yield from (document for document in found if document.content)
@@ -109,9 +112,10 @@ def _lines_or_text(source: Source, fields: Fields) -> Iterator[Document]:
 def read_all(
     sources: Iterable[Source], fields: Fields | None = None, workers: int = 1
 ) -> Iterator[tuple[Source, Document]]:
-    """(source, document) of all sources, in their order whatever `workers` is.
+    """(source, document) of all sources, in the same order for any number of `workers`.
 
-    Threads, since decompression and hashing release the interpreter lock; at most `workers` files are held in memory.
+    Workers are threads, because decompression and hashing release the interpreter lock. At most `workers` files are in
+    memory.
     """
     if workers <= 1:
         for source in sources:
@@ -135,7 +139,7 @@ def read_all(
 
 def _text(file: BinaryIO) -> Iterator[Document]:
     """Documents between NUL bytes; a file without NUL is one document."""
-    rest: list[bytes] = []  # joined once: a document of a gigabyte comes in hundreds of blocks
+    rest: list[bytes] = []  # joined once: a document of a gigabyte is read in hundreds of blocks
     while block := file.read(READ_BYTES):
         first, *others = block.split(b"\0")
         rest.append(first)

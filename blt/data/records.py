@@ -1,7 +1,7 @@
 """Documents, and how records (JSONL lines, parquet rows) become documents.
 
-A record holds a text, or a prompt and its completion: then the document is both, one behind the other with nothing in
-between, and only the completion is learned.
+A record has a text, or a prompt and its completion. Then the document is the prompt followed directly by the
+completion, and only the completion carries loss.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Fields:
-    """The keys of a record: of its text, or of prompt and completion. Raises UsageError for one of these alone."""
+    """The keys of a record: of its text, or of prompt and completion. Raises UsageError for one of these two."""
 
     text: str = "text"
     prompt: str | None = None
@@ -50,9 +50,9 @@ class Fields:
 
 
 def read_jsonl(lines: BinaryIO, path: Path, fields: Fields) -> Iterator[Document]:
-    """One document per line that is not blank. Raises InputError that names the line.
+    """One document per line that is not blank. Raises InputError with the number of the line.
 
-    A file of one JSON value over several lines fails at its first one.
+    A file with one JSON value over several lines fails at its first line.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -63,15 +63,15 @@ def read_jsonl(lines: BinaryIO, path: Path, fields: Fields) -> Iterator[Document
         except (ValueError, RecursionError) as error:  # brackets a thousand deep
             raise InputError(f"{where}: not a JSON object ({error}); {ONE_PER_LINE}") from error
         if not isinstance(record, Mapping):
-            raise InputError(f"{where}: a JSON {type(record).__name__} and no object; {ONE_PER_LINE}")
+            raise InputError(f"{where}: a JSON {type(record).__name__}, not an object; {ONE_PER_LINE}")
         yield fields.document(record, where)
 
 
 def _text(record: Any, key: str, option: str, where: str) -> bytes:
     text = record.get(key) if isinstance(record, Mapping) else None
-    if isinstance(text, bytes):  # parquet has columns of them
+    if isinstance(text, bytes):  # parquet has columns of bytes
         return text
     if not isinstance(text, str):
-        raise InputError(f"{where}: no text under the key {key!r}; name the right one with {option}")
-    # A lone surrogate cannot be encoded; it is dropped, as the tokenizer does with text (spec section 1).
+        raise InputError(f"{where}: no text under the key {key!r}; name the right key with {option}")
+    # A lone surrogate cannot be encoded; it is dropped, as the tokenizer does (spec section 1).
     return text.encode("utf-8", errors="ignore")

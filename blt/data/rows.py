@@ -1,7 +1,7 @@
-"""Documents to rows: cut out of one stream, or whole documents side by side.
+"""Documents to rows: cut out of one stream, or several whole documents per row.
 
 A row is a slice [begin, end) of a block's tokens. Its last token is only a target there. The first patch of a row must
-be one token long (spec section 11); a row that starts inside a patch splits it 1 + rest.
+be one token long (spec section 11); a row that starts inside a patch splits it into 1 + rest.
 
 Letters: N tokens of a row, P patches, R rows.
 """
@@ -17,8 +17,8 @@ import numpy as np
 from blt.data.batches import Int
 
 OPEN_ROWS = 256
-"""Rows that wait for more documents while whole documents are packed: with the longest documents first, 256 leave as
-little room as any number does, and a document is placed by one numpy call over them."""
+"""Rows that stay open for more documents while whole documents are packed. With the longest documents first, 256 leave
+as little padding as any larger number, and one numpy call over them places a document."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,19 @@ class Rows:
 
 
 def cut_rows(n_tokens: int, boundaries: Int, patches: int | None, cap: int, buckets: Sequence[int] = ()) -> Rows:
-    """Rows of at most `patches` patches and `cap` input tokens over a stream of `n_tokens`, each going on where the
-    one before stopped, so that every token but the first is a target once.
+    """Rows of at most `patches` patches and `cap` input tokens over a stream of `n_tokens`.
 
-    `boundaries` are the ascending positions where patches begin. A row that its patches end just behind one of the
-    lengths `buckets` ends at that length instead: it then lacks a few patches, which cost less than padding up to the
-    next length would.
+    Each row continues where the previous one stopped, so every token but the first is a target once. `boundaries` are
+    the ascending positions where patches begin. If a row's patches would end just past one of the lengths `buckets`,
+    the row stops at that length, a few patches short, when that wastes less than padding up to the next length.
     """
     begin, end, here = [], [], 0
     while here < n_tokens - 1:
         stop = min(here + cap + 1, n_tokens)
         if patches is not None:
-            # Patches 0 and 1 begin at `here` and `here` + 1; patch P would begin at the (P-2)-th boundary after.
-            behind = int(np.searchsorted(boundaries, here + 2)) + patches - 2
-            stop = min(stop, int(boundaries[behind])) if behind < len(boundaries) else stop
+            # Patches 0 and 1 begin at `here` and `here` + 1; patch P would begin at the (P-2)-th boundary after those.
+            after = int(np.searchsorted(boundaries, here + 2)) + patches - 2
+            stop = min(stop, int(boundaries[after])) if after < len(boundaries) else stop
         if stop < n_tokens:
             stop = here + 1 + _nearest(stop - here - 1, buckets)
         begin.append(here)
@@ -70,8 +69,10 @@ def _nearest(length: int, buckets: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What is left of a document to be put into a row with others. `cuts`: rows of its own before that, by their first
-    tokens; the piece begins at the last of them."""
+    """The last piece of a document, which shares a row with others; a short document is one piece.
+
+    `cuts` are the first tokens of the document's rows; the piece begins at the last of them.
+    """
 
     document: int
     tokens: int
@@ -80,11 +81,11 @@ class _Piece:
 
 
 def pack_documents(lengths: Int, boundaries: list[Int], patches: int | None, cap: int) -> tuple[Int, Rows]:
-    """An order of the documents (of `lengths` tokens with BOS and EOS), and rows over them in that order that hold
-    whole documents. One that is longer than a row is cut; others share the row of its last piece.
+    """An order of the documents (of `lengths` tokens with BOS and EOS), and rows of whole documents in that order.
 
-    `boundaries` are each document's patch begins (empty arrays if `patches` is None). Longest first, into the row that
-    then has the least room (best fit decreasing).
+    A document longer than a row is cut; other documents share the row of its last piece. `boundaries` are each
+    document's patch boundaries (empty arrays if `patches` is None). Documents are placed longest first, each into the
+    row that it leaves with the least room (best fit decreasing).
     """
     pieces = [_piece(d, int(n), boundaries[d], patches, cap) for d, n in enumerate(lengths)]
     pieces.sort(key=lambda piece: -piece.tokens)
@@ -104,12 +105,12 @@ def _piece(document: int, n_tokens: int, boundaries: Int, patches: int | None, c
         return _Piece(document, n_tokens, len(boundaries), (0,))
     rows = cut_rows(n_tokens, boundaries, patches, cap)
     last = int(rows.begin[-1])
-    places = 2 + len(boundaries) - int(np.searchsorted(boundaries, last + 2))
-    return _Piece(document, n_tokens - last, places, tuple(rows.begin.tolist()))
+    n_patches = 2 + len(boundaries) - int(np.searchsorted(boundaries, last + 2))
+    return _Piece(document, n_tokens - last, n_patches, tuple(rows.begin.tolist()))
 
 
 def _best_fit(pieces: list[_Piece], tokens: int, patches: int) -> list[list[_Piece]]:
-    """Pieces into rows with room for `tokens` and `patches`. A piece of a cut document opens a row."""
+    """Places pieces into rows with room for `tokens` and `patches`. A piece of a cut document opens a new row."""
     rows: list[list[_Piece]] = []
     room_2W = np.zeros((2, OPEN_ROWS), np.int64)
     row_W = np.zeros(OPEN_ROWS, np.int64)
@@ -127,7 +128,7 @@ def _best_fit(pieces: list[_Piece], tokens: int, patches: int) -> list[list[_Pie
 
 
 def row_patch_lengths(begin: int, end: int, boundaries: Int, patches: int, n_bytes: int) -> Int:
-    """Patch lengths [P] of a row, sum `n_bytes` + 1: 1, rest of its patch, ..., the last one long by the padding."""
+    """Patch lengths [P] of a row with sum `n_bytes` + 1: 1, the rest of that patch, ..., the last one plus padding."""
     first, last = np.searchsorted(boundaries, (begin + 2, end))
     starts = np.concatenate([[begin, begin + 1], boundaries[first:last], [begin + n_bytes + 1]])
     lengths = np.zeros(patches, np.int64)
@@ -136,6 +137,6 @@ def row_patch_lengths(begin: int, end: int, boundaries: Int, patches: int, n_byt
 
 
 def row_patches(rows: Rows, boundaries: Int) -> Int:
-    """How many patches of each row hold a token, [R]."""
-    first, last = (np.searchsorted(boundaries, places) for places in (rows.begin + 2, rows.end))
+    """The number of patches that hold a token, per row, [R]."""
+    first, last = (np.searchsorted(boundaries, positions) for positions in (rows.begin + 2, rows.end))
     return np.asarray(2 + last - first)

@@ -1,13 +1,13 @@
-"""A threshold for a wanted patch size: entropies in, a patch rule out. Pure: no model, no file.
+"""Chooses the threshold for a target patch size: entropies in, a patch rule out. No model and no file is used.
 
-The mean patch is bytes per patch as `blt eval` counts them: the patch of BOS alone is not counted, an EOS that opens a
-patch adds a patch and no byte, and a last patch that holds nothing but the virtual next token is none.
+The mean patch size is in bytes per patch, as `blt eval` counts them. The patch of BOS is not counted. An EOS that opens
+a patch adds a patch and no byte. A last patch that holds only the virtual next token does not count.
 
-As a function of the threshold the mean is a step function: it changes only where the threshold passes one of the
-numbers that the rule compares with it (entropies, or their rises for the monotonic rule). It never falls, because a
-higher threshold opens a subset of the patches, and splitting at a longest patch keeps the order (merging two patches
-never needs more pieces than the two had). So a bisection over the sorted numbers finds the closest mean there is; every
-mean on the way is measured with `patch_lengths`, longest patches and document ends included.
+The mean is a step function of the threshold: it changes only where the threshold passes one of the keys, the numbers
+that the rule compares with it (entropies, or their rises for the monotonic rule). It never decreases: a higher
+threshold opens a subset of the patches, and splitting at the longest patch keeps the order (two merged patches never
+need more pieces than the two had). So a bisection over the sorted keys finds the closest mean. Every mean on the way is
+measured with `patch_lengths`, longest patches and document ends included.
 
 Letters: N tokens of a piece, P patches.
 """
@@ -36,7 +36,7 @@ Float = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Piece:
-    """A row of text: ids [N] (BOS, bytes, EOS if the document ends here) and their next-byte entropies [N] in nats."""
+    """A piece of text: ids [N] (BOS, bytes, and EOS if the document ends here), next-byte entropies [N] in nats."""
 
     ids: Integers
     entropies: Float
@@ -48,7 +48,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The counted patches of some text: its bytes, and the patches' lengths [P] in tokens (an EOS counts as one)."""
+    """The counted patches of some text: its bytes, and the lengths [P] of the patches in tokens (an EOS is one)."""
 
     n_bytes: int
     lengths: NDArray[np.int64]
@@ -69,7 +69,7 @@ def sizes(rule: PatchRule, pieces: Sequence[Piece]) -> Sizes:
     return Sizes(sum(piece.n_bytes for piece in pieces), np.concatenate([np.empty(0, np.int64), *found]))
 
 
-def mean_patch(rule: PatchRule, pieces: Sequence[Piece]) -> float:
+def mean_patch_size(rule: PatchRule, pieces: Sequence[Piece]) -> float:
     """Bytes per patch."""
     patches = sum(len(_lengths(rule, piece)) - 1 for piece in pieces)
     return sum(piece.n_bytes for piece in pieces) / max(1, patches)
@@ -81,15 +81,18 @@ def _lengths(rule: PatchRule, piece: Piece) -> NDArray[np.int64]:
 
 
 def base_rule(own: PatchRule | None, form: str | None = None) -> PatchRule:
-    """The entropy rule whose threshold is to be chosen: `form` (None: as the model's own rule, else global), with the
-    other settings of `own`. Raises UsageError for an unknown form and for a rule without threshold."""
+    """The entropy rule whose threshold is to be chosen, with the other settings of the model's `own` rule.
+
+    form: global or monotonic; None for that of `own`, or global without one. Raises UsageError for an unknown form and
+    for a rule without threshold.
+    """
     if form not in (None, *FORMS):
         raise UsageError(f"--rule {form}: choose {' or '.join(FORMS)}")
     if own is not None and not own.needs_entropy:
         if form is None:
             raise UsageError(
                 f"this model cuts text by the scheme {own.scheme!r}, which has no threshold; "
-                "--rule global gives it another rule than it was trained with"
+                "--rule global gives it a rule that it was not trained with"
             )
         own = PatchRule(threshold=0.0, max_patch_length=own.max_patch_length)
     own = own or PatchRule(threshold=0.0)
@@ -97,26 +100,26 @@ def base_rule(own: PatchRule | None, form: str | None = None) -> PatchRule:
 
 
 def halves(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
-    """Every second piece to choose on, the others held out. Raises InputError if there are not two."""
+    """Every second piece to choose on, and the others, held out. Raises InputError if there are fewer than two."""
     if len(pieces) < 2:
         raise InputError(
-            "the text is a single piece; calibration needs two, one to choose on and one held out: "
+            "the text is a single piece; calibration needs two, one to choose the threshold on and one held out: "
             "give more text or a smaller --context"
         )
     return list(pieces[::2]), list(pieces[1::2])
 
 
 def find_rule(rule: PatchRule, pieces: Sequence[Piece], mean: float) -> PatchRule:
-    """`rule` with the threshold whose mean patch on `pieces` is the closest to `mean` bytes that any threshold gives.
+    """`rule` with the threshold whose mean patch size on `pieces` is closest to `mean` bytes.
 
-    The threshold lies between two neighbouring entropies (or rises), at the fewest decimals that move no boundary.
-    Raises UsageError if `mean` is below or above everything that thresholds reach on this text.
+    The threshold is between two neighbouring keys, with the fewest decimals that move no boundary. Raises UsageError if
+    `mean` is outside the range that thresholds reach on this text.
     """
     keys = _keys(rule, pieces)
 
     def at(step: int) -> float:
         """The mean with all but the `step` lowest keys above the threshold."""
-        return mean_patch(replace(rule, threshold=_lowest(keys, step)), pieces)
+        return mean_patch_size(replace(rule, threshold=_lowest(keys, step)), pieces)
 
     smallest, largest = at(0), at(len(keys))
     if not smallest <= mean <= largest:
@@ -131,12 +134,13 @@ def find_rule(rule: PatchRule, pieces: Sequence[Piece], mean: float) -> PatchRul
 
 
 def _keys(rule: PatchRule, pieces: Sequence[Piece]) -> Float:
-    """The sorted, different numbers that the rule compares with its threshold, as it rounds them. Raises InputError.
+    """The sorted distinct numbers that the rule compares with its threshold, rounded as it does. Raises InputError.
 
-    Token 0 closes its patch by definition, token 1 under a difference, and the last token closes nothing yet.
+    Left out are token 0, which always closes its patch, token 1 for the monotonic rule, and the last token, which
+    closes no patch yet.
     """
     if any(not np.isfinite(piece.entropies).all() for piece in pieces):
-        raise InputError("entropies that are not finite: the entropy model is damaged")
+        raise InputError("some entropies are not finite: the entropy model is damaged")
     rounded = to_bfloat16 if rule.entropy_dtype == "bfloat16" else np.float32
     rows = [np.asarray(rounded(piece.entropies)) for piece in pieces]
     keys = [rounded(np.diff(row[1:-1])) if rule.monotonic else row[1:-1] for row in rows]
@@ -144,26 +148,26 @@ def _keys(rule: PatchRule, pieces: Sequence[Piece]) -> Float:
 
 
 def _lowest(keys: Float, step: int) -> float:
-    """The lowest threshold that leaves the `step` lowest keys unopened (the comparison is strict)."""
+    """The lowest threshold at which the `step` lowest keys open no patch (the comparison is strict)."""
     if step:
         return float(keys[step - 1])
     return float(keys[0]) - 1.0 if len(keys) else 0.0
 
 
 def _between(rule: PatchRule, pieces: Sequence[Piece], keys: Float, step: int) -> float:
-    """A short number between the neighbours of a step, which gives the same patches as `_lowest`."""
+    """A number with few decimals between the neighbours of a step, which gives the same patches as `_lowest`."""
     low = _lowest(keys, step)
     high = float(keys[step]) if step < len(keys) else low + 1.0
-    wanted = mean_patch(replace(rule, threshold=low), pieces)
+    target = mean_patch_size(replace(rule, threshold=low), pieces)
     for decimals in range(FEWEST_DECIMALS, MOST_DECIMALS + 1):
         short = round((low + high) / 2, decimals) + 0.0  # -0.0 becomes 0.0
-        # A rule that compares in bfloat16 rounds the threshold too, perhaps onto a neighbour: hence the measurement.
+        # A rule that compares in bfloat16 also rounds the threshold, perhaps to a neighbour; so the mean is measured.
         inside = low < float(np.float32(short)) < high
-        if inside and mean_patch(replace(rule, threshold=short), pieces) == wanted:
+        if inside and mean_patch_size(replace(rule, threshold=short), pieces) == target:
             return short
-    return low  # neighbours without a float32 between them
+    return low  # there is no float32 between the neighbours
 
 
-def miss(found: float, wanted: float) -> float:
-    """How far a mean is from the wanted one, as a share of it."""
-    return math.inf if math.isnan(found) else abs(found / wanted - 1)
+def relative_error(found: float, target: float) -> float:
+    """The relative difference of a mean from its target; infinite for NaN."""
+    return math.inf if math.isnan(found) else abs(found / target - 1)

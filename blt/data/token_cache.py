@@ -1,9 +1,9 @@
-"""The documents of a split in the tokens of a vocabulary, made once and kept beside the data.
+"""The documents of a split in the tokens of a vocabulary, computed once and cached next to the data.
 
-`TOKENS/{split}-{data}-{vocabulary}.ids` holds BOS, tokens, EOS of all documents in order as whole numbers of 16 or 32
-bits, `.offsets.npy` where each begins, `.prompts.npy` the tokens of its prompt. The ids get their name last, so that
-their presence says that all is whole. Vocabularies trained on the data lie there, too, keyed by the data and their
-size.
+`TOKENS/{split}-{data}-{vocabulary}.ids` holds BOS, tokens, EOS of all documents in order, as integers of 16 or 32 bits;
+`.offsets.npy` holds the offset of each document, `.prompts.npy` the number of tokens in its prompt. The ids file is
+renamed last, so that all files are complete if it exists. Vocabularies trained on the data are in the same folder,
+keyed by the data and their size.
 
 Letters: V vocabulary.
 """
@@ -29,8 +29,10 @@ from blt_runtime.ids import BOS, EOS
 
 Ids = NDArray[np.int64]
 TOKENS = "tokens"
-TRAINED = 1  # raised when a vocabulary of the same data and size would come out another one
+TRAINED = 1
+"""Version of the training of vocabularies: raised when the same data and size give another vocabulary."""
 GROUP_BYTES = 4 << 20
+"""Bytes of text encoded at a time."""
 log = logging.getLogger("blt.data")
 
 
@@ -53,14 +55,16 @@ class TokenDocuments:
 
 
 def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocuments:
-    """A split's documents in tokens, from the cache where they are there. Raises InputError for a damaged one, and
-    where none can be written."""
+    """A split's documents in tokens, from the cache if it has them.
+
+    Raises InputError for a damaged cache, and if it cannot be written.
+    """
     documents = dataset.split(split)
     stem = _folder(dataset) / f"{split}-{_data_key(documents)}-{vocabulary.key[:24]}"
     files = [Path(f"{stem}{end}") for end in (".ids", ".prompts.npy", ".offsets.npy")]
     dtype: np.dtype[Any] = np.dtype(np.int16 if vocabulary.size <= np.iinfo(np.int16).max else np.int32)
     if files[0].exists():
-        log.info("tokens of %s: from %s", split, files[0].parent)
+        log.info("tokens of %s: read from %s", split, files[0].parent)
     else:
         create_file(files[0], lambda out: _write(out, documents, split, vocabulary, files, dtype))
     try:
@@ -76,14 +80,14 @@ def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocu
 def _write(
     out: BinaryIO, documents: Documents, split: str, vocabulary: Vocabulary, files: list[Path], dtype: np.dtype[Any]
 ) -> None:
-    """The ids to `out`, and the two arrays to their files."""
+    """Writes the ids to `out`, and the two arrays to their files."""
     lengths, prompts, began = [0], [], time.monotonic()
     for members in _groups(documents):
         for ids, prompt in _encode(documents, members, vocabulary):
             out.write(np.concatenate([[BOS], ids, [EOS]]).astype(dtype).tobytes())
             lengths.append(len(ids) + 2)
             prompts.append(prompt)
-        _log(documents, split, members[-1], began)
+        _log_progress(documents, split, members[-1], began)
     arrays = (np.array(prompts, np.int64), np.cumsum(np.array(lengths, np.int64)))
     for file, array in zip(files[1:], arrays, strict=True):
         draft = draft_path(file)
@@ -96,7 +100,7 @@ def _write(
 
 
 def _encode(documents: Documents, members: list[int], vocabulary: Vocabulary) -> Iterator[tuple[Ids, int]]:
-    """Each document's tokens and how many of them are its prompt; no token reaches across the end of a prompt."""
+    """Each document's tokens and the number of them in its prompt; no token crosses the end of a prompt."""
     texts = []
     for index in members:
         text, n = documents.bytes(index), int(documents.prompt_lengths[index])
@@ -107,7 +111,7 @@ def _encode(documents: Documents, members: list[int], vocabulary: Vocabulary) ->
 
 
 def _groups(documents: Documents) -> Iterator[list[int]]:
-    """Runs of documents of about GROUP_BYTES."""
+    """Consecutive documents in groups of about GROUP_BYTES."""
     members: list[int] = []
     size = 0
     for index, length in enumerate(documents.lengths):
@@ -120,22 +124,22 @@ def _groups(documents: Documents) -> Iterator[list[int]]:
         yield members
 
 
-def _log(documents: Documents, split: str, last: int, began: float) -> None:
+def _log_progress(documents: Documents, split: str, last: int, began: float) -> None:
     done = int(documents.lengths[: last + 1].sum())
     rate = done / max(time.monotonic() - began, 1e-9)
     log.info("tokens of %s: %.0f %%, %.0f bytes/s", split, 100 * done / max(1, documents.n_bytes), rate)
 
 
 def vocabulary_for(dataset: Dataset, members: Ids, size: int, train_bytes: int, path: str | None = None) -> Vocabulary:
-    """The vocabulary of a run: that of the `tokenizer.json` at `path`, or one trained on about `train_bytes` of the
-    training documents `members` (spread over all of them), which is kept beside the data.
+    """The vocabulary of a run: that of the `tokenizer.json` at `path`, or one trained on the data and cached there.
 
-    Raises ConfigError if the one at `path` has more than `size` ids, and InputError where none can be written.
+    It is trained on about `train_bytes` of the training documents `members`, a sample over all of them. Raises
+    ConfigError if the vocabulary at `path` has more than `size` ids, and InputError if none can be written.
     """
     if path is not None:
         found = read_vocabulary(path)
         if found.size > size:
-            raise ConfigError(f"{path} has {found.size} ids with the special ones; set tokenizer.vocab_size to that")
+            raise ConfigError(f"{path} has {found.size} ids, special ones included; set tokenizer.vocab_size to that")
         return found
     documents = dataset.split("train")
     what = f"{TRAINED} {_data_key(documents)} {size} {train_bytes} {hashlib.sha256(members.tobytes()).hexdigest()}"
@@ -156,7 +160,7 @@ def _train(out: BinaryIO, texts: Iterator[bytes], size: int) -> None:
 
 
 def save_vocabulary(vocabulary: Vocabulary, file: Path) -> None:
-    """Writes the whole file or none. Raises InputError where it cannot be written."""
+    """Writes a vocabulary file, whole or not at all. Raises InputError if it cannot be written."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     with writable_folder(file.parent):
         try:
@@ -167,12 +171,12 @@ def save_vocabulary(vocabulary: Vocabulary, file: Path) -> None:
 
 
 def _sample(documents: Documents, members: Ids, n_bytes: int) -> Iterator[bytes]:
-    """Documents in a seeded order until `n_bytes` are reached."""
-    taken = 0
+    """Documents in a seeded order until they have `n_bytes`."""
+    total = 0
     for index in np.random.default_rng(0).permutation(members):
-        if taken >= n_bytes:
+        if total >= n_bytes:
             return
-        taken += int(documents.lengths[index])
+        total += int(documents.lengths[index])
         yield documents.bytes(int(index))
 
 

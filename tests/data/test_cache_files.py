@@ -156,7 +156,7 @@ def test_a_file_made_at_once_leaves_nothing_where_it_fails(tmp_path: Path) -> No
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 4 * 700, hard))
     try:
-        with pytest.raises(InputError, match=r"cannot write to .*make room") as caught:
+        with pytest.raises(InputError, match=r"cannot write to .*free some space") as caught:
             create_file(path, save)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

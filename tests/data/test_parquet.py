@@ -59,7 +59,7 @@ def test_bad_files(tmp_path: Path) -> None:
     flipped.write_bytes(content)
     bad = {
         "is the file complete": [cut, flipped],
-        "row 1: no text under the key 'text'; name the right one with --text-field": [
+        "row 1: no text under the key 'text'; name the right key with --text-field": [
             table(tmp_path / "other.parquet", {"body": ["x"]})
         ],
         "row 2: no text": [table(tmp_path / "null.parquet", {"text": ["x", None]})],

@@ -162,9 +162,9 @@ def broken_inputs(tmp_path: Path) -> dict[str, Path]:
     names = {"empty": "empty.txt", "no files": "folder", "bad.jsonl:2": "bad.jsonl", "--text-field": "field.jsonl"}
     names |= {"as parquet": "x.parquet", "complete": "cut.txt.gz", "cut.txt.zst: .* complete": "cut.txt.zst"}
     names |= {"cut.jsonl.zst: .* complete": "cut.jsonl.zst", "inputs are empty": "nul.bin"}
-    names |= {"deep.jsonl:1: .*recursion": "deep.jsonl", "a JSON list and no object": "list.json"}
+    names |= {"deep.jsonl:1: .*recursion": "deep.jsonl", "a JSON list, not an object": "list.json"}
     names |= {"pretty.json:1: .*one object per line.*--format txt": "pretty.json"}
-    names |= {"is the file complete": "x.zst", "more.txt beside them would be ignored": "mixed"}
+    names |= {"is the file complete": "x.zst", "more.txt would be ignored": "mixed"}
     return {message: tmp_path / name for message, name in names.items()}
 
 
@@ -204,9 +204,9 @@ def test_a_folder_in_use_is_not_replaced_unless_forced(tmp_path: Path) -> None:
 def test_inputs_and_outputs_that_would_harm_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_text(tmp_path / "in" / "a.txt", DOCUMENTS)
     prepare([source], tmp_path / "data")
-    with pytest.raises(UsageError, match="lie in each other"):
+    with pytest.raises(UsageError, match="contains the other"):
         prepare([tmp_path / "in"], tmp_path / "in" / "data")
-    with pytest.raises(UsageError, match="lie in each other"):
+    with pytest.raises(UsageError, match="contains the other"):
         prepare([tmp_path / "data" / "train-00000.bin"], tmp_path / "data", force=True)
     with pytest.raises(UsageError, match="is a data folder already"):
         prepare([tmp_path / "data"], tmp_path / "again")

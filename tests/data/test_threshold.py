@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt.checkpoint.models import load
-from blt.data.threshold import Piece, base_rule, find_rule, halves, mean_patch, miss, sizes
+from blt.data.threshold import Piece, base_rule, find_rule, halves, mean_patch_size, relative_error, sizes
 from blt.model import entropy_of
 from blt_runtime.errors import InputError, UsageError
 from blt_runtime.ids import encode
@@ -49,7 +49,7 @@ def all_means(rule: PatchRule, pieces: list[Piece]) -> dict[float, float]:
     values = np.concatenate([f(row) for row in seen for f in (np.asarray, np.diff)])
     values = to_bfloat16(values) if rule.entropy_dtype == "bfloat16" else values
     thresholds = [float(values.min()) - 1, *np.unique(values).tolist()]
-    return {t: mean_patch(replace(rule, threshold=t), pieces) for t in thresholds}
+    return {t: mean_patch_size(replace(rule, threshold=t), pieces) for t in thresholds}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -59,7 +59,7 @@ def test_no_threshold_comes_closer(name: str, seed: int) -> None:
     means = sorted(set(all_means(rule, pieces).values()))
     assert len(means) > 20  # there is something to choose from
     for wanted in np.linspace(means[0], means[-1], 23).tolist():
-        found = mean_patch(find_rule(rule, pieces, wanted), pieces)
+        found = mean_patch_size(find_rule(rule, pieces, wanted), pieces)
         assert abs(found - wanted) == pytest.approx(min(abs(mean - wanted) for mean in means), abs=1e-12)
 
 
@@ -76,7 +76,7 @@ def test_the_closest_reachable_mean_is_returned(rows: list[tuple[list[float], bo
     wanted = min(max(wanted, min(means)), max(means))
     found = find_rule(rule, pieces, wanted)
     closest = min(abs(mean - wanted) for mean in means)
-    assert abs(mean_patch(found, pieces) - wanted) == pytest.approx(closest, abs=1e-12)
+    assert abs(mean_patch_size(found, pieces) - wanted) == pytest.approx(closest, abs=1e-12)
     assert replace(found, threshold=0.0) == replace(rule, threshold=0.0)  # nothing else changed
 
 
@@ -100,17 +100,17 @@ def test_neighbours_without_a_number_between_them() -> None:
     pieces = [piece([0.0, float(low), float(high), 0.0, 0.0, 9.0])]
     found = find_rule(GLOBAL, pieces, 2.0)
     assert found.threshold == 1.0  # strict: it opens at `high` alone
-    assert mean_patch(found, pieces) == 2.0
+    assert mean_patch_size(found, pieces) == 2.0
 
 
 def test_bytes_per_patch_are_counted_as_eval_does() -> None:
     """BOS is no patch, EOS opens one but is no byte, the virtual next token is nothing."""
     one = piece([9.0, 0.0, 9.0, 0.0, 9.0, 9.0])  # BOS | x x | x x | EOS
     assert sizes(replace(GLOBAL, threshold=1.0), [one]).lengths.tolist() == [2, 2, 1]
-    assert mean_patch(replace(GLOBAL, threshold=1.0), [one]) == 4 / 3
+    assert mean_patch_size(replace(GLOBAL, threshold=1.0), [one]) == 4 / 3
     cut = piece([9.0, 0.0, 9.0, 0.0, 9.0], eos=False)
-    assert mean_patch(replace(GLOBAL, threshold=1.0), [cut]) == 2.0
-    assert mean_patch(replace(GLOBAL, threshold=1.0), [one, cut]) == 8 / 5
+    assert mean_patch_size(replace(GLOBAL, threshold=1.0), [cut]) == 2.0
+    assert mean_patch_size(replace(GLOBAL, threshold=1.0), [one, cut]) == 8 / 5
 
 
 def test_sizes() -> None:
@@ -152,9 +152,9 @@ def test_the_form_of_the_rule() -> None:
 
 
 def test_miss() -> None:
-    assert miss(4.41, 4.5) == pytest.approx(0.02)
-    assert miss(4.59, 4.5) == pytest.approx(0.02)
-    assert miss(float("nan"), 4.5) == float("inf")
+    assert relative_error(4.41, 4.5) == pytest.approx(0.02)
+    assert relative_error(4.59, 4.5) == pytest.approx(0.02)
+    assert relative_error(float("nan"), 4.5) == float("inf")
 
 
 # --- a real entropy model on text that it has not seen -----------------------------------------------------
@@ -199,8 +199,8 @@ def test_held_out_text_is_within_two_percent(pages: list[Piece], name: str, want
     rule = (RULES | {"longest 16": replace(GLOBAL, max_patch_length=16)})[name]
     chosen_on, held_out = halves(pages)
     found = find_rule(rule, chosen_on, wanted)
-    assert miss(mean_patch(found, chosen_on), wanted) < 1e-3
-    assert miss(mean_patch(found, held_out), wanted) < 0.02
+    assert relative_error(mean_patch_size(found, chosen_on), wanted) < 1e-3
+    assert relative_error(mean_patch_size(found, held_out), wanted) < 0.02
     assert found.threshold is not None
     other = replace(found, threshold=found.threshold - 0.3)
-    assert miss(mean_patch(other, held_out), wanted) > 0.02  # the measure can fail
+    assert relative_error(mean_patch_size(other, held_out), wanted) > 0.02  # the measure can fail

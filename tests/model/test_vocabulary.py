@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from blt.data import prepare
 from blt.data import token_cache as cache
+from blt.data.batches import BatchShape
 from blt.data.dataset import Dataset
-from blt.data.packing import BatchShape, Loader
+from blt.data.packing import Loader
 from blt.model.vocabulary import PIECE, SPLIT, Vocabulary, alphabet, read_vocabulary, train_vocabulary
 from blt_runtime.errors import ConfigError, InputError, MissingExtra
 from blt_runtime.ids import BOS, EOS, OFFSET

@@ -75,15 +75,15 @@ class Result:
     @property
     def problem(self) -> str | None:
         """Why the wanted mean is missed; None if it is not."""
-        from blt.data.threshold import miss
+        from blt.data.threshold import relative_error
 
         share = f"more than {100 * self.tolerance:g} % from the wanted {self.wanted:g}"
-        if miss(self.chosen_on.mean, self.wanted) > self.tolerance:
+        if relative_error(self.chosen_on.mean, self.wanted) > self.tolerance:
             return (
                 f"no threshold comes closer than {self.chosen_on.mean:.3f} bytes per patch, {share}: "
                 "the text is too short or its entropies too coarse; give more text or a larger --tolerance"
             )
-        if miss(self.held_out.mean, self.wanted) > self.tolerance:
+        if relative_error(self.held_out.mean, self.wanted) > self.tolerance:
             return (
                 f"threshold {self.rule.threshold} gives {self.chosen_on.mean:.3f} bytes per patch where it was chosen "
                 f"and {self.held_out.mean:.3f} on held-out text, {share}: the text varies more than that; "
