@@ -1,17 +1,19 @@
-"""Fixtures and settings of all tests: where the golden data lies, one thread for torch, no clocks in properties."""
+"""Fixtures and settings of all tests: the golden data, one thread for torch, no deadlines in property tests."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("tests")  # the helpers of tests, too
 settings.register_profile(  # the same examples in every run, however busy the machine is
     "blt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -49,3 +51,12 @@ def benchmark() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """The garbage collector is off: an object that only the collector would free is a leak in these tests."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -5,105 +5,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from blt.checkpoint.facebook import facebook_state
 from blt.checkpoint.formats import open_source
 from blt.checkpoint.models import Checkpoint, build, load, save
 from blt.generate import reference
 from blt.generate.torch_backend import open_model
 from blt.model import EntropyModel
 from blt_runtime.errors import CheckpointError
+from tests.checkpoint.facebook import Form, forced_window, write_facebook
 from tests.tiny import ENTROPY, VARIANTS, hard_text, tiny
 
 # newline resets, separate head counts and learned queries are ours alone; everything else the format can say
 FOREIGN = [name for name in VARIANTS if name not in ("cross_windows_own_heads_newlines", "static")]
-
-
-Form = Literal["training", "hub"]
-
-
-def write_reference(folder: Path, checkpoint: Checkpoint, form: Form = "training") -> Path:
-    """The checkpoint as folders `blt` and `entropy_model`; returns the former. The training format knows one window of
-    the entropy model (spec section 4)."""
-    blt, rule = checkpoint.require_blt()
-    c, h = blt.config, blt.config.hash
-    model: dict[str, Any] = {
-        "dim_local_encoder": c.local_dim,
-        "dim_local_decoder": c.local_dim,
-        "dim_global": c.latent.dim,
-        "n_layers_local_encoder": c.encoder.n_layers,
-        "n_layers_local_decoder": c.decoder.n_layers,
-        "n_layers_global": c.latent.n_layers,
-        "n_heads_local_encoder": c.encoder.n_heads,
-        "n_heads_local_decoder": c.decoder.n_heads,
-        "n_heads_global": c.latent.n_heads,
-        "rope_theta": c.encoder.rope_theta,
-        "max_encoder_seq_length": c.encoder.max_seqlen,
-        "max_seqlen": c.latent.max_seqlen,
-        "local_attention_window_len": c.encoder.window,
-        "cross_attn_k": c.cross_k,
-        "cross_attn_nheads": c.encoder_heads,
-        "cross_attn_all_layers_encoder": c.encoder_cross_all_layers,
-        "cross_attn_all_layers_decoder": c.decoder_cross_all_layers,
-        "downsampling_by_pooling": c.pooling,
-        "encoder_hash_byte_group_size": list(h.sizes) if h else [],
-        "encoder_hash_byte_group_vocab": h.rows if h else 1,
-        "encoder_hash_byte_group_nb_functions": h.functions if h else None,
-        "attn_bias_type": "block_causal" if c.latent_document_mask else "causal",
-        "something_for_training": {"ignored": True},
-    }
-    patcher = {
-        "patching_mode": rule.scheme,
-        "threshold": rule.threshold if rule.threshold is not None else 1.3,
-        "threshold_add": rule.threshold_add,
-        "monotonicity": rule.monotonic,
-        "max_patch_length": rule.max_patch_length,
-        "patch_size": rule.patch_size or 4.5,
-    }
-    state = facebook_state(blt.state_dict(), h.n_tables if h else 0)
-    _write(folder / "blt", {"model": model, "data": {"patcher_args": patcher}}, "model", state, form)
-    if checkpoint.entropy is not None:
-        e = ENTROPY
-        args = {
-            "dim": e.dim,
-            "n_layers": e.n_layers,
-            "n_heads": e.n_heads,
-            "sliding_window": e.window if form == "hub" else 512,
-            "max_seqlen": 640,
-        }
-        params = {"train_entropy_model": True, "entropy_model": args, "model": None}
-        state = facebook_state(checkpoint.entropy.state_dict(), 0, entropy=True)
-        _write(folder / "entropy_model", params, "entropy_model", state, form)
-    return folder / "blt"
-
-
-def _write(folder: Path, params: dict[str, Any], key: str, state: dict[str, torch.Tensor], form: Form) -> None:
-    folder.mkdir()
-    if form == "training":
-        (folder / "params.json").write_text(json.dumps(params))
-        torch.save({"model": state}, folder / "consolidated.pth")
-        return
-    (folder / "config.json").write_text(json.dumps({"args": params[key]}))
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
-    if key == "model":
-        (folder / "train_args.json").write_text(json.dumps(params))
-
-
-def forced_window(checkpoint: Checkpoint) -> Checkpoint:
-    """The same weights with the entropy model's window as the training format has it."""
-    if checkpoint.entropy is None:
-        return checkpoint
-    entropy = EntropyModel(ENTROPY.model_copy(update={"window": 512}))
-    entropy.load_state_dict(checkpoint.entropy.state_dict())
-    return replace(checkpoint, entropy=entropy.eval())
 
 
 @pytest.mark.parametrize("form", ["training", "hub"])
@@ -113,7 +32,7 @@ def test_every_variant_scores_the_same_from_the_reference_format(variant: str, f
     blt, rule = checkpoint.require_blt()
     ids = hard_text()[:120].tolist()
     lengths = reference.lengths_of(checkpoint, ids)
-    source = open_source(write_reference(tmp_path, checkpoint, form))
+    source = open_source(write_facebook(tmp_path, checkpoint, form))
     score = open_model(build(source)).stream().score_ids(ids)
     assert (source.format, source.patch_rule) == ("facebook-hub" if form == "hub" else "facebook", rule)
     assert score.patch_lengths.tolist() == lengths
@@ -121,12 +40,12 @@ def test_every_variant_scores_the_same_from_the_reference_format(variant: str, f
 
 
 def test_one_id_scores(tmp_path: Path) -> None:
-    score = open_model(write_reference(tmp_path, tiny()), capacity=1).stream(bos=False).score_ids([1])
+    score = open_model(write_facebook(tmp_path, tiny()), capacity=1).stream(bos=False).score_ids([1])
     assert score.patch_lengths.tolist() == [1, 1]
 
 
 def test_a_model_that_patches_by_itself(tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny("no_hash_space_causal_latent"))
+    folder = write_facebook(tmp_path, tiny("no_hash_space_causal_latent"))
     edit(folder, lambda p: p["data"]["patcher_args"].update(patching_mode="entropy"))
     edit(folder, lambda p: p["model"].update(patch_in_forward=True, patching_mode="space"))
     rule = load(folder).patch_rule
@@ -168,7 +87,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_parameters_are_one_clear_error(name: str, tmp_path: Path) -> None:
     change, message = BAD[name]
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     edit(folder, change)
     with pytest.raises(CheckpointError, match=message) as caught:
         load(folder)
@@ -177,7 +96,7 @@ def test_bad_parameters_are_one_clear_error(name: str, tmp_path: Path) -> None:
 
 def test_the_named_entropy_model_counts(tmp_path: Path) -> None:
     checkpoint = tiny()
-    folder = write_reference(tmp_path, checkpoint)
+    folder = write_facebook(tmp_path, checkpoint)
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         load(folder, tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no entropy model"):
@@ -199,14 +118,14 @@ def _without_entropy(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("name", "value"), [("sliding_window", 24), ("rope_theta", 500000.0), ("norm_eps", 1e-6)])
 def test_what_the_references_loader_ignores_is_an_error(name: str, value: float, tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     edit(tmp_path / "entropy_model", lambda p: p["entropy_model"].update({name: value}))
     with pytest.raises(CheckpointError, match=f"entropy model has {name} .*does not belong"):
         load(folder)
 
 
 def test_an_entropy_model_of_another_vocabulary_does_not_belong(tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     other = EntropyModel(ENTROPY.model_copy(update={"vocab_size": 300}))
     save(tmp_path / "other.pt", Checkpoint(None, other, None))
     with pytest.raises(CheckpointError, match="entropy model has 300 ids, a byte-level model has 260"):
@@ -214,14 +133,14 @@ def test_an_entropy_model_of_another_vocabulary_does_not_belong(tmp_path: Path) 
 
 
 def test_hub_format_without_train_args_has_no_threshold(tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny(), "hub")
+    folder = write_facebook(tmp_path, tiny(), "hub")
     (folder / "train_args.json").unlink()
     with pytest.raises(CheckpointError, match=r"no train_args\.json.*threshold"):
         load(folder)
 
 
 def test_swapped_shapes_are_all_named(tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     content = torch.load(folder / "consolidated.pth", weights_only=True)
     state = content["model"]
     names = ["local_encoder.patch_embedding_projection.weight", "local_decoder.output.weight"]
@@ -243,14 +162,14 @@ FFN = "global_transformer.layers.0.feed_forward"
 
 @pytest.mark.parametrize("part", ["w1", "w2", "w3"])
 def test_a_swapped_matrix_is_named_and_not_those_beside_it(part: str, tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     change_state(folder, lambda state: state.update({f"{FFN}.{part}.weight": state[f"{FFN}.{part}.weight"].T}))
     with pytest.raises(CheckpointError, match=rf"do not fit the configuration: {FFN}\.{part}\.weight is [^;]*$"):
         load(folder)
 
 
 def test_matrices_that_say_how_wide_a_layer_is_are_missed_all_at_once(tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     names = ["local_encoder.layers.0.attention.wq.weight", f"{FFN}.w1.weight"]
     change_state(folder, lambda state: [state.pop(name) for name in names])
     with pytest.raises(CheckpointError, match=f"missing {names[0]}; missing {names[1]}$"):
@@ -269,7 +188,7 @@ ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("message", ODD)
 def test_odd_tensors_are_no_weights(message: str, tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     change_state(folder, lambda state: state.update({f"{FFN}.w1.weight": ODD[message](state[f"{FFN}.w1.weight"])}))
     with pytest.raises(CheckpointError, match=rf"{FFN}\.w1\.weight is {message}"):
         load(folder)
@@ -277,14 +196,14 @@ def test_odd_tensors_are_no_weights(message: str, tmp_path: Path) -> None:
 
 def test_an_entropy_model_that_does_not_call_itself_one(tmp_path: Path) -> None:
     """The reference's loader reads the section `entropy_model` and nothing else."""
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     edit(tmp_path / "entropy_model", lambda p: p.pop("train_entropy_model"))
     assert load(folder).entropy is not None
 
 
 @pytest.mark.parametrize("args", [None, 5, []])
 def test_arguments_that_are_none(args: object, tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny(), "hub")
+    folder = write_facebook(tmp_path, tiny(), "hub")
     (folder / "config.json").write_text(json.dumps({"args": args}))
     with pytest.raises(CheckpointError, match=r"blt/config\.json has no section 'args'"):
         load(folder)
@@ -293,7 +212,7 @@ def test_arguments_that_are_none(args: object, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["encoder_hash_tok_embedding.1.weight", "global_transformer.layers.1.ffn_norm.weight"])
 def test_weights_that_are_not_finite_are_named(name: str, bad: float, tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     content = torch.load(folder / "consolidated.pth", weights_only=True)
     content["model"][name].view(-1)[-1] = bad
     torch.save(content, folder / "consolidated.pth")
@@ -302,7 +221,7 @@ def test_weights_that_are_not_finite_are_named(name: str, bad: float, tmp_path: 
 
 
 def test_integers_are_no_weights(tmp_path: Path) -> None:
-    folder = write_reference(tmp_path, tiny())
+    folder = write_facebook(tmp_path, tiny())
     content = torch.load(folder / "consolidated.pth", weights_only=True)
     content["model"]["local_decoder.norm.weight"] = torch.ones(32, dtype=torch.int8)
     torch.save(content, folder / "consolidated.pth")

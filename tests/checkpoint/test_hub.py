@@ -11,7 +11,7 @@ import pytest
 from blt.checkpoint import hub
 from blt.checkpoint.models import load, save
 from blt_runtime.errors import CheckpointError, MissingExtra
-from tests.checkpoint.test_facebook import forced_window, write_reference
+from tests.checkpoint.facebook import forced_window, write_facebook
 from tests.tiny import tiny
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub extra is not installed")
@@ -40,7 +40,7 @@ def test_a_name_and_the_entropy_model_of_the_same_owner(tmp_path: Path, monkeypa
         assert not any(pattern.endswith((".pt", ".pth", ".bin", ".py")) for pattern in allow_patterns)
         return str(tmp_path / name.replace("/", "--"))
 
-    write_reference(tmp_path, tiny(), "hub")
+    write_facebook(tmp_path, tiny(), "hub")
     (tmp_path / "blt").rename(tmp_path / "facebook--blt-1b")
     (tmp_path / "entropy_model").rename(tmp_path / "facebook--blt-entropy")
     serve(monkeypatch, download)
@@ -92,7 +92,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_entropy_model_is_looked_for_only_where_the_rule_needs_one(tmp_path: Path) -> None:
-    write_reference(tmp_path, forced_window(tiny()))
+    write_facebook(tmp_path, forced_window(tiny()))
     save(tmp_path / "space.pt", tiny("no_hash_space_causal_latent"))
     assert load(tmp_path / "space.pt").entropy is None
     assert load(tmp_path / "blt").entropy is not None

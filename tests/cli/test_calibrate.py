@@ -20,7 +20,7 @@ from blt.evaluate import costs, texts
 from blt.figures.tradeoff import Point, Tradeoff, render
 from blt_runtime.errors import UsageError
 from blt_runtime.patching import PatchRule
-from tests.data.test_threshold import code
+from tests.data.source_code import code
 from tests.tiny import tiny
 
 Call = Callable[..., Any]

@@ -14,8 +14,8 @@ import torch
 
 from blt.checkpoint.formats import open_source
 from blt.checkpoint.models import load, save
-from tests.checkpoint.test_facebook import Form, write_reference
-from tests.cli.conftest import Result
+from tests.checkpoint.facebook import Form, write_facebook
+from tests.cli.calls import Result
 from tests.tiny import tiny
 
 pytest.importorskip("safetensors")
@@ -70,7 +70,7 @@ def test_every_format_becomes_the_same_native_file(blt: Call, tmp_path: Path) ->
     forms: tuple[Form, ...] = ("training", "hub")
     for form in forms:
         (tmp_path / form).mkdir()
-        write_reference(tmp_path / form, tiny("bytes_no_window"), form)
+        write_facebook(tmp_path / form, tiny("bytes_no_window"), form)
         blt("convert", tmp_path / form / "blt", "-o", tmp_path / f"{form}.pt", "--to", "native")
     blt("convert", tmp_path / "hub" / "blt", "-o", tmp_path / "hf", "--to", "hf")
     blt("convert", tmp_path / "hf", "-o", tmp_path / "hf.pt", "--to", "native")

@@ -16,7 +16,7 @@ from blt.evaluate.rows import scorer_of
 from blt.model import EntropyModel
 from blt.model.token import TokenConfig, TokenModel
 from blt.model.vocabulary import train_vocabulary
-from tests.data.test_threshold import code
+from tests.data.source_code import code
 from tests.tiny import ENTROPY, tiny
 
 Call = Callable[..., Any]

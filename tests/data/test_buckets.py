@@ -14,7 +14,7 @@ from blt.data import BatchShape
 from blt.data.buckets import choose_buckets, fit_buckets
 from blt.train.config import parse_config
 from blt_runtime.errors import ConfigError
-from tests.data.test_packing_properties import Numbered
+from tests.data.numbered import Numbered
 
 
 def waste(lengths: np.ndarray, buckets: tuple[int, ...], early: bool) -> int:

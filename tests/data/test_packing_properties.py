@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -13,41 +12,9 @@ from hypothesis import strategies as st
 
 from blt.data import Batch, BatchShape, Loader
 from blt_runtime.errors import InputError
+from tests.data.numbered import STRIDE, Numbered
 
-STRIDE = 1000  # token ids say document and place: document * STRIDE + place
 FIELDS = ("ids", "targets", "mask", "patch_lengths", "starts", "row_tokens", "row_bytes")
-
-
-@dataclass
-class Numbered:
-    """Documents whose token ids name themselves, with a random number of bytes each and random patches."""
-
-    sizes: list[int]
-    prompts: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        random = np.random.default_rng(len(self.sizes))
-        self.lengths = np.array(self.sizes, np.int64)
-        self.prompt_lengths = np.minimum([*self.prompts, *[0] * len(self.sizes)][: len(self.sizes)], self.lengths)
-        self.token_bytes = random.integers(1, 5, STRIDE * len(self.sizes))
-        self.token_bytes[[self.ids(i)[[0, -1]] for i in range(len(self.sizes))]] = 0
-        self.patches = [random.random(n + 2) < 0.4 for n in self.sizes]
-        for starts in self.patches:
-            starts[:2] = True
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def ids(self, index: int) -> np.ndarray:
-        return index * STRIDE + np.arange(self.sizes[index] + 2, dtype=np.int32)
-
-    def starts(self, document: int) -> np.ndarray:
-        return self.patches[document]
-
-    @property
-    def counted(self) -> np.ndarray:
-        """Ids of the tokens behind BOS and the prompt."""
-        return np.concatenate([self.ids(i)[1 + prompt :] for i, prompt in enumerate(self.prompt_lengths)])
 
 
 documents = st.builds(

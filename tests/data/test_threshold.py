@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from blt.model import entropy_of
 from blt_runtime.errors import InputError, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule, to_bfloat16
+from tests.data.source_code import code
 
 GLOBAL = PatchRule(threshold=0.0)
 MONOTONIC = PatchRule(threshold=0.0, monotonic=True)
@@ -158,27 +158,6 @@ def test_miss() -> None:
 
 
 # --- a real entropy model on text that it has not seen -----------------------------------------------------
-
-
-WORDS = "self index value error path result count line text name node parse token split buffer cache offset"
-LINES = (
-    "    def {0}_{1}(self, {2}: int) -> str:\n",
-    '        """Return the {0} of {1}, or None without {2}."""\n',
-    "        if self.{0} is None:\n",
-    "            raise ValueError(f'{0} has no {1}: {{{2}}}')\n",
-    "        for {0} in self.{1}[{2}:]:\n",
-    "            {0} += len({1}) * {3}\n",
-    "        return {0}.{1}({2}, {3})\n\n",
-)
-
-
-def code(n_bytes: int) -> bytes:
-    """Lines of a kind that the shipped model knows, always the same ones."""
-    random = Random(0)
-    lines = ""
-    while len(lines) < n_bytes:
-        lines += random.choice(LINES).format(*random.choices(WORDS.split(), k=3), random.randrange(1000))
-    return lines[:n_bytes].encode()
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from blt_export import ExportReport, pipeline
+from tests.export.variants import CAPACITY, CHUNK, MakeJob
 from tests.tiny import tiny
-
-VARIANTS = ("all_layers_gqa_projection", "cross_windows_own_heads_newlines")
-FLAVOURS = ("portable", "ort")
-CAPACITY, CHUNK = 600, 32
-
-MakeJob = Callable[[str, str], pipeline.Job]
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from blt.cli import run
 from blt_export import ExportReport, aot
 from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 from blt_runtime.errors import CheckFailed, MissingExtra
-from tests.export.conftest import VARIANTS
+from tests.export.variants import VARIANTS
 from tests.tiny import tiny
 
 needs_tensorrt = pytest.mark.skipif(

@@ -10,8 +10,8 @@ import torch
 from blt_export import steps
 from blt_export.capture import trace, translate
 from blt_export.rewrite import dims, op_counts
-from tests.export.conftest import VARIANTS, MakeJob
-from tests.export.test_lowering import RING, WINDOW, Attend
+from tests.export.attend import RING, WINDOW, Attend
+from tests.export.variants import VARIANTS, MakeJob
 
 
 def test_operators_stay_bare_and_sizes_stay_open() -> None:

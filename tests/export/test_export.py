@@ -23,7 +23,7 @@ from blt_export.rewrite import op_counts
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
 from blt_runtime.hashing import TableDtype
-from tests.export.conftest import FLAVOURS, VARIANTS, MakeJob
+from tests.export.variants import FLAVOURS, VARIANTS, MakeJob
 from tests.tiny import runs_rows, tiny
 
 BundleOf = Callable[[str, str], ExportReport]

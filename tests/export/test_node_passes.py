@@ -8,8 +8,7 @@ import pytest
 
 from blt_export.passes import cleanup, join_products, read_slices, rotate_inside
 from blt_export.rewrite import Builder, op_counts
-
-from .test_passes import INT, F, finish, model_of, run, value, weight
+from tests.export.small_graphs import INT, F, finish, model_of, run, value, weight
 
 RNG = np.random.default_rng(0)
 CONTRIB = "com.microsoft"

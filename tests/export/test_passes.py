@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from blt_export.lower.common import check_lowered
@@ -17,36 +16,9 @@ from blt_export.passes import (
     simplify_gathers,
     simplify_reshapes,
 )
-from blt_export.rewrite import Builder, op_counts
+from blt_export.rewrite import op_counts
 from blt_runtime.bundle.spec import DTYPE_BYTES, CacheSpec, GraphSpec, TensorSpec
-
-F, INT = ir.DataType.FLOAT, ir.DataType.INT64
-
-
-def value(name: str, *shape: int | str, dtype: ir.DataType = F) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
-
-
-def model_of(inputs: list[ir.Value]) -> tuple[ir.Model, Builder]:
-    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 24}, name="g")
-    return ir.Model(graph, ir_version=11), Builder(graph, None)
-
-
-def finish(model: ir.Model, *outputs: ir.Value) -> None:
-    model.graph.outputs.extend(outputs)
-
-
-def run(model: ir.Model, **inputs: np.ndarray) -> list[np.ndarray]:
-    import onnxruntime
-
-    data = ir.to_proto(model).SerializeToString()
-    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, inputs)
-
-
-def weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    initializer = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(F), const_value=ir.tensor(array))
-    model.graph.register_initializer(initializer)
-    return initializer
+from tests.export.small_graphs import INT, F, finish, model_of, run, value, weight
 
 
 def test_name_io_names_everything_as_the_spec() -> None:

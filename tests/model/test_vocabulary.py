@@ -21,9 +21,9 @@ from blt.data.packing import Loader
 from blt.model.vocabulary import PIECE, SPLIT, Vocabulary, alphabet, read_vocabulary, train_vocabulary
 from blt_runtime.errors import ConfigError, InputError, MissingExtra
 from blt_runtime.ids import BOS, EOS, OFFSET
+from tests.model.texts import TEXTS
 
-TEXTS = [b"the cat sat on the mat, and the cat saw the other cat 1234567", "ähnlich, älter, ähnlich".encode()] * 3
-SOURCE = "from blt.model.vocabulary import train_vocabulary; from tests.model.test_vocabulary import TEXTS"
+SOURCE = "from blt.model.vocabulary import train_vocabulary; from tests.model.texts import TEXTS"
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from blt_export import pipeline
 from blt_runtime import Model, Stream
 from blt_runtime.errors import BundleError, Cancelled
 from blt_runtime.sampling import Sampler
-from tests.runtime.test_leaks import assert_streams_leave_nothing, no_collector, use  # noqa: F401
+from tests.runtime.leaks import assert_streams_leave_nothing, use
 from tests.tiny import hard_text, tiny
 
+pytestmark = pytest.mark.usefixtures("no_collector")
 THREADS = 8
 
 

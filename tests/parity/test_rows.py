@@ -14,7 +14,7 @@ from blt_runtime.errors import BackendError
 from blt_runtime.ids import BOS, OFFSET
 from blt_runtime.scheduler import Scheduler
 from blt_runtime.stream import BYTES
-from tests.runtime.engine.test_batch import move
+from tests.runtime.engine.batches import read_texts
 from tests.tiny import hard_text, runs_rows, tiny
 
 pytestmark = pytest.mark.skipif(
@@ -46,7 +46,7 @@ def texts(n: int) -> dict[int, np.ndarray]:
 
 def test_rows_are_streams(bundle: Path) -> None:
     chosen, prompts = texts(2), {0: 1, 1: 60, 2: 517, 3: 40}
-    seen = move(batch_of(bundle, 4), chosen, prompts)
+    seen = read_texts(batch_of(bundle, 4), chosen, prompts)
     model = Model.open(bundle)
     for i, ids in chosen.items():
         score = model.score(ids).logits[prompts[i] - 1 :]
@@ -57,9 +57,9 @@ def test_rows_are_streams(bundle: Path) -> None:
 def test_company_changes_nothing_to_the_last_bit(bundle: Path) -> None:
     chosen = texts(3)
     prompts = {0: 1, 1: 60, 2: 17, 3: 520, 4: 5}
-    alone = [move(batch_of(bundle, 1), {i: ids}, prompts)[i] for i, ids in chosen.items()]
+    alone = [read_texts(batch_of(bundle, 1), {i: ids}, prompts)[i] for i, ids in chosen.items()]
     for rows, share in ((5, 0.0), (8, 0.7)):
-        together = move(batch_of(bundle, rows, share), chosen, prompts)
+        together = read_texts(batch_of(bundle, rows, share), chosen, prompts)
         for i, logits in enumerate(alone):
             np.testing.assert_array_equal(np.array(together[i]), np.array(logits))
 

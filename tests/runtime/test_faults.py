@@ -18,7 +18,7 @@ from blt_runtime.bundle.spec import GRAPHS, ModelSpec
 from blt_runtime.errors import BackendError, BltError, BundleError, Cancelled, CapacityError, OutOfMemory, UsageError
 from blt_runtime.sampling import Sampler
 from tests.runtime.bundles import edit, write_bundle
-from tests.runtime.test_stream import HASH, SPECS, assert_is_truth, model_of, random_ids, tables_for
+from tests.runtime.streams import HASH, SPECS, assert_matches_reference, model_of, random_ids, tables_for
 
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 
@@ -84,10 +84,10 @@ def test_a_cancelled_append_never_was(spec: ModelSpec, length: int) -> None:
         with pytest.raises(Cancelled, match="as it was"):
             stream.append_ids(more, cancelled=answers.__next__)
         plain = np.concatenate([[1], first])
-        assert_is_truth(stream, plain)
+        assert_matches_reference(stream, plain)
         stream.append_ids(more[:20])
         stream.append_ids(more[20:], cancelled=lambda: False)
-        assert_is_truth(stream, np.concatenate([plain, more]))
+        assert_matches_reference(stream, np.concatenate([plain, more]))
 
 
 def test_cancelled_after_more_patches_than_are_remembered() -> None:
@@ -98,7 +98,7 @@ def test_cancelled_after_more_patches_than_are_remembered() -> None:
     stream.append_ids(first)
     with pytest.raises(Cancelled):
         stream.append_ids(random_ids(300), cancelled=lambda: stream.position > 250)
-    assert_is_truth(stream, np.concatenate([[1], first]))
+    assert_matches_reference(stream, np.concatenate([[1], first]))
 
 
 def test_questions_come_between_chunks() -> None:
@@ -117,7 +117,7 @@ def test_another_thread_cancels() -> None:
     with pytest.raises(Cancelled):
         stream.append(b"x" * 300, cancelled=lambda: reading.is_set() and stop.wait(60))
     thread.join()
-    assert_is_truth(stream, before)
+    assert_matches_reference(stream, before)
     stream.append("after")
     assert len(list(stream.generate_ids(5, temperature=0, stop_at_eos=False))) == 5
 
@@ -148,10 +148,10 @@ def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, reque
         with pytest.raises(UsageError, match=r"failed half-way: call reset\(\)|the stream is empty"):
             call()
     other.append("untouched")
-    assert_is_truth(other, other.ids)
+    assert_matches_reference(other, other.ids)
     stream.reset()
     stream.append("untouched")
-    assert_is_truth(stream, other.ids)
+    assert_matches_reference(stream, other.ids)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -178,10 +178,10 @@ def test_a_thread_that_dies_harms_its_stream_alone(graph: str, n: int) -> None:
     assert list(other.generate_ids(50, temperature=0, stop_at_eos=False)) == list(
         model.stream().generate_ids(50, temperature=0, stop_at_eos=False)
     )
-    assert_is_truth(other, other.ids)
+    assert_matches_reference(other, other.ids)
     snapshot = other.snapshot()
     stream.restore(snapshot)  # repairs as reset does
-    assert_is_truth(stream, other.ids)
+    assert_matches_reference(stream, other.ids)
 
 
 def test_threads_that_want_one_stream() -> None:
@@ -204,7 +204,7 @@ def test_threads_that_want_one_stream() -> None:
         thread.join()
     assert set(refused) <= {"another thread is using this stream: give each thread its own"}
     assert stream.position == 1 + len(taken) <= 256 or not refused or stream.position == 1 + len(taken)
-    assert_is_truth(stream, stream.ids)
+    assert_matches_reference(stream, stream.ids)
 
 
 @pytest.mark.parametrize("call", ["append", "rewind", "reset", "snapshot", "generate", "score"])
@@ -230,7 +230,7 @@ def test_a_second_thread_is_refused_by_every_call(call: str) -> None:
     finally:
         leave.set()
         thread.join()
-    assert_is_truth(stream, stream.ids)
+    assert_matches_reference(stream, stream.ids)
     assert stream.position == 121
 
 
@@ -280,7 +280,7 @@ def test_no_memory_at_any_place_of_making_a_stream() -> None:
         with pytest.raises(OutOfMemory, match=r"no room for .* takes up to 2[\d,]+ bytes"):
             model.stream()
     backend.left = needed
-    assert_is_truth(model.stream(), np.array([1]))
+    assert_matches_reference(model.stream(), np.array([1]))
 
 
 def test_no_memory_in_a_call() -> None:
@@ -296,12 +296,12 @@ def test_no_memory_in_a_call() -> None:
         stream.append("x")
     with pytest.raises(OutOfMemory):
         other.generate_ids(5, temperature=0, stop_at_eos=False, speculate="lookup")
-    assert_is_truth(other, other.ids)  # nothing had begun
+    assert_matches_reference(other, other.ids)  # nothing had begun
     backend.left = 1 << 30
     stream.reset()
     for each in (stream, other):
         each.append("x")
-        assert_is_truth(each, each.ids)
+        assert_matches_reference(each, each.ids)
 
 
 def test_no_memory_for_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +315,7 @@ def test_no_memory_for_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(OutOfMemory, match="no room"):
             stream.snapshot()
     stream.append("x")  # it was only read
-    assert_is_truth(stream, stream.ids)
+    assert_matches_reference(stream, stream.ids)
 
 
 def test_a_sampler_that_fails_is_as_bad_as_a_backend() -> None:
@@ -335,7 +335,7 @@ def test_a_full_stream_is_not_damaged_by_cancelling_or_asking() -> None:
     with pytest.raises(CapacityError):
         stream.append(b"x" * 40, cancelled=lambda: True)
     stream.append(b"x" * 39, cancelled=lambda: False)
-    assert_is_truth(stream, stream.ids)
+    assert_matches_reference(stream, stream.ids)
 
 
 def test_the_precision_that_was_asked_for(tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,61 +15,13 @@ from blt_runtime import Model, Scheduler, Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.backends.protocol import HostBuffer
 from blt_runtime.errors import BackendError, Cancelled, CapacityError, OutOfMemory
-from tests.runtime.test_stream import HASH, model_of, random_ids
+from tests.runtime.leaks import assert_no_growth, assert_streams_leave_nothing, use
+from tests.runtime.streams import HASH, model_of, random_ids
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-SLACK = 4 << 20
-"""Bytes that may come and go with the allocators; 9,000 streams that leak 500 bytes each are above it."""
-ROUNDS = 3
-"""A leak grows each time; what the allocators take for themselves (after thousands of other tests) they take once."""
-
-
-@pytest.fixture(autouse=True)
-def no_collector() -> Iterator[None]:
-    """What only the garbage collector would free is a leak here."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def use(model: Model, n: int) -> Stream:
-    """A stream that has done a bit of everything; what exactly depends on n."""
-    stream = model.stream(overflow="slide" if n % 5 == 0 else "error", seed=n)
-    stream.append(b"a text, a text, a text"[: n % 20 + 1])
-    for _ in stream.generate(2, speculate="lookup" if n % 3 == 0 else "off"):
-        pass
-    if n % 7 == 0:
-        stream.rewind(3)
-    if n % 11 == 0:
-        model.stream(bos=False).restore(stream.snapshot())
-    if n % 13 == 0:
-        with suppress(Cancelled):
-            stream.append(b"more of the text", cancelled=lambda: True)
-    return stream
-
-
-def assert_no_growth(once: Callable[[int], object], times: int) -> None:
-    """Between a tenth of the times and all of them nothing grows."""
-    for n in range(times // 10):
-        once(n)
-    grown: list[int] = []
-    while not grown or grown[-1] >= SLACK:
-        memory, opened, threads = resident(), files(), threading.active_count()
-        for n in range(times // 10, times):
-            once(n)
-        assert files() == opened
-        assert threading.active_count() == threads
-        grown.append(resident() - memory)
-        assert len(grown) < ROUNDS or min(grown) < SLACK, f"bytes grown in each round: {grown}"
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc"),
+    pytest.mark.usefixtures("no_collector"),
+]
 
 
 def endings(model: Model) -> dict[str, Callable[[], Stream]]:
@@ -133,10 +83,6 @@ def test_a_stream_that_could_not_be_made_leaves_nothing(monkeypatch: pytest.Monk
         model.stream()
     del error
     assert [ref() for ref in made] == [None] * 20
-
-
-def assert_streams_leave_nothing(model: Model, streams: int) -> None:
-    assert_no_growth(partial(use, model), streams)
 
 
 def test_a_thousand_streams() -> None:

@@ -15,7 +15,7 @@ from blt_runtime.errors import UsageError
 from blt_runtime.ids import encode
 from blt_runtime.options import NAMES, GenerateKeywords, GenerateOptions, resolve
 from blt_runtime.sampling import Sampler
-from tests.runtime.test_stream import model_of
+from tests.runtime.streams import model_of
 
 Entry = Callable[..., object]
 ENTRIES = ("generate", "generate_ids", "generate_text", "submit", "submit_ids")

@@ -16,7 +16,7 @@ from blt_runtime.errors import BackendError, BltError, Cancelled, CapacityError,
 from blt_runtime.ids import encode
 from blt_runtime.sampling import Sampler
 from blt_runtime.text import StopMatcher
-from tests.runtime.test_stream import model_of
+from tests.runtime.streams import model_of
 
 SPEC = null_spec(local_kind="window", capacity_bytes=300, capacity_patches=300)
 

@@ -17,7 +17,7 @@ from blt_runtime.errors import Cancelled, CapacityError, UsageError
 from blt_runtime.ids import BOS, OFFSET, encode
 from blt_runtime.sampling import Sampler
 from blt_runtime.speculation.drafters import LookupDrafter
-from tests.runtime.test_stream import SPECS, assert_is_truth, model_of, random_ids
+from tests.runtime.streams import SPECS, assert_matches_reference, model_of, random_ids
 
 SMALL = {
     f"{name}, {limit}": replace(spec, **{limit: size})
@@ -35,7 +35,7 @@ def slides(spec: ModelSpec, bos: bool = True) -> Stream:
 def assert_holds(stream: Stream, text_N: np.ndarray, bos: bool = True) -> None:
     """`stream` holds the newest of `text_N`, says how much, and is what a fresh stream makes of it."""
     rest_N = text_N[stream.forgotten :]
-    assert_is_truth(stream, np.concatenate([[BOS], rest_N]) if bos else rest_N)
+    assert_matches_reference(stream, np.concatenate([[BOS], rest_N]) if bos else rest_N)
     assert stream.position + stream.forgotten == len(text_N) + bos
     assert stream.position <= stream.spec.capacity_bytes
     assert len(stream.patch_lengths) - 1 <= stream.spec.capacity_patches

@@ -9,66 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt_runtime import Model, PatchRule, Stream
+from blt_runtime import Model, PatchRule
 from blt_runtime.backends.null import NullBackend, null_spec
-from blt_runtime.bundle.spec import HashSpec, ModelSpec
+from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.errors import BackendError, CapacityError, InputError, UsageError
-from blt_runtime.ids import BOS, EOS, NEWLINE, encode
+from blt_runtime.ids import BOS, EOS, encode
 from blt_runtime.patching import patch_lengths
 from blt_runtime.sampling import Sampler
 from tests.runtime.null_reference import compute
+from tests.runtime.streams import HASH, SPECS, assert_matches_reference, model_of, random_ids, tables_for
 
-HASH = HashSpec((3, 5), 2, 11, 3)
 ENTROPY = PatchRule("entropy", threshold=3.5)
 
 
-def tables_for(spec: ModelSpec) -> np.ndarray | None:
-    if spec.hash is None:
-        return None
-    shape = (spec.hash.tables * spec.hash.rows, spec.hash.dim)
-    return np.random.default_rng(5).integers(0, 50, shape).astype(np.float32)
-
-
-def model_of(spec: ModelSpec) -> Model:
-    return Model(spec, NullBackend(spec), tables_for(spec))
-
-
-def random_ids(n: int, seed: int = 0) -> np.ndarray:
-    """Bytes with documents and lines of all lengths between them."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(4, 260, n)
-    ids[rng.random(n) < 0.05] = EOS
-    ids[rng.random(n) < 0.05] = NEWLINE
-    ids[:1] = BOS
-    return ids
-
-
-def assert_is_truth(stream: Stream, ids: np.ndarray) -> None:
-    truth = compute(stream.spec, ids, tables_for(stream.spec))
-    assert stream.ids.tolist() == ids.tolist()
-    assert stream.patch_lengths.tolist() == truth.patch_lengths.tolist()
-    np.testing.assert_array_equal(stream.logits, truth.logits[-1].astype(np.float32))
-
-
-SPECS = {
-    "ring": null_spec(),
-    "ring, tight": null_spec(window=5, slack=3, chunk=4),
-    "window": null_spec(local_kind="window"),
-    "window, tight": null_spec(local_kind="window", window=5, slack=0, chunk=16),
-    "linear": null_spec(local_kind="linear", slack=600),
-    "hash": null_spec(hash=HASH),
-    "encoder window": null_spec(encoder_window=3, hash=HASH),
-    "decoder window": null_spec(decoder_window=3, local_kind="window"),
-    "all windows": null_spec(encoder_window=2, decoder_window=2),
-    "newlines": null_spec(PatchRule("entropy", threshold=3.5, reset_newlines=True), local_kind="window"),
-    "newlines, ring": null_spec(PatchRule("entropy", threshold=3.5, reset_newlines=True)),
-    "monotonic": null_spec(PatchRule("entropy", threshold=0.5, monotonic=True, max_patch_length=5)),
-    "long patches": null_spec(PatchRule("entropy", threshold=4.9), chunk=32, slack=32),
-    "huge patches": null_spec(PatchRule("static", patch_size=70), encoder_window=2),
-    "space": null_spec(PatchRule("space"), entropy=False),
-    "static": null_spec(PatchRule("static", patch_size=3), hash=HASH),
-    "no latent mask": null_spec(latent_document_mask=False, local_kind="window"),
-}
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 
 
@@ -80,7 +33,7 @@ def test_steps_equal_the_truth(spec: ModelSpec) -> None:
     for t in range(len(ids)):
         stream.append_ids(ids[t : t + 1])
         np.testing.assert_array_equal(stream.logits, truth.logits[t].astype(np.float32))
-    assert_is_truth(stream, ids)
+    assert_matches_reference(stream, ids)
 
 
 @specs
@@ -91,7 +44,7 @@ def test_any_chunking_equals_the_truth(spec: ModelSpec) -> None:
         stream = model_of(spec).stream(bos=False)
         while stream.position < len(ids):
             stream.append_ids(ids[stream.position : stream.position + int(rng.choice([1, 2, 7, 40]))])
-            assert_is_truth(stream, ids[: stream.position])
+            assert_matches_reference(stream, ids[: stream.position])
 
 
 @specs
@@ -103,11 +56,11 @@ def test_rewind_is_exact(spec: ModelSpec) -> None:
     for _ in range(25):
         stream.rewind(int(rng.integers(0, min(stream.position, rng.choice([5, 30, 150])))))
         ids = ids[: stream.position]
-        assert_is_truth(stream, ids)
+        assert_matches_reference(stream, ids)
         more = random_ids(int(rng.integers(1, 40)), seed=int(rng.integers(1000)))
         ids = np.concatenate([ids, more])
         stream.append_ids(more)
-        assert_is_truth(stream, ids)
+        assert_matches_reference(stream, ids)
 
 
 @given(st.data())
@@ -123,7 +76,7 @@ def test_any_sequence_of_calls(data: st.DataObject) -> None:
         else:
             stream.rewind(data.draw(st.integers(0, stream.position - 1)))
             ids = ids[: stream.position]
-        assert_is_truth(stream, ids)
+        assert_matches_reference(stream, ids)
 
 
 def test_latent_calls_are_cut_to_their_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +161,7 @@ def test_generation_equals_recomputing(spec: ModelSpec) -> None:
     ids = np.array([*prompt, *stream.generate_ids(150, temperature=0, stop_at_eos=False)])
     truth = compute(spec, ids, tables_for(spec))
     assert truth.logits.argmax(axis=1)[len(prompt) - 1 : -1].tolist() == ids[len(prompt) :].tolist()
-    assert_is_truth(stream, ids)
+    assert_matches_reference(stream, ids)
 
 
 def test_generation_stops_at_eos_only_if_asked() -> None:
@@ -267,9 +220,9 @@ def test_reuse_after_more_input() -> None:
     stream = model_of(null_spec()).stream()
     list(stream.generate(20, temperature=0))
     stream.append(b"\xff\xfe more")
-    assert_is_truth(stream, stream.ids)
+    assert_matches_reference(stream, stream.ids)
     list(stream.generate_ids(20, sampler=Sampler(1.0, seed=1), stop_at_eos=False))
-    assert_is_truth(stream, stream.ids)
+    assert_matches_reference(stream, stream.ids)
     stream.reset()
     assert stream.ids.tolist() == [BOS]
 
@@ -284,7 +237,7 @@ def test_byte_capacity() -> None:
     stream.append(b"y" * 9)
     with pytest.raises(CapacityError, match="40"):
         next(stream.generate_ids(1, temperature=0, stop_at_eos=False))
-    assert_is_truth(stream, encode(b"x" * 30 + b"y" * 9))
+    assert_matches_reference(stream, encode(b"x" * 30 + b"y" * 9))
 
 
 @pytest.mark.parametrize("kind", ["ring", "window"])
@@ -296,9 +249,9 @@ def test_patch_capacity_leaves_the_stream_as_it_was(kind: str, slack: int) -> No
     stream.append_ids(ids)
     with pytest.raises(CapacityError, match="20 patches"):
         stream.append_ids(random_ids(200, seed=9))
-    assert_is_truth(stream, ids)
+    assert_matches_reference(stream, ids)
     stream.append_ids([5, 6, 7])
-    assert_is_truth(stream, np.concatenate([ids, [5, 6, 7]]))
+    assert_matches_reference(stream, np.concatenate([ids, [5, 6, 7]]))
 
 
 def test_patch_capacity_in_an_empty_stream_and_in_steps() -> None:
@@ -309,7 +262,7 @@ def test_patch_capacity_in_an_empty_stream_and_in_steps() -> None:
     stream.append_ids(random_ids(20))
     with pytest.raises(CapacityError):
         list(stream.generate_ids(1, temperature=0, stop_at_eos=False))
-    assert_is_truth(stream, random_ids(20))
+    assert_matches_reference(stream, random_ids(20))
 
 
 def test_empty_stream_has_nothing_to_say() -> None:
@@ -359,7 +312,7 @@ def test_two_threads_on_one_stream_are_refused() -> None:
     leave.set()
     thread.join()
     stream.append("x")
-    assert_is_truth(stream, stream.ids)
+    assert_matches_reference(stream, stream.ids)
 
 
 def test_a_failed_call_asks_for_reset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +329,7 @@ def test_a_failed_call_asks_for_reset(monkeypatch: pytest.MonkeyPatch) -> None:
         stream.append("x")
     stream.reset()
     stream.append("x")
-    assert_is_truth(stream, encode("x"))
+    assert_matches_reference(stream, encode("x"))
 
 
 def test_threads_share_a_model() -> None:

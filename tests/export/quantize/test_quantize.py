@@ -28,7 +28,7 @@ from blt_runtime.errors import CheckFailed, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule
 from tests import tiny as tinies
-from tests.export.conftest import CAPACITY, CHUNK, VARIANTS, MakeJob
+from tests.export.variants import CAPACITY, CHUNK, VARIANTS, MakeJob
 
 NBITS = "com.microsoft.MatMulNBits"
 TEXT = "A short text, judged twice: once in float32, once in the bundle.\n" * 6

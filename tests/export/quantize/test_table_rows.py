@@ -21,7 +21,7 @@ from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, TableDtype, widen
 from blt_runtime.ids import encode
-from tests.export.conftest import VARIANTS
+from tests.export.variants import VARIANTS
 from tests.tiny import tiny
 
 TEXT = "A short text, judged twice: once in float32, once in the bundle.\n" * 6

@@ -7,7 +7,7 @@ import pytest
 
 from blt_export.verify.plan import graph_calls, make_plan, sequence
 from blt_runtime.ids import BOS, EOS, OFFSET, decode
-from tests.export.conftest import FLAVOURS, VARIANTS, MakeJob
+from tests.export.variants import FLAVOURS, VARIANTS, MakeJob
 
 
 def test_the_sequence_is_fixed_and_hard() -> None:

@@ -12,38 +12,14 @@ from blt_runtime.engine.batch import Batch, fitted, gather
 from blt_runtime.engine.rows import RowCalls
 from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.ids import EOS
+from tests.runtime.engine.batches import read_texts
 from tests.runtime.null_reference import compute
 from tests.runtime.row_backend import NullRowBackend
-from tests.runtime.test_stream import SPECS, random_ids, tables_for
+from tests.runtime.streams import SPECS, random_ids, tables_for
 
 
 def batch_of(spec: ModelSpec, rows: int, slice: int = 5, share: float = 0.5) -> Batch:
     return Batch(spec, NullBackend(spec), tables_for(spec), rows, slice, gather(share))
-
-
-def move(batch: Batch, texts: dict[int, np.ndarray], prompts: dict[int, int]) -> dict[int, list[np.ndarray]]:
-    """Reads texts, one a row: a prompt at once, then byte by byte as a row gets ready. Logits behind each of those."""
-    opened = {}
-    for name, ids in texts.items():
-        row = batch.open()
-        assert row is not None
-        row.feed(ids[: prompts[name]])
-        opened[row.index] = name, row, prompts[name]
-    seen: dict[int, list[np.ndarray]] = {name: [] for name in texts}
-    for _ in range(10_000):
-        if not opened:
-            return seen
-        for row in batch.round():
-            assert row.error is None
-            name, _, taken = opened[row.index]
-            seen[name].append(row.logits_V.copy())
-            if taken == len(texts[name]):
-                del opened[row.index]
-                batch.close(row)
-            else:
-                row.feed(texts[name][taken : taken + 1])
-                opened[row.index] = name, row, taken + 1
-    raise AssertionError("rows were left behind")
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -52,7 +28,7 @@ def test_every_row_is_the_slow_truth(name: str, share: float) -> None:
     spec = SPECS[name]
     lengths, prompts = {0: 60, 1: 7, 2: 90, 3: 33}, {0: 1, 1: 6, 2: 70, 3: 20}
     texts = {i: random_ids(n, seed=i) for i, n in lengths.items()}
-    seen = move(batch_of(spec, rows=4, share=share), texts, prompts)
+    seen = read_texts(batch_of(spec, rows=4, share=share), texts, prompts)
     for i, ids in texts.items():
         truth = compute(spec, ids, tables_for(spec)).logits.astype(np.float32)
         np.testing.assert_array_equal(np.array(seen[i]), truth[prompts[i] - 1 :])
@@ -70,7 +46,7 @@ def test_one_call_for_all_rows_is_the_slow_truth(name: str, slice: int) -> None:
     batch = Batch(spec, NullRowBackend(spec), tables_for(spec), 5, slice)
     assert isinstance(batch._calls, RowCalls)
     for _ in range(2):  # rows begin again
-        seen = move(batch, texts, prompts)
+        seen = read_texts(batch, texts, prompts)
         for i, ids in texts.items():
             truth = compute(spec, ids, tables_for(spec)).logits.astype(np.float32)
             np.testing.assert_array_equal(np.array(seen[i]), truth[prompts[i] - 1 :])
@@ -109,7 +85,7 @@ def test_a_row_begins_again_for_the_next_text() -> None:
     batch = batch_of(spec, rows=1)
     for seed in (1, 2):
         ids = random_ids(50, seed)
-        seen = move(batch, {0: ids}, {0: 30})
+        seen = read_texts(batch, {0: ids}, {0: 30})
         np.testing.assert_array_equal(seen[0][-1], compute(spec, ids, None).logits[-1].astype(np.float32))
 
 
@@ -118,7 +94,7 @@ def test_waiting_saves_latent_calls() -> None:
     calls = {}
     for share in (0.0, 0.7):
         batch = batch_of(SPECS["ring"], rows=6, share=share)
-        move(batch, texts, dict.fromkeys(texts, 1))
+        read_texts(batch, texts, dict.fromkeys(texts, 1))
         calls[share] = batch.counts.latent_calls, batch.counts.patches
     assert calls[0.0][1] == calls[0.7][1]
     assert calls[0.7][0] < 0.6 * calls[0.0][0]

@@ -10,8 +10,8 @@ from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS, EOS
 from blt_runtime.sampling import Sampler
-from tests.runtime.speculation.test_speculate import Oracle, Script
-from tests.runtime.test_stream import SPECS, model_of, random_ids
+from tests.runtime.speculation.scripted import Oracle, Script
+from tests.runtime.streams import SPECS, model_of, random_ids
 
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +27,8 @@ from blt_runtime.speculation.drafters import (
 )
 from blt_runtime.speculation.speculate import Speculate
 from tests.runtime.null_reference import compute
-from tests.runtime.test_stream import SPECS, assert_is_truth, model_of, random_ids, tables_for
+from tests.runtime.speculation.scripted import Oracle, Script
+from tests.runtime.streams import SPECS, assert_matches_reference, model_of, random_ids, tables_for
 
 ALL = SPECS | {
     "byte": null_spec(PatchRule("byte"), capacity_patches=512, decoder_window=2),
@@ -49,52 +48,6 @@ specs = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 PROMPT = "Größe\x00\n\t x"
 
 
-class Script(Sampler):
-    """Writes given ids, whatever the logits say."""
-
-    def __init__(self, ids: np.ndarray) -> None:
-        super().__init__(0.0)
-        self._ids = iter(ids.tolist())
-
-    def __call__(self, logits_V: np.ndarray) -> int:
-        return next(self._ids)
-
-
-class Oracle(Drafter):
-    """Knows the ids that will be written from position `start` on, and says them with probability `right`: at once
-    (source None), one by one from a model's logits, or some at once and then more from the entropy model's. sure:
-    leaves none out."""
-
-    sure = False
-
-    def __init__(
-        self, ids: np.ndarray, start: int, right: float, source: Source | None = "entropy", seed: int = 0
-    ) -> None:
-        self._ids, self.start, self._right, self.source = ids, start, right, source
-        self._random = np.random.default_rng(seed)
-
-    def _say(self, position: int) -> int | None:
-        index = position - self.start
-        if not 0 <= index < len(self._ids):
-            return None
-        return int(self._ids[index]) if self._random.random() < self._right else int(self._random.integers(0, 260))
-
-    def propose(self, ids_N: np.ndarray, limit: int) -> Sequence[int]:
-        if self.source is None:
-            most = limit
-        elif self.sure or self._random.random() < 0.5:  # proposals keep the decoder from guessing
-            most = 0
-        else:
-            most = int(self._random.integers(0, limit + 1))
-        said = [self._say(len(ids_N) + i) for i in range(most)]
-        return [id for id in said if id is not None]
-
-    def extend(self, ids_N: np.ndarray, logits_V: np.ndarray) -> Guess | None:
-        assert logits_V.shape == (260,)
-        id = self._say(len(ids_N))
-        return None if id is None or self._random.random() < 0.05 * (not self.sure) else (id, None)
-
-
 @specs
 @pytest.mark.parametrize("source", [None, "entropy", "decoder"])
 @pytest.mark.parametrize("right", [0.0, 0.7, 0.95, 1.0])
@@ -109,7 +62,7 @@ def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: 
         assert stream.ids.tolist() == [BOS, *made]
         assert stream.patch_lengths.sum() == stream.position + 1
         np.testing.assert_array_equal(stream.logits, truth.logits[len(made)].astype(np.float32))
-    assert_is_truth(stream, np.array([BOS, *ids]))
+    assert_matches_reference(stream, np.array([BOS, *ids]))
     assert made == ids.tolist()
 
 
@@ -148,7 +101,7 @@ def test_any_interruption(data: st.DataObject) -> None:
                 5, sampler=Script(other), stop_at_eos=False, speculate=Oracle(other, len(text), 0.9), draft=3
             )
         oracle.start = len(text) - i - 1
-        assert_is_truth(stream, np.array(text))
+        assert_matches_reference(stream, np.array(text))
 
 
 @specs
@@ -164,7 +117,7 @@ def test_named_drafters_change_nothing(spec: ModelSpec, how: str) -> None:
     assert list(guessed.generate_ids(100, temperature=0, stop_at_eos=False, speculate=how)) == list(
         plain.generate_ids(100, temperature=0, stop_at_eos=False)
     )
-    assert_is_truth(guessed, plain.ids)
+    assert_matches_reference(guessed, plain.ids)
     assert guessed.speculation.tokens == 100
 
 
@@ -245,7 +198,7 @@ def test_stop_strings_eos_and_limits_end_the_text_where_they_do_without() -> Non
     stream = model_of(spec).stream()
     guessing = stream.generate_ids(5, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0))
     assert list(guessing) == ids[:5].tolist()
-    assert_is_truth(stream, np.array([BOS, *ids[:5]]))
+    assert_matches_reference(stream, np.array([BOS, *ids[:5]]))
 
     ended = ids.copy()
     ended[7] = EOS
@@ -254,13 +207,13 @@ def test_stop_strings_eos_and_limits_end_the_text_where_they_do_without() -> Non
         list(stream.generate_ids(12, sampler=Script(ended), stop_at_eos=True, speculate=Oracle(ended, 1, 1.0)))
         == ended[:7].tolist()
     )
-    assert_is_truth(stream, np.array([BOS, *ended[:7]]))
+    assert_matches_reference(stream, np.array([BOS, *ended[:7]]))
 
     whole = b"".join(model_of(spec).stream().generate(60, temperature=0))
     plain, stream = model_of(spec).stream(), model_of(spec).stream()
     expected = list(plain.generate(60, temperature=0, stop=whole[10:13]))
     assert list(stream.generate(60, temperature=0, stop=whole[10:13], speculate="auto")) == expected
-    assert_is_truth(stream, plain.ids)
+    assert_matches_reference(stream, plain.ids)
 
 
 @pytest.mark.parametrize("kind", ["ring", "window", "linear"])
@@ -274,7 +227,7 @@ def test_capacity_ends_where_it_does_without(kind: str, source: Source | None) -
             stream = model_of(spec).stream()
             with pytest.raises(CapacityError):
                 list(stream.generate_ids(200, sampler=Script(ids), stop_at_eos=False, speculate=speculate))
-            assert_is_truth(stream, stream.ids)
+            assert_matches_reference(stream, stream.ids)
             ends.append(stream.position)
         assert ends[0] == ends[1]
 
@@ -297,7 +250,7 @@ def test_a_failed_pass_asks_for_reset(monkeypatch: pytest.MonkeyPatch) -> None:
         list(stream.generate_ids(40, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0)))
         == ids.tolist()
     )
-    assert_is_truth(stream, np.array([BOS, *ids]))
+    assert_matches_reference(stream, np.array([BOS, *ids]))
 
 
 def test_bad_arguments() -> None:
