@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("tests")  # the helpers of tests, too
+pytest.register_assert_rewrite("tests.runtime", "tests.export")  # helper modules assert, too
 settings.register_profile(  # the same examples in every run, however busy the machine is
     "blt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
