@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import importlib.metadata
 import json
@@ -168,6 +169,33 @@ def test_rooms_import_only_rooms_before_them(package: str) -> None:
     wrong = [f"{f}:{line}: {room} imports {target}" for f, line, room, target in found
              if order.index(target) > order.index(room)]  # fmt: skip
     assert not wrong
+
+
+def modules() -> dict[str, Path]:
+    """The file of every module of ours by its dotted name; a package by its own name."""
+    files = [(file, folder.parent) for folder in PACKAGES.values() for file in folder.rglob("*.py")]
+    return {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file, root in files
+    }
+
+
+def modules_named_in(file: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of ours that a file imports: at the top, inside functions and under TYPE_CHECKING."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else node.module for name in names}
+    return found & known.keys()
+
+
+def test_no_import_circle() -> None:
+    known = modules()
+    assert len(known) > 100  # the walk found them
+    graph = {name: modules_named_in(file, known) - {name} for name, file in known.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
 def loaded_by(code: str, *arguments: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Run configurations: YAML enters here, with `--set a.b=value` on top, and leaves as one frozen object.
+"""Run configurations: reads YAML with `--set a.b=value` overrides into one frozen object.
 
 An unknown key is an error that names the key and the nearest known one.
 """
@@ -22,13 +22,15 @@ from blt_runtime.ids import VOCAB
 from blt_runtime.patching import PatchRule, PatchSettings
 
 MAX_BUCKETS = 32
-"""Row lengths of a run: each is a compilation."""
+"""The largest number of row lengths in a run: each one costs a compilation."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(Frozen):
-    """What to train on: a folder made by `blt data prepare` (or `--data`), all groups of it or some. `workers` threads
-    make batches ahead of the step (0: none); the batches are the same."""
+    """The training data: a folder made by `blt data prepare` (or `--data`), and some of its groups (null: all).
+
+    `workers` threads prepare batches ahead of the step (0: none); they do not change the batches.
+    """
 
     path: str | None = None
     groups: tuple[str, ...] | None = Field(default=None, min_length=1)
@@ -68,24 +70,27 @@ class PatchingConfig(Frozen, PatchSettings):  # type: ignore[misc]  # mypy takes
 
     @property
     def mean_patch_size(self) -> float:
-        """Bytes: exact for static and byte patches, the target for entropy patches, a guess for space patches."""
+        """Bytes: exact for static and byte patches, the target for entropy patches, estimated for space patches."""
         return {"static": self.patch_size, "byte": 1}.get(self.scheme) or self.target_patch_size
 
     @property
     def longest_patch(self) -> int:
-        """The static gather width L."""
+        """The static width L of the encoder's gather."""
         fixed = {"static": self.patch_size, "byte": 1}.get(self.scheme)
         return min(limit for limit in (fixed, self.max_patch_length) if limit is not None)
 
     def rule(self, threshold: float | None = None) -> PatchRule:
-        """The rule, with `threshold` where the configuration leaves it open."""
+        """The rule, with `threshold` if the configuration has none."""
         given = self.model_dump(exclude={"target_patch_size"})
         return PatchRule(**(given | {"threshold": threshold} if self.threshold is None else given))
 
 
 class OptimizerConfig(Frozen):
-    """AdamW on all parameters (spec section 11); `clip` is the largest gradient norm. `freeze` and `lr_scale` name
-    parameters by shell patterns: those that do not train, and those whose learning rate is another one, by factor."""
+    """AdamW on all parameters (spec section 11); `clip` is the largest gradient norm.
+
+    `freeze` and `lr_scale` have shell patterns of parameter names: those that do not train, and those whose learning
+    rate is multiplied by a factor. `tables` sparse updates only the hash table rows that a batch touches.
+    """
 
     lr: FiniteFloat = Field(default=4e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -112,10 +117,13 @@ class ScheduleConfig(Frozen):
 
 
 class BatchConfig(Frozen):
-    """`rows` rows a step, of all ranks together; `patches` a row (BLT only); the byte lengths that rows are padded to,
-    ascending. With `auto_buckets` there is one length, the longest, and at most that many are chosen on the data.
-    `pack` stream: rows are cut out of all documents in a line; documents: rows hold whole documents.
-    A rank computes `micro_rows` rows at a time (null: all that are its own) and adds the gradients up."""
+    """The batch of a step: `rows` rows over all ranks, with `patches` patches each (BLT only).
+
+    `byte_buckets` are the ascending lengths in bytes that rows are padded to. With `auto_buckets`, give only the
+    longest; at most that many lengths are then chosen on the data. `pack`: "stream" cuts rows out of all documents one
+    after another, "documents" packs whole documents into rows. A rank computes `micro_rows` rows at a time (null: all
+    of its rows) and adds up their gradients.
+    """
 
     rows: int = Field(default=8, ge=1)
     micro_rows: int | None = Field(default=None, ge=1)
@@ -127,14 +135,14 @@ class BatchConfig(Frozen):
     @model_validator(mode="after")
     def _ascending(self) -> typing.Self:
         if self.auto_buckets is not None and len(self.byte_buckets) != 1:
-            raise ValueError("auto_buckets chooses the lengths; give byte_buckets the longest alone")
+            raise ValueError("auto_buckets chooses the lengths; give only the longest one in byte_buckets")
         if not self.byte_buckets or list(self.byte_buckets) != sorted(set(self.byte_buckets)):
             raise ValueError("byte_buckets must be different lengths in ascending order")
         return self
 
 
 class RunSettings(Frozen):
-    """How the run goes: numbers are steps unless the name says otherwise."""
+    """Settings of the run. `log_every`, `valid_every` and `checkpoint_every` are in steps."""
 
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -152,8 +160,11 @@ class RunSettings(Frozen):
 
 
 class InitConfig(Frozen):
-    """Weights to start from instead of random ones: a `checkpoint` of any format, of which the sections `model` and
-    `patching` and the entropy model are taken where they are left out; or the blocks of a Llama for the `latent`."""
+    """Initial weights instead of random ones: a `checkpoint` of any format, or the blocks of a Llama for the `latent`.
+
+    A checkpoint also gives the sections `model` and `patching` and the entropy model, where the configuration leaves
+    them out.
+    """
 
     checkpoint: str | None = None
     latent: str | None = None
@@ -174,7 +185,7 @@ class _Run(Frozen):
 
 
 class EntropyRun(_Run):
-    """Training of an entropy model on rows of bytes."""
+    """Trains an entropy model on rows of bytes."""
 
     kind: Literal["entropy"]
     model: EntropyConfig
@@ -192,7 +203,7 @@ class EntropyRun(_Run):
 
 
 class BLTRun(_Run):
-    """Training of a BLT on rows of patches. `entropy_model` is a model.pt or a run folder (`--entropy-model`)."""
+    """Trains a BLT on rows of patches. `entropy_model` is a model.pt or a run folder (`--entropy-model`)."""
 
     kind: Literal["blt"]
     model: BLTConfig
@@ -203,7 +214,7 @@ class BLTRun(_Run):
     @model_validator(mode="after")
     def _fits(self) -> typing.Self:
         if self.batch.patches is None:
-            raise ValueError("batch.patches is missing: how many patches a row has")
+            raise ValueError("batch.patches is missing: the number of patches in a row")
         _check_vocabulary(self.model.vocab_size)
         encoder, decoder = self.model.encoder.max_seqlen, self.model.decoder.max_seqlen
         _check_rows(self.batch.byte_buckets[-1], {"model.encoder": encoder, "model.decoder": decoder})
@@ -213,8 +224,10 @@ class BLTRun(_Run):
 
 
 class TokenizerConfig(Frozen):
-    """The BPE vocabulary of a token run: `vocab_size` ids, the four special ones included. It is trained on about
-    `train_bytes` of the training text, or taken from a `tokenizer.json` at `path`."""
+    """The BPE vocabulary of a token run: `vocab_size` ids, the four special ones included.
+
+    It is trained on about `train_bytes` of the training text, or read from a `tokenizer.json` at `path`.
+    """
 
     vocab_size: int = Field(default=4096, ge=VOCAB)
     path: str | None = None
@@ -222,7 +235,7 @@ class TokenizerConfig(Frozen):
 
 
 class BPERun(_Run):
-    """Training of a token-level transformer on rows of BPE tokens; `batch.byte_buckets` counts tokens here."""
+    """Trains a token-level transformer on rows of BPE tokens; `batch.byte_buckets` counts tokens here."""
 
     kind: Literal["bpe"]
     model: TokenConfig
@@ -231,7 +244,7 @@ class BPERun(_Run):
     @model_validator(mode="before")
     @classmethod
     def _one_vocabulary(cls, values: Any) -> Any:
-        """`model.vocab_size` is that of the tokenizer, and may be left out."""
+        """Sets `model.vocab_size` to that of the tokenizer; it may be left out."""
         model, tokenizer = (values.get(key, {}) for key in ("model", "tokenizer"))
         if not isinstance(model, Mapping) or not isinstance(tokenizer, Mapping):
             return values
@@ -284,7 +297,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:
-    """The configuration in plain mappings. Raises ConfigError naming the key, and CheckpointError for `init`."""
+    """The configuration of plain mappings. Raises ConfigError that names the key, and CheckpointError for `init`."""
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"kind is {kind!r}; it must be {', '.join(map(repr, _KINDS))}")
@@ -299,9 +312,9 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
 
 
 def _completed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """With what `init` brings; most runs have none, and then no checkpoint's reader is imported."""
+    """The sections completed from `init`."""
     if not raw.get("init"):
-        return dict(raw)
+        return dict(raw)  # the common case, which imports no checkpoint reader
     from blt.train.initial_weights import complete
 
     InitConfig.model_validate(raw["init"])
@@ -320,7 +333,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {key} is a value, not a section")
     try:
         node[keys[-1]] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise ConfigError(f"--set {override}: the value is not YAML") from error
 
 
@@ -340,7 +353,7 @@ def _unknown(name: str, key: str, prefix: str, known: list[str]) -> str:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section behind an annotation like `HashConfig | None`."""
+    """The section class in an annotation like `HashConfig | None`."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         found = [_section_of(part) for part in typing.get_args(annotation)]
         return next((part for part in found if part is not None), None)

@@ -68,5 +68,5 @@ def test_fitted_rows_are_those_of_the_data() -> None:
 def test_auto_buckets_take_the_longest_alone() -> None:
     batch = {"byte_buckets": [64, 128], "auto_buckets": 4}
     model = {"dim": 16, "n_layers": 1, "n_heads": 2}
-    with pytest.raises(ConfigError, match="the longest alone"):
+    with pytest.raises(ConfigError, match="only the longest one"):
         parse_config({"kind": "entropy", "model": model, "batch": batch})

@@ -161,7 +161,7 @@ def test_missing_and_other_packages(debs: tuple[Path, list[Package]], tmp_path: 
     path.write_bytes(path.read_bytes()[:-300])
     for broken in (path, folder / "none.deb"):
         broken.touch()
-        with pytest.raises(InputError, match="no Debian package"):
+        with pytest.raises(InputError, match="not a Debian package"):
             list(package_files(broken))
     assert not (tmp_path / "data").exists()
 

@@ -1,6 +1,6 @@
-"""Corpora with a name: the same text for everybody who builds them.
+"""Named corpora: every build gives the same text.
 
-`tiny` is read from the Python installation that runs this, `base` is made of Debian packages (`blt.data.corpora.base`).
+`tiny` is read from the running Python installation, `base` is made of Debian packages (`blt.data.corpora.base`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def build(
     groups: Sequence[str] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Builds a corpus as a data folder and returns its manifest, whose options say what it was made of.
+    """Builds a corpus as a data folder and returns its manifest; the options in it name the inputs.
 
     debs: the folder with the packages of `base`.  groups: shell patterns; only groups that match one are kept.
-    Raises UsageError for bad arguments, InputError for packages that are missing or are not those of the lock file.
+    Raises UsageError for bad arguments, InputError for packages that are missing or differ from the lock file.
     """
     if name not in NAMES:
         raise UsageError(f"no corpus {name!r}: {nearest(name, NAMES)}")

@@ -1,8 +1,7 @@
 """`base`: about 150 MB in 62 languages (a third English, a sixth source code) made of 49 Debian 12 packages.
 
-The packages are named by the lock file: version, size, sha256. Most of the text is under copyleft licences, so the
-recipe is shipped and the text is not. Documents that are the same page in several languages share a split: 2 % of the
-keys are test, 2 % valid.
+The lock file names the packages: version, size, sha256. Most of the text is under copyleft licences, so the recipe is
+shipped and the text is not. Translations of one page share a key and a split: 2 % of the keys are test, 2 % valid.
 """
 
 from __future__ import annotations
@@ -20,17 +19,19 @@ from blt.data.corpora.sources import CAPS, ENDS, SOURCES, Page, Source
 from blt.data.corpora.text import Text
 
 LONG = 32_000
-"""Characters at which a document ends with its paragraph, so that every group reaches every split."""
+"""Characters after which a document ends with the current paragraph, so that every group has text in every split."""
 SHORT = 200
-"""Characters; what is shorter is dropped."""
+"""Characters; shorter documents are dropped."""
 UNIQUE = 40
 """Characters; shorter paragraphs may repeat."""
 HELD_OUT = 2
+"""Percent of the keys for each of test and valid."""
 log = logging.getLogger("blt.data")
 
 
 def texts(debs: str | Path | None, lock: Sequence[Package] | None = None) -> tuple[Iterator[Text], dict[str, Any]]:
-    """The documents, and what they are made of. Raises UsageError and InputError for packages that are not there."""
+    """The documents, and values for the manifest about their origin. Raises UsageError and InputError for missing
+    packages."""
     lock = read_lock() if lock is None else lock
     packages = find_packages(debs, lock)
     about = {"packages": {entry.package: entry.version for entry in lock}}
@@ -38,7 +39,7 @@ def texts(debs: str | Path | None, lock: Sequence[Package] | None = None) -> tup
 
 
 class Builder:
-    """What has been seen so far: paragraphs, and the size of each group and language."""
+    """Makes documents of pages; keeps the paragraphs seen so far, and the size of each group and language."""
 
     def __init__(self) -> None:
         self.n_bytes: Counter[tuple[str, str]] = Counter()
@@ -66,7 +67,7 @@ class Builder:
                 yield Text(split, f"{page.group}.{page.language}", content)
 
     def _is_new(self, paragraph: str) -> bool:
-        """Whether no equal paragraph was seen, or it is short: what repeats is boilerplate, or was never translated."""
+        """Whether the paragraph is new or short. Repeated paragraphs are boilerplate, or were not translated."""
         words = re.sub(r"\s+", " ", paragraph).strip()
         key = hashlib.blake2b(words.encode(), digest_size=8).digest()
         known = key in self._paragraphs
@@ -79,7 +80,7 @@ def _cap(page: Page) -> float:
 
 
 def _pieces(paragraphs: Sequence[str]) -> Iterator[str]:
-    """Paragraphs joined until they are long enough."""
+    """Joins paragraphs to pieces of at least LONG characters; the last may be shorter."""
     piece: list[str] = []
     size = 0
     for paragraph in paragraphs:
@@ -93,5 +94,6 @@ def _pieces(paragraphs: Sequence[str]) -> Iterator[str]:
 
 
 def split_of(key: str) -> str:
+    """The split of a page, by a hash of its key."""
     point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
     return "test" if point < HELD_OUT else "valid" if point < 2 * HELD_OUT else "train"

@@ -1,6 +1,6 @@
 """Text of the formats that Debian packages carry: HTML, Mallard pages, gettext catalogues.
 
-These functions are a recipe: what they return is the corpus, so that even their simplifications stay as they are.
+These functions define the corpus, so even their simplifications must not change.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _TextParser(html.parser.HTMLParser):
 
 
 def html_text(content: bytes) -> str:
-    """The text of a page without navigation, scripts and forms; empty lines part its blocks."""
+    """The text of a page without navigation, scripts and forms; empty lines separate its blocks."""
     parser = _TextParser()
     try:
         parser.feed(content.decode("utf-8", "replace"))
@@ -64,7 +64,7 @@ def html_text(content: bytes) -> str:
 
 
 def mallard_text(content: bytes) -> str:
-    """The text of a page of GNOME's help; empty if it is no XML."""
+    """The text of a page of GNOME's help; empty if it is not XML."""
     try:
         root = ElementTree.fromstring(content)
     except ElementTree.ParseError:

@@ -1,6 +1,6 @@
-"""Debian packages as plain files of bytes: an ar archive around a tar, read with the standard library.
+"""Reads the files of Debian packages, tar archives inside an ar archive, with the standard library.
 
-Nothing is unpacked to disk and nothing of a package is run.
+Nothing is unpacked to disk, and no code of a package is run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAGIC, _HEADER = b"!<arch>\n", 60
 
 @dataclass(frozen=True)
 class Package:
-    """One line of the lock file: the only version and content that is accepted."""
+    """One entry of the lock file: the only version and content that is accepted."""
 
     package: str
     version: str
@@ -31,12 +31,16 @@ class Package:
 
 
 def read_lock(path: Path = LOCK) -> list[Package]:
+    """The packages of the lock file."""
     return [Package(**entry) for entry in json.loads(path.read_text())]
 
 
 def find_packages(folder: str | Path | None, lock: Sequence[Package]) -> dict[str, Path]:
-    """The package files by name, sizes and sha256 checked. Raises UsageError without a folder and InputError for
-    packages that are missing or others; the message holds the command that fetches them."""
+    """The package files by name, after checking size and sha256.
+
+    Raises UsageError without a folder, and InputError for packages that are missing or differ. The message has the
+    command that fetches them.
+    """
     if folder is None:
         raise UsageError(f"name the folder with the packages with --debs DIR; fetch them on Debian 12: {_fetch(lock)}")
     if not Path(folder).is_dir():
@@ -53,7 +57,7 @@ def find_packages(folder: str | Path | None, lock: Sequence[Package]) -> dict[st
 
 
 def _matching(present: dict[str, Path], entry: Package) -> Path | None:
-    """apt names a file package_version_architecture.deb, with %3a for the colon of an epoch."""
+    """The file of a package. apt names it package_version_architecture.deb, with %3a for the colon of an epoch."""
     start = f"{entry.package}_{entry.version.replace(':', '%3a')}_"
     path = next((path for name, path in present.items() if name.startswith(start)), None)
     if path is not None and (path.stat().st_size != entry.size or sha256_of(path) != entry.sha256):
@@ -66,19 +70,19 @@ def _fetch(packages: Sequence[Package], folder: str | Path = "DIR") -> str:
 
 
 def package_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name without a leading ./, content) of the regular files in a package, in its order. Raises InputError."""
+    """(name without a leading ./, content) of the regular files in a package, in archive order. Raises InputError."""
     try:
         for name, data in _members(path):
             if name.startswith("data.tar"):
                 yield from _tar_files(name, data)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is no Debian package, or a damaged one ({error})") from error
+        raise InputError(f"{path} is not a Debian package, or it is damaged ({error})") from error
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
-            raise ValueError("no ar archive")
+            raise ValueError("not an ar archive")
         while len(header := file.read(_HEADER)) == _HEADER:
             name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
             yield name, file.read(size + size % 2)[:size]

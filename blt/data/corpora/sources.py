@@ -1,7 +1,7 @@
-"""Which files of which Debian package are text of `base`, and how much of them is taken.
+"""The recipe of `base`: the files of each Debian package that are text, and the share of them that is used.
 
-A source turns a package's files into documents (group, language, key, text). The key says which documents are the same
-page in several languages: they land in the same split. Order, shares and caps are part of the recipe.
+A source turns a package's files into documents (group, language, key, text). Translations of one page have the same
+key, so they are in the same split. Order, shares and caps are part of the recipe.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Files = Iterable[tuple[str, bytes]]
 CODE = {"go": "go", "rs": "rust", "py": "python", "tcl": "tcl", "ts": "typescript"}
 LONGEST_CODE = 200_000
 LONGEST_TRANSLATION = 60
-"""Characters; shorter ones of a game are labels."""
+"""Characters; shorter messages of a game are labels."""
 
 
 class Page(NamedTuple):
-    """A document before duplicates are dropped and long ones are cut."""
+    """A document, before duplicates are dropped and long documents are cut."""
 
     group: str
     language: str
@@ -34,7 +34,7 @@ Source = Callable[[Files], Iterator[Page]]
 
 
 def kept(key: str, percent: int) -> bool:
-    """A fixed choice of `percent` of all keys."""
+    """Whether a key is among a fixed `percent` of all keys."""
     return int.from_bytes(hashlib.sha256(b"keep" + key.encode()).digest()[:4], "big") % 100 < percent
 
 
@@ -70,7 +70,7 @@ def gnome_help(files: Files) -> Iterator[Page]:
 
 
 def wesnoth(files: Files) -> Iterator[Page]:
-    """The long messages of each catalogue, sorted by their English; English itself is the union of all keys."""
+    """The long messages of each catalogue, sorted by their English text; the English page is the union of all keys."""
     english: dict[str, set[str]] = {}
     for name, content in files:
         found = re.match(r"usr/share/games/wesnoth/[\d.]+/locale/([\w@]+)/LC_MESSAGES/(.*)\.mo$", name)
@@ -182,7 +182,7 @@ SOURCES: dict[str, Source] = {
     "libpython3.11-stdlib": code("."),
     "tcllib": code("."),
 }
-"""In the order in which they are read: of equal paragraphs the first one stays."""
+"""In the order in which they are read; of equal paragraphs, the first one is kept."""
 
 CAPS = {
     ("lohelp", "*"): 2.0,
@@ -197,6 +197,6 @@ CAPS = {
     ("handbook", "*"): 0.6,
     ("wesnoth", "*"): 0.6,
 }
-"""Megabytes of a group and language (`*`: each) after which no page of it is begun."""
+"""Megabytes of a group and language (`*`: each language) after which no further page of it is used."""
 ENDS = {"metamath-databases": 3.0, "dict-gcide": 8.0, "rust-src": 8.0, "golang-1.19-src": 8.0, "tcllib": 2.0}
-"""Megabytes of a page's group and language at which the rest of a package is not even read."""
+"""Megabytes of a page's group and language after which the rest of its package is not read."""

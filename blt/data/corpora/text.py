@@ -1,4 +1,4 @@
-"""Documents of a corpus as text files, one per split and group, documents separated by NUL."""
+"""Writes the documents of a corpus as text files, one per split and group, separated by NUL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blt_runtime.errors import UsageError
 
 
 class Text(NamedTuple):
-    """A document, and where it belongs. `content` holds no NUL."""
+    """A document with its split and group. `content` has no NUL."""
 
     split: str
     group: str
@@ -21,7 +21,7 @@ class Text(NamedTuple):
 
 
 def of_groups(texts: Iterable[Text], patterns: Sequence[str]) -> Iterator[Text]:
-    """Those whose group matches a pattern. Raises UsageError, at the end, for a pattern that matched none."""
+    """The texts whose group matches a pattern. Raises UsageError at the end for a pattern that matched no group."""
     groups: dict[str, bool] = {}
     for text in texts:
         if text.group not in groups:
@@ -34,7 +34,7 @@ def of_groups(texts: Iterable[Text], patterns: Sequence[str]) -> Iterator[Text]:
 
 
 def write_texts(folder: Path, texts: Iterable[Text]) -> None:
-    """`folder`/SPLIT/GROUP.txt for all texts, in their order."""
+    """Writes all texts, in order, to `folder`/SPLIT/GROUP.txt."""
     files: dict[tuple[str, str], BinaryIO] = {}
     for split in SPLITS:
         (folder / split).mkdir(parents=True)

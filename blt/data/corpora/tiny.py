@@ -1,12 +1,12 @@
-"""`tiny`: a few MB of Python and English that every Python installation carries, so that nothing is downloaded.
+"""`tiny`: a few MB of Python and English text that are part of every Python installation; nothing is downloaded.
 
 Groups: `code.python`, the sources of the standard library; `docs.en`, the docstrings of each of its modules and the
-topics of `help()`; `licence.en`, Python's licence. Left out is what distributions pack apart (tests, tkinter, idlelib,
-ensurepip, lib2to3, distutils, turtledemo) and what they generate (`_sysconfigdata*`). One version of Python gives one
-text; the manifest's options name the version and the files.
+topics of `help()`; `licence.en`, Python's licence. Modules that distributions package separately (tests, tkinter,
+idlelib, ensurepip, lib2to3, distutils, turtledemo) or generate (`_sysconfigdata*`) are left out. One version of Python
+gives one text; the manifest's options name the version and the files.
 
-A module's code and its docstrings stay in one split. The split ranks the modules by a hash of their names and takes
-1 % of their bytes for test and 1 % for valid, so that neither can be empty.
+A module's code and its docstrings are in one split. Modules are ranked by a hash of their names; the first make up
+1 % of all bytes for test and the next 1 % for valid, so that neither split is empty.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from typing import Any
 from blt.data.corpora.text import Text
 from blt_runtime.errors import InputError
 
-APART = {"distutils", "ensurepip", "idlelib", "lib2to3", "test", "tests", "tkinter", "turtledemo"}
+SEPARATELY_PACKAGED = {"distutils", "ensurepip", "idlelib", "lib2to3", "test", "tests", "tkinter", "turtledemo"}
 TOPICS = "pydoc_data/topics.py"
 LICENCE = "LICENSE.txt"
 HELD_OUT = 0.01
+"""The share of all bytes for each of test and valid."""
 SHORTEST = 200
-"""Bytes; what is shorter is an empty __init__.py or a line."""
+"""Bytes; a shorter text is an empty __init__.py or a single line."""
 
 
 def texts(library: Path | None = None) -> tuple[Iterator[Text], dict[str, Any]]:
-    """The documents, and what they are made of. Raises InputError if Python has no sources of its library."""
+    """The documents, and values for the manifest about their origin. Raises InputError if the installation has no
+    library sources."""
     library = library or Path(sysconfig.get_path("stdlib"))
     names = sources(library)
     if not names:
@@ -43,14 +45,14 @@ def texts(library: Path | None = None) -> tuple[Iterator[Text], dict[str, Any]]:
 
 
 def sources(library: Path) -> list[str]:
-    """Paths of the modules that are taken, below `library`, sorted."""
+    """The sorted paths, relative to `library`, of the modules that are used."""
     found = (path.relative_to(library) for path in library.rglob("*.py") if not path.is_symlink())
-    return sorted(path.as_posix() for path in found if _is_taken(path))
+    return sorted(path.as_posix() for path in found if _is_used(path))
 
 
-def _is_taken(path: Path) -> bool:
+def _is_used(path: Path) -> bool:
     known = path.parts[0].removesuffix(".py") in sys.stdlib_module_names
-    return known and not APART.intersection(path.parts) and not path.name.startswith("_sysconfigdata")
+    return known and not SEPARATELY_PACKAGED.intersection(path.parts) and not path.name.startswith("_sysconfigdata")
 
 
 def _licence(library: Path) -> list[str]:
@@ -62,7 +64,7 @@ def _texts(library: Path, names: list[str]) -> Iterator[Text]:
     split_of = _splits({name: len(content) for name, content in contents.items() if name != TOPICS})
     for name, content in contents.items():
         documents = [("docs.en", text) for text in _docs(name, content)]
-        if name != TOPICS:  # its code is the topics once more, escaped
+        if name != TOPICS:  # the code of this module repeats the topics, escaped
             documents.insert(0, ("code.python", content))
         for group, text in documents:
             if len(text) >= SHORTEST and b"\0" not in text:
@@ -72,14 +74,15 @@ def _texts(library: Path, names: list[str]) -> Iterator[Text]:
 
 
 def _splits(sizes: dict[str, int]) -> dict[str, str]:
-    """Test is the first modules that make 1 % of all bytes, in the order of their names' hashes; valid the next."""
+    """The split of each module. In the order of the hashes of their names, the first modules with 1 % of all bytes are
+    test, the next are valid."""
     ranked = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest(), reverse=True)
     splits = dict.fromkeys(sizes, "train")
     for split in ("test", "valid"):
-        taken = 0
-        while ranked and taken < HELD_OUT * sum(sizes.values()):
+        n_bytes = 0
+        while ranked and n_bytes < HELD_OUT * sum(sizes.values()):
             splits[ranked[-1]] = split
-            taken += sizes[ranked.pop()]
+            n_bytes += sizes[ranked.pop()]
     return splits
 
 
