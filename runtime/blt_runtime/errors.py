@@ -29,10 +29,11 @@ from collections.abc import Iterable
 class BltError(Exception):
     """Base of all errors of this project.
 
-    try:
-        model = Model.open("bundle")
-    except BltError as error:
-        sys.exit(f"{error}")  # one line: what is wrong, and what to do
+    Example:
+        try:
+            model = Model.open("bundle")
+        except BltError as error:
+            sys.exit(f"{error}")  # one line: what is wrong, and what to do
     """
 
     exit_code = 1

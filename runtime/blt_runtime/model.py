@@ -27,6 +27,7 @@ class Model:
     hash_tables: in the spec's dtype, one array [T * rows, D_l] or T arrays [rows, D_l]; None if the model has none.
     Threads may share a model if each uses its own streams.
 
+    Example:
         model = Model.open("bundle")
         for text in model.generate_text("Once upon a time", 200):
             print(text, end="", flush=True)

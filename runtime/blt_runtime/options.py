@@ -52,6 +52,7 @@ class GenerateOptions:
     "lookup+decoder", "entropy", or a `Drafter`. draft: ids that are drafted for one pass at most. A scheduler does not
     speculate.
 
+    Example:
         careful = GenerateOptions(temperature=0.3, top_p=0.9, stop=["\\n\\n"])
         stream.generate(200, options=careful)
         stream.generate(200, options=careful, seed=1)  # a keyword replaces the field

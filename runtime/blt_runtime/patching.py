@@ -52,6 +52,7 @@ class PatchSettings:
 class PatchRule(PatchSettings):
     """How a model cuts text: complete settings, checked. Raises RuleError if they do not make a rule.
 
+    Example:
         rule = PatchRule("entropy", threshold=1.335, max_patch_length=16)
 
     `entropy_dtype` bfloat16 rounds (to nearest, ties to even) entropies, their differences and the thresholds before

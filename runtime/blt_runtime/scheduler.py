@@ -38,6 +38,7 @@ class Request:
 
     `finish` says why it ended, None before it has.
 
+    Example:
         request = scheduler.submit("Once upon a time", 200)
         for piece in request:
             sys.stdout.buffer.write(piece)
@@ -109,6 +110,7 @@ class Scheduler:
     round while others write. share: the share of rows that wait at a patch's end before the latent transformer runs
     (`batch.gather`). Raises UsageError, and OutOfMemory for more streams than fit.
 
+    Example:
         with Scheduler(Model.open("bundle", batched=True), streams=16) as scheduler:
             requests = [scheduler.submit(f"Chapter {i}", 200, seed=i) for i in range(40)]
             texts = [request.result() for request in requests]

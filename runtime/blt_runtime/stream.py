@@ -43,6 +43,7 @@ class Score:
     [P] whose sum is N + 1 (the last patch holds one virtual token), logits [N, V] float32 where row t
     predicts id t + 1.
 
+    Example:
         score = model.score(encode("Once upon a time"))  # blt_runtime.ids.encode
         print(score.patch_lengths, score.entropies.mean())
     """
@@ -67,6 +68,7 @@ class Stream:
     its patches do not fit. So a slide reads again at most as many tokens as it forgets: one per token taken in.
     `forgotten` counts them. Neither `rewind` nor anything else brings them back.
 
+    Example:
         stream = model.stream(seed=1)
         stream.append("Once upon a time")
         for piece in stream.generate(200):

@@ -35,8 +35,9 @@ HASH_AT_ONCE = 2
 class Bundle:
     """A verified bundle folder.
 
-    bundle = Bundle.open("bundle", verify="full")
-    print(bundle.manifest.precision)
+    Example:
+        bundle = Bundle.open("bundle", verify="full")
+        print(bundle.manifest.precision)
     """
 
     path: Path

@@ -25,6 +25,7 @@ class Snapshot:
 
     Made by `Stream.snapshot`. `Stream.restore` accepts it in any stream of the same model.
 
+    Example:
         snapshot = stream.snapshot()
         other = model.stream()
         other.restore(snapshot)  # reads nothing again

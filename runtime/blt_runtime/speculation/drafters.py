@@ -26,6 +26,7 @@ class Drafter:
     source: the model whose logits `extend` is given. "entropy" reads each guess once more than a pass would, "decoder"
     runs encoder and decoder once for each, with the last finished patch; None: `extend` is not asked.
 
+    Example:
         class Phrase(Drafter):
             def propose(self, ids_N, limit):
                 return encode(" and so on", bos=False)[:limit].tolist()  # blt_runtime.ids.encode

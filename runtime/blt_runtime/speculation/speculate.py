@@ -46,6 +46,7 @@ class SpeculationStats:
     """What speculation did on a stream since it was made. `tokens` were generated with it, in `passes` rounds;
     `guesses` were verified and `right` of them came true; calls of each graph, drafts included.
 
+    Example:
         list(stream.generate(200, speculate="auto"))
         print(stream.speculation.tokens_per_pass)
     """
