@@ -100,8 +100,8 @@ def run(stream: Stream, prompt: Any, sampler: Sampler, speculate: Any, new: int,
         ids.append(id)
         if speculate != "off":
             rounds += [[0, 0]] * (stats.passes - before["passes"] - len(rounds))
-            rounds[-1] = [stats.guesses - before["guesses"] - sum(made for made, _ in rounds[:-1]), 0]
-            rounds[-1][1] = stats.right - before["right"] - sum(right for _, right in rounds[:-1])
+            rounds[-1] = [stats.drafts - before["drafts"] - sum(made for made, _ in rounds[:-1]), 0]
+            rounds[-1][1] = stats.accepted - before["accepted"] - sum(right for _, right in rounds[:-1])
     out = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - start, "ids": ids, "new": new}
     used = {name: value - before[name] for name, value in vars(stats).items()}
     return out | used | {"patches": len(stream.patch_lengths) - patches, "rounds": rounds}
@@ -127,12 +127,12 @@ def compare(ways: dict[str, list[Callable[[], dict[str, Any]]]]) -> tuple[list[d
 
 
 def row_of(way: str, total: dict[str, Any], off: dict[str, Any], different: int) -> dict[str, Any]:
-    new, guesses = total["new"], total["guesses"]
+    new, drafts = total["new"], total["drafts"]
     read, plain = (sum(mb * of[f"{graph}_calls"] for graph, mb in RELEASED_MB.items()) for of in (total, off))
     return {
         "way": way,
         "bytes_per_round": round(new / (total["passes"] or new), 2),
-        "right": round(total["right"] / guesses, 2) if guesses else None,
+        "right": round(total["accepted"] / drafts, 2) if drafts else None,
         "bytes_per_patch": round(new / max(1, total["patches"]), 2),
         **{f"bytes_per_{graph}": round(new / max(1, total[f"{graph}_calls"]), 2) for graph in RELEASED_MB},
         "1B": round(plain / read, 2),

@@ -15,12 +15,12 @@ Array = npt.NDArray[Any]
 
 
 class Sampler:
-    """Draws ids from logits [V].
+    """Chooses ids from logits [V].
 
-    temperature 0 is argmax (the lowest id wins ties). Otherwise the logits are divided by the temperature
-    and trimmed in this order: `top_k` most likely ids; the smallest set of most likely ids that holds
-    `top_p` of the mass; ids with at least `min_p` times the probability of the most likely. `seed` makes
-    the draws repeatable, None takes fresh entropy.
+    temperature 0 is argmax (the lowest id wins ties). Otherwise the logits are divided by the temperature and trimmed
+    in this order: the `top_k` most likely ids; the smallest set of most likely ids whose probabilities sum to `top_p`;
+    ids with at least `min_p` times the probability of the most likely. `seed` makes the draws repeatable; None uses
+    fresh entropy. Raises UsageError for a value out of range.
     """
 
     def __init__(
@@ -45,19 +45,19 @@ class Sampler:
         drawn = np.searchsorted(total_V, self._random.random() * total_V[-1], side="right")
         return int(order_V[min(int(drawn), len(order_V) - 1)])
 
-    def twin(self) -> Sampler:
-        """A sampler that will draw the same numbers; those of this one are not used up by it."""
-        twin = copy.copy(self)
-        twin._random = copy.deepcopy(self._random)
-        return twin
+    def copy(self) -> Sampler:
+        """A sampler that will draw the same random numbers, and does not advance this one."""
+        made = copy.copy(self)
+        made._random = copy.deepcopy(self._random)
+        return made
 
     def skip(self) -> None:
-        """Uses up what one id would draw."""
+        """Discards the random number of one id."""
         if self.temperature > 0:
             self._random.random()
 
     def candidates(self, logits_V: Array) -> tuple[Array, Array]:
-        """The ids that remain, most likely first, and their probabilities (not renormalised)."""
+        """The ids that remain after trimming, most likely first, and their probabilities (not renormalised)."""
         scaled_V = logits_V.astype(np.float64) / max(self.temperature, 1e-6)
         order_V = np.argsort(-scaled_V, kind="stable")[: self.top_k]
         mass_V = np.exp(scaled_V[order_V] - scaled_V[order_V[0]])
@@ -70,15 +70,15 @@ class Sampler:
         return order_V[:keep], mass_V[:keep]
 
     def draft(self, logits_V: Array) -> tuple[int, Array]:
-        """An id drawn from other logits than the model's own, and the distribution [V] it came from, for `judge`."""
+        """An id drawn from a drafter's logits, and its distribution [V], for `verify`."""
         q_V = self.probabilities(logits_V)
         return self._draw(q_V), q_V
 
-    def judge(self, logits_V: Array, id: int, q_V: Array) -> int:
-        """`id` if it may stand, else another: the result is distributed exactly as `self(logits_V)` is.
+    def verify(self, logits_V: Array, id: int, q_V: Array) -> int:
+        """`id` if it is accepted, else another id: the result is distributed exactly as `self(logits_V)` is.
 
-        `id` was drawn from q [V]: kept with probability min(1, p/q), and replaced by a draw from max(0, p - q)
-        (Leviathan et al. 2023, arXiv 2211.17192, appendix A.1).
+        `id` was drawn from q [V]. It is accepted with probability min(1, p/q), and else replaced by a draw from
+        max(0, p - q) (Leviathan et al. 2023, arXiv 2211.17192, appendix A.1).
         """
         p_V = self.probabilities(logits_V)
         if self._random.random() * q_V[id] < p_V[id]:
@@ -87,7 +87,7 @@ class Sampler:
         return self._draw(rest_V if rest_V.any() else p_V)
 
     def probabilities(self, logits_V: Array) -> Array:
-        """What `self(logits_V)` draws from: [V] float64, sum 1; one-hot at temperature 0."""
+        """The distribution of `self(logits_V)`: [V] float64, sum 1; one-hot at temperature 0."""
         p_V = np.zeros(len(logits_V))
         if self.temperature == 0:
             p_V[int(logits_V.argmax())] = 1.0
@@ -119,18 +119,18 @@ def check_sampling(
 
 
 def generator(seed: int | np.random.Generator | None) -> np.random.Generator:
-    """The generator of a seed; None takes fresh entropy. Raises UsageError."""
+    """The generator of a seed; None uses fresh entropy. Raises UsageError."""
     _check_seed(seed)
     return np.random.default_rng(seed)
 
 
 def is_whole(value: object) -> bool:
-    """A Python or numpy integer, and no truth value."""
+    """A Python or numpy integer, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
-    """A finite Python or numpy number, and no truth value."""
+    """A finite Python or numpy number, and no bool."""
     return is_whole(value) or (isinstance(value, float | np.floating) and math.isfinite(value))
 
 

@@ -279,7 +279,7 @@ class Stream:
         for _ in range(n):
             with self._exclusive():
                 if ahead is not None and self._turns != turns + 1:
-                    ahead.forget()  # somebody else has used the stream since
+                    ahead.drop()  # somebody else has used the stream since
                 turns = self._turns
                 id = sampler(self._calls.logits_V) if ahead is None else ahead.choose()
                 if stop_at_eos and id == EOS:
@@ -301,13 +301,13 @@ class Stream:
             if ahead is None:
                 self._step(id)
             else:
-                ahead.take(id)
+                ahead.read(id)
         except CapacityError:
             if not self._slides:
                 raise
             self._slide(np.array([id]))
             if ahead is not None:
-                ahead.forget()
+                ahead.drop()
 
     def _take(self, ids_N: Ids, cancelled: Cancel | None) -> None:
         """Takes in ids [N], all or nothing."""

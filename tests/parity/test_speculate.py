@@ -74,7 +74,7 @@ def assert_greedy(model: Model, prompt: Sequence[int], truth: Sequence[int]) -> 
                 ties += 1
                 break
         if not isinstance(way, str):
-            assert stream.speculation.right > 10
+            assert stream.speculation.accepted > 10
     return ties
 
 

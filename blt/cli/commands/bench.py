@@ -192,7 +192,7 @@ def latency_report(found: Latency) -> dict[str, Any]:
         "seconds_per_byte": {**parts.seconds, "total": parts.total_s},
         "latent_call_s": parts.latent_call_s,
         "calls_per_byte": {part: parts.per_byte(part) for part in parts.seconds if part != "other"},
-        "speculation": vars(speculation) if speculation.passes else None,
+        "speculation": _counts(speculation) if speculation.passes else None,
     }
 
 
@@ -207,8 +207,13 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
+def _counts(stats: SpeculationStats) -> dict[str, int]:
+    """With the former names of two counts, for readers of the schema's first version."""
+    return vars(stats) | {"guesses": stats.drafts, "right": stats.accepted}
+
+
 def _guessing(stats: SpeculationStats) -> str:
-    return f"{stats.tokens_per_pass:.2f} bytes per decoder pass, {stats.right:,} of {stats.guesses:,} guesses right"
+    return f"{stats.tokens_per_pass:.2f} bytes per decoder pass, {stats.accepted:,} of {stats.drafts:,} drafts accepted"
 
 
 def _show(report: dict[str, Any], found: Latency) -> None:

@@ -1,28 +1,29 @@
-"""Several bytes for one pass of the decoder, and the same bytes as without: guess, check, keep what is right.
+"""Speculative decoding: several bytes from one pass of the decoder, and the same bytes as without it.
 
-A round takes in one certain byte together with guesses at those behind it, patches' ends among them: the entropy model
-reads them all, the patch rule says where patches end, one encoder call runs over them, one latent call over the
-patches that would end, one decoder call in which each byte reads its own last finished patch. The guesses wait there.
-Each time a byte is asked for, the sampler chooses it from the target's own logits; if the next guess is what it chose,
-nothing is left to do but to count it in. Otherwise the guesses are dropped and a new round begins. So the stream never
-shows a byte that was not chosen, and its state is at any moment that of plain decoding; caches alone, and the rows
-behind the last counted position and patch, have been written further.
+A round reads one chosen byte together with drafts of the bytes after it, boundaries among them. The entropy model reads
+them all, and the patch rule finds the boundaries. One encoder call runs over them, one latent call over the patches
+that would close, and one decoder call in which each byte reads its own last complete patch. Then the drafts wait: for
+each next byte, the sampler chooses from the target's own logits. If the choice equals the next draft, the draft is
+accepted, and only the counters move. Otherwise the drafts are dropped and a new round begins. So the stream never shows
+a byte that the sampler did not choose, and its state is always that of plain decoding. Only caches, and rows after the
+last counted position and patch, have been written further.
 
-Why dropping is exact: all memory is addressed by position or by patch, and no round writes further than every cache
-can take back (`CacheTrack.room`), than the ring of patch vectors has rows to spare (`AHEAD`), or into another document.
+Why dropping is exact: all memory is addressed by position or by patch. No round writes further than every cache can
+roll back (`CacheTrack.room`), than the ring of patch vectors has spare rows (`AHEAD`), or into another document.
 
-Where the decoder is the one who guesses, its steps before the first end of a patch are what the pass would compute:
-only what is behind runs again.
+Where the decoder drafts, its steps before the first boundary are what the pass would compute: only the positions from
+there on run again.
 
-Rounding: a pass over S bytes and S passes over one differ by about 1e-6 in the logits. Where the target's two
-likeliest ids lie closer together than that, greedy output may take the other one, as it may after a prefill.
+Rounding: a pass over S bytes and S passes over one differ by about 1e-6 in the logits. Where the target's two most
+likely ids are closer than that, greedy output may choose the other one, as it may after a prefill.
 
-Letters: S tokens of a pass (the certain one and S - 1 guesses), V vocabulary, W patches that a byte reads.
+Letters: S tokens of a pass (the chosen one and S - 1 drafts), V vocabulary, W patches that a byte reads.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +36,7 @@ from ..engine.step import StepCalls
 from ..errors import UsageError
 from ..ids import Ids
 from ..sampling import Sampler
-from .adaptive import Costs, Paced
+from .adaptive import AdaptiveDrafter, Costs
 from .drafters import DecoderDrafter, Drafter, EntropyDrafter, FirstOf, LookupDrafter
 
 Speculate = Literal["off", "auto", "decoder", "entropy", "lookup", "lookup+decoder"]
@@ -43,18 +44,20 @@ Speculate = Literal["off", "auto", "decoder", "entropy", "lookup", "lookup+decod
 
 @dataclass
 class SpeculationStats:
-    """What speculation did on a stream since it was made. `tokens` were generated with it, in `passes` rounds;
-    `guesses` were verified and `right` of them came true; calls of each graph, drafts included.
+    """Counts of a stream's speculative decoding since the stream was made.
+
+    tokens: generated with it, in `passes` rounds. drafts: verified, of which `accepted` were accepted. *_calls: of
+    each graph, those for drafting included.
 
     Example:
         list(stream.generate(200, speculate="auto"))
-        print(stream.speculation.tokens_per_pass)
+        print(stream.speculation.tokens_per_pass, stream.speculation.acceptance_rate)
     """
 
     tokens: int = 0
     passes: int = 0
-    guesses: int = 0
-    right: int = 0
+    drafts: int = 0
+    accepted: int = 0
     entropy_calls: int = 0
     encoder_calls: int = 0
     latent_calls: int = 0
@@ -68,11 +71,28 @@ class SpeculationStats:
     def tokens_per_latent_call(self) -> float:
         return self.tokens / max(1, self.latent_calls)
 
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafts per verified draft; 0 if there were none."""
+        return self.accepted / max(1, self.drafts)
+
+    @property
+    def guesses(self) -> int:
+        """The former name of `drafts`."""
+        warnings.warn("SpeculationStats.guesses is now drafts", DeprecationWarning, stacklevel=2)
+        return self.drafts
+
+    @property
+    def right(self) -> int:
+        """The former name of `accepted`."""
+        warnings.warn("SpeculationStats.right is now accepted", DeprecationWarning, stacklevel=2)
+        return self.accepted
+
 
 class Speculation:
-    """One run of generation with guesses: `choose` an id, `take` it in, again and again.
+    """One speculative generation: `choose` an id, `read` it, and repeat.
 
-    A round has run everything over positions `_start` to `_end`; those from `position` on are guesses.
+    A round has run all graphs over positions `_start` to `_end`; those from the stream's position on hold drafts.
     """
 
     def __init__(self, of: Speculator, calls: PassCalls, drafter: Drafter, sampler: Sampler) -> None:
@@ -86,53 +106,53 @@ class Speculation:
         ]
         self._logits_SV = np.empty((calls.longest, of.memory.spec.vocab_size), dtype=np.float32)
         self._drawn_from: dict[int, Array] = {}
-        self.forget()
+        self.drop()
 
-    def forget(self) -> None:
-        """Drops all guesses: somebody else has used the stream."""
+    def drop(self) -> None:
+        """Drops all drafts: another call has used the stream."""
         self._start = self._end = 0
         self._drawn_from.clear()
 
     def choose(self) -> int:
-        """The next id, distributed as the sampler's choice from the stream's logits, or the same for a guess that
-        was not drawn."""
+        """The next id, distributed as the sampler's choice from the stream's logits. It equals that choice unless the
+        draft was drawn from a distribution."""
         logits_V, t = self._steps.logits_V, self._memory.position
         q_V = self._drawn_from.get(t) if t < self._end else None
-        return self._sampler(logits_V) if q_V is None else self._sampler.judge(logits_V, self._guess_at(t), q_V)
+        return self._sampler(logits_V) if q_V is None else self._sampler.verify(logits_V, self._token_at(t), q_V)
 
-    def take(self, id: int) -> None:
-        """Takes in the chosen id: counted in if it was guessed, and else by a round."""
+    def read(self, id: int) -> None:
+        """Reads the chosen id: an accepted draft is only counted, any other id begins a round."""
         memory, t = self._memory, self._memory.position
         memory.check_room(1)
-        guessed = t < self._end and self._guess_at(t) == id
+        accepted = t < self._end and self._token_at(t) == id
         if t < self._end:
-            self._drafter.settle(t, guessed)
-        if guessed:
-            self._count_in(id, t)
+            self._drafter.settle(t, accepted)
+        if accepted:
+            self._accept(id, t)
         else:
             self._drawn_from.clear()
             self._round(id, t)
         self._stats.tokens += 1
 
-    def _guess_at(self, t: int) -> int:
+    def _token_at(self, t: int) -> int:
         return int(self._memory.ids.array[0, self._memory.pad + t])
 
     def _ids_before(self, t: int) -> Ids:
         ids_N: Ids = self._memory.ids.array[0, self._memory.pad : self._memory.pad + t]
         return ids_N
 
-    def _count_in(self, id: int, t: int) -> None:
-        self._stats.right += 1
+    def _accept(self, id: int, t: int) -> None:
+        self._stats.accepted += 1
         self._steps.logits_V[:] = self._logits_SV[t - self._start]
         if self._advance(id, t):
             self._steps.read_patches()
 
     def _advance(self, id: int, t: int) -> bool:
-        """Counts one more token, and its patch if that ends here."""
+        """Counts one more token, and its patch if the token closes it."""
         memory = self._memory
         closes = memory.rule.closes(id, self._entropy_at(t))
         memory.position = t + 1
-        self._costs.closes.note(closes)
+        self._costs.boundary_rate.note(closes)
         if closes:
             memory.close_patch(t + 1)
             memory.marks.append(Mark(t + 1, memory.patches, memory.rule.copy()))
@@ -142,18 +162,18 @@ class Speculation:
         return self._memory.entropies.array[0, t].item() if self._with_entropy else 0.0
 
     def _round(self, id: int, t: int) -> None:
-        """Takes in `id` as `StepCalls.take` does, and guesses behind it in the same calls."""
+        """Reads `id` as a plain step does, and drafts of the ids after it in the same calls."""
         self._start = self._end = t
         self._steps.set_token(id, t)
-        limit = max(0, self._limit(t))
+        limit = max(0, self._draft_limit(t))
         proposed = self._drafter.propose(self._ids_before(t + 1), limit)
-        if not proposed and self._drafter.source is None and self._costs.known:
+        if not proposed and self._drafter.source is None and self._costs.measured:
             return self._step(id)
         end = t + 1
-        for guess in proposed:
-            if end - t > limit or not self._goes_on(end):
+        for draft in proposed:
+            if end - t > limit or not self._continues_document(end):
                 break
-            self._steps.set_token(guess, end)
+            self._steps.set_token(draft, end)
             end += 1
         read = decoded = t
         if self._drafter.source == "entropy" and self._with_entropy:
@@ -163,7 +183,7 @@ class Speculation:
         return self._verify(id, t, end, read, decoded)
 
     def _step(self, id: int) -> None:
-        """Nothing is guessed: a plain step, which is a little cheaper than a pass over one token."""
+        """A round without drafts: a plain step, which is a little cheaper than a pass over one token."""
         stats, patches, began = self._stats, self._memory.patches, time.perf_counter()
         self._steps.take(id)
         closed = self._memory.patches > patches
@@ -175,8 +195,8 @@ class Speculation:
         stats.decoder_calls += 1
 
     def _verify(self, id: int, t: int, end: int, read: int, decoded: int) -> None:
-        """Runs what is left to run over positions t..end: the entropy model has read up to `read`, encoder and decoder
-        have run up to `decoded`."""
+        """Runs the graphs over the rest of positions t..end, after which the drafts can be accepted. The entropy model
+        has read up to `read`, the encoder and the decoder have run up to `decoded`."""
         memory, calls, before = self._memory, self._calls, self._memory.patches
         if decoded < end:
             self._encode(decoded, end)
@@ -189,24 +209,24 @@ class Speculation:
             memory.graphs["latent"].track.reached(complete_S[-1])
             self._stats.latent_calls += 1
         self._steps.read_patches()
-        again = min(decoded, t + complete_S.count(before))  # from the first end of a patch on, patches are others
+        again = min(decoded, t + complete_S.count(before))  # from the first boundary on, bytes read other patches
         if again < end:
             self._decode(again, end, np.array(complete_S[again - t :]))
         self._steps.logits_V[:] = self._logits_SV[0]
         self._end = end
         self._stats.passes += 1
-        self._stats.guesses += end - t - 1
+        self._stats.drafts += end - t - 1
 
     def _close_patches(self, id: int, t: int, end: int) -> list[int]:
-        """Takes in the certain token, and finds the patches that end up to `end`, or up to where one ends too many.
-        Finished patches [S] behind every token."""
+        """Counts the chosen token, and finds the patches that close up to `end`, or up to the first one too many.
+        Returns the number of complete patches after each token [S]."""
         memory = self._memory
         first = memory.patches
         self._advance(id, t)
         counted, rule = memory.patches, memory.rule.copy()
         room, complete = self._patch_room(first, counted), [counted]
         for s in range(t + 1, end):
-            closes = rule.closes(self._guess_at(s), self._entropy_at(s))
+            closes = rule.closes(self._token_at(s), self._entropy_at(s))
             if closes and memory.patches - counted == room:
                 break
             if closes:
@@ -218,8 +238,8 @@ class Speculation:
         return complete
 
     def _patch_room(self, first: int, patches: int) -> int:
-        """How many patches may end behind the `patches` that are counted, in one latent call from `first` on, so
-        that all of them can be taken back."""
+        """How many patches may close after the `patches` that are counted, in one latent call from `first` on, so that
+        every cache can roll back all of them."""
         memory, track = self._memory, self._memory.graphs["latent"].track
         if patches > first and self._begins_document(patches):
             return 0
@@ -234,13 +254,13 @@ class Speculation:
     def _begins_document(self, patch: int) -> bool:
         return bool(self._memory.patch_documents.array[0, patch] == patch)
 
-    def _limit(self, t: int) -> int:
-        """How many guesses may follow position t, so that every cache can take all of them back.
+    def _draft_limit(self, t: int) -> int:
+        """How many drafts may follow position t, so that every cache can roll back all of them.
 
-        A ring's call must not cross its end either, and nothing follows the end of a document in one call.
+        Nor may a call cross the end of a ring, or of a document.
         """
         memory, spec = self._memory, self._memory.spec
-        if not self._goes_on(t + 1):
+        if not self._continues_document(t + 1):
             return 0
         limit = min(self._calls.longest - 1, spec.capacity_bytes - t - 1)
         for graph in self._graphs:
@@ -252,43 +272,43 @@ class Speculation:
         return limit
 
     def _draft_with_entropy(self, t: int, end: int, limit: int) -> int:
-        """Guesses behind position `end` from the entropy model's logits; it reads all of them. Their end."""
+        """Drafts from position `end` on by the entropy model, which reads all of them. Returns their end."""
         read = t
         while True:
             logits_V = self._read(read, end)[-1]
             read = end
-            if not self._guess(end, limit - (end - t - 1), logits_V):
+            if not self._draft(end, limit - (end - t - 1), logits_V):
                 return end
             end += 1
 
     def _draft_with_decoder(self, t: int, limit: int) -> tuple[int, int]:
-        """Guesses behind position t from the decoder's logits, as if no patch ended: their end, and how far the
-        decoder has run. It must be able to go back to t."""
+        """Drafts after position t by the decoder, as if no patch closed. Returns their end, and how far the decoder has
+        run. It must be able to roll back to t."""
         end, complete = t + 1, np.array([self._memory.patches])
         limit = min(limit, self._memory.graphs["decoder"].track.room(t, int(self._memory.documents.array[0, t])))
         while end - t <= limit:
             self._encode(end - 1, end)
             self._decode(end - 1, end, complete)
-            if not self._guess(end, limit - (end - t - 1), self._logits_SV[end - 1 - t]):
+            if not self._draft(end, limit - (end - t - 1), self._logits_SV[end - 1 - t]):
                 return end, end
             end += 1
         return end, end - 1
 
-    def _guess(self, t: int, limit: int, logits_V: Array) -> bool:
-        """One more guess, at t, if there is one; none begins a document."""
-        if limit < 1 or not self._goes_on(t):
+    def _draft(self, t: int, limit: int, logits_V: Array) -> bool:
+        """Adds one draft, at position t, if the drafter has one and t begins no document."""
+        if limit < 1 or not self._continues_document(t):
             return False
-        guess = self._drafter.extend(self._ids_before(t), logits_V)
-        if guess is None:
+        draft = self._drafter.extend(self._ids_before(t), logits_V)
+        if draft is None:
             return False
-        id, q_V = guess
+        id, q_V = draft
         if q_V is not None:
             self._drawn_from[t] = q_V
         self._steps.set_token(id, t)
         return True
 
-    def _goes_on(self, t: int) -> bool:
-        """Position t is not the first of a document."""
+    def _continues_document(self, t: int) -> bool:
+        """Whether position t is not the first of a document."""
         memory = self._memory
         return bool(memory.documents.array[0, t] < t and memory.entropy_documents.array[0, t] < t)
 
@@ -310,13 +330,13 @@ class Speculation:
 
 
 class Speculator:
-    """Starts runs with guesses on one stream. Its calls are made for the first, and kept."""
+    """Starts the speculative generations of one stream. Its bound calls and its measurements are kept between them."""
 
     def __init__(self, memory: Memory, steps: StepCalls) -> None:
         self.memory, self.steps = memory, steps
         self.stats, self.costs = SpeculationStats(), Costs()
         self._calls: PassCalls | None = None
-        self._paced: Paced | None = None
+        self._adaptive: AdaptiveDrafter | None = None
 
     def start(self, speculate: Speculate | Drafter, draft: int, sampler: Sampler) -> Speculation:
         """Raises UsageError for a drafter that the model cannot use."""
@@ -330,9 +350,11 @@ class Speculator:
         spec = self.memory.spec
         with_entropy = spec.patch_rule.needs_entropy
         if name == "auto":
-            self._paced = self._paced or Paced(LookupDrafter(spec.capacity_bytes), self.costs, with_entropy)
-            self._paced.begin(sampler)
-            return self._paced
+            self._adaptive = self._adaptive or AdaptiveDrafter(
+                LookupDrafter(spec.capacity_bytes), self.costs, with_entropy
+            )
+            self._adaptive.begin(sampler)
+            return self._adaptive
         if name == "lookup":
             return LookupDrafter(spec.capacity_bytes)
         if name == "decoder":

@@ -8,14 +8,14 @@ import numpy as np
 
 from blt_runtime.sampling import Sampler
 from blt_runtime.speculation.drafters import (
+    Draft,
     Drafter,
-    Guess,
     Source,
 )
 
 
 class Script(Sampler):
-    """Writes given ids, whatever the logits say."""
+    """Writes given ids, whatever the logits are."""
 
     def __init__(self, ids: np.ndarray) -> None:
         super().__init__(0.0)
@@ -39,7 +39,7 @@ class Oracle(Drafter):
         self._ids, self.start, self._right, self.source = ids, start, right, source
         self._random = np.random.default_rng(seed)
 
-    def _say(self, position: int) -> int | None:
+    def _draft(self, position: int) -> int | None:
         index = position - self.start
         if not 0 <= index < len(self._ids):
             return None
@@ -52,10 +52,10 @@ class Oracle(Drafter):
             most = 0
         else:
             most = int(self._random.integers(0, limit + 1))
-        said = [self._say(len(ids_N) + i) for i in range(most)]
-        return [id for id in said if id is not None]
+        drafts = [self._draft(len(ids_N) + i) for i in range(most)]
+        return [id for id in drafts if id is not None]
 
-    def extend(self, ids_N: np.ndarray, logits_V: np.ndarray) -> Guess | None:
+    def extend(self, ids_N: np.ndarray, logits_V: np.ndarray) -> Draft | None:
         assert logits_V.shape == (260,)
-        id = self._say(len(ids_N))
+        id = self._draft(len(ids_N))
         return None if id is None or self._random.random() < 0.05 * (not self.sure) else (id, None)

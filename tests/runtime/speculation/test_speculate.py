@@ -1,4 +1,4 @@
-"""Guessing ahead never shows: ids, logits and every later answer are those of plain decoding, whatever the guesses."""
+"""Speculative decoding never shows: ids, logits and later results are those of plain decoding, whatever the drafts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from blt_runtime.ids import BOS, EOS, OFFSET, encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.sampling import Sampler
 from blt_runtime.speculation.drafters import (
-    Choice,
+    CoupledSampler,
     DecoderDrafter,
+    Draft,
     Drafter,
     EntropyDrafter,
     FirstOf,
-    Guess,
     LookupDrafter,
     Source,
 )
-from blt_runtime.speculation.speculate import Speculate
+from blt_runtime.speculation.speculate import Speculate, SpeculationStats
 from tests.runtime.null_reference import compute
 from tests.runtime.speculation.scripted import Oracle, Script
 from tests.runtime.streams import SPECS, assert_matches_reference, model_of, random_ids, tables_for
@@ -69,7 +69,7 @@ def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: 
 @given(st.data())
 @settings(max_examples=40)
 def test_any_interruption(data: st.DataObject) -> None:
-    """Between two ids anything may happen to the stream: rewinds, new text, another generation."""
+    """Between two ids the stream may be rewound, append text or run another generation."""
     spec = data.draw(st.sampled_from(list(ALL.values())))
     ids = random_ids(60, seed=data.draw(st.integers(0, 50)))
     stream, text = model_of(spec).stream(), [BOS]
@@ -107,23 +107,23 @@ def test_any_interruption(data: st.DataObject) -> None:
 @specs
 @pytest.mark.parametrize("how", ["lookup", "decoder", "lookup+decoder", "entropy", "auto"])
 def test_named_drafters_change_nothing(spec: ModelSpec, how: str) -> None:
-    plain, guessed = model_of(spec).stream(), model_of(spec).stream()
-    for stream in (plain, guessed):
+    plain, speculating = model_of(spec).stream(), model_of(spec).stream()
+    for stream in (plain, speculating):
         stream.append(PROMPT * 3)
     if how == "entropy" and not spec.patch_rule.needs_entropy:
         with pytest.raises(UsageError, match="choose 'decoder'"):
-            guessed.generate_ids(1, temperature=0, stop_at_eos=False, speculate=how)
+            speculating.generate_ids(1, temperature=0, stop_at_eos=False, speculate=how)
         return
-    assert list(guessed.generate_ids(100, temperature=0, stop_at_eos=False, speculate=how)) == list(
+    assert list(speculating.generate_ids(100, temperature=0, stop_at_eos=False, speculate=how)) == list(
         plain.generate_ids(100, temperature=0, stop_at_eos=False)
     )
-    assert_matches_reference(guessed, plain.ids)
-    assert guessed.speculation.tokens == 100
+    assert_matches_reference(speculating, plain.ids)
+    assert speculating.speculation.tokens == 100
 
 
 @pytest.mark.parametrize("source", [None, "decoder"])
-def test_right_guesses_save_calls(source: Source | None) -> None:
-    """All right, 15 at once, patches of 4: 16 tokens a round, four patches in its latent call."""
+def test_accepted_drafts_save_calls(source: Source | None) -> None:
+    """All accepted, 15 at once, patches of 4: 16 tokens a round, four patches in its latent call."""
     spec = null_spec(PatchRule("static", patch_size=4), slack=600, local_kind="linear", chunk=64)
     ids = random_ids(160, seed=4) % 128 + 128
     model = model_of(spec)
@@ -134,7 +134,7 @@ def test_right_guesses_save_calls(source: Source | None) -> None:
     list(stream.generate_ids(160, sampler=Script(ids), stop_at_eos=False, speculate=drafter, draft=15))
     used, stats = {name: model.backend.calls[name] - before[name] for name in before}, stream.speculation
     assert stats.passes == stats.latent_calls == used["latent"] == 10
-    assert stats.right == stats.guesses == 150
+    assert stats.accepted == stats.drafts == 150
     assert used == {name: getattr(stats, f"{name}_calls") for name in used}
     assert used["entropy"] == 0
     drafted = 150 if source == "decoder" else 0
@@ -142,8 +142,8 @@ def test_right_guesses_save_calls(source: Source | None) -> None:
     assert used["decoder"] == 10 + drafted
 
 
-def test_the_decoder_is_never_wrong_before_a_patch_ends() -> None:
-    """Its guesses are its own choices then, and only the entropy model reads them, once for all."""
+def test_the_decoders_drafts_are_all_accepted_before_a_boundary() -> None:
+    """There its drafts are its own choices, and only the entropy model reads them, all in one call."""
     spec = null_spec(PatchRule("entropy", threshold=9.0), slack=600, local_kind="linear", chunk=64)
     model = model_of(spec)
     stream = model.stream()
@@ -151,14 +151,14 @@ def test_the_decoder_is_never_wrong_before_a_patch_ends() -> None:
     sampler = Sampler(0.7, seed=0)
     list(stream.generate_ids(90, sampler=sampler, stop_at_eos=False, speculate=DecoderDrafter(0.0, sampler), draft=8))
     used = {name: model.backend.calls[name] - before[name] for name in before}
-    assert stream.speculation.right == stream.speculation.guesses >= 80 - 3
+    assert stream.speculation.accepted == stream.speculation.drafts >= 80 - 3
     assert used["encoder"] in range(90, 100)
     assert used["decoder"] in range(90, 100)
     assert used["entropy"] == stream.speculation.passes <= 12
     assert used["latent"] == 0
 
 
-def test_the_entropy_model_reads_no_byte_twice_while_its_guesses_are_right() -> None:
+def test_the_entropy_model_reads_no_byte_twice_while_its_drafts_are_accepted() -> None:
     spec = null_spec(PatchRule("entropy", threshold=4.0), slack=600, local_kind="linear", chunk=64)
     ids = random_ids(100, seed=5)
     ids[ids == EOS] = 50
@@ -189,15 +189,15 @@ def test_repetition_is_looked_up(how: str) -> None:
     ids = encode(b"a sentence that comes again and again. " * 12, bos=False)
     stream = model_of(spec).stream()
     assert list(stream.generate_ids(len(ids), sampler=Script(ids), stop_at_eos=False, speculate=how)) == ids.tolist()
-    assert (stream.speculation.right > 200) == (how == "lookup")
+    assert (stream.speculation.accepted > 200) == (how == "lookup")
 
 
-def test_stop_strings_eos_and_limits_end_the_text_where_they_do_without() -> None:
+def test_stop_strings_eos_and_limits_end_the_text_where_plain_decoding_ends_it() -> None:
     ids = encode(b"abcdefghijkl", bos=False)
     spec = null_spec(slack=64, chunk=32)
     stream = model_of(spec).stream()
-    guessing = stream.generate_ids(5, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0))
-    assert list(guessing) == ids[:5].tolist()
+    speculating = stream.generate_ids(5, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0))
+    assert list(speculating) == ids[:5].tolist()
     assert_matches_reference(stream, np.array([BOS, *ids[:5]]))
 
     ended = ids.copy()
@@ -218,7 +218,7 @@ def test_stop_strings_eos_and_limits_end_the_text_where_they_do_without() -> Non
 
 @pytest.mark.parametrize("kind", ["ring", "window", "linear"])
 @pytest.mark.parametrize("source", [None, "entropy", "decoder"])
-def test_capacity_ends_where_it_does_without(kind: str, source: Source | None) -> None:
+def test_capacity_ends_where_plain_decoding_ends(kind: str, source: Source | None) -> None:
     for limits in ({"capacity_bytes": 40}, {"capacity_patches": 9}):
         spec = null_spec(**limits, local_kind=kind, slack=600 if kind == "linear" else 30)
         ids = random_ids(200, seed=11)
@@ -232,7 +232,7 @@ def test_capacity_ends_where_it_does_without(kind: str, source: Source | None) -
         assert ends[0] == ends[1]
 
 
-def test_a_failed_pass_asks_for_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_pass_requires_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = model_of(null_spec(slack=64, chunk=32)).stream()
     ids = random_ids(40, seed=12)
 
@@ -262,10 +262,20 @@ def test_bad_arguments() -> None:
             stream.generate_ids(1, temperature=0, stop_at_eos=False, speculate="auto", draft=draft)
 
 
+def test_former_names_of_the_counts_warn() -> None:
+    stats = SpeculationStats(drafts=5, accepted=3)
+    with pytest.warns(DeprecationWarning, match="now drafts"):
+        assert stats.guesses == 5
+    with pytest.warns(DeprecationWarning, match="now accepted"):
+        assert stats.right == 3
+    assert stats.acceptance_rate == 0.6
+    assert SpeculationStats().acceptance_rate == 0.0
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("how", ["auto", "decoder", "entropy", "lookup", "lookup+decoder"])
-def test_named_ways_keep_the_seeded_text(how: Speculate, seed: int) -> None:
-    """The sampler draws for every byte from the target's logits, as it does without guesses."""
+def test_named_drafters_keep_the_seeded_text(how: Speculate, seed: int) -> None:
+    """The sampler draws for every byte from the target's logits, as it does without drafts."""
     spec = null_spec(slack=64, chunk=32)
     settings = {"temperature": 0.3, "top_p": 0.9, "seed": seed, "stop_at_eos": False}
     plain, stream = model_of(spec).stream(), model_of(spec).stream()
@@ -273,32 +283,32 @@ def test_named_ways_keep_the_seeded_text(how: Speculate, seed: int) -> None:
     assert list(stream.generate(120, **settings, speculate=how)) == expected
 
 
-def test_a_choice_ahead_is_the_samplers_own() -> None:
-    """With the same logits the guess is the id that will be drawn, wherever guesses begin, whichever are left out."""
+def test_a_coupled_choice_is_the_samplers_own() -> None:
+    """With the same logits the draft is the id that will be drawn, wherever drafts begin, whichever are left out."""
     rng = np.random.default_rng(2)
     logits_NV = rng.normal(size=(40, 12)) * 2
     sampler = Sampler(0.8, top_k=9, seed=4)
-    choice, position = Choice(sampler), 0
+    coupled, position = CoupledSampler(sampler), 0
     while position < 40:
         ahead = position + rng.permutation(6)[:3]
-        choice.begin(position)
-        guessed = {n: choice(n, logits_NV[n]) for n in sorted(ahead.tolist()) if n < 40}
+        coupled.begin(position)
+        drafts = {n: coupled(n, logits_NV[n]) for n in sorted(ahead.tolist()) if n < 40}
         for _ in range(min(4, 40 - position)):
             drawn = sampler(logits_NV[position])
-            assert guessed.get(position, drawn) == drawn
+            assert drafts.get(position, drawn) == drawn
             position += 1
 
 
 class TestLookup:
-    def test_the_newest_place_wins(self) -> None:
+    def test_the_newest_occurrence_wins(self) -> None:
         ids = encode(b"abcX abcY abc", bos=False)
         assert LookupDrafter(100, length=3).propose(ids, 3) == encode(b"Y a", bos=False).tolist()
 
-    def test_a_period_goes_on(self) -> None:
+    def test_a_period_continues(self) -> None:
         ids = encode(b"xyxyxy", bos=False)
         assert LookupDrafter(100, length=3).propose(ids, 7) == encode(b"xyxyxyx", bos=False).tolist()
 
-    def test_nothing_known(self) -> None:
+    def test_nothing_is_found(self) -> None:
         drafter = LookupDrafter(100, length=3)
         assert list(drafter.propose(encode(b"ab", bos=False), 3)) == []
         assert list(drafter.propose(encode(b"abcdef", bos=False), 3)) == []
@@ -313,13 +323,13 @@ class TestLookup:
             fresh = list(LookupDrafter(400, length=4).propose(ids[:end], 5))
             assert found == fresh
 
-    def test_a_changed_text_is_not_believed(self) -> None:
+    def test_outdated_entries_are_not_used(self) -> None:
         drafter = LookupDrafter(100, length=3)
         drafter.propose(encode(b"abcdefgh abc", bos=False), 4)
         assert list(drafter.propose(encode(b"xxxxxxxxxxxx abc", bos=False), 4)) == []
 
 
-def test_first_of_asks_in_order() -> None:
+def test_first_of_tries_drafters_in_order() -> None:
     ids, logits = encode(b"ababab", bos=False), 9 * np.eye(260)[9]
     both = FirstOf(LookupDrafter(100, length=2), EntropyDrafter(confidence=0.9))
     assert both.source == "entropy"
@@ -331,7 +341,7 @@ def test_first_of_asks_in_order() -> None:
 
 @pytest.mark.parametrize("capacity", [8, 11, 20])
 @pytest.mark.parametrize("kind", ["ring", "window", "linear"])
-def test_room_is_exactly_what_can_be_taken_back(kind: str, capacity: int) -> None:
+def test_room_is_exactly_what_can_be_rolled_back(kind: str, capacity: int) -> None:
     for crosses in (True, False) if kind != "window" else (False,):
         spec = CacheSpec(kind, 200 if kind == "linear" else capacity, 8, 1)
         for position in range(1, 60):
@@ -345,19 +355,19 @@ def test_room_is_exactly_what_can_be_taken_back(kind: str, capacity: int) -> Non
                     assert exact == (more <= room), (position, more, room)
 
 
-class TestJudge:
-    """Leviathan's rule: whatever the guess was drawn from, what stands is distributed as the target."""
+class TestVerify:
+    """Leviathan's rule: whatever distribution the draft was drawn from, the result is distributed as the target."""
 
     def test_two_symbols_exactly(self) -> None:
         """Over the grid of the rule's own draws, the shares are p, to the grid's width."""
         p, q, n = np.array([0.3, 0.7]), np.array([0.8, 0.2]), 1000
         logits, counts = np.log(p), np.zeros(2)
-        for guess in (0, 1):
+        for draft in (0, 1):
             for u in (np.arange(n) + 0.5) / n:
                 sampler = Sampler(1.0)
                 draws = iter([u, 0.5])
                 sampler._random = type("Grid", (), {"random": lambda self, d=draws: next(d)})()
-                counts[sampler.judge(logits, guess, q)] += q[guess] / n
+                counts[sampler.verify(logits, draft, q)] += q[draft] / n
         np.testing.assert_allclose(counts, p, atol=1.5 / n)
 
     @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.4}])
@@ -367,20 +377,20 @@ class TestJudge:
         sampler = Sampler(**{"temperature": 1.0, **settings}, seed=2)
         counts, n = np.zeros(6), 20_000
         for _ in range(n):
-            counts[sampler.judge(logits, *sampler.draft(other))] += 1
+            counts[sampler.verify(logits, *sampler.draft(other))] += 1
         expected = n * sampler.probabilities(logits)
         assert (counts[expected == 0] == 0).all()
         kept = expected > 0
         chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
         assert chi_square < 25  # 5 degrees of freedom at most: exceeded once in 7,000
 
-    def test_equal_distributions_keep_every_guess(self) -> None:
+    def test_equal_distributions_accept_every_draft(self) -> None:
         sampler, logits = Sampler(0.7, seed=3), np.random.default_rng(4).normal(size=OFFSET + 256)
         for _ in range(200):
             id, q_V = sampler.draft(logits)
-            assert sampler.judge(logits, id, q_V) == id
+            assert sampler.verify(logits, id, q_V) == id
 
-    def test_probabilities_are_what_is_drawn_from(self) -> None:
+    def test_probabilities_are_those_of_the_draws(self) -> None:
         logits = np.array([0.0, 2.0, 1.0, -1.0])
         assert Sampler(0.0).probabilities(logits).tolist() == [0, 1, 0, 0]
         assert Sampler(1.0, top_k=2).probabilities(logits)[[0, 3]].tolist() == [0, 0]
@@ -388,7 +398,7 @@ class TestJudge:
 
 
 def test_sampled_text_has_the_targets_distribution() -> None:
-    """Pairs of ids written with drawn guesses against the exact probabilities of both."""
+    """Pairs of ids generated with drawn drafts against the exact probabilities of both."""
     spec = null_spec(PatchRule("entropy", threshold=4.99), slack=64, chunk=32)
     stream = model_of(spec).stream()
     sampler = Sampler(0.15, top_k=3, seed=5)
@@ -413,11 +423,11 @@ def test_sampled_text_has_the_targets_distribution() -> None:
     chi_square = sum((counts[k] - n * p) ** 2 / (n * p) for k, p in expected.items())
     assert len(expected) == 9
     assert chi_square < 30  # 8 degrees of freedom: exceeded once in 5,000
-    assert stream.speculation.right > n / 20
+    assert stream.speculation.accepted > n / 20
 
 
 class Drawn(Drafter):
-    """Draws guesses among given ids from a lopsided distribution of its own."""
+    """Draws drafts among given ids from its own lopsided distribution."""
 
     source = "entropy"
 
@@ -426,5 +436,5 @@ class Drawn(Drafter):
         self._q[ids] = np.arange(1, len(ids) + 1) / sum(range(1, len(ids) + 1))
         self._random = np.random.default_rng(6)
 
-    def extend(self, ids_N: np.ndarray, logits_V: np.ndarray) -> Guess | None:
+    def extend(self, ids_N: np.ndarray, logits_V: np.ndarray) -> Draft | None:
         return int(self._random.choice(len(self._q), p=self._q)), self._q
