@@ -1,7 +1,7 @@
-"""Many requests on one model: admitted as rows become free, moved together, cancelled at any byte.
+"""Batches requests on one model: admitted as rows become free, run together, cancelled at any byte.
 
-One thread does all the work (`Batch.round`), callers wait on their own requests. A request's bytes are the same alone
-and in any company.
+One thread does all the work (`Batch.round`); callers wait for their own requests. Results are batch-invariant: a
+request's bytes are the same whatever else runs in the batch.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ Finish = Literal["length", "stop", "eos", "cancelled", "error"]
 
 
 class Request:
-    """A prompt and what becomes of it. Iterate over it for the bytes as they come; made by `Scheduler.submit`.
+    """A prompt and its continuation. Made by `Scheduler.submit`; iterate over it for the bytes as they are generated.
 
-    `finish` says why it ended, None before it has.
+    finish: why it ended ("length", "stop", "eos", "cancelled" or "error"), None while it runs or waits. generated: the
+    tokens generated so far.
 
     Example:
         request = scheduler.submit("Once upon a time", 200)
@@ -64,24 +65,25 @@ class Request:
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """Ends it before the next byte, also while its prompt is read or while it waits for a row."""
+        """Ends the request before its next byte, also while its prompt is read or while it waits for a row."""
         self._cancelled.set()
 
     def __iter__(self) -> Iterator[bytes]:
-        """Bytes as they come (never empty), until it ends. Raises what made it fail, and Cancelled."""
+        """The bytes as they are generated, in pieces that are never empty, until the request ends. Raises the BltError
+        that ended it, Cancelled included."""
         while (piece := self._out.get()) is not None:
             if isinstance(piece, BltError):
-                self._out.put(piece)  # whoever asks again hears it again
-                raise copy.copy(piece)  # raised itself, it would tie the request to whoever asked, by its traceback
+                self._out.put(piece)  # for the next caller
+                raise copy.copy(piece)  # its traceback would keep the caller's frames alive with the request
             yield piece
         self._out.put(None)
 
     def result(self) -> bytes:
-        """All bytes that were not taken yet, when it has ended."""
+        """Waits for the end and returns all bytes that no iteration has returned yet."""
         return b"".join(self)
 
     def _choose(self, logits_V: Array) -> int | Finish:
-        """The next id, or why the text ends here."""
+        """Chooses the next id, or returns why the text ends here."""
         id = self._sampler(logits_V)
         if self._stop_at_eos and id == EOS:
             return "eos"
@@ -105,10 +107,10 @@ class Request:
 class Scheduler:
     """Runs requests in a batch, on a model opened with `batched=True`. Close it, or use it as a context.
 
-    streams: requests that run at a time. capacity: bytes of one, less than the bundle's to save memory. waiting:
+    streams: requests that run at a time. capacity: bytes of one stream, less than the bundle's to save memory. waiting:
     requests that may wait for a row before `submit` raises QueueFull. slice: bytes of a prompt that are read in one
-    round while others write. share: the share of rows that wait at a patch's end before the latent transformer runs
-    (`batch.gather`). Raises UsageError, and OutOfMemory for more streams than fit.
+    round while other rows generate. share: the share of rows that must wait at a boundary before the latent transformer
+    runs (`batch.gather`). Raises UsageError, and OutOfMemory for more streams than fit.
 
     Example:
         with Scheduler(Model.open("bundle", batched=True), streams=16) as scheduler:
@@ -132,7 +134,7 @@ class Scheduler:
         except MemoryError as error:
             raise out_of_memory(spec, error) from error
         self._spec, self._capacity, self._vocab = spec, spec.capacity_bytes, spec.vocab_size
-        self._most, self._streams = waiting, streams
+        self._max_waiting, self._streams = waiting, streams
         self._waiting: deque[Request] = deque()
         self._running: dict[int, tuple[Row, Request]] = {}
         self._wake = threading.Condition()
@@ -161,7 +163,8 @@ class Scheduler:
         return self._submit(encode(prompt, bos=after is None), n, resolve(options, keywords), after=after)
 
     def read(self, prefix: str | bytes) -> Snapshot:
-        """Reads BOS and a text that many prompts begin with (a system prompt) once, to go before them (`after`)."""
+        """Reads BOS and a prefix that prompts share, such as a system prompt, once. Submit those prompts with the
+        returned snapshot as `after`. Raises CapacityError and QueueFull."""
         request = self._queue(Request(encode(prefix, bos=True), 0, Sampler(0.0)))
         request.result()
         assert request.read is not None
@@ -190,7 +193,7 @@ class Scheduler:
         if options.speculate != "off":
             raise UsageError("a scheduler does not speculate: leave speculate at 'off'")
         if n < 1 or len(ids) < 1:
-            raise UsageError("a request needs at least 1 id to begin with, and must ask for at least 1")
+            raise UsageError("a request needs a prompt of at least 1 id and n of at least 1")
         if after is not None:
             self._batch.check(after)
         sampler = sampler or options.sampler()
@@ -206,20 +209,20 @@ class Scheduler:
         with self._wake:
             if self._closed:
                 raise UsageError("the scheduler is closed")
-            if len(self._waiting) >= self._most + self._streams - len(self._running):
-                raise QueueFull(f"{self._most} requests are waiting already: try again later")
+            if len(self._waiting) >= self._max_waiting + self._streams - len(self._running):
+                raise QueueFull(f"{self._max_waiting} requests are already waiting: try again later")
             self._waiting.append(request)
             self._wake.notify()
         return request
 
     @property
     def counts(self) -> Counts:
-        """What was done so far."""
+        """Counts of calls, tokens and patches so far."""
         return self._batch.counts
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests that run, and that wait."""
+        """The number of requests that run, and of those that wait."""
         return len(self._running), len(self._waiting)
 
     def close(self) -> None:
@@ -239,8 +242,8 @@ class Scheduler:
         try:
             while self._wait():
                 try:
-                    self._turn()
-                except Exception as error:  # a call failed, and all rows with it; other requests come
+                    self._run_round()
+                except Exception as error:  # a call failed for all rows; later requests still run
                     for row, request in list(self._running.values()):
                         self._leave(row, request, "error", self._failure(error))
         finally:
@@ -257,30 +260,30 @@ class Scheduler:
             return error
         if isinstance(error, MemoryError):
             return out_of_memory(self._spec, error)
-        log.error("a request failed by an unexpected error", exc_info=error)
-        return BltError(f"the request failed by an unexpected error: {error!r}")
+        log.error("a request failed with an unexpected error", exc_info=error)
+        return BltError(f"the request failed with an unexpected error: {error!r}")
 
     def _wait(self) -> bool:
-        """Until there is something to do; False when closed."""
+        """Waits for a request; False when closed."""
         with self._wake:
             self._wake.wait_for(lambda: self._closed or self._waiting or self._running)
             return not self._closed
 
-    def _turn(self) -> None:
+    def _run_round(self) -> None:
         self._drop_cancelled()
         self._admit()
         for row in self._batch.round():
-            self._alone(row, self._running[row.index][1], self._go_on)
+            self._guarded(row, self._running[row.index][1], self._next)
 
-    def _alone(self, row: Row, request: Request, do: Callable[[Row, Request], None]) -> None:
-        """What concerns one request: what it raises (a full row, a sampler of the caller's) ends this one alone."""
+    def _guarded(self, row: Row, request: Request, do: Callable[[Row, Request], None]) -> None:
+        """Runs one request's share of a round. An error there (a full row, the caller's sampler) ends only this one."""
         try:
             do(row, request)
         except Exception as error:
             self._leave(row, request, "error", self._failure(error))
 
-    def _go_on(self, row: Row, request: Request) -> None:
-        """A row has taken in all that it was given."""
+    def _next(self, row: Row, request: Request) -> None:
+        """Chooses the next id of a row that has read all its ids, or ends the request."""
         if row.error is not None:
             raise row.error
         if request.n == 0:
@@ -301,7 +304,7 @@ class Scheduler:
             with self._wake:
                 request = self._waiting.popleft()
                 self._running[row.index] = row, request
-            self._alone(row, request, self._begin)
+            self._guarded(row, request, self._begin)
 
     def _drop_cancelled(self) -> None:
         for row, request in list(self._running.values()):

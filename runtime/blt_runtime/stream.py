@@ -1,9 +1,8 @@
-"""One text in the making: takes bytes in, one by one or many at once, and says what comes next.
+"""One text with its state: reads bytes, one by one or many at once, and predicts the next byte.
 
-`StepCalls.take` is the whole algorithm for one token. Three clocks tick: the entropy model, encoder and
-decoder once per byte, the latent transformer once per finished patch; the unfinished patch is never
-computed because nobody reads it (spec section 5). All calls of a step are bound beforehand, so a step
-allocates nothing.
+The entropy model, the encoder and the decoder run once per byte, the latent transformer once per complete patch. The
+open patch is never computed, because no graph reads it (spec section 5). All calls of a step are bound beforehand, so
+a step allocates nothing.
 """
 
 from __future__ import annotations
@@ -39,9 +38,10 @@ BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of ids [N]: entropies [N] in nats (NaN without an entropy model), patch lengths
-    [P] whose sum is N + 1 (the last patch holds one virtual token), logits [N, V] float32 where row t
-    predicts id t + 1.
+    """The results of a model over ids [N].
+
+    entropies: [N] in nats, NaN without an entropy model. patch_lengths: [P] with the sum N + 1, since the last patch
+    holds one virtual token. logits: [N, V] float32; row t predicts id t + 1.
 
     Example:
         score = model.score(encode("Once upon a time"))  # blt_runtime.ids.encode
@@ -55,25 +55,23 @@ class Score:
 
 
 class Stream:
-    """Owns all state of one text. Made by `Model.stream`; many streams share a model, one thread uses a
-    stream at a time.
+    """Owns all state of one text. Made by `Model.stream`. Streams share a model; one thread at a time uses a stream.
 
-    bos: begin with BOS, also after `reset`. seed: of the generator that draws when a call names no seed of
-    its own.
+    bos: begin with BOS, also after `reset`. seed: of the generator that draws when a call sets no seed.
 
     overflow: what happens when the next token does not fit. "error" raises CapacityError and leaves the stream as it
-    was. "slide" forgets the oldest text and goes on: the stream becomes a fresh one (BOS if `bos`) that has read the
-    newest half of the text, the token included, in one prefill; of a text that is longer than the stream, the newest
-    half of the capacity. The half begins with a whole UTF-8 character (up to 3 bytes less), and is halved again while
-    its patches do not fit. So a slide reads again at most as many tokens as it forgets: one per token taken in.
-    `forgotten` counts them. Neither `rewind` nor anything else brings them back.
+    was. "slide" forgets the oldest text and continues: the stream is reset (to BOS if `bos`) and reads the newest half
+    of the text, the new token included, in one prefill. Of a text longer than the stream, it reads the newest half of
+    the capacity. The half begins with a whole UTF-8 character (so up to 3 bytes less), and is halved again while its
+    patches do not fit. So a slide reads again at most as many tokens as it forgets: one per token appended.
+    `forgotten` counts them. No call brings them back.
 
     Example:
         stream = model.stream(seed=1)
         stream.append("Once upon a time")
         for piece in stream.generate(200):
             sys.stdout.buffer.write(piece)
-        stream.rewind(50)  # and continue in another way
+        stream.rewind(50)  # and continue differently
 
     Raises OutOfMemory (nothing is kept).
     """
@@ -99,7 +97,7 @@ class Stream:
         self._step = self._calls.take
         self._prefill = Prefill(self._memory)
         self._speculator = Speculator(self._memory, self._calls)
-        self._turns = 0
+        self._uses = 0
         self._forgotten = 0
         self._random = generator(seed)
         self._bos = bos
@@ -110,7 +108,7 @@ class Stream:
 
     @property
     def position(self) -> int:
-        """Tokens held, BOS included: all that were taken in, less those `forgotten`."""
+        """Tokens held, BOS included: all that were read, less those `forgotten`."""
         return self._memory.position
 
     @property
@@ -125,14 +123,15 @@ class Stream:
 
     @property
     def logits(self) -> Array:
-        """Next-byte logits [V] float32: a view that the next token overwrites."""
+        """Next-byte logits [V] float32: a view that the next token overwrites. Raises UsageError if the stream is
+        empty."""
         if self.position == 0:
             raise UsageError("the stream is empty: append something first, or open it with bos=True")
         return self._calls.logits_V
 
     @property
     def speculation(self) -> SpeculationStats:
-        """What speculation has done on this stream so far."""
+        """Counts of speculative decoding on this stream so far."""
         return self._speculator.stats
 
     @property
@@ -142,30 +141,32 @@ class Stream:
         return np.diff([*memory.starts_P[: memory.patches + 1], memory.position + 1]).astype(np.int64)
 
     def append(self, text: str | bytes, cancelled: Cancel | None = None) -> None:
-        """Takes in text or bytes, all or nothing: see `append_ids`."""
+        """Appends text or bytes, all or nothing: see `append_ids`."""
         self.append_ids(encode(text, bos=False), cancelled)
 
     def append_ids(self, ids: npt.ArrayLike, cancelled: Cancel | None = None) -> None:
-        """Takes in ids [N]. Raises InputError for foreign ids, CapacityError (nothing changed) if they do not fit and
-        the stream does not slide.
+        """Appends ids [N], all or nothing.
 
-        cancelled: asked before every chunk, such as the `is_set` of an event that another thread sets. Once it says
-        yes, the stream goes back to what it was, as `rewind` does, and Cancelled is raised.
+        cancelled: called before every chunk; for example the `is_set` of an event that another thread sets. Once it
+        returns True, the stream is rolled back to what it was, and Cancelled is raised.
+
+        Raises InputError for ids outside the vocabulary, and CapacityError (nothing changed) if they do not fit and the
+        stream does not slide.
         """
         ids_N = checked_ids(ids, self.spec.vocab_size)
         with self._exclusive():
-            self._take(ids_N, cancelled)
+            self._append(ids_N, cancelled)
 
     def reset(self) -> None:
-        """Forgets everything, and begins again (with BOS if the stream was opened with it)."""
+        """Forgets everything and begins again, with BOS if the stream was opened with it."""
         with self._exclusive(repair=True):
             self._start()
 
     def rewind(self, n_tokens: int) -> None:
-        """Takes back the last `n_tokens` of the tokens held, exactly as if they had never come.
+        """Removes the last `n_tokens` of the tokens held; the state is exactly that of a stream that never read them.
 
-        Costs the tail behind a patch boundary if the caches still reach back there, and else a replay of
-        everything.
+        It replays the tokens from the last boundary on if the caches still reach back there, and else all tokens.
+        Raises UsageError (nothing changed) for more tokens than the stream holds.
         """
         if not 0 <= n_tokens <= self.position:
             gone = f" (the {self._forgotten} before them are forgotten)" if self._forgotten else ""
@@ -175,12 +176,13 @@ class Stream:
                 self._return_to(self.position - n_tokens)
 
     def snapshot(self) -> Snapshot:
-        """The present state, to `restore` here or in other streams of the same model without computing it again."""
+        """A copy of the state. `restore` puts it into this or another stream of the same model without reading the text
+        again."""
         with self._exclusive(changes=False):
             return take(self._memory, self._owner, self._calls.logits_V, self._forgotten)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Makes the stream what it was, or another stream of the model was, at `snapshot`, to the last bit.
+        """Sets the state to that of `snapshot`, to the last bit.
 
         Raises UsageError (nothing changed) for a snapshot of another model.
         """
@@ -234,24 +236,25 @@ class Stream:
         if n < 0:
             raise UsageError("n must not be negative")
         _ = self.logits
-        ahead = None
+        speculation = None
         if options.speculate != "off":
             with self._exclusive(changes=False):
-                ahead = self._speculator.start(options.speculate, options.draft, sampler)
-        return self._generate_ids(n, sampler, options.stop_at_eos, ahead)
+                speculation = self._speculator.start(options.speculate, options.draft, sampler)
+        return self._generate_ids(n, sampler, options.stop_at_eos, speculation)
 
     def score_ids(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
-        """Runs ids [N], taken as they are, through the emptied stream and returns everything it computes on
-        the way.
-
-        patch_lengths [P] (first 1, sum N + 1) take the place of the patch rule. The stream is reset
+        """Runs ids [N] through the emptied stream, without adding BOS, and returns all results. The stream is reset
         afterwards.
+
+        patch_lengths: [P] in place of the patch rule's, the first 1, the sum N + 1.
+
+        Raises InputError for bad ids or patch lengths, and CapacityError if they do not fit.
         """
         ids_N = checked_ids(ids, self.spec.vocab_size)
         if not len(ids_N):
             raise InputError("there is nothing to score: no ids")
         closes_N = None if patch_lengths is None else checked_closes(patch_lengths, len(ids_N))
-        if closes_N is None and self.spec.patch_rule.scheme == "bpe":  # a delimiter in last place closes nothing
+        if closes_N is None and self.spec.patch_rule.scheme == "bpe":  # a delimiter at the end closes no patch
             closes_N = closes_from_lengths(rule_lengths(self.spec.patch_rule, ids_N))
         logits_NV = np.empty((len(ids_N), self.spec.vocab_size), dtype=np.float32)
         with self._exclusive(repair=True):
@@ -274,17 +277,19 @@ class Stream:
         self._forgotten = 0
         self._calls.read_patches()
 
-    def _generate_ids(self, n: int, sampler: Sampler, stop_at_eos: bool, ahead: Speculation | None) -> Iterator[int]:
-        turns = -1
+    def _generate_ids(
+        self, n: int, sampler: Sampler, stop_at_eos: bool, speculation: Speculation | None
+    ) -> Iterator[int]:
+        uses = -1
         for _ in range(n):
             with self._exclusive():
-                if ahead is not None and self._turns != turns + 1:
-                    ahead.drop()  # somebody else has used the stream since
-                turns = self._turns
-                id = sampler(self._calls.logits_V) if ahead is None else ahead.choose()
+                if speculation is not None and self._uses != uses + 1:
+                    speculation.drop()  # another call has used the stream since
+                uses = self._uses
+                id = sampler(self._calls.logits_V) if speculation is None else speculation.choose()
                 if stop_at_eos and id == EOS:
                     return
-                self._go_on(id, ahead)
+                self._read_generated(id, speculation)
             yield id
 
     def _generate_bytes(self, ids: Iterator[int], matcher: StopMatcher) -> Iterator[bytes]:
@@ -295,22 +300,22 @@ class Stream:
         if rest := matcher.flush():
             yield rest
 
-    def _go_on(self, id: int, ahead: Speculation | None) -> None:
-        """Takes in a generated token."""
+    def _read_generated(self, id: int, speculation: Speculation | None) -> None:
+        """Reads a generated token."""
         try:
-            if ahead is None:
+            if speculation is None:
                 self._step(id)
             else:
-                ahead.read(id)
+                speculation.read(id)
         except CapacityError:
             if not self._slides:
                 raise
             self._slide(np.array([id]))
-            if ahead is not None:
-                ahead.drop()
+            if speculation is not None:
+                speculation.drop()
 
-    def _take(self, ids_N: Ids, cancelled: Cancel | None) -> None:
-        """Takes in ids [N], all or nothing."""
+    def _append(self, ids_N: Ids, cancelled: Cancel | None) -> None:
+        """Reads ids [N], all or nothing."""
         before, end = self._memory.position, self._memory.position + len(ids_N)
         begun = False
         try:
@@ -320,7 +325,7 @@ class Stream:
         except CapacityError:
             if self._slides:
                 return self._slide(ids_N, cancelled)
-            if begun and self._with_entropy:  # the entropy cache has run ahead
+            if begun and self._with_entropy:  # the entropy model has read further
                 self._return_to(before, end)
             raise
         except Cancelled:
@@ -329,7 +334,7 @@ class Stream:
         return None
 
     def _read(self, ids_N: Ids, cancelled: Cancel | None = None) -> None:
-        """Takes in ids [N] for which there is room. Raises CapacityError or Cancelled as `Prefill.run` does."""
+        """Reads ids [N] for which there is room. Raises CapacityError or Cancelled as `Prefill.run` does."""
         if len(ids_N) == 1:
             if cancelled is not None and cancelled():
                 raise Cancelled("the text was not read: its caller cancelled it")
@@ -340,7 +345,7 @@ class Stream:
         return None
 
     def _slide(self, ids_N: Ids, cancelled: Cancel | None = None) -> None:
-        """Begins again with the newest half of the text behind which ids [N] do not fit."""
+        """Begins again with the newest half of the text that ids [N] would overflow, those ids included."""
         held_N, forgotten = self._memory.ids_N.copy(), self._forgotten
         begun = int(self._bos and held_N[:1].tolist() == [BOS])
         text_N = np.concatenate([held_N[begun:], ids_N])
@@ -362,7 +367,7 @@ class Stream:
         self._forgotten = total - len(text_N)
 
     def _return_to(self, tokens: int, entropy_end: int | None = None) -> None:
-        """Makes the stream what it was after `tokens` tokens."""
+        """Restores the state after the first `tokens` tokens."""
         memory = self._memory
         ids_N = memory.ids_N[:tokens].copy()
         if not memory.go_back(tokens, entropy_end) or tokens == 0:
@@ -372,14 +377,15 @@ class Stream:
 
     @contextmanager
     def _exclusive(self, repair: bool = False, changes: bool = True) -> Iterator[None]:
-        """One thread at a time; a call that failed half-way leaves a stream that only `reset` accepts."""
+        """Admits one thread at a time. A call that failed half-way leaves a stream that refuses everything but `reset`
+        and `restore`."""
         if not self._lock.acquire(blocking=False):
             raise UsageError("another thread is using this stream: give each thread its own")
         try:
             if self._damaged and not repair:
                 raise UsageError("an earlier call on this stream failed half-way: call reset() first")
             self._damaged = changes
-            self._turns += 1
+            self._uses += 1
             yield
             self._damaged = False
         except (CapacityError, Cancelled):
@@ -400,7 +406,8 @@ def _slides(overflow: Overflow, spec: ModelSpec, bos: bool) -> bool:
 
 
 def _newest_half(ids_N: Ids, room: int) -> Ids:
-    """The newest half of ids [N], or of `room` if they are more; less the bytes of a character that began before."""
+    """The newest half of ids [N], or of `room` if there are more ids. It leaves out the tail of a UTF-8 character that
+    begins before it."""
     start = len(ids_N) - max(1, min(len(ids_N), room) // 2)
     bytes_N = ids_N[start : start + 4] - OFFSET
     whole_N = np.flatnonzero((bytes_N < 0x80) | (bytes_N > 0xBF))

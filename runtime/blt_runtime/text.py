@@ -1,4 +1,4 @@
-"""From a trickle of bytes to text that can be shown: complete characters, nothing behind a stop string."""
+"""From a stream of bytes to text that can be shown: complete characters, and nothing after a stop string."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .ids import to_bytes
 
 
 class Utf8Stream:
-    """Text of bytes as they come. Invalid bytes and a tail that never completes become U+FFFD."""
+    """Decodes UTF-8 piece by piece. Invalid bytes, and an incomplete character at the end, become U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -20,15 +20,15 @@ class Utf8Stream:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """What is left at the end: empty, or U+FFFD."""
+        """The rest at the end: empty, or U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
 class StopMatcher:
-    """Holds back bytes that may be the start of a stop string; passes on the rest.
+    """Holds back bytes that may begin a stop string, and passes on the rest.
 
-    After `feed` has seen a whole stop string, `stopped` is True and neither it nor anything behind it comes
-    out.
+    After `feed` has read a whole stop string, `stopped` is True, and neither the string nor later bytes are returned.
+    Raises UsageError for an empty stop string.
     """
 
     def __init__(self, stops: Iterable[str | bytes] | str | bytes | None = None) -> None:
@@ -53,11 +53,11 @@ class StopMatcher:
         return out
 
     def flush(self) -> bytes:
-        """What was held back, when the end came first."""
+        """The bytes held back when the text ends without a stop string."""
         out, self._held = self._held, b""
         return out
 
     def _overlap(self, stop: bytes) -> int:
-        """Length of the longest end of the held bytes that begins `stop`."""
+        """Length of the longest suffix of the held bytes that is a prefix of `stop`."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -18,8 +18,8 @@ def main(bundle: str, prompt: str, backend: str = "onnx") -> None:
         sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
 
-    stream.rewind(10)  # take back ten tokens, exactly
-    stream.append(" ... and then")  # and go on from there; nothing before is computed again
+    stream.rewind(10)  # remove the last ten tokens, exactly
+    stream.append(" ... and then")  # and continue from there; earlier text is not computed again
     for piece in stream.generate(50, temperature=0):
         sys.stdout.buffer.write(piece)
     print()

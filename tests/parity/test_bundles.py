@@ -18,11 +18,11 @@ VARIANTS += ("max_patch_length", "bytes_no_window")
 TOLERANCE = 2e-5
 NEW = 60
 
-Truth = Callable[[str, int], list[int]]
+Expected = Callable[[str, int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def truth() -> Truth:
+def expected() -> Expected:
     """(variant, prompt) -> the reference's greedy text, computed once for both flavours."""
     done: dict[tuple[str, int], list[int]] = {}
 
@@ -58,11 +58,11 @@ def models(variant: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
-def test_greedy_text_is_identical(models: dict[str, Model], variant: str, flavour: str, truth: Truth) -> None:
+def test_greedy_text_is_identical(models: dict[str, Model], variant: str, flavour: str, expected: Expected) -> None:
     for index, ids in enumerate(beginnings()):
         stream = models[flavour].stream(bos=False)
         stream.append_ids(ids)
-        assert list(stream.generate_ids(NEW, temperature=0, stop_at_eos=False)) == truth(variant, index)
+        assert list(stream.generate_ids(NEW, temperature=0, stop_at_eos=False)) == expected(variant, index)
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])

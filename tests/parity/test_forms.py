@@ -24,14 +24,14 @@ def test_whole_rows_and_cached_chunks_agree_with_the_reference(checkpoint: Check
     ids = hard_text()
     lengths = reference.lengths_of(checkpoint, ids.tolist())
     assert 20 < len(lengths) < len(ids) or rule.scheme == "byte"
-    truth = reference.forward(blt, ids.tolist(), lengths).logits.numpy()
+    expected = reference.forward(blt, ids.tolist(), lengths).logits.numpy()
     with torch.no_grad():
         whole = blt(torch.from_numpy(ids)[None], torch.tensor([lengths]), max(lengths))[0].numpy()
-    np.testing.assert_allclose(whole, truth, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=TOLERANCE)
     for chunk in (7, 64):
         score = open_model(checkpoint, chunk=chunk).stream().score_ids(ids)
         assert score.patch_lengths.tolist() == lengths
-        np.testing.assert_allclose(score.logits, truth, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(score.logits, expected, rtol=0, atol=TOLERANCE)
         if checkpoint.entropy is not None:
             with torch.no_grad():
                 values = reference.entropies(checkpoint.entropy, ids.tolist(), rule.reset_newlines)[0]
@@ -41,9 +41,9 @@ def test_whole_rows_and_cached_chunks_agree_with_the_reference(checkpoint: Check
 def test_single_steps_agree_with_the_reference(checkpoint: Checkpoint) -> None:
     blt, _ = checkpoint.require_blt()
     ids = hard_text()
-    truth = reference.forward(blt, ids.tolist(), reference.lengths_of(checkpoint, ids.tolist())).logits.numpy()
+    expected = reference.forward(blt, ids.tolist(), reference.lengths_of(checkpoint, ids.tolist())).logits.numpy()
     stream = open_model(checkpoint, chunk=16).stream(bos=False)
-    for token, logits in zip(ids, truth, strict=True):
+    for token, logits in zip(ids, expected, strict=True):
         stream.append_ids([token])
         np.testing.assert_allclose(stream.logits, logits, rtol=0, atol=TOLERANCE)
 
@@ -62,8 +62,8 @@ def test_given_patch_lengths_replace_the_rule(checkpoint: Checkpoint) -> None:
     lengths = [1, 30, 1, 1, 29]
     score = open_model(checkpoint).stream().score_ids(ids, lengths)
     assert score.patch_lengths.tolist() == lengths
-    truth = reference.forward(blt, ids.tolist(), lengths).logits.numpy()
-    np.testing.assert_allclose(score.logits, truth, rtol=0, atol=TOLERANCE)
+    expected = reference.forward(blt, ids.tolist(), lengths).logits.numpy()
+    np.testing.assert_allclose(score.logits, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_a_snapshot_is_put_back_to_the_last_bit(checkpoint: Checkpoint) -> None:

@@ -45,14 +45,14 @@ def plain_rows(ids: list[int], sizes: tuple[int, ...], rows: int) -> list[list[i
 @settings(max_examples=300)
 @given(ids_lists, size_lists, row_counts)
 def test_numpy_equals_python(ids: list[int], sizes: tuple[int, ...], rows: int) -> None:
-    truth = plain_rows(ids, sizes, rows)
-    assert hashing.hash_ids(ids, sizes, FUNCTIONS, rows).tolist() == truth
+    expected = plain_rows(ids, sizes, rows)
+    assert hashing.hash_ids(ids, sizes, FUNCTIONS, rows).tolist() == expected
     padded = np.array([0] * (max(sizes) - 1) + ids)
-    assert hashing.hash_windows(padded, hashing.powers(sizes, FUNCTIONS), rows).tolist() == truth
+    assert hashing.hash_windows(padded, hashing.powers(sizes, FUNCTIONS), rows).tolist() == expected
     no_tables = [np.zeros((1, 2), np.float32)] * (FUNCTIONS * len(sizes))
     embedding = hashing.HashEmbedding(no_tables, sizes, FUNCTIONS, rows)
     windows = np.lib.stride_tricks.sliding_window_view(padded, max(sizes))
-    assert [embedding.locate(window_G).tolist() for window_G in windows] == truth
+    assert [embedding.locate(window_G).tolist() for window_G in windows] == expected
 
 
 @settings(max_examples=300)
@@ -123,8 +123,8 @@ def test_what_a_graph_would_compute(graph: str) -> None:
     padded = np.array([0] * 7 + ids)
     windows_NG = np.lib.stride_tricks.sliding_window_view(padded, 8).copy()
     for index, rows in ((0, 500_002), (6, LARGEST)):
-        truth = [plain_hash(window, PRIMES[index]) % rows for window in windows_NG.tolist()]
-        assert run_graph(BODIES[graph], windows_NG, PRIMES[index], rows).tolist() == truth
+        expected = [plain_hash(window, PRIMES[index]) % rows for window in windows_NG.tolist()]
+        assert run_graph(BODIES[graph], windows_NG, PRIMES[index], rows).tolist() == expected
 
 
 CHAIN = """

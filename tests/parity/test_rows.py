@@ -1,4 +1,4 @@
-"""Graphs for many streams: the same logits as single streams, and to the last bit the same in any company."""
+"""Batched graphs: the logits of single streams, and batch-invariant to the last bit."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_rows_are_streams(bundle: Path) -> None:
         np.testing.assert_allclose(np.array(seen[i]), score, 0, tolerance)
 
 
-def test_company_changes_nothing_to_the_last_bit(bundle: Path) -> None:
+def test_rows_are_batch_invariant_to_the_last_bit(bundle: Path) -> None:
     chosen = texts(3)
     prompts = {0: 1, 1: 60, 2: 17, 3: 520, 4: 5}
     alone = [read_texts(batch_of(bundle, 1), {i: ids}, prompts)[i] for i, ids in chosen.items()]
@@ -64,7 +64,7 @@ def test_company_changes_nothing_to_the_last_bit(bundle: Path) -> None:
             np.testing.assert_array_equal(np.array(together[i]), np.array(logits))
 
 
-def test_a_prefix_is_held_while_others_move(bundle: Path) -> None:
+def test_a_prefix_is_held_while_other_rows_run(bundle: Path) -> None:
     batch, ids, other = batch_of(bundle, 3), hard_text()[:90], np.roll(hard_text(), -200)[:140]
     first = batch.open()
     assert first is not None
@@ -105,13 +105,13 @@ def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
             assert {len(request.result()) >= 0 and request.finish for request in requests} == {"length"}
 
 
-def test_heads_that_the_attention_does_not_take_have_no_graphs_for_many(tmp_path: Path) -> None:
+def test_heads_that_the_attention_does_not_support_have_no_batched_graphs(tmp_path: Path) -> None:
     job = pipeline.make_job(tiny("all_layers_gqa_projection"), "ort", capacity=600, chunk=32, check=False)
     made = pipeline.run(job, tmp_path / "bundle")
     assert made.manifest.row_graphs == {}
     with pytest.raises(BackendError, match="no graphs for many streams"):
         Model.open(made.path, batched=True)
-    seen = Scheduler(Model.open(made.path), streams=2)  # one after the other, on the graphs of single streams
+    seen = Scheduler(Model.open(made.path), streams=2)  # stream by stream, on the graphs of single streams
     with seen:
         text = seen.submit_ids(hard_text()[:40], 20, temperature=0, stop_at_eos=False)
         stream = Model.open(made.path).stream(bos=False)

@@ -1,7 +1,7 @@
 """Guessing ahead writes what the slow reference writes: PyTorch steps and both bundle flavours, every variant.
 
 A pass over S bytes and S single steps differ by rounding. Greedy text may therefore differ where the two likeliest
-ids lie within MARGIN of each other; the tests say so instead of comparing behind such a place, and count them.
+ids are within MARGIN of each other; the tests count such positions and compare nothing after them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXPORTED = ("plain", "all_layers_gqa_projection", "cross_windows_own_heads_newli
 
 
 class Knows(Drafter):
-    """Guesses the true text, and one id in eight wrongly."""
+    """Drafts the true text, with one id in eight wrong."""
 
     def __init__(self, text: Sequence[int], seed: int = 0) -> None:
         wrong_N = np.random.default_rng(seed).random(len(text)) < 0.125
@@ -60,17 +60,17 @@ def ways(model: Model, text: Sequence[int]) -> list[str | Drafter]:
     return ["entropy", *named] if model.spec.patch_rule.needs_entropy else named
 
 
-def assert_greedy(model: Model, prompt: Sequence[int], truth: Sequence[int]) -> int:
-    """Compares every way of guessing with `truth`; returns how many ended at a near tie."""
+def assert_greedy(model: Model, prompt: Sequence[int], expected: Sequence[int]) -> int:
+    """Compares the text of every drafter with `expected`; returns how many ended at a near tie."""
     ties = 0
-    for way in ways(model, [*prompt, *truth]):
+    for way in ways(model, [*prompt, *expected]):
         stream = model.stream(bos=False)
         stream.append_ids(prompt)
         for n, id in enumerate(
-            stream.generate_ids(len(truth), sampler=Watched(0.0), stop_at_eos=False, speculate=way, draft=6)
+            stream.generate_ids(len(expected), sampler=Watched(0.0), stop_at_eos=False, speculate=way, draft=6)
         ):
-            if id != truth[n]:
-                assert Watched.margin < MARGIN, f"{way}: {id} for {truth[n]} at {n}, margin {Watched.margin}"
+            if id != expected[n]:
+                assert Watched.margin < MARGIN, f"{way}: {id} for {expected[n]} at {n}, margin {Watched.margin}"
                 ties += 1
                 break
         if not isinstance(way, str):
@@ -98,20 +98,20 @@ def test_torch_steps_write_the_same(checkpoint: Checkpoint) -> None:
 
 
 def test_logits_along_the_hard_text(checkpoint: Checkpoint) -> None:
-    """EOS twice in a row, newlines, windows that wrap: the logits of guessed passes against the reference's."""
+    """EOS twice in a row, newlines, windows that wrap: the logits of speculative passes against the reference's."""
     blt, _ = checkpoint.require_blt()
     ids = hard_text()
-    truth = reference.forward(blt, ids.tolist(), reference.lengths_of(checkpoint, ids.tolist())).logits.numpy()
+    expected = reference.forward(blt, ids.tolist(), reference.lengths_of(checkpoint, ids.tolist())).logits.numpy()
     assert len(ids) > 5 * WINDOW
     assert (ids == EOS).sum() >= 3
-    assert_logits(open_model(checkpoint, chunk=16), ids, truth)
+    assert_logits(open_model(checkpoint, chunk=16), ids, expected)
 
 
-def assert_logits(model: Model, ids: np.ndarray, truth: np.ndarray) -> None:
+def assert_logits(model: Model, ids: np.ndarray, expected: np.ndarray) -> None:
     stream, script = model.stream(bos=False), Script(ids[1:].tolist())
     stream.append_ids(ids[:1])
     list(stream.generate_ids(len(ids) - 1, sampler=script, stop_at_eos=False, speculate=Knows(ids.tolist())))
-    np.testing.assert_allclose(np.stack(script.seen), truth[:-1], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.stack(script.seen), expected[:-1], rtol=0, atol=2e-5)
     assert stream.speculation.passes < 0.6 * len(ids)
 
 
@@ -131,8 +131,8 @@ def test_bundles_write_the_same(bundles: tuple[Checkpoint, list[Model]]) -> None
     checkpoint, models = bundles
     ties = 0
     for prompt in [prompts()[1], hard_text()[:150].tolist()]:
-        truth = reference.generate(checkpoint, prompt, NEW)
-        ties += sum(assert_greedy(model, prompt, truth) for model in models)
+        expected = reference.generate(checkpoint, prompt, NEW)
+        ties += sum(assert_greedy(model, prompt, expected) for model in models)
     assert ties == 0
 
 
@@ -140,9 +140,9 @@ def test_bundles_logits_along_the_hard_text(bundles: tuple[Checkpoint, list[Mode
     checkpoint, models = bundles
     blt, _ = checkpoint.require_blt()
     ids = hard_text()
-    truth = reference.forward(blt, ids.tolist(), reference.lengths_of(checkpoint, ids.tolist())).logits.numpy()
+    expected = reference.forward(blt, ids.tolist(), reference.lengths_of(checkpoint, ids.tolist())).logits.numpy()
     for model in models:
-        assert_logits(model, ids, truth)
+        assert_logits(model, ids, expected)
 
 
 def test_seeded_sampling_is_the_same_text(bundles: tuple[Checkpoint, list[Model]]) -> None:

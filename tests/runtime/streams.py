@@ -35,10 +35,10 @@ def random_ids(n: int, seed: int = 0) -> np.ndarray:
 
 
 def assert_matches_reference(stream: Stream, ids: np.ndarray) -> None:
-    truth = compute(stream.spec, ids, tables_for(stream.spec))
+    expected = compute(stream.spec, ids, tables_for(stream.spec))
     assert stream.ids.tolist() == ids.tolist()
-    assert stream.patch_lengths.tolist() == truth.patch_lengths.tolist()
-    np.testing.assert_array_equal(stream.logits, truth.logits[-1].astype(np.float32))
+    assert stream.patch_lengths.tolist() == expected.patch_lengths.tolist()
+    np.testing.assert_array_equal(stream.logits, expected.logits[-1].astype(np.float32))
 
 
 SPECS = {

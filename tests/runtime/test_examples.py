@@ -1,4 +1,4 @@
-"""The embedding example runs as it stands."""
+"""The embedding example runs unchanged."""
 
 from __future__ import annotations
 

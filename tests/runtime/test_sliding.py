@@ -215,9 +215,9 @@ def test_any_sequence_of_calls(data: st.DataObject) -> None:
             stream.append_ids(more_N)
             text_N = np.concatenate([text_N, more_N])
         elif kind == "generate":
-            guess = data.draw(st.sampled_from(["off", "lookup"]))
+            speculate = data.draw(st.sampled_from(["off", "lookup"]))
             made = stream.generate_ids(
-                data.draw(st.integers(1, 50)), sampler=Sampler(2.0, seed=1), stop_at_eos=False, speculate=guess
+                data.draw(st.integers(1, 50)), sampler=Sampler(2.0, seed=1), stop_at_eos=False, speculate=speculate
             )
             text_N = np.concatenate([text_N, list(made)]).astype(np.int64)
         else:

@@ -1,4 +1,4 @@
-"""Streams on the do-nothing backend: whatever the path (steps, chunks, rewinds), the answer is the slow truth's."""
+"""Streams on the do-nothing backend: steps, chunks and rewinds all give the results of the slow reference."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 @specs
 def test_steps_equal_the_truth(spec: ModelSpec) -> None:
     ids = random_ids(120)
-    truth = compute(spec, ids, tables_for(spec))
+    expected = compute(spec, ids, tables_for(spec))
     stream = model_of(spec).stream(bos=False)
     for t in range(len(ids)):
         stream.append_ids(ids[t : t + 1])
-        np.testing.assert_array_equal(stream.logits, truth.logits[t].astype(np.float32))
+        np.testing.assert_array_equal(stream.logits, expected.logits[t].astype(np.float32))
     assert_matches_reference(stream, ids)
 
 
@@ -117,12 +117,12 @@ def test_the_latent_runs_once_per_finished_patch() -> None:
 @specs
 def test_score_collects_everything(spec: ModelSpec) -> None:
     ids = random_ids(90, seed=7)
-    truth = compute(spec, ids, tables_for(spec))
+    expected = compute(spec, ids, tables_for(spec))
     stream = model_of(spec).stream()
     score = stream.score_ids(ids)
-    np.testing.assert_array_equal(score.entropies, truth.entropies)
-    np.testing.assert_array_equal(score.patch_lengths, truth.patch_lengths)
-    np.testing.assert_array_equal(score.logits, truth.logits.astype(np.float32))
+    np.testing.assert_array_equal(score.entropies, expected.entropies)
+    np.testing.assert_array_equal(score.patch_lengths, expected.patch_lengths)
+    np.testing.assert_array_equal(score.logits, expected.logits.astype(np.float32))
     assert score.patch_lengths.sum() == 91
     assert stream.ids.tolist() == [BOS]
 
@@ -131,10 +131,10 @@ def test_score_collects_everything(spec: ModelSpec) -> None:
 def test_forced_patch_lengths_override_the_rule(spec: ModelSpec) -> None:
     ids = random_ids(50, seed=8)
     lengths = np.array([1, 4, 20, 1, 1, 9, 10, 5])
-    truth = compute(spec, ids, tables_for(spec), lengths)
+    expected = compute(spec, ids, tables_for(spec), lengths)
     score = model_of(spec).score(ids, lengths)
     np.testing.assert_array_equal(score.patch_lengths, lengths)
-    np.testing.assert_array_equal(score.logits, truth.logits.astype(np.float32))
+    np.testing.assert_array_equal(score.logits, expected.logits.astype(np.float32))
 
 
 @pytest.mark.parametrize("lengths", [[], [1, 5], [5], [1, 0, 4], [1.0, 4.0], [2, 3], [1, -1, 5]])
@@ -159,8 +159,8 @@ def test_generation_equals_recomputing(spec: ModelSpec) -> None:
     stream.append("Größe\x00\n\t x")
     prompt = stream.ids
     ids = np.array([*prompt, *stream.generate_ids(150, temperature=0, stop_at_eos=False)])
-    truth = compute(spec, ids, tables_for(spec))
-    assert truth.logits.argmax(axis=1)[len(prompt) - 1 : -1].tolist() == ids[len(prompt) :].tolist()
+    expected = compute(spec, ids, tables_for(spec))
+    assert expected.logits.argmax(axis=1)[len(prompt) - 1 : -1].tolist() == ids[len(prompt) :].tolist()
     assert_matches_reference(stream, ids)
 
 

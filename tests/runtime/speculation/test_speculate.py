@@ -56,12 +56,12 @@ def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: 
     stream = model_of(spec).stream()
     made = []
     oracle = Oracle(ids, 1, right, source)
-    truth = compute(spec, np.array([BOS, *ids]), tables_for(spec))
+    expected = compute(spec, np.array([BOS, *ids]), tables_for(spec))
     for id in stream.generate_ids(len(ids), sampler=Script(ids), stop_at_eos=False, speculate=oracle, draft=9):
         made.append(id)
         assert stream.ids.tolist() == [BOS, *made]
         assert stream.patch_lengths.sum() == stream.position + 1
-        np.testing.assert_array_equal(stream.logits, truth.logits[len(made)].astype(np.float32))
+        np.testing.assert_array_equal(stream.logits, expected.logits[len(made)].astype(np.float32))
     assert_matches_reference(stream, np.array([BOS, *ids]))
     assert made == ids.tolist()
 
