@@ -353,7 +353,7 @@ def test_the_precision_that_was_asked_for(tmp_path: Path) -> None:
 def test_no_memory_to_open_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     write_bundle(tmp_path / "b")
 
-    def none(*_: object) -> None:
+    def none(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("blt_runtime.model._backend", none)
