@@ -1,4 +1,4 @@
-"""The third form: exported bundles, both flavours, write what the slow reference writes."""
+"""The third form: exported bundles, both flavours, generate what the slow reference generates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def expected() -> Expected:
 
 
 def beginnings() -> list[list[int]]:
-    """Short prompts, and the hard text up to a place inside its raw bytes, several windows long."""
+    """Short prompts, and the hard text up to a position inside its raw bytes, several windows long."""
     return [*prompts(), hard_text()[:150].tolist()]
 
 
@@ -77,8 +77,8 @@ def test_scores_agree_with_the_reference(models: dict[str, Model], variant: str,
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
-def test_a_stream_goes_on_after_more_input_and_back(models: dict[str, Model], flavour: str) -> None:
-    """Generated, rewound, appended to and generated again: as if the final text had been given at once."""
+def test_a_stream_continues_after_appends_and_rewinds(models: dict[str, Model], flavour: str) -> None:
+    """Generated, rewound, appended to and generated again: the same as the final text read at once."""
     stream = models[flavour].stream()
     stream.append("The first words, and then ")
     first = list(stream.generate_ids(40, temperature=0, stop_at_eos=False))
@@ -92,7 +92,7 @@ def test_a_stream_goes_on_after_more_input_and_back(models: dict[str, Model], fl
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
-def test_a_snapshot_is_put_back_to_the_last_bit(models: dict[str, Model], flavour: str) -> None:
+def test_a_snapshot_is_restored_to_the_last_bit(models: dict[str, Model], flavour: str) -> None:
     """At every cut of the hard text: windows wrapped, documents ended, patches open; in a stream full of other text."""
     ids, model = hard_text(), models[flavour]
     stream, other = model.stream(bos=False), model.stream()

@@ -26,7 +26,7 @@ THREADS = 8
 
 @pytest.fixture(scope="module", params=["ort", "portable"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 128 bytes and patches."""
+    """A bundle with a capacity of 128 bytes and patches."""
     folder = tmp_path_factory.mktemp("bundle") / "b"
     return pipeline.run(pipeline.make_job(tiny(), request.param, capacity=128, chunk=32), folder).path
 
@@ -46,8 +46,8 @@ def write(model: Model, seed: int) -> tuple[list[int], np.ndarray]:
     return list(stream.generate_ids(90, sampler=Sampler(1.0, seed=seed), stop_at_eos=False)), stream.logits.copy()
 
 
-def test_many_threads_on_one_model(model: Model) -> None:
-    """Each writes what one thread alone writes, to the last bit, while others fail and are dropped."""
+def test_threads_share_one_model(model: Model) -> None:
+    """Each generates what a single thread generates, to the last bit, while others fail and are dropped."""
     alone = [write(model, seed) for seed in range(THREADS)]
     together: dict[int, tuple[list[int], np.ndarray]] = {}
     start = threading.Barrier(THREADS)
@@ -70,7 +70,7 @@ def test_many_threads_on_one_model(model: Model) -> None:
         np.testing.assert_array_equal(together[seed][1], logits_V)
 
 
-def test_a_stream_that_slid_is_a_fresh_one(model: Model) -> None:
+def test_a_stream_that_slid_equals_a_fresh_one(model: Model) -> None:
     rng = np.random.default_rng(0)
     stream, text_N = model.stream(overflow="slide"), np.concatenate([hard_text()] * 3)
     t = slid = 0
@@ -87,7 +87,7 @@ def test_a_stream_that_slid_is_a_fresh_one(model: Model) -> None:
     assert stream.position + stream.forgotten == len(text_N) + 1
 
 
-def test_a_cancelled_append_never_was(model: Model) -> None:
+def test_a_cancelled_append_changes_nothing(model: Model) -> None:
     text_N = hard_text()
     for n in range(4):
         stream, plain = model.stream(), model.stream()

@@ -1,4 +1,4 @@
-"""Three forms of one model agree: the slow reference, whole rows, and the cached steps in any cut."""
+"""Three forms of one model agree: the slow reference, whole rows, and the cached steps in any chunks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_given_patch_lengths_replace_the_rule(checkpoint: Checkpoint) -> None:
     np.testing.assert_allclose(score.logits, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_a_snapshot_is_put_back_to_the_last_bit(checkpoint: Checkpoint) -> None:
+def test_a_snapshot_is_restored_to_the_last_bit(checkpoint: Checkpoint) -> None:
     ids, model = hard_text(), open_model(checkpoint, chunk=16)
     stream, other = model.stream(bos=False), model.stream()
     other.append_ids(ids[::-1][:200])

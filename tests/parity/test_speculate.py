@@ -1,4 +1,4 @@
-"""Guessing ahead writes what the slow reference writes: PyTorch steps and both bundle flavours, every variant.
+"""Speculative decoding generates what the slow reference generates: PyTorch steps and both bundle flavours, every variant.
 
 A pass over S bytes and S single steps differ by rounding. Greedy text may therefore differ where the two likeliest
 ids are within MARGIN of each other; the tests count such positions and compare nothing after them.
@@ -27,7 +27,7 @@ MARGIN = 1e-5
 EXPORTED = ("plain", "all_layers_gqa_projection", "cross_windows_own_heads_newlines", "no_hash_space_causal_latent")
 
 
-class Knows(Drafter):
+class Oracle(Drafter):
     """Drafts the true text, with one id in eight wrong."""
 
     def __init__(self, text: Sequence[int], seed: int = 0) -> None:
@@ -39,7 +39,7 @@ class Knows(Drafter):
 
 
 class Script(Sampler):
-    """Writes given ids and keeps the logits that it was shown."""
+    """Chooses given ids and keeps the logits that it is called with."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         super().__init__(0.0)
@@ -55,31 +55,31 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
     return tiny(request.param)
 
 
-def ways(model: Model, text: Sequence[int]) -> list[str | Drafter]:
-    named: list[str | Drafter] = ["lookup", "decoder", "auto", Knows(text)]
+def drafters(model: Model, text: Sequence[int]) -> list[str | Drafter]:
+    named: list[str | Drafter] = ["lookup", "decoder", "auto", Oracle(text)]
     return ["entropy", *named] if model.spec.patch_rule.needs_entropy else named
 
 
 def assert_greedy(model: Model, prompt: Sequence[int], expected: Sequence[int]) -> int:
     """Compares the text of every drafter with `expected`; returns how many ended at a near tie."""
     ties = 0
-    for way in ways(model, [*prompt, *expected]):
+    for drafter in drafters(model, [*prompt, *expected]):
         stream = model.stream(bos=False)
         stream.append_ids(prompt)
         for n, id in enumerate(
-            stream.generate_ids(len(expected), sampler=Watched(0.0), stop_at_eos=False, speculate=way, draft=6)
+            stream.generate_ids(len(expected), sampler=Watched(0.0), stop_at_eos=False, speculate=drafter, draft=6)
         ):
             if id != expected[n]:
-                assert Watched.margin < MARGIN, f"{way}: {id} for {expected[n]} at {n}, margin {Watched.margin}"
+                assert Watched.margin < MARGIN, f"{drafter}: {id} for {expected[n]} at {n}, margin {Watched.margin}"
                 ties += 1
                 break
-        if not isinstance(way, str):
+        if not isinstance(drafter, str):
             assert stream.speculation.accepted > 10
     return ties
 
 
 class Watched(Sampler):
-    """Greedy, and remembers how far apart the two likeliest ids were."""
+    """Greedy; keeps the distance between the two largest logits."""
 
     margin = 0.0
 
@@ -89,7 +89,7 @@ class Watched(Sampler):
         return super().__call__(logits_V)
 
 
-def test_torch_steps_write_the_same(checkpoint: Checkpoint) -> None:
+def test_torch_steps_generate_the_same(checkpoint: Checkpoint) -> None:
     model = open_model(checkpoint, chunk=16)
     ties = 0
     for prompt in [prompts()[1], hard_text()[:150].tolist()]:
@@ -110,7 +110,7 @@ def test_logits_along_the_hard_text(checkpoint: Checkpoint) -> None:
 def assert_logits(model: Model, ids: np.ndarray, expected: np.ndarray) -> None:
     stream, script = model.stream(bos=False), Script(ids[1:].tolist())
     stream.append_ids(ids[:1])
-    list(stream.generate_ids(len(ids) - 1, sampler=script, stop_at_eos=False, speculate=Knows(ids.tolist())))
+    list(stream.generate_ids(len(ids) - 1, sampler=script, stop_at_eos=False, speculate=Oracle(ids.tolist())))
     np.testing.assert_allclose(np.stack(script.seen), expected[:-1], rtol=0, atol=2e-5)
     assert stream.speculation.passes < 0.6 * len(ids)
 
@@ -127,7 +127,7 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return checkpoint, opened
 
 
-def test_bundles_write_the_same(bundles: tuple[Checkpoint, list[Model]]) -> None:
+def test_bundles_generate_the_same(bundles: tuple[Checkpoint, list[Model]]) -> None:
     checkpoint, models = bundles
     ties = 0
     for prompt in [prompts()[1], hard_text()[:150].tolist()]:

@@ -16,7 +16,7 @@ def kept(**options: float) -> list[int]:
     return order.tolist()
 
 
-def test_greedy_takes_the_lowest_of_equals() -> None:
+def test_greedy_chooses_the_lowest_of_equal_ids() -> None:
     assert Sampler(0.0)(np.array([0.0, 2.0, 2.0], dtype=np.float32)) == 1
 
 

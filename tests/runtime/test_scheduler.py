@@ -33,7 +33,7 @@ def alone(prompt: str, n: int, seed: int) -> bytes:
     return b"".join(stream.generate(n, stop_at_eos=False))
 
 
-def test_requests_write_what_streams_write(scheduler: Scheduler) -> None:
+def test_requests_generate_what_streams_generate(scheduler: Scheduler) -> None:
     asked = [(f"prompt {i} " * (1 + i), 20 + i, i) for i in range(10)]
     requests = [scheduler.submit(p, n, seed=seed, stop_at_eos=False) for p, n, seed in asked]
     for request, (prompt, n, seed) in zip(requests, asked, strict=True):
@@ -55,7 +55,7 @@ def test_a_prefix_is_read_once(scheduler: Scheduler) -> None:
         scheduler.submit("x" * 200, 100, after=prefix)
 
 
-def test_callers_of_many_threads(scheduler: Scheduler) -> None:
+def test_callers_in_several_threads(scheduler: Scheduler) -> None:
     got: dict[int, bytes] = {}
 
     def call(i: int) -> None:
@@ -77,7 +77,7 @@ def test_a_stop_string_ends_a_request(scheduler: Scheduler) -> None:
     assert request.finish == "stop"
 
 
-def test_cancelled_while_it_writes_and_while_it_reads(scheduler: Scheduler) -> None:
+def test_cancelled_while_it_generates_and_while_it_reads(scheduler: Scheduler) -> None:
     writing = scheduler.submit("a", 280, seed=0, stop_at_eos=False)
     pieces = iter(writing)
     first = next(pieces)
@@ -106,7 +106,7 @@ def test_wrong_requests_change_nothing(scheduler: Scheduler) -> None:
     assert scheduler.load == (0, 0)
 
 
-def test_a_full_queue_says_so() -> None:
+def test_a_full_queue_is_refused() -> None:
     gate = threading.Event()
     with Scheduler(Model(SPEC, Gated(gate)), streams=1, waiting=2) as scheduler:
         requests = [scheduler.submit("a", 3, stop_at_eos=False)]
@@ -131,7 +131,7 @@ def test_a_failing_backend_fails_its_requests_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("fault", ["sampler", "matcher", "flush"])
-def test_what_a_caller_brings_can_fail_its_own_request_only(
+def test_a_callers_sampler_or_matcher_fails_only_its_own_request(
     scheduler: Scheduler, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong(Sampler):
@@ -172,7 +172,7 @@ def test_a_request_that_needs_too_many_patches_fails_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_interrupted_thread_leaves_nobody_waiting() -> None:
+def test_an_interrupted_thread_ends_all_requests() -> None:
     class Exit(Sampler):
         def __call__(self, logits_V: object) -> int:
             raise SystemExit
@@ -199,7 +199,7 @@ def test_a_kept_prefix_does_not_keep_the_caches() -> None:
     assert prefix.position == 7
 
 
-def test_closing_cancels_what_runs_and_what_waits() -> None:
+def test_closing_cancels_running_and_waiting_requests() -> None:
     scheduler = Scheduler(model_of(SPEC), streams=1)
     requests = [scheduler.submit("a" * 100, 190, stop_at_eos=False) for _ in range(3)]
     scheduler.close()
@@ -210,7 +210,7 @@ def test_closing_cancels_what_runs_and_what_waits() -> None:
         scheduler.submit("a", 1)
 
 
-def test_an_error_comes_again_to_who_asks_again(scheduler: Scheduler) -> None:
+def test_an_error_is_raised_again_at_the_next_iteration(scheduler: Scheduler) -> None:
     request: Request = scheduler.submit("a", 250)
     request.cancel()
     for _ in range(2):
@@ -246,7 +246,7 @@ class Failing(NullBackend):
 
 
 class Gated(NullBackend):
-    """Waits for a gate before it gives out a session."""
+    """Waits for a gate before it returns a session."""
 
     def __init__(self, gate: threading.Event) -> None:
         super().__init__(SPEC)

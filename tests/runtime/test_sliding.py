@@ -1,4 +1,4 @@
-"""A stream that slides is, at any moment, a fresh stream that was given the newest part of the text."""
+"""A stream that slides always equals a fresh stream that has read the newest part of the text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def slides(spec: ModelSpec, bos: bool = True) -> Stream:
 
 
 def assert_holds(stream: Stream, text_N: np.ndarray, bos: bool = True) -> None:
-    """`stream` holds the newest of `text_N`, says how much, and is what a fresh stream makes of it."""
+    """`stream` holds the newest part of `text_N`, counts the rest as forgotten, and equals a fresh stream with it."""
     rest_N = text_N[stream.forgotten :]
     assert_matches_reference(stream, np.concatenate([[BOS], rest_N]) if bos else rest_N)
     assert stream.position + stream.forgotten == len(text_N) + bos
@@ -116,7 +116,7 @@ def test_a_slide_reads_no_more_than_it_forgets(spec: ModelSpec, monkeypatch: pyt
 
 @small
 @pytest.mark.parametrize("speculate", ["entropy", "lookup", "auto"])
-def test_generation_with_guesses_writes_the_same(spec: ModelSpec, speculate: str) -> None:
+def test_speculative_generation_is_the_same(spec: ModelSpec, speculate: str) -> None:
     if speculate == "entropy" and not spec.patch_rule.needs_entropy:
         speculate = "lookup"
     plain, ahead = slides(spec), slides(spec)
@@ -128,7 +128,7 @@ def test_generation_with_guesses_writes_the_same(spec: ModelSpec, speculate: str
     assert_holds(ahead, np.concatenate([encode(b"abcabc" * 3, bos=False), text]))
 
 
-def test_lookups_find_what_a_slide_has_kept() -> None:
+def test_lookups_find_the_text_that_a_slide_kept() -> None:
     text_N = random_ids(200, seed=9)
     drafter = LookupDrafter(256)
     drafter.propose(text_N, 4)
@@ -148,7 +148,7 @@ def test_every_generated_token_is_yielded_once_and_stops_work() -> None:
 
 
 @small
-def test_rewinding_stays_in_what_is_held(spec: ModelSpec) -> None:
+def test_rewinding_stays_within_the_tokens_held(spec: ModelSpec) -> None:
     stream, text_N = slides(spec), random_ids(300, seed=3)
     stream.append_ids(text_N)
     for n in (1, 5, 12):
@@ -163,8 +163,8 @@ def test_rewinding_stays_in_what_is_held(spec: ModelSpec) -> None:
     assert_holds(stream, np.concatenate([text_N, more_N]))
 
 
-def test_a_rewound_beginning_is_not_taken_for_the_text() -> None:
-    """Without its BOS a stream holds text alone; the next slide begins with BOS again."""
+def test_a_rewound_bos_does_not_count_as_text() -> None:
+    """Without its BOS a stream holds only text; the next slide begins with BOS again."""
     stream = slides(null_spec(capacity_bytes=40))
     stream.rewind(1)
     stream.append(b"x" * 60)
@@ -188,7 +188,7 @@ def test_snapshots_remember_what_was_forgotten(spec: ModelSpec) -> None:
     assert (other.forgotten, other.ids.tolist()) == (0, [BOS])
 
 
-def test_cancelling_a_slide_brings_everything_back() -> None:
+def test_cancelling_a_slide_restores_everything() -> None:
     spec = null_spec(capacity_bytes=64, chunk=8)
     stream, text_N = slides(spec), random_ids(200, seed=6)
     stream.append_ids(text_N[:110])
@@ -227,7 +227,7 @@ def test_any_sequence_of_calls(data: st.DataObject) -> None:
         assert_holds(stream, text_N, bos)
 
 
-def test_only_who_asks_slides() -> None:
+def test_only_streams_with_overflow_slide_slide() -> None:
     spec = null_spec(capacity_bytes=40)
     with pytest.raises(CapacityError):
         model_of(spec).stream().append(b"x" * 40)

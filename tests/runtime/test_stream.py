@@ -26,7 +26,7 @@ specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 
 
 @specs
-def test_steps_equal_the_truth(spec: ModelSpec) -> None:
+def test_steps_equal_the_reference(spec: ModelSpec) -> None:
     ids = random_ids(120)
     expected = compute(spec, ids, tables_for(spec))
     stream = model_of(spec).stream(bos=False)
@@ -37,7 +37,7 @@ def test_steps_equal_the_truth(spec: ModelSpec) -> None:
 
 
 @specs
-def test_any_chunking_equals_the_truth(spec: ModelSpec) -> None:
+def test_any_chunking_equals_the_reference(spec: ModelSpec) -> None:
     rng = np.random.default_rng(3)
     ids = random_ids(200, seed=1)
     for _ in range(5):
@@ -104,7 +104,7 @@ def test_a_short_rewind_replays_only_the_tail() -> None:
     assert model.backend.calls["encoder"] - before["encoder"] >= 100 // 8
 
 
-def test_the_latent_runs_once_per_finished_patch() -> None:
+def test_the_latent_runs_once_per_complete_patch() -> None:
     spec = null_spec()
     model = model_of(spec)
     stream = model.stream()
@@ -115,7 +115,7 @@ def test_the_latent_runs_once_per_finished_patch() -> None:
 
 
 @specs
-def test_score_collects_everything(spec: ModelSpec) -> None:
+def test_score_returns_everything(spec: ModelSpec) -> None:
     ids = random_ids(90, seed=7)
     expected = compute(spec, ids, tables_for(spec))
     stream = model_of(spec).stream()
@@ -164,7 +164,7 @@ def test_generation_equals_recomputing(spec: ModelSpec) -> None:
     assert_matches_reference(stream, ids)
 
 
-def test_generation_stops_at_eos_only_if_asked() -> None:
+def test_generation_stops_at_eos_only_with_stop_at_eos() -> None:
     model = model_of(null_spec())
 
     class Script(Sampler):
@@ -265,7 +265,7 @@ def test_patch_capacity_in_an_empty_stream_and_in_steps() -> None:
     assert_matches_reference(stream, random_ids(20))
 
 
-def test_empty_stream_has_nothing_to_say() -> None:
+def test_an_empty_stream_has_no_logits() -> None:
     stream = model_of(null_spec()).stream(bos=False)
     stream.append("")
     assert stream.patch_lengths.tolist() == [1]
@@ -315,7 +315,7 @@ def test_two_threads_on_one_stream_are_refused() -> None:
     assert_matches_reference(stream, stream.ids)
 
 
-def test_a_failed_call_asks_for_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_call_requires_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = model_of(null_spec()).stream()
 
     def fail() -> None:
@@ -347,8 +347,8 @@ def test_threads_share_a_model() -> None:
     assert results == [results[0]] * 4
 
 
-def test_scores_follow_the_reference_where_a_delimiter_comes_last() -> None:
-    """Scheme bpe: a delimiter in last place closes no patch yet (spec section 5)."""
+def test_scores_follow_the_reference_where_a_delimiter_is_last() -> None:
+    """Scheme bpe: a delimiter at the end closes no patch yet (spec section 5)."""
     spec = null_spec(PatchRule("bpe"))
     score = Model(spec, NullBackend(spec)).score([1, 5, 6, 7, 3])
     assert score.patch_lengths.tolist() == patch_lengths(spec.patch_rule, [1, 5, 6, 7, 3]).tolist() == [1, 5]

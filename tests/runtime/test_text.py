@@ -10,7 +10,7 @@ from blt_runtime.errors import UsageError
 from blt_runtime.text import StopMatcher, Utf8Stream
 
 
-def test_characters_come_whole() -> None:
+def test_characters_are_complete() -> None:
     text = Utf8Stream()
     assert [text.feed(bytes([b])) for b in "é🚀a".encode()] == ["", "é", "", "", "", "🚀", "a"]
     assert text.flush() == ""
