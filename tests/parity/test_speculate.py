@@ -1,4 +1,4 @@
-"""Speculative decoding generates what the slow reference generates: PyTorch steps and both bundle flavours, every variant.
+"""Speculative decoding generates the slow reference's text: PyTorch steps and both bundle flavours, every variant.
 
 A pass over S bytes and S single steps differ by rounding. Greedy text may therefore differ where the two likeliest
 ids are within MARGIN of each other; the tests count such positions and compare nothing after them.
