@@ -40,6 +40,7 @@ class Model:
         spec: ModelSpec,
         backend: Backend,
         hash_tables: Tables | None = None,
+        *,
         manifest: Manifest | None = None,
     ) -> None:
         self.spec = spec

@@ -130,7 +130,7 @@ class Scheduler:
     ) -> None:
         spec = fitted(model.spec, capacity)
         try:
-            self._batch = Batch(spec, model.backend, model.hash_tables, streams, slice, gather(share))
+            self._batch = Batch(spec, model.backend, model.hash_tables, rows=streams, slice=slice, ready=gather(share))
         except MemoryError as error:
             raise out_of_memory(spec, error) from error
         self._spec, self._capacity, self._vocab = spec, spec.capacity_bytes, spec.vocab_size

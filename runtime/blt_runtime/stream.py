@@ -263,7 +263,7 @@ class Stream:
                 self._memory.check_room(len(ids_N))
                 self._prefill.run(ids_N, closes_N, "entropy" in self.spec.graphs, logits_NV)
                 entropies_N = self._memory.entropies.array[0, : len(ids_N)].copy()
-                return Score(ids_N, entropies_N, self.patch_lengths, logits_NV)
+                return Score(ids_N, entropies_N, patch_lengths=self.patch_lengths, logits=logits_NV)
             finally:
                 self._start()
 

@@ -33,7 +33,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def batch_of(path: Path, rows: int, share: float = 0.5) -> Batch:
     model = Model.open(path, batched=True)
-    return Batch(model.spec, model.backend, model.hash_tables, rows, 16, gather(share))
+    return Batch(model.spec, model.backend, model.hash_tables, rows=rows, slice=16, ready=gather(share))
 
 
 def texts(n: int) -> dict[int, np.ndarray]:

@@ -52,7 +52,7 @@ def evaluate(checkpoint: Checkpoint, bundle: Bundle, pieces: Sequence[Ids]) -> J
         raise UsageError(f"a piece of {longest} ids is longer than the capacity {spec.capacity_bytes} of the bundle")
     floats = open_model(checkpoint, capacity=spec.capacity_bytes, patches=spec.capacity_patches, chunk=spec.chunk)
     want = _tally(floats, pieces)
-    got = _tally(Model(spec, OnnxBackend(bundle), bundle.hash_tables(), bundle.manifest), pieces)
+    got = _tally(Model(spec, OnnxBackend(bundle), bundle.hash_tables(), manifest=bundle.manifest), pieces)
     if not want.n_bytes:
         raise UsageError("the text to judge on holds no bytes")
     return Judged(
