@@ -3,7 +3,7 @@
 The pipeline is the list `blt_export.pipeline.STEPS`.
 """
 
-from .job import ExportReport, StepReport
 from .pipeline import export
+from .state import ExportReport, StepReport
 
 __all__ = ["ExportReport", "StepReport", "export"]

@@ -1,8 +1,8 @@
-"""The bundle on disk: graphs with their weights beside them, hash tables, manifest; all of it or nothing.
+"""The bundle on disk: graphs and their weights, hash tables, manifest. It is written completely or not at all.
 
 manifest.json
 entropy.onnx  entropy.weights      one pair per graph; weights at page-aligned offsets, so that they can be mapped
-entropy.rows.onnx                  its form for many streams, on the same weights
+entropy.rows.onnx                  the batched graph, on the same weights
 hash_tables.npy                    [tables * rows, stored width], written a block of rows at a time
 """
 
@@ -53,7 +53,10 @@ def _is_bundle(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends, and vanishes if it raises."""
+    """A folder beside `out` that becomes `out` when the block ends, and is removed if the block raises.
+
+    Raises UsageError if `out` holds something that must not be replaced.
+    """
     check_target(out, force)
     with files.staged(out) as work:
         yield work
@@ -73,15 +76,15 @@ def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
     return path
 
 
-def write_row_graph(model: ir.Model, folder: Path, name: str) -> Path:
-    """`name.rows.onnx`, of a graph whose initializers lie in `name.weights` already."""
+def write_batched_graph(model: ir.Model, folder: Path, name: str) -> Path:
+    """`name.rows.onnx`; its initializers are in `name.weights` already."""
     path = folder / f"{name}.rows.onnx"
     ir.save(model, path)
     return path
 
 
 def write_hash_tables(tables: StoredTensor, folder: Path, dtype: TableDtype) -> Path:
-    """Stream the rows, so that tables larger than memory (a mapped checkpoint) pass through block by block."""
+    """Write the rows block by block: tables of a mapped checkpoint may be larger than memory."""
     path = folder / HASH_TABLES
     rows, dim = tables.shape
     shape = (rows, stored_width(dim, dtype))
@@ -100,5 +103,5 @@ def _stored_rows(block_ND: torch.Tensor, dtype: TableDtype, name: str) -> memory
 
 
 def entries(folder: Path) -> dict[str, FileEntry]:
-    """Size and sha256 of every file that is there."""
+    """Size and sha256 of every file in the folder."""
     return {path.name: entry_of(path) for path in sorted(folder.iterdir())}

@@ -1,6 +1,7 @@
 """The whole export, as one list of named steps.
 
-`STEPS` runs from top to bottom on one `Job`. Each step returns what it changed, which is logged with its seconds.
+`STEPS` runs from top to bottom on one `ExportState`. Each step returns what it changed; the log shows it with the
+seconds.
 Up to "lower" both flavours are the same. Only "quantise" changes numerics; it does nothing unless asked for.
 """
 
@@ -20,7 +21,6 @@ from blt_runtime.errors import BltError, UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype
 
 from . import bundle, steps
-from .job import ExportReport, Job, Step, StepReport
 from .passes import (
     cleanup,
     fix_capacity,
@@ -36,6 +36,7 @@ from .passes import (
 )
 from .quantize import matrices
 from .specs import FLAVOURS, Flavour, export_spec
+from .state import ExportReport, ExportState, Step, StepReport
 from .steps import each, each_with_spec
 
 STEPS = (
@@ -100,7 +101,7 @@ def export(
     Raises UsageError (arguments, target folder), CheckpointError, CheckFailed (parity), BltError (a model that the
     lowering cannot express).
     """
-    job = make_job(
+    state = prepare(
         checkpoint,
         flavour,
         precision=precision,
@@ -112,10 +113,10 @@ def export(
         precision_of=precision_of,
         eval_ids=eval_ids,
     )
-    return run(job, Path(out_dir), force=force, progress=progress)
+    return run(state, Path(out_dir), force=force, progress=progress)
 
 
-def make_job(
+def prepare(
     checkpoint: Checkpoint | str | Path,
     flavour: str,
     *,
@@ -127,7 +128,7 @@ def make_job(
     table_dtype: str | None = None,
     precision_of: Mapping[str, str] | None = None,
     eval_ids: Sequence[npt.NDArray[np.int64]] = (),
-) -> Job:
+) -> ExportState:
     """Check the arguments of an export and load the checkpoint. Arguments and errors are those of `export`."""
     check_arguments(flavour, precision, table_dtype=table_dtype, precision_of=precision_of)
     known: Flavour = "ort" if flavour == "ort" else "portable"
@@ -135,7 +136,7 @@ def make_job(
     dtype = cast(TableDtype | None, table_dtype)
     spec = export_spec(loaded, known, capacity=capacity, patches=patches, chunk=chunk, table_dtype=dtype)
     precisions = matrices.choose(precision, precision_of or {}, spec.graphs)
-    return Job(loaded, spec, known, precision=precision, check=check, precisions=precisions, eval_ids=eval_ids)
+    return ExportState(loaded, spec, known, precision=precision, check=check, precisions=precisions, eval_ids=eval_ids)
 
 
 def check_arguments(
@@ -149,26 +150,26 @@ def check_arguments(
         raise UsageError(f"table_dtype {table_dtype!r}: choose one of {', '.join(TABLE_DTYPES)}")
 
 
-def run(job: Job, out: Path, *, force: bool = False, progress: Progress | None = None) -> ExportReport:
+def run(state: ExportState, out: Path, *, force: bool = False, progress: Progress | None = None) -> ExportReport:
     """All steps, in order, into a folder that becomes `out` at the end."""
     reports: list[StepReport] = []
-    with bundle.staged(out, force) as job.folder:
+    with bundle.staged(out, force) as state.folder:
         for step in STEPS:
             if progress is not None:
                 progress(step.name)
             started = time.perf_counter()
-            changed = _run_step(step, job, reports)
+            changed = _run_step(step, state, reports)
             reports.append(StepReport(step.name, changed, time.perf_counter() - started))
             log.info("%s (%.2f s): %s", step.name, reports[-1].seconds, changed)
-    assert job.manifest is not None
-    nodes = {name: len(model.graph) for name, model in job.graphs.items()}
-    return ExportReport(out, job.manifest, job.parity.near_threshold, nodes, tuple(reports))
+    assert state.manifest is not None
+    nodes = {name: len(model.graph) for name, model in state.graphs.items()}
+    return ExportReport(out, state.manifest, state.parity.near_threshold, nodes, tuple(reports))
 
 
-def _run_step(step: Step, job: Job, before: list[StepReport]) -> str:
+def _run_step(step: Step, state: ExportState, before: list[StepReport]) -> str:
     """An error that a step did not expect is raised again with the names of the step and the one before it."""
     try:
-        return step.run(job)
+        return step.run(state)
     except (ValueError, RuntimeError) as error:
         where = f"step {step.name!r}" + (f" (after {before[-1].name!r})" if before else "")
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Small tools that every pass uses: count operators, build nodes before an anchor, replace a node.
+"""Small tools of all passes: count operators, build nodes before an anchor, replace a node.
 
 Passes work in place on an `onnx_ir.Model` and return how many places they changed.
 """
@@ -51,7 +51,7 @@ def dims(value: ir.Value | None) -> list[Dim] | None:
 
 
 def static(value: ir.Value | None, axis: int) -> int:
-    """A size that must be known at export, for example a head count."""
+    """A size that must be known at export, for example a head count. Raises ValueError if it is symbolic."""
     shape = dims(value)
     size = None if shape is None else shape[axis]
     if not isinstance(size, int):
@@ -74,14 +74,14 @@ def integer(node: ir.Node | None, attribute: str, default: int = 0) -> int:
 
 
 def required(value: ir.Value | None) -> ir.Value:
-    """An input that the operator's schema does not allow to be left out."""
+    """An input that the operator's schema requires. Raises ValueError if it is missing."""
     if value is None:
         raise ValueError("a required input is missing")
     return value
 
 
 class Builder:
-    """Emits nodes in front of `anchor` (or, with no anchor, at the end of the graph)."""
+    """Inserts nodes before `anchor` (with no anchor: at the end of the graph)."""
 
     def __init__(self, graph: ir.Graph, anchor: ir.Node | None) -> None:
         self.graph, self.anchor = graph, anchor
@@ -130,13 +130,11 @@ def _digest(data: np.ndarray) -> str:
     return hashlib.sha256(data.tobytes()).hexdigest()[:12]
 
 
-def replace(node: ir.Node, new: Iterable[ir.Value | None]) -> None:
-    """Give every use (and graph output) of the node's outputs to `new`, then remove the node."""
+def replace(node: ir.Node, new: Iterable[ir.Value]) -> None:
+    """Replace the node's outputs by `new` in every use (also as graph outputs), then remove the node."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     for old, value in zip(node.outputs, new, strict=True):
-        if value is None:
-            continue
         if value.type is None:
             value.type = old.type
         if value.shape is None:
@@ -146,7 +144,7 @@ def replace(node: ir.Node, new: Iterable[ir.Value | None]) -> None:
 
 
 def swap(old: ir.Value, new: ir.Value) -> None:
-    """Use `new` wherever `old` was used; a graph output keeps its name."""
+    """Replace `old` by `new` in every use; a graph output keeps its name."""
     was_output, name = old.is_graph_output(), old.name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     if was_output and name is not None:

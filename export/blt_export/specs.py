@@ -1,8 +1,8 @@
-"""What the exported graphs promise: `blt.model.graphs`, with the cache layout of the flavour.
+"""Specifications of the exported graphs: those of `blt.model.graphs`, with the cache layout of the flavour.
 
 portable    windowed layers: ring, slots addressed by absolute position; a call may span documents
 ort         windowed layers: the evicting cache of GroupQueryAttention; a call must stay within a document
-            (a graph whose heads that operator does not take keeps the ring)
+            (a graph with heads that the operator does not support keeps the ring)
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ def export_spec(
     chunk: int,
     table_dtype: TableDtype | None = None,
 ) -> ModelSpec:
-    """`capacity` bytes and `patches` a stream (default: the trained lengths), `chunk` bytes a call; hash tables as
-    `table_dtype` (default: as the checkpoint stores them).
+    """The graphs of a checkpoint in one flavour.
 
-    Raises CheckpointError if the checkpoint cannot generate, ConfigError for sizes that make no sense, UsageError for
+    capacity, patches: bytes and patches per stream (default: the trained lengths). chunk: most bytes per call.
+    table_dtype: of the hash tables (default: as the checkpoint stores them).
+
+    Raises CheckpointError if the checkpoint cannot generate, ConfigError for impossible sizes, UsageError for
     bfloat16 entropies.
     """
     blt, rule = checkpoint.require_blt()
@@ -51,10 +53,10 @@ def export_spec(
     spec = model_spec(
         blt.config, entropy, rule, limits, layout="window", chunk_crosses_documents=False, table_dtype=dtype
     )
-    return replace(spec, graphs={name: _ring_if_refused(graph) for name, graph in spec.graphs.items()})
+    return replace(spec, graphs={name: _ring_if_unsupported(graph) for name, graph in spec.graphs.items()})
 
 
-def _ring_if_refused(graph: GraphSpec) -> GraphSpec:
-    if graph.cache is None or graph.cache.kind != "window" or ort.takes(graph):
+def _ring_if_unsupported(graph: GraphSpec) -> GraphSpec:
+    if graph.cache is None or graph.cache.kind != "window" or ort.supports(graph):
         return graph
     return replace(graph, cache=replace(graph.cache, kind="ring"))

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from blt_export.rewrite import Builder
 
+CONTRIB = "com.microsoft"
 F, INT = ir.DataType.FLOAT, ir.DataType.INT64
 
 
@@ -34,3 +35,26 @@ def weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     initializer = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(F), const_value=ir.tensor(array))
     model.graph.register_initializer(initializer)
     return initializer
+
+
+def rotated(packed: bool, size: int) -> tuple[ir.Model, str]:
+    """qkv [B, S, (4 + 2 + 2) K] cut, rotated and attended to. Not packed: the values are the output of another node."""
+    int32 = ir.DataType.INT32
+    cache: list[int | str] = ["B", 2, 32, size]
+    model, b = model_of([value("qkv", "B", "S", 8 * size), value("positions", "B", "S", dtype=INT),
+                         value("last", "B", dtype=int32), value("total", dtype=int32),
+                         value("key", *cache), value("value", *cache)])  # fmt: skip
+    model.graph.opset_imports[CONTRIB] = 1
+    qkv, positions, last, total, key, held = model.graph.inputs
+    angle = np.arange(512)[:, None] * np.logspace(0, -2, size // 2)
+    tables = [weight(model, n, f(angle).astype(np.float32)) for n, f in (("cos", np.cos), ("sin", np.sin))]
+    rows = [b.op("Gather", table, positions, axis=0) for table in tables]
+    q, k, v = b.op("Split", qkv, b.const([4 * size, 2 * size, 2 * size]), outputs=3, axis=-1)
+    v = v if packed else b.op("Neg", v)
+    q, k = (b.op("RotaryEmbedding", x, *rows, interleaved=1, num_heads=n) for x, n in ((q, 4), (k, 2)))
+    outputs = b.op("GroupQueryAttention", q, k, v, key, held, last, total, domain=CONTRIB, outputs=3, num_heads=4,
+                   kv_num_heads=2, do_rotary=0)  # fmt: skip
+    for output, shape in zip(outputs, ([*cache[:1], "S", 4 * size], cache, cache), strict=True):
+        output.dtype, output.shape = F, ir.Shape(list(shape))
+    finish(model, *outputs)
+    return model, "GroupQueryAttention"

@@ -1,4 +1,4 @@
-"""The compile gate: TensorRT-RTX builds every portable graph; what it would refuse or ignore is an error here."""
+"""The compile gate: TensorRT-RTX builds every portable graph; a refused graph or an ignored input is an error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_refused_operator_is_named(tmp_path: Path) -> None:
 
 
 @needs_tensorrt
-def test_an_input_that_the_parser_does_not_see_is_named(tmp_path: Path) -> None:
+def test_an_input_that_the_network_lacks_is_named(tmp_path: Path) -> None:
     spec = _one_node(tmp_path / "g.onnx", "Relu")
     more = replace(spec, inputs=(*spec.inputs, TensorSpec("nonpad", "int64", ("B",))))
     with pytest.raises(CheckFailed, match="g ignores its inputs nonpad"):

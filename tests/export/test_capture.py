@@ -11,10 +11,10 @@ from blt_export import steps
 from blt_export.capture import trace, translate
 from blt_export.rewrite import dims, op_counts
 from tests.export.attend import RING, WINDOW, Attend
-from tests.export.variants import VARIANTS, MakeJob
+from tests.export.variants import VARIANTS, Prepare
 
 
-def test_operators_stay_bare_and_sizes_stay_open() -> None:
+def test_operators_stay_bare_and_sizes_stay_symbolic() -> None:
     model = trace.capture(Attend(WINDOW, 8), RING)
     counts = op_counts(model)
     assert counts["blt.CachedAttention"] == counts["blt.RMSNorm"] == 1
@@ -27,13 +27,13 @@ def test_operators_stay_bare_and_sizes_stay_open() -> None:
 
 
 def test_an_operator_without_translation_is_decomposed(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    prepare: Prepare, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = make_job(VARIANTS[0], "ort")
+    state = prepare(VARIANTS[0], "ort")
     table = {op: fn for op, fn in translate.translation_table().items() if op is not torch.ops.aten.to.dtype}
     monkeypatch.setattr(trace, "translation_table", lambda: table)
-    steps.make_modules(job)
+    steps.make_modules(state)
     with caplog.at_level(logging.DEBUG, logger="blt_export"):
-        model = trace.capture(job.modules["entropy"], job.spec.graphs["entropy"])
+        model = trace.capture(state.modules["entropy"], state.spec.graphs["entropy"])
     assert "decomposing first" in caplog.text
     assert op_counts(model)["blt.CachedAttention"] == 2

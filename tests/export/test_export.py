@@ -1,4 +1,4 @@
-"""The whole export: both flavours of one capture agree with PyTorch, and a bundle appears only when all went well."""
+"""The whole export: both flavours of one capture agree with PyTorch, and only a successful export leaves a bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from blt_export.rewrite import op_counts
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
 from blt_runtime.hashing import TableDtype
-from tests.export.variants import FLAVOURS, VARIANTS, MakeJob
+from tests.export.variants import FLAVOURS, VARIANTS, Prepare
 from tests.tiny import runs_rows, tiny
 
 BundleOf = Callable[[str, str], ExportReport]
@@ -47,7 +47,7 @@ def test_every_output_agrees_with_pytorch(bundle_of: BundleOf, variant: str, fla
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_bundle_opens_and_says_what_it_is(bundle_of: BundleOf, variant: str, flavour: str) -> None:
+def test_the_bundle_opens_and_describes_itself(bundle_of: BundleOf, variant: str, flavour: str) -> None:
     report = bundle_of(variant, flavour)
     opened = Bundle.open(report.path, verify="full")
     assert opened.manifest == report.manifest
@@ -60,7 +60,7 @@ def test_the_bundle_opens_and_says_what_it_is(bundle_of: BundleOf, variant: str,
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_graphs_have_the_names_shapes_and_operators_they_promise(bundle_of: BundleOf, flavour: str) -> None:
+def test_graphs_have_the_names_shapes_and_operators_of_their_spec(bundle_of: BundleOf, flavour: str) -> None:
     report = bundle_of(VARIANTS[1], flavour)
     for name, spec in report.manifest.spec.graphs.items():
         graph = ir.load(report.path / f"{name}.onnx").graph
@@ -84,25 +84,25 @@ def test_both_flavours_come_from_one_capture(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(trace, "capture", count)
     models: dict[str, ir.Model] = {}
     for flavour in FLAVOURS:
-        job = pipeline.make_job(tiny("no_hash_space_causal_latent"), flavour, capacity=600)
-        job.captured = models
-        pipeline.run(job, tmp_path / flavour)
+        state = pipeline.prepare(tiny("no_hash_space_causal_latent"), flavour, capacity=600)
+        state.captured = models
+        pipeline.run(state, tmp_path / flavour)
     assert len(captured) == len(models) == 3
     for model in models.values():  # still bare: lowering worked on copies
         assert op_counts(model)["blt.CachedAttention"] > 0
 
 
-def test_each_step_says_what_it_changed(make_job: MakeJob, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_step_reports_what_it_changed(prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[str] = []
     with caplog.at_level(logging.INFO, logger="blt_export"):
-        report = pipeline.run(make_job(VARIANTS[0], "ort"), tmp_path / "b", progress=seen.append)
+        report = pipeline.run(prepare(VARIANTS[0], "ort"), tmp_path / "b", progress=seen.append)
     assert seen == [step.name for step in pipeline.STEPS] == [step.name for step in report.steps]
     assert all(step.changed for step in report.steps)
     assert "+2 com.microsoft.GroupQueryAttention" in caplog.text
 
 
 def test_a_wrong_weight_fails_parity_and_leaves_no_bundle(
-    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = bundle.write_graph
 
@@ -115,11 +115,11 @@ def test_a_wrong_weight_fails_parity_and_leaves_no_bundle(
 
     monkeypatch.setattr(bundle, "write_graph", corrupt)
     with pytest.raises(CheckFailed, match=r"decoder\.logits differs from PyTorch by .* \(tolerance 2e-05\)"):
-        pipeline.run(make_job(VARIANTS[0], "ort"), tmp_path / "bundle")
+        pipeline.run(prepare(VARIANTS[0], "ort"), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_hash_table_fails_parity(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_hash_table_fails_parity(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = bundle.write_hash_tables
 
     def corrupt(tables: StoredTensor, folder: Path, dtype: TableDtype) -> Path:
@@ -127,29 +127,29 @@ def test_a_wrong_hash_table_fails_parity(make_job: MakeJob, tmp_path: Path, monk
 
     monkeypatch.setattr(bundle, "write_hash_tables", corrupt)
     with pytest.raises(CheckFailed, match="hash_embedding differs from PyTorch"):
-        pipeline.run(make_job(VARIANTS[0], "ort"), tmp_path / "bundle")
+        pipeline.run(prepare(VARIANTS[0], "ort"), tmp_path / "bundle")
 
 
-def test_no_check_writes_no_parity_rows(make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(VARIANTS[0], "ort")
-    job.check = False
-    assert pipeline.run(job, tmp_path / "b").parity == ()
+def test_no_check_writes_no_parity_rows(prepare: Prepare, tmp_path: Path) -> None:
+    state = prepare(VARIANTS[0], "ort")
+    state.check = False
+    assert pipeline.run(state, tmp_path / "b").parity == ()
 
 
-def test_an_older_bundle_is_replaced_only_by_force(make_job: MakeJob, tmp_path: Path) -> None:
+def test_an_older_bundle_is_replaced_only_by_force(prepare: Prepare, tmp_path: Path) -> None:
     out = tmp_path / "b"
-    job = make_job(VARIANTS[0], "ort")
-    job.check = False
-    pipeline.run(job, out)
+    state = prepare(VARIANTS[0], "ort")
+    state.check = False
+    pipeline.run(state, out)
     (out / "stale").write_text("x")
     with pytest.raises(UsageError, match="holds a bundle already"):
-        pipeline.run(job, out)
-    pipeline.run(job, out, force=True)
+        pipeline.run(state, out)
+    pipeline.run(state, out, force=True)
     assert not (out / "stale").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(UsageError, match="is not a bundle; give a new folder"):
         bundle.check_target(tmp_path, force=True)
@@ -200,24 +200,24 @@ def test_tables_keep_the_dtype_of_the_checkpoint(dtype: torch.dtype, tmp_path: P
 
 
 def test_an_error_names_the_graph_the_step_and_the_one_before(
-    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(VARIANTS[0], "ort")
-    graph = job.spec.graphs["latent"]
-    monkeypatch.setitem(job.spec.graphs, "latent", replace(graph, outputs=graph.outputs[:-1], aliases={}))
+    state = prepare(VARIANTS[0], "ort")
+    graph = state.spec.graphs["latent"]
+    monkeypatch.setitem(state.spec.graphs, "latent", replace(graph, outputs=graph.outputs[:-1], aliases={}))
     with pytest.raises(BltError, match=r"'name inputs and outputs' \(after 'capture'\): graph latent: .* has 5 values"):
-        pipeline.run(job, tmp_path / "b")
+        pipeline.run(state, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_step_that_cannot_be_traced_is_named(
-    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> ir.Model:
         raise RuntimeError("data-dependent branch")
 
-    job = make_job(VARIANTS[0], "ort")
-    job.captured = {}
+    state = prepare(VARIANTS[0], "ort")
+    state.captured = {}
     monkeypatch.setattr(trace, "capture", refuse)
     with pytest.raises(BltError, match=r"step 'capture' .*: graph encoder: data-dependent branch"):
-        pipeline.run(job, tmp_path / "b")
+        pipeline.run(state, tmp_path / "b")

@@ -1,7 +1,7 @@
-"""Each lowering of cached attention, rotary embedding and norm against the operators' own eager semantics.
+"""Each lowering of cached attention, rotary embedding and norm against the operators' eager semantics.
 
-One small module that has nothing else in it, driven step after step: single tokens and chunks, rings that wrap,
-documents that begin inside the row, rows of a batch at different positions.
+One small module with nothing else in it runs call after call: single tokens and chunks, rings that wrap, documents that
+begin inside the row, rows of a batch at different positions.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_rows_of_a_batch_may_begin_documents_at_different_places(case: Case, tmp
     case.check(tmp_path, start, np.tile(np.arange(120), (3, 1)), [1] * 120)
 
 
-def test_heads_that_grouped_query_attention_refuses_get_the_portable_lowering(tmp_path: Path) -> None:
+def test_heads_that_grouped_query_attention_does_not_support_get_the_portable_lowering(tmp_path: Path) -> None:
     case = Case("ort", spec_of("ring", 64, WINDOW, 4), WINDOW, size=4)
     counts = op_counts(case.lowered())
     assert counts["com.microsoft.GroupQueryAttention"] == 0
@@ -121,7 +121,7 @@ def test_heads_that_grouped_query_attention_refuses_get_the_portable_lowering(tm
     case.check(tmp_path, starts(100, 30)[None], np.arange(100)[None], [1] * 40 + [24] + [1] * 36)
 
 
-def test_ort_packs_heads_without_transposing(make_job, bundle_of) -> None:  # type: ignore[no-untyped-def]
+def test_ort_packs_heads_without_transposing(prepare, bundle_of) -> None:  # type: ignore[no-untyped-def]
     report = bundle_of("all_layers_gqa_projection", "ort")
     for name in ("entropy", "encoder"):
         counts = op_counts(ir.load(report.path / f"{name}.onnx"))

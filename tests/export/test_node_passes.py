@@ -1,4 +1,4 @@
-"""The passes that make fewer nodes of the flavour `ort`, one test each: fewer nodes, the same numbers."""
+"""The fusions of the flavour `ort`, one test each: fewer nodes, the same numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pytest
 
 from blt_export.passes import cleanup, join_products, read_slices, rotate_inside
 from blt_export.rewrite import Builder, op_counts
-from tests.export.small_graphs import INT, F, finish, model_of, run, value, weight
+from tests.export.small_graphs import CONTRIB, INT, F, finish, model_of, rotated, run, value, weight
 
 RNG = np.random.default_rng(0)
-CONTRIB = "com.microsoft"
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -43,7 +42,7 @@ def test_products_of_the_same_values_become_one() -> None:
 @pytest.mark.parametrize("size", [8, 16])
 @pytest.mark.parametrize("packed", [False, True])
 def test_rotation_moves_into_the_attention(packed: bool, size: int) -> None:
-    model, node = _rotated(packed, size)
+    model, node = rotated(packed, size)
     changed = model.clone()
     assert rotate_inside.run(changed) == (size % 16 == 0)
     cleanup.run(changed)
@@ -54,7 +53,7 @@ def test_rotation_moves_into_the_attention(packed: bool, size: int) -> None:
     assert counts == {f"{CONTRIB}.{node}": 1} | ({} if packed else {"Split": 1, "Neg": 1})
     cache = np.zeros((1, 2, 32, size), np.float32)
     caches = [{"key": cache, "value": cache.copy()} for _ in range(2)]
-    first = 300  # positions go on where the cache starts over
+    first = 300  # positions continue where the cache starts over
     for at, count in ((0, 3), (3, 1), (4, 5)):
         call = {
             "qkv": floats(1, count, 8 * size),
@@ -68,31 +67,8 @@ def test_rotation_moves_into_the_attention(packed: bool, size: int) -> None:
         caches = [{"key": result[1], "value": result[2]} for result in results]
 
 
-def _rotated(packed: bool, size: int) -> tuple[ir.Model, str]:
-    """qkv [B, S, (4 + 2 + 2) K] cut, rotated and attended to; not packed: the values are another node's."""
-    int32 = ir.DataType.INT32
-    cache: list[int | str] = ["B", 2, 32, size]
-    model, b = model_of([value("qkv", "B", "S", 8 * size), value("positions", "B", "S", dtype=INT),
-                         value("last", "B", dtype=int32), value("total", dtype=int32),
-                         value("key", *cache), value("value", *cache)])  # fmt: skip
-    model.graph.opset_imports[CONTRIB] = 1
-    qkv, positions, last, total, key, held = model.graph.inputs
-    angle = np.arange(512)[:, None] * np.logspace(0, -2, size // 2)
-    tables = [weight(model, n, f(angle).astype(np.float32)) for n, f in (("cos", np.cos), ("sin", np.sin))]
-    rows = [b.op("Gather", table, positions, axis=0) for table in tables]
-    q, k, v = b.op("Split", qkv, b.const([4 * size, 2 * size, 2 * size]), outputs=3, axis=-1)
-    v = v if packed else b.op("Neg", v)
-    q, k = (b.op("RotaryEmbedding", x, *rows, interleaved=1, num_heads=n) for x, n in ((q, 4), (k, 2)))
-    outputs = b.op("GroupQueryAttention", q, k, v, key, held, last, total, domain=CONTRIB, outputs=3, num_heads=4,
-                   kv_num_heads=2, do_rotary=0)  # fmt: skip
-    for output, shape in zip(outputs, ([*cache[:1], "S", 4 * size], cache, cache), strict=True):
-        output.dtype, output.shape = F, ir.Shape(list(shape))
-    finish(model, *outputs)
-    return model, "GroupQueryAttention"
-
-
 @pytest.mark.parametrize("masked", [False, True])
-def test_slices_are_read_by_one_attention_a_layer(masked: bool) -> None:
+def test_each_layer_reads_the_slices_by_one_attention(masked: bool) -> None:
     model, slices, heads, size = _slices(masked)
     changed = model.clone()
     assert read_slices.run(changed) == (0 if masked else 2)

@@ -39,7 +39,7 @@ def test_name_io_refuses_another_element_type() -> None:
         name_io.run(model, spec)
 
 
-def test_name_io_knows_every_type_of_a_spec() -> None:
+def test_name_io_has_every_type_of_a_spec() -> None:
     assert set(name_io.TYPES) == set(DTYPE_BYTES)
 
 
@@ -61,7 +61,7 @@ def test_name_io_leaves_the_capacity_of_caches_to_fix_capacity() -> None:
 
 
 @pytest.mark.parametrize("second_reader", [False, True])
-def test_a_cache_is_read_by_its_writer_alone(second_reader: bool) -> None:
+def test_a_cache_is_read_only_by_its_writer(second_reader: bool) -> None:
     model, b = model_of([value("past", "B", 1, 8, 4), value("new", "B", 1, 1, 4), value("slot", "B", dtype=INT)])
     present = b.op("TensorScatter", *model.graph.inputs, axis=-2, dtype=F, shape=["B", 1, 8, 4])
     present.name = "present"

@@ -11,9 +11,7 @@ import pytest
 from blt_export.passes import cleanup, join_products, pack_heads, rotate_inside, simplify_gathers
 from blt_export.rewrite import op_counts
 from blt_export.rules import GRAPH
-
-from .test_node_passes import _rotated
-from .test_passes import INT, F, finish, model_of, run, value, weight
+from tests.export.small_graphs import INT, F, finish, model_of, rotated, run, value, weight
 
 
 def _lines(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -37,7 +35,7 @@ def test_each_reason_is_logged_once_with_a_count(caplog: pytest.LogCaptureFixtur
 
 
 def test_heads_of_another_size_are_the_reason_that_rotation_stays_outside(caplog: pytest.LogCaptureFixture) -> None:
-    model, _ = _rotated(True, 8)
+    model, _ = rotated(True, 8)
     with caplog.at_level(logging.DEBUG, logger="blt_export"):
         assert rotate_inside.run(model) == 0
     assert "RotateInside skips com.microsoft.GroupQueryAttention" in caplog.text
@@ -45,7 +43,7 @@ def test_heads_of_another_size_are_the_reason_that_rotation_stays_outside(caplog
 
 
 def test_nodes_that_a_rule_made_are_not_its_candidates(caplog: pytest.LogCaptureFixture) -> None:
-    model, _ = _rotated(True, 16)
+    model, _ = rotated(True, 16)
     with caplog.at_level(logging.DEBUG, logger="blt_export"):
         assert rotate_inside.run(model) == 1
     assert _lines(caplog) == []

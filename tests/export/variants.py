@@ -9,4 +9,4 @@ from blt_export import pipeline
 VARIANTS = ("all_layers_gqa_projection", "cross_windows_own_heads_newlines")
 FLAVOURS = ("portable", "ort")
 CAPACITY, CHUNK = 600, 32
-MakeJob = Callable[[str, str], pipeline.Job]
+Prepare = Callable[[str, str], pipeline.ExportState]

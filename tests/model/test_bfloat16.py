@@ -137,4 +137,4 @@ def test_a_switch_that_makes_no_sense_is_refused() -> None:
 def test_bfloat16_entropies_are_not_exported() -> None:
     pipeline = pytest.importorskip("blt_export.pipeline")
     with pytest.raises(UsageError, match="float32, not bfloat16"):
-        pipeline.make_job(tiny().with_entropy_dtype("bfloat16"), "portable")
+        pipeline.prepare(tiny().with_entropy_dtype("bfloat16"), "portable")

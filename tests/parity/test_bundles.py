@@ -50,10 +50,10 @@ def models(variant: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder, captured = tmp_path_factory.mktemp("bundles"), None
     opened = {}
     for flavour in ("ort", "portable"):
-        job = pipeline.make_job(tiny(variant), flavour, capacity=600, chunk=32)
-        job.captured = captured or job.captured
-        captured = job.captured
-        opened[flavour] = Model.open(pipeline.run(job, folder / flavour).path)
+        state = pipeline.prepare(tiny(variant), flavour, capacity=600, chunk=32)
+        state.captured = captured or state.captured
+        captured = state.captured
+        opened[flavour] = Model.open(pipeline.run(state, folder / flavour).path)
     return opened
 
 

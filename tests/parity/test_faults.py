@@ -28,7 +28,7 @@ THREADS = 8
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with a capacity of 128 bytes and patches."""
     folder = tmp_path_factory.mktemp("bundle") / "b"
-    return pipeline.run(pipeline.make_job(tiny(), request.param, capacity=128, chunk=32), folder).path
+    return pipeline.run(pipeline.prepare(tiny(), request.param, capacity=128, chunk=32), folder).path
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ with ThreadPoolExecutor(1) as pool:  # a thread's stack is mapped whole; the fir
 
 
 def test_no_memory_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
-    bundle = pipeline.run(pipeline.make_job(tiny("static"), "ort", capacity=1024, chunk=512), tmp_path / "b").path
+    bundle = pipeline.run(pipeline.prepare(tiny("static"), "ort", capacity=1024, chunk=512), tmp_path / "b").path
     done = subprocess.run([sys.executable, "-c", SCARCE, bundle], capture_output=True, text=True, check=True)
     streams, call, after = done.stdout.splitlines()
     for line in (streams, call):

@@ -1,6 +1,6 @@
 """Hash ids in numpy and PyTorch against Python's integers: 11 functions, sizes 2 to 10, up to 2^31 - 1 rows.
 
-The last test is why no exported graph computes them: spec section 6's trap, run on the ONNX Runtime that is here.
+The last test shows why no exported graph computes them: the trap of spec section 6, on the installed ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ size_lists = st.just(SIZES) | st.lists(st.sampled_from(SIZES), min_size=1, max_s
 
 
 def plain_hash(window: list[int], prime: int) -> int:
-    """The definition, in integers of any length that are wrapped to signed 64 bits at the end."""
+    """The definition, in integers of any length, wrapped to signed 64 bits at the end."""
     total = sum(id * prime**i for i, id in enumerate(window)) % 2**64
     return total - 2**64 if total >= 2**63 else total
 
@@ -75,7 +75,7 @@ def test_compiled_pytorch_equals_python() -> None:
 
 
 def test_the_random_ids_above_give_negative_hashes() -> None:
-    """From size 3 on half of the hashes are negative, where a modulo that truncates would be another one."""
+    """From size 3 on, half of the hashes are negative. For those, a modulo that truncates gives other rows."""
     ids = np.random.default_rng(0).integers(0, 260, 200).tolist()
     negative_T = (np.array(plain_hashes(ids, SIZES)) < 0).mean(0).reshape(FUNCTIONS, len(SIZES))
     assert (negative_T[:, 0] == 0).all()  # two ids reach 2.5e12 only
@@ -101,7 +101,7 @@ def test_rows_beyond_two_to_the_31_are_read(sparse_tables: np.ndarray, ids: list
 
 @pytest.fixture(scope="module")
 def sparse_tables(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    """float16 [2 * (2^31 - 1), 2]: 17 GB of addresses, of which the test writes a few pages."""
+    """float16 [2 * (2^31 - 1), 2]: 17 GB of addresses; the test writes only a few pages."""
     path: Path = tmp_path_factory.mktemp("sparse") / "tables"
     try:
         return np.memmap(path, np.float16, "w+", shape=(2 * LARGEST, 2))
@@ -115,7 +115,7 @@ TRAP = pytest.mark.xfail(
 
 
 @pytest.mark.parametrize("graph", ["chain", pytest.param("reduce_sum", marks=TRAP), pytest.param("power", marks=TRAP)])
-def test_what_a_graph_would_compute(graph: str) -> None:
+def test_hashes_in_a_graph(graph: str) -> None:
     """Constant powers and a chain of Mul and Add wrap exactly; ReduceSum and Pow on int64 do not."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -173,5 +173,5 @@ def run_graph(body: str, windows_NG: np.ndarray, prime: int, rows: int) -> np.nd
     )
     values = {"windows": windows_NG, "constants": hashing.powers((8,), FUNCTIONS)[PRIMES.index(prime)]}
     values |= {"prime": np.array(prime), "rows": np.array(rows)}
-    known = {i.name for i in session.get_inputs()}
-    return session.run(None, {name: value for name, value in values.items() if name in known})[0]
+    names = {i.name for i in session.get_inputs()}
+    return session.run(None, {name: value for name, value in values.items() if name in names})[0]

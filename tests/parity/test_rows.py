@@ -27,8 +27,8 @@ VARIANTS = ("plain", "cross_windows_own_heads_newlines", "no_hash_space_causal_l
 @pytest.fixture(scope="module", params=[*((v, "fp32") for v in VARIANTS), ("plain", "int8")], ids=lambda p: "-".join(p))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     variant, precision = request.param
-    job = pipeline.make_job(tiny(variant), "ort", precision=precision, capacity=600, chunk=32, check=False)
-    return pipeline.run(job, tmp_path_factory.mktemp("rows") / "bundle").path
+    state = pipeline.prepare(tiny(variant), "ort", precision=precision, capacity=600, chunk=32, check=False)
+    return pipeline.run(state, tmp_path_factory.mktemp("rows") / "bundle").path
 
 
 def batch_of(path: Path, rows: int, share: float = 0.5) -> Batch:
@@ -97,8 +97,8 @@ def test_a_prefix_is_held_while_other_rows_run(bundle: Path) -> None:
 @pytest.mark.parametrize("slice", [5, 12])
 def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
     """Rows that are full and idle leave the others room."""
-    job = pipeline.make_job(tiny("bytes_no_window"), "ort", capacity=60, chunk=16, check=False)
-    model = Model.open(pipeline.run(job, tmp_path / "bundle").path, batched=True)
+    state = pipeline.prepare(tiny("bytes_no_window"), "ort", capacity=60, chunk=16, check=False)
+    model = Model.open(pipeline.run(state, tmp_path / "bundle").path, batched=True)
     with Scheduler(model, streams=3, slice=slice) as scheduler:
         for n in (30, 30, 10):
             requests = [scheduler.submit_ids(hard_text()[:31], n, temperature=0, stop_at_eos=False) for _ in range(3)]
@@ -106,8 +106,8 @@ def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
 
 
 def test_heads_that_the_attention_does_not_support_have_no_batched_graphs(tmp_path: Path) -> None:
-    job = pipeline.make_job(tiny("all_layers_gqa_projection"), "ort", capacity=600, chunk=32, check=False)
-    made = pipeline.run(job, tmp_path / "bundle")
+    state = pipeline.prepare(tiny("all_layers_gqa_projection"), "ort", capacity=600, chunk=32, check=False)
+    made = pipeline.run(state, tmp_path / "bundle")
     assert made.manifest.row_graphs == {}
     with pytest.raises(BackendError, match="no graphs for many streams"):
         Model.open(made.path, batched=True)

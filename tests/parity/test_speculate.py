@@ -120,10 +120,10 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A checkpoint and its model in both flavours, with caches short enough to wrap and to evict."""
     checkpoint, folder, captured, opened = tiny(request.param), tmp_path_factory.mktemp("bundles"), None, []
     for flavour in ("ort", "portable"):
-        job = pipeline.make_job(checkpoint, flavour, capacity=600, chunk=32)
-        job.captured = captured or job.captured
-        captured = job.captured
-        opened.append(Model.open(pipeline.run(job, folder / flavour).path, threads=1))
+        state = pipeline.prepare(checkpoint, flavour, capacity=600, chunk=32)
+        state.captured = captured or state.captured
+        captured = state.captured
+        opened.append(Model.open(pipeline.run(state, folder / flavour).path, threads=1))
     return checkpoint, opened
 
 

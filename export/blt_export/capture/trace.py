@@ -1,7 +1,7 @@
 """Capture: a step module and its `GraphSpec` become an ONNX graph that holds bare `blt` operators.
 
 Sizes: every letter of the spec (B, S, P, L, N, R) is dynamic, integers are static. Example sizes are 2 and more,
-because the exporter specialises a size that is 1 in the example. Values do not matter: tracing is symbolic.
+because the exporter specialises a size that is 1 in the example. Their values have no effect: tracing is symbolic.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ log = logging.getLogger("blt_export")
 
 OPSET = 24
 
-# Different sizes, so that two letters which happen to be equal are not taken for one.
 _PREFIX = "step."
-_EXAMPLE = {"B": 2, "S": 5, "P": 3, "L": 4, "N": 7, "R": 6}
+_EXAMPLE = {"B": 2, "S": 5, "P": 3, "L": 4, "N": 7, "R": 6}  # all different: the exporter may identify equal sizes
 
 
 def capture(module: nn.Module, spec: GraphSpec) -> ir.Model:
     """The graph of `module.forward(*inputs, *caches)`, inputs and outputs in the order of `spec`.
 
-    Raises whatever torch.export raises when the module branches on a tensor's value.
+    Raises the errors of torch.export, for example if the module branches on a tensor's value.
     """
     sizes = {letter: torch.export.Dim(letter) for letter in _letters(spec.inputs)}
     arguments = tuple(_example(t) for t in spec.inputs)
@@ -46,11 +45,11 @@ def capture(module: nn.Module, spec: GraphSpec) -> ir.Model:
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
-    """Translate the program as it was traced; decompose its operators only if one of them has no translation.
+    """Translate the program as traced; decompose its operators only if one of them has no translation.
 
-    The exporter always decomposes first, which traces the program twice more and takes nearly half of the time
-    (10.5 against 5.7 s for a model of two layers a stage). Its own translations cover what we use undecomposed, with
-    the few in `translate` that it lacks; the graphs after the passes are the same.
+    The exporter always decomposes first. That traces the program twice more and takes nearly half of the time (10.5
+    instead of 5.7 s for a model of two layers a stage). Its translations and the few in `translate` cover all operators
+    that we use, without decomposition. The graphs after the passes are the same.
     """
     program.run_decompositions = lambda *_, **__: program
     try:
@@ -82,7 +81,7 @@ def _rename(graph: ir.Graph, old: str, new: str) -> None:
 
 
 class _Flat(nn.Module):
-    """One tuple argument, so that the dynamic sizes are a flat list whatever the signature's names are."""
+    """One tuple argument, so that the dynamic sizes are a flat list that does not depend on the signature's names."""
 
     def __init__(self, step: nn.Module) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ def _dynamic(tensor: TensorSpec, sizes: dict[str, torch.export.Dim]) -> dict[int
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter logs about torchvision and warns about its own internals; neither is the user's business.
+    """Silence the exporter, which logs about torchvision and warns about its internals, and stop garbage collection.
 
     Tracing makes millions of small objects and next to no garbage: without the collector it takes 15 % less time.
     """

@@ -1,7 +1,7 @@
 """The custom operators of `blt.model.ops` in ONNX: schemas of domain `blt`, and how the exporter writes them.
 
-The exporter emits one bare node per operator; `lower` replaces it later. The bare node survives the exporter's
-optimiser and version conversion only because its schema is registered here.
+The exporter writes one bare node per operator; `lower` replaces it later. The exporter's optimiser and version
+conversion keep the bare node only because its schema is registered here.
 
 torch                    ONNX                 inputs                                   attributes
 blt::cached_attention    blt.CachedAttention  q k v past_key past_value positions      window (0: none)
@@ -79,8 +79,7 @@ _UNDECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.__and__.Tensor: _and,
     torch.ops.aten.__or__.Tensor: _or,
 }
-"""Operators of a program as traced that torch.onnx translates only after decomposing them. `&` and `|` are used on
-booleans only."""
+"""Operators that torch.onnx translates only after decomposition. The model uses `&` and `|` on booleans only."""
 
 
 @functools.cache

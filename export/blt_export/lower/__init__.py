@@ -1,1 +1,1 @@
-"""Lowerings: what the `blt` operators become in each flavour. The graphs before this step are the same."""
+"""Lowerings: what the `blt` operators become in each flavour. Before this step, both flavours have the same graphs."""

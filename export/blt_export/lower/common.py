@@ -34,8 +34,10 @@ def lower_ropes(model: ir.Model) -> int:
 
 
 def check_lowered(model: ir.Model, spec: GraphSpec) -> None:
-    """No `blt` operator is left, and each cache is read by the node that writes it alone: input and output are one
-    buffer, and nothing orders another reader before or after the write."""
+    """Raises ValueError if a `blt` operator is left, or if a cache is read by a node other than the one that writes it.
+
+    A cache's input and output are one buffer, and nothing orders another reader before or after the write.
+    """
     left = [node.op_type for node in model.graph if node.domain == DOMAIN]
     if left:
         raise ValueError(f"operators without a lowering: {', '.join(sorted(set(left)))}")
@@ -45,5 +47,5 @@ def check_lowered(model: ir.Model, spec: GraphSpec) -> None:
         writer = values[output].producer()
         readers = [node for node in values[source].consumers() if node is not writer]
         if readers or values[source].is_graph_output():
-            what = readers[0].op_type if readers else "an output"
-            raise ValueError(f"{source} is read by {what}, not only by the node that writes {output}")
+            reader = readers[0].op_type if readers else "an output"
+            raise ValueError(f"{source} is read by {reader}, not only by the node that writes {output}")

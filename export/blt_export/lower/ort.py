@@ -13,7 +13,7 @@ removes them. RMSNormalization and RotaryEmbedding of the standard are as fast o
 0.5 us at width 512.
 
 GroupQueryAttention takes head sizes that are multiples of 8. A graph with another one gets the portable lowering, and
-its window cache is a ring (`takes` decides, here and in `specs`).
+its window cache is a ring (`supports` decides, here and in `specs`).
 
 Letters: B rows, S positions of this call, H heads, G key/value heads, K head size.
 """
@@ -38,7 +38,7 @@ CONTRIB = "com.microsoft"
 SWAP_HEADS = [0, 2, 1, 3]
 
 
-def takes(spec: GraphSpec) -> bool:
+def supports(spec: GraphSpec) -> bool:
     """Whether GroupQueryAttention accepts the heads of this graph."""
     head_sizes = {spec.tensor(name).shape[3] for name in spec.aliases}
     return all(isinstance(size, int) and size % 8 == 0 for size in head_sizes)
@@ -46,8 +46,8 @@ def takes(spec: GraphSpec) -> bool:
 
 def lower(model: ir.Model, spec: GraphSpec) -> int:
     """Replace every `blt` operator; returns how many."""
-    if not takes(spec):
-        log.info("%s: GroupQueryAttention takes heads of 8, 16, ... numbers: lowered as portable", spec.name)
+    if not supports(spec):
+        log.info("%s: head size no multiple of 8, GroupQueryAttention needs one: lowered as portable", spec.name)
         return portable.lower(model, spec)
     model.graph.opset_imports[CONTRIB] = 1
     lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]] = {}

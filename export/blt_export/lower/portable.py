@@ -4,10 +4,10 @@ blt.CachedAttention becomes
 1. TensorScatter(cache, new, write index; linear, axis -2) for keys and values. Slot of position p: p mod C.
    A call never wraps (the host cuts chunks at multiples of C), so a linear write from the first slot is enough;
    TensorRT has no circular one.
-2. Attention(q, cache k, cache v, mask), 4-D, with an explicit boolean mask. Attention's own ways to say the same
-   (past_key, nonpad_kv_seqlen, is_causal) are refused, ignored or read differently by one engine or the other.
+2. Attention(q, cache k, cache v, mask), 4-D, with an explicit boolean mask. ONNX Runtime or TensorRT refuse, ignore or
+   interpret differently the inputs that would make it unnecessary (past_key, nonpad_kv_seqlen, is_causal).
 
-The mask comes from the position that each slot holds, last - (last - slot) mod C, negative when never written:
+The mask is computed from the position that each slot holds, last - (last - slot) mod C, negative if never written:
 a slot is visible iff max(doc_start, t - window + 1) <= its position <= t. It is computed once per graph: equal
 (positions, doc_start, capacity, window) share the nodes.
 
@@ -26,7 +26,7 @@ from .common import check_lowered, lower_norms, lower_ropes
 
 
 def lower(model: ir.Model, spec: GraphSpec) -> int:
-    """Replace every `blt` operator; returns how many. Every cache is addressed alike."""
+    """Replace every `blt` operator; returns how many. Rings and linear caches are addressed the same way."""
     shared: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
     attentions = nodes(model, "CachedAttention", DOMAIN)
     for node in attentions:

@@ -1,1 +1,1 @@
-"""Graph passes. One rule list a file: `run(model, ...) -> int` works in place and returns the places it changed."""
+"""Graph passes, one a file. `run(model, ...) -> int` works in place and returns how many places it changed."""

@@ -1,21 +1,24 @@
-"""Graphs for many streams: the same graph over a flat list of tokens that belong to rows of a shared cache.
+"""Batched graphs: the same graph over a flat list of tokens that belong to rows of a shared cache.
 
-All products, norms and rotations work on tokens one by one, so a call takes the tokens of any streams side by side, as
-one row. Only attention knows whose they are: its queries, keys and values are dealt out to the caches' rows, and its
-results are put back in line. A row may give one token, several, or none (it is idle, and costs nothing).
+Products, norms and rotations work on single tokens, so one call reads the tokens of all streams as one flat sequence.
+Only attention depends on the stream: its queries, keys and values are gathered into the caches' rows, and its results
+are gathered back into the sequence. In a call, a row may have one token, several, or none (it is idle, and costs
+nothing).
 
 Rules
 1. GroupQueryAttention(q, k, v, past, ...) becomes GatherND(GroupQueryAttention(GatherND(q, slots), GatherND(k, slots),
    GatherND(v, slots), past, ..., query_seqlens=counts), back); its lengths are the inputs below.
-2. The input doc_start goes (the host gives lengths within the document); these inputs come, all int64:
-   slots [Q, M, 2]   (0, token) that row q feeds as its m-th; anything valid behind a row's count
+2. The input doc_start goes (the host gives lengths within the document). These inputs are added, all int64:
+   slots [Q, M, 2]   (0, token) of the m-th token of row q; any valid index after a row's count
    back [1, S, 2]    (row, m) of each token
-   lengths [Q]       entries of each row's cache behind this call, in its document (at least 1)
+   lengths [Q]       entries of each row's cache after this call, in its document (at least 1)
    counts [Q]        tokens of each row in this call
-3. Caches are [Q, G, C, K]: rows, and of caches that never evict the capacity, are chosen when they are made.
+3. Caches are [Q, G, C, K]. The runtime chooses Q when it makes them, and C of caches that never evict.
 
-Requires: attention lowered to GroupQueryAttention. Ensures: weights are those of the graph it was made from, by name
-and place, so both are stored once. ONNX Runtime 1.32 knows the input query_seqlens.
+Not a `Rule`: every GroupQueryAttention must be replaced, and one that cannot be is an error.
+
+Requires: attention lowered to GroupQueryAttention. Ensures: weights have the names and file offsets of the original
+graph's, so both graphs share one file. The input query_seqlens needs ONNX Runtime 1.32.
 
 Letters: S tokens of the call (P patches in the latent graph), Q rows of the caches, M most tokens of one row,
 G key/value heads, C cache slots, K head size.
@@ -35,15 +38,15 @@ from . import cleanup
 _PAST, _ROTARY, _OTHERS = slice(3, 5), slice(7, 10), slice(10, None)
 
 
-def takes(model: ir.Model, spec: GraphSpec) -> bool:
-    """Whether the graph has a form for many streams: all its caches are GroupQueryAttention's."""
+def supports(model: ir.Model, spec: GraphSpec) -> bool:
+    """Whether the graph has a batched form: all its caches are GroupQueryAttention's."""
     return len(nodes(model, "GroupQueryAttention", CONTRIB)) * 2 == len(spec.aliases)
 
 
 def run(model: ir.Model, spec: GraphSpec) -> ir.Model:
-    """A copy of the lowered graph in this form; initializers are shared with `model`."""
-    if not takes(model, spec):
-        raise UsageError(f"graph {spec.name} has no form for many streams: its attention is not GroupQueryAttention")
+    """A batched copy of the lowered graph; initializers are shared with `model`. Raises UsageError if there is none."""
+    if not supports(model, spec):
+        raise UsageError(f"graph {spec.name} has no batched form: its attention is not GroupQueryAttention")
     rows = model.clone()
     wanted = row_spec(spec)
     inputs = {value.name: value for value in rows.graph.inputs}
@@ -69,7 +72,7 @@ def _int32(b: Builder, value: ir.Value) -> ir.Value:
 
 
 def _lengths(b: Builder, lengths_Q: ir.Value, slots_QM2: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """seqlens_k [Q], one less, and total_sequence_length: a bound of all lengths, and of the room for tokens."""
+    """seqlens_k [Q] (lengths less one) and total_sequence_length, a bound of all lengths and of M."""
     ends_Q = _int32(b, b.op("Sub", lengths_Q, b.const(1)))
     room = b.op("Squeeze", b.op("Shape", slots_QM2, start=1, end=2))
     return ends_Q, _int32(b, b.op("Max", b.op("ReduceMax", lengths_Q, keepdims=0), room))
@@ -79,7 +82,7 @@ def _route(
     graph: ir.Graph, node: ir.Node, slots: ir.Value, back: ir.Value, ends: ir.Value, longest: ir.Value, counts: ir.Value
 ) -> None:
     if any(value is not None for value in node.inputs[_OTHERS]):
-        raise ValueError("an attention with further inputs cannot be dealt out to rows")
+        raise ValueError("an attention with further inputs has no batched form")
     b = Builder(graph, node)
     q, k, v = (value and b.op("GatherND", value, slots) for value in node.inputs[:3])  # packed: all in the first
     cos, sin, positions = [*node.inputs[_ROTARY], None, None, None][:3]
@@ -98,7 +101,7 @@ def _route(
 
 
 def _order_inputs(graph: ir.Graph, wanted: GraphSpec) -> None:
-    """Inputs and caches as the spec lists them; what it does not list is used by nobody."""
+    """Inputs and caches as the spec lists them. Raises ValueError if a node uses an input that is not in the spec."""
     by_name = {value.name: value for value in graph.inputs}
     for name, value in by_name.items():
         if not wanted.has_input(str(name)) and value.uses():

@@ -1,10 +1,10 @@
-"""Remove what nobody reads and what is said twice.
+"""Remove unused nodes and merge equal ones.
 
 Rules
 1. Constant nodes become initializers; equal initializers become one.
-2. Identity nodes go.
+2. Identity nodes are removed.
 3. Equal nodes on equal inputs become one (the mask and the rotary look-ups are computed once a graph this way).
-4. Nodes and initializers that no output needs go.
+4. Nodes and initializers that no output needs are removed.
 
 Requires: nothing. Ensures: no Constant and no Identity, no unused node, no unused initializer.
 """
@@ -26,8 +26,8 @@ _PASSES = (
 def run(model: ir.Model) -> int:
     """Returns how many nodes and initializers fewer there are."""
     before = _size(model)
-    for step in _PASSES:
-        step(model)
+    for simplify in _PASSES:
+        simplify(model)
     return before - _size(model)
 
 

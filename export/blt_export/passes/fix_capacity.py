@@ -4,7 +4,7 @@ Capture does not depend on the capacity, so one capture serves flavours with dif
 
 Rules
 1. Every aliased input and output gets the shape of its `TensorSpec`, whose sizes besides B are static
-   (TensorRT needs a static capacity; ONNX Runtime then plans the buffers without asking).
+   (TensorRT needs a static capacity, and ONNX Runtime can plan the buffers).
 2. Rows B stay symbolic.
 
 Requires: names of the spec (name_io). Ensures: cache shapes of the spec.

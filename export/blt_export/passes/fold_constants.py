@@ -2,8 +2,8 @@
 
 Rules
 1. onnxscript's optimiser: nodes on constants become constants, shape arithmetic on known sizes becomes constants,
-   Reshape, Expand, Slice and Cast that change nothing go.
-2. Only small constants are computed (4 KiB in, 64 KiB out): weights are left alone, or they would be held twice.
+   Reshape, Expand, Slice and Cast that change nothing are removed.
+2. Only small constants are computed (4 KiB in, 64 KiB out): weights stay as they are, or memory would hold them twice.
 
 Requires: weights folded (fold_weights). Ensures: no Constant and no shape arithmetic on static sizes.
 """

@@ -3,7 +3,7 @@
 Rules
 1. Transpose(initializer) becomes an initializer `<name>.T` with the transposed data. It is computed when the file is
    written (a lazy tensor), so a large weight exists once in memory, not twice. A Transpose that keeps the order of the
-   axes goes.
+   axes is removed.
 
 Requires: nothing. Ensures: no Transpose has a constant input; MatMul weights are stored as [in, out].
 """

@@ -1,9 +1,9 @@
-"""One product where several read the same values: queries, keys and values; the two halves of the feed-forward.
+"""Join products of the same values into one: queries, keys and values; the two halves of the feed-forward.
 
-For graphs that are quantised next. Each product of 8-bit weights rounds its left side, starts the threads and joins
-them; a joined one does so once, and its results are the same to the last bit. Shape M in 8 bits, two threads, one
-position: the latent graph takes 7 % less time, the entropy graph 8 %, the decoder 3 %; reading prompts is as fast as
-before. In float32 it brings nothing, and reading a prompt takes 10 % longer.
+For graphs that are quantised next. Each product of 8-bit weights rounds its left side, starts the threads and waits for
+them; a joined one does so once. Its results are the same to the last bit. Shape M in 8 bits, two threads, one position:
+the latent graph takes 7 % less time, the entropy graph 8 %, the decoder 3 %; prefill is as fast as before. In float32
+nothing is gained, and prefill takes 10 % longer.
 
 Rules
 1. MatMul(x, W1), MatMul(x, W2), ... with constant matrices [K, N1], [K, N2], ... where K is a multiple of `block`

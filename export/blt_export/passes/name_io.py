@@ -3,8 +3,8 @@
 Rules
 1. The i-th graph input (output) gets the name of the i-th input (output) of the spec.
 2. Every symbolic size gets the spec's letter (B, S, ...), in all values of the graph.
-3. An input or output whose element type, rank or fixed sizes differ from the spec is an error: runtime and graph
-   would disagree. Sizes of the caches may differ; fix_capacity sets them.
+3. An input or output whose element type, rank or fixed sizes differ from the spec is an error, because the runtime
+   relies on the spec. Sizes of the caches may differ; fix_capacity sets them.
 
 Requires: a captured graph. Ensures: names, element types and letters of the spec.
 """
@@ -34,12 +34,12 @@ def run(model: ir.Model, spec: GraphSpec) -> int:
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         if len(values) != len(tensors):
             raise ValueError(f"graph {spec.name} has {len(values)} values where its spec has {len(tensors)}")
-        taken = [value.name for value in values]
+        names = [value.name for value in values]
         for value, tensor in zip(values, tensors, strict=True):
             _check_type(spec.name, value, tensor)
             _collect(letters, value, tensor)
             changed += value.name != tensor.name
-        if taken != [t.name for t in tensors]:
+        if names != [t.name for t in tensors]:
             _rename(values, tensors)
     return changed + _rename_sizes(graph, letters)
 
@@ -56,7 +56,7 @@ def _check_type(graph: str, value: ir.Value, tensor: TensorSpec) -> None:
 
 
 def _collect(letters: dict[str, str], value: ir.Value, tensor: TensorSpec) -> None:
-    """Learn which symbol of the exporter stands for which letter."""
+    """Record the spec's letter for each symbol of the exporter."""
     sizes = dims(value)
     if sizes is None or len(sizes) != len(tensor.shape):
         return

@@ -3,7 +3,7 @@
 The exporter computes targets as Concat(Shape(x), ...): four nodes a layer that only pass sizes on.
 
 Rules
-1. A Reshape whose output has the sizes of its input goes.
+1. A Reshape whose output has the sizes of its input is removed.
 2. The target of a Reshape with a known output shape becomes a constant: a fixed size stays; a symbolic size that is at
    the same axis of the input becomes 0 (copy); one other symbolic size becomes -1 (the rest). With two or more such
    sizes the target stays computed.

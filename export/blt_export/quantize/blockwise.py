@@ -4,7 +4,7 @@ A row of a weight (all inputs of one output) is cut into blocks; each block has 
 weight = (code - zero) * scale. Codes are unsigned; without stored zero points the zero is 2^(bits-1). Two 4-bit codes
 share a byte, the first in the low half; so do two zero points of one row.
 
-What lies where: codes [N, J, S * bits / 8], scales [N, J], zero points [N, J * bits / 8 rounded up].
+Shapes: codes [N, J, S * bits / 8], scales [N, J], zero points [N, J * bits / 8 rounded up].
 
 Letters: N outputs, K inputs, J blocks of a row, S weights of a block.
 """
@@ -21,14 +21,17 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 _AT_ONCE = 1 << 20
-"""Weights that are rounded at once: temporary arrays stay small whatever the weight's size."""
+"""Weights that are rounded in one numpy call, so that temporary arrays stay small."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """bits: 8 or 4. block: weights that share a scale, a power of two from 16. zero_points: stored, one a block.
-    shrink: factors of the scale to try, by least squared error; a smaller scale clips the largest weights and rounds
-    the others finer."""
+    """How a weight is packed.
+
+    bits: 8 or 4. block: weights that share a scale, a power of two from 16. zero_points: stored, one a block.
+    shrink: factors of the scale to try; the one with the least squared error is kept. A smaller scale clips the largest
+    weights and rounds the others finer.
+    """
 
     bits: int
     block: int
@@ -42,15 +45,17 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """With its share of the scale and the zero point."""
+        """Including its share of the scale and the zero point."""
         return self.bits + (32 + self.bits * self.zero_points) / self.block
 
     @property
     def largest_error(self) -> float:
-        """That rounding can cause, root mean square of a block, relative to its largest weight (and a thousandth more,
-        for float32 itself). A shrunk scale is taken only where it is better, so the bound is that of the whole range:
-        with zero points half a step of a range that is at most twice the largest; without, a step of the largest over
-        2^(bits-1), whole, because a weight that is the largest one's opposite has no code of its own.
+        """The largest error that rounding can cause: root mean square of a block, relative to its largest weight.
+
+        A shrunk scale is used only where it is better, so the bound is that of the whole range. With zero points it is
+        half a step of a range that is at most twice the largest weight. Without, it is a whole step, the largest weight
+        over 2^(bits-1), because the opposite of the largest weight has no exact code. A thousandth is added for the
+        roundings of float32.
         """
         return 1.001 / ((1 << self.bits) - 1) if self.zero_points else 1.001 / self.middle
 
@@ -66,13 +71,13 @@ class Blocks:
 
 def quantise(w_NK: Floats, form: Format) -> Blocks:
     """Pack a weight whose K is a multiple of the block."""
-    parts = [_quantise(part_NJS, form) for part_NJS in _parts(w_NK, form)]
-    codes, scales, zeros = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    packed = [_quantise(rows_NJS, form) for rows_NJS in _row_groups(w_NK, form)]
+    codes, scales, zeros = (np.concatenate([rows[i] for rows in packed]) for i in range(3))
     return Blocks(codes, scales, zeros if form.zero_points else None)
 
 
 def dequantise(blocks: Blocks, form: Format) -> Floats:
-    """The weight [N, K] that the packed form stands for."""
+    """The weight [N, K] that the packed form represents."""
     n, j = blocks.scales.shape
     code_NJS = _unpack(blocks.codes, form.bits).reshape(n, j, form.block)
     zero_NJ: Any = np.float32(form.middle)
@@ -90,13 +95,13 @@ def block_error(got_NK: Floats, want_NK: Floats, block: int) -> float:
     return float(error_NJ.max(initial=0.0)) if np.isfinite(error_NJ).all() else float("inf")
 
 
-def _parts(w_NK: Floats, form: Format) -> Iterator[Floats]:
+def _row_groups(w_NK: Floats, form: Format) -> Iterator[Floats]:
     """A few rows at a time, cut into blocks."""
     n, k = w_NK.shape
     rows = max(1, _AT_ONCE // k)
     for start in range(0, n, rows):
-        part_NK = np.ascontiguousarray(w_NK[start : start + rows], np.float32)
-        yield part_NK.reshape(len(part_NK), k // form.block, form.block)
+        group_NK = np.ascontiguousarray(w_NK[start : start + rows], np.float32)
+        yield group_NK.reshape(len(group_NK), k // form.block, form.block)
 
 
 def _quantise(w_NJS: Floats, form: Format) -> tuple[Bytes, Floats, Bytes]:
@@ -111,8 +116,8 @@ def _quantise(w_NJS: Floats, form: Format) -> tuple[Bytes, Floats, Bytes]:
 def _fit(w_NJS: Floats, form: Format) -> tuple[Floats, Floats]:
     """Scale and zero point [N, J] of each block.
 
-    With zero points the codes span the block's range (and zero, which stays exact). Without, the largest weight gets
-    the code 0, of which there is one more than on the other side; the scale carries its sign.
+    With zero points, the codes span the block's range and zero, which stays exact. Without, the largest weight gets the
+    code 0 and the scale has its sign: below the middle there is one code more than above.
     """
     if form.zero_points:
         low_NJ, high_NJ = np.minimum(w_NJS.min(-1), 0), np.maximum(w_NJS.max(-1), 0)

@@ -1,8 +1,8 @@
-"""Fewer bits a weight, for the graphs that were asked for it: a step that changes numerics, and runs only then.
+"""Matrices of 8 or 4 bits. This changes numerics, and happens only in graphs that the caller chose.
 
 Rules
 1. MatMul(x, W) with a constant float32 matrix W [K, N] becomes MatMulNBits(x, codes, scales[, zero points]).
-2. K must be a multiple of the block; a matrix with another K stays float32, and the step says so.
+2. K must be a multiple of the block; a matrix with another K stays float32, with a reason in the outcome.
 3. Everything else stays float32: embeddings (gathered, not multiplied), norms, rotary tables.
 
 FORMATS were chosen by bits per byte of trained weights (docs/demo.md). ACCURACY_LEVEL 4 lets the kernels round
@@ -11,9 +11,9 @@ ONNX Runtime 1.30 and 1.32 alike, where a float32 MatMul takes 58 us for a row a
     8 bits, block 128    level 4: 23 us, 1.3 ms    level 0: 4,300 us, 16 ms (each call expands the weight)
     4 bits, block 32     level 4: 27 us, 2.0 ms    level 0: 82 us, 2.9 ms
 Rounded activations make the error of a product 0.9 % instead of 0.6 % at 8 bits; at 4 bits it is 8 % either way.
-Level 4 lives on prepacked weights: without prepacking each call expands them, 25 ms instead of 25 us.
+Level 4 needs prepacked weights: without prepacking each call expands them, 25 ms instead of 25 us.
 
-Codes are made when the file is written (lazy tensors): one float weight is in memory at a time.
+Codes are computed when the file is written (lazy tensors), so only one float weight is in memory at a time.
 
 Requires: graphs of the flavour `ort`, lowered, weights folded ([in, out]). Ensures: nothing else changes.
 """
@@ -41,7 +41,7 @@ DOMAIN, OPERATOR, ACCURACY_LEVEL = "com.microsoft", "MatMulNBits", 4
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight that became codes: where its float32 values [K, N] come from, and how it is packed."""
+    """A weight that became codes: the tensor of its float32 values [K, N], and how it is packed."""
 
     name: str
     source: ir.TensorProtocol
@@ -60,14 +60,14 @@ class Packed:
         return self.weights * self.form.bits_per_weight / 8
 
     def floats(self) -> Floats:
-        """[N, K]; a view, so rows are copied only where they are used."""
+        """[N, K]; a view, so that only rows in use are copied."""
         array: Floats = self.source.numpy().T
         return array
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to a graph's matrices: the packed ones, and why the others stayed."""
+    """The packed matrices of a graph, and the reasons why others stayed float32."""
 
     packed: tuple[Packed, ...] = ()
     kept: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class Outcome:
 
 
 def check(flavour: str, precision: str, precision_of: Mapping[str, str]) -> None:
-    """Raises UsageError for a precision that is unknown, or not supported (yet, or in this flavour)."""
+    """Raises UsageError for a precision that is unknown or not supported (yet, or in this flavour)."""
     for value in (precision, *precision_of.values()):
         if value in LATER:
             raise UsageError(f"precision {value} is not supported yet; choose one of {', '.join(PRECISIONS)}")
@@ -126,13 +126,13 @@ def run(model: ir.Model, precision: str) -> Outcome:
 
 
 def read_error(path: Path, packed: tuple[Packed, ...]) -> float:
-    """What a written graph's codes miss of the float weights at most: `blockwise.block_error`."""
+    """The largest error of a written graph's codes against the float weights: `blockwise.block_error`."""
     written = ir.load(path).graph.initializers
     worst = 0.0
     for weight in packed:
-        parts = [None if name is None else _array(written[name]) for name in weight.names()]
-        assert parts[0] is not None and parts[1] is not None  # noqa: PT018
-        got_NK = dequantise(Blocks(parts[0], parts[1], parts[2]), weight.form)
+        codes, scales, zeros = (None if name is None else _array(written[name]) for name in weight.names())
+        assert codes is not None and scales is not None  # noqa: PT018
+        got_NK = dequantise(Blocks(codes, scales, zeros), weight.form)
         worst = max(worst, block_error(got_NK, weight.floats(), weight.form.block))
     return worst
 
@@ -149,27 +149,27 @@ def _initializers(graph: ir.Graph, weight: Packed, n: int, k: int) -> list[ir.Va
     form, blocks = weight.form, k // weight.form.block
     names, once = weight.names(), _Once(weight)
     made = [
-        _lazy(graph, names[0], ir.DataType.UINT8, (n, blocks, form.block * form.bits // 8), lambda: once.part(0)),
-        _lazy(graph, names[1], ir.DataType.FLOAT, (n, blocks), lambda: once.part(1)),
+        _lazy(graph, names[0], ir.DataType.UINT8, (n, blocks, form.block * form.bits // 8), lambda: once.array(0)),
+        _lazy(graph, names[1], ir.DataType.FLOAT, (n, blocks), lambda: once.array(1)),
     ]
     if names[2] is not None:
         sizes = (n, -(-blocks * form.bits // 8))
-        made.append(_lazy(graph, names[2], ir.DataType.UINT8, sizes, lambda: once.part(2)))
+        made.append(_lazy(graph, names[2], ir.DataType.UINT8, sizes, lambda: once.array(2)))
     return made
 
 
 class _Once:
-    """The parts of a packed weight: made when the first is asked for, each forgotten when it was given."""
+    """The arrays of a packed weight: all computed at the first call, each released when it is returned."""
 
     def __init__(self, weight: Packed) -> None:
         self._weight = weight
-        self._parts: dict[int, Any] = {}
+        self._arrays: dict[int, Any] = {}
 
-    def part(self, index: int) -> Any:
-        if index not in self._parts:
+    def array(self, index: int) -> Any:
+        if index not in self._arrays:
             blocks = quantise(self._weight.floats(), self._weight.form)
-            self._parts = dict(enumerate((blocks.codes, blocks.scales, blocks.zeros)))
-        return self._parts.pop(index)
+            self._arrays = dict(enumerate((blocks.codes, blocks.scales, blocks.zeros)))
+        return self._arrays.pop(index)
 
 
 def _lazy(

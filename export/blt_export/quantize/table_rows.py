@@ -1,7 +1,7 @@
-"""Hash tables in 8 bits: rows of codes with a scale of their own (`blt_runtime.hashing.TABLE_DTYPES`).
+"""Hash tables in 8 bits: rows of codes, each row with a scale (`blt_runtime.hashing.TABLE_DTYPES`).
 
-A row's scale is its largest |value| / 127, its codes are the values over the scale, rounded to the nearest, ties to
-even. So a value is missed by at most half a scale, zeros stay zeros, and the largest value of a row keeps its size.
+A row's scale is its largest |value| / 127. Its codes are the values over the scale, rounded to the nearest, ties to
+even. So the error of a value is at most half a scale, zeros stay zeros, and a row's largest value keeps its size.
 
 Letters: N rows, D width.
 """

@@ -1,8 +1,7 @@
-"""The graphs for many streams against those of single streams, which were compared with PyTorch before: the same
-tokens, three rows in each other's company, in slices and byte by byte.
+"""Parity of the batched graphs with the graphs of single streams, which `parity` has compared with PyTorch.
 
-The entropies of both forms differ by roundings, so rows cut their texts by a rule without entropies here; what the
-entropy model gives is compared by itself.
+Both read the same tokens: three batched rows, a prompt in slices and then byte by byte. The entropies of both forms
+differ by roundings, so the rows use a patch rule without entropies here; the entropies are compared separately.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ Array = npt.NDArray[np.float32]
 def check(bundle: Bundle) -> tuple[Parity, ...]:
     """Rows of the parity table: logits of the decoder and entropies, relative to the largest. Raises CheckFailed.
 
-    Quantised graphs round activations to 8 bits, which turns a last bit into a step now and then: their own tolerance.
-
-    Weights stay mapped where they may: a packed copy of them would not fit beside PyTorch's.
+    Quantised graphs round activations to 8 bits, which occasionally turns a difference in the last bit into a whole
+    step, so they have a larger tolerance. Weights stay mapped where possible: a packed copy and PyTorch's weights would
+    not fit.
     """
     spec = replace(bundle.manifest.spec, patch_rule=PatchRule("static", patch_size=PATCH))
     tokens = max(1, min(TOKENS, spec.capacity_bytes, PATCH * (spec.capacity_patches - 1)))
     text = np.random.default_rng(0).integers(OFFSET, spec.vocab_size, (ROWS, tokens))
     text[:, 0], text[:, tokens // 3] = BOS, EOS
     single = Model(spec, OnnxBackend(bundle, prepack=False), bundle.hash_tables())
-    want = [single.score(ids) for ids in text]
+    scores = [single.score(ids) for ids in text]
     del single
     logits, entropies = _rows(spec, bundle, text)
-    pairs = {"batched.logits": (logits, np.array([score.logits[min(PROMPT, tokens) - 1 :] for score in want]))}
+    pairs = {"batched.logits": (logits, np.array([score.logits[min(PROMPT, tokens) - 1 :] for score in scores]))}
     if entropies is not None:
-        pairs["batched.entropy"] = (entropies, np.array([score.entropies for score in want]))
+        pairs["batched.entropy"] = (entropies, np.array([score.entropies for score in scores]))
     of = bundle.manifest.precision_of
     tolerances = {
         "batched.logits": max(TOLERANCE[of(name)] for name in spec.graphs if name != "entropy"),
@@ -53,18 +52,18 @@ def check(bundle: Bundle) -> tuple[Parity, ...]:
     found = tuple(
         Parity(
             name,
-            float(np.abs(got - as_).max() / max(1.0, np.abs(as_).max())),
+            float(np.abs(got - want).max() / max(1.0, np.abs(want).max())),
             tolerances[name],
-            as_.shape[0] * as_.shape[1],
+            want.shape[0] * want.shape[1],
         )
-        for name, (got, as_) in pairs.items()
+        for name, (got, want) in pairs.items()
     )
     demand(found, "single streams")
     return found
 
 
 def _rows(spec: ModelSpec, bundle: Bundle, text: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
-    """Logits [ROWS, tokens behind the prompt, V], and entropies [ROWS, tokens] if there is an entropy model."""
+    """Logits [ROWS, tokens after the prompt, V], and entropies [ROWS, tokens] if there is an entropy model."""
     backend = OnnxRowBackend(bundle, prepack=False)
     batch = Batch(spec, backend, bundle.hash_tables(), ROWS, with_entropy="entropy" in spec.graphs)
     rows: list[Row] = [row for row in (batch.open() for _ in text) if row is not None]

@@ -1,21 +1,21 @@
-"""Parity: the exported graphs, run by ONNX Runtime as a stream would, against the PyTorch steps over a whole row.
+"""Parity: the exported graphs on ONNX Runtime, called as by a stream, against the PyTorch step modules on a whole row.
 
-The reference makes one call per graph over the whole sequence; the graphs make many calls, single steps and chunks,
-with their own caches. Each graph is fed the reference's intermediate values, so that an error is that graph's own.
+The reference makes one call per graph over the whole sequence. The graphs make many calls, single steps and chunks,
+with their own caches. Each graph reads the reference's intermediate values, so that errors do not add up over graphs.
 
 Error of an output: max |got - want| / max(1, |want|), where |want| is the largest of the vector (logits of a position,
-state of a byte): rounding errors of a product are as large as its largest terms allow, in every element of it.
+state of a byte): the rounding errors of every element of a product are as large as its largest terms allow.
 A number that is not finite counts as infinite error.
-Hash tables in 8 bits: max |got - want| relative to the most that rounding can cause, half a step of each row.
+Hash tables in 8 bits: max |got - want| relative to the largest error that rounding can cause, half a step of each row.
 
-Quantised graphs differ from float32 by design, so they are judged twice, besides on text (`judge`):
-- `<graph>.weights`: what the codes in the written file stand for against the float weights, the worst block
-  (`blockwise.block_error`). What rounding can cause is known, so one wrong scale, one block with swapped halves of its
-  bytes or one block in another's place fails, however many right ones hide it in the outputs.
+Quantised graphs differ from float32 by design, so they are checked in two ways (and by `verify.text`):
+- `<graph>.weights`: the weights that the written codes represent against the float weights, the worst block
+  (`blockwise.block_error`). The largest error of rounding is known. So one wrong scale, one block with swapped halves
+  of its bytes or one block in another's place fails, even if the outputs hide it.
 - each output: root mean square of got - want over all of it, relative to that of want; single elements of rare ids
-  miss by more. Found with the demo model, random weights and shape S of benchmarks/generation.py, rounded activations
-  included: 0.1 to 4 % at 8 bits, 1 to 38 % at 4 bits. The tolerance leaves room for deeper models; a graph that reads
-  its codes in another way than they were written gives 100 % and more.
+  have larger errors. Measured with the demo model, random weights and shape S of benchmarks/generation.py, rounded
+  activations included: 0.1 to 4 % at 8 bits, 1 to 38 % at 4 bits. The tolerance leaves room for deeper models. A graph
+  that interprets its codes differently than they were written gives 100 % and more.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from .plan import Plan, graph_calls, make_plan
 TOLERANCE = {"fp32": 2e-5, "int8": 0.1, "int4": 0.6}
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 HALF_STEPS = 1.01
-"""Of hash tables in 8 bits; a hundredth for the roundings of float32."""
+"""Tolerance of hash tables in 8 bits, in half steps; a hundredth for the roundings of float32."""
 MIN_ONNXRUNTIME = "1.30"
 PREPACK_UP_TO = 1 << 30
-"""Bytes of a graph's weights beyond which they stay mapped: a packed copy beside PyTorch's would not fit."""
+"""Bytes of a graph's weights beyond which they stay mapped: a packed copy and PyTorch's weights would not fit."""
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The table, and the positions whose entropy is too near the threshold for the two sides to be sure to agree.
+    """The table, and the positions where an error within tolerance could move a patch boundary.
 
-    None are listed of a quantised entropy model, which moves boundaries anywhere: `judge` counts them.
+    A quantised entropy model may move boundaries anywhere: no positions are listed for it, `verify.text` counts them.
     """
 
     rows: tuple[Parity, ...]
@@ -72,11 +72,11 @@ def check_parity(
     precisions: Mapping[str, str] | None = None,
     packed: Mapping[str, tuple[Packed, ...]] | None = None,
 ) -> ParityReport:
-    """Compare every output of every graph, what the written hash tables give, and quantised weights.
+    """Compare every output of every graph, the embeddings from the written hash tables, and quantised weights.
 
     precisions: of graphs that are not "fp32"; packed: their weights.
 
-    Raises CheckFailed, which names the output and its largest error.
+    Raises CheckFailed, with the output and its largest error.
     """
     plan = make_plan(spec)
     precisions, packed = precisions or {}, packed or {}
@@ -102,19 +102,19 @@ def check_parity(
             rows.append(Parity(f"{name}.{tensor.name}", error, TOLERANCE[precision], want[tensor.name].shape[1]))
         if name == "entropy" and precision == "fp32":
             entropy_N = want["entropy"][0]
-        _hand_on(inputs, name, want)
+        _pass_on(inputs, name, want)
     demand(rows)
     return ParityReport(tuple(rows), _near(entropy_N, spec, TOLERANCE["fp32"]))
 
 
 def _weights_row(name: str, file: Path, packed: tuple[Packed, ...]) -> Parity:
-    """Its `positions` are blocks."""
+    """The row of a graph's quantised weights; its `positions` are blocks."""
     blocks = sum(weight.weights // weight.form.block for weight in packed)
     return Parity(f"{name}.weights", read_error(file, packed), packed[0].form.largest_error, blocks)
 
 
 def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str, Arrays]:
-    """Inputs of each graph over the whole row, one row; what another graph makes is added by `_hand_on`."""
+    """Inputs of each graph over the whole row, one row; `_pass_on` adds the outputs of other graphs."""
     blt, _ = checkpoint.require_blt()
     inputs: dict[str, Arrays] = {}
     for name in spec.graphs:
@@ -133,8 +133,8 @@ def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str
 
 
 def _table_tolerance(checkpoint: Checkpoint, spec: HashSpec, exact: float) -> float:
-    """Tables in the checkpoint's own dtype are the same numbers; a sum over narrower ones has T roundings of half a
-    unit in the last place each."""
+    """Tables in the checkpoint's dtype are the same numbers. A sum over T narrower ones has T roundings, each of half a
+    unit in the last place."""
     if spec.dtype == "int8":
         return HALF_STEPS
     blt, _ = checkpoint.require_blt()
@@ -161,14 +161,14 @@ def _in_half_steps(
 
 
 def _hash_embedding(tables: Path, spec: HashSpec, ids_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """What the runtime computes from the written tables: [1, N, D]."""
+    """The embedding that the runtime computes from the written tables: [1, N, D]."""
     embedding = HashEmbedding(np.load(tables, mmap_mode="r"), spec.sizes, spec.functions, spec.rows)
     out_ND = np.empty((len(ids_N), spec.dim), np.float32)
     embedding.many(np.concatenate([np.zeros(max(spec.sizes) - 1, np.int64), ids_N]), out_ND)
     return out_ND[None]
 
 
-def _hand_on(inputs: dict[str, Arrays], name: str, outputs: Arrays) -> None:
+def _pass_on(inputs: dict[str, Arrays], name: str, outputs: Arrays) -> None:
     if name == "encoder":
         inputs["latent"]["byte_states"] = outputs["byte_states"][0]
         inputs["decoder"]["byte_states"] = outputs["byte_states"]
@@ -177,7 +177,7 @@ def _hand_on(inputs: dict[str, Arrays], name: str, outputs: Arrays) -> None:
 
 
 def _plain(tensors: tuple[TensorSpec, ...], graph: GraphSpec) -> list[TensorSpec]:
-    """The tensors that are no cache."""
+    """The tensors that are not caches."""
     caches = {*graph.aliases, *graph.aliases.values()}
     return [t for t in tensors if t.name not in caches]
 
@@ -194,19 +194,19 @@ def _reference(step: nn.Module, graph: GraphSpec, inputs: Arrays) -> Arrays:
 
 
 def _exported(path: Path, graph: GraphSpec, spec: ModelSpec, inputs: Arrays, quantised: bool) -> Arrays:
-    """The same by the exported graph, call after call."""
+    """The same outputs of the exported graph, call after call."""
     run = GraphRun(path, graph, quantised=quantised)
     pieces: dict[str, list[npt.NDArray[Any]]] = {t.name: [] for t in _plain(graph.outputs, graph)}
     start_N = inputs["doc_start"][0]
     for a, b in graph_calls(len(start_N), graph, spec, start_N):
-        given = {t.name: _part(inputs[t.name], t, a, b) for t in _plain(graph.inputs, graph)}
+        given = {t.name: _positions(inputs[t.name], t, a, b) for t in _plain(graph.inputs, graph)}
         for name, value in run(given).items():
             pieces[name].append(value)
     return {name: np.concatenate(values, 1) for name, values in pieces.items()}
 
 
-def _part(value: npt.NDArray[Any], tensor: TensorSpec, a: int, b: int) -> npt.NDArray[Any]:
-    """Positions a..b of an input; pools (no B in their shape) are given whole."""
+def _positions(value: npt.NDArray[Any], tensor: TensorSpec, a: int, b: int) -> npt.NDArray[Any]:
+    """Positions a..b of an input; pools (no B in their shape) are passed whole."""
     return np.ascontiguousarray(value[:, a:b] if tensor.shape[0] == "B" else value)
 
 
@@ -218,7 +218,7 @@ class GraphRun:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         weights = path.with_suffix(".weights")
-        if weights.exists() and weights.stat().st_size > PREPACK_UP_TO and not quantised:  # see `quantize`
+        if weights.exists() and weights.stat().st_size > PREPACK_UP_TO and not quantised:  # see `matrices`
             options.add_session_config_entry("session.disable_prepacking", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._graph = graph
@@ -256,7 +256,7 @@ def _relative_rms(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
 
 
 def demand(rows: Sequence[Parity], reference: str = "PyTorch") -> None:
-    """Raises CheckFailed, which names the worst row, unless all are within their tolerance."""
+    """Raises CheckFailed, with the row of the largest error, unless all are within their tolerance."""
     bad = [row for row in rows if not row.max_abs_error <= row.tolerance]
     if bad:
         worst = max(bad, key=lambda row: row.max_abs_error)

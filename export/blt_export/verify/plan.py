@@ -1,8 +1,8 @@
-"""What the parity check feeds the graphs: one deterministic id sequence and every input that follows from it.
+"""The inputs of the parity check: one deterministic id sequence and every graph input that follows from it.
 
-The sequence is longer than every window, so that all ring caches wrap, and contains text, multi-byte characters, all
-256 raw bytes, EOS inside the row and newlines. Patch lengths are a fixed mixture, not the rule's: a rule may choose
-one patch or a thousand, a check must see short, long and single-byte patches whatever the threshold is.
+The sequence is longer than every window, so that all ring caches wrap. It contains text, multi-byte characters, all 256
+raw bytes, EOS inside the row and newlines. Patch lengths are a fixed mixture, not the rule's: a rule may choose one
+patch or a thousand, but the check needs short, long and single-byte patches at any threshold.
 
 Letters: N tokens, P patches, L longest patch (times the encoder's window), W patches a byte reads.
 """
@@ -24,7 +24,7 @@ Array = npt.NDArray[np.int64]
 _TEXT = "Bytes, not tokens.\nGrüße — байты, 字节, 🙂 and e\u0301. The quick brown fox; 0123456789.\n"
 _PATCHES = (1, 4, 1, 7, 3, 16, 2, 1, 5, 9, 1, 1, 6)
 _CALLS = (1, 1, 1, 1, 0, 3, 1, 1, 1, 1, 17, 0)
-"""Tokens per call, in turn; 0 is a whole chunk."""
+"""Tokens of the calls, repeated in this order; 0 is a whole chunk."""
 _LEAST, _MORE = 640, 96
 
 
@@ -75,7 +75,7 @@ def sequence(n: int) -> Array:
 
 
 def graph_calls(n: int, graph: GraphSpec, spec: ModelSpec, doc_start: Array) -> Iterator[tuple[int, int]]:
-    """Calls [a, b) over n positions: single steps and chunks in turn, cut where this flavour must cut."""
+    """Calls [a, b) over n positions: single steps and chunks, cut where this flavour must cut."""
     limits = cycle(_CALLS)
     start = 0
     while start < n:
@@ -87,7 +87,7 @@ def graph_calls(n: int, graph: GraphSpec, spec: ModelSpec, doc_start: Array) -> 
 
 
 def _tokens(spec: ModelSpec) -> int:
-    """Enough to wrap every window's cache; a cache without window is not worth filling."""
+    """Enough to wrap every window's cache. A cache without window need not be full."""
     caches = [g.cache for name, g in spec.graphs.items() if name != "latent" and g.cache is not None]
     return min(spec.capacity_bytes, max(_LEAST, *(_wrap(cache) for cache in caches)))
 

@@ -1,7 +1,7 @@
-"""The judgement on text: what a bundle's precision costs in bits per byte, and which patch boundaries it moves.
+"""Evaluation on text: what a bundle's precision costs in bits per byte, and which patch boundaries it moves.
 
-Both sides score the same ids, each with the boundaries that its own entropy model sets: PyTorch in float32, and the
-written graphs on ONNX Runtime. Boundaries depend on the entropy model alone.
+PyTorch in float32 and the written graphs on ONNX Runtime score the same ids, each with the boundaries of its entropy
+model. Boundaries depend only on the entropy model.
 
 Letters: N ids, V vocabulary, P patches.
 """
@@ -42,7 +42,7 @@ class _Tally:
 
 
 def evaluate(checkpoint: Checkpoint, bundle: Bundle, pieces: Sequence[Ids]) -> Judged:
-    """Score `pieces`, id sequences [N] of BOS and bytes, on both sides.
+    """Score `pieces`, id sequences [N] of BOS and bytes, with PyTorch and with the bundle.
 
     Raises UsageError for pieces without bytes, or of more ids than the bundle's capacity.
     """
@@ -54,7 +54,7 @@ def evaluate(checkpoint: Checkpoint, bundle: Bundle, pieces: Sequence[Ids]) -> J
     want = _tally(floats, pieces)
     got = _tally(Model(spec, OnnxBackend(bundle), bundle.hash_tables(), manifest=bundle.manifest), pieces)
     if not want.n_bytes:
-        raise UsageError("the text to judge on holds no bytes")
+        raise UsageError("the text to evaluate on holds no bytes")
     return Judged(
         bytes=want.n_bytes,
         float_bits_per_byte=want.bits / want.n_bytes,

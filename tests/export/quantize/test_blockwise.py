@@ -1,4 +1,4 @@
-"""Packed weights: what ONNX Runtime's operator reads, bit for bit what its own packer writes, and errors that show."""
+"""Packed weights: ONNX Runtime's operator reads them, its packer writes the same bits, and wrong blocks are found."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_rounding_stays_within_its_bound(form: Format) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_we_read_is_what_the_operator_reads(form: Format) -> None:
+def test_dequantise_reads_what_the_operator_reads(form: Format) -> None:
     """Rows of the unit matrix, without rounded activations, give the weight back."""
     import onnxruntime
 
@@ -54,7 +54,7 @@ def test_what_we_read_is_what_the_operator_reads(form: Format) -> None:
 def test_codes_are_those_of_onnxruntimes_own_packer(form: Format) -> None:
     binding = pytest.importorskip("onnxruntime.capi._pybind_state")
     pack = getattr(binding, f"quantize_matmul_{form.bits}bits")
-    w_NK = weight(1)[4:]  # ordinary rows: theirs leaves the scale of a block of zeros open
+    w_NK = weight(1)[4:]  # ordinary rows: ONNX Runtime leaves the scale of a block of zeros undefined
     n, j = len(w_NK), K // form.block
     codes = np.zeros((n, j, form.block * form.bits // 8), np.uint8)
     scales, zeros = np.zeros(n * j, np.float32), np.zeros(n * -(-j * form.bits // 8), np.uint8)
@@ -75,12 +75,12 @@ def test_a_shrunk_scale_is_never_worse_and_often_better() -> None:
     assert errors[1][4:].sum() < 0.98 * errors[0][4:].sum()  # of the ordinary rows
 
 
-def test_large_weights_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_rounded_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantise(weight(), FORMATS[3])
     monkeypatch.setattr("blt_export.quantize.blockwise._AT_ONCE", 2 * K)
-    parts = quantise(weight(), FORMATS[3])
+    grouped = quantise(weight(), FORMATS[3])
     for name in ("codes", "scales", "zeros"):
-        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+        np.testing.assert_array_equal(getattr(grouped, name), getattr(whole, name))
 
 
 def swapped(blocks: Blocks) -> Blocks:

@@ -1,4 +1,4 @@
-"""Quantised exports: what becomes codes and what does not, that parity fails for wrong ones, and what is reported."""
+"""Quantised exports: which matrices become codes, that parity fails for wrong codes, and what is reported."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from blt_runtime.errors import CheckFailed, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule
 from tests import tiny as tinies
-from tests.export.variants import CAPACITY, CHUNK, VARIANTS, MakeJob
+from tests.export.variants import CAPACITY, CHUNK, VARIANTS, Prepare
 
 NBITS = "com.microsoft.MatMulNBits"
-TEXT = "A short text, judged twice: once in float32, once in the bundle.\n" * 6
-MakeQuantised = Callable[..., pipeline.Job]
+TEXT = "A short text, scored twice: once in float32, once in the bundle.\n" * 6
+MakeQuantised = Callable[..., pipeline.ExportState]
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +54,25 @@ def wide() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def make_quantised(wide: Checkpoint) -> MakeQuantised:
-    """(precision, precision_of) -> a job; all share one capture."""
+    """(precision, precision_of) -> an export's state; all share one capture."""
     captured: dict[str, ir.Model] = {}
 
-    def make(precision: str, **precision_of: str) -> pipeline.Job:
-        job = pipeline.make_job(
+    def make(precision: str, **precision_of: str) -> pipeline.ExportState:
+        state = pipeline.prepare(
             wide, "ort", precision=precision, capacity=CAPACITY, chunk=CHUNK, precision_of=precision_of
         )
-        job.captured = captured
-        return job
+        state.captured = captured
+        return state
 
     return make
 
 
 @pytest.fixture(scope="module")
 def mixed(make_quantised: MakeQuantised, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
-    """entropy float32, decoder 4 bits, the others 8 bits; judged on a text."""
-    job = make_quantised("int8", entropy="fp32", decoder="int4")
-    job.eval_ids = [encode(TEXT, bos=True), encode(TEXT.upper(), bos=True, eos=True)]
-    return pipeline.run(job, tmp_path_factory.mktemp("mixed") / "bundle")
+    """entropy float32, decoder 4 bits, the others 8 bits; evaluated on a text."""
+    state = make_quantised("int8", entropy="fp32", decoder="int4")
+    state.eval_ids = [encode(TEXT, bos=True), encode(TEXT.upper(), bos=True, eos=True)]
+    return pipeline.run(state, tmp_path_factory.mktemp("mixed") / "bundle")
 
 
 def graph(report: ExportReport, name: str) -> ir.Model:
@@ -102,7 +102,7 @@ def test_only_codes_are_narrow(mixed: ExportReport) -> None:
     assert any("embed" in name for name in initializers)
 
 
-def test_the_manifest_says_the_precision_of_each_graph(mixed: ExportReport) -> None:
+def test_the_manifest_holds_the_precision_of_each_graph(mixed: ExportReport) -> None:
     manifest = Bundle.open(mixed.path).manifest
     assert manifest.precision == "int8"
     assert manifest.precisions == {"entropy": "fp32", "encoder": "int8", "latent": "int8", "decoder": "int4"}
@@ -120,33 +120,33 @@ def test_quantised_outputs_differ_but_not_much(mixed: ExportReport) -> None:
     assert 1e-2 < errors["decoder.logits"] < 0.3
 
 
-def test_the_step_says_what_it_changed(mixed: ExportReport) -> None:
-    said = next(step.changed for step in mixed.steps if step.name == "quantise")
-    assert "encoder, int8: " in said
-    assert "decoder, int4: " in said
-    assert "entropy" not in said
-    assert " bytes now " in said
+def test_the_step_reports_what_it_changed(mixed: ExportReport) -> None:
+    reported = next(step.changed for step in mixed.steps if step.name == "quantise")
+    assert "encoder, int8: " in reported
+    assert "decoder, int4: " in reported
+    assert "entropy" not in reported
+    assert " bytes now " in reported
 
 
-def test_the_bundle_is_judged_on_text(mixed: ExportReport) -> None:
-    judged = Bundle.open(mixed.path).manifest.judged
-    assert judged is not None
-    assert judged == mixed.manifest.judged
-    assert judged.bytes == 2 * len(TEXT)
-    assert judged.bits_per_byte != judged.float_bits_per_byte
-    assert judged.bits_per_byte == pytest.approx(judged.float_bits_per_byte, rel=0.05)
-    assert judged.boundaries > 10
-    assert (judged.boundaries_lost, judged.boundaries_new) == (0, 0)  # the entropy model is float32
+def test_the_bundle_is_evaluated_on_text(mixed: ExportReport) -> None:
+    evaluated = Bundle.open(mixed.path).manifest.judged
+    assert evaluated is not None
+    assert evaluated == mixed.manifest.judged
+    assert evaluated.bytes == 2 * len(TEXT)
+    assert evaluated.bits_per_byte != evaluated.float_bits_per_byte
+    assert evaluated.bits_per_byte == pytest.approx(evaluated.float_bits_per_byte, rel=0.05)
+    assert evaluated.boundaries > 10
+    assert (evaluated.boundaries_lost, evaluated.boundaries_new) == (0, 0)  # the entropy model is float32
 
 
 def test_boundaries_that_a_quantised_entropy_model_moves_are_counted(
     make_quantised: MakeQuantised, tmp_path: Path
 ) -> None:
-    job = make_quantised("fp32", entropy="int4")
-    job.eval_ids = [encode(TEXT, bos=True)]
-    judged = pipeline.run(job, tmp_path / "b").manifest.judged
-    assert judged is not None
-    assert judged.boundaries_lost + judged.boundaries_new > 0
+    state = make_quantised("fp32", entropy="int4")
+    state.eval_ids = [encode(TEXT, bos=True)]
+    evaluated = pipeline.run(state, tmp_path / "b").manifest.judged
+    assert evaluated is not None
+    assert evaluated.boundaries_lost + evaluated.boundaries_new > 0
 
 
 def test_the_runtime_runs_it_and_always_packs_it(mixed: ExportReport, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,26 +224,26 @@ def test_a_graph_that_reads_its_codes_in_another_way_fails(
         pipeline.run(make_quantised("fp32", decoder=precision), tmp_path / "b")
 
 
-def test_matrices_that_do_not_divide_stay_float_and_say_why(
-    make_job: MakeJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_matrices_that_do_not_divide_stay_float_with_a_reason(
+    prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Latent width 48: no multiple of 32, but its feed-forward (96) is; the other stages are 32 and 64 wide."""
-    job = make_job(VARIANTS[0], "ort")
-    job.precisions = dict.fromkeys(job.spec.graphs, "int4")
+    state = prepare(VARIANTS[0], "ort")
+    state.precisions = dict.fromkeys(state.spec.graphs, "int4")
     with caplog.at_level(logging.INFO, logger="blt_export"):
-        report = pipeline.run(job, tmp_path / "b")
-    said = next(step.changed for step in report.steps if step.name == "quantise")
-    assert "48 inputs are no multiple of 32" in said
+        report = pipeline.run(state, tmp_path / "b")
+    reported = next(step.changed for step in report.steps if step.name == "quantise")
+    assert "48 inputs are no multiple of 32" in reported
     assert op_counts(graph(report, "latent"))[NBITS] > 0
     assert op_counts(graph(report, "latent"))["MatMul"] > 0
 
 
-def test_a_graph_without_any_such_matrix_is_float_and_warned_of(
-    make_job: MakeJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_graph_without_any_such_matrix_stays_float_with_a_warning(
+    prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = make_job(VARIANTS[0], "ort")
-    job.precisions["encoder"] = "int8"
-    report = pipeline.run(job, tmp_path / "b")
+    state = prepare(VARIANTS[0], "ort")
+    state.precisions["encoder"] = "int8"
+    report = pipeline.run(state, tmp_path / "b")
     assert report.manifest.precision_of("encoder") == "fp32"
     assert "nothing in the graph encoder could become int8" in caplog.text
 

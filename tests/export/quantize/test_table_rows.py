@@ -1,4 +1,4 @@
-"""Hash tables in 8 bits: how rows are rounded, what they stand for in numpy and in torch, and what parity says."""
+"""Hash tables in 8 bits: rounding of rows, the values that numpy and torch read, and wrong rows in parity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from blt_runtime.ids import encode
 from tests.export.variants import VARIANTS
 from tests.tiny import tiny
 
-TEXT = "A short text, judged twice: once in float32, once in the bundle.\n" * 6
+TEXT = "A short text, scored twice: once in float32, once in the bundle.\n" * 6
 
 
 def rows_of_all_sizes(n: int, width: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def rows_of_all_sizes(n: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("width", [2, 7, 64])
-def test_values_are_missed_by_half_a_step_at_most(width: int) -> None:
+def test_the_error_of_a_value_is_at_most_half_a_step(width: int) -> None:
     rows = rows_of_all_sizes(200, width)
     rows[3] = 0
     rows[4] = np.float32(1e-45)  # the smallest number: its scale is zero
@@ -86,16 +86,16 @@ def test_a_bundle_with_tables_in_8_bits(tmp_path: Path) -> None:
     assert spec.dtype == "int8"
     assert report.parity[0].output == "hash_embedding"
     assert 0.1 < report.parity[0].max_abs_error < report.parity[0].tolerance < 1.1
-    judged = report.manifest.judged
-    assert judged is not None
-    assert judged.boundaries_lost == judged.boundaries_new == 0  # the entropy model reads no table
-    assert judged.bits_per_byte != judged.float_bits_per_byte
+    evaluated = report.manifest.judged
+    assert evaluated is not None
+    assert evaluated.boundaries_lost == evaluated.boundaries_new == 0  # the entropy model reads no table
+    assert evaluated.bits_per_byte != evaluated.float_bits_per_byte
     opened = Bundle.open(tmp_path / "b", verify="full")
     tables = opened.hash_tables()
     assert tables is not None
     assert tables.shape == (spec.tables * spec.rows, spec.dim + 4)
     assert bundle_weight_bytes(opened, 4.0)[HASH] == spec.tables * (spec.dim + 4)
-    with pytest.MonkeyPatch.context() as patch:  # float32, with the values that the codes stand for
+    with pytest.MonkeyPatch.context() as patch:  # float32, with the values that the codes represent
         embedding = checkpoint.require_blt()[0].hash_embedding
         assert embedding is not None
         patch.setattr(embedding.tables.weight, "data", torch.from_numpy(widen(tables)))

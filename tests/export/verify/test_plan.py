@@ -1,4 +1,4 @@
-"""The sequence and the calls of the parity check contain what they claim to."""
+"""The sequence and the calls of the parity check contain the hard cases that they promise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from blt_export.verify.plan import graph_calls, make_plan, sequence
 from blt_runtime.ids import BOS, EOS, OFFSET, decode
-from tests.export.variants import FLAVOURS, VARIANTS, MakeJob
+from tests.export.variants import FLAVOURS, VARIANTS, Prepare
 
 
 def test_the_sequence_is_fixed_and_hard() -> None:
@@ -20,8 +20,8 @@ def test_the_sequence_is_fixed_and_hard() -> None:
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_calls_wrap_the_ring_and_respect_the_flavour(make_job: MakeJob, flavour: str) -> None:
-    spec = make_job(VARIANTS[0], flavour).spec
+def test_calls_wrap_the_ring_and_respect_the_flavour(prepare: Prepare, flavour: str) -> None:
+    spec = prepare(VARIANTS[0], flavour).spec
     plan, graph = make_plan(spec), spec.graphs["encoder"]
     assert graph.cache is not None
     n = len(plan.ids_N)
@@ -38,8 +38,8 @@ def test_calls_wrap_the_ring_and_respect_the_flavour(make_job: MakeJob, flavour:
             assert len(set(plan.doc_start["encoder"][a:b])) == 1
 
 
-def test_patches_as_a_slow_loop_finds_them(make_job: MakeJob) -> None:
-    spec = make_job(VARIANTS[1], "portable").spec
+def test_patches_as_a_slow_loop_finds_them(prepare: Prepare) -> None:
+    spec = prepare(VARIANTS[1], "portable").spec
     plan = make_plan(spec)
     own = plan.patch_length_P - plan.own_start_P
     ends = np.cumsum(own)
@@ -54,8 +54,8 @@ def test_patches_as_a_slow_loop_finds_them(make_job: MakeJob) -> None:
         assert (plan.byte_index_PL[p, plan.patch_length_P[p] :] == 0).all()
 
 
-def test_documents_start_after_eos(make_job: MakeJob) -> None:
-    plan = make_plan(make_job(VARIANTS[1], "portable").spec)
+def test_documents_start_after_eos(prepare: Prepare) -> None:
+    plan = make_plan(prepare(VARIANTS[1], "portable").spec)
     after = int(np.flatnonzero(plan.ids_N == EOS)[0]) + 1
     assert plan.doc_start["encoder"][after - 1] == 0
     assert plan.doc_start["encoder"][after] == after

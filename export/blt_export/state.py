@@ -59,9 +59,8 @@ class ExportReport:
 
 
 @dataclass
-class Job:
-    """The state that the steps share. A second job with another flavour may reuse `captured`: one capture serves both
-    flavours."""
+class ExportState:
+    """The state that the steps share. An export of the other flavour may reuse `captured`: one capture serves both."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
@@ -86,4 +85,4 @@ class Step:
     """An entry of `pipeline.STEPS`."""
 
     name: str
-    run: Callable[[Job], str]
+    run: Callable[[ExportState], str]
