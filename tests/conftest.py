@@ -18,7 +18,7 @@ settings.register_profile(  # the same examples in every run, however busy the m
     "blt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("blt")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it gives
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it gains
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -31,7 +31,7 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of the reference's outputs (tests/golden/README.md says what each file holds)."""
+    """The folder with outputs of facebookresearch/blt (tests/golden/README.md describes each file)."""
     folder = REPO / "tests" / "golden"
     assert (folder / "hash.json").is_file(), "tests/golden is missing; it belongs to the checkout"
     return folder
@@ -46,7 +46,7 @@ def benchmark() -> Callable[[str], ModuleType]:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
+        sys.modules[spec.name] = module  # dataclasses look up their module
         spec.loader.exec_module(module)
         return module
 

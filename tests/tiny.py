@@ -1,4 +1,4 @@
-"""Tiny random models that between them use every option of the architecture, and a text that is hard on caches."""
+"""Tiny random models that together use every option of the architecture, and a text that is hard on caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WINDOW = 24
 
 
 def runs_rows() -> bool:
-    """Whether the onnxruntime here runs the graphs for many streams."""
+    """Whether the installed onnxruntime runs the batched graphs."""
     try:
         load_library(ROWS_MINIMUM)
     except BackendError:
@@ -85,8 +85,8 @@ VARIANTS: dict[str, tuple[BLTConfig, PatchRule]] = {
 
 
 def hard_text() -> np.ndarray:
-    """Ids that cross the window, hold EOS (twice in a row, too), newlines, multi-byte text, all raw bytes and
-    runs without a boundary."""
+    """More ids than the window, with EOS (also twice in a row), newlines, multi-byte text, all raw bytes, and long runs
+    without a boundary."""
     parts = [
         encode("Grüße aus 東京 🚀\nline two\n\nline four ", bos=True, eos=True),
         encode(b"x" * 40 + b"\xff\xfe\x80", bos=True, eos=True),
@@ -103,13 +103,13 @@ def tiny(variant: str = "plain", seed: int = 0) -> Checkpoint:
 
 
 def random_checkpoint(config: BLTConfig, rule: PatchRule, seed: int = 0) -> Checkpoint:
-    """Random weights, the rule's threshold in the widest gap near the text's median entropy."""
+    """Random weights, with the rule's threshold in the widest gap near the median entropy of the text."""
     generator = torch.Generator().manual_seed(seed)
     blt, entropy = BLT(config), EntropyModel(ENTROPY)
     for model in (blt, entropy):
         model.init_weights(generator)
     with torch.no_grad():
-        entropy.output.weight.mul_(3)  # sharper predictions: entropies spread over a nat or more
+        entropy.output.weight.mul_(3)  # sharper predictions, so that entropies spread over a nat or more
     if rule.needs_entropy:
         rule = replace(rule, threshold=_threshold(entropy, rule))
     return Checkpoint(blt.eval(), entropy.eval() if rule.needs_entropy else None, rule)
@@ -125,5 +125,5 @@ def _threshold(entropy: EntropyModel, rule: PatchRule) -> float:
 
 
 def prompts() -> list[list[int]]:
-    """Beginnings of different kinds: one id, prose, bytes that are no UTF-8."""
+    """Prompts of different kinds: one id, prose, bytes that are not UTF-8."""
     return [[BOS], encode("Once upon a time", bos=True).tolist(), encode(b"\x80\xff\n\x00", bos=True).tolist()]

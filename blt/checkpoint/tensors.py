@@ -15,7 +15,7 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from blt.files import atomic_file
 from blt.model.pages import drop_pages
 from blt_runtime.errors import CheckpointError, MissingExtra
 
@@ -157,20 +158,6 @@ def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
 # --- writing -------------------------------------------------------------------------------------------------
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO, Path], None]) -> None:
-    """`write(file, its path)` fills a temporary file next to `path`, which is flushed and renamed to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w+b") as file:
-            write(file, temporary)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_pickled(
     path: Path,
     content: dict[str, Any],
@@ -187,20 +174,25 @@ def write_pickled(
         for key, weights in models.items()
     }
 
-    def write(file: BinaryIO, temporary: Path) -> None:
+    with atomic_file(path) as file:
         with torch.serialization.skip_data():
             torch.save(_interned({**content, **empty}), file)
         file.flush()
-        if not any(models.values()):
-            return
-        os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)  # a full disk raises here, and would crash later
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            space = torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
-        for key, weights in models.items():
-            for name, tensor in weights.items():
-                _fill(tensor, space[key][name])
+        if any(models.values()):
+            _fill(file, models)
 
-    atomic_write(path, write)
+
+def _fill(file: BinaryIO, models: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    """Writes tensors into the empty space for them, through a shared mapping of the file."""
+    # A full disk raises OSError here; without this it would kill the process at a write to the mapping.
+    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        space = torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+    for key, weights in models.items():
+        for name, tensor in weights.items():
+            for block, target in tensor.blocks_with(space[key][name]):
+                target.copy_(cast(block, target.dtype, tensor.names[0]))
+                drop_pages(target)  # the content is in the file, which the kernel flushes
 
 
 def _interned(value: Any) -> Any:
@@ -210,12 +202,6 @@ def _interned(value: Any) -> Any:
     if isinstance(value, dict):
         return {_interned(key): _interned(item) for key, item in value.items()}
     return [_interned(item) for item in value] if isinstance(value, list) else value
-
-
-def _fill(source: StoredTensor, space: Tensor) -> None:
-    for block, target in source.blocks_with(space):
-        target.copy_(cast(block, space.dtype, source.names[0]))
-        drop_pages(target)  # the content is in the file, which the kernel flushes
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None = None) -> None:
@@ -232,13 +218,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], dtype: to
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
 
-    def write(file: BinaryIO, _: Path) -> None:
+    with atomic_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             for block in tensor.blocks():
                 file.write(raw_bytes(cast(block, dtype or block.dtype, tensor.names[0])))
-
-    atomic_write(path, write)
 
 
 def cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""A folder for tests that change it."""
+"""A Hugging Face folder for tests that change it."""
 
 from __future__ import annotations
 

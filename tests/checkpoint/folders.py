@@ -1,4 +1,4 @@
-"""Hugging Face folders to be written, changed and broken; no `transformers` needed."""
+"""Hugging Face folders that tests write, change and break; `transformers` is not needed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save_state(folder: Path, state: dict[str, torch.Tensor], file: str = "model.
 
 
 def shard(folder: Path) -> dict[str, str]:
-    """The folder's weights in two files and an index; returns its weight_map."""
+    """Splits the weights of the folder into two files with an index; returns its weight_map."""
     state = load_state(folder)
     names = {name: f"model-0000{1 + ('patcher' in name)}-of-00002.safetensors" for name in state}
     for file in set(names.values()):

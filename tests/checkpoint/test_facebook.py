@@ -1,5 +1,4 @@
-"""The reference's training and hub formats: every variant means the same from there, and what does not fit is one
-clear error."""
+"""The facebook format: every variant scores the same from training and hub folders; a mismatch is one clear error."""
 
 from __future__ import annotations
 
@@ -21,13 +20,13 @@ from blt_runtime.errors import CheckpointError
 from tests.checkpoint.facebook import Form, forced_window, write_facebook
 from tests.tiny import ENTROPY, VARIANTS, hard_text, tiny
 
-# newline resets, separate head counts and learned queries are ours alone; everything else the format can say
-FOREIGN = [name for name in VARIANTS if name not in ("cross_windows_own_heads_newlines", "static")]
+# The format has no newline resets, separate head counts or learned queries; it can represent everything else.
+REPRESENTABLE = [name for name in VARIANTS if name not in ("cross_windows_own_heads_newlines", "static")]
 
 
 @pytest.mark.parametrize("form", ["training", "hub"])
-@pytest.mark.parametrize("variant", FOREIGN)
-def test_every_variant_scores_the_same_from_the_reference_format(variant: str, form: Form, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", REPRESENTABLE)
+def test_every_variant_scores_the_same_from_the_facebook_format(variant: str, form: Form, tmp_path: Path) -> None:
     checkpoint = tiny(variant) if form == "hub" else forced_window(tiny(variant))
     blt, rule = checkpoint.require_blt()
     ids = hard_text()[:120].tolist()
@@ -44,7 +43,7 @@ def test_one_id_scores(tmp_path: Path) -> None:
     assert score.patch_lengths.tolist() == [1, 1]
 
 
-def test_a_model_that_patches_by_itself(tmp_path: Path) -> None:
+def test_a_model_with_patch_in_forward(tmp_path: Path) -> None:
     folder = write_facebook(tmp_path, tiny("no_hash_space_causal_latent"))
     edit(folder, lambda p: p["data"]["patcher_args"].update(patching_mode="entropy"))
     edit(folder, lambda p: p["model"].update(patch_in_forward=True, patching_mode="space"))
@@ -94,7 +93,7 @@ def test_bad_parameters_are_one_clear_error(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_named_entropy_model_counts(tmp_path: Path) -> None:
+def test_the_given_entropy_model_replaces_the_one_found(tmp_path: Path) -> None:
     checkpoint = tiny()
     folder = write_facebook(tmp_path, checkpoint)
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
@@ -117,14 +116,14 @@ def _without_entropy(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "value"), [("sliding_window", 24), ("rope_theta", 500000.0), ("norm_eps", 1e-6)])
-def test_what_the_references_loader_ignores_is_an_error(name: str, value: float, tmp_path: Path) -> None:
+def test_arguments_that_facebooks_loader_ignores_are_an_error(name: str, value: float, tmp_path: Path) -> None:
     folder = write_facebook(tmp_path, tiny())
     edit(tmp_path / "entropy_model", lambda p: p["entropy_model"].update({name: value}))
     with pytest.raises(CheckpointError, match=f"entropy model has {name} .*does not belong"):
         load(folder)
 
 
-def test_an_entropy_model_of_another_vocabulary_does_not_belong(tmp_path: Path) -> None:
+def test_an_entropy_model_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     folder = write_facebook(tmp_path, tiny())
     other = EntropyModel(ENTROPY.model_copy(update={"vocab_size": 300}))
     save(tmp_path / "other.pt", Checkpoint(None, other, None))
@@ -161,14 +160,14 @@ FFN = "global_transformer.layers.0.feed_forward"
 
 
 @pytest.mark.parametrize("part", ["w1", "w2", "w3"])
-def test_a_swapped_matrix_is_named_and_not_those_beside_it(part: str, tmp_path: Path) -> None:
+def test_only_the_transposed_matrix_is_named(part: str, tmp_path: Path) -> None:
     folder = write_facebook(tmp_path, tiny())
     change_state(folder, lambda state: state.update({f"{FFN}.{part}.weight": state[f"{FFN}.{part}.weight"].T}))
     with pytest.raises(CheckpointError, match=rf"do not fit the configuration: {FFN}\.{part}\.weight is [^;]*$"):
         load(folder)
 
 
-def test_matrices_that_say_how_wide_a_layer_is_are_missed_all_at_once(tmp_path: Path) -> None:
+def test_missing_matrices_that_define_a_width_are_listed_together(tmp_path: Path) -> None:
     folder = write_facebook(tmp_path, tiny())
     names = ["local_encoder.layers.0.attention.wq.weight", f"{FFN}.w1.weight"]
     change_state(folder, lambda state: [state.pop(name) for name in names])
@@ -187,22 +186,22 @@ ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("message", ODD)
-def test_odd_tensors_are_no_weights(message: str, tmp_path: Path) -> None:
+def test_unsupported_tensors_are_refused(message: str, tmp_path: Path) -> None:
     folder = write_facebook(tmp_path, tiny())
     change_state(folder, lambda state: state.update({f"{FFN}.w1.weight": ODD[message](state[f"{FFN}.w1.weight"])}))
     with pytest.raises(CheckpointError, match=rf"{FFN}\.w1\.weight is {message}"):
         load(folder)
 
 
-def test_an_entropy_model_that_does_not_call_itself_one(tmp_path: Path) -> None:
-    """The reference's loader reads the section `entropy_model` and nothing else."""
+def test_an_entropy_model_without_train_entropy_model(tmp_path: Path) -> None:
+    """facebookresearch/blt's loader reads only the section `entropy_model`."""
     folder = write_facebook(tmp_path, tiny())
     edit(tmp_path / "entropy_model", lambda p: p.pop("train_entropy_model"))
     assert load(folder).entropy is not None
 
 
 @pytest.mark.parametrize("args", [None, 5, []])
-def test_arguments_that_are_none(args: object, tmp_path: Path) -> None:
+def test_args_that_are_not_an_object(args: object, tmp_path: Path) -> None:
     folder = write_facebook(tmp_path, tiny(), "hub")
     (folder / "config.json").write_text(json.dumps({"args": args}))
     with pytest.raises(CheckpointError, match=r"blt/config\.json has no section 'args'"):
@@ -220,7 +219,7 @@ def test_weights_that_are_not_finite_are_named(name: str, bad: float, tmp_path: 
         load(folder)
 
 
-def test_integers_are_no_weights(tmp_path: Path) -> None:
+def test_integer_weights_are_refused(tmp_path: Path) -> None:
     folder = write_facebook(tmp_path, tiny())
     content = torch.load(folder / "consolidated.pth", weights_only=True)
     content["model"]["local_decoder.norm.weight"] = torch.ones(32, dtype=torch.int8)

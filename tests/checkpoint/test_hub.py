@@ -1,4 +1,4 @@
-"""Names on the hub: what is taken for one, and every way in which a download fails is one clear error."""
+"""Names on the hub: what is treated as a name, and every failure of a download is one clear error."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def serve(monkeypatch: pytest.MonkeyPatch, download: Callable[..., str]) -> None
 
 
 def test_a_name_and_the_entropy_model_of_the_same_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    downloaded = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
+        downloaded.append(name)
         assert "*.safetensors" in allow_patterns
         assert not any(pattern.endswith((".pt", ".pth", ".bin", ".py")) for pattern in allow_patterns)
         return str(tmp_path / name.replace("/", "--"))
@@ -45,7 +45,7 @@ def test_a_name_and_the_entropy_model_of_the_same_owner(tmp_path: Path, monkeypa
     (tmp_path / "entropy_model").rename(tmp_path / "facebook--blt-entropy")
     serve(monkeypatch, download)
     checkpoint = load("facebook/blt-1b")
-    assert asked == ["facebook/blt-1b", "facebook/blt-entropy"]
+    assert downloaded == ["facebook/blt-1b", "facebook/blt-entropy"]
     assert checkpoint.entropy is not None
     assert checkpoint.patch_rule == tiny().patch_rule
 
@@ -59,10 +59,10 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_download_that_fails_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_one_clear_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, message = FAILURES[name]
     error = getattr(huggingface_hub.errors, kind)
-    raised = error.__new__(error, "out of order")  # without the HTTP response that its __init__ asks for
+    raised = error.__new__(error, "out of order")  # its __init__ needs an HTTP response
 
     def download(*_: object, **__: object) -> str:
         raise raised
@@ -73,9 +73,9 @@ def test_a_download_that_fails_says_why(name: str, monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(caught.value)
 
 
-def test_a_connection_that_breaks_off_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class RemoteProtocolError(Exception):
-        """As of httpx: no OSError."""
+        """Like that of httpx, which is not an OSError."""
 
     def download(*_: object, **__: object) -> str:
         raise RemoteProtocolError("peer closed connection\nfor more information ...")
@@ -91,7 +91,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         load("facebook/blt-1b")
 
 
-def test_an_entropy_model_is_looked_for_only_where_the_rule_needs_one(tmp_path: Path) -> None:
+def test_an_entropy_model_is_searched_for_only_if_the_rule_needs_one(tmp_path: Path) -> None:
     write_facebook(tmp_path, forced_window(tiny()))
     save(tmp_path / "space.pt", tiny("no_hash_space_causal_latent"))
     assert load(tmp_path / "space.pt").entropy is None

@@ -1,4 +1,4 @@
-"""Hugging Face folders without the package: there and back, what they cannot say, and what a config.json may say."""
+"""Hugging Face folders without `transformers`: round trips, obstacles, and accepted values of config.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.tiny import BY_ENTROPY, PLAIN, VARIANTS, WINDOW, random_checkpoint, s
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_native_there_and_back_is_the_same_bits(dtype: torch.dtype | None, tmp_path: Path) -> None:
+def test_a_round_trip_from_native_is_bit_identical(dtype: torch.dtype | None, tmp_path: Path) -> None:
     source = tiny().to_source(tmp_path)
     native.write(source, tmp_path / "model.pt", dtype)
     first = open_source(tmp_path / "model.pt")
@@ -46,17 +46,17 @@ def test_native_there_and_back_is_the_same_bits(dtype: torch.dtype | None, tmp_p
 
 
 def filled(source: Source) -> Any:
-    """The configuration with key/value heads said, as the folder says them."""
+    """The configuration with explicit numbers of key/value heads, as in the folder."""
     c = source.blt_config
     assert c is not None
-    said = {
+    explicit = {
         name: stack.model_copy(update={"n_kv_heads": stack.kv_heads})
         for name, stack in {"encoder": c.encoder, "latent": c.latent, "decoder": c.decoder}.items()
     }
-    return c.model_copy(update=said)
+    return c.model_copy(update=explicit)
 
 
-def test_tables_kept_apart_are_written_fused(tmp_path: Path) -> None:
+def test_separate_tables_are_written_as_one_tensor(tmp_path: Path) -> None:
     checkpoint = tiny()
     source = checkpoint.to_source(tmp_path)
     assert source.blt is not None
@@ -78,7 +78,7 @@ GOLDEN = ["ascii", "multibyte", "emoji", "code", "random_bytes", "repeat", "bos_
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_cases_without_eos(golden: Path, case: str) -> None:
-    """The same weights as the reference's golden checkpoint, fused and renamed by transformers' own conversion."""
+    """The weights are those of the golden facebook checkpoint, fused and renamed by transformers' own conversion."""
     with np.load(golden / "a" / "cases.npz") as arrays:
         ids, positions = arrays[f"{case}/tokens"].tolist(), arrays[f"{case}/logit_positions"]
         expected = [arrays[f"{case}/{name}"] for name in ("entropies", "patch_lengths", "logits")]
@@ -97,7 +97,7 @@ def test_golden_text(golden: Path) -> None:
         assert list(stream.generate_ids(64, temperature=0, stop_at_eos=False)) == case["meta"]
 
 
-def test_golden_weights_are_those_of_the_reference_format(golden: Path) -> None:
+def test_golden_weights_equal_those_of_the_facebook_format(golden: Path) -> None:
     here, there = open_source(golden / "a" / "hf"), open_source(golden / "a" / "blt")
     assert here.patch_rule == there.patch_rule
     for key, part in there.models().items():
@@ -162,7 +162,7 @@ def test_the_other_variants_are_refused(variant: str, tmp_path: Path) -> None:
         write(tiny(variant), tmp_path / "hf")
 
 
-def test_other_things_without_a_form(tmp_path: Path) -> None:
+def test_other_obstacles(tmp_path: Path) -> None:
     config = PLAIN.model_copy(update={"latent": stack(32, 1, 2), "cross_k": 1, "decoder_projection": False})
     with pytest.raises(CheckpointError, match=r"represent: decoder_projection off$"):
         write(random_checkpoint(config, BY_ENTROPY), tmp_path / "hf")
@@ -173,7 +173,7 @@ def test_other_things_without_a_form(tmp_path: Path) -> None:
         huggingface.write(replace(source, blt=None), tmp_path / "hf")
 
 
-def test_what_merely_differs_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_differences_without_an_obstacle_are_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tiny(), tmp_path / "hf")
     assert "D2" in caplog.text
     assert "D9" not in caplog.text
@@ -189,11 +189,11 @@ def test_an_older_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
-# --- what a config.json may say ----------------------------------------------------------------------------
+# --- accepted and refused values of config.json ------------------------------------------------------------
 
 
 def test_missing_fields_are_the_defaults_of_transformers() -> None:
-    """Older versions write only what differs from the default; the released 1B is all defaults."""
+    """Older versions write only what differs from the defaults; the released 1B has all defaults."""
     blt, entropy, rule = huggingface_config.our_configs(
         huggingface_config.parse_config({"encoder_config": None}, ""), ""
     )

@@ -31,7 +31,7 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, live.save(model, tmp_path_factory.mktemp("peer") / request.param)
 
 
-def test_their_models_compute_the_same_here(peer: tuple[Any, Path]) -> None:
+def test_their_models_compute_the_same_in_this_project(peer: tuple[Any, Path]) -> None:
     model, folder = peer
     checkpoint = load(folder)
     assert (checkpoint.entropy is None) == (model.model.patcher is None)
@@ -39,7 +39,7 @@ def test_their_models_compute_the_same_here(peer: tuple[Any, Path]) -> None:
         assert live.largest_error(live.theirs(model, ids), live.ours(checkpoint, ids)) < live.TOLERANCE
 
 
-def test_their_models_write_the_same_greedy_text_here(peer: tuple[Any, Path]) -> None:
+def test_their_models_generate_the_same_greedy_text_in_this_project(peer: tuple[Any, Path]) -> None:
     model, folder = peer
     stream = open_model(folder, capacity=64).stream(bos=False)
     compared = 0
@@ -52,8 +52,8 @@ def test_their_models_write_the_same_greedy_text_here(peer: tuple[Any, Path]) ->
     assert compared > 30
 
 
-def test_there_and_back_is_the_same_bits(peer: tuple[Any, Path], tmp_path: Path) -> None:
-    """Through our model.pt and out again; transformers finds every tensor and computes the same numbers."""
+def test_a_round_trip_is_bit_identical(peer: tuple[Any, Path], tmp_path: Path) -> None:
+    """By way of our model.pt; transformers finds every tensor and computes the same numbers."""
     model, folder = peer
     native.write(open_source(folder), tmp_path / "model.pt")
     huggingface.write(open_source(tmp_path / "model.pt"), tmp_path / "again")
@@ -66,7 +66,7 @@ def test_there_and_back_is_the_same_bits(peer: tuple[Any, Path], tmp_path: Path)
     assert old.keys() == new.keys()
     grouped = {name for name in old if old[name].shape != new[name].shape}
     kv = {name for name in old if "local_" in name and name.endswith(("k_proj.weight", "v_proj.weight"))}
-    assert grouped <= kv  # heads that transformers groups in a local stack are written one by one
+    assert grouped <= kv  # grouped heads of a local stack are written ungrouped
     assert all(torch.equal(old[name], new[name]) for name in old.keys() - grouped)
 
 
@@ -113,7 +113,7 @@ def write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None
     return folder
 
 
-def test_our_models_compute_the_same_there(own: Checkpoint, tmp_path: Path) -> None:
+def test_our_models_compute_the_same_in_transformers(own: Checkpoint, tmp_path: Path) -> None:
     model = live.open_theirs(write(own, tmp_path / "hf"))
     for ids in (live.text(), *live.prompts()):
         assert live.largest_error(live.theirs(model, ids), live.ours(own, ids)) < live.TOLERANCE
@@ -144,9 +144,9 @@ SWAPS = {
 
 
 @pytest.mark.parametrize("what", SWAPS)
-def test_a_swapped_pair_of_weights_shows(what: str, tmp_path: Path) -> None:
+def test_a_swapped_pair_of_weights_is_found(what: str, tmp_path: Path) -> None:
     """The comparisons above can fail: each swap moves logits or entropies by more than a thousand tolerances."""
-    # 32 x 64 and 64 x 64 projections cannot be swapped, so the latent transformer is as wide as a slice here
+    # 32 x 64 and 64 x 64 projections cannot be swapped, so the latent transformer has the width of a slice
     shape = live.config(live.local(32, 1, 2), live.local(32, 2, 4), live.local(32, 2, 2), k=2)
     live.SHAPES["narrow"] = shape
     model = live.make("narrow")
@@ -172,8 +172,8 @@ def swap(state: dict[str, torch.Tensor], pattern: str) -> None:
     state[names[0]], state[names[1]] = state[names[1]], state[names[0]]
 
 
-def test_behind_an_eos_the_two_differ_and_not_before(tmp_path: Path) -> None:
-    """D2: the reference masks documents, transformers does not."""
+def test_the_two_differ_only_after_an_eos(tmp_path: Path) -> None:
+    """D2: facebookresearch/blt masks documents, transformers does not."""
     model = live.make("plain")
     checkpoint = load(live.save(model, tmp_path / "hf"))
     ids = live.text()[:60]
@@ -188,8 +188,8 @@ def test_behind_an_eos_the_two_differ_and_not_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["ascii", "code", "long"])
-def test_the_golden_reference_checkpoint_runs_there(case: str, golden: Path, tmp_path: Path) -> None:
-    """Reference format to Hugging Face: transformers gives the logits of the reference implementation."""
+def test_the_golden_facebook_checkpoint_runs_in_transformers(case: str, golden: Path, tmp_path: Path) -> None:
+    """Facebook format to Hugging Face: transformers computes the logits of facebookresearch/blt."""
     huggingface.write(open_source(golden / "a" / "blt"), tmp_path / "hf")
     with np.load(golden / "a" / "cases.npz") as arrays:
         expected = {name: arrays[f"{case}/{name}"] for name in ("tokens", "logit_positions", "patch_lengths", "logits")}

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: grouped heads, shards, and everything that may be wrong with them."""
+"""The weights of a Hugging Face folder: grouped heads, shards, and every kind of damage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_tensor_that_does_not_fit_is_listed(folder: Path) -> None:
         assert part in message
 
 
-def test_a_patcher_that_is_half_there(folder: Path) -> None:
+def test_an_incomplete_patcher(folder: Path) -> None:
     state = load_state(folder)
     del state["model.patcher.layers.1.self_attn.o_proj.weight"]
     save_state(folder, state)
@@ -44,7 +44,7 @@ def test_a_patcher_that_is_half_there(folder: Path) -> None:
 
 
 def group_heads(folder: Path) -> None:
-    """The local stacks with one key/value head for two heads, as transformers has it: in cross-attention, too."""
+    """Gives the local stacks one key/value head for two heads, in cross-attention, too, as transformers does."""
     edit(folder, lambda c: [c[f"{side}_config"].update(num_key_value_heads=1) for side in ("encoder", "decoder")])
     local = re.compile(r"model\.local_.*\.[kv]_proj\.weight")
     state = load_state(folder)
@@ -61,7 +61,7 @@ def test_grouped_cross_attention_is_read_head_by_head(folder: Path) -> None:
     assert source.blt.weights["decoder.layers.1.attention.wv.weight"].shape == (16, 32)
 
 
-def test_a_grouped_weight_that_is_no_number_is_named_once(folder: Path) -> None:
+def test_a_grouped_weight_that_is_not_finite_is_named_once(folder: Path) -> None:
     group_heads(folder)
     state = load_state(folder)
     state["model.local_encoder.cross_attn_layers.0.k_proj.weight"][3] = float("inf")
@@ -72,7 +72,7 @@ def test_a_grouped_weight_that_is_no_number_is_named_once(folder: Path) -> None:
         load(folder)
 
 
-def test_a_weight_that_is_no_number(folder: Path) -> None:
+def test_a_weight_that_is_not_finite(folder: Path) -> None:
     state = load_state(folder)
     state["model.patcher.norm.weight"][3] = float("nan")
     save_state(folder, state)
@@ -80,7 +80,7 @@ def test_a_weight_that_is_no_number(folder: Path) -> None:
         load(folder)
 
 
-def test_no_weights_at_all(folder: Path) -> None:
+def test_missing_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
         open_source(folder)
@@ -112,7 +112,7 @@ def test_shards_outside_the_folder_are_refused(name: str, folder: Path) -> None:
         open_source(folder)
 
 
-def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_links_to_files_outside_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
@@ -120,8 +120,8 @@ def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path) -> No
         open_source(folder)
 
 
-def test_links_within_the_cache_of_the_hub_are_followed(folder: Path, tmp_path: Path) -> None:
-    """The hub keeps files as blobs/HASH and a revision's folder as links to them."""
+def test_links_within_the_hub_cache_are_followed(folder: Path, tmp_path: Path) -> None:
+    """The hub cache stores files as blobs/HASH, and the folder of a revision has links to them."""
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
     blobs = tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)

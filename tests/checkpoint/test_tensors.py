@@ -1,4 +1,4 @@
-"""Tensors on disk: both writers stream what they are given, and damaged files are one clear error each."""
+"""Tensors on disk: both writers stream tensors of any kind, and every damaged file is one clear error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def whole(tensor: StoredTensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", [1, 40, 64 << 20])
-def test_both_writers_give_what_their_libraries_read(
+def test_the_libraries_read_what_both_writers_write(
     block: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensors, "BLOCK", block)
@@ -58,7 +58,7 @@ def test_both_writers_give_what_their_libraries_read(
             assert torch.equal(state[name], want)
 
 
-def test_what_is_read_back_stays_in_the_file_and_reads_the_same_twice(tmp_path: Path) -> None:
+def test_tensors_stay_in_the_file_and_read_the_same_twice(tmp_path: Path) -> None:
     big = {"w": StoredTensor(("w",), (torch.randn(300, 1000),))}
     write_safetensors(tmp_path / "m.safetensors", big)
     write_pickled(tmp_path / "m.pt", {}, {"state": big})
@@ -68,7 +68,7 @@ def test_what_is_read_back_stays_in_the_file_and_reads_the_same_twice(tmp_path: 
     )
     for found in read:
         assert found["w"].mapped
-        for _ in range(2):  # pages are dropped behind each reading
+        for _ in range(2):  # pages are dropped after each read
             assert torch.equal(torch.cat(list(found["w"].blocks())), big["w"].pieces[0])
 
 
@@ -87,7 +87,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("big", [1e6, -1e6])
-def test_a_number_too_large_for_the_narrower_type_is_named(big: float, tmp_path: Path) -> None:
+def test_a_number_too_large_for_the_narrower_dtype_is_named(big: float, tmp_path: Path) -> None:
     weights = {"ours": StoredTensor(("theirs",), (torch.tensor([1.0, 65504.0, big]),))}
     with pytest.raises(CheckpointError, match=r"theirs has numbers beyond 6\.55e\+04, the largest float16"):
         write_pickled(tmp_path / "m.pt", {}, {"state": weights}, torch.float16)
@@ -98,7 +98,9 @@ def test_a_number_too_large_for_the_narrower_type_is_named(big: float, tmp_path:
 
 
 @pytest.mark.parametrize("reader", [read_tensors, read_safetensors])
-def test_a_folder_in_place_of_a_file_is_not_called_missing(reader: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_folder_instead_of_a_file_is_not_reported_as_missing(
+    reader: Callable[[Path], object], tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=f"cannot read {tmp_path}: Is a directory"):
         reader(tmp_path)
     with pytest.raises(CheckpointError, match="nothing does not exist"):
@@ -148,7 +150,7 @@ def test_a_tensor_in_two_files_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_other_endianness_is_read_in_memory(tmp_path: Path) -> None:
-    """torch turns its bytes around in memory; pages of the file, read again, would hold other numbers."""
+    """torch swaps the bytes in memory; pages of the file, read again, would hold other numbers."""
     want = torch.randn(300, 1000)
     torch.save({"w": want}, tmp_path / "native.pt")
     other = "big" if sys.byteorder == "little" else "little"

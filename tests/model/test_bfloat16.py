@@ -1,4 +1,4 @@
-"""The reference loader's bfloat16 entropies: against its own numbers, and steps against rows."""
+"""Entropies in bfloat16, as facebookresearch/blt's loader computes them: golden outputs, and steps against rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blt_runtime.patching import PatchRule, patch_lengths
 from blt_runtime.patching import to_bfloat16 as round_to_bfloat16
 from tests.tiny import hard_text, tiny
 
-# The kernels that the counts below were taken with; others group their sums otherwise.
+# The kernels for which the counts below were measured; others group their sums differently.
 SAME_KERNELS = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.__version__ >= "2.12"
 ENTROPY_RULES = ("plain", "all_layers_gqa_projection", "cross_windows_own_heads_newlines", "max_patch_length")
 
@@ -50,11 +50,11 @@ def test_golden_entropies_and_patches(checkpoint: Checkpoint, arrays: dict[str, 
     rounded = checkpoint.with_entropy_dtype("bfloat16")
     equal = same_patches = in_float32 = 0
     for case in cases:
-        ids, truth = arrays[f"{case}/tokens"], arrays[f"{case}/entropies_bf16_loader"]
+        ids, expected = arrays[f"{case}/tokens"], arrays[f"{case}/entropies_bf16_loader"]
         lengths = arrays[f"{case}/patch_lengths_bf16_loader"].tolist()
         entropies = whole_row(rounded.entropy, ids)
-        assert np.abs(entropies - truth).max() < (0.06 if SAME_KERNELS else 0.15)
-        equal += int((entropies == truth).sum())
+        assert np.abs(entropies - expected).max() < (0.06 if SAME_KERNELS else 0.15)
+        equal += int((entropies == expected).sum())
         same_patches += reference.lengths_of(rounded, ids.tolist()) == lengths
         in_float32 += reference.lengths_of(checkpoint, ids.tolist()) == lengths
     assert len(cases) == 15
@@ -67,22 +67,22 @@ def test_golden_entropies_and_patches(checkpoint: Checkpoint, arrays: dict[str, 
 
 @pytest.mark.parametrize("variant", ENTROPY_RULES)
 def test_steps_equal_rows(variant: str) -> None:
-    """Chunks and single bytes give the bits of whole rows: rings that wrap, documents, newlines that reset."""
+    """Chunks and single bytes are bit-identical to whole rows, also across cache wraps, documents, newline resets."""
     rounded = tiny(variant).with_entropy_dtype("bfloat16")
     ids, rule = hard_text(), rounded.patch_rule
     assert rule is not None
-    truth = whole_row(rounded.entropy, ids, rule.reset_newlines)
-    np.testing.assert_array_equal(truth, round_to_bfloat16(truth))
-    assert (truth != whole_row(tiny(variant).entropy, ids, rule.reset_newlines)).mean() > 0.5
+    whole = whole_row(rounded.entropy, ids, rule.reset_newlines)
+    np.testing.assert_array_equal(whole, round_to_bfloat16(whole))
+    assert (whole != whole_row(tiny(variant).entropy, ids, rule.reset_newlines)).mean() > 0.5
     model = open_model(rounded, chunk=32)
     score = model.score(ids)
-    np.testing.assert_array_equal(score.entropies, truth)
-    assert score.patch_lengths.tolist() == patch_lengths(rule, ids, truth).tolist()
+    np.testing.assert_array_equal(score.entropies, whole)
+    assert score.patch_lengths.tolist() == patch_lengths(rule, ids, whole).tolist()
     bytewise = open_model(rounded, chunk=1).score(ids)
-    np.testing.assert_array_equal(bytewise.entropies, truth)
+    np.testing.assert_array_equal(bytewise.entropies, whole)
 
 
-def test_generated_bytes_equal_the_slow_form() -> None:
+def test_generated_bytes_equal_the_reference() -> None:
     rounded = tiny().with_entropy_dtype("bfloat16")
     prompt = hard_text()[:60].tolist()
     stream = open_model(rounded).stream(bos=False)
@@ -98,7 +98,7 @@ def test_a_prefix_has_the_entropies_of_its_row(length: int) -> None:
     np.testing.assert_array_equal(whole_row(model, ids[:length]), whole_row(model, ids)[:length])
 
 
-def test_rows_of_a_batch_do_not_see_each_other() -> None:
+def test_rows_of_a_batch_are_independent() -> None:
     model = to_bfloat16(tiny().entropy)
     ids = np.stack([hard_text()[:300], hard_text()[-300:]])
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_rows_of_a_batch_do_not_see_each_other() -> None:
         np.testing.assert_array_equal(row, whole_row(model, row_ids))
 
 
-def test_the_switch_leaves_the_checkpoint_as_it_was(checkpoint: Checkpoint) -> None:
+def test_conversion_does_not_change_the_checkpoint(checkpoint: Checkpoint) -> None:
     rounded = checkpoint.with_entropy_dtype("bfloat16")
     assert rounded.blt is checkpoint.blt
     assert rounded.patch_rule == replace(checkpoint.patch_rule, entropy_dtype="bfloat16")
@@ -125,7 +125,7 @@ def test_an_entropy_model_alone_is_converted() -> None:
     assert alone.patch_rule is None
 
 
-def test_a_switch_that_makes_no_sense_is_refused() -> None:
+def test_conversions_that_make_no_sense_are_refused() -> None:
     with pytest.raises(RuleError, match="has none"):
         tiny("static").with_entropy_dtype("bfloat16")
     with pytest.raises(RuleError, match="load the checkpoint again"):

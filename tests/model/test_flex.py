@@ -1,4 +1,4 @@
-"""FlexAttention equals the masks forward, which is all it runs without CUDA; there its option is refused."""
+"""The forward pass of FlexAttention equals the dense masks. Without CUDA it cannot train, and the option is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_flex_equals_the_dense_mask(n: int, window: int | None, heads: int) -> N
     torch.testing.assert_close(found, dense_attend(causal_mask(document, window))(q, k, v), atol=2e-6, rtol=1e-5)
 
 
-def test_every_stack_attends_as_chosen() -> None:
+def test_the_option_sets_the_attention_of_every_stack() -> None:
     config, _ = VARIANTS["static"]
     model = BLT(config)
     choose_attention(model, "flex", "cuda", compiled=True)

@@ -1,4 +1,4 @@
-"""What patches gather from bytes, and the gradient that comes back by the inverse places."""
+"""The gather of each patch's byte states, and its gradient, which is a gather by the inverse index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def lengths(rows: list[list[int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("encoder_window", [1, 2, 3])
 def test_the_gradient_of_a_gather_is_a_gather(encoder_window: int) -> None:
-    # 11 tokens and the virtual next one; rows with fewer patches, and a last patch longer than the others may be
+    # 11 tokens and the virtual next one; rows with fewer patches, and a last patch longer than max_patch
     patch_lengths = lengths([[1, 4, 3, 1, 3], [1, 11], [1, 1, 1, 9], [1, 4, 4, 2, 1]])
     layout = patch_layout(patch_lengths, 11, 4, encoder_window)
     generator = torch.Generator().manual_seed(encoder_window)

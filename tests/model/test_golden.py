@@ -1,4 +1,4 @@
-"""The reference implementation's own numbers: every case of `golden/a`, by the slow form and by the fast one."""
+"""The outputs of facebookresearch/blt: the reference and the whole-row form reproduce every case of `golden/a`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_case_is_listed(golden: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_slow_reference(checkpoint: Checkpoint, arrays: Arrays, case: str) -> None:
+def test_reference(checkpoint: Checkpoint, arrays: Arrays, case: str) -> None:
     blt, rule = checkpoint.require_blt()
     assert checkpoint.entropy is not None
     ids = arrays[f"{case}/tokens"].tolist()
@@ -56,7 +56,7 @@ def test_slow_reference(checkpoint: Checkpoint, arrays: Arrays, case: str) -> No
 
 
 @pytest.mark.parametrize("case", ["ascii", "eos_mid"])
-def test_slow_reference_states(checkpoint: Checkpoint, arrays: Arrays, case: str) -> None:
+def test_reference_states(checkpoint: Checkpoint, arrays: Arrays, case: str) -> None:
     blt, _ = checkpoint.require_blt()
     trace = reference.forward(blt, arrays[f"{case}/tokens"].tolist(), arrays[f"{case}/patch_lengths"].tolist())
     for name, ours in {
@@ -100,7 +100,7 @@ def test_whole_row_states(checkpoint: Checkpoint, arrays: Arrays, case: str) -> 
 
 
 def test_batch_row_by_row(checkpoint: Checkpoint, arrays: Arrays) -> None:
-    """Two rows in one batch are what each row is alone (the reference joins rows; we never do)."""
+    """Rows of a batch have the outputs of each row alone (facebookresearch/blt joins rows, this project never does)."""
     blt, _ = checkpoint.require_blt()
     assert checkpoint.entropy is not None
     ids = torch.from_numpy(arrays["batch_row_by_row/tokens"])
@@ -111,22 +111,22 @@ def test_batch_row_by_row(checkpoint: Checkpoint, arrays: Arrays) -> None:
 
 
 def test_training_loss_and_gradients(checkpoint: Checkpoint, arrays: Arrays, golden: Path) -> None:
-    truth = json.loads((golden / "a" / "train.json").read_text())
+    expected = json.loads((golden / "a" / "train.json").read_text())
     blt, _ = checkpoint.require_blt()
     ids, lengths = (torch.from_numpy(arrays[f"train_batch/{name}"]) for name in ("tokens", "patch_lengths"))
-    targets, mask = torch.tensor(truth["targets"]), torch.tensor(truth["mask"]).float()
+    targets, mask = torch.tensor(expected["targets"]), torch.tensor(expected["mask"]).float()
     blt.zero_grad()
     logits = blt(ids, lengths, int(lengths.max()))
     close(logits.detach()[mask.bool()], arrays["train_batch/logits"][mask.bool().numpy()])
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     loss = (loss * mask.flatten()).sum() / (mask.sum() + 1e-6)
-    assert loss.item() == pytest.approx(truth["loss"], abs=TOLERANCE)
+    assert loss.item() == pytest.approx(expected["loss"], abs=TOLERANCE)
     loss.backward()
     assert blt.config.hash is not None
     gradients = {name: p.grad for name, p in blt.named_parameters() if p.grad is not None}
     norms = {name: g.norm().item() for name, g in facebook_state(gradients, blt.config.hash.n_tables).items()}
-    assert norms.keys() == truth["grad_norms"].keys()
-    for name, norm in truth["grad_norms"].items():
+    assert norms.keys() == expected["grad_norms"].keys()
+    for name, norm in expected["grad_norms"].items():
         assert norms[name] == pytest.approx(norm, rel=1e-4, abs=TOLERANCE), name
 
 
@@ -137,19 +137,19 @@ def test_greedy_text(checkpoint: Checkpoint, golden: Path, index: int) -> None:
 
 
 def test_masks(golden: Path) -> None:
-    truth = json.loads((golden / "masks.json").read_text())
-    lengths, n = torch.tensor(truth["patch_lengths"]), truth["n"]
+    expected = json.loads((golden / "masks.json").read_text())
+    lengths, n = torch.tensor(expected["patch_lengths"]), expected["n"]
     for window, suffix in ((1, ""), (2, "_window2")):
         layout = patch_layout(lengths, n, int(lengths.max()), window, window)
         encoder = torch.zeros(2, lengths.shape[1], n, dtype=torch.long)
         encoder.scatter_add_(2, layout.byte_index, layout.key_valid.long())
         decoder = torch.zeros(2, n, lengths.shape[1] + 1, dtype=torch.long).scatter_(2, layout.decoder_row + 1, 1)
-        assert encoder.tolist() == truth[f"encoder_cross{suffix}"]
-        assert decoder[:, :, 1:].tolist() == truth[f"decoder_cross{suffix}"]
-        assert layout.encoder_id.tolist() == truth["patch_ids"]
-        assert layout.decoder_row[..., -1].tolist() == truth["decoder_patch_ids"]
-    documents = document_ids(torch.tensor(truth["tokens"]))
+        assert encoder.tolist() == expected[f"encoder_cross{suffix}"]
+        assert decoder[:, :, 1:].tolist() == expected[f"decoder_cross{suffix}"]
+        assert layout.encoder_id.tolist() == expected["patch_ids"]
+        assert layout.decoder_row[..., -1].tolist() == expected["decoder_patch_ids"]
+    documents = document_ids(torch.tensor(expected["tokens"]))
     counts = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in documents]
-    assert [n for row in counts for n in row] == truth["document_lengths_rows_joined"]
-    masks = causal_mask(documents, truth["local_window"]).long()
-    assert torch.block_diag(*masks).tolist() == truth["local_block_causal_rows_joined"]
+    assert [n for row in counts for n in row] == expected["document_lengths_rows_joined"]
+    masks = causal_mask(documents, expected["local_window"]).long()
+    assert torch.block_diag(*masks).tolist() == expected["local_block_causal_rows_joined"]

@@ -1,4 +1,4 @@
-"""BPE vocabularies over bytes: every text is its tokens again, the same text gives the same vocabulary."""
+"""BPE vocabularies over bytes: tokens decode to the text they were made of, and equal texts give equal vocabularies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def vocabulary() -> Vocabulary:
 
 @settings(max_examples=60)
 @given(st.one_of(st.binary(max_size=300), st.text(max_size=200).map(lambda s: s.encode("utf-8", "surrogatepass"))))
-def test_every_text_is_its_tokens_again(text: bytes) -> None:
+def test_tokens_decode_to_the_text(text: bytes) -> None:
     vocabulary = train_vocabulary(TEXTS, 290)
     ids = vocabulary.encode(text)
     assert vocabulary.decode([BOS, *ids, EOS]) == text
@@ -41,7 +41,7 @@ def test_every_text_is_its_tokens_again(text: bytes) -> None:
     assert not len(ids) or ids.min() >= OFFSET
 
 
-def test_bytes_that_are_no_utf8_are_their_own_tokens(vocabulary: Vocabulary) -> None:
+def test_bytes_that_are_not_utf8_are_tokens_of_their_own(vocabulary: Vocabulary) -> None:
     ids = vocabulary.encode(b"the\xff\xfethe")
     whole = vocabulary.encode(b"the")
     assert len(whole) < 3
@@ -49,7 +49,7 @@ def test_bytes_that_are_no_utf8_are_their_own_tokens(vocabulary: Vocabulary) -> 
     assert vocabulary.decode(vocabulary.encode(bytes(range(256)))) == bytes(range(256))
 
 
-def test_a_text_longer_than_a_piece(vocabulary: Vocabulary) -> None:
+def test_a_text_longer_than_one_call_of_the_tokenizer(vocabulary: Vocabulary) -> None:
     text = b"the " * (PIECE // 4 + 5)
     assert vocabulary.token_bytes[vocabulary.encode(text)].sum() == len(text)
 
@@ -58,7 +58,7 @@ def test_size_and_ids(vocabulary: Vocabulary) -> None:
     assert vocabulary.size == 290 == len(vocabulary.token_bytes)
     assert list(vocabulary.token_bytes[:OFFSET]) == [0] * OFFSET
     assert sorted(alphabet().values()) == list(range(256))
-    assert train_vocabulary([b"ab"], 400).size == OFFSET + 256 + 1  # no more pairs than one
+    assert train_vocabulary([b"ab"], 400).size == OFFSET + 256 + 1  # only one pair
     with pytest.raises(ValueError, match=r"0\.\.289"):
         vocabulary.decode([290])
 
@@ -75,11 +75,11 @@ def test_another_process_trains_the_same_vocabulary(vocabulary: Vocabulary, repo
     assert done.stdout.strip() == vocabulary.key
 
 
-def changed(vocabulary: Vocabulary, **parts: object) -> str:
-    return json.dumps(json.loads(vocabulary.text) | parts)
+def changed(vocabulary: Vocabulary, **sections: object) -> str:
+    return json.dumps(json.loads(vocabulary.text) | sections)
 
 
-def test_a_marker_in_the_text_is_text(vocabulary: Vocabulary) -> None:
+def test_a_special_token_in_the_text_is_ordinary_text(vocabulary: Vocabulary) -> None:
     added = {"id": 286, "content": "<|end|>", "special": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     marked = Vocabulary(changed(vocabulary, added_tokens=[added | flags]))
@@ -125,7 +125,7 @@ def dataset(tmp_path: Path) -> Dataset:
     return Dataset(tmp_path / "data")
 
 
-def test_documents_in_tokens_are_the_documents(dataset: Dataset, vocabulary: Vocabulary) -> None:
+def test_tokens_of_documents_decode_to_the_documents(dataset: Dataset, vocabulary: Vocabulary) -> None:
     for split in ("train", "valid", "test"):
         documents, tokens = dataset.split(split), cache.tokenised(dataset, split, vocabulary)
         assert len(tokens) == len(documents)
@@ -135,7 +135,7 @@ def test_documents_in_tokens_are_the_documents(dataset: Dataset, vocabulary: Voc
             assert vocabulary.decode(ids) == documents.bytes(index)
 
 
-def test_tokens_are_made_once(dataset: Dataset, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_cached(dataset: Dataset, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cache.tokenised(dataset, "train", vocabulary)
     members = np.arange(len(dataset.split("train")))
     trained = cache.vocabulary_for(dataset, members, 300, 1 << 20)
@@ -163,7 +163,7 @@ def test_an_interrupted_or_damaged_cache(
         cache.tokenised(dataset, "train", vocabulary)
 
 
-def test_what_a_kill_left_is_taken_over(dataset: Dataset, vocabulary: Vocabulary) -> None:
+def test_files_of_a_killed_process_are_overwritten(dataset: Dataset, vocabulary: Vocabulary) -> None:
     folder, expected = dataset.folder / cache.TOKENS, cache.tokenised(dataset, "train", vocabulary)
     members = np.arange(len(expected))
     trained = cache.vocabulary_for(dataset, members, 300, 1 << 20).key
@@ -176,7 +176,7 @@ def test_what_a_kill_left_is_taken_over(dataset: Dataset, vocabulary: Vocabulary
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(dataset: Dataset, vocabulary: Vocabulary) -> None:
+def test_a_folder_that_cannot_be_written_is_one_clear_error(dataset: Dataset, vocabulary: Vocabulary) -> None:
     (dataset.folder / cache.TOKENS).write_text("in the way")
     members = np.arange(4)
     for use in (
@@ -189,8 +189,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(dataset: Dataset, vocabular
         assert "\n" not in str(caught.value)
 
 
-def test_tokens_belong_to_the_ends_of_documents(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    """The same bytes cut elsewhere are other documents: nothing that was made for the one is taken for the other."""
+def test_cached_tokens_depend_on_document_boundaries(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """The same bytes with other boundaries are other documents: the cache of one is not used for the other."""
     found = []
     for text in (b"the cat\0s", b"the\0 cats"):
         (tmp_path / "a.txt").write_bytes(text)

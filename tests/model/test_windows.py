@@ -1,4 +1,4 @@
-"""Attention in blocks of the window equals attention under the dense mask."""
+"""Attention in blocks of the window equals attention with the dense mask."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_blocks_equal_the_dense_mask(n: int, window: int | None) -> None:
 
 
 @pytest.mark.parametrize(("n", "window"), [(400, 128), (411, 150), (640, 259)])
-def test_a_window_of_many_blocks_reads_fewer_keys(n: int, window: int) -> None:
+def test_a_window_of_several_blocks_reads_fewer_keys(n: int, window: int) -> None:
     blocks = Blocks.of(n, window)
     assert blocks.before >= 2
     assert window - 1 <= blocks.before * blocks.size < window + blocks.before
@@ -51,7 +51,7 @@ def test_a_window_of_many_blocks_reads_fewer_keys(n: int, window: int) -> None:
     assert mask.shape == (-(-n // blocks.size), blocks.size, (blocks.before + 1) * blocks.size)
 
 
-def test_products_equal_the_kernel() -> None:
+def test_attention_by_products_equals_the_kernel() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, 16, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2))
     mask = torch.rand(3, 16, 16, generator=generator) < 0.5
