@@ -64,7 +64,7 @@ class Random(StoredTensor):
 
 
 def random_weights(config: BLTConfig | EntropyConfig, seed: int) -> dict[str, StoredTensor]:
-    """Under the reference's names; hash tables one by one."""
+    """Weights under their facebook names; hash tables are separate tensors."""
     entropy = isinstance(config, EntropyConfig)
     weights: dict[str, StoredTensor] = {}
     for i, (ours, shape) in enumerate(shapes(config).items()):

@@ -57,7 +57,7 @@ ModelPath = Annotated[
     typer.Argument(
         metavar="MODEL",
         callback=existing_model,
-        help="model.pt, a run folder, a folder in the reference's or Hugging Face's format, a hub name, or a bundle.",
+        help="model.pt, a run folder, a folder in the facebook or Hugging Face format, a hub name, or a bundle.",
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the sampling.")]
@@ -92,7 +92,7 @@ class ModelOptions:
         patching.EntropyDtype | None,
         typer.Option(
             "--entropy-dtype",
-            help="float32, or bfloat16: entropies and threshold as the reference's loader computes them"
+            help="float32, or bfloat16: entropies and threshold as facebookresearch/blt's loader computes them"
             " (PyTorch only).",
         ),
     ] = None

@@ -23,7 +23,7 @@ Ids = npt.NDArray[np.int64]
 
 
 def to_bytes(text: str | bytes) -> bytes:
-    """UTF-8; characters that have no encoding (lone surrogates) are dropped, as the reference does."""
+    """UTF-8; characters that have no encoding (lone surrogates) are dropped, as in facebookresearch/blt."""
     return text.encode("utf-8", errors="ignore") if isinstance(text, str) else bytes(text)
 
 

@@ -3,7 +3,7 @@
 Both forms answer the same question, "does token t + 1 start a new patch?", which is known at token t. Patch
 0 is always token 0 alone. A sequence of N tokens has patch lengths that sum to N + 1: the last patch
 contains one virtual next token, and nobody ever reads that patch. Entropies, differences and thresholds are
-compared in the rule's `entropy_dtype`: float32, or bfloat16 as the reference's loader leaves them (section 4).
+compared in the rule's `entropy_dtype`: float32, or bfloat16 as in facebookresearch/blt's loader (section 4).
 
 Letters: N tokens, P patches. `closes_N[t]`: token t is the last of its patch.
 """
@@ -153,7 +153,7 @@ def closes_from_lengths(lengths: npt.ArrayLike) -> Bools:
 
 def checked_closes(lengths: npt.ArrayLike, n_ids: int) -> Bools:
     """The same of a caller's lengths for `n_ids` ids. Raises InputError."""
-    lengths_P = np.trim_zeros(np.asarray(lengths).reshape(-1), "b")  # the reference pads with zeros
+    lengths_P = np.trim_zeros(np.asarray(lengths).reshape(-1), "b")  # facebookresearch/blt pads with zeros
     if lengths_P.size == 0 or lengths_P.dtype.kind not in "iu" or lengths_P.min() < 1:
         raise InputError("patch lengths must be whole numbers of at least 1")
     if lengths_P.sum() != n_ids + 1 or lengths_P[0] != 1:
@@ -192,7 +192,7 @@ def _entropy_closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
     else:
         assert rule.threshold_add is not None
         closes_N &= rises_N > rounded(rule.threshold_add)
-        closes_N[2:3] = False  # the reference never starts a patch at 3 (spec section 5)
+        closes_N[2:3] = False  # facebookresearch/blt never starts a patch at 3 (spec section 5)
     closes_N[1:2] = True  # and always starts one at 2
     return closes_N
 

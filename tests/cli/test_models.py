@@ -326,8 +326,8 @@ def test_the_readmes_python_example_runs(bundle: Path) -> None:
     assert done.stdout
 
 
-def test_the_references_bfloat16_entropies(blt: Call, golden: Path, bundle: Path, tmp_path: Path) -> None:
-    """The switch reproduces what the reference's loader computes (spec section 4); a bundle and an export say no."""
+def test_bfloat16_entropies_equal_those_of_facebook(blt: Call, golden: Path, bundle: Path, tmp_path: Path) -> None:
+    """The switch reproduces what facebookresearch/blt computes (spec section 4); bundles and exports refuse it."""
     with np.load(golden / "a" / "cases.npz", allow_pickle=False) as cases:
         ids, theirs = cases["code/tokens"], cases["code/entropies_bf16_loader"]
     np.save(tmp_path / "ids.npy", ids)

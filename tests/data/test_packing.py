@@ -1,4 +1,4 @@
-"""Rows and batches: no token lost or doubled, exact state, the reference's convention."""
+"""Rows and batches: no token lost or doubled, exact state, facebookresearch/blt's convention."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_rows_end_at_the_nearest_bucket(lengths: list[int], patches: int, bucket
 
 
 def test_published_rows_have_our_layout(golden: Path) -> None:
-    """What the reference's loader made: the padding belongs to the last patch, and the rest is ours exactly."""
+    """The rows of facebookresearch/blt's loader: its padding belongs to the last patch; everything else is equal."""
     case = np.load(golden / "a" / "cases.npz")
     names = ("tokens", "patch_lengths", "mask")
     padded = 0

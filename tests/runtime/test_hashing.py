@@ -1,4 +1,4 @@
-"""Hash ids against the reference, exactly, and the one-position form against the vectorised one."""
+"""Hash ids equal those of facebookresearch/blt, and the one-position form equals the vectorised one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ids against the reference's tokenizer, exactly."""
+"""Ids equal those of facebookresearch/blt's tokenizer."""
 
 from __future__ import annotations
 

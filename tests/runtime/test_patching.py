@@ -1,4 +1,4 @@
-"""Patch rules against the reference's 190 cases, and the token-by-token form against the vectorised one."""
+"""Patch rules reproduce 190 cases of facebookresearch/blt, and the token-by-token form equals the vectorised one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blt_runtime.patching import PatchRule, PatchState, closes_from_lengths, pat
 
 
 def static_lengths(total: int, size: int) -> list[int]:
-    """The reference's own static form, which no model accepts: all `size`, remainder last."""
+    """The static form of facebookresearch/blt, which no model accepts: all `size`, remainder last."""
     return [size] * (total // size) + [total % size] * (total % size > 0)
 
 
@@ -68,7 +68,7 @@ tokens = st.lists(st.tuples(st.integers(0, 259), entropies), max_size=60)
 def test_token_by_token_equals_vectorised(rule: PatchRule, sequence: list[tuple[int, float]]) -> None:
     ids, entropies = [i for i, _ in sequence], [e for _, e in sequence]
     if rule.scheme == "bpe" and ids and ids[-1] == BPE:
-        ids[-1] = 5  # in last place the reference does not see the delimiter yet; the stream does
+        ids[-1] = 5  # facebookresearch/blt ignores a delimiter in last place; the stream does not
     lengths = patch_lengths(rule, ids, entropies)
     state = PatchState(rule)
     closes = [state.closes(i, e) for i, e in sequence_of(ids, entropies)]

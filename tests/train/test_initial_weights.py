@@ -160,8 +160,8 @@ def test_the_latent_transformer_starts_from_a_llama(data: Path, tmp_path: Path, 
         assert torch.equal(weights[f"latent.layers.{i}.attention.wv.weight"], value)
 
 
-def test_from_the_references_format(golden: Path, data: Path, tmp_path: Path) -> None:
-    """Weights, patch rule and the entropy model beside it; the reference knows no longest patch, training needs one."""
+def test_from_the_facebook_format(golden: Path, data: Path, tmp_path: Path) -> None:
+    """Everything is found. The facebook format needs no longest patch, training does."""
     with pytest.raises(ConfigError, match="max_patch_length"):
         tuning(golden / "a" / "blt")
     config = tuning(golden / "a" / "blt", patching={"max_patch_length": 12})

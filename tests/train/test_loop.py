@@ -237,7 +237,7 @@ def test_padding_costs_nothing_and_counts_nothing(
 
 
 def test_golden_training_loss(golden: Path) -> None:
-    """The loss of the reference's training batch, through our objective (tests/model checks the gradients)."""
+    """The loss of facebookresearch/blt's training batch, by our objective (tests/model checks the gradients)."""
     truth = json.loads((golden / "a" / "train.json").read_text())
     case = np.load(golden / "a" / "cases.npz")
     blt, _ = models.load(golden / "a" / "blt").require_blt()
