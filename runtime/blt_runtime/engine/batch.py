@@ -24,6 +24,7 @@ from ..errors import BltError, UsageError
 from ..hashing import Tables
 from ..ids import Ids
 from .caches import calls
+from .graphs import LatentInputs
 from .memory import Memory
 from .prefill import GATHER_BYTES
 from .rows import Arena, Calls, LoopedCalls, RowCalls, Segment, Staging
@@ -258,16 +259,13 @@ class Batch:
         entropies = memory.entropies.array[0, start:end].tolist()
         complete = []
         try:
-            for t, (id, entropy) in enumerate(zip(ids, entropies, strict=True), start):
-                if memory.rule.closes(id, entropy):
-                    memory.check_patches(memory.patches + 1)
-                    memory.close_patch(t + 1)
+            for id, entropy in zip(ids, entropies, strict=True):
+                memory.advance(id, entropy)
                 complete.append(memory.patches)
         except BltError as error:
             row.error = error
             return False
         row.complete_S = np.array(complete)
-        memory.position = end
         return True
 
     def _step_latent(self, rows: list[Row]) -> None:
@@ -309,22 +307,19 @@ class Batch:
         """Byte states of the patches, one patch behind the other, and where each finds its own."""
         staging = self._staging["latent"]
         patches = [(row.memory, p) for row, s in zip(rows, segments, strict=True) for p in range(s.start, s.end)]
-        first_P = np.array([memory.first_byte(p) for memory, p in patches])
-        end_P = np.array([memory.starts_P[p + 1] for memory, p in patches])
-        length_P = end_P - first_P
-        offset_P = np.cumsum(length_P) - length_P
-        count = len(patches)
-        states, index = staging.states(int(length_P.sum())), staging.longest(int(length_P.max()))
-        entry_L = np.arange(index.shape[1])
-        index[:count] = np.where(entry_L < length_P[:, None], offset_P[:, None] + entry_L, 0)
-        index[count : count + 1] = 0
-        staging["patch_length"][:count], staging["patch_length"][count : count + 1] = length_P, 1
-        if "own_start" in staging.buffers:
-            staging["own_start"][:count] = [memory.starts_P[p] for memory, p in patches] - first_P
-            staging["own_start"][count : count + 1] = 0
-        for (memory, _), at, first, end in zip(patches, offset_P, first_P, end_P, strict=True):
-            base = memory.pool.base
-            states[at : at + end - first] = memory.pool.buffer.array[first - base : end - base]
+        firsts = [memory.first_byte(p) for memory, p in patches]
+        lengths = [int(memory.starts_P[p + 1]) - first for (memory, p), first in zip(patches, firsts, strict=True)]
+        count, at = len(patches), 0
+        states, index_PL = staging.states(sum(lengths)), staging.longest(max(lengths))
+        own_P = staging["own_start"] if "own_start" in staging.buffers else None
+        inputs = LatentInputs(index_PL, staging["patch_length"], own_P)
+        for i, ((memory, p), first, length) in enumerate(zip(patches, firsts, lengths, strict=True)):
+            inputs.set(i, at, length, int(memory.starts_P[p]) - first)
+            row = first - memory.pool.base
+            states[at : at + length] = memory.pool.buffer.array[row : row + length]
+            at += length
+        if count < len(index_PL):  # the patch that makes their number even
+            inputs.set(count, 0, 1, 0)
 
     def _decode(self, todo: list[tuple[Row, Segment]]) -> None:
         """The decoder over tokens whose patches are there."""

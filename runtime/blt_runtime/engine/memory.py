@@ -52,6 +52,11 @@ class Graph:
         found = self.spec.tensor(tensor)
         return self._backend.buffer(found.dtype, found.resolve(B=1, **sizes))
 
+    def tensors(self) -> list[str]:
+        """Its inputs and outputs but for the caches."""
+        cached = {*self.spec.aliases, *self.spec.aliases.values()}
+        return [t.name for t in (*self.spec.inputs, *self.spec.outputs) if t.name not in cached]
+
     def bind(self, **buffers: Buffer) -> Call:
         return self._backend.session(self.spec.name).bind({**buffers, **self._caches})
 
@@ -199,6 +204,18 @@ class Memory:
         _continue_documents(self.documents.array[0], start, ids_N == EOS)
         if self.entropy_documents is not self.documents:
             _continue_documents(self.entropy_documents.array[0], start, (ids_N == EOS) | (ids_N == NEWLINE))
+
+    def advance(self, id: int, entropy: float) -> bool:
+        """Counts the next token. If the patch rule ends the open patch there, the patch is complete: True (its latent
+        step is the caller's). Raises CapacityError if it is one patch too many."""
+        closes = self.rule.closes(id, entropy)
+        end = self.position + 1
+        if closes:
+            self.check_patches(self.patches + 1)
+            self.close_patch(end)
+            self.marks.append(Mark(end, self.patches, self.rule.copy()))
+        self.position = end
+        return closes
 
     def close_patch(self, end: int) -> None:
         """The open patch ends before position `end` (its latent step is the caller's)."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..backends.protocol import Array, Backend, Buffer, Call, RowBackend
 from ..bundle.spec import GraphSpec, ModelSpec, row_spec
-from .step import entries
+from .graphs import entries
 
 Key = tuple[str, int, int, tuple[int, ...]]
 """Graph, tokens, room per row, and sizes of other buffers: what a bound call depends on."""

@@ -30,8 +30,8 @@ from typing import Literal
 import numpy as np
 
 from ..backends.protocol import Array
-from ..engine.memory import AHEAD, Mark, Memory
-from ..engine.passes import PassCalls, longest_pass
+from ..engine.graphs import Graphs, longest_pass
+from ..engine.memory import AHEAD, Memory
 from ..engine.step import StepCalls
 from ..errors import UsageError
 from ..ids import Ids
@@ -95,7 +95,7 @@ class Speculation:
     A round has run all graphs over positions `_start` to `_end`; those from the stream's position on hold drafts.
     """
 
-    def __init__(self, of: Speculator, calls: PassCalls, drafter: Drafter, sampler: Sampler) -> None:
+    def __init__(self, of: Speculator, calls: Graphs, drafter: Drafter, sampler: Sampler) -> None:
         self._memory, self._steps, self._stats, self._costs = of.memory, of.steps, of.stats, of.costs
         self._calls, self._drafter, self._sampler = calls, drafter, sampler
         self._with_entropy = of.memory.spec.patch_rule.needs_entropy
@@ -149,13 +149,8 @@ class Speculation:
 
     def _advance(self, id: int, t: int) -> bool:
         """Counts one more token, and its patch if the token closes it."""
-        memory = self._memory
-        closes = memory.rule.closes(id, self._entropy_at(t))
-        memory.position = t + 1
+        closes = self._memory.advance(id, self._entropy_at(t))
         self._costs.boundary_rate.note(closes)
-        if closes:
-            memory.close_patch(t + 1)
-            memory.marks.append(Mark(t + 1, memory.patches, memory.rule.copy()))
         return closes
 
     def _entropy_at(self, t: int) -> float:
@@ -313,7 +308,7 @@ class Speculation:
         return bool(memory.documents.array[0, t] < t and memory.entropy_documents.array[0, t] < t)
 
     def _read(self, start: int, end: int) -> Array:
-        logits_SV = self._calls.read(start, end)
+        logits_SV = self._calls.entropy(start, end)
         self._memory.graphs["entropy"].track.reached(end)
         self._stats.entropy_calls += 1
         return logits_SV
@@ -335,7 +330,7 @@ class Speculator:
     def __init__(self, memory: Memory, steps: StepCalls) -> None:
         self.memory, self.steps = memory, steps
         self.stats, self.costs = SpeculationStats(), Costs()
-        self._calls: PassCalls | None = None
+        self._calls: Graphs | None = None
         self._adaptive: AdaptiveDrafter | None = None
 
     def start(self, speculate: Speculate | Drafter, draft: int, sampler: Sampler) -> Speculation:
@@ -343,7 +338,7 @@ class Speculator:
         drafter = speculate if isinstance(speculate, Drafter) else self._drafter(speculate, sampler)
         longest = longest_pass(self.memory, draft)
         if self._calls is None or self._calls.longest != longest:
-            self._calls = PassCalls(self.memory, self.costs, longest)
+            self._calls = Graphs(self.memory, longest, kept=True, note=self.costs.note)
         return Speculation(self, self._calls, drafter, sampler)
 
     def _drafter(self, name: str, sampler: Sampler) -> Drafter:

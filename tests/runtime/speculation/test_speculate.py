@@ -239,7 +239,7 @@ def test_a_failed_pass_requires_a_reset(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: object) -> None:
         raise BackendError("device lost")
 
-    monkeypatch.setattr("blt_runtime.speculation.speculate.PassCalls.decode", fail)
+    monkeypatch.setattr("blt_runtime.speculation.speculate.Graphs.decode", fail)
     with pytest.raises(BackendError):
         list(stream.generate_ids(40, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0)))
     monkeypatch.undo()

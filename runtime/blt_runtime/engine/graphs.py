@@ -1,0 +1,230 @@
+"""The four graphs over the bytes of one stream, bound to staging buffers: a decode step, a speculative pass, a prefill.
+
+`Graphs` copies a call's inputs from the stream's memory into staging buffers, runs the graph, and copies the outputs
+back. Callers choose the positions: each call must stay within what `caches.calls` allows. One instance serves calls
+over up to `longest` tokens.
+
+Letters: S tokens of a call, P patches of a call, L bytes of the longest, W patches that a byte reads, V vocabulary,
+X cross-attention layers, K heads and D width of a patch vector, R rows of patch vectors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ..backends.protocol import Array, Buffer, Call
+from ..ids import Ids
+from .memory import Memory
+
+SHORTEST = 8
+"""Entries of the smallest latent call that is kept."""
+ONE_BY_ONE = 32
+"""Tokens up to which hash embeddings are computed one by one, which allocates nothing; both forms agree bit for bit."""
+
+Note = Callable[[str, int, float], None]
+"""Receives a call's graph, its tokens or patches, and its seconds."""
+
+
+def entries(length: int) -> int:
+    """Entries of a kept latent call for patches of up to `length` bytes: 8, 16, 32, ..."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+class LatentInputs:
+    """Where each patch of a latent call finds its byte states. own_P: None for a graph without `own_start`."""
+
+    def __init__(self, index_PL: Array, length_P: Array, own_P: Array | None) -> None:
+        self.index_PL, self.length_P, self.own_P = index_PL, length_P, own_P
+        self._range_L = np.arange(index_PL.shape[1])
+
+    def set(self, i: int, row: int, length: int, own: int) -> None:
+        """Patch i reads `length` rows of the byte states from `row` on; its own bytes begin at the `own`-th."""
+        row_L = self.index_PL[i]
+        row_L.fill(0)
+        np.add(self._range_L[:length], row, out=row_L[:length])
+        self.length_P[i] = length
+        if self.own_P is not None:
+            self.own_P[i] = own
+
+
+class PatchRows(NamedTuple):
+    """Patch vectors [R, X, 2, K, D] of consecutive patches; that of patch p is in row p - first."""
+
+    buffer: Buffer
+    first: int
+
+
+class Graphs:
+    """Calls over 1..`longest` tokens or patches of one stream.
+
+    kept: bind a call once per size and keep it, for the few sizes of steps and passes. Latent calls then have 8, 16,
+    32, ... entries. Otherwise calls are bound each time, and latent calls have the entries of their longest patch.
+    note: told the seconds of every call, binding not counted.
+    """
+
+    def __init__(self, memory: Memory, longest: int, kept: bool, note: Note | None = None) -> None:
+        self.memory, self.longest = memory, longest
+        self._kept, self._note = kept, note
+        self._bound: dict[tuple[str, int], Call] = {}
+        self._latent_bound: dict[tuple[int, int], tuple[LatentInputs, Call]] = {}
+        self._latent_pool = memory.pool.buffer
+        self._width_W = np.arange(-memory.spec.decoder_window, 0)
+        self._stage(memory)
+
+    def _stage(self, memory: Memory) -> None:
+        """Staging buffers [1, `longest`, ...]. The byte graphs share ids, positions, documents and byte states."""
+        encoder = self._new("encoder")
+        decoder = self._new("decoder", encoder)
+        self._staging = {"encoder": encoder, "decoder": decoder, "latent": self._new("latent")}
+        self.ids_S, self.position_S, self.document_S, self.states_SXD = (
+            encoder[name].array[0] for name in ("ids", "positions", "doc_start", "byte_states")
+        )
+        self.hash_SD: Array | None = None if memory.hash is None else encoder["hash_embedding"].array[0]
+        self.patch_row_SW, self.logits_SV = (decoder[name].array[0] for name in ("patch_row", "logits"))
+        self._latent_P = {name: buffer.array[0] for name, buffer in self._staging["latent"].items()}
+        if "entropy" in memory.graphs:
+            shared = {name: encoder[name] for name in ("ids", "positions")}
+            entropy = self._staging["entropy"] = self._new("entropy", shared)
+            self.entropy_document_S, self.entropy_S, self._entropy_logits_SV = (
+                entropy[name].array[0] for name in ("doc_start", "entropy", "logits")
+            )
+
+    def _new(self, graph: str, shared: Mapping[str, Buffer] | None = None) -> dict[str, Buffer]:
+        """Staging of a graph but for `shared` buffers, its caches, and what is bound as a whole."""
+        found, bound = self.memory.graphs[graph], _WHOLE[graph]
+        names = [name for name in found.tensors() if name not in bound]
+        kept = shared or {}
+        return {n: kept[n] if n in kept else found.new(n, S=self.longest, P=self.longest) for n in names}
+
+    def entropy(self, a: int, b: int) -> Array:
+        """The entropy model over positions a..b: their entropies into the history. Its logits [S, V], which the next
+        call overwrites."""
+        memory, n = self.memory, b - a
+        call, began = self.call("entropy", n), time.perf_counter()
+        self._place(a, b)
+        self.entropy_document_S[:n] = memory.entropy_documents.array[0, a:b]
+        call()
+        memory.entropies.array[0, a:b] = self.entropy_S[:n]
+        self._took("entropy", n, began)
+        logits_SV: Array = self._entropy_logits_SV[:n]
+        return logits_SV
+
+    def encode(self, a: int, b: int) -> None:
+        """The encoder over positions a..b; their byte states into the pool."""
+        memory, pool, n = self.memory, self.memory.pool, b - a
+        call, began = self.call("encoder", n), time.perf_counter()
+        self._place(a, b)
+        self.document_S[:n] = memory.documents.array[0, a:b]
+        if self.hash_SD is not None:
+            self._embed(a, b, self.hash_SD)
+        call()
+        pool.reserve(a, b, keep=memory.first_byte(memory.patches))
+        pool.buffer.array[a - pool.base : b - pool.base] = self.states_SXD[:n]
+        self._took("encoder", n, began)
+
+    def latent(self, p: int, q: int, into: PatchRows | None = None) -> None:
+        """The latent transformer over complete patches p..q; their vectors into the memory's ring, or `into` rows."""
+        memory, n = self.memory, q - p
+        reach = [memory.first_byte(patch) for patch in range(p, q)]
+        ends = memory.starts_P[p + 1 : q + 1].tolist()
+        lengths = [end - first for first, end in zip(reach, ends, strict=True)]
+        inputs, call = self._latent_call(n, max(lengths))
+        began, base = time.perf_counter(), memory.pool.base
+        for i, (first, length, start) in enumerate(zip(reach, lengths, memory.starts_P[p:q].tolist(), strict=True)):
+            inputs.set(i, first - base, length, start - first)
+        self._latent_P["positions"][:n] = memory.positions.array[0, p:q]
+        self._latent_P["doc_start"][:n] = memory.patch_documents.array[0, p:q]
+        call()
+        vectors = self._latent_P["patch_kv"][:n]
+        if into is not None:
+            into.buffer.array[p - into.first : q - into.first] = vectors
+        elif n == 1:
+            memory.kv_ring.array[p % memory.kv_rows] = vectors[0]
+        else:
+            memory.kv_ring.array[np.arange(p, q) % memory.kv_rows] = vectors
+        self._took("latent", n, began)
+
+    def decode(self, a: int, b: int, complete_S: Ids, patches: PatchRows | None = None) -> Array:
+        """The decoder over positions a..b, each of which reads the last W of its complete patches: those before
+        complete_S, from the memory's ring or from `patches`. Its logits [S, V], which the next call overwrites."""
+        memory, pool, n = self.memory, self.memory.pool, b - a
+        call = self.call("decoder", n) if patches is None else self._bind("decoder", n, patches.buffer)
+        began = time.perf_counter()
+        self.position_S[:n] = memory.positions.array[0, a:b]
+        self.document_S[:n] = memory.documents.array[0, a:b]
+        self.states_SXD[:n] = pool.buffer.array[a - pool.base : b - pool.base]
+        patch_SW = complete_S[:, None] + self._width_W
+        row_SW = patch_SW % memory.kv_rows if patches is None else patch_SW - patches.first
+        self.patch_row_SW[:n] = np.where(patch_SW >= 0, row_SW, -1)
+        call()
+        self._took("decoder", n, began)
+        logits_SV: Array = self.logits_SV[:n]
+        return logits_SV
+
+    def call(self, graph: str, n: int) -> Call:
+        """The call of the entropy model, the encoder or the decoder over n tokens of the staging."""
+        return self._bound.get((graph, n)) or self._bind(graph, n, self.memory.kv_ring)
+
+    def _bind(self, name: str, n: int, patch_kv: Buffer) -> Call:
+        buffers = _first(self._staging[name], n)
+        if name == "decoder":
+            buffers["patch_kv"] = patch_kv
+        call = self.memory.graphs[name].bind(**buffers)
+        if self._kept:
+            self._bound[name, n] = call
+        return call
+
+    def _latent_call(self, patches: int, length: int) -> tuple[LatentInputs, Call]:
+        """The call over so many patches of up to `length` bytes; bound again after the pool has moved."""
+        if self._latent_pool is not self.memory.pool.buffer:
+            self._latent_pool = self.memory.pool.buffer
+            self._latent_bound.clear()
+        size = entries(length) if self._kept else length
+        return self._latent_bound.get((patches, size)) or self._bind_latent(patches, size)
+
+    def _bind_latent(self, patches: int, size: int) -> tuple[LatentInputs, Call]:
+        graph = self.memory.graphs["latent"]
+        index = graph.new("byte_index", P=patches, L=size)
+        rows = _first(self._staging["latent"], patches)
+        inputs = LatentInputs(index.array[0], self._latent_P["patch_length"], self._latent_P.get("own_start"))
+        bound = inputs, graph.bind(**rows, byte_states=self._latent_pool, byte_index=index)
+        if self._kept:
+            self._latent_bound[patches, size] = bound
+        return bound
+
+    def _place(self, a: int, b: int) -> None:
+        memory, n = self.memory, b - a
+        self.ids_S[:n] = memory.ids.array[0, memory.pad + a : memory.pad + b]
+        self.position_S[:n] = memory.positions.array[0, a:b]
+
+    def _embed(self, a: int, b: int, out_SD: Array) -> None:
+        hash, window = self.memory.hash, self.memory.window
+        assert hash is not None
+        if b - a > ONE_BY_ONE:
+            return hash.many(window(a, b), out_SD[: b - a])
+        for s in range(b - a):
+            hash.one(window(a + s, a + s + 1), out_SD[s])
+        return None
+
+    def _took(self, graph: str, n: int, began: float) -> None:
+        if self._note is not None:
+            self._note(graph, n, time.perf_counter() - began)
+
+
+_WHOLE = {"entropy": (), "encoder": (), "latent": ("byte_states", "byte_index"), "decoder": ("patch_kv",)}
+"""Inputs that are not staged: they have sizes of their own."""
+
+
+def _first(staging: Mapping[str, Buffer], n: int) -> dict[str, Buffer]:
+    """The first n tokens or patches of every buffer."""
+    return {name: buffer.part(0, (1, n, *buffer.shape[2:])) for name, buffer in staging.items()}
+
+
+def longest_pass(memory: Memory, drafts: int) -> int:
+    """Tokens of the longest pass with that many drafts that all caches and the chunk allow."""
+    caches = [graph.spec.cache for name, graph in memory.graphs.items() if name != "latent"]
+    return max(1, min(1 + drafts, memory.spec.chunk, *(cache.longest_call for cache in caches if cache is not None)))
