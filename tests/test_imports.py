@@ -41,7 +41,7 @@ LAZY = {
 }
 CLI_MAY_LOAD = (
     "blt.__version__", "blt.cli", "blt.files", "blt.figures", "blt.evaluate",
-    "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.patching",
+    "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.options", "blt_runtime.patching",
 )  # fmt: skip
 
 

@@ -60,7 +60,14 @@ ModelPath = Annotated[
         help="model.pt, a run folder, a folder in the facebook or Hugging Face format, a hub name, or a bundle.",
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the sampling.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 chooses the most likely byte.")]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        "--speculate",
+        help="Drafter of speculative decoding: off, auto, lookup, decoder, lookup+decoder or entropy.",
+    ),
+]
 
 
 # --- options of commands that open a model -----------------------------------------------------------------

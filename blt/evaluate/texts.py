@@ -1,4 +1,4 @@
-"""Text that a model is measured on: documents of a file or a data folder, cut into rows with a BOS each."""
+"""Text that a model is evaluated on: documents of a file or a data folder, cut into pieces with a BOS each."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def documents(data: Path, split: str) -> Iterator[Document]:
 
 
 def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
-    """At most `limit` bytes of each group; the last document is cut and not `whole`. Empty ones are left out."""
+    """At most `limit` bytes of each group. The last document is cut and not `whole`; empty ones are left out."""
     used: dict[str, int] = defaultdict(int)
     for group, text, prompt, whole in found:
         kept = text if limit is None else text[: limit - used[group]]
@@ -55,7 +55,7 @@ def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
 
 
 def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]:
-    """(prompt, counted text, whether the document ends there) of pieces of at most `context` bytes together."""
+    """(prompt, counted text, whether the document ends there) of each piece of at most `context` bytes in total."""
     _, text, prompt, whole = document
     for start in range(0, len(text), context):
         piece, last = text[start : start + context], whole and start + context >= len(text)
@@ -64,26 +64,26 @@ def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]
             yield piece[:read], piece[read:], last
 
 
-def nothing(data: Path, split: str) -> InputError:
-    """The error for data without text."""
+def no_text(data: Path, split: str) -> InputError:
+    """The error to raise for data without text."""
     where = "is empty" if data.is_file() else f"holds no text in the split {split!r}"
     return InputError(f"{data} {where}")
 
 
 def pieces(text: bytes, context: int) -> Iterator[NDArray[np.int64]]:
-    """BOS + at most `context` bytes each; EOS behind the last."""
+    """Ids of each piece: BOS, at most `context` bytes, and after the last piece EOS."""
     for start in range(0, len(text), context):
         yield encode(text[start : start + context], bos=True, eos=start + context >= len(text))
 
 
 def spread(data: Path, split: str, context: int, most: int) -> list[NDArray[np.int64]]:
-    """Pieces of the whole of `data`, evenly spread, of about `most` bytes together; always the same ones.
+    """Pieces of `data`, spread evenly, of about `most` bytes in total; the same ones in every run.
 
-    The data is read twice (sizes, then text), so that only what is kept is held in memory.
+    The data is read twice (sizes, then text), so that only the chosen pieces are in memory.
     """
     total = sum(len(document.text) for document in documents(data, split))
     if not total:
-        raise nothing(data, split)
+        raise no_text(data, split)
     every = -(-total // most)
     all_pieces = (piece for document in documents(data, split) for piece in pieces(document.text, context))
     return [piece for i, piece in enumerate(all_pieces) if i % every == 0]

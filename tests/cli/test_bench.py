@@ -83,7 +83,7 @@ def test_weight_bytes_use_the_mean_patch_of_the_run(blt: Call, models: dict[str,
     assert report["weight_bytes_per_byte"] == pytest.approx(of_inspect)
 
 
-def test_guessing_reads_what_its_calls_read(blt: Call, models: dict[str, Path]) -> None:
+def test_speculation_reads_the_weights_of_its_calls(blt: Call, models: dict[str, Path]) -> None:
     arguments = ["bench", "latency", models["bundle"], "--text", models["text"], *SIZES[2:], "--prompt-bytes", "100"]
     report = report_of(blt(*arguments, "--speculate", "lookup", "--json"))
     assert report["speculation"]["right"] > 0
@@ -91,7 +91,7 @@ def test_guessing_reads_what_its_calls_read(blt: Call, models: dict[str, Path]) 
     plain = report_of(blt(*arguments, "--json"))
     read, plainly = report["weight_bytes_per_byte"], plain["weight_bytes_per_byte"]
     assert read["decoder"] == pytest.approx(plainly["decoder"] * report["calls_per_byte"]["decoder"])
-    assert read["latent"] <= plainly["latent"]  # patches of accepted drafts run together, some before the first byte
+    assert read["latent"] <= plainly["latent"]  # patches of accepted drafts run in one call, some before the first byte
     assert "drafts accepted" in blt(*arguments, "--speculate", "lookup").text
 
 
@@ -102,17 +102,17 @@ def test_a_rule_without_entropies_reads_no_entropy_model(blt: Call, models: dict
     assert report["seconds_per_byte"]["entropy"] == 0
 
 
-def test_a_wanted_patch_size_and_a_text_of_ones_own(blt: Call, models: dict[str, Path]) -> None:
+def test_a_wanted_patch_size_and_a_given_text(blt: Call, models: dict[str, Path]) -> None:
     sizes = ["--prompt-bytes", "40", "--new-bytes", "101", "--text", models["text"], "--temperature", "0", "--json"]
     report = report_of(blt("bench", "latency", models["bundle"], *sizes, "--repeat", "1", "--patch-size", "4"))
     assert report["mean_patch_bytes"] == pytest.approx(4, rel=0.1)
     assert report["patch_rule"]["scheme"] == "entropy"
 
 
-def test_the_table_says_what_the_report_says(blt: Call, models: dict[str, Path]) -> None:
+def test_the_table_shows_the_report(blt: Call, models: dict[str, Path]) -> None:
     shown = blt("bench", "latency", models["bundle"], *SIZES)
     assert shown.code == 0, shown.err
-    for words in ("bytes/s behind the first byte", "p95", "floor", "reached", "GB/s", "where the time", "1 thread\n"):
+    for words in ("bytes/s after the first byte", "p95", "floor", "reached", "GB/s", "where the time", "1 thread\n"):
         assert words in shown.text
     parts = [line.split()[0] for line in shown.text.splitlines() if line.split()]
     assert [part for part in parts if part in (*PARTS, "total")] == [*PARTS, "total"]
@@ -129,7 +129,7 @@ def test_a_figure_is_written(blt: Call, models: dict[str, Path], tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_the_figures_pieces_lie_end_to_end() -> None:
+def test_the_figures_pieces_are_end_to_end() -> None:
     bars = Bars([Bar("measured", {"entropy": 0.002, "hashing": 0.0, "latent": 0.006}), Bar("floor", {"latent": 0.004})])
     assert list(bars.bars[0].pieces()) == [("entropy", 0.0, 0.002), ("latent", 0.002, 0.006)]
     assert bars.parts() == ["entropy", "latent"]
@@ -153,7 +153,7 @@ def test_patching_alone(blt: Call, models: dict[str, Path], model: str) -> None:
 
 
 @pytest.mark.skipif(not runs_rows(), reason="needs onnxruntime 1.32")
-def test_many_streams(blt: Call, models: dict[str, Path]) -> None:
+def test_batches_of_streams(blt: Call, models: dict[str, Path]) -> None:
     arguments = ["--batch", "1,3", "--prompt-bytes", "10", "--new-bytes", "120", "--repeat", "1", "--threads", "1"]
     report = report_of(blt("bench", "throughput", models["bundle"], *arguments, "--json"))
     assert (report["kind"], report["prompt_bytes"], report["new_bytes"]) == ("throughput", 10, 120)

@@ -1,4 +1,4 @@
-"""`blt calibrate`: table, JSON, figures, the written model, and everything that can be wrong."""
+"""`blt calibrate`: table, JSON, figures, the written model, and every mistake that it reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BYTES = ["--bytes", "48k", "--bpb-bytes", "1k", "-q"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny random BLT stored in float16, its parts alone, and 48 KB of text."""
+    """A tiny random BLT stored in float16, each of its parts as a model, and 48 KB of text."""
     folder = tmp_path_factory.mktemp("calibrate")
     both = tiny()
     models = {
@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def report(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One calibration to 3 bytes, with everything it can write."""
+    """One calibration to 3 bytes that writes every output."""
     out = tmp_path_factory.mktemp("out")
     done: dict[str, Any] = {"folder": out}
     arguments = ["--mean-patch", "3", *BYTES, "-o", out / "new.pt", "--plot", out / "figure.html", "--json"]
@@ -125,7 +125,7 @@ def test_eval_agrees(blt: Call, report: dict[str, Any], files: dict[str, Path], 
 
 
 def test_bits_per_byte_agree_with_eval(blt: Call, files: dict[str, Path]) -> None:
-    """All held-out text scored: the row of the model's own rule is what `blt eval` says of that text."""
+    """All held-out text scored: the row of the model's own rule equals `blt eval` on that text."""
     options = ["--mean-patch", 3, "--bytes", "8k", "--bpb-bytes", "1M", "--json", "-q", "--tolerance", 1]
     report = json.loads(blt("calibrate", files["model"], files["text"], *options).text)
     rows = texts.spread(files["text"], "", 638, 8 << 10)[1::2]
@@ -146,7 +146,7 @@ def test_the_monotonic_rule(blt: Call, files: dict[str, Path]) -> None:
     assert report["rule"]["monotonic"]
     assert report["held_out"]["mean_patch"] == pytest.approx(2.5, rel=0.02)
     assert {row["bits_per_byte"] for row in report["table"]} == {None}  # --bpb-bytes 0
-    assert {row["rule"]["monotonic"] for row in report["table"]} == {True, False}  # its own is global
+    assert {row["rule"]["monotonic"] for row in report["table"]} == {True, False}  # the model's own rule is global
 
 
 def test_text_output(blt: Call, files: dict[str, Path], tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_text_output(blt: Call, files: dict[str, Path], tmp_path: Path) -> None:
     assert sum(line.rstrip().endswith("wanted") for line in lines) == 1
     assert "the model's own rule (global)" in result.text
     assert "the same weights under every rule" in result.text
-    assert "ms a byte" in result.text
+    assert "ms per byte" in result.text
     assert re.search(r"\(global\): 3\.\d+|2\.9\d+ bytes per patch on [\d,]+ held-out bytes", result.text)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -178,14 +178,14 @@ def test_an_entropy_model_alone(blt: Call, files: dict[str, Path], tmp_path: Pat
     assert "bits per byte" not in page
 
 
-def test_a_blt_with_an_entropy_model_beside_it(blt: Call, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_blt_with_a_separate_entropy_model(blt: Call, files: dict[str, Path], tmp_path: Path) -> None:
     more = ["--entropy-model", files["entropy"], "-o", tmp_path / "new.pt"]
     result = blt("calibrate", files["no_entropy"], files["text"], "--mean-patch", 3, *BYTES, *more)
     assert result.code == 0, result.err
     assert load(tmp_path / "new.pt").entropy is not None
 
 
-def test_another_rule_for_a_model_of_space_patches(blt: Call, files: dict[str, Path]) -> None:
+def test_an_entropy_rule_for_a_model_of_space_patches(blt: Call, files: dict[str, Path]) -> None:
     options = ["--mean-patch", 3, "--rule", "global", *BYTES, "--json"]
     report = json.loads(blt("calibrate", files["space"], files["text"], *options).text)
     assert report["rule"]["max_patch_length"] == 9
@@ -195,7 +195,7 @@ def test_another_rule_for_a_model_of_space_patches(blt: Call, files: dict[str, P
 
 
 def test_entropies_in_bfloat16_stay_so(blt: Call, files: dict[str, Path]) -> None:
-    """Few different entropies, and none between two of them: the mean is met as well as they allow."""
+    """Rounded entropies are few, and no threshold separates equal ones: the mean is met as well as they allow."""
     options = ["--mean-patch", 3, "--bytes", "16k", "--bpb-bytes", "1k", "-q", "--json", "--tolerance", 0.1]
     result = blt("calibrate", files["bfloat16"], files["text"], *options)
     assert result.code == 0, result.err
@@ -217,13 +217,13 @@ def test_onnx_measures_the_costs_too(blt: Call, files: dict[str, Path]) -> None:
 
 
 def test_a_miss_is_a_failed_check(blt: Call, files: dict[str, Path], tmp_path: Path) -> None:
-    """Half of the text is of another kind, and every second piece is of it: the threshold does not carry over."""
+    """Every second piece is text of another kind, so the threshold does not carry over to the held-out half."""
     pieces = [code(638) if i % 2 else bytes(np.random.default_rng(i).integers(0, 256, 638)) for i in range(10)]
     (tmp_path / "mixed").write_bytes(b"".join(pieces).replace(b"\0", b"\1"))
     options = ["--mean-patch", 3, "-q", "--bpb-bytes", 0, "-o", tmp_path / "new.pt"]
     result = blt("calibrate", files["model"], tmp_path / "mixed", *options)
     assert result.code == 3
-    assert "wanted" in result.text  # the table comes all the same
+    assert "wanted" in result.text  # the table is printed nevertheless
     assert re.search(r"on held-out text, more than 2 % from the wanted 3.*was not written", result.err)
     assert result.err.count("\n") == 1
     assert not (tmp_path / "new.pt").exists()
@@ -294,7 +294,7 @@ def test_spread_is_even_and_repeatable(tmp_path: Path) -> None:
 
 
 def test_times_need_text(files: dict[str, Path]) -> None:
-    """The clock runs on patches of four bytes, whatever the text."""
+    """Times are measured with patches of four bytes, whatever the text."""
     from blt.generate.torch_backend import open_model
 
     checkpoint = load(files["model"])

@@ -1,4 +1,4 @@
-"""`blt check`: the table and the JSON of a sound model, exit code 3 for another model's bundle, wrong usage."""
+"""`blt check`: the table and the JSON of a correct model, exit code 3 for another model's bundle, wrong usage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def foreign(checkpoint: Path) -> Path:
     return out
 
 
-def test_a_sound_model_passes(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_correct_model_passes(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"A text of one's own, " * 9)
     done = blt("check", checkpoint, *SHORT, "--data", text, "--backend", "torch")
@@ -45,7 +45,7 @@ def test_a_sound_model_passes(blt: Call, checkpoint: Path, tmp_path: Path) -> No
 def test_another_models_bundle_fails_with_exit_code_3(blt: Call, checkpoint: Path, foreign: Path) -> None:
     done = blt("check", checkpoint, *SHORT, "--bundle", foreign, "--backend", "onnx", "--json")
     assert done.code == 3
-    assert "differences that no tolerance explains" in done.err
+    assert "differences that the tolerance does not explain" in done.err
     report = json.loads(done.text)
     assert report["schema"] == "blt.check/1"
     assert not report["ok"]
@@ -55,13 +55,13 @@ def test_another_models_bundle_fails_with_exit_code_3(blt: Call, checkpoint: Pat
     assert {line["form"] for line in report["lines"]} == {"onnx", "whole rows"}
 
 
-def test_wrong_usage_is_told_in_one_line(blt: Call, checkpoint: Path, foreign: Path, tmp_path: Path) -> None:
+def test_wrong_usage_is_one_line(blt: Call, checkpoint: Path, foreign: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for arguments, words in (
         ([foreign], "give the checkpoint it was made from"),
         ([checkpoint, "--backend", "tensorrt"], "choose from torch, onnx"),
         ([checkpoint, "--bundle", tmp_path], "no bundle there"),
-        ([checkpoint, "--bundle", foreign, "--backend", "torch"], "onnx only"),
+        ([checkpoint, "--bundle", foreign, "--backend", "torch"], "needs --backend onnx"),
         ([checkpoint, "--data", tmp_path / "missing"], "no such file"),
         ([checkpoint, "--data", tmp_path / "empty"], "is empty"),
         ([checkpoint, "--bytes", "0"], "at least 1"),

@@ -1,4 +1,7 @@
-"""`blt bench`: how fast a model runs here, and how near that is to what the memory allows."""
+"""`blt bench`: how fast a model runs on this machine, and how close that is to the limit set by memory bandwidth.
+
+Not here: the measurements (`blt.bench`), and `blt bench throughput` (`bench_throughput`).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from blt_runtime import Model
     from blt_runtime.speculation.speculate import Speculate, SpeculationStats
 
-PARTS_OF = {  # names of weights -> those of the split
+PARTS_OF = {  # part of a checkpoint -> the same part in the split of the time
     "hash tables": "hashing",
     "entropy model": "entropy",
     "local encoder": "encoder",
@@ -27,13 +30,20 @@ PARTS_OF = {  # names of weights -> those of the split
     "local decoder": "decoder",
 }
 
-app = typer.Typer(no_args_is_help=True, help="How fast a model runs here.")
+app = typer.Typer(no_args_is_help=True, help="Measure how fast a model runs on this machine.")
 
-PromptBytes = Annotated[str, typer.Option("--prompt-bytes", metavar="SIZE", help="Bytes read in.")]
+PromptBytes = Annotated[str, typer.Option("--prompt-bytes", metavar="SIZE", help="Bytes of prompt.")]
 TextFile = Annotated[
-    Path | None, typer.Option("--text", metavar="FILE", help="Text to use (default: English words, always the same).")
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="Text to use (default: English words, the same in every run)."),
 ]
-Repeat = Annotated[int, typer.Option(min=1, help="Runs; medians are shown.")]
+PatchSize = Annotated[
+    float | None,
+    typer.Option(
+        "--patch-size", min=1.0, help="Choose the threshold that gives this mean patch size (default: the model's own)."
+    ),
+]
+Repeat = Annotated[int, typer.Option(min=1, help="Runs; the medians are shown.")]
 
 
 @app.command("latency")
@@ -44,20 +54,18 @@ def latency(
     prompt_bytes: PromptBytes = "512",
     new_bytes: Annotated[str, typer.Option("--new-bytes", metavar="SIZE", help="Bytes generated.")] = "128",
     repeat: Repeat = 3,
-    patch_size: Annotated[
-        float | None, typer.Option(min=1.0, help="Choose the threshold that gives this mean patch (default: its own).")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
-    speculate: Annotated[
-        str, typer.Option(help="Guess ahead: off, auto, lookup, decoder, lookup+decoder or entropy.")
-    ] = "off",
+    patch_size: PatchSize = None,
+    temperature: options.Temperature = 0.8,
+    speculate: options.Speculate = "off",
     text: TextFile = None,
-    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw where the time goes as .png or .html.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Draw where the time goes, as .png or .html.")
+    ] = None,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """One stream: bytes per second, gaps between bytes, and the share of the speed at which memory gives weights."""
+    """One stream: bytes per second, gaps between bytes, and the share of the memory bandwidth that is reached."""
     from blt import bench
     from blt.bench.machine import available_cores
 
@@ -100,7 +108,7 @@ def patch(
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Patching alone: entropies of a text, then the rule."""
+    """Patching only: the entropies of a text, then the patch rule."""
     from blt import bench
 
     size = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
@@ -131,7 +139,7 @@ def patch(
 
 
 def read_text(path: Path | None, size: int) -> bytes:
-    """The first `size` bytes of a file (or fewer, if it has fewer), or of the built-in text."""
+    """The first `size` bytes of a file (all of a shorter one), or of the built-in text."""
     from blt.bench import bench_text
 
     if path is None:
@@ -141,8 +149,11 @@ def read_text(path: Path | None, size: int) -> bytes:
 
 
 def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
-    """Weight bytes of a call: from a bundle's files, or from a checkpoint's configuration (also where it was exported
-    for this run, which keeps float32)."""
+    """Weight bytes that one call of each part reads.
+
+    From a bundle's files, or from a checkpoint's configuration. A temporary bundle counts as its checkpoint: both are
+    float32.
+    """
     from blt.bench import weight_bytes
 
     if inputs.is_bundle(path) and opened.manifest is not None:
@@ -157,6 +168,7 @@ def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
 
 
 def setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
+    """What was measured: the first keys of every `blt.bench/1`."""
     return {
         "kind": kind,
         "model": path,
@@ -167,7 +179,7 @@ def setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
 
 
 def latency_report(found: Latency) -> dict[str, Any]:
-    """The numbers of `blt.bench/1`, seconds and bytes."""
+    """The numbers of `blt.bench/1`, in seconds and bytes."""
     mean = found.mean_patch if found.runs[0].closed else None
     parts, speculation = found.split, found.runs[0].speculation
     return {
@@ -212,7 +224,7 @@ def _counts(stats: SpeculationStats) -> dict[str, int]:
     return vars(stats) | {"guesses": stats.drafts, "right": stats.accepted}
 
 
-def _guessing(stats: SpeculationStats) -> str:
+def _speculation(stats: SpeculationStats) -> str:
     return f"{stats.tokens_per_pass:.2f} bytes per decoder pass, {stats.accepted:,} of {stats.drafts:,} drafts accepted"
 
 
@@ -221,12 +233,13 @@ def _show(report: dict[str, Any], found: Latency) -> None:
 
     bandwidth, mean, share = found.bandwidth, report["mean_patch_bytes"], found.share_of_floor
     threads = _count(bandwidth.threads, "thread")
+    patch = "unknown, no patch is complete" if mean is None else f"{mean:.2f} bytes"
     console.print_tree(
         {
             "model": f"{report['model']}, {report['precision']} on {report['backend']}, {threads}",
             "text": f"{report['prompt_bytes']:,} bytes of prompt, {report['new_bytes']:,} new bytes, "
-            f"{_count(report['repeat'], 'run')}, mean patch {'none ended' if mean is None else f'{mean:.2f} bytes'}",
-            "speed": f"{found.bytes_per_s:,.1f} bytes/s behind the first byte",
+            f"{_count(report['repeat'], 'run')}, mean patch {patch}",
+            "speed": f"{found.bytes_per_s:,.1f} bytes/s after the first byte",
             "gap between bytes": f"p50 {duration(found.gap_s(50))}, p95 {duration(found.gap_s(95))}",
             "time to first byte": f"{duration(found.first_byte_s)}, "
             f"prompt at {report['prefill_bytes_per_s']:,.0f} bytes/s",
@@ -234,9 +247,9 @@ def _show(report: dict[str, Any], found: Latency) -> None:
             "read bandwidth": f"{bandwidth.bytes_per_s / 1e9:.1f} GB/s (best sweep of {_size(bandwidth.buffer_bytes)} "
             f"by {bandwidth.method})",
             "floor": "unknown" if share is None else f"{found.floor_bytes_per_s:,.1f} bytes/s, reached {share:.1%}",
-            **({"speculation": _guessing(found.runs[0].speculation)} if report["speculation"] else {}),
+            **({"speculation": _speculation(found.runs[0].speculation)} if report["speculation"] else {}),
             "opening": f"{report['open_s']:.2f} s",
-            "peak memory": f"{_size(found.peak_bytes)}, of it hash tables {_size(found.tables_bytes)}",
+            "peak memory": f"{_size(found.peak_bytes)}, hash tables {_size(found.tables_bytes)} of it",
             "load average": report["load_average"],
         }
     )
@@ -245,8 +258,8 @@ def _show(report: dict[str, Any], found: Latency) -> None:
 
 
 def split_table(found: Latency) -> Table:
-    """Where the time of a byte goes, and how fast each part reads its weights."""
-    parts, title = found.split, "where the time of a byte goes (a pass of its own, each call timed)"
+    """The time of a byte by part, and how fast each part reads its weights."""
+    parts, title = found.split, "where the time of a byte goes (a separate run with every call timed)"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("part", "µs/byte", "share", "µs/call", "calls", "MB/byte", "GB/s", "of bandwidth"):
         table.add_column(name, justify="left" if name == "part" else "right")
@@ -276,5 +289,5 @@ def _plot(found: Latency, title: str, path: Path) -> None:
     bars = [Bar("measured", found.split.seconds)]
     if found.weights:
         floor = found.floor_s()
-        bars.append(Bar("weights alone", {part: floor[part] for part in found.split.seconds if part in floor}))
+        bars.append(Bar("reading the weights", {part: floor[part] for part in found.split.seconds if part in floor}))
     figures.write(path, Bars(bars, title), render)

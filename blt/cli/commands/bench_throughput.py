@@ -1,4 +1,4 @@
-"""`blt bench throughput`: how fast a bundle runs for many streams at once."""
+"""`blt bench throughput`: how fast a bundle generates for a batch of streams."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, models, options
-from blt.cli.commands.bench import PromptBytes, Repeat, TextFile, read_text, setting
+from blt.cli.commands.bench import PatchSize, PromptBytes, Repeat, TextFile, read_text, setting
 
 if TYPE_CHECKING:
     from blt.bench import Joined, Run, Text, Together
@@ -22,24 +22,29 @@ if TYPE_CHECKING:
 @options.takes(options.ModelOptions, "precision", "threads")
 def throughput(
     model: options.ModelPath,
-    batch: Annotated[str, typer.Option("--batch", metavar="N,N", help="How many streams at a time.")] = "1,8",
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N,N", help="Streams per batch; each size is measured.")
+    ] = "1,8",
     prompt_bytes: PromptBytes = "64",
-    new_bytes: Annotated[str, typer.Option("--new-bytes", metavar="SIZE", help="Bytes that each generates.")] = "128",
+    new_bytes: Annotated[
+        str, typer.Option("--new-bytes", metavar="SIZE", help="Bytes that each stream generates.")
+    ] = "128",
     repeat: Repeat = 3,
-    patch_size: Annotated[
-        float | None, typer.Option(min=1.0, help="Choose the threshold that gives this mean patch (default: its own).")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
+    patch_size: PatchSize = None,
+    temperature: options.Temperature = 0.8,
     share: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Latent steps wait until this share of the streams do.")
+        float,
+        typer.Option(min=0.0, max=1.0, help="Run the latent transformer once this share of the streams needs it."),
     ] = 0.5,
-    slice: Annotated[int, typer.Option(min=1, help="Bytes of a prompt that are read while others write.")] = 8,
+    slice: Annotated[
+        int, typer.Option(min=1, help="Bytes of a prompt that one call reads while other streams generate.")
+    ] = 8,
     text: TextFile = None,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Many streams of a bundle at once: bytes per second of all, against one stream alone, and the gaps of each."""
+    """A batch of streams on a bundle: bytes per second of all against one stream alone, and the gaps between bytes."""
     from blt import bench
 
     sizes = [options.parse_size(size, "--batch", at_least=1) for size in batch.split(",")]
@@ -54,7 +59,7 @@ def throughput(
             single = bench.at_patch_size(single, given, patch_size, by_rises=True)
         spec = single.spec
         alone = [_alone(single, given[i % len(given)], temperature) for i in range(1 + repeat)]
-    del single  # a large model fits into memory once
+    del single  # two copies of a large model do not fit into memory
     opened = bench.with_changes(models.open_batched(model, how.threads), spec=spec)
     rows = []
     for streams in sizes:
@@ -88,7 +93,7 @@ def _alone(model: Model, text: Text, temperature: float) -> Run:
 
 
 def _row(runs: list[Together], joins: list[Joined]) -> dict[str, Any]:
-    """Medians of the runs."""
+    """Medians over the runs of one batch size. `joins`: runs in which one more prompt is read; none for one stream."""
 
     def median(of: Callable[[Together], float]) -> float:
         return statistics.median(of(run) for run in runs)
@@ -110,26 +115,16 @@ def _row(runs: list[Together], joins: list[Joined]) -> dict[str, Any]:
 def _show(report: dict[str, Any]) -> None:
     one = report["one_stream_bytes_per_s"]
     title = (
-        f"{report['model']}, {report['precision']}: one stream alone {one:,.1f} bytes/s at patches of "
-        f"{report['one_stream_mean_patch_bytes']:.2f}; prompts of "
-        f"{report['prompt_bytes']:,} bytes, {report['new_bytes']:,} new ones, load {report['load_average']}"
+        f"{report['model']}, {report['precision']}: one stream alone {one:,.1f} bytes/s, "
+        f"{report['one_stream_mean_patch_bytes']:.2f} bytes per patch; prompts of {report['prompt_bytes']:,} bytes, "
+        f"{report['new_bytes']:,} new bytes, load average {report['load_average']}"
     )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    columns = (
-        "streams",
-        "bytes/s",
-        "x one",
-        "gap p50",
-        "gap p95",
-        "first byte",
-        "patches/call",
-        "patch",
-        "p95, prompt",
-    )
-    for name in columns:
+    columns = ("streams", "bytes/s", "x one", "gap p50", "gap p95", "first byte", "patches/call", "bytes/patch")
+    for name in (*columns, "p95 with prompt"):
         table.add_column(name, justify="right")
     for row in report["streams"]:
-        beside = row["gap_p95_while_a_prompt_is_read"]
+        with_prompt = row["gap_p95_while_a_prompt_is_read"]
         table.add_row(
             f"{row['streams']}",
             f"{row['bytes_per_s']:,.1f}",
@@ -139,6 +134,6 @@ def _show(report: dict[str, Any]) -> None:
             f"{row['time_to_first_byte_s']:.2f} s",
             f"{row['patches_per_latent_call']:.1f}",
             f"{row['mean_patch_bytes']:.2f}",
-            "" if beside is None else f"x {beside:.2f}",
+            "" if with_prompt is None else f"x {with_prompt:.2f}",
         )
     console.stdout_console().print(table)

@@ -1,6 +1,7 @@
-"""`blt calibrate`: the threshold that gives a wanted mean patch, and what other thresholds would cost.
+"""`blt calibrate`: the threshold that gives a wanted mean patch size, and what other thresholds would cost.
 
-Not here: the search (`blt.data.threshold`), the measurements (`costs`), the output (`tradeoff`, `figures.tradeoff`).
+Not here: the search (`blt.data.threshold`), the measurements (`blt.evaluate.costs`), the output (`calibrate_table`,
+`blt.figures.tradeoff`).
 """
 
 from __future__ import annotations
@@ -28,43 +29,48 @@ if TYPE_CHECKING:
     from blt.data.threshold import Piece
     from blt.model import EntropyModel
 
-    Halves = tuple[list[Piece], list[Piece]]  # to choose on, held out
+    Halves = tuple[list[Piece], list[Piece]]  # to choose the threshold on, held out
 
-MEANS = (2.0, 3.0, 4.0, 4.5, 6.0, 8.0)  # beside the wanted one
+MEANS = (2.0, 3.0, 4.0, 4.5, 6.0, 8.0)  # bytes per patch; rows of the table besides the wanted one
 
 
 @options.verbosity
 @options.takes(options.ModelOptions, "backend", "entropy_model", "threads")
 def calibrate(
     model: options.ModelPath,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by blt data prepare, or a file.")],
-    mean_patch: Annotated[float, typer.Option("--mean-patch", metavar="BYTES", help="Wanted bytes per patch.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A data folder (blt data prepare) or a file.")],
+    mean_patch: Annotated[float, typer.Option("--mean-patch", metavar="BYTES", help="Wanted mean patch size.")],
     rule: Annotated[
-        str | None, typer.Option("--rule", metavar="global|monotonic", help="Default: as the model's own rule.")
+        str | None,
+        typer.Option("--rule", metavar="global|monotonic", help="Kind of threshold (default: the model's own)."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="MODEL", help="Write the model with the new rule.")
+        Path | None, typer.Option("-o", "--out", metavar="MODEL", help="Write the model with the new threshold.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the table as .png or .html.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the table, as .png or .html.")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test of a data folder.")] = "valid",
     n_bytes: Annotated[
-        str, typer.Option("--bytes", metavar="SIZE", help="About so much text, spread over DATA.")
+        str, typer.Option("--bytes", metavar="SIZE", help="About this much text, spread evenly over DATA.")
     ] = "4M",
     bpb_bytes: Annotated[
-        str, typer.Option("--bpb-bytes", metavar="SIZE", help="Held-out text scored with each rule; 0: none.")
+        str, typer.Option("--bpb-bytes", metavar="SIZE", help="Held-out text scored under each rule; 0 for none.")
     ] = "32k",
-    context: Annotated[str, typer.Option(metavar="SIZE", help="Longer documents are cut into pieces.")] = "4k",
-    tolerance: Annotated[float, typer.Option(help="Exit 3 if held-out text misses the mean by more.")] = 0.02,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older -o MODEL.")] = False,
-    device: Annotated[str, typer.Option("--device", help="Of the entropy model: auto, cpu or cuda[:n].")] = "auto",
+    context: Annotated[str, typer.Option(metavar="SIZE", help="Longest piece; longer documents are cut.")] = "4k",
+    tolerance: Annotated[
+        float, typer.Option(help="Exit 3 if held-out text misses the mean by more than this share.")
+    ] = 0.02,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing -o MODEL.")] = False,
+    device: Annotated[
+        str, typer.Option("--device", help="Where the entropy model runs: auto, cpu or cuda[:n].")
+    ] = "auto",
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Find the threshold for a wanted mean patch size, and what it costs in bits per byte and speed."""
+    """Find the threshold that gives a wanted mean patch size, and its cost in bits per byte and speed."""
     _check_numbers(mean_patch, tolerance)
     if inputs.is_bundle(model):
-        raise UsageError(f"{model} is a bundle; calibrate the checkpoint it was made from, and export that again")
+        raise UsageError(f"{model} is a bundle; calibrate the checkpoint it was exported from, then export again")
     figures.check_path(plot)
     _check_out(out, force)
     size = options.parse_size(context, "--context", at_least=1)
@@ -129,7 +135,7 @@ def _present(model: EntropyModel | None) -> EntropyModel:
 
 
 def _pieces(model: EntropyModel, reset_newlines: bool, rows: Sequence[NDArray[np.int64]], device: str) -> list[Piece]:
-    """Pieces of the text with their entropies, each row computed alone and whole."""
+    """Pieces of the text with their entropies, one uncached forward pass per row."""
     import torch
 
     from blt.data.threshold import Piece
@@ -155,7 +161,8 @@ def _pieces(model: EntropyModel, reset_newlines: bool, rows: Sequence[NDArray[np
 def _rows(
     own: PatchRule | None, base: PatchRule, wanted: float, halves: Halves
 ) -> tuple[list[tradeoff.Row], list[float]]:
-    """Rows without costs: the wanted mean first, the model's own rule, MEANS; and those of MEANS out of reach."""
+    """Rows without costs: the wanted mean, the model's own rule, then `MEANS`. And those of `MEANS` that no threshold
+    reaches."""
     from blt.data.threshold import find_rule, sizes
 
     chosen_on, held_out = halves
@@ -182,7 +189,7 @@ def _with_costs(
     scored_bytes: int,
     how: options.ModelOptions,
 ) -> tuple[list[tradeoff.Row], tradeoff.Cost]:
-    """Rows with bits per byte of `scored_bytes` and expected speed, and how those were measured.
+    """Rows with bits per byte (on about `scored_bytes`) and expected speed, and how those were measured.
 
     `checkpoint` has the patch rule of the timing (`costs.clocked`); scoring brings its own patches.
     """
@@ -204,7 +211,7 @@ def _with_costs(
 
 
 def _sample(pieces: Sequence[Piece], most: int) -> list[Piece]:
-    """Evenly spread pieces of about `most` bytes."""
+    """Pieces of about `most` bytes in total, spread evenly."""
     if not most:
         return []
     return list(pieces[:: math.ceil(sum(piece.n_bytes for piece in pieces) / most)])
@@ -216,9 +223,9 @@ def _plot(result: tradeoff.Result, path: Path) -> None:
     rule, mean = result.rule, result.held_out.mean
     points = []
     for row in result.sorted_rows():
-        comparable = tradeoff.form(row.rule) == tradeoff.form(rule)  # a rise is no level: no common axis
+        comparable = tradeoff.form(row.rule) == tradeoff.form(rule)  # entropies and their rises share no axis
         threshold = row.rule.threshold if comparable else None
         mark = tradeoff.mark(row, result)
         points.append(Point(row.sizes.mean, threshold, row.bits_per_byte, row.bytes_per_s, mark))
-    title = f"{tradeoff.form(rule)} rule: threshold {rule.threshold} gives {mean:.2f} bytes a patch"
+    title = f"{tradeoff.form(rule)} rule: threshold {rule.threshold} gives {mean:.2f} bytes per patch"
     figures.write(path, Tradeoff(points, title), render)

@@ -1,4 +1,4 @@
-"""What `blt calibrate` found: the rows of its table, and how they are shown."""
+"""The result of `blt calibrate`: the rows of its table, and their output as text and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One rule: the mean it was chosen for (None: the model's own rule), what it gives on held-out text, its cost."""
+    """One rule: the mean it was chosen for (None: the model's own rule), its patches on held-out text, its cost."""
 
     wanted: float | None
     rule: PatchRule
@@ -26,6 +26,7 @@ class Row:
     bytes_per_s: float | None = None
 
     def report(self) -> dict[str, Any]:
+        """The row of `--json`."""
         return {
             "wanted_mean_patch": self.wanted,
             "rule": self.rule.to_dict(),
@@ -57,7 +58,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Result:
-    """The chosen rule, its patches where it was chosen and on held-out text, the table. `cost`: None without a BLT."""
+    """The chosen rule, its patches on the text it was chosen on and on held-out text, and the table. `cost` is None
+    for an entropy model without a BLT."""
 
     wanted: float
     tolerance: float
@@ -69,45 +71,45 @@ class Result:
     cost: Cost | None
 
     def sorted_rows(self) -> list[Row]:
-        """From short patches to long ones."""
+        """By mean patch size, the shortest first."""
         return sorted(self.rows, key=lambda row: row.sizes.mean)
 
     @property
     def problem(self) -> str | None:
-        """Why the wanted mean is missed; None if it is not."""
+        """Why the wanted mean is missed; None if it is met."""
         from blt.data.threshold import relative_error
 
         share = f"more than {100 * self.tolerance:g} % from the wanted {self.wanted:g}"
         if relative_error(self.chosen_on.mean, self.wanted) > self.tolerance:
             return (
-                f"no threshold comes closer than {self.chosen_on.mean:.3f} bytes per patch, {share}: "
+                f"the closest threshold gives {self.chosen_on.mean:.3f} bytes per patch, {share}: "
                 "the text is too short or its entropies too coarse; give more text or a larger --tolerance"
             )
         if relative_error(self.held_out.mean, self.wanted) > self.tolerance:
             return (
-                f"threshold {self.rule.threshold} gives {self.chosen_on.mean:.3f} bytes per patch where it was chosen "
-                f"and {self.held_out.mean:.3f} on held-out text, {share}: the text varies more than that; "
+                f"threshold {self.rule.threshold} gives {self.chosen_on.mean:.3f} bytes per patch on the text it was "
+                f"chosen on and {self.held_out.mean:.3f} on held-out text, {share}: the text varies too much; "
                 "give more text (--bytes) or a larger --tolerance"
             )
         return None
 
 
 def form(rule: PatchRule) -> str:
-    """A name of the rule's kind."""
+    """The kind of the rule: its scheme, or for entropies what the threshold is compared with."""
     if not rule.needs_entropy:
         return rule.scheme
     return "monotonic" if rule.monotonic else "global" if rule.threshold_add is None else "global and rise"
 
 
 def mark(row: Row, result: Result) -> str:
-    """What is special about a row; empty for most."""
+    """The last column: which row is the wanted one or the model's own rule; empty for the others."""
     if row.wanted is None:
         return f"the model's own rule ({form(row.rule)})"
     return "wanted" if row.wanted == result.wanted else ""
 
 
 def table(result: Result) -> Table:
-    """The rows for people."""
+    """The rows as a table."""
     out = Table(box=None, pad_edge=False)
     for name in ("threshold", "bytes/patch", "p50", "p95", "bits/byte", "bytes/s"):
         out.add_column(name, justify="right")
@@ -127,7 +129,7 @@ def table(result: Result) -> Table:
 
 
 def notes(result: Result, written: Path | None) -> list[str]:
-    """What the columns mean, and the result, one line each."""
+    """The meaning of the columns and the result, one line each."""
     lines = _how(result.cost) if result.cost is not None else []
     if result.unreachable:
         means = ", ".join(f"{mean:g}" for mean in result.unreachable)
@@ -138,20 +140,21 @@ def notes(result: Result, written: Path | None) -> list[str]:
         f"{result.held_out.n_bytes:,} held-out bytes ({off:+.2f} % of {result.wanted:g}), "
         f"{result.chosen_on.mean:.3f} on the {result.chosen_on.n_bytes:,} bytes it was chosen on"
     )
-    return ["", *lines, *([f"{written} written with it"] if written else [])]
+    return ["", *lines, *([f"{written} written with this threshold"] if written else [])]
 
 
 def _how(cost: Cost) -> list[str]:
+    """How the columns of costs were measured."""
     lines = []
     if cost.scored_bytes:
         lines.append(
             f"bits/byte: {cost.scored_bytes:,} held-out bytes, the same weights under every rule. A BLT trained with "
-            "one threshold loses with another; what it would reach if trained with that one is not measured here."
+            "one threshold does worse under another; its result after training with that one is not measured here."
         )
     if cost.times is not None:
         lines.append(
-            f"bytes/s: expected of generation here ({cost.backend}, one stream): "
-            f"{1000 * cost.times.per_byte:.2f} ms a byte + {1000 * cost.times.per_patch:.2f} ms a patch, "
+            f"bytes/s: expected when generating on this machine ({cost.backend}, one stream): "
+            f"{1000 * cost.times.per_byte:.2f} ms per byte + {1000 * cost.times.per_patch:.2f} ms per patch, "
             f"medians of {cost.times.steps} steps"
         )
     return lines

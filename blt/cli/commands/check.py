@@ -1,4 +1,4 @@
-"""`blt check`: do the cached forms of a model compute what whole rows compute, in every order of calls?"""
+"""`blt check`: compares the cached forms of a model with whole rows, in every order of calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FORMS = ("torch", "onnx")
 ROOM = 400
-"""Ids that a stream holds beyond a row at least: prompts of greedy text may be longer than short rows."""
+"""Ids that a stream can hold beyond a row, because prompts of greedy text may be longer than short rows."""
 
 
 @options.verbosity
@@ -37,21 +37,23 @@ def check(
             help="A checkpoint: model.pt, a run folder, a reference or Hugging Face folder, or a hub name.",
         ),
     ],
-    n_bytes: Annotated[str, typer.Option("--bytes", metavar="SIZE", help="Text under the model's own rule.")] = "100k",
+    n_bytes: Annotated[
+        str, typer.Option("--bytes", metavar="SIZE", help="Bytes of text compared under the model's own patch rule.")
+    ] = "100k",
     backend: Annotated[
-        str, typer.Option("--backend", metavar="FORMS", help="Cached forms: torch,onnx or one.")
+        str, typer.Option("--backend", metavar="FORMS", help="Cached forms to compare: torch, onnx or both.")
     ] = "torch,onnx",
     bundle: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The bundle made from MODEL (default: a temporary one).")
+        Path | None, typer.Option(metavar="DIR", help="A bundle exported from MODEL (default: a temporary one).")
     ] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to use instead of generated text.")] = None,
-    row_bytes: Annotated[str, typer.Option("--row-bytes", metavar="SIZE", help="Bytes that a whole row holds.")] = "2k",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of text, cuts and order.")] = 0,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to compare on (default: generated).")] = None,
+    row_bytes: Annotated[str, typer.Option("--row-bytes", metavar="SIZE", help="Bytes of a whole row.")] = "2k",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the text, the cuts and the order of calls.")] = 0,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Compare cached streams with whole rows: entropies, boundaries, logits and greedy text, alone and in company."""
+    """Compare cached streams, alone and interleaved, with whole rows: entropies, boundaries, logits, greedy text."""
     from blt.evaluate.cache_check import check as compare
 
     forms = _forms(backend, model, bundle)
@@ -80,11 +82,11 @@ def _forms(backend: str, model: Path, bundle: Path | None) -> list[str]:
         if name not in FORMS:
             raise UsageError(f"--backend {name}: choose from {', '.join(FORMS)}")
     if inputs.is_bundle(model):
-        raise UsageError(f"{model} is a bundle; give the checkpoint it was made from, and --bundle {model}")
+        raise UsageError(f"{model} is a bundle; give the checkpoint it was exported from, and --bundle {model}")
     if bundle is not None and not inputs.is_bundle(bundle):
         raise UsageError(f"--bundle {bundle}: no bundle there; blt export makes one")
     if bundle is not None and "onnx" not in forms:
-        raise UsageError("--bundle is of use with --backend onnx only")
+        raise UsageError("--bundle needs --backend onnx; --backend torch reads the checkpoint only")
     return forms
 
 
@@ -100,7 +102,7 @@ def _text(file: Path) -> bytes:
 def _open(
     path: Path, forms: list[str], bundle: Path | None, *, how: options.ModelOptions, capacity: int
 ) -> Iterator[tuple[Checkpoint, dict[str, Model]]]:
-    """The checkpoint and its cached forms. The export comes first: what it loads is gone when the rest is loaded."""
+    """The checkpoint and its cached forms. The export runs first, so that its memory is free before the rest loads."""
     from blt.checkpoint.models import load
     from blt.generate.torch_backend import open_model
 
@@ -136,7 +138,7 @@ def _table(report: Report, seconds: float) -> Table:
 
 
 def _finite(value: Any) -> Any:
-    """The same with infinite errors as "inf", which JSON has no number for."""
+    """`value` with infinite errors as the string "inf", because JSON has no infinity."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -149,17 +151,17 @@ def _error(value: float | None) -> str:
 
 
 def _demand(report: Report) -> None:
-    """Raises CheckFailed that shows where the first failure is; the log names the first of every line."""
+    """Raises CheckFailed with the first failure. The log names the first failure of every line."""
     failed = [line for line in report.lines if line.failures]
     for line in failed:
         console.log.warning("%s: %d failures, first: %s", _name(line), line.failures, line.first_failure)
     if failed:
         first = failed[0]
         raise CheckFailed(
-            f"{report.failures} differences that no tolerance explains; {_name(first)}: {first.first_failure}"
+            f"{report.failures} differences that the tolerance does not explain; {_name(first)}: {first.first_failure}"
         )
     if not report.ok:
-        raise CheckFailed("a way of computing was compared at no position at all: use more --bytes")
+        raise CheckFailed("one line of the table compared no position: use more --bytes")
 
 
 def _name(line: Line) -> str:

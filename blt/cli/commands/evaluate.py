@@ -123,7 +123,7 @@ def evaluate(
         raise UsageError("name DATA: a folder made by blt data prepare, or a file")
     limited = list(texts.limited(texts.documents(data, split), most))
     if not limited:
-        raise texts.nothing(data, split)
+        raise texts.no_text(data, split)
     with scorers.open_scorer(model, size + 2, how) as scorer:
         unit = scorer.unit
         tallies = _score_all(scorer, limited, size if scorer.capacity is None else min(size, scorer.capacity))

@@ -1,4 +1,4 @@
-"""`blt generate`: continue a prompt; the text alone goes to stdout, as it comes."""
+"""`blt generate`: continue a prompt. stdout gets the new text only, each piece as soon as it is complete."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import typer
 
 from blt.cli import console, inputs, models, options
 from blt_runtime.errors import UsageError
+from blt_runtime.options import GenerateOptions
 
 if TYPE_CHECKING:
     from blt_runtime import Stream
     from blt_runtime.speculation.speculate import Speculate
     from blt_runtime.stream import Overflow
 
+DEFAULTS = GenerateOptions()
+
 
 @dataclass
 class Timing:
-    """When the bytes came. Times in seconds since `started`, which is before the prompt is read in."""
+    """When each piece was generated, in seconds since `started`, which is before the prompt is read."""
 
     prompt_bytes: int
     started: float = field(default_factory=time.perf_counter)
@@ -30,8 +33,8 @@ class Timing:
     last_byte: float = 0.0
     n_bytes: int = 0
 
-    def watch(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass `pieces` on and note their times."""
+    def timed(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Yields `pieces` and records their times."""
         for piece in pieces:
             self.last_byte = time.perf_counter() - self.started
             if piece and self.first_byte is None:
@@ -40,11 +43,11 @@ class Timing:
             yield piece
 
     def summary(self, stream: Stream) -> dict[str, Any]:
-        """Bytes per second are counted behind the first byte, so that reading the prompt is not in them."""
+        """Numbers of `--stats` and `--json`. Bytes per second leave out the first byte, and with it the prompt."""
         first = self.first_byte if self.first_byte is not None else self.last_byte
         spent = self.last_byte - first
         lengths = [int(n) for n in stream.patch_lengths]
-        lengths[-1] -= 1  # the virtual next token
+        lengths[-1] -= 1  # the next token, which is not generated yet
         lengths = [n for n in lengths[1:] if n > 0]  # the first patch is BOS alone
         return {
             "prompt_bytes": self.prompt_bytes,
@@ -59,13 +62,13 @@ class Timing:
 
 
 def _stats_line(stats: dict[str, Any]) -> str:
-    speed, patch, guessed = stats["bytes_per_s"], stats["mean_patch_bytes"], stats["bytes_per_pass"]
+    speed, patch, per_pass = stats["bytes_per_s"], stats["mean_patch_bytes"], stats["bytes_per_pass"]
     parts = [f"{stats['new_bytes']} bytes in {stats['seconds']:.2f} s"]
     parts += [f"{speed:.0f} bytes/s"] if speed is not None else []
     parts += [f"time to first byte {1000 * stats['time_to_first_byte_s']:.0f} ms"]
     parts += [f"mean patch {patch:.2f} bytes"] if patch is not None else []
-    parts += [f"{guessed:.2f} bytes per decoder pass"] if guessed is not None else []
-    parts += [f"forgot the oldest {stats['forgotten_bytes']}"] if stats["forgotten_bytes"] else []
+    parts += [f"{per_pass:.2f} bytes per decoder pass"] if per_pass is not None else []
+    parts += [f"forgot the oldest {stats['forgotten_bytes']} bytes"] if stats["forgotten_bytes"] else []
     return ", ".join(parts)
 
 
@@ -79,7 +82,7 @@ def _prompt_bytes(prompt: str | None, unconditional: bool) -> bytes:
 
 
 def _write(pieces: Iterable[bytes], raw: bool, stream_out: bool) -> None:
-    """Write to stdout piece by piece (or all at the end): bytes as they are, or complete UTF-8 only."""
+    """Writes to stdout piece by piece, or all at the end: raw bytes, or complete UTF-8 characters only."""
     if not stream_out:
         pieces = [b"".join(pieces)]
     for data in pieces if raw else (text.encode() for text in _texts(pieces)):
@@ -106,23 +109,25 @@ def generate(
     model: options.ModelPath,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT|-]", help="Text; - is standard input.")] = None,
     n: Annotated[str, typer.Option("-n", "--new-bytes", metavar="SIZE", help="Bytes to generate.")] = "256",
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Keep the K likeliest bytes.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest bytes of this total share.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop bytes below this share of the likeliest.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end of document.")] = False,
+    temperature: options.Temperature = DEFAULTS.temperature,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the K most likely bytes.")] = DEFAULTS.top_k,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the smallest set of most likely bytes with this total probability.")
+    ] = DEFAULTS.top_p,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop bytes with less than this share of the most likely byte's probability.")
+    ] = DEFAULTS.min_p,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end of document.")] = False,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Start without a prompt.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Write the bytes as they are, UTF-8 or not.")] = False,
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Write everything at the end.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Speed and mean patch size on stderr.")] = False,
-    speculate: Annotated[
-        str, typer.Option(help="Guess ahead, check in one pass: off, auto, lookup, decoder, lookup+decoder or entropy.")
-    ] = "off",
+    raw: Annotated[bool, typer.Option("--raw", help="Write the bytes as they are, valid UTF-8 or not.")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Write the whole text at the end.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and mean patch size on stderr.")] = False,
+    speculate: options.Speculate = "off",
     overflow: Annotated[
-        str, typer.Option(help="When the text outgrows the model: error, or slide, which forgets its older half.")
+        str, typer.Option(help="When the text outgrows the model: error, or slide (forget the older half).")
     ] = "error",
-    seed: options.Seed = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Makes the sampling repeatable.")] = DEFAULTS.seed,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
@@ -131,24 +136,22 @@ def generate(
     size = options.parse_size(n, "-n")
     if raw and as_json:
         raise UsageError("--raw writes bytes and --json writes text; leave one of them out")
+    sampling = GenerateOptions(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=[os.fsencode(text) for text in stop or []],
+        stop_at_eos=not ignore_eos,
+        speculate=cast("Speculate", speculate),
+    )
     given = _prompt_bytes(prompt, unconditional)
-    stops = [os.fsencode(text) for text in stop or []]
     with models.open_model(model, how) as opened:
         stream = opened.stream(bos=True, seed=seed, overflow=cast("Overflow", overflow))
         timing = Timing(len(given))
         stream.append(given)
-        made = stream.generate(
-            size,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop=stops,
-            stop_at_eos=not ignore_eos,
-            speculate=cast("Speculate", speculate),
-        )
-        pieces = timing.watch(made)
+        pieces = timing.timed(stream.generate(size, options=sampling))
         if as_json:
             text = "".join(_texts(pieces))
             console.print_json("blt.generate/1", {"text": text, **timing.summary(stream)})
