@@ -1,4 +1,4 @@
-"""Baselines as commands: train, evaluate, inspect; what they are not for is one line."""
+"""Baselines as commands: train, evaluate, inspect; a command that needs a BLT refuses them in one line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_train_then_eval(blt: Call, data: Path, tmp_path: Path, kind: str, unit:
     assert inspected["parameters"]["total"] > 0
 
 
-def test_a_baseline_is_no_blt(blt: Call, data: Path, tmp_path: Path) -> None:
+def test_commands_that_need_a_blt_refuse_a_baseline(blt: Call, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     blt("train", "bpe", "-c", CONFIGS / "tiny-bpe.yaml", "--data", data, "-o", run, *SHORT)
     for arguments in (

@@ -58,7 +58,7 @@ def test_another_models_bundle_fails_with_exit_code_3(blt: Call, checkpoint: Pat
 def test_wrong_usage_is_one_line(blt: Call, checkpoint: Path, foreign: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for arguments, words in (
-        ([foreign], "give the checkpoint it was made from"),
+        ([foreign], "give the checkpoint it was exported from"),
         ([checkpoint, "--backend", "tensorrt"], "choose from torch, onnx"),
         ([checkpoint, "--bundle", tmp_path], "no bundle there"),
         ([checkpoint, "--bundle", foreign, "--backend", "torch"], "needs --backend onnx"),

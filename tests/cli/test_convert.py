@@ -1,4 +1,4 @@
-"""`blt convert`: every format into ours and Hugging Face's, bit by bit, and what cannot be said there is an error."""
+"""`blt convert`: every format into ours and Hugging Face's, bit by bit. What a format cannot express is an error."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_there_and_back_gives_the_same_file(blt: Call, native: Path, tmp_path: Path, dtype: str | None) -> None:
+def test_a_round_trip_gives_the_same_file(blt: Call, native: Path, tmp_path: Path, dtype: str | None) -> None:
     if dtype is not None:
         blt("convert", native, "-o", tmp_path / "narrow.pt", "--to", "native", "--dtype", dtype)
         native = tmp_path / "narrow.pt"
@@ -66,7 +66,7 @@ def test_there_and_back_gives_the_same_file(blt: Call, native: Path, tmp_path: P
 
 
 def test_every_format_becomes_the_same_native_file(blt: Call, tmp_path: Path) -> None:
-    """Split tables, a fused one, pickles and safetensors: one model, one file, whichever way it came."""
+    """Split tables, a fused one, pickles and safetensors: one model, one file, from every format."""
     forms: tuple[Form, ...] = ("training", "hub")
     for form in forms:
         (tmp_path / form).mkdir()
@@ -87,7 +87,7 @@ def test_the_report(blt: Call, native: Path, tmp_path: Path) -> None:
     assert report["bytes"] == sum(file.stat().st_size for file in (tmp_path / "hf").iterdir())
 
 
-def test_a_target_that_exists_is_replaced_only_by_force(blt: Call, native: Path, tmp_path: Path) -> None:
+def test_an_existing_target_is_replaced_only_with_force(blt: Call, native: Path, tmp_path: Path) -> None:
     again = ("convert", native, "-o", tmp_path / "hf", "--to", "hf")
     blt(*again)
     assert "exists" in blt(*again, code=2).err
@@ -98,7 +98,7 @@ def test_a_target_that_exists_is_replaced_only_by_force(blt: Call, native: Path,
     assert native.read_bytes() == before
 
 
-def test_what_a_killed_process_left_is_in_nobodys_way_and_a_link_stays(blt: Call, native: Path, tmp_path: Path) -> None:
+def test_files_of_a_killed_process_do_not_matter_and_a_link_stays(blt: Call, native: Path, tmp_path: Path) -> None:
     left = tmp_path / f".hf.{os.getpid()}.part"
     left.mkdir()
     (left / "config.json").write_text("half")
@@ -126,11 +126,11 @@ def test_force_replaces_no_foreign_folder_and_no_file_by_a_folder(
 
 
 @pytest.mark.parametrize("variant", ["max_patch_length", "cross_windows_own_heads_newlines", "static"])
-def test_what_transformers_has_no_form_for_is_named(blt: Call, variant: str, tmp_path: Path) -> None:
+def test_an_error_names_what_transformers_cannot_express(blt: Call, variant: str, tmp_path: Path) -> None:
     checkpoint = tiny(variant)
     assert checkpoint.blt is not None
     with torch.no_grad():
-        checkpoint.blt.decoder.norm.weight[0] = float("nan")  # found only by reading all weights
+        checkpoint.blt.decoder.norm.weight[0] = float("nan")  # found only when all weights are read
     save(tmp_path / "model.pt", checkpoint)
     error = blt("convert", tmp_path / "model.pt", "-o", tmp_path / "hf", "--to", "hf", code=1).err
     number = {"max_patch_length": "D4", "static": "D5"}.get(variant, "D6")
@@ -150,7 +150,7 @@ def test_weights_that_are_not_finite_are_not_converted(blt: Call, tmp_path: Path
 
 
 def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """A conversion that is told to stop removes what it wrote so far and says 143."""
+    """A conversion that receives SIGTERM removes what it wrote and exits with 143."""
     script = (
         "import os, signal, sys, time\n"
         "import blt.cli, blt.checkpoint.tensors\n"

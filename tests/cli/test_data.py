@@ -73,7 +73,7 @@ def test_a_changed_shard_stops_training_and_evaluation(blt: Call, tmp_path: Path
         shard = data / f"{split}-00000.bin"
         shard.write_bytes(b"?" * shard.stat().st_size)
     trained = blt("train", "entropy", "-c", config, "--data", data, "-o", tmp_path / "run")
-    judged = blt("eval", Path(__file__).resolve().parents[2] / "configs" / "demo" / "model.pt", data)
-    for result, split in ((trained, "train"), (judged, "test")):
+    evaluated = blt("eval", Path(__file__).resolve().parents[2] / "configs" / "demo" / "model.pt", data)
+    for result, split in ((trained, "train"), (evaluated, "test")):
         assert (result.code, result.out) == (1, b"")
         assert f"{split}-00000.bin has changed since it was prepared; run `blt data prepare` again" in result.err

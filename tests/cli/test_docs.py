@@ -1,4 +1,4 @@
-"""What README.md and docs/cli.md show exists: commands, options, make targets, links, configurations."""
+"""README.md and docs/cli.md: their commands, options, make targets, links and configurations exist."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))])
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_lead_to_files(page: str) -> None:
     file = REPO / page
     for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
         assert (file.parent / target).exists(), target

@@ -215,7 +215,7 @@ def test_eval_of_a_data_folder(blt: Call, checkpoint: Path, tmp_path: Path) -> N
     assert table.splitlines()[-1].split()[2] == "20"  # ten bytes of each group
 
 
-def test_fail_above_exits_3_behind_the_result(blt: Call, bundle: Path, tmp_path: Path) -> None:
+def test_fail_above_exits_3_after_the_result(blt: Call, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     assert blt("eval", bundle, tmp_path / "a.txt", "--fail-above", "20").code == 0
     result = blt("eval", bundle, tmp_path / "a.txt", "--fail-above", "1.5")
@@ -265,7 +265,7 @@ def test_patch_with_a_bundle(blt: Call, checkpoint: Path, bundle: Path) -> None:
     assert lengths[0] == lengths[1]
 
 
-def test_a_quantised_graph_is_judged_and_shown(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_quantised_graph_is_evaluated_and_shown(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT * 3)
     out = tmp_path / "bundle"
     options = ["--precision-of", "latent=int4", "--eval-data", tmp_path / "text", "--capacity", 128]
@@ -316,7 +316,7 @@ def test_a_closed_pipe_is_silent(bundle: Path) -> None:
     assert done.stderr == b""
 
 
-def test_the_readmes_python_example_runs(bundle: Path) -> None:
+def test_the_python_example_of_the_readme_runs(bundle: Path) -> None:
     readme = (REPO / "README.md").read_text()
     example = readme.split("```python\n")[1].split("```")[0]
     path = os.pathsep.join(str(REPO / part) for part in ("export", "runtime"))

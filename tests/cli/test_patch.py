@@ -1,4 +1,4 @@
-"""`blt patch` and the figure."""
+"""`blt patch` and its figure."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_text_and_table(blt: Call) -> None:
     lines = blt("patch", "one two", "--scheme", "static:3").text.splitlines()
     assert lines[0] == "<BOS>|one| tw|o"
     assert re.search(r"2 +3 +tw", lines[4])
-    assert lines[-1] == "7 bytes, 3 patches behind BOS, 2.33 bytes per patch (static patches of 3)"
+    assert lines[-1] == "7 bytes, 3 patches after BOS, 2.33 bytes per patch (static patches of 3)"
 
 
-def test_bytes_that_are_no_text_are_escaped(blt: Call) -> None:
+def test_bytes_that_are_not_text_are_escaped(blt: Call) -> None:
     result = blt("patch", "-", "--scheme", "byte", "--no-table", stdin=b"\xff\x00e\xcc\x81\n[b]")
     assert result.text.startswith("<BOS>|\\xff|\\x00|e|\\xcc|\\x81|\\n\n|[|b|]\n")
     assert result.code == 0
@@ -93,7 +93,7 @@ def test_png_and_html(blt: Call, cases: Any, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figure.html", "figure.png"]
 
 
-def test_html_stands_alone_and_shows_every_byte() -> None:
+def test_html_needs_no_other_file_and_shows_every_byte() -> None:
     ids = encode('<script>alert("x")</script> é\n', bos=True).tolist()
     figure = plot.Figure(ids, [1.0] * len(ids), frozenset({0, 1, 5}), 0.5, "a <title>")
     page = plot.render(figure, "html").decode()
@@ -104,7 +104,7 @@ def test_html_stands_alone_and_shows_every_byte() -> None:
     assert "a &lt;title&gt;" in page
 
 
-def test_bars_stand_where_the_byte_was_predicted() -> None:
+def test_bars_are_at_the_byte_that_was_predicted() -> None:
     figure = plot.Figure([1, 70, 71], [0.5, 2.0, 9.0], frozenset({0, 1}), 1.0)
     assert [figure.before(t) for t in range(3)] == [0.0, 0.5, 2.0]
 

@@ -89,7 +89,7 @@ def test_runs_without_an_axis_are_named_and_the_others_drawn(blt: Call, tmp_path
     new = make_run(tmp_path / "new", records(4.0))
     result = blt("plot", old, new, "-o", tmp_path / "x.html")
     assert result.code == 0
-    assert "without flops" in result.err
+    assert "not drawn against flops" in result.err
     assert "old" in result.err
     assert (tmp_path / "x.html").read_text().count("<polyline") == 3 * (2 + 1)
 

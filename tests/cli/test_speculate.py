@@ -1,4 +1,4 @@
-"""`blt generate --speculate`: the same text, and how many bytes a pass gave."""
+"""`blt generate --speculate`: the same text, and the bytes per decoder pass."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_text_is_the_same(blt: Call, model: Path, how: str) -> None:
     options = ["-n", 60, "--temperature", 0, "--ignore-eos", "--json"]
     plain = json.loads(blt("generate", model, TEXT, *options).text)
-    guessed = blt("generate", model, TEXT, *options, "--speculate", how, "--stats")
-    report = json.loads(guessed.text)
+    speculated = blt("generate", model, TEXT, *options, "--speculate", how, "--stats")
+    report = json.loads(speculated.text)
     assert report["text"] == plain["text"]
     assert plain["bytes_per_pass"] is None
     assert report["bytes_per_pass"] >= 1
-    assert "bytes per decoder pass" in guessed.err
+    assert "bytes per decoder pass" in speculated.err
 
 
-def test_an_unknown_way_is_a_usage_error(blt: Call, model: Path) -> None:
+def test_an_unknown_drafter_is_a_usage_error(blt: Call, model: Path) -> None:
     assert blt("generate", model, TEXT, "--speculate", "magic").code == 2

@@ -1,4 +1,4 @@
-"""`blt eval --suite`: every kind of model runs the suites, numbers are those of `blt.suite`, mistakes are one line."""
+"""`blt eval --suite`: every kind of model runs it, numbers are those of `blt.evaluate`, mistakes are one line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", ["model", "byte", "bpe"])
-def test_the_report_is_what_the_suites_measure(blt: Call, files: dict[str, Path], name: str) -> None:
+def test_the_report_has_the_numbers_of_the_suites(blt: Call, files: dict[str, Path], name: str) -> None:
     result = blt("eval", files[name], files["text"], "--suite", "all", "--items", 2, "--seed", 5, "--json", "-q")
     assert result.code == 0, result.err
     report = json.loads(result.text)
@@ -100,8 +100,8 @@ ERRORS = [
     (["{byte}", "--suite", "tea"], 2, "choose from noise"),
     (["{byte}", "--suite", "noise"], 2, "name DATA"),
     (["{byte}"], 2, "name DATA"),
-    (["{byte}", "{text}", "--suite", "all", "--by", "group"], 2, "--by does not go with --suite"),
-    (["{byte}", "{text}", "--suite", "all", "--fail-above", "0"], 2, "--fail-above does not go"),
+    (["{byte}", "{text}", "--suite", "all", "--by", "group"], 2, "--by has no effect with --suite"),
+    (["{byte}", "{text}", "--suite", "all", "--fail-above", "0"], 2, "--fail-above has no effect"),
     (["{byte}", "{short}", "--suite", "noise"], 1, "needs longer text"),
     (["{nineteen}", "{text}", "--suite", "noise"], 2, "reads 19 bytes at once, the noise suite needs 20"),
     (["{hundred}", "--suite", "characters"], 2, "reads 100 bytes at once, questions about characters have"),

@@ -44,7 +44,7 @@ def test_dry_run_prints_and_trains_nothing(blt: Call, config: Path) -> None:
     assert [p.name for p in config.parent.iterdir()] == [config.name]
 
 
-def test_dry_run_with_data_says_how_it_packs(blt: Call, config: Path, data: Path) -> None:
+def test_dry_run_with_data_reports_the_packing(blt: Call, config: Path, data: Path) -> None:
     result = blt("train", "entropy", "-c", config, "--data", data, "--dry-run", "--json")
     packing = json.loads(result.text)["packing"]
     assert packing["batches"] == packing["buckets"]["32"] > 0
@@ -90,7 +90,7 @@ def test_mistakes_are_one_line(
     assert words in result.err
 
 
-def test_a_data_folder_is_no_model_and_no_place_for_one(
+def test_a_data_folder_is_neither_a_model_nor_a_place_for_one(
     blt: Call, config: Path, data: Path, golden: Path, tmp_path: Path
 ) -> None:
     before = sorted(data.iterdir())

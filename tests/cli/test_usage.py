@@ -143,7 +143,7 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
 
 
 class _Hidden(MetaPathFinder):
-    """Makes a library look as if it was not installed."""
+    """Makes a library look as if it were not installed."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -208,7 +208,7 @@ def test_env_does_not_load_torch(blt_process: Call) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["data"], ["train"]])
-def test_a_command_without_its_rest_prints_the_help_alone(blt: Call, arguments: list[str]) -> None:
+def test_an_incomplete_command_prints_only_the_help(blt: Call, arguments: list[str]) -> None:
     result = blt(*arguments)
     assert result.code == 2
     assert "Usage" in result.text

@@ -1,4 +1,4 @@
-"""`blt convert`: a checkpoint of any format becomes our own or a Hugging Face folder, tensor by tensor."""
+"""`blt convert`: writes a checkpoint of any format as our `model.pt` or as a Hugging Face folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 @options.takes(options.ModelOptions, "entropy_model", "entropy_dtype")
 def convert(
     model: options.ModelPath,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write (or a .pt file, native).")],
-    to: Annotated[str, typer.Option("--to", help="native (model.pt) or hf (transformers' BltForCausalLM).")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write, or with --to native a .pt file.")
+    ],
+    to: Annotated[str, typer.Option("--to", help="native (model.pt) or hf (BltForCausalLM of transformers).")],
     dtype: Annotated[
-        str | None, typer.Option(help="Weights as float32, float16 or bfloat16 (default: as they are).")
+        str | None, typer.Option(help="float32, float16 or bfloat16 for all weights (default: the stored ones).")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
@@ -39,7 +41,7 @@ def convert(
         raise UsageError(f"-o {out}: a Hugging Face checkpoint is a folder")
     if inputs.is_bundle(model):
         raise UsageError(
-            f"{model} is a bundle: weights do not come back out of it; give the checkpoint it was made from"
+            f"{model} is a bundle: its weights cannot be converted; give the checkpoint it was exported from"
         )
     target = out if to == "hf" or out.suffix == ".pt" else out / "model.pt"
     _check_target(out, target, force)
@@ -53,7 +55,7 @@ def convert(
     source = open_source(model, entropy_model=how.entropy_model)
     if how.entropy_dtype is not None:
         if source.patch_rule is None:
-            raise UsageError(f"--entropy-dtype {how.entropy_dtype} belongs to a patch rule, and {model} has none")
+            raise UsageError(f"--entropy-dtype {how.entropy_dtype} belongs to the patch rule, and {model} has none")
         source = replace(source, patch_rule=replace(source.patch_rule, entropy_dtype=how.entropy_dtype))
     if to == "hf":
         huggingface.check(source)  # before all weights are read
@@ -71,14 +73,16 @@ def convert(
 
 
 def _check_target(out: Path, target: Path, force: bool) -> None:
-    """`target` is the file or, for Hugging Face, the folder that will be replaced as a whole: with --force, but only
-    where what goes is such a checkpoint, not somebody's run or home folder."""
+    """Raises UsageError unless `target` may be written: a file, or for Hugging Face a folder that is replaced whole.
+
+    --force replaces only a checkpoint of that form, never another folder.
+    """
     is_file = out.suffix == ".pt"
     if out.exists() and out.is_dir() == is_file:
-        raise UsageError(f"-o {out}: this is a {'folder' if is_file else 'file'}; give another place")
+        raise UsageError(f"-o {out}: this is a {'folder' if is_file else 'file'}; give another path")
     there = target.is_file() or (target.is_dir() and any(target.iterdir()))
     if there and not force:
-        raise UsageError(f"{target} exists; give another place, or --force to replace it")
+        raise UsageError(f"{target} exists; give another path, or --force to replace it")
     if there and target.is_dir():
         from blt.checkpoint import huggingface
 

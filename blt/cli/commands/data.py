@@ -1,4 +1,4 @@
-"""`blt data`: text to a data folder, and what a data folder holds."""
+"""`blt data`: makes a data folder from text, and shows the contents of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from blt.cli import console, options
 from blt_runtime.errors import UsageError
 
-app = typer.Typer(no_args_is_help=True, help="Text to training data.")
+app = typer.Typer(no_args_is_help=True, help="Turn text into training data.")
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -19,7 +19,7 @@ def _shares(text: str) -> tuple[float, ...]:
         shares = tuple(float(part) for part in text.split("/"))
     except ValueError:
         shares = ()
-    if len(shares) != 3:  # the rest is checked by prepare
+    if len(shares) != 3:  # prepare checks the values
         raise UsageError(f"--split {text}: write the shares of train, valid and test, as in 98/1/1")
     return shares
 
@@ -31,16 +31,16 @@ def prepare(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
     format: Annotated[str, typer.Option(help="auto, txt (documents end with NUL), jsonl, parquet or dir.")] = "auto",
     text_field: Annotated[str, typer.Option(help="Key of the text in JSONL, column in parquet.")] = "text",
-    prompt_field: Annotated[str | None, typer.Option(help="Key of a prompt, which carries no loss.")] = None,
-    completion_field: Annotated[str | None, typer.Option(help="Key of the completion behind the prompt.")] = None,
+    prompt_field: Annotated[str | None, typer.Option(help="Key of a prompt, which has no loss.")] = None,
+    completion_field: Annotated[str | None, typer.Option(help="Key of the completion after the prompt.")] = None,
     split: Annotated[str, typer.Option(help="Shares of train/valid/test.")] = "98/1/1",
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop exact duplicates.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Files read at once, one thread each.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Another split of the same documents.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Files read in parallel, one thread each.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the split.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing data folder.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Turn text into shards of bytes with a manifest (sha256, bytes, documents)."""
+    """Write text as a data folder: shards of bytes and a manifest (sha256, bytes, documents)."""
     from blt.data.dataset import info as describe
     from blt.data.prepare import prepare as run
 
@@ -55,16 +55,16 @@ def prepare(
 @app.command("corpus")
 @options.verbosity
 def corpus(
-    name: Annotated[str, typer.Argument(help="tiny (from this Python's library) or base (from Debian packages).")],
+    name: Annotated[str, typer.Argument(help="tiny (the library of this Python) or base (Debian packages).")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
-    debs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the packages of base.")] = None,
+    debs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the Debian packages of base.")] = None,
     groups: Annotated[
         str | None, typer.Option(metavar="GLOB,...", help="Only these groups, like '*.en,code.*'.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older data folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing data folder.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Build a named corpus as a data folder: the same text for everybody."""
+    """Build a named corpus as a data folder. base is the same text on every machine."""
     from blt.data.corpora import build
     from blt.data.dataset import info as describe
 
@@ -75,11 +75,11 @@ def corpus(
 @app.command("info")
 @options.verbosity
 def info(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by blt data prepare.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every shard and compare its sha256.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Splits, groups, documents and bytes of a data folder."""
+    """Show the splits, groups, documents and bytes of a data folder."""
     from blt.data.dataset import info as describe
 
     _show(describe(folder, verify), as_json)

@@ -43,7 +43,7 @@ def _cpu_name() -> str:
 
 
 def _onnxruntime() -> dict[str, Any] | None:
-    """Providers that the installed build offers; importing it takes 0.1 s."""
+    """Version and providers of the installed build; the import takes 0.1 s."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -62,10 +62,10 @@ def _torch() -> dict[str, Any] | None:
 
 @options.verbosity
 def env(
-    full: Annotated[bool, typer.Option("--full", help="Also ask PyTorch for its devices (loads it).")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also report PyTorch's devices (loads PyTorch).")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Versions, providers and devices as JSON, for bug reports. The output is JSON with or without --json."""
+    """Print versions, providers and devices as JSON (also without --json), for bug reports."""
     found = {name: _version(name) for name in PACKAGES}
     report: dict[str, Any] = {
         "blt": __version__,

@@ -1,8 +1,8 @@
-"""`blt eval`: bits per byte of a model on text, beside classical compressors.
+"""`blt eval`: bits per byte of a model on text, compared with classical compressors.
 
-A document is BOS, its bytes, EOS; every byte and the EOS are predicted, and the sum of their bits is divided by the
-number of bytes: the same count as the training's validation. Of a data folder of prompts and completions, prompts are
-read and not counted.
+A document is BOS, its bytes, EOS. The model predicts every byte and the EOS, and the sum of their bits is divided by
+the number of bytes, as in the validation of training. In a data folder of prompts and completions, prompts are read
+but not counted.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from blt_runtime.errors import CheckFailed, UsageError
 if TYPE_CHECKING:
     from blt.evaluate.scoring import Scored, Scorer, Unit
 
-ALL = ""  # the sum over all groups; no group has an empty name
+ALL = ""  # key of the sum over all groups; no group has an empty name
 
 
 @dataclass
 class Tally:
-    """Sums over documents."""
+    """Sums over the documents of a group."""
 
     bits: float = 0.0
     n_bytes: int = 0
@@ -43,14 +43,14 @@ class Tally:
     baselines: dict[str, float] = field(default_factory=dict)
 
     def add(self, scored: Scored, n_bytes: int, seconds: float) -> None:
-        """`scored` is of one piece of `n_bytes`: BOS in front, maybe EOS behind."""
+        """Adds a scored piece of `n_bytes` bytes, which began with BOS and may have ended with EOS."""
         self.bits += scored.bits
         self.n_bytes += n_bytes
         self.units += scored.units
         self.seconds += seconds
 
     def report(self, unit: Unit) -> dict[str, Any]:
-        """Plain values; `unit` is what the model reads: bytes per patch or token, nothing of bytes per byte."""
+        """The values of `--json`. For a model that reads patches or tokens (`unit`), also the mean bytes of one."""
         mean = {} if unit == "byte" else {f"bytes_per_{unit}": round(self.n_bytes / max(1, self.units), 4)}
         return {
             "bits_per_byte": round(self.bits / max(1, self.n_bytes), 5),
@@ -81,7 +81,7 @@ def _baselines(names: str | None) -> list[str]:
         if name not in BASELINES:
             raise UsageError(f"--baseline {name}: choose from {', '.join(BASELINES)}")
     if "ppmd" in chosen:
-        import pyppmd  # noqa: F401  a missing one is reported before the model runs
+        import pyppmd  # noqa: F401  a missing library is reported before the model runs
     return chosen
 
 
@@ -90,24 +90,26 @@ def _baselines(names: str | None) -> list[str]:
 def evaluate(
     model: options.ModelPath,
     data: Annotated[
-        Path | None, typer.Argument(metavar="DATA", help="A folder made by blt data prepare, or a file.")
+        Path | None, typer.Argument(metavar="DATA", help="A data folder (blt data prepare) or a file.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, valid or test of a data folder.")] = "test",
-    by: Annotated[str | None, typer.Option(metavar="group", help="One row per group.")] = None,
-    limit: Annotated[str | None, typer.Option(metavar="SIZE", help="At most so many bytes of each group.")] = None,
-    context: Annotated[str, typer.Option(metavar="SIZE", help="Longer documents are cut into pieces.")] = "4k",
+    by: Annotated[str | None, typer.Option(metavar="group", help="Also print one row per group.")] = None,
+    limit: Annotated[str | None, typer.Option(metavar="SIZE", help="At most this many bytes of each group.")] = None,
+    context: Annotated[str, typer.Option(metavar="SIZE", help="Longest piece; longer documents are cut.")] = "4k",
     baseline: Annotated[str | None, typer.Option(metavar="ppmd,xz", help="Compressors to compare with.")] = None,
-    fail_above: Annotated[float | None, typer.Option(metavar="BPB", help="Exit 3 above so many bits per byte.")] = None,
-    suite: Annotated[str | None, typer.Option(help="noise, characters or all, instead of bits per byte.")] = None,
-    items: Annotated[int, typer.Option(min=1, help="Pairs of text and questions a task, with --suite.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise and the questions, with --suite.")] = 0,
+    fail_above: Annotated[
+        float | None, typer.Option(metavar="BPB", help="Exit 3 above this many bits per byte.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Run noise, characters or all instead of bits per byte.")] = None,
+    items: Annotated[int, typer.Option(min=1, help="With --suite: pairs of texts, and questions per task.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="With --suite: seed of the noise and the questions.")] = 0,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Bits per byte, bytes per patch (or token) and bytes per second of a model of any kind on text."""
+    """Bits per byte, bytes per patch (or token) and bytes per second of any kind of model on text."""
     if by not in (None, "group"):
-        raise UsageError(f"--by {by}: only group is known")
+        raise UsageError(f"--by {by}: the only choice is group")
     if fail_above is not None and math.isnan(fail_above):
         raise UsageError("--fail-above nan: give a number of bits per byte")
     names = _baselines(baseline)
@@ -120,7 +122,7 @@ def evaluate(
             suites.run(scorer, chosen, as_json)
         return
     if data is None:
-        raise UsageError("name DATA: a folder made by blt data prepare, or a file")
+        raise UsageError("name DATA: a data folder (blt data prepare) or a file")
     limited = list(texts.limited(texts.documents(data, split), most))
     if not limited:
         raise texts.no_text(data, split)
@@ -140,7 +142,7 @@ def evaluate(
 def _only_without_suite(given: dict[str, object]) -> None:
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"{name} does not go with --suite; leave it out")
+            raise UsageError(f"{name} has no effect with --suite; leave it out")
 
 
 def _score_all(scorer: Scorer, documents: list[texts.Document], context: int) -> dict[str, Tally]:
@@ -161,7 +163,7 @@ def _score_all(scorer: Scorer, documents: list[texts.Document], context: int) ->
 
 
 def _add_baselines(tallies: dict[str, Tally], documents: list[texts.Document], names: list[str]) -> None:
-    """Each group's counted text compressed as one file, documents ended by NUL; bits per byte of that text."""
+    """Bits per byte of each group's counted text, compressed as one file in which a NUL ends each document."""
     by_group = sorted(documents, key=lambda document: document.group)
     groups = groupby(by_group, key=lambda document: document.group)
     joined = {group: b"".join(d.text[d.prompt :] + b"\0" for d in part) for group, part in groups}

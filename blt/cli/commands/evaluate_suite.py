@@ -1,4 +1,7 @@
-"""`blt eval --suite`: noise and tasks about characters, as tables or JSON. What is measured is in `blt.suite`."""
+"""`blt eval --suite`: noise and tasks about characters, as tables or JSON.
+
+Not here: the measurements (`blt.evaluate.noise`, `blt.evaluate.characters`).
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,17 @@ if TYPE_CHECKING:
     from blt.evaluate.scoring import Scorer
 
 SUITES = ("noise", "characters", "all")
-PAIR_BYTES = 256  # of a prompt and of a completion, at most
-ROOM = 5  # a model must hold so many times PAIR_BYTES: two of them, twice as long by AntSpeak, and a little
-N_IDS = ROOM * PAIR_BYTES + 2  # what a model that can choose is opened for; the longest question has about 250 bytes
+PAIR_BYTES = 256  # bytes of a prompt, and of a completion, at most
+ROOM = 5  # capacity in pair sizes: a prompt and a completion, each doubled by antspeak, and a margin
+N_IDS = ROOM * PAIR_BYTES + 2  # capacity of a model without a fixed one; the longest question has about 250 bytes
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What of the suites runs: `items` pairs of text for noise, and as many questions for each task."""
+    """The suites to run: `items` pairs of text for noise, and `items` questions for each task about characters.
+
+    Raises UsageError for an unknown suite, and for noise without data.
+    """
 
     suite: str
     items: int
@@ -38,7 +44,7 @@ class Chosen:
         if self.suite not in SUITES:
             raise UsageError(f"--suite {self.suite}: choose from {', '.join(SUITES)}")
         if self.has("noise") and self.data is None:
-            raise UsageError(f"--suite {self.suite} puts noise on text: name DATA, or take --suite characters")
+            raise UsageError(f"--suite {self.suite} adds noise to text: name DATA, or use --suite characters")
 
     def has(self, suite: str) -> bool:
         """Whether this suite runs."""
@@ -46,7 +52,7 @@ class Chosen:
 
 
 def run(scorer: Scorer, chosen: Chosen, as_json: bool) -> None:
-    """Runs what is chosen and prints it. Raises InputError for data without enough text."""
+    """Runs the chosen suites and prints the results. Raises InputError for data without enough text."""
     report: dict[str, Any] = {"suite": chosen.suite, "seed": chosen.seed}
     tables = []
     if chosen.has("noise"):
@@ -69,7 +75,7 @@ def run(scorer: Scorer, chosen: Chosen, as_json: bool) -> None:
 
 
 def _pair_bytes(capacity: int | None) -> int:
-    """Of a prompt and of a completion. Raises UsageError for a model that holds too little."""
+    """Bytes of a prompt, and of a completion. Raises UsageError if the model's capacity is too small."""
     from blt.evaluate.noise import LEAST
 
     size = PAIR_BYTES if capacity is None else min(PAIR_BYTES, capacity // ROOM)

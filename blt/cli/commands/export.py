@@ -1,4 +1,4 @@
-"""`blt export`: a checkpoint becomes a bundle."""
+"""`blt export`: writes a checkpoint as a bundle."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 FLAVOURS = ("ort", "portable")
 EVAL_BYTES = 1 << 18
-"""Of the text given with --eval-data, in pieces spread over it. With the demo model, PyTorch and the bundle take half a
-minute each."""
+"""Bytes of --eval-data that are evaluated, in pieces spread over it. With the demo model, PyTorch and the bundle take
+half a minute each."""
 EVAL_PIECE = 4096
 
 
@@ -35,14 +35,22 @@ def export(
     model: options.ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the bundle.")],
     flavour: Annotated[str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (also TensorRT).")] = "ort",
-    precision: Annotated[str, typer.Option(help="Of the matrices: fp32, int8 or int4 (both ort only).")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Of the weight matrices: fp32, int8 or int4 (int8 and int4 need ort).")
+    ] = "fp32",
     precision_of: Annotated[
         list[str] | None,
-        typer.Option(metavar="GRAPH=PRECISION", help="Another one for entropy, encoder, latent or decoder."),
+        typer.Option(
+            metavar="GRAPH=PRECISION",
+            help="Another precision for one graph: entropy, encoder, latent or decoder; repeatable.",
+        ),
     ] = None,
     eval_data: Annotated[
         Path | None,
-        typer.Option(metavar="TEXT", help="A file or data folder: bits per byte before and after, on 256 KiB of it."),
+        typer.Option(
+            metavar="TEXT",
+            help="A file or data folder: report bits per byte of float32 and of the bundle, on 256 KiB of it.",
+        ),
     ] = None,
     table_dtype: Annotated[
         str | None,
@@ -51,31 +59,36 @@ def export(
         ),
     ] = None,
     capacity: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Bytes that one stream can hold (default: the trained length).")
+        str | None, typer.Option(metavar="SIZE", help="Bytes that a stream can hold (default: the trained length).")
     ] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with PyTorch; fail if too far.")] = True,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare with PyTorch; fail beyond the tolerance.")
+    ] = True,
     check_aot: Annotated[
-        bool, typer.Option("--check-aot", help="Compile the graphs with TensorRT-RTX (only portable; extra aot).")
+        bool,
+        typer.Option(
+            "--check-aot", help="Also compile the graphs with TensorRT-RTX (needs --flavour portable; extra aot)."
+        ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older bundle.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Write MODEL as ONNX graphs with everything that a runtime needs, and compare them with PyTorch."""
+    """Write MODEL as a bundle: ONNX graphs with all that the runtime needs, compared with PyTorch."""
     if flavour not in FLAVOURS:
         raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
     overrides = _overrides(precision_of or [])
     size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=1)
     if inputs.is_bundle(model):
-        raise UsageError(f"{model} is a bundle already; give the checkpoint it was made from")
+        raise UsageError(f"{model} is a bundle already; give the checkpoint it was exported from")
     import blt_export.aot  # first: where PyTorch is missing too, the extra to install is `export`
     from blt.checkpoint.models import load
 
     blt_export.pipeline.check_arguments(flavour, precision, table_dtype=table_dtype, precision_of=overrides)
     if check_aot:
         blt_export.aot.check_arguments(flavour)
-    blt_export.bundle.check_target(out, force)  # now, not after minutes of work
+    blt_export.bundle.check_target(out, force)  # before minutes of work
     loaded = load(model, entropy_model=how.entropy_model, generates=True)
     eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)
     report = blt_export.export(
@@ -104,7 +117,7 @@ def export(
     if compiled:
         console.stdout_console().print(_compile_table(compiled))
     precisions = precision_text(report.manifest)
-    print(f"{out}: {report.bytes:,} bytes, {flavour}, {precisions}, made in {report.seconds:.1f} s")
+    print(f"{out}: {report.bytes:,} bytes, {flavour}, {precisions}, written in {report.seconds:.1f} s")
     _demand_compiled(compiled)
 
 
@@ -137,7 +150,7 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
 
 
 def _eval_ids(data: Path, checkpoint: Checkpoint, capacity: int | None) -> list[NDArray[np.int64]]:
-    """Pieces of the test split, or of the file, that a stream can hold between BOS and EOS."""
+    """Pieces of the test split, or of the file, that fit into a stream with BOS and EOS."""
     from blt.model.graphs import Limits
 
     context = min(EVAL_PIECE, Limits.of(checkpoint.require_blt()[0].config, capacity).bytes - 2)

@@ -1,4 +1,4 @@
-"""`blt inspect`: what a checkpoint or a bundle holds, and what a byte costs."""
+"""`blt inspect`: the contents of a checkpoint or a bundle, and the cost of a byte."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 @options.takes(options.ModelOptions, "entropy_model")
 def inspect(
     model: options.ModelPath,
-    patch_size: Annotated[float, typer.Option(min=1.0, help="Mean patch in bytes, for the costs per byte.")] = 4.5,
+    patch_size: Annotated[float, typer.Option(min=1.0, help="Mean patch size in bytes, for the costs per byte.")] = 4.5,
     context: Annotated[str, typer.Option(metavar="SIZE", help="Row length in bytes, for the costs.")] = "2k",
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Parameters, FLOPs and weight bytes per byte, tensors, manifest."""
+    """Parameters, FLOPs and weight bytes per byte of a checkpoint; manifest and parity table of a bundle."""
     if inputs.is_bundle(model):
         if how.entropy_model is not None:
             raise UsageError(f"{model} is a bundle and holds its entropy model; leave --entropy-model out")
@@ -53,7 +53,7 @@ def inspect(
 
 
 def token_report(source: Source, context: int) -> dict[str, Any]:
-    """What a token-level baseline says; costs of one token in rows of `context` tokens."""
+    """The report of a token-level baseline; costs of one token in rows of `context` tokens."""
     config = source.bpe.config if source.bpe else None
     assert config is not None
     return {
@@ -67,8 +67,11 @@ def token_report(source: Source, context: int) -> dict[str, Any]:
 
 
 def source_report(source: Source, patch_size: float, context: int) -> dict[str, Any]:
-    """What a checkpoint says, without loading it; costs of one byte at a mean patch of `patch_size` bytes in rows of
-    `context` bytes. Weights are read as float32, rows of the hash tables as they are stored."""
+    """The report of a checkpoint, whose weights are not loaded.
+
+    Costs are those of one byte at a mean patch of `patch_size` bytes in rows of `context` bytes. Weights count as
+    float32, rows of the hash tables in their stored dtype.
+    """
     from blt.bench.weight_bytes import source_weight_bytes
 
     blt, entropy = source.blt_config, source.entropy_config

@@ -1,4 +1,4 @@
-"""`blt lm-eval`: the command line of EleutherAI's lm-evaluation-harness with a model of ours."""
+"""`blt lm-eval`: the command line of EleutherAI's lm-evaluation-harness, applied to a model of any of our formats."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def lm_eval(
     *,
     how: options.ModelOptions,
 ) -> None:
-    """Run tasks of lm-evaluation-harness (extra lm-eval). All other options go to lm_eval: --tasks, --limit, ..."""
+    """Run tasks of lm-evaluation-harness (extra lm-eval). Other options are passed on to it: --tasks, --limit, ..."""
     for word in context.args:
         if word.split("=")[0] in OURS:
-            raise UsageError(f"{word} is MODEL here; leave it out")
+            raise UsageError(f"{word} is set by MODEL; leave it out")
     given = {"path": model, "entropy_model": how.entropy_model, "threads": how.threads}
     arguments = [f"{name}={_plain(value)}" for name, value in given.items() if value is not None]
     chosen = "cpu" if how.device == "auto" else devices.torch_device(how.device)  # lm_eval's own default is cuda
@@ -33,19 +33,19 @@ def lm_eval(
 
 
 def _plain(value: Path | int) -> str:
-    """As the harness parses it: arguments are parted by commas."""
+    """`value` as text. Raises UsageError for a comma or an equals sign, which separate the harness's arguments."""
     if "," in str(value) or "=" in str(value):
-        raise UsageError(f"{value}: lm_eval takes no name with a comma or an equals sign; rename or link it")
+        raise UsageError(f"{value}: lm_eval reads no name with a comma or an equals sign; rename or link it")
     return str(value)
 
 
 def _run(arguments: Sequence[str]) -> None:
     import lm_eval.__main__ as harness
 
-    import blt.evaluate.lm_eval  # noqa: F401  registers the name
+    import blt.evaluate.lm_eval  # noqa: F401  registers the model type "blt"
 
     before = sys.argv
-    sys.argv = ["lm_eval", *arguments]  # it reads no other list
+    sys.argv = ["lm_eval", *arguments]  # the harness reads sys.argv only
     try:
         harness.cli_evaluate()
     finally:

@@ -1,4 +1,4 @@
-"""`blt patch`: where a rule cuts a text, coloured in the terminal, as a table, as JSON, as the paper's figure."""
+"""`blt patch`: the patches of a text in colours, as a table, as JSON, or as the paper's figure."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from blt_runtime.patching import PatchRule, patch_lengths
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-COLOURS = ("black on #a8d1ff", "black on #ffd9a0")  # neighbours must differ; two are enough
+COLOURS = ("black on #a8d1ff", "black on #ffd9a0")  # alternate, so that neighbouring patches differ
 SCHEMES = "entropy, space, static:N, byte"
 
 
 @dataclass(frozen=True)
 class Patches:
-    """A text cut by a rule. ids [N] with BOS in front, entropies [N] in nats or None, lengths [P] (sum N + 1)."""
+    """A text and its patches. ids [N], the first is BOS; entropies [N] in nats or None; lengths [P] with sum N + 1."""
 
     rule: PatchRule
     ids: NDArray[np.int64]
@@ -48,7 +48,7 @@ class Patches:
         return (len(self.ids) - 1) / max(1, len(self.starts) - 1)
 
     def entropy_before(self, t: int) -> float | None:
-        """Entropy in nats of id t before it was read."""
+        """Entropy in nats of the prediction of id t. None for the first id, and without a model."""
         return None if self.entropies is None or t == 0 else float(self.entropies[t - 1])
 
     def spans(self) -> list[tuple[int, int]]:
@@ -57,7 +57,7 @@ class Patches:
 
 
 def escaped(ids: NDArray[np.int64]) -> str:
-    """Ids as printable text: `\\n`, `\\xff` for what is no UTF-8, `<BOS>` for special ids."""
+    """Ids as printable text: `\\n`, `\\xff` for bytes that are not UTF-8, `<BOS>` for special ids."""
     shown, run = "", []
     for i in [*ids.tolist(), None]:
         if i is not None and i >= OFFSET:
@@ -76,7 +76,10 @@ def _escape(char: str) -> str:
 
 
 def parse_scheme(scheme: str, threshold: float | None) -> PatchRule | None:
-    """The rule of --scheme; None for entropy without a threshold (the model's own rule). Raises UsageError."""
+    """The rule of --scheme; None for entropy without a threshold, which means the model's own rule.
+
+    Raises UsageError for an unknown scheme, and for a threshold that is no number of nats or does not fit the scheme.
+    """
     static = re.fullmatch(r"static:([1-9][0-9]{0,8})", scheme)
     if static is None and scheme not in ("entropy", "space", "byte"):
         raise UsageError(f"--scheme {scheme}: choose one of {SCHEMES}")
@@ -97,17 +100,24 @@ def patch(
     text: Annotated[str, typer.Argument(metavar="TEXT|FILE|-", help="Text, a file, or - for standard input.")],
     model: Annotated[
         Path | None,
-        typer.Option("--model", metavar="MODEL", callback=options.existing_model, help="Needed for entropies."),
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            callback=options.existing_model,
+            help="Model of the entropies; only the entropy rule needs one.",
+        ),
     ] = None,
     scheme: Annotated[str | None, typer.Option(help=f"{SCHEMES} (default: the model's rule).")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Nats, instead of the model's threshold.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the figure as .png or .html.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="In nats, replaces the model's threshold.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Draw the entropies and boundaries, as .png or .html.")
+    ] = None,
     table: Annotated[bool, typer.Option("--table/--no-table", help="List the patches.")] = True,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Show where a text is cut into patches. Only the entropy rule needs a model."""
+    """Show the patches of a text. Only the entropy rule needs a model."""
     data = inputs.file_or_text(text)
     if not data:
         raise UsageError("the text is empty; give some text, a file, or - for standard input")
@@ -136,32 +146,32 @@ def _cut(
 ) -> Patches:
     if model is None:
         if rule is None or rule.needs_entropy:
-            raise UsageError("entropies come from a model: give --model MODEL, or --scheme space, static:N or byte")
+            raise UsageError("the entropy rule needs a model: give --model MODEL, or --scheme space, static:N or byte")
         return Patches(rule, ids, None, patch_lengths(rule, ids))
     with scorers.open_entropies(model, how) as source:
         entropies = source.entropies(ids)
         rule = _resolve(rule, scheme, source.rule)
-        if rule.needs_entropy and how.entropy_dtype is not None:  # an entropy model alone has no rule to say it
+        if rule.needs_entropy and how.entropy_dtype is not None:  # an entropy model without a rule does not store it
             rule = replace(rule, entropy_dtype=how.entropy_dtype)
         return Patches(rule, ids, entropies, patch_lengths(rule, ids, entropies))
 
 
-def _resolve(asked: PatchRule | None, scheme: str | None, own: PatchRule | None) -> PatchRule:
-    """What was asked for, filled up from the model's own rule (max_patch_length, monotonic, threshold)."""
-    if asked is None:
+def _resolve(given: PatchRule | None, scheme: str | None, own: PatchRule | None) -> PatchRule:
+    """The rule of the options, completed from the model's own rule (max_patch_length, monotonic, threshold)."""
+    if given is None:
         if own is None or (scheme == "entropy" and not own.needs_entropy):
-            raise UsageError("this model has no entropy threshold of its own; give --threshold in nats")
+            raise UsageError("this model stores no entropy threshold; give --threshold in nats")
         return own
-    if asked.needs_entropy and own is not None and own.needs_entropy:
-        return replace(own, threshold=asked.threshold)
-    return asked
+    if given.needs_entropy and own is not None and own.needs_entropy:
+        return replace(own, threshold=given.threshold)
+    return given
 
 
 def _plot(cut: Patches, path: Path) -> None:
     from blt.figures.patches import Figure, render
 
     if cut.entropies is None:
-        raise UsageError("--plot draws entropies, which come from a model: add --model MODEL")
+        raise UsageError("--plot draws entropies, which need a model: add --model MODEL")
     limit = cut.rule.threshold if cut.rule.needs_entropy and not cut.rule.monotonic else None
     title = f"{_rule_name(cut.rule)}: {cut.mean:.2f} bytes per patch"
     figure = Figure(cut.ids.tolist(), cut.entropies.tolist(), frozenset(cut.starts), limit, title)
@@ -178,12 +188,12 @@ def _rule_name(rule: PatchRule) -> str:
 
 
 def _coloured(cut: Patches, colour: bool) -> Text:
-    """Patches in alternating colours; without colours a bar stands between them."""
+    """Patches in alternating colours; without colours they are separated by `|`."""
     line = Text()
     for i, (start, end) in enumerate(cut.spans()):
         if i and not colour:
             line.append("|")
-        shown = escaped(cut.ids[start:end]).replace("\\n", "\\n\n")  # keep the text's own lines
+        shown = escaped(cut.ids[start:end]).replace("\\n", "\\n\n")  # keep the line breaks of the text
         line.append(shown, style=COLOURS[i % 2] if colour else "")
     return line
 
@@ -203,7 +213,7 @@ def _table(cut: Patches) -> Table:
 
 def _summary(cut: Patches) -> str:
     n, patches = len(cut.ids) - 1, len(cut.starts) - 1
-    return f"{n} bytes, {patches} patches behind BOS, {cut.mean:.2f} bytes per patch ({_rule_name(cut.rule)})"
+    return f"{n} bytes, {patches} patches after BOS, {cut.mean:.2f} bytes per patch ({_rule_name(cut.rule)})"
 
 
 def _as_json(cut: Patches) -> dict[str, Any]:

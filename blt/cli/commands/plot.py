@@ -23,15 +23,23 @@ NAMES = {"flops": "FLOPs", "bpb": "training bits/byte", "valid_bpb": "valid bits
 
 @options.verbosity
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their metrics.jsonl.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="Draw into .png or .html.")] = None,
-    against: Annotated[str, typer.Option(help="Axes of cost: bytes, flops, seconds, step.")] = "bytes,flops",
-    start: Annotated[str, typer.Option("--from", metavar="SIZE", help="Leave out what came before.")] = "0",
-    labels: Annotated[str | None, typer.Option(metavar="A,B,...", help="Names instead of the folders'.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs, or their metrics.jsonl.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="OUT", help="Draw the figure, as .png or .html.")
+    ] = None,
+    against: Annotated[str, typer.Option(help="Horizontal axes: bytes, flops, seconds, step.")] = "bytes,flops",
+    start: Annotated[
+        str, typer.Option("--from", metavar="SIZE", help="Leave out the training before this many bytes.")
+    ] = "0",
+    labels: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Names of the runs (default: those of the folders).")
+    ] = None,
     title: Annotated[str, typer.Option(help="Title of the figure.")] = "",
     as_json: options.Json = False,
 ) -> None:
-    """Compare runs: loss and bits per byte against bytes and FLOPs."""
+    """Compare training runs: loss and bits per byte against bytes and FLOPs."""
     figures.check_path(out, "-o")
     from blt.figures.metrics import read_runs
 
@@ -61,13 +69,11 @@ def _draw(runs: list[Run], axes: list[str], title: str, least: int, out: Path) -
 
     figure = Figure(runs, axes, title, least)
     if not figure.panels():
-        raise UsageError(
-            f"nothing to draw behind {least:,} bytes against {', '.join(axes)}; change --from or --against"
-        )
+        raise UsageError(f"nothing to draw after {least:,} bytes against {', '.join(axes)}; change --from or --against")
     for axis in axes:
         without = [run.label for run in runs if not (run.points("loss", axis) or run.points("valid_bpb", axis))]
         if without:
-            log.warning("without %s in their metrics, so not drawn against them: %s", axis, ", ".join(without))
+            log.warning("not drawn against %s, which their metrics lack: %s", axis, ", ".join(without))
     figures.write(out, figure, render)
 
 
@@ -84,6 +90,6 @@ def _table(runs: list[Run]) -> Table:
 
 
 def _as_json(run: Run, axes: list[str], least: int) -> dict[str, Any]:
-    """The summary, and every curve as pairs [x, y] by axis."""
+    """The summary of a run, and for each axis its curves as pairs [x, y]."""
     keys = ("loss", "bpb", "valid_bpb")
     return run.summary() | {"curves": {axis: {key: run.points(key, axis, least) for key in keys} for axis in axes}}

@@ -29,17 +29,20 @@ def _ids(file: str) -> NDArray[np.int64]:
 def score(
     model: options.ModelPath,
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Text or bytes (BOS is put in front), ids in .npy, or -.")
+        str,
+        typer.Argument(
+            metavar="FILE", help="Text or bytes (read after a BOS), ids in a .npy file, or - for standard input."
+        ),
     ],
-    npz: Annotated[Path, typer.Option("--npz", metavar="OUT", help="File to write.")],
+    npz: Annotated[Path, typer.Option("--npz", metavar="OUT", help="The .npz file to write.")],
     patch_lengths: Annotated[
-        Path | None, typer.Option("--patch-lengths", metavar="L.npy", help="Use these patches, not the rule's.")
+        Path | None, typer.Option("--patch-lengths", metavar="L.npy", help="Use these patches instead of the rule's.")
     ] = None,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Write ids [N], entropies [N] (nats), patch_lengths [P] (sum N + 1) and logits [N, 260] of FILE to OUT."""
+    """Write ids [N], entropies [N] (nats), patch_lengths [P] (sum N + 1) and logits [N, 260] of FILE to a .npz file."""
     if npz.suffix != ".npz":
         raise UsageError(f"--npz {npz}: the name must end in .npz")
     files.check_folder(npz)
