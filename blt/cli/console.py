@@ -1,7 +1,6 @@
-"""Where output goes: results to stdout, logs and progress to stderr.
+"""Output: results to stdout, logs and progress to stderr.
 
-Not here: what the results are. The verbosity is the level of the loggers `blt`, `blt_export` and `blt_runtime`;
-there is no other state.
+The verbosity is the level of the loggers `blt`, `blt_export` and `blt_runtime`; there is no other state.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import numpy as np
 from rich.console import Console
 
 LOGGERS = ("blt", "blt_export", "blt_runtime")
-PROGRESS_EVERY_S = 5.0  # without a terminal: one line this often
+PROGRESS_EVERY_S = 5.0  # seconds between progress lines where stderr is not a terminal
 
 log = logging.getLogger("blt.cli")
 
 
 def start_logging() -> None:
-    """Send the project's loggers to stderr, plain lines, level INFO."""
+    """Sends the project's loggers to stderr as plain lines, at level INFO."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in LOGGERS:
@@ -37,7 +36,7 @@ def start_logging() -> None:
 
 
 def set_verbosity(level: int) -> None:
-    """-1 quiet (warnings only), 0 normal, 1 and more: debugging output and tracebacks."""
+    """-1: warnings only. 0: progress and information. 1 and more: debugging output and tracebacks."""
     chosen = logging.WARNING if level < 0 else logging.INFO if level == 0 else logging.DEBUG
     for name in LOGGERS:
         logging.getLogger(name).setLevel(chosen)
@@ -49,7 +48,7 @@ def verbose() -> bool:
 
 
 def stdout_console(width: int | None = None) -> Console:
-    """Rich console on stdout; colours only on a terminal and never under NO_COLOR."""
+    """A rich console on stdout; colours only on a terminal, and never if NO_COLOR is set."""
     if width is None and not sys.stdout.isatty():
         width = 120  # tables in a pipe or a log file
     return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
@@ -68,13 +67,13 @@ def _plain(value: object) -> object:
 
 
 def print_json(schema: str, payload: dict[str, Any]) -> None:
-    """One JSON object on stdout; `schema` is a name with a version, such as "blt.eval/1"."""
+    """Prints one JSON object on stdout; `schema` is a name with a version, such as "blt.eval/1"."""
     text = json.dumps({"schema": schema, **payload}, default=_plain, ensure_ascii=False, indent=2)
     print(text, flush=True)
 
 
 def print_tree(report: Mapping[str, Any], indent: int = 0) -> None:
-    """Nested values as indented `name  value` lines on stdout, whole numbers with separators."""
+    """Prints nested values on stdout as indented `name  value` lines, numbers as `number` writes them."""
     width = max((len(str(key)) for key in report), default=0)
     for key, value in report.items():
         if isinstance(value, Mapping):
@@ -85,14 +84,14 @@ def print_tree(report: Mapping[str, Any], indent: int = 0) -> None:
 
 
 def number(value: object) -> str:
-    """Whole numbers with thousands separators, fractions with four digits, the rest as it is."""
+    """Whole numbers with thousands separators, fractions with four digits, other values unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def say(line: str) -> None:
-    """A line on stderr that was asked for, so -q does not hide it."""
+def to_stderr(line: str) -> None:
+    """Prints a line that an option requests on stderr; -q does not hide it."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -104,7 +103,10 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(label: str, total: float | None) -> Iterator[Advance]:
-    """A bar where stderr is a terminal, else a line every few seconds; nothing with -q or on ranks above 0."""
+    """A bar if stderr is a terminal, else a line every few seconds; nothing with -q, or on ranks above 0.
+
+    total: units of the whole work; None if unknown.
+    """
     if not log.isEnabledFor(logging.INFO) or os.environ.get("RANK", "0") != "0":
         yield lambda units=1: None
     elif sys.stderr.isatty():
@@ -126,13 +128,13 @@ class _Lines:
 
     def __init__(self, label: str, total: float | None) -> None:
         self.label, self.total, self.done = label, total, 0.0
-        self.started = self.said = time.monotonic()
+        self.started = self.printed = time.monotonic()
 
     def __call__(self, units: float = 1) -> None:
         self.done += units
         now = time.monotonic()
-        if now - self.said < PROGRESS_EVERY_S:
+        if now - self.printed < PROGRESS_EVERY_S:
             return
-        self.said = now
+        self.printed = now
         share = f"{100 * self.done / self.total:.0f} %" if self.total else f"{self.done:.0f}"
         log.info("%s %s (%.0f s)", self.label, share, now - self.started)

@@ -1,4 +1,4 @@
-"""--device and --threads for PyTorch. ONNX Runtime's are in models.py."""
+"""--device and --threads for PyTorch. `models` passes them to ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an exception to one line on stderr and an exit code.
+"""Turns an exception into one line on stderr and an exit code.
 
 0 done; 1 failed while running; 2 usage; 3 a check failed; 4 a backend, device or extra is missing; 130 Ctrl-C.
 """
@@ -11,9 +11,9 @@ import traceback
 from blt.cli.console import verbose
 
 OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
-SHOWN = 300  # characters of a foreign error at each end
+SHOWN = 300  # characters of an unexpected error shown from its beginning, and from its end
 
-# top-level module -> the extra that brings it
+# top-level module -> the extra that installs it
 EXTRAS = {
     "gguf": "gguf",
     "huggingface_hub": "hub",
@@ -35,7 +35,7 @@ EXTRAS = {
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """The line to print (empty: nothing to say) and the exit code for `error`."""
+    """The line to print (empty: none) and the exit code for `error`."""
     from blt_runtime.errors import BltError
 
     if isinstance(error, BltError):
@@ -46,7 +46,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "", BROKEN_PIPE
     if isinstance(error, ModuleNotFoundError):
         return _missing_module(error)
-    if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
         return "", USAGE
     if callable(format_message := getattr(error, "format_message", None)):  # typer's and click's own errors
         return f"{one_line(format_message())} (-h shows the usage)", int(getattr(error, "exit_code", USAGE))
@@ -72,13 +72,13 @@ def one_line(error: object) -> str:
 
 
 def shortened(line: str) -> str:
-    """The beginning and the end of a line that nobody wants to read whole: a compiler's output, which says both what
-    failed and why."""
+    """The beginning and the end of a long line. A compiler's output names the failed command first and the reason
+    last."""
     return line if len(line) <= 2 * SHOWN else f"{line[:SHOWN]} ... {line[-SHOWN:]}"
 
 
 def report(error: BaseException) -> int:
-    """Print the error as `blt: error: ...` and return the exit code; the traceback only with -v."""
+    """Prints the error as `blt: error: ...` and returns the exit code. -v also prints the traceback."""
     line, code = describe(error)
     if verbose():
         traceback.print_exception(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""From an argument to what it names: text, ids, or the path of a model."""
+"""Reads the arguments of commands: text, ids, patch lengths, and the path of a model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from blt_runtime.errors import InputError, UsageError
 
 
 def text_bytes(text: str) -> bytes:
-    """The bytes of a command-line argument: `-` is standard input; bytes that are no UTF-8 stay as they are."""
+    """The bytes of a command-line argument; `-` is standard input. Bytes need not be valid UTF-8."""
     return sys.stdin.buffer.read() if text == "-" else os.fsencode(text)
 
 
 def file_or_text(argument: str) -> bytes:
-    """The file's bytes if `argument` names a file, standard input for `-`, else the argument itself."""
+    """The bytes of the file that `argument` names, of standard input for `-`, else of the argument itself."""
     return Path(argument).read_bytes() if _names_a_file(argument) else text_bytes(argument)
 
 
 def _names_a_file(argument: str) -> bool:
     try:
         return argument != "-" and Path(argument).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a NUL byte: a text
+    except (OSError, ValueError):  # too long for a name, or with a NUL byte, so it is text
         return False
 
 
@@ -42,7 +42,7 @@ def read_file(argument: str) -> bytes:
 
 
 def existing_model(path: Path) -> Path:
-    """`path` itself, which may be a name on the hub; raises UsageError if there is nothing at it, or no model."""
+    """`path`, which may be a name on the hub. Raises UsageError if nothing is there, or no finished model."""
     if not path.exists():
         from blt.checkpoint.hub import is_name
 
@@ -53,7 +53,7 @@ def existing_model(path: Path) -> Path:
         from blt.data.dataset import is_data_folder
 
         if is_data_folder(path):
-            raise UsageError(f"{path} is a data folder, made for training; give model.pt, a run folder or a bundle")
+            raise UsageError(f"{path} is a data folder for training; give model.pt, a run folder or a bundle")
     elif (path / "checkpoints").is_dir() and not (path / "model.pt").exists():
         raise UsageError(f"{path} is an unfinished run: the same `blt train` command finishes it")
     return path
@@ -65,20 +65,20 @@ def is_bundle(path: Path) -> bool:
 
 
 def load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
-    """Ids [N] from a .npy file, as they are; raises InputError unless they are integers below `vocab_size`."""
+    """Ids [N] from a .npy file. Raises InputError unless they are integers from 0 to `vocab_size` - 1."""
     array = _load_integers(path)
     if array.size == 0:
         raise InputError(f"{path} holds no ids")
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= vocab_size:
-        raise InputError(f"{path} holds ids from {low} to {high}; they must lie in 0..{vocab_size - 1}")
+        raise InputError(f"{path} holds ids from {low} to {high}; they must be in 0..{vocab_size - 1}")
     return array
 
 
 def load_patch_lengths(path: Path, n_ids: int) -> NDArray[np.int64]:
-    """Patch lengths [P] from a .npy file; raises InputError unless they sum to `n_ids` + 1, the first being 1."""
+    """Patch lengths [P] from a .npy file. Raises InputError unless the first is 1 and they sum to `n_ids` + 1."""
     array = _load_integers(path)
-    array = array[: int(np.flatnonzero(array)[-1]) + 1] if array.any() else array  # right padding with zeros
+    array = array[: int(np.flatnonzero(array)[-1]) + 1] if array.any() else array  # without padding zeros
     if array.size == 0 or (array < 1).any():
         raise InputError(f"{path}: every patch length must be at least 1")
     if int(array.sum()) != n_ids + 1:

@@ -80,7 +80,7 @@ def check_batched(path: Path) -> None:
 
 
 def open_batched(path: Path, threads: int | None) -> Model:
-    """The bundle at `path` for a scheduler."""
+    """The batched graphs of the bundle at `path`, for a `Scheduler`. Raises what `check_batched` raises."""
     check_batched(path)
     from blt_runtime import Model
 

@@ -1,4 +1,4 @@
-"""`blt data corpus`, and what the commands say when a shard is no longer what was prepared."""
+"""`blt data corpus`, and the error of a shard that changed after it was prepared."""
 
 from __future__ import annotations
 

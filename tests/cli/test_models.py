@@ -247,8 +247,8 @@ def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
     weight_bytes = report["weight bytes read per byte (patches of 4.5)"]
     assert weight_bytes["total"] == pytest.approx(4 * read)
     assert report["patch rule"]["entropy_dtype"] == "float32"
-    told = json.loads(blt("inspect", bundle, "--json").text)
-    of_bundle = told["weight bytes read per byte (patches of 4.5)"]
+    inspected = json.loads(blt("inspect", bundle, "--json").text)
+    of_bundle = inspected["weight bytes read per byte (patches of 4.5)"]
     assert of_bundle["hash tables"] == weight_bytes["hash tables"]
     assert of_bundle["latent"] == pytest.approx(weight_bytes["latent transformer"], rel=0.01)
     assert of_bundle["total"] == pytest.approx(weight_bytes["total"], rel=0.01)  # rotary tables are read by row

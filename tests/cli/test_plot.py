@@ -127,15 +127,15 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "code", "says"), ERRORS)
+@pytest.mark.parametrize(("arguments", "code", "words"), ERRORS)
 def test_a_mistake_is_one_line(
-    blt: Call, tmp_path: Path, runs: list[Path], arguments: list[str], code: int, says: str
+    blt: Call, tmp_path: Path, runs: list[Path], arguments: list[str], code: int, words: str
 ) -> None:
     make_run(tmp_path / "empty", [])
     make_run(tmp_path / "broken", [], tail="not a record\n" + json.dumps(records(4.0)[0]) + "\n")
     result = blt("plot", *(argument.format(tmp=tmp_path) for argument in arguments))
     assert result.code == code
-    assert says in result.err
+    assert words in result.err
     assert result.err.count("\n") == 1
     assert not (tmp_path / "x.html").exists()
 

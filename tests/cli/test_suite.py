@@ -24,7 +24,7 @@ Call = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny random BLT, its entropy model alone, smaller ones of that kind, a token model, and some text."""
+    """A tiny random BLT, its entropy model without it, smaller entropy models, a token model, and some text."""
     folder = tmp_path_factory.mktemp("suite")
     both = tiny()
     save(folder / "model.pt", both)
@@ -108,11 +108,11 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "exit_code", "says"), ERRORS)
+@pytest.mark.parametrize(("arguments", "exit_code", "words"), ERRORS)
 def test_a_mistake_is_one_line(
-    blt: Call, files: dict[str, Path], arguments: list[str], exit_code: int, says: str
+    blt: Call, files: dict[str, Path], arguments: list[str], exit_code: int, words: str
 ) -> None:
     result = blt("eval", *(argument.format(**files) for argument in arguments))
     assert result.code == exit_code
-    assert says in result.err
+    assert words in result.err
     assert result.err.count("\n") == 1

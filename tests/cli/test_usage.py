@@ -1,4 +1,4 @@
-"""Bad input: one line on stderr that says what and what to do, and the right exit code."""
+"""Bad input: one line on stderr with the problem and what to do, and the right exit code."""
 
 from __future__ import annotations
 

@@ -158,4 +158,4 @@ def generate(
         else:
             _write(pieces, raw, not no_stream)
     if stats:
-        console.say(_stats_line(timing.summary(stream)))
+        console.to_stderr(_stats_line(timing.summary(stream)))

@@ -1,4 +1,4 @@
-"""`blt train`: an entropy model, then a BLT on its patches; or the token-level baseline."""
+"""`blt train`: trains an entropy model, then a BLT on its patches; or the token-level baseline."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ Kind = Literal["entropy", "blt", "bpe"]
 
 app = typer.Typer(no_args_is_help=True, help="Train a model from a configuration.")
 
-Config = Annotated[Path, typer.Option("-c", "--config", metavar="FILE", help="YAML, see configs/.")]
+Config = Annotated[Path, typer.Option("-c", "--config", metavar="FILE", help="YAML; examples are in configs/.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What all three commands accept, besides the configuration and where to train. None leaves the configuration's
-    value."""
+    """Options of all three commands, besides the configuration and the device. None keeps the configuration's value."""
 
-    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder made by blt data prepare.")] = None
+    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Data folder (blt data prepare).")] = None
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")] = None
-    resume: Annotated[str, typer.Option("--resume", help="auto, none, or the path of a checkpoint or run.")] = "auto"
-    force: Annotated[bool, typer.Option("--force", help="Train into a folder that holds something else.")] = False
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Length of the schedule.")] = None
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the step.")] = None
+    resume: Annotated[
+        str,
+        typer.Option("--resume", help="auto (the newest checkpoint of RUN, if any), none, or the path of a checkpoint or run."),
+    ] = "auto"
+    force: Annotated[bool, typer.Option("--force", help="Train into a folder that contains something else.")] = False
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the schedule.")] = None
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the training step.")] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print size, FLOPs, memory and, with --data, padding; train nothing.")
     ] = False
     set: Annotated[
-        list[str] | None, typer.Option("--set", metavar="a.b=value", help="Replace one value; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="a.b=value", help="Replace one value of the configuration; repeatable."),
     ] = None
     dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16.")] = None
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the weights and of the order.")] = None
 
     def load_config(self, path: Path, kind: Kind) -> RunConfig:
-        """The configuration with --set applied, and the options that stand for keys last. Raises ConfigError for
-        another kind."""
+        """The configuration at `path`, with --set and then --dtype, --seed and --steps applied.
+
+        Raises ConfigError if it configures another kind of model.
+        """
         from blt.train.config import load_config
 
         keys = {"run.dtype": self.dtype, "run.seed": self.seed, "schedule.steps": self.steps}
@@ -56,7 +61,7 @@ class TrainOptions:
 
 
 def _add_command(kind: Literal["entropy", "bpe"], text: str) -> None:
-    """A command for a kind of model that reads no patches."""
+    """Adds the command of a kind of model that has no patches."""
 
     @app.command(kind, help=text)
     @options.verbosity
@@ -106,7 +111,8 @@ def _run(config: RunConfig, given: TrainOptions, how: options.ModelOptions, as_j
 
 
 def _dry_run(config: RunConfig, data: Path | None, how: options.ModelOptions, as_json: bool) -> None:
-    """Costs of the configuration; with data, of its own patches or tokens, and how the packer packs its first block."""
+    """Prints the costs of the configuration. With data, they use its patches or tokens, and the report has the packing
+    of its first block."""
     from blt.train import dry_run
 
     if data is None:
