@@ -30,7 +30,7 @@ class TrainOptions:
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")] = None
     resume: Annotated[
         str,
-        typer.Option("--resume", help="auto (the newest checkpoint of RUN, if any), none, or the path of a checkpoint or run."),
+        typer.Option("--resume", help="auto (the newest checkpoint of RUN), none, or the path of a checkpoint or run."),
     ] = "auto"
     force: Annotated[bool, typer.Option("--force", help="Train into a folder that contains something else.")] = False
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the schedule.")] = None
