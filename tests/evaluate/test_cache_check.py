@@ -13,8 +13,8 @@ import torch
 
 from blt.checkpoint.models import Checkpoint
 from blt.evaluate.cache_check import TOLERANCE, Line, Report, check
-from blt.evaluate.cache_check.jobs import OWN, Rows
-from blt.evaluate.cache_check.truth import Uncached
+from blt.evaluate.cache_check.cases import OWN, Cases
+from blt.evaluate.cache_check.uncached import Uncached
 from blt.generate.torch_backend import open_model
 from blt_export import export
 from blt_runtime import Model
@@ -28,8 +28,8 @@ from tests.tiny import tiny
 
 CAPACITY, CHUNK = 420, 16
 WAYS = {
-    "in chunks", "in chunks, given patches", "cut anywhere, alone", "cut anywhere, together", "alone against together",
-    "greedy text, alone", "greedy text, together",
+    "prefill", "prefill, given patches", "random calls, alone", "random calls, interleaved",
+    "alone against interleaved", "greedy, alone", "greedy, interleaved",
 }  # fmt: skip
 Wrap = Callable[[GraphSpec, Mapping[str, Buffer], Call], Call]
 
@@ -51,7 +51,7 @@ def test_every_form_equals_whole_rows(variant: str, forms: list[str], rules: set
     assert {(line.form, line.how) for line in report.lines if line.form != "whole rows"} == {
         (form, how) for form in models for how in WAYS
     }
-    assert {line.rule for line in report.lines if line.how == "cut anywhere, together"} == rules
+    assert {line.rule for line in report.lines if line.how == "random calls, interleaved"} == rules
     assert report.n_bytes > 600
     assert report.longest_row == 121
     assert report.longest_patch > 2 * CHUNK or "long" not in rules
@@ -84,8 +84,10 @@ def test_the_same_seed_gives_the_same_report_and_another_seed_another() -> None:
 
 def test_rows_hold_every_byte_ends_of_documents_and_runs() -> None:
     checkpoint = tiny("static")
-    rows = Rows(Uncached(checkpoint), [torch_form(checkpoint).spec], 400, 0, None, TOLERANCE)
-    ids = [job.row.ids_N for group in rows.groups(OWN, 6000) for job in group]
+    cases = Cases(
+        Uncached(checkpoint), [torch_form(checkpoint).spec], row_bytes=400, seed=0, data=None, tolerance=TOLERANCE
+    )
+    ids = [case.row.ids_N for group in cases.groups(OWN, 6000) for case in group]
     together = np.concatenate(ids)
     assert set(range(4, 260)) <= set(together.tolist())
     assert (together == EOS).sum() > 10
@@ -97,8 +99,15 @@ def test_rows_hold_every_byte_ends_of_documents_and_runs() -> None:
 
 def test_given_text_is_what_the_rows_hold() -> None:
     checkpoint = tiny("static")
-    rows = Rows(Uncached(checkpoint), [torch_form(checkpoint).spec], 200, 0, b"only these words", TOLERANCE)
-    text = np.concatenate([job.row.ids_N for group in rows.groups(OWN, 500) for job in group])
+    cases = Cases(
+        Uncached(checkpoint),
+        [torch_form(checkpoint).spec],
+        row_bytes=200,
+        seed=0,
+        data=b"only these words",
+        tolerance=TOLERANCE,
+    )
+    text = np.concatenate([case.row.ids_N for group in cases.groups(OWN, 500) for case in group])
     assert {int(token) - 4 for token in text if token >= 4} == set(b"only these words")
 
 
@@ -124,20 +133,20 @@ def test_one_wrong_logit_is_a_failure() -> None:
         return call
 
     report = run_torch(tiny(), wrap)
-    for how in ("in chunks", "cut anywhere, alone", "cut anywhere, together"):
+    for how in ("prefill", "random calls, alone", "random calls, interleaved"):
         line = line_of(report, how)
         assert line.failures
         assert "position 41: logits" in str(line.first_failure)
         assert line.entropy_error is not None
         assert line.entropy_error <= TOLERANCE
-    assert not line_of(report, "alone against together").failures
+    assert not line_of(report, "alone against interleaved").failures
 
 
 def test_one_moved_boundary_is_a_failure_and_what_follows_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = PatchState.closes
     monkeypatch.setattr(PatchState, "closes", lambda self, id, e: sound(self, id, e) != (self.position == 21))
     report = run_torch(tiny("static"))
-    for how in ("in chunks", "cut anywhere, alone", "cut anywhere, together"):
+    for how in ("prefill", "random calls, alone", "random calls, interleaved"):
         line = line_of(report, how)
         assert "position 20: the boundary differs" in str(line.first_failure)
         assert line.logit_error is not None
@@ -149,22 +158,22 @@ def test_a_form_with_another_patch_rule_is_a_failure() -> None:
     checkpoint = tiny()
     other = replace(checkpoint, patch_rule=replace(rule_of(checkpoint), threshold=4.0))
     report = check(checkpoint, {"torch": torch_form(other)}, 1, row_bytes=120, greedy=8, rules=["own"])
-    assert "the boundary differs" in str(line_of(report, "in chunks").first_failure)
+    assert "the boundary differs" in str(line_of(report, "prefill").first_failure)
 
 
 def test_state_that_leaks_between_streams_fails_in_company_only() -> None:
     report = run_torch(tiny(), backend=OneCache)
-    assert not line_of(report, "cut anywhere, alone").failures
-    assert not line_of(report, "greedy text, alone").failures
-    assert line_of(report, "cut anywhere, together").failures
-    assert line_of(report, "alone against together").failures
-    assert line_of(report, "greedy text, together").failures
+    assert not line_of(report, "random calls, alone").failures
+    assert not line_of(report, "greedy, alone").failures
+    assert line_of(report, "random calls, interleaved").failures
+    assert line_of(report, "alone against interleaved").failures
+    assert line_of(report, "greedy, interleaved").failures
 
 
 @pytest.mark.parametrize("graph", ["entropy", "encoder", "decoder"])
 def test_a_forgotten_end_of_a_document_is_a_failure(graph: str) -> None:
     report = run_torch(tiny(), backend=partial(OneDocument, graph))
-    for how in ("in chunks", "cut anywhere, alone", "cut anywhere, together"):
+    for how in ("prefill", "random calls, alone", "random calls, interleaved"):
         assert line_of(report, how).failures
 
 
@@ -182,10 +191,10 @@ def test_a_boundary_that_moves_within_the_tolerance_is_counted_and_followed() ->
     """The cached side's entropies are higher by 1e-6."""
     report = run_torch(all_near(), adding("entropy", "entropy", lambda: 1e-6), rules=2)
     assert report.ok
-    line = line_of(report, "cut anywhere, together")
+    line = line_of(report, "random calls, interleaved")
     assert line.near > 150
     assert line.moved > 150
-    assert not line_of(report, "cut anywhere, together", rule="bytes").near
+    assert not line_of(report, "random calls, interleaved", rule="bytes").near
 
 
 def test_boundaries_that_fall_otherwise_each_time_are_followed_too() -> None:
@@ -195,7 +204,7 @@ def test_boundaries_that_fall_otherwise_each_time_are_followed_too() -> None:
     for seed in (0, 2):  # 2: generated ids are taken back over a boundary that then falls otherwise
         report = run_torch(all_near(), wrap, seed=seed)
         assert report.ok, [line.first_failure for line in report.lines if line.failures]
-        assert line_of(report, "alone against together").moved
+        assert line_of(report, "alone against interleaved").moved
 
 
 def test_greedy_text_that_parts_at_a_tie_is_counted() -> None:
@@ -206,7 +215,7 @@ def test_greedy_text_that_parts_at_a_tie_is_counted() -> None:
         blt.decoder.output.weight.copy_(blt.decoder.output.weight[:1].expand_as(blt.decoder.output.weight))
     report = run_torch(checkpoint, adding("decoder", "logits", lambda: np.eye(260, dtype=np.float32)[9] * 1e-6))
     assert report.ok
-    line = line_of(report, "greedy text, alone")
+    line = line_of(report, "greedy, alone")
     assert line.parted == 4  # every prompt's
     assert line.ties == line.positions
 
@@ -216,8 +225,8 @@ def test_other_greedy_text_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Sampler, "__call__", lambda self, logits_V: int(logits_V.argsort()[-2]))
     report = run_torch(tiny())
     failed = {line.how for line in report.lines if line.failures}
-    assert failed == {"greedy text, alone", "greedy text, together"}
-    assert line_of(report, "greedy text, alone").failures == 4
+    assert failed == {"greedy, alone", "greedy, interleaved"}
+    assert line_of(report, "greedy, alone").failures == 4
 
 
 def adding(graph: str, output: str, amount: Callable[[], object]) -> Wrap:

@@ -1,7 +1,7 @@
-"""Rows of mixed text, made from a seed: scripts of the world, code, raw bytes, runs, repetitions, ends of documents.
+"""Rows of mixed text, made from a seed: many writing systems, code, raw bytes, runs, repetitions, ends of documents.
 
-Nothing here needs to mean anything; it needs to reach every table, window and boundary. A given text is cut into rows
-and gets the same ends of documents.
+The text need not mean anything. It must reach every table, window and boundary. A given text is cut into rows and gets
+the same ends of documents.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CODE = (
     '<{0} id="{1}">',
 )
 RUN = 700
-"""Longest run of one byte: longer than a chunk and than any call that a patch was bound for before."""
+"""Longest run of one byte: longer than a chunk, and longer than any patch that a call was bound for before."""
 Random = np.random.Generator
 
 
@@ -86,7 +86,7 @@ PIECES: tuple[Callable[[Random], bytes], ...] = (
 
 
 def mixed_bytes(random: Random) -> Iterator[bytes]:
-    """Pieces without end; every round of as many pieces as there are kinds holds each kind once."""
+    """An endless sequence of pieces; every round of len(PIECES) pieces holds each entry of PIECES once."""
     while True:
         for kind in random.permutation(len(PIECES)).tolist():
             yield PIECES[kind](random)
@@ -102,7 +102,7 @@ def given_bytes(text: bytes, random: Random) -> Iterator[bytes]:
 
 
 def with_specials(pieces: Iterator[bytes], random: Random, rule: PatchRule) -> Iterator[Ids]:
-    """Ids of the pieces, with EOS inside and behind them, sometimes doubled or followed by BOS, rarely other ids."""
+    """Ids of the pieces with EOS at random places, sometimes doubled or followed by BOS; rarely another special id."""
     for piece in pieces:
         ids_N = encode(piece, bos=False)
         special = [EOS] if random.random() < 0.9 else [EOS, EOS] if random.random() < 0.5 else [EOS, BOS]
@@ -116,7 +116,7 @@ def with_specials(pieces: Iterator[bytes], random: Random, rule: PatchRule) -> I
 
 
 def take(pieces: Iterator[Ids], n_ids: int, bos: bool) -> Ids:
-    """A row of `n_ids` ids, with a BOS in front of them if `bos`."""
+    """A row of `n_ids` ids, preceded by BOS if `bos`."""
     parts, total = [np.array([BOS] * bos, np.int64)], 0
     while total < n_ids:
         parts.append(next(pieces)[: n_ids - total])
@@ -125,7 +125,7 @@ def take(pieces: Iterator[Ids], n_ids: int, bos: bool) -> Ids:
 
 
 def forced_lengths(n_ids: int, chunk: int, random: Random) -> Ids:
-    """Patch lengths [P], their sum n_ids + 1, the first 1: runs of ones, short ones, at most two beyond a chunk."""
+    """Patch lengths [P], sum n_ids + 1, the first 1: runs of ones, short patches, at most two longer than a chunk."""
     lengths, giants = [1], 2
     while sum(lengths) <= n_ids:
         kind = random.random()

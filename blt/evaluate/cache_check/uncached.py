@@ -1,9 +1,9 @@
-"""The uncached side: whole rows by the form that trains, and what may be expected of a cached side.
+"""The reference: whole rows by the training form, and how far a cached form may deviate from them.
 
-A decision of the patch rule is `near` when an error within tolerance could turn it, and a position is a `tie` when such
-errors could exchange its two largest logits. Both are found by moving the uncached numbers, not the cached ones.
+A decision of the patch rule is `near` when an error within tolerance could flip it. A position is a `tie` when such
+errors could exchange its two largest logits. Both are found by perturbing the uncached numbers, not the cached ones.
 
-Letters: N tokens, P patches, V vocabulary.
+Letters: N tokens, M the first tokens of a row, P patches, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Uncached:
 
     @property
     def longest(self) -> int:
-        """Most ids of a row: what every byte-level part was trained for."""
+        """Most ids of a row: the shortest `max_seqlen` of the byte-level parts."""
         config = self.blt.config
         parts = [config.encoder, config.decoder, *([self.entropy.config] if self.entropy else [])]
         return min(part.max_seqlen for part in parts)
@@ -55,7 +55,7 @@ class Uncached:
 
     @torch.inference_mode()
     def logits(self, ids_N: Ids, closes_N: Bools) -> Floats:
-        """[N, V], patches ending where `closes` says."""
+        """[N, V] with patches that end where `closes_N` is true."""
         lengths_P = lengths_from_closes(closes_N, len(ids_N) + 1)
         longest = int(lengths_P[:-1].max(initial=1))
         ids_1N, lengths_1P = torch.from_numpy(ids_N)[None], torch.from_numpy(lengths_P)[None]
@@ -63,7 +63,7 @@ class Uncached:
         return logits_NV
 
     def greedy(self, ids_N: Ids, n: int) -> list[int]:
-        """`n` ids behind a prompt, whole rows recomputed for each."""
+        """`n` greedy ids after a prompt; each id recomputes the whole row."""
         for _ in range(n):
             entropies_N = self.entropies(ids_N, self.rule.reset_newlines)
             closes_N = closes_from_lengths(patch_lengths(self.rule, ids_N, entropies_N))
@@ -84,8 +84,8 @@ class Uncached:
 def decisions(rule: PatchRule, ids_N: Ids, entropies_N: Floats, tolerance: float) -> tuple[Bools, Bools]:
     """Where the scheme ends a patch, before max_patch_length; and where errors within tolerance could change that.
 
-    A decision rises with its own entropy and falls with the one before it, so moving even and odd positions apart,
-    and then the other way, shows the two extremes of each decision.
+    A decision depends on its own entropy and, with the opposite sign, on the one before it. So moving even positions
+    up and odd ones down, and then the reverse, gives the two extremes of each decision.
     """
     scheme = replace(rule, max_patch_length=None)
     scheme_N = closes_from_lengths(patch_lengths(scheme, ids_N, entropies_N))
@@ -101,7 +101,10 @@ def decisions(rule: PatchRule, ids_N: Ids, entropies_N: Floats, tolerance: float
 
 @dataclass(frozen=True)
 class Row:
-    """One row of ids [N] under one rule, as the uncached side sees it. `closes` is after max_patch_length."""
+    """One row of ids [N] under one rule, computed without caches.
+
+    closes_N: where patches end, with max_patch_length applied; scheme_N: without it; near_N: near decisions.
+    """
 
     uncached: Uncached
     rule: PatchRule
@@ -121,21 +124,21 @@ class Row:
 
     @cached_property
     def tie_N(self) -> Bools:
-        """The gap of the two largest logits is at most two errors, one of each."""
+        """The two largest logits differ by at most two tolerances, one for each."""
         second_N, first_N = np.partition(self.logits_NV, -2, axis=-1)[:, -2:].T
         return np.asarray(first_N - second_N <= 2 * self.tolerance * scale(self.logits_NV))
 
     def logits_under(self, closes_M: Bools) -> Floats:
-        """Logits [M, V] of the first M ids when patches end where the cached side ended them."""
+        """Logits [M, V] of the first M ids with the cached form's patch ends `closes_M`."""
         m = len(closes_M)
         if np.array_equal(closes_M, self.closes_N[:m]):
             return self.logits_NV[:m]
         return self.uncached.logits(self.ids_N[:m], closes_M)
 
     def moved(self, closes_M: Bools) -> tuple[list[int], list[int]]:
-        """Positions where the cached side decided otherwise: those that are near, and those that are wrong.
+        """Positions where the cached form decided differently: the near ones, and the wrong ones.
 
-        The walk follows the cached side after each, so that one decision counts once.
+        After each of them the walk follows the cached form, so that one decision counts once.
         """
         near, wrong = list[int](), list[int]()
         longest, length = self.rule.max_patch_length, 0
@@ -149,7 +152,7 @@ class Row:
 
 
 def forced(row: Row, lengths_P: Ids) -> Row:
-    """The same ids cut into given patches; no decision is near, because none is taken."""
+    """The same ids cut into given patches. No decision is near, because the rule makes none."""
     closes_N, none_N = closes_from_lengths(lengths_P), np.zeros(len(row), np.bool_)
     rule = replace(row.rule, max_patch_length=None)
     return replace(row, rule=rule, closes_N=closes_N, scheme_N=closes_N, near_N=none_N)

@@ -1,6 +1,6 @@
-"""Which rows are checked: patch rules that go to extremes, and rows of text with scripts, in groups.
+"""Which rows are checked: extreme patch rules, and rows of text with scripts, in groups.
 
-A group has as many rows as there are streams in company, so that few rows are in memory at once.
+A group has one row per interleaved stream, so that few rows are in memory at once.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from blt.evaluate.cache_check.scripts import AHEAD, Op, make_script
+from blt.evaluate.cache_check.scripts import MOST_GENERATED, Op, make_script
 from blt.evaluate.cache_check.text import Random, given_bytes, mixed_bytes, take, with_specials
-from blt.evaluate.cache_check.truth import Row, Uncached
+from blt.evaluate.cache_check.uncached import Row, Uncached
 from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BPE, OFFSET, Ids
 from blt_runtime.patching import PatchRule
 
 STREAMS = 4
-"""Streams in company: the first half begins with BOS."""
+"""Interleaved streams; the first half of them begins with BOS."""
 OWN = "own"
 """Name of the model's own rule."""
 
@@ -27,7 +27,7 @@ OWN = "own"
 def rules_for(rule: PatchRule, chunk: int) -> dict[str, PatchRule]:
     """The model's own rule, and others over the same entropies.
 
-    "one patch": behind token 0 a row never ends its patch.  "bytes": each byte is a patch.  "capped": the own rule,
+    "one patch": after token 0 a row never closes a patch.  "bytes": each byte is a patch.  "capped": the own rule,
     split after 3 bytes.  "long": every patch is longer than two chunks.
     """
     if rule.needs_entropy:
@@ -45,8 +45,8 @@ def long_patch(chunk: int) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A row, what is done to a stream on its way through it, and its name in messages."""
+class Case:
+    """A row, the script of operations that leads a stream through it, and its name in messages."""
 
     row: Row
     bos: bool
@@ -58,13 +58,17 @@ class Job:
         return int((self.row.ids_N >= OFFSET).sum())
 
 
-class Rows:
-    """Makes rows that the checkpoint was trained for and that every model's streams hold, with room to generate."""
+class Cases:
+    """Makes rows within what the checkpoint was trained for and what every model's streams hold.
+
+    Rows leave room to generate. Raises UsageError if the streams are too short to be checked.
+    """
 
     def __init__(
         self,
         uncached: Uncached,
         specs: Iterable[ModelSpec],
+        *,
         row_bytes: int,
         seed: int,
         data: bytes | None,
@@ -72,9 +76,9 @@ class Rows:
     ) -> None:
         specs = list(specs)
         self.chunk = max(spec.chunk for spec in specs)
-        self.most_ids = min(uncached.longest, *(spec.capacity_bytes for spec in specs)) - AHEAD
+        self.most_ids = min(uncached.longest, *(spec.capacity_bytes for spec in specs)) - MOST_GENERATED
         patches = uncached.blt.config.latent.max_seqlen
-        self.most_patches = min(patches, *(spec.capacity_patches for spec in specs)) - AHEAD - 1
+        self.most_patches = min(patches, *(spec.capacity_patches for spec in specs)) - MOST_GENERATED - 1
         if min(self.most_ids, self.most_patches) < 2:
             raise UsageError("the model's streams are too short to be checked: export with a larger --capacity")
         self.row_bytes = min(row_bytes, self.most_ids - 1)
@@ -83,7 +87,7 @@ class Rows:
         self._uncached, self._seed, self._data = uncached, seed, data
 
     def random(self, *parts: int) -> Random:
-        """A generator of its own for each purpose, so that one more row here changes nothing there."""
+        """One generator per purpose, so that one more row here changes nothing there."""
         return np.random.default_rng([self._seed, *parts])
 
     def text(self, random: Random, rule: PatchRule) -> Iterator[Ids]:
@@ -91,7 +95,7 @@ class Rows:
         return with_specials(pieces, random, rule)
 
     def row(self, ids_N: Ids, rule: PatchRule) -> Row:
-        if ids_N[-1] == BPE:  # in last place it closes nothing unless more text follows (spec section 5)
+        if ids_N[-1] == BPE:  # as the last id it closes no patch unless more text follows (spec section 5)
             ids_N[-1] = OFFSET
         return self._uncached.row(ids_N, rule, self.tolerance, self.most_patches)
 
@@ -102,8 +106,8 @@ class Rows:
         for index in range(count):
             yield self.row(take(pieces, min(n_bytes, self.row_bytes), index % 2 == 0), rule)
 
-    def groups(self, name: str, n_bytes: int) -> Iterator[list[Job]]:
-        """Groups of STREAMS jobs that together hold `n_bytes` or more."""
+    def groups(self, name: str, n_bytes: int) -> Iterator[list[Case]]:
+        """Groups of STREAMS cases that together hold `n_bytes` or more."""
         rule, random = self.rules[name], self.random(1, self._number(name))
         pieces, sizes = self.text(random, rule), self._sizes(name, n_bytes, random)
         index = 0
@@ -113,15 +117,16 @@ class Rows:
                 bos = place < STREAMS // 2
                 row = self.row(take(pieces, next(sizes), bos), rule)
                 script = make_script(len(row), int(bos), self.chunk, random)
-                group.append(Job(row, bos, script, f"rule {name!r}, row {index}"))
+                group.append(Case(row, bos, script, f"rule {name!r}, row {index}"))
                 index += 1
-            n_bytes -= sum(job.n_bytes for job in group)
+            n_bytes -= sum(case.n_bytes for case in group)
             yield group
 
     def _sizes(self, name: str, n_bytes: int, random: Random) -> Iterator[int]:
-        """Ids of rows, BOS apart: under the own rule first the empty text, the shortest ones and those near a chunk.
+        """Ids of each row without BOS. Under the own rule the empty text, the shortest rows and those near a chunk
+        are first.
 
-        Where there is little text, rows of the other rules are shorter, but hold a patch of the rule "long".
+        With little text, rows of the other rules are shorter, but hold a patch of the rule "long".
         """
         longest, chunk = self.row_bytes, self.chunk
         if name == OWN:
