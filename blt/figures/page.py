@@ -1,32 +1,55 @@
-"""What all figures share: the colours, the choice between PNG and HTML, a page that stands alone, quiet axes."""
+"""Shared by all figures: colours, quiet axes, and a matplotlib figure as PNG or as a self-contained HTML page."""
 
 from __future__ import annotations
 
 import html
 import io
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 EDGE, INK, MUTED = "#c3cad3", "#1f2933", "#7b8794"
+SETTINGS: dict[Any, Any] = {
+    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "blt",  # the same figure gives the same file
+}
+HOVER = "hover:"
 
 
-def drawn(kind: str, to_png: Callable[[], bytes], to_html: Callable[[], str]) -> bytes:
-    """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    if kind == "html":
-        return to_html().encode()
-    if kind == "png":
-        return to_png()
-    raise UsageError(f"a figure can be png or html, not {kind!r}")
+def check_kind(kind: str) -> None:
+    """Raises UsageError unless `kind` is "png" or "html"."""
+    if kind not in ("png", "html"):
+        raise UsageError(f"a figure can be png or html, not {kind!r}")
+
+
+def render(kind: str, draw: Callable[[], Figure], title: str, heading: str) -> bytes:
+    """The matplotlib figure made by `draw`, under its title, as the bytes of a file.
+
+    kind: "png" or "html". heading: title of a page whose figure has none. Raises UsageError for another kind.
+    """
+    check_kind(kind)
+    from matplotlib import rc_context
+
+    with rc_context(SETTINGS):
+        figure = draw()
+        if kind == "html":
+            width = f"{figure.get_figwidth() * 6.5:.0f}rem"
+            return document(title or heading, _svg(figure), "svg { width: 100%; height: auto; }", width)
+        if title:
+            figure.suptitle(printable(title), fontsize=8, color=INK, x=0.012, ha="left")
+        return _saved(figure, "png")
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, 160 dots each, that no window knows of. Needs matplotlib."""
+    """An empty figure of this size in inches, 160 dots each, registered with no window. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,13 +58,14 @@ def canvas(width: float, height: float) -> Figure:
     return figure
 
 
-def png(figure: Figure, title: str) -> bytes:
-    """The figure under its title, as the bytes of a PNG file."""
-    if title:
-        figure.suptitle(title, fontsize=8, color=INK, x=0.012, ha="left")
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+def hover(artist: Artist, text: str) -> None:
+    """Show `text` in the HTML page while the pointer is over `artist`."""
+    artist.set_gid(HOVER + printable(text))
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates as U+FFFD; line ends stay."""
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
 
 
 def quiet(ax: Axes) -> None:
@@ -52,17 +76,32 @@ def quiet(ax: Axes) -> None:
         ax.spines[side].set_visible(False)
 
 
-def document(title: str, body: str, css: str, width: str = "52rem") -> str:
-    """A page that stands alone: no script, no font, no image from outside. `body` is HTML, `title` is not yet."""
-    shown = html.escape(title)
+def document(title: str, body: str, css: str, width: str) -> bytes:
+    """A self-contained page: no script, font or image from outside. `body` is HTML; `title` is text and is escaped."""
+    shown = html.escape(printable(title))
     common = f"""
 :root {{ color-scheme: light; }}
 body {{ margin: 2rem auto; max-width: {width}; padding: 0 1rem; background: #fff; color: {INK};
   font: 14px/1.4 system-ui, sans-serif; }}
-h1 {{ font-size: 15px; font-weight: 600; }}
+h1 {{ font-size: 15px; font-weight: 600; white-space: pre-line; }}
 """.strip()
-    return (
+    page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{shown}</title>\n'
         f'<meta name="viewport" content="width=device-width"><style>\n{common}\n{css.strip()}\n</style></head>\n'
         f"<body><h1>{shown}</h1>\n{body}\n</body></html>\n"
     )
+    return page.encode()
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element for HTML, which needs no namespaces; hover texts become its <title> elements."""
+    drawing = _saved(figure, "svg").decode()
+    drawing = re.sub(r' xmlns(:\w+)?="[^"]*"', "", drawing[drawing.index("<svg") :])
+    return re.sub(rf'<g id="{HOVER}([^"]*)">', r"<g><title>\1</title>", drawing)
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    out = io.BytesIO()
+    none = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else None
+    figure.savefig(out, format=kind, metadata=none)
+    return out.getvalue()

@@ -1,7 +1,10 @@
 """The paper's figure: entropy of the next byte as bars over the text, the threshold, the patch boundaries.
 
-A bar stands over byte t and shows how unsure the entropy model was of byte t before it read it: e[t-1] in nats.
-Long text wraps into rows. `render` makes PNG (matplotlib) or HTML (one file, no external assets).
+The bar over byte t shows how uncertain the entropy model was about byte t before reading it: e[t-1] in nats. Long text
+wraps into rows. `render` makes PNG (matplotlib, 64 bytes a row) or HTML.
+
+The HTML page is not matplotlib's SVG, because that would lose three things: rows that wrap at the width of the window,
+text in any script in the browser's fonts, and texts of any length (matplotlib lays out one axis per 64 bytes).
 """
 
 from __future__ import annotations
@@ -18,21 +21,22 @@ from blt_runtime.ids import OFFSET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
-ROW = 64  # bytes in a row: 64 monospaced letters stay readable at the width of a page
+ROW = 64  # bytes per row: 64 monospaced letters are readable at the width of a page
 BAR, BAR_START, THRESHOLD = "#9db7d5", "#d9822b", "#b3261e"
 BANDS = ("#ffffff", "#f1f4f8")
 SPECIAL = ("BOE", "BOS", "EOS", "BPE")  # names of the ids below OFFSET
-WEAK = "␣↵⇥·"  # labels that are no letter
+WEAK = "␣↵⇥·"  # labels that are no letter, drawn in grey
 BLANKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What is drawn.
+    """The content of the figure.
 
-    ids [N]; entropies [N] in nats, of the byte behind each id, or None; starts: indices of the ids that open a
-    patch; threshold in nats, or None where the rule has none.
+    ids [N]; entropies [N] in nats, of the byte after each id, or None; starts: indices of the ids that start a patch;
+    threshold in nats, or None if the rule has none.
     """
 
     ids: Sequence[int]
@@ -47,10 +51,10 @@ class Figure:
 
 
 def glyphs(ids: Sequence[int], drawable: Callable[[str], bool] = str.isprintable) -> list[str]:
-    """One label per id: the character under its first byte, a dot under its other bytes.
+    """One label per id: the character at its first byte, a dot at each of its other bytes.
 
-    Blanks show as `␣`, line ends as `↵`, tabs as `⇥`; control characters, invalid bytes and what is not
-    `drawable` as `x1f`, byte by byte; special ids by name.
+    Spaces show as `␣`, line ends as `↵`, tabs as `⇥`. Control characters, invalid bytes and characters that are not
+    `drawable` show as `x1f`, byte by byte. Special ids show by name.
     """
     labels: list[str] = []
     for is_text, run in _runs(ids):
@@ -86,14 +90,17 @@ def _text_glyphs(data: bytes, drawable: Callable[[str], bool]) -> list[str]:
 
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    return page.drawn(kind, lambda: to_png(figure), lambda: to_html(figure))
+    page.check_kind(kind)
+    if kind == "html":
+        return _to_html(figure)
+    return page.render("png", lambda: _draw(figure), figure.title, "Patches")
 
 
 # --- PNG ---------------------------------------------------------------------------------------------------
 
 
-def to_png(figure: Figure) -> bytes:
-    """Rows of 64 bytes at 160 dots per inch, about 1,900 pixels wide. Needs matplotlib."""
+def _draw(figure: Figure) -> Canvas:
+    """Rows of 64 bytes, about 1,900 pixels wide."""
     n = len(figure.ids)
     width = min(n, ROW)
     n_rows = max(1, math.ceil(n / ROW))
@@ -102,11 +109,11 @@ def to_png(figure: Figure) -> bytes:
     labels, top = glyphs(figure.ids, _in_font()), _top(figure)
     for row, ax in enumerate(axes):
         _draw_row(ax, figure, labels, range(row * ROW, min(n, (row + 1) * ROW)), width, top)
-    return page.png(canvas, figure.title)
+    return canvas
 
 
 def _in_font() -> Callable[[str], bool]:
-    """True for the characters that matplotlib's monospaced font has: the others would become boxes."""
+    """True for the characters in matplotlib's monospaced font; the others would become boxes."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties(family="monospace")))
@@ -169,8 +176,8 @@ _CSS = f"""
 """.strip()
 
 
-def to_html(figure: Figure) -> str:
-    """A page that stands alone: no script, no font, no image from outside. Hover shows the number."""
+def _to_html(figure: Figure) -> bytes:
+    """A self-contained page. Hovering over a byte shows its number, patch and entropy."""
     labels, top = glyphs(figure.ids), _top(figure)
     patch, cells = -1, []
     for t, label in enumerate(labels):

@@ -93,7 +93,7 @@ def test_png_and_html(blt: Call, cases: Any, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figure.html", "figure.png"]
 
 
-def test_html_needs_no_other_file_and_shows_every_byte() -> None:
+def test_the_page_is_self_contained_and_shows_every_byte() -> None:
     ids = encode('<script>alert("x")</script> é\n', bos=True).tolist()
     figure = plot.Figure(ids, [1.0] * len(ids), frozenset({0, 1, 5}), 0.5, "a <title>")
     page = plot.render(figure, "html").decode()

@@ -66,14 +66,16 @@ def test_the_table_has_a_line_for_each_run(blt: Call, runs: list[Path]) -> None:
     assert f"{4 * 0.9**4 + 0.1:.4f}" in lines[1]
 
 
-def test_a_page_names_the_runs_and_stands_alone(blt: Call, runs: list[Path], tmp_path: Path) -> None:
+def test_a_page_names_the_runs_and_is_self_contained(blt: Call, runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     out = tmp_path / "figure.html"
     assert blt("plot", *runs, "-o", out, "--labels", "<one>,two", "--title", "a & b").code == 0
     page = out.read_text()
     assert "&lt;one&gt;" in page
     assert "a &amp; b" in page
-    assert page.count("<polyline") == 2 * (1 + 2) * 2  # runs, loss and both bits per byte, two axes
-    assert page.count("<circle") == 2 * 2 * 2  # validations: runs, times, axes
+    for label in ("&lt;one&gt;", "two"):
+        assert page.count(f"<title>{label}</title>") == (1 + 2) * 2  # loss and both bits per byte, two axes
+        assert page.count(f"<title>{label}: ") == 2 * 2  # validations: times, axes
     assert not re.search(r"https?://|<script|src=|nan|inf", page)
 
 
@@ -85,13 +87,29 @@ def test_a_picture_is_a_png(blt: Call, runs: list[Path], tmp_path: Path) -> None
 
 
 def test_runs_without_an_axis_are_named_and_the_others_drawn(blt: Call, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     old = make_run(tmp_path / "old", records(4.0, flops=False))
     new = make_run(tmp_path / "new", records(4.0))
     result = blt("plot", old, new, "-o", tmp_path / "x.html")
     assert result.code == 0
     assert "not drawn against flops" in result.err
     assert "old" in result.err
-    assert (tmp_path / "x.html").read_text().count("<polyline") == 3 * (2 + 1)
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("<title>old</title>") == 3
+    assert page.count("<title>new</title>") == 3 * 2
+
+
+def test_labels_that_matplotlib_would_interpret_or_cannot_write_are_shown(
+    blt: Call, runs: list[Path], tmp_path: Path
+) -> None:
+    """An underscore hides a line from the legend, dollar signs are formulas, control characters are not in XML."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "x.html"
+    assert blt("plot", *runs, "-o", out, "--labels", "_one,$\\a$", "--title", "a\x01b").code == 0
+    page = out.read_text()
+    assert re.search(r"<text[^>]*> ?_one</text>", page)
+    assert re.search(r"<text[^>]*>\$\\a\$</text>", page)
+    assert "a\ufffdb" in page
 
 
 def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
@@ -148,7 +166,7 @@ def test_an_axis_has_a_few_round_ticks_within_its_ends(low: float, factor: float
     assert all(low <= value <= low * factor * (1 + 1e-9) for value in at)
 
 
-def test_one_axis_has_its_panels_side_by_side(runs: list[Path]) -> None:
+def test_one_axis_has_its_panels_in_one_row(runs: list[Path]) -> None:
     read = read_runs(runs)
     assert [len(row) for row in plot_runs.Figure(read, ["bytes"]).panels()] == [2]
     assert [len(row) for row in plot_runs.Figure(read, ["bytes", "flops"]).panels()] == [2, 2]
