@@ -102,5 +102,5 @@ class Writer:
     def advance(self) -> None:
         if self.stream.position == 0:
             return self.stream.append_ids(self.prompt)
-        self._left -= len(list(self.stream.generate_ids(1)))
+        self._left -= len(list(self.stream.generate_ids(1, temperature=0, stop_at_eos=False)))
         return None

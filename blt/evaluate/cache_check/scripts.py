@@ -131,7 +131,7 @@ class Playback:
         self._reset()
 
     def _generate(self, count: int) -> None:
-        for _ in self._stream.generate_ids(count):
+        for _ in self._stream.generate_ids(count, temperature=0, stop_at_eos=False):
             pass
         self._rewind(count)
 
