@@ -1,4 +1,4 @@
-"""Who may import whom, what an import loads, and what the packages say is public."""
+"""The order of the rooms, the libraries each package may import, what an import loads, and the public names."""
 
 from __future__ import annotations
 
@@ -39,6 +39,19 @@ LAZY = {
     "blt_export": {"tensorrt_rtx", "onnxruntime"},
     "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "lm_eval", "blt_export"},
 }
+# The rooms from the ground up. A room imports rooms before it, never one after it: also lazily, also for types only.
+ROOMS = (
+    "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.records", "blt_runtime.hashing", "blt_runtime.patching",
+    "blt_runtime.sampling", "blt_runtime.text", "blt_runtime.bundle", "blt_runtime.backends", "blt_runtime.engine",
+    "blt_runtime.speculation", "blt_runtime.options", "blt_runtime.stream", "blt_runtime.model",
+    "blt_runtime.scheduler", "blt_runtime",
+    "blt.files", "blt.model", "blt.checkpoint", "blt", "blt.generate", "blt.data", "blt.evaluate", "blt.figures",
+    "blt.train", "blt.bench",
+    "blt_export.rewrite", "blt_export.capture", "blt_export.lower", "blt_export.passes", "blt_export.quantize",
+    "blt_export.specs", "blt_export.verify", "blt_export.job", "blt_export.bundle", "blt_export.aot",
+    "blt_export.steps", "blt_export.pipeline", "blt_export",
+    "blt.cli",
+)  # fmt: skip
 CLI_MAY_LOAD = (
     "blt.__version__", "blt.cli", "blt.files", "blt.figures", "blt.evaluate",
     "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.options", "blt_runtime.patching",
@@ -90,6 +103,84 @@ def package_of(file: Path) -> str:
 
 
 ALL_IMPORTS = [i for folder in PACKAGES.values() for file in sorted(folder.rglob("*.py")) for i in imports_of(file)]
+
+
+def module_of(file: Path) -> str:
+    package = next(name for name, folder in PACKAGES.items() if file.is_relative_to(folder))
+    inside = file.relative_to(PACKAGES[package]).with_suffix("").parts
+    return ".".join((package, *inside)).removesuffix(".__init__")
+
+
+MODULES = {module_of(file): file for folder in PACKAGES.values() for file in folder.rglob("*.py")}
+
+
+def imported_modules(module: str) -> set[str]:
+    """Our modules that a module imports: at the top, in a function or under TYPE_CHECKING; absolute or relative."""
+    file = MODULES[module]
+    here = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = here[: len(here) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{source}.{a.name}" if f"{source}.{a.name}" in MODULES else source for a in node.names}
+    return found & set(MODULES) - {module}
+
+
+ARROWS = {module: imported_modules(module) for module in MODULES}
+
+
+def room_of(module: str) -> str:
+    """The longest room whose name begins the module's. A package's own `__init__` is above its rooms."""
+    return max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+def upward(arrows: dict[str, set[str]]) -> list[str]:
+    rank = {room: at for at, room in enumerate(ROOMS)}
+    return [
+        f"{room_of(module)} imports {room_of(other)}, a room above it: {module} imports {other}"
+        for module, others in arrows.items()
+        for other in others
+        if rank[room_of(other)] > rank[room_of(module)]
+    ]
+
+
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other, directly or through others."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [start]
+        while ahead:
+            new = arrows[ahead.pop()] - seen
+            seen |= new
+            ahead += new
+        return seen
+
+    return [module for module in arrows if module in reached(module)]
+
+
+def test_rooms_import_only_rooms_before_them() -> None:
+    assert sum(map(len, ARROWS.values())) > 400  # the walk found the imports
+    assert not upward(ARROWS)
+
+
+def test_every_room_exists_and_every_module_is_in_one() -> None:
+    assert all(room in MODULES for room in ROOMS)
+    packages = set(PACKAGES)
+    loose = [m for m in MODULES if room_of(m) in packages and m not in packages and m != "blt.__main__"]
+    assert not loose
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert not circles(ARROWS)
+
+
+def test_an_arrow_upward_and_a_circle_would_be_found() -> None:
+    assert upward({"blt.model.layers": {"blt.checkpoint.source"}})
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
 def test_every_import_is_allowed() -> None:
