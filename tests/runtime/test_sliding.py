@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +19,23 @@ from blt_runtime.errors import Cancelled, CapacityError, UsageError
 from blt_runtime.ids import BOS, OFFSET, encode
 from blt_runtime.sampling import Sampler
 from blt_runtime.speculation.drafters import LookupDrafter
+from tests.pairwise import pairwise
 from tests.runtime.streams import SPECS, assert_matches_reference, model_of, random_ids
 
-SMALL = {
-    f"{name}, {limit}": replace(spec, **{limit: size})
-    for name, spec in SPECS.items()
-    for limit, size in (("capacity_bytes", 64), ("capacity_patches", 20))
-    if not (limit == "capacity_patches" and name in ("huge patches", "long patches"))
-}
+LIMITS = {"capacity_bytes": 64, "capacity_patches": 20}
+
+
+def is_filled(case: tuple[Any, ...]) -> bool:
+    """Patches that are too long never use up the capacity in patches."""
+    name, limit = case[:2]
+    return limit == "capacity_bytes" or name not in ("huge patches", "long patches")
+
+
+def limited(name: str, limit: str) -> ModelSpec:
+    return replace(SPECS[name], **{limit: LIMITS[limit]})
+
+
+SMALL = {f"{case[0]}, {case[1]}": limited(*case) for case in itertools.product(SPECS, LIMITS) if is_filled(case)}
 small = pytest.mark.parametrize("spec", SMALL.values(), ids=SMALL.keys())
 
 
@@ -41,9 +52,11 @@ def assert_holds(stream: Stream, text_N: np.ndarray, bos: bool = True) -> None:
     assert len(stream.patch_lengths) - 1 <= stream.spec.capacity_patches
 
 
-@small
-@pytest.mark.parametrize("bos", [True, False])
-def test_single_tokens(spec: ModelSpec, bos: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "limit", "bos"), pairwise(tuple(SPECS), tuple(LIMITS), (True, False), allowed=is_filled)
+)
+def test_single_tokens(name: str, limit: str, bos: bool) -> None:
+    spec = limited(name, limit)
     stream, text_N, times = slides(spec, bos), random_ids(140, seed=11), 0
     for t in range(len(text_N)):
         before = stream.forgotten
@@ -114,9 +127,12 @@ def test_a_slide_reads_no_more_than_it_forgets(spec: ModelSpec, monkeypatch: pyt
     assert 0 < sum(read) <= stream.forgotten
 
 
-@small
-@pytest.mark.parametrize("speculate", ["entropy", "lookup", "auto"])
-def test_speculative_generation_is_the_same(spec: ModelSpec, speculate: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "limit", "speculate"),
+    pairwise(tuple(SPECS), tuple(LIMITS), ("entropy", "lookup", "auto"), allowed=is_filled),
+)
+def test_speculative_generation_is_the_same(name: str, limit: str, speculate: str) -> None:
+    spec = limited(name, limit)
     if speculate == "entropy" and not spec.patch_rule.needs_entropy:
         speculate = "lookup"
     plain, ahead = slides(spec), slides(spec)

@@ -26,6 +26,7 @@ from blt_runtime.speculation.drafters import (
     Source,
 )
 from blt_runtime.speculation.speculate import Speculate, SpeculationStats
+from tests.pairwise import pairwise
 from tests.runtime.null_reference import compute
 from tests.runtime.speculation.scripted import Oracle, Script
 from tests.runtime.streams import SPECS, assert_matches_reference, model_of, random_ids, tables_for
@@ -48,10 +49,11 @@ specs = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 PROMPT = "Größe\x00\n\t x"
 
 
-@specs
-@pytest.mark.parametrize("source", [None, "entropy", "decoder"])
-@pytest.mark.parametrize("right", [0.0, 0.7, 0.95, 1.0])
-def test_every_byte_leaves_the_stream_of_plain_decoding(spec: ModelSpec, right: float, source: Source | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "right", "source"), pairwise(tuple(ALL), (0.0, 0.7, 0.95, 1.0), (None, "entropy", "decoder"))
+)
+def test_every_byte_leaves_the_stream_of_plain_decoding(name: str, right: float, source: Source | None) -> None:
+    spec = ALL[name]
     ids = random_ids(60, seed=3)
     stream = model_of(spec).stream()
     made = []
