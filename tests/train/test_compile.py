@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from blt.train import Trainer
 from blt.train.config import load_config
 from blt.train.setup import prepare_run
+from tests.train.small import ONE_LAYER
 
 
 def step_on_each_shape(trainer: Trainer, wanted: int) -> set[int]:
@@ -24,7 +25,7 @@ def step_on_each_shape(trainer: Trainer, wanted: int) -> set[int]:
 
 @pytest.mark.slow
 def test_as_many_compilations_as_buckets(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
-    config = load_config(repo / "configs" / "tiny.yaml", ["run.compile=true"])
+    config = load_config(repo / "configs" / "tiny.yaml", ["run.compile=true", *ONE_LAYER])
     trainer, _ = prepare_run(config, tmp_path, data, entropy_model=entropy_run)
     torch._dynamo.reset()
     counters.clear()
@@ -50,11 +51,9 @@ def test_torch_allows_every_shape_of_a_run(repo: Path, data: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_compiled_and_eager_steps_agree(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
     path = repo / "configs" / "tiny.yaml"
+    config = load_config(path, ["batch.byte_buckets=[128]", *ONE_LAYER])
     trainers = [
-        prepare_run(
-            load_config(path, ["batch.byte_buckets=[128]"]), tmp_path, data, entropy_model=entropy_run, compile=compile
-        )[0]
-        for compile in (True, False)
+        prepare_run(config, tmp_path, data, entropy_model=entropy_run, compile=compile)[0] for compile in (True, False)
     ]
     for _ in range(3):
         compiled, eager = (trainer.train_step() for trainer in trainers)

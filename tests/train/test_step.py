@@ -14,6 +14,7 @@ from blt.train.loop import MAX_SKIPPED_STEPS
 from blt.train.objective import Diverged
 from blt.train.setup import prepare_run
 from blt_runtime.errors import ConfigError
+from tests.train.small import ONE_LAYER
 
 
 def trainer_of(config: BLTRun | EntropyRun, out: Path, data: Path, entropy: Path | None = None) -> Trainer:
@@ -166,7 +167,7 @@ def test_activation_checkpointing_saves_memory_and_changes_no_bit(
 
 @pytest.mark.slow
 def test_activation_checkpointing_compiles(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
-    settings = ["run.activation_checkpointing=true", "batch.byte_buckets=[128]"]
+    settings = ["run.activation_checkpointing=true", "batch.byte_buckets=[128]", *ONE_LAYER]
     config = load_config(repo / "configs" / "tiny.yaml", settings)
     compiled, eager = (
         prepare_run(config, tmp_path, data, entropy_model=entropy_run, compile=compile)[0] for compile in (True, False)

@@ -15,6 +15,7 @@ from blt.train.config import RunConfig, load_config
 from blt.train.setup import prepare_run
 from blt.train.tables import CatchUp
 from blt_runtime.errors import CheckpointError, ConfigError
+from tests.train.small import ONE_LAYER
 
 KINDS = ("sparse", "dense")
 SETTINGS = ["patching.scheme=space", "model.hash.rows=3001"]
@@ -125,7 +126,7 @@ def test_something_else_must_train(repo: Path, data: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_one_compilation_serves_other_rows(repo: Path, data: Path, tmp_path: Path) -> None:
-    config = config_of(repo, "optimizer.tables=sparse", "batch.byte_buckets=[128]")
+    config = config_of(repo, "optimizer.tables=sparse", "batch.byte_buckets=[128]", *ONE_LAYER)
     compiled, eager = (trainer_of(config, tmp_path, data, compile) for compile in (True, False))
     torch._dynamo.reset()
     counters.clear()
