@@ -94,7 +94,7 @@ class Stream:
             self._calls = StepCalls(self._memory)
         except MemoryError as error:
             raise out_of_memory(spec, error) from error
-        self._step = self._calls.take
+        self._step = self._calls.read
         self._prefill = Prefill(self._memory)
         self._speculator = Speculator(self._memory, self._calls)
         self._uses = 0
@@ -261,7 +261,8 @@ class Stream:
             self._memory.clear()
             try:
                 self._memory.check_room(len(ids_N))
-                self._prefill.run(ids_N, closes_N, "entropy" in self.spec.graphs, logits_NV)
+                with_entropy = "entropy" in self.spec.graphs
+                self._prefill.run(ids_N, with_entropy=with_entropy, closes_N=closes_N, logits_NV=logits_NV)
                 entropies_N = self._memory.entropies.array[0, : len(ids_N)].copy()
                 return Score(ids_N, entropies_N, patch_lengths=self.patch_lengths, logits=logits_NV)
             finally:
@@ -340,7 +341,8 @@ class Stream:
                 raise Cancelled("the text was not read: its caller cancelled it")
             return self._step(int(ids_N[0]))
         if len(ids_N):
-            self._calls.logits_V[:] = self._prefill.run(ids_N, None, self._with_entropy, None, cancelled)
+            last_V = self._prefill.run(ids_N, with_entropy=self._with_entropy, cancelled=cancelled)
+            self._calls.logits_V[:] = last_V
             self._calls.read_patches()
         return None
 
@@ -370,7 +372,7 @@ class Stream:
         """Restores the state after the first `tokens` tokens."""
         memory = self._memory
         ids_N = memory.ids_N[:tokens].copy()
-        if not memory.go_back(tokens, entropy_end) or tokens == 0:
+        if not memory.roll_back(tokens, entropy_end) or tokens == 0:
             memory.clear()
         self._calls.read_patches()
         self._read(ids_N[memory.position :])

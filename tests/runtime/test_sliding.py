@@ -115,9 +115,9 @@ def test_a_long_text_is_not_read_before_it_is_forgotten() -> None:
 def test_a_slide_reads_no_more_than_it_forgets(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     read, run = [], Prefill.run
 
-    def counted(self: Prefill, ids_N: np.ndarray, *more: object) -> np.ndarray:
+    def counted(self: Prefill, ids_N: np.ndarray, **options: Any) -> np.ndarray:
         read.append(len(ids_N))
-        return run(self, ids_N, *more)
+        return run(self, ids_N, **options)
 
     monkeypatch.setattr(Prefill, "run", counted)
     stream, text_N = slides(spec), random_ids(1000, seed=2)

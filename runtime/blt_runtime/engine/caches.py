@@ -1,7 +1,7 @@
-"""What the caches of a stream still hold, and how to cut a run of tokens into calls that keep them intact.
+"""The contents of a stream's caches, and how to cut a range of tokens into calls that keep them intact.
 
-Pure bookkeeping, no tensors. A cache is written by calls at rising positions; going back is possible while
-nothing that is still needed has been overwritten.
+Pure bookkeeping, no tensors. Calls write a cache at rising positions. Rolling back is possible as long
+as no entry that is still needed has been overwritten.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class CacheTrack:
         self._document = document
 
     def reached(self, end: int) -> None:
-        """Positions up to `end` were written, but the last of them may be dropped: only a ring remembers them."""
+        """Positions up to `end` were written, but the last of them may be dropped. Only a ring records them."""
         if self.spec is not None and self.spec.kind == "ring":
             self._end = max(self._end, end)
 
     def room(self, position: int, document: int) -> int:
-        """How many tokens of the document that starts at `document` may be written from `position` on, so that
-        dropping any number of the last of them is exact: `can_resume` stays true from `position` on."""
+        """How many tokens may be written from `position` on, in the document that starts at `document`, so that
+        dropping any number of the newest is exact: `can_resume` stays true from `position` on."""
         if self.spec is None:
             return sys.maxsize
         capacity, window = self.spec.capacity, self.spec.window
@@ -47,15 +47,15 @@ class CacheTrack:
         step = capacity - window + 1
         if self.spec.kind == "ring":
             return step
-        tokens = position - document  # a window evicts `step` rows at once, when one token more does not fit
+        tokens = position - document  # a window evicts `step` entries at once, when the next token does not fit
         return capacity - tokens if tokens < capacity else (capacity - tokens) % step
 
     def can_resume(self, position: int, document: int) -> bool:
-        """May the next call start at `position`, a token of the document that starts at `document`?"""
+        """Whether the next call may start at `position`, in the document that starts at `document`."""
         if self.spec is None or position == document == 0:
             return True
         if self.spec.kind == "ring":
-            # slots are taken to hold the C newest positions: what they really hold must be out of sight
+            # the graph assumes the C newest positions in the slots: other positions must be outside the window
             assert self.spec.window is not None
             return self._end <= self.spec.capacity or self._end - self.spec.capacity <= position - self.spec.window + 1
         if self._restarts and position == document:
@@ -71,7 +71,7 @@ class CacheTrack:
         return self._resident(position) == self._resident(self._end) - dropped
 
     def _resident(self, position: int) -> int:
-        """L(T), the rows that a sliding-window cache keeps after T tokens of its document."""
+        """L(T), the entries that a sliding-window cache keeps after T tokens of its document."""
         assert self.spec is not None
         assert self.spec.window is not None
         tokens, capacity = position - self._document, self.spec.capacity
@@ -84,8 +84,8 @@ def calls(
 ) -> Iterator[tuple[int, int]]:
     """Cuts positions start..end into calls [a, b) of at most `limit` tokens that the cache allows.
 
-    A ring's call stays within one turn of the ring and leaves the window; with `documents` [end - start]
-    (doc_start per token, given when calls must not contain a change of it) calls also end where it changes.
+    A call on a ring cache crosses no multiple of its capacity and keeps the window intact. documents [end - start]:
+    doc_start per token, given when calls must not contain a change of it. Calls then also end where it changes.
     """
     if cache is not None:
         limit = min(limit, cache.longest_call)

@@ -4,8 +4,8 @@
 back. Callers choose the positions: each call must stay within what `caches.calls` allows. One instance serves calls
 over up to `longest` tokens.
 
-Letters: S tokens of a call, P patches of a call, L bytes of the longest, W patches that a byte reads, V vocabulary,
-X cross-attention layers, K heads and D width of a patch vector, R rows of patch vectors.
+Letters: S tokens of a call, P patches of a call, L bytes of the longest patch, W patches that a byte reads,
+V vocabulary, X cross-attention layers, K heads and D width of a patch vector, R rows of patch vectors.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..ids import Ids
 from .memory import Memory
 
 SHORTEST = 8
-"""Entries of the smallest latent call that is kept."""
+"""Entries per patch of the smallest latent call that is kept."""
 ONE_BY_ONE = 32
-"""Tokens up to which hash embeddings are computed one by one, which allocates nothing; both forms agree bit for bit."""
+"""Up to this many tokens, hash embeddings are computed one by one, which allocates nothing. Both forms are bit-identical."""
 
 Note = Callable[[str, int, float], None]
 """Receives a call's graph, its tokens or patches, and its seconds."""
@@ -63,7 +63,7 @@ class Graphs:
 
     kept: bind a call once per size and keep it, for the few sizes of steps and passes. Latent calls then have 8, 16,
     32, ... entries. Otherwise calls are bound each time, and latent calls have the entries of their longest patch.
-    note: told the seconds of every call, binding not counted.
+    note: receives the seconds of every call, without binding.
     """
 
     def __init__(self, memory: Memory, longest: int, kept: bool, note: Note | None = None) -> None:
@@ -94,27 +94,27 @@ class Graphs:
             )
 
     def _new(self, graph: str, shared: Mapping[str, Buffer] | None = None) -> dict[str, Buffer]:
-        """Staging of a graph but for `shared` buffers, its caches, and what is bound as a whole."""
+        """Staging buffers of a graph, `shared` ones included. Its caches and the inputs in _WHOLE have none."""
         found, bound = self.memory.graphs[graph], _WHOLE[graph]
         names = [name for name in found.tensors() if name not in bound]
         kept = shared or {}
         return {n: kept[n] if n in kept else found.new(n, S=self.longest, P=self.longest) for n in names}
 
     def entropy(self, a: int, b: int) -> Array:
-        """The entropy model over positions a..b: their entropies into the history. Its logits [S, V], which the next
-        call overwrites."""
+        """The entropy model over positions a..b: their entropies go into the history. Returns its logits [S, V],
+        which the next call overwrites."""
         memory, n = self.memory, b - a
         call, began = self.call("entropy", n), time.perf_counter()
         self._place(a, b)
         self.entropy_document_S[:n] = memory.entropy_documents.array[0, a:b]
         call()
         memory.entropies.array[0, a:b] = self.entropy_S[:n]
-        self._took("entropy", n, began)
+        self._report("entropy", n, began)
         logits_SV: Array = self._entropy_logits_SV[:n]
         return logits_SV
 
     def encode(self, a: int, b: int) -> None:
-        """The encoder over positions a..b; their byte states into the pool."""
+        """The encoder over positions a..b. Their byte states go into the pool."""
         memory, pool, n = self.memory, self.memory.pool, b - a
         call, began = self.call("encoder", n), time.perf_counter()
         self._place(a, b)
@@ -124,10 +124,10 @@ class Graphs:
         call()
         pool.reserve(a, b, keep=memory.first_byte(memory.patches))
         pool.buffer.array[a - pool.base : b - pool.base] = self.states_SXD[:n]
-        self._took("encoder", n, began)
+        self._report("encoder", n, began)
 
     def latent(self, p: int, q: int, into: PatchRows | None = None) -> None:
-        """The latent transformer over complete patches p..q; their vectors into the memory's ring, or `into` rows."""
+        """The latent transformer over complete patches p..q. Their vectors go into the memory's ring or `into`."""
         memory, n = self.memory, q - p
         reach = [memory.first_byte(patch) for patch in range(p, q)]
         ends = memory.starts_P[p + 1 : q + 1].tolist()
@@ -146,11 +146,12 @@ class Graphs:
             memory.kv_ring.array[p % memory.kv_rows] = vectors[0]
         else:
             memory.kv_ring.array[np.arange(p, q) % memory.kv_rows] = vectors
-        self._took("latent", n, began)
+        self._report("latent", n, began)
 
     def decode(self, a: int, b: int, complete_S: Ids, patches: PatchRows | None = None) -> Array:
         """The decoder over positions a..b, each of which reads the last W of its complete patches: those before
-        complete_S, from the memory's ring or from `patches`. Its logits [S, V], which the next call overwrites."""
+        complete_S, from the memory's ring or from `patches`. Returns its logits [S, V], which the next call
+        overwrites."""
         memory, pool, n = self.memory, self.memory.pool, b - a
         call = self.call("decoder", n) if patches is None else self._bind("decoder", n, patches.buffer)
         began = time.perf_counter()
@@ -161,7 +162,7 @@ class Graphs:
         row_SW = patch_SW % memory.kv_rows if patches is None else patch_SW - patches.first
         self.patch_row_SW[:n] = np.where(patch_SW >= 0, row_SW, -1)
         call()
-        self._took("decoder", n, began)
+        self._report("decoder", n, began)
         logits_SV: Array = self.logits_SV[:n]
         return logits_SV
 
@@ -179,7 +180,7 @@ class Graphs:
         return call
 
     def _latent_call(self, patches: int, length: int) -> tuple[LatentInputs, Call]:
-        """The call over so many patches of up to `length` bytes; bound again after the pool has moved."""
+        """The call over that many patches of up to `length` bytes. Bound again if the pool's buffer was replaced."""
         if self._latent_pool is not self.memory.pool.buffer:
             self._latent_pool = self.memory.pool.buffer
             self._latent_bound.clear()
@@ -210,13 +211,13 @@ class Graphs:
             hash.one(window(a + s, a + s + 1), out_SD[s])
         return None
 
-    def _took(self, graph: str, n: int, began: float) -> None:
+    def _report(self, graph: str, n: int, began: float) -> None:
         if self._note is not None:
             self._note(graph, n, time.perf_counter() - began)
 
 
 _WHOLE = {"entropy": (), "encoder": (), "latent": ("byte_states", "byte_index"), "decoder": ("patch_kv",)}
-"""Inputs that are not staged: they have sizes of their own."""
+"""Inputs that are bound whole, without staging: their sizes do not depend on the tokens of a call."""
 
 
 def _first(staging: Mapping[str, Buffer], n: int) -> dict[str, Buffer]:
@@ -225,6 +226,6 @@ def _first(staging: Mapping[str, Buffer], n: int) -> dict[str, Buffer]:
 
 
 def longest_pass(memory: Memory, drafts: int) -> int:
-    """Tokens of the longest pass with that many drafts that all caches and the chunk allow."""
+    """Tokens of the longest speculative pass with up to `drafts` drafts that all caches and the chunk allow."""
     caches = [graph.spec.cache for name, graph in memory.graphs.items() if name != "latent"]
     return max(1, min(1 + drafts, memory.spec.chunk, *(cache.longest_call for cache in caches if cache is not None)))

@@ -1,9 +1,8 @@
-"""All memory of one stream: what was read, the caches of the four graphs, byte states and patch vectors
+"""All memory of one stream: its history, the caches of the four graphs, and the byte states and patch vectors
 still in use.
 
-Bookkeeping only; `stream` and `prefill` run the graphs. History is kept in buffers as long as the capacity,
-so that a call on positions a..b binds a part of them and copies nothing. Pages that no token reached are
-never touched.
+Bookkeeping only: `graphs` runs the graphs. The history's buffers are as long as the capacity, so that positions a..b
+are a view of them. Memory pages that no token has reached are never touched.
 
 Letters: N byte capacity, P patch capacity, R rows, X cross-attention layers, D width, W patches that a byte
 reads.
@@ -29,7 +28,7 @@ from .caches import CacheTrack
 MARKS = 16
 """Patch boundaries that a rewind can return to without replaying everything."""
 AHEAD = 16
-"""Patches that may have been computed ahead of those that are counted: `speculate` drops them again."""
+"""Patches that a speculative pass may compute beyond `Memory.patches`; rejected ones are dropped again."""
 
 
 class Graph:
@@ -87,7 +86,7 @@ class StatePool:
         return self.buffer.part((start - self.base) * width[0] * width[1], (1, end - start, *width))
 
     def reserve(self, position: int, end: int, keep: int) -> None:
-        """Makes room up to `end`, forgetting what is before `keep`. Where it must grow, `buffer` is another one."""
+        """Makes room up to `end`, dropping the states before `keep`. If the pool must grow, `buffer` is replaced."""
         if end - self.base <= self.rows:
             return
         kept = self.buffer.array[keep - self.base : position - self.base]
@@ -100,7 +99,7 @@ class StatePool:
 
 
 class Mark(NamedTuple):
-    """A patch boundary to come back to: tokens and patches before it, and the rule's state there."""
+    """A patch boundary that a rollback can return to: tokens and patches before it, and the rule's state there."""
 
     position: int
     patches: int
@@ -108,10 +107,10 @@ class Mark(NamedTuple):
 
 
 class Memory:
-    """History and buffers of one stream. `position` tokens and `patches` finished patches have been taken in.
+    """History and buffers of one stream. It has read `position` tokens and `patches` complete patches.
 
-    caches, kv_ring: memory of a batch, in place of its own: by graph and tensor, and for the newest patches. Raises
-    MemoryError.
+    caches, kv_ring: memory of a batch that this one uses in place of its own: the caches by graph and tensor name, and
+    the ring of the newest patch vectors. Raises MemoryError.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class Memory:
         kv_ring: Buffer | None = None,
     ) -> None:
         if stream_bytes(spec) > sys.maxsize:
-            raise MemoryError("more than there are addresses")
+            raise MemoryError("more than the address space")
         self.spec = spec
         self.graphs = {
             name: Graph(backend, graph, spec.chunk_crosses_documents, caches[name] if caches else None)
@@ -155,7 +154,7 @@ class Memory:
         self.patch_documents = backend.buffer("int64", (1, p + 1))
 
     def clear(self) -> None:
-        """Forgets everything; the memory stays."""
+        """Empties the history and the caches. The buffers stay allocated."""
         self.position = self.patches = 0
         self.rule = PatchState(self.spec.patch_rule)
         self.marks: deque[Mark] = deque(maxlen=MARKS)
@@ -179,7 +178,7 @@ class Memory:
         return self.ids.array[0, start : end + self.pad]
 
     def check_room(self, tokens: int) -> None:
-        """Raises CapacityError if `tokens` more do not fit, or if every patch is used up."""
+        """Raises CapacityError if `tokens` more do not fit, or if no patch is left."""
         spec = self.spec
         if self.position + tokens > spec.capacity_bytes:
             raise CapacityError(
@@ -197,7 +196,7 @@ class Memory:
             )
 
     def place(self, ids_N: Ids, start: int | None = None) -> None:
-        """Writes ids from `start` on (the present position), with their documents; takes nothing in yet."""
+        """Writes ids and their documents from `start` (default: `position`) on. `position` does not change."""
         start = self.position if start is None else start
         end = start + len(ids_N)
         self.ids.array[0, self.pad + start : self.pad + end] = ids_N
@@ -206,8 +205,8 @@ class Memory:
             _continue_documents(self.entropy_documents.array[0], start, (ids_N == EOS) | (ids_N == NEWLINE))
 
     def advance(self, id: int, entropy: float) -> bool:
-        """Counts the next token. If the patch rule ends the open patch there, the patch is complete: True (its latent
-        step is the caller's). Raises CapacityError if it is one patch too many."""
+        """Counts the next token. If the patch rule ends the open patch there, the patch is complete, and the result is
+        True. The caller then runs the latent transformer. Raises CapacityError if it is one patch too many."""
         closes = self.rule.closes(id, entropy)
         end = self.position + 1
         if closes:
@@ -218,7 +217,7 @@ class Memory:
         return closes
 
     def close_patch(self, end: int) -> None:
-        """The open patch ends before position `end` (its latent step is the caller's)."""
+        """Closes the open patch before position `end`. The caller then runs the latent transformer."""
         patch = self.patches
         has_eos = self.documents.array[0, end] > self.starts_P[patch]
         masked = has_eos and self.spec.latent_document_mask
@@ -231,10 +230,10 @@ class Memory:
         """The first position that patch `patch` reads: its own start, or that of an earlier one."""
         return int(self.starts_P[max(0, patch - self.spec.encoder_window + 1)])
 
-    def go_back(self, tokens: int, entropy_end: int | None = None) -> bool:
-        """Returns to the newest boundary before `tokens` tokens; False if only a replay helps.
+    def roll_back(self, tokens: int, entropy_end: int | None = None) -> bool:
+        """Rolls back to the newest boundary before `tokens` tokens. False if the caches do not allow it: replay then.
 
-        entropy_end: how far the entropy cache was written, if further than `position`.
+        entropy_end: end of the positions written to the entropy cache, if beyond `position`.
         """
         self.note_writes(entropy_end)
         while self.marks and self.marks[-1].position >= tokens:
@@ -248,7 +247,7 @@ class Memory:
         return True
 
     def note_writes(self, entropy_end: int | None = None) -> None:
-        """Tells the caches how far they were written; the steps do not, to stay lean."""
+        """Records in the cache tracks how far the caches were written. Steps leave this out to save time."""
         ends = {"latent": self.patches, "entropy": entropy_end or self.position}
         for name, graph in self.graphs.items():
             end = ends.get(name, self.position)
@@ -281,19 +280,19 @@ class Memory:
 
 
 def _continue_documents(documents_N: Ids, start: int, ends_N: Array) -> None:
-    """doc_start of the tokens behind `start`: a document begins behind every true place of ends."""
+    """Sets doc_start of the tokens after `start`: a document begins after every True entry of ends."""
     after_N = np.where(ends_N, np.arange(start + 1, start + 1 + len(ends_N)), documents_N[start])
     documents_N[start + 1 : start + 1 + len(ends_N)] = np.maximum.accumulate(after_N)
 
 
 def stream_bytes(spec: ModelSpec) -> int:
-    """Bytes of a stream's caches and history, once all of it is in use."""
+    """Bytes of a stream's caches and history, when all of it is in use."""
     history = 36 * spec.capacity_bytes + 16 * spec.capacity_patches
     return history + sum(graph.cache_bytes() for graph in spec.graphs.values())
 
 
 def out_of_memory(spec: ModelSpec, error: MemoryError) -> OutOfMemory:
-    """What to say when a stream's memory cannot be had."""
+    """The OutOfMemory for a stream whose memory could not be allocated."""
     capacity = f"{spec.capacity_bytes:,} bytes and {spec.capacity_patches:,} patches"
     return OutOfMemory(
         f"not enough memory ({error}): a stream of {capacity} takes up to {stream_bytes(spec):,} bytes; "

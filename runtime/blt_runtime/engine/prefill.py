@@ -1,11 +1,10 @@
-"""Taking in many tokens at once: the same four graphs as a step, on chunks.
+"""Prefill: many tokens at once, with the same four graphs as a step, in chunks.
 
-First the entropy graph runs over all new tokens, so that the number of patches is known, and refused if it
-does not fit, before anything else changes. Then chunk by chunk: encoder, the latent transformer over the
-patches that finish in the chunk, decoder. Each graph's calls are cut where its own cache or documents ask
-for it.
+First the entropy graph runs over all new tokens. That gives the number of patches, which is refused if it does not fit,
+before anything else changes. Then each chunk runs through the encoder, the latent transformer (over the patches that
+the chunk completes) and the decoder. Each graph's calls are cut where its own cache or documents require it.
 
-Letters: S tokens of a chunk, P patches that finish in it, L longest of them, W patches that a byte reads.
+Letters: S tokens of a chunk, P patches that it completes, L bytes of the longest, W patches that a byte reads.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from .graphs import Graphs, PatchRows
 from .memory import Mark, Memory
 
 Cancel = Callable[[], bool]
-"""Asked between chunks: shall the call stop here?"""
+"""Called before every chunk. Returns True if the call must stop there."""
 GATHER_BYTES = 16 << 20
 """Most bytes of byte states that one latent call gathers: its scratch memory grows with P * L."""
 
 
 class Prefill:
-    """Runs chunks on a stream's memory. Staging buffers are made for the first, and kept."""
+    """Runs chunks on a stream's memory. Staging buffers are allocated for the first chunk and kept."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -49,16 +48,19 @@ class Prefill:
     def run(
         self,
         ids_N: Ids,
-        closes_N: Array | None,
+        *,
         with_entropy: bool,
-        logits_NV: Array | None,
+        closes_N: Array | None = None,
+        logits_NV: Array | None = None,
         cancelled: Cancel | None = None,
     ) -> Array:
-        """Takes in ids [N]; returns the last logits [V]. `closes_N` overrides the patch rule; all logits go
-        to `logits_NV`; `cancelled` is asked before every chunk.
+        """Reads ids [N] and returns the last logits [V].
 
-        Raises CapacityError with the memory unchanged, except that only `Memory.go_back` knows the entropy
-        cache's state; Cancelled with the memory somewhere between, from where `Memory.go_back` helps too.
+        with_entropy: run the entropy model. closes_N: replaces the patch rule. logits_NV: receives all logits.
+        cancelled: called before every chunk.
+
+        Raises CapacityError with the memory unchanged but for the entropy cache, and Cancelled with only some of the
+        ids read. In both cases `Memory.roll_back` restores a consistent state.
         """
         memory = self._memory
         start, end = memory.position, memory.position + len(ids_N)
@@ -70,7 +72,7 @@ class Prefill:
         first = memory.patches
         chunk_SV = np.empty((min(memory.spec.chunk, end - start), memory.spec.vocab_size), dtype=np.float32)
         while memory.position < end:
-            _ask(cancelled)
+            _check_cancelled(cancelled)
             a, chunk = memory.position, memory.spec.chunk
             b = min(end, (a // chunk + 1) * chunk)  # aligned, as the rings are: fewer cuts
             before = memory.patches
@@ -82,7 +84,7 @@ class Prefill:
         return last_V
 
     def _find_patches(self, ids_N: Ids, forced_N: Array | None) -> tuple[PatchState, Array, list[Mark]]:
-        """The rule's state behind the ids, where patches end, and the boundaries to come back to."""
+        """The rule's state after the ids, where patches end, and the boundaries that a rollback can return to."""
         memory = self._memory
         rule, patches, marks = memory.rule.copy(), memory.patches, []
         closes_N = np.zeros(len(ids_N), dtype=np.bool_)
@@ -97,11 +99,11 @@ class Prefill:
 
     def _run_entropy(self, start: int, end: int, cancelled: Cancel | None = None) -> None:
         for a, b in self._calls("entropy", start, end, self._memory.entropy_documents):
-            _ask(cancelled)
+            _check_cancelled(cancelled)
             self._graphs.entropy(a, b)
 
     def _chunk(self, a: int, b: int, closes_S: Array, logits_SV: Array) -> None:
-        """Encoder, latent transformer and decoder over positions a..b; their logits into logits_SV."""
+        """Encoder, latent transformer and decoder over positions a..b. Their logits go into logits_SV."""
         memory, documents = self._memory, self._memory.documents
         memory.pool.reserve(a, b, keep=memory.first_byte(memory.patches))
         for start, end in self._calls("encoder", a, b, documents):
@@ -147,6 +149,6 @@ class Prefill:
         return calls(start, end, spec.graphs[graph].cache, spec.chunk, split)
 
 
-def _ask(cancelled: Cancel | None) -> None:
+def _check_cancelled(cancelled: Cancel | None) -> None:
     if cancelled is not None and cancelled():
-        raise Cancelled("cancelled while taking text in: the stream is as it was before")
+        raise Cancelled("cancelled while reading text: the stream is as it was before")

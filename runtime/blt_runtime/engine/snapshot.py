@@ -1,8 +1,8 @@
-"""A stream's state at one moment, to be put back later or into other streams: a system prompt is read once.
+"""A copy of a stream's state, to be restored later or in other streams: a system prompt is read once.
 
-Everything that the next byte depends on is copied: the caches as far as they are used, the byte states and patch
-vectors still to be read, the history, the rule's state, the logits. Nothing is computed again, so what follows is the
-same to the last bit. What a sampler has drawn so far is not part of it.
+Everything that the next byte depends on is copied: the used part of the caches, the byte states and patch
+vectors still in use, the history, the rule's state, the logits. Nothing is computed again, so all later results are
+bit-identical. The state of a sampler's random generator is not included.
 
 Letters: N tokens, P patches, C cache slots, V vocabulary.
 """
@@ -43,7 +43,7 @@ class Snapshot:
     arrays: dict[str, Array]
 
     def is_of(self, spec: ModelSpec, owner: object) -> bool:
-        """Whether streams of that model can take it."""
+        """Whether streams of that model can restore it."""
         return self.owner is owner and self.spec == spec
 
     @property
@@ -52,7 +52,8 @@ class Snapshot:
 
 
 def take(memory: Memory, owner: object, logits_V: Array, forgotten: int) -> Snapshot:
-    """The state of a stream's memory; `owner` is what its streams have in common, `forgotten` what it does not hold."""
+    """Copies the state of a stream's memory. owner: the object that its model's streams share. forgotten: tokens that
+    the stream no longer holds."""
     memory.note_writes()
     arrays = {name: view.copy() for name, view in _views(memory, logits_V).items()}
     arrays["pool"] = memory.pool.buffer.array[: memory.position - memory.pool.base].copy()
@@ -74,7 +75,7 @@ def take(memory: Memory, owner: object, logits_V: Array, forgotten: int) -> Snap
 
 
 def put(snapshot: Snapshot, memory: Memory, logits_V: Array) -> None:
-    """Makes `memory` and the logits what they were. The spec must be the same."""
+    """Restores `memory` and the logits. The spec must be the same."""
     memory.clear()
     memory.position, memory.patches = snapshot.position, snapshot.patches
     memory.rule = snapshot.rule.copy()
@@ -109,7 +110,7 @@ def _views(memory: Memory, logits_V: Array) -> dict[str, Array]:
 
 
 def _cache_views(graph: Graph, tokens: int) -> dict[str, Array]:
-    """[1, G, used, K] of each cache: all slots of a window's, and of others those that tokens have reached."""
+    """[1, G, used, K] of each cache: all slots of a cache with a window, else the slots of the tokens read."""
     spec = graph.spec.cache
     used = tokens if spec is not None and spec.window is None else None
     return {f"{graph.spec.name}.{name}": buffer.array[:, :, :used] for name, buffer in graph.caches().items()}

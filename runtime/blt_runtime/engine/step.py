@@ -1,7 +1,7 @@
-"""A decode step: one token through the graphs, on calls that are bound once.
+"""A decode step: one token through the graphs, with calls that are bound once.
 
-What `Graphs` does for any number of tokens, written for one: single numbers are stored where arrays would be copied,
-so that a step allocates nothing.
+`Graphs` does the same for any number of tokens. This form stores single numbers instead of copying arrays, so that a
+step allocates nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from .memory import Memory
 
 
 class StepCalls:
-    """The bound calls of a step over a stream's memory: `entropy`, `encoder`, `decoder`. `take` makes them for one
-    token, and runs the latent transformer at a patch's end."""
+    """The bound calls of a step over a stream's memory: `entropy`, `encoder`, `decoder`. `read` runs them for one
+    token, and runs the latent transformer when a patch is complete."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -30,8 +30,8 @@ class StepCalls:
             self.entropy = graphs.call("entropy", 1)
             self._entropy_document, self._entropy_value = graphs.entropy_document_S, graphs.entropy_S
 
-    def take(self, id: int) -> None:
-        """Reads one token: everything that the next byte depends on is computed here."""
+    def read(self, id: int) -> None:
+        """Reads one token and computes everything that the next byte depends on. Raises CapacityError."""
         memory = self._memory
         memory.check_room(1)
         t = memory.position
@@ -51,7 +51,7 @@ class StepCalls:
         self.decoder()
 
     def set_token(self, id: int, t: int) -> None:
-        """Places id at position t: one-token inputs, history, and the documents of what follows."""
+        """Places id at position t: sets the one-token inputs, the history, and the documents of position t + 1."""
         memory = self._memory
         document = memory.documents.array[0, t]
         memory.ids.array[0, memory.pad + t] = id
@@ -65,7 +65,7 @@ class StepCalls:
         entropy_documents_N[t + 1] = t + 1 if id in (EOS, NEWLINE) else entropy_documents_N[t]
 
     def _keep_state(self, t: int) -> None:
-        """Puts the byte state just computed into the pool, at position t."""
+        """Copies the newest byte state into the pool, at position t."""
         pool = self._memory.pool
         if t - pool.base >= pool.rows:
             pool.reserve(t, t + 1, keep=self._memory.first_byte(self._memory.patches))

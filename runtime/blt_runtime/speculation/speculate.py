@@ -180,7 +180,7 @@ class Speculation:
     def _step(self, id: int) -> None:
         """A round without drafts: a plain step, which is a little cheaper than a pass over one token."""
         stats, patches, began = self._stats, self._memory.patches, time.perf_counter()
-        self._steps.take(id)
+        self._steps.read(id)
         closed = self._memory.patches > patches
         self._costs.note_step(closed, time.perf_counter() - began)
         stats.passes += 1
