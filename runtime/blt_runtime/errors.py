@@ -1,4 +1,4 @@
-"""Every error that a user can meet, in one tree. Each message is one line: what is wrong, and what to do.
+"""All errors of the project, in one tree. Each message is one line: what is wrong, and what to do.
 
     BltError                   exit code 1
     ├── UsageError             2   bad arguments, wrong order of calls, two threads on one stream
@@ -13,7 +13,7 @@
     ├── OutOfMemory            1   memory that could not be allocated
     ├── QueueFull              1   a scheduler has too many requests
     ├── Cancelled              1   the caller stopped a call half-way; nothing has changed
-    ├── BackendError           4   a backend or device failed or is not there
+    ├── BackendError           4   a backend or device failed or is missing
     │   └── MissingExtra       4   a library is not installed; the message names the command
     └── CheckFailed            3   parity or a threshold that the user set
 
@@ -60,7 +60,7 @@ class RuleError(ConfigError):
 
 
 class CheckpointError(BltError):
-    """A file that is no checkpoint, or a damaged one."""
+    """A file that is not a checkpoint, or a damaged one."""
 
 
 class BundleError(BltError):
@@ -84,7 +84,7 @@ class OutOfMemory(BltError):
 
 
 class QueueFull(BltError):
-    """A scheduler that has too many requests to take another."""
+    """A scheduler whose queue of requests is full."""
 
 
 class Cancelled(BltError):
@@ -92,7 +92,7 @@ class Cancelled(BltError):
 
 
 class BackendError(BltError):
-    """A backend or device that failed or is not there."""
+    """A backend or device that failed or is missing."""
 
     exit_code = 4
 
@@ -105,7 +105,7 @@ class MissingExtra(BackendError):
         self.what, self.extra = what, extra
 
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
-        """Pickled as what it was made of: processes hand errors to each other."""
+        """Pickled as its arguments: processes pass errors to each other."""
         return type(self), (self.what, self.extra)
 
 
@@ -116,7 +116,7 @@ class CheckFailed(BltError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The tail of an error message: the known words, nearest first guess named."""
+    """The tail of an error message: the nearest known word, or all of them."""
     words = sorted(known)
-    guess = difflib.get_close_matches(word, words, n=1)
-    return f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(words)}"
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(words)}"

@@ -1,7 +1,7 @@
-"""Hash n-gram ids and the rows they select (spec section 6), in numpy because it is exact and cheap there.
+"""Hash n-gram ids and the table rows that they select (spec section 6), in numpy, where it is exact and cheap.
 
 A window of g ids is hashed to Σ w[i]·q^i with w[0] the oldest, in wrapping signed 64-bit arithmetic, then
-reduced with floor modulo. numpy wraps int64 sums and products as the definition asks; an ONNX graph's
+reduced with floor modulo. numpy wraps int64 sums and products as the definition requires. An ONNX graph's
 ReduceSum and Pow do not.
 
 Letters: N ids, T tables (functions x sizes, functions outer), G longest window, V rows per table, D width.
@@ -35,14 +35,14 @@ TABLE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "bfloat16": np.dtype("<u2"),
     "int8": np.dtype("i1"),
 }
-"""How rows lie in memory and on disk. numpy has no bfloat16: the upper half of a float32's bits, held as uint16.
-int8: D codes from -127 to 127 and the four bytes of a float32 scale, little-endian, so that a row is one place of the
-file. Such a row stands for float32(code) * scale, rounded once to float32; sums over tables are of these values."""
+"""How rows are stored in memory and on disk. numpy has no bfloat16: the upper half of a float32's bits, held as uint16.
+int8: D codes from -127 to 127 and the four bytes of a float32 scale, little-endian, so that a row is contiguous in
+the file. Such a row decodes to float32(code) * scale, rounded once to float32. Sums over tables add these values."""
 SCALE_BYTES = 4
 RELEASE_FROM, RELEASE_AFTER = 1 << 30, 64
-"""Bytes of tables from which on pages are given back, and after how many positions. The kernel maps what lies around a
-row, too (64 KB and more where the file is in its cache), so a long text would end with all tables resident. It costs
-75 us a position, for rows that are mapped anew; models with such tables take a thousand times that."""
+"""Tables of at least so many bytes have their pages released, every so many positions. The kernel also maps the
+surroundings of a row (64 KB and more where the file is cached), so a long text would end with all tables resident.
+It costs 75 us per position, for rows that are mapped again; models with such tables need a thousand times that."""
 _UPPER = 1 if sys.byteorder == "little" else 0
 
 
@@ -58,7 +58,7 @@ def powers(sizes: Sequence[int], functions: int) -> Ids:
 
 
 def hash_ids(ids: npt.ArrayLike, sizes: Sequence[int], functions: int, rows: int) -> Ids:
-    """Row numbers [N, T] of ids [N] from the start of a row (places before it count as id 0)."""
+    """Row numbers [N, T] of ids [N] from the start of a row (positions before it count as id 0)."""
     ids_N = np.asarray(ids, dtype=np.int64)
     coefficients_TG = powers(sizes, functions)
     longest = coefficients_TG.shape[1]
@@ -67,7 +67,7 @@ def hash_ids(ids: npt.ArrayLike, sizes: Sequence[int], functions: int, rows: int
 
 
 def hash_windows(padded: Ids, coefficients_TG: Ids, rows: int) -> Ids:
-    """Row numbers [N, T] of ids that have their G - 1 predecessors in front: padded [G - 1 + N]."""
+    """Row numbers [N, T] of ids that follow their G - 1 predecessors: padded [G - 1 + N]."""
     n_tables, longest = coefficients_TG.shape
     n = len(padded) - longest + 1
     hash_NT = np.zeros((n, n_tables), dtype=np.int64)
@@ -82,12 +82,12 @@ def stored_width(dim: int, dtype: TableDtype) -> int:
 
 
 def row_bytes(dim: int, dtype: TableDtype) -> int:
-    """Bytes that reading a row takes."""
+    """Bytes of a stored row."""
     return stored_width(dim, dtype) * TABLE_DTYPES[dtype].itemsize
 
 
 def widen(rows: Array) -> Array:
-    """What stored rows [..., stored width] stand for, as float32 [..., D]; uint16 is taken for bfloat16."""
+    """Decodes stored rows [..., stored width] to float32 [..., D]. uint16 is read as bfloat16."""
     if rows.dtype == np.int8:
         codes, scale = _codes_and_scale(rows)
         wide: Array = np.multiply(codes, scale, dtype=np.float32)
@@ -98,7 +98,7 @@ def widen(rows: Array) -> Array:
 
 
 def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDtype) -> None:
-    """Raises ConfigError unless `tables` are `count` tables of that shape and type, together or apart."""
+    """Raises ConfigError unless `tables` are `count` tables of that shape and type, in one array or in several."""
     fused, pieces = isinstance(tables, np.ndarray), _pieces(tables)
     shape = (count * rows if fused else rows, stored_width(dim, dtype))
     if len(pieces) != (1 if fused else count):
@@ -113,9 +113,9 @@ def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDt
 class HashEmbedding:
     """Sums the table rows of the newest ids: whole chunks, or one position without allocating.
 
-    `tables` are float32, float16, uint16 (bfloat16) or int8, usually read-only memory maps of which only the touched
-    pages are ever loaded, D at least 2. Rows are widened to float32 exactly (int8: times its scale) and added in table
-    order by both forms, so they agree to the last bit. One instance per stream: it owns scratch memory.
+    `tables` are float32, float16, uint16 (bfloat16) or int8, usually read-only memory maps of which only pages in use
+    are loaded. D is at least 2. Rows are widened to float32 exactly (int8: times its scale) and added in table
+    order by both forms, so they are bit-identical. One instance per stream: it owns scratch memory.
     """
 
     def __init__(self, tables: Tables, sizes: Sequence[int], functions: int, rows: int) -> None:
@@ -161,7 +161,7 @@ class HashEmbedding:
         self._release(1)
 
     def many(self, padded: Ids, out_ND: Array) -> None:
-        """Embeddings of N ids that have their G - 1 predecessors in front, into out_ND float32."""
+        """Embeddings of N ids that follow their G - 1 predecessors, into out_ND float32."""
         row_NT = hash_windows(padded, self._coefficients_TG, self._rows) + self._first_row_T
         out_ND[...] = widen(self._tables[0][row_NT[:, 0]])
         for t in range(1, row_NT.shape[1]):
@@ -169,7 +169,7 @@ class HashEmbedding:
         self._release(len(row_NT))
 
     def _release(self, n: int) -> None:
-        """Unmap the pages of the last positions, now and then; they stay in the kernel's cache."""
+        """Unmaps the table pages every RELEASE_AFTER positions. They stay in the kernel's cache."""
         self._positions += n
         if self._positions >= RELEASE_AFTER and self._mapping is not None:
             self._mapping.madvise(mmap.MADV_DONTNEED)
@@ -177,7 +177,7 @@ class HashEmbedding:
 
 
 def _mapping(array: Array) -> mmap.mmap | None:
-    """The map of a file that an array is a view of, if pages can be given back here."""
+    """The map of a file that an array is a view of, if its pages are to be released and the system can."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -186,7 +186,7 @@ def _mapping(array: Array) -> mmap.mmap | None:
 
 
 def _codes_and_scale(rows: Array) -> tuple[Array, Array]:
-    """Of int8 rows [..., D + 4]: codes [..., D] and scale [..., 1], views."""
+    """Views of int8 rows [..., D + 4]: codes [..., D] and scale [..., 1]."""
     return rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].view("<f4")
 
 
@@ -195,7 +195,7 @@ def _pieces(tables: Tables) -> Sequence[Array]:
 
 
 def _scratch(dtype: np.dtype[Any], wide_TD: Array) -> tuple[Array, Array | None]:
-    """Where rows are gathered, and where they are then copied to become `wide` (None: they are gathered there)."""
+    """Where rows are gathered, and the view of `wide` to which they are then copied (None: no copy)."""
     if dtype == np.float32:
         return wide_TD, None
     if dtype == np.int8:

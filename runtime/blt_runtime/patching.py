@@ -1,8 +1,8 @@
-"""Where patches start (spec section 5): once vectorised over a whole sequence, once token by token.
+"""Where patches start (spec section 5): vectorised over a whole sequence, and token by token.
 
-Both forms answer the same question, "does token t + 1 start a new patch?", which is known at token t. Patch
+Both forms decide the same question, "does token t + 1 start a new patch?", which is known at token t. Patch
 0 is always token 0 alone. A sequence of N tokens has patch lengths that sum to N + 1: the last patch
-contains one virtual next token, and nobody ever reads that patch. Entropies, differences and thresholds are
+contains one virtual next token, and no graph reads that patch. Entropies, differences and thresholds are
 compared in the rule's `entropy_dtype`: float32, or bfloat16 as in facebookresearch/blt's loader (section 4).
 
 Letters: N tokens, P patches. `closes_N[t]`: token t is the last of its patch.
@@ -31,12 +31,12 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """The settings that a patch rule and the section `patching` of a training run share, with no check of values.
+    """The settings that a patch rule and the section `patching` of a training run share. Values are not checked.
 
     scheme entropy: a patch ends at t when e[t] > threshold (nats); with `monotonic` when e[t] - e[t-1] >
     threshold; with `threshold_add` when e[t] > threshold and e[t] - e[t-1] > threshold_add. `patch_size`
     belongs to static (lengths 1, s, s, ...). `max_patch_length` splits longer patches. `reset_newlines`
-    lets the entropy model forget at newlines.
+    resets the entropy model's context at newlines.
     """
 
     scheme: Scheme = "entropy"
@@ -50,7 +50,7 @@ class PatchSettings:
 
 @dataclass(frozen=True)
 class PatchRule(PatchSettings):
-    """How a model cuts text: complete settings, checked. Raises RuleError if they do not make a rule.
+    """How a model divides text into patches: complete, checked settings. Raises RuleError if they contradict.
 
     Example:
         rule = PatchRule("entropy", threshold=1.335, max_patch_length=16)
@@ -102,7 +102,7 @@ def to_bfloat16(values: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """float32 values rounded to the nearest bfloat16, ties to even; as float32."""
     exact = np.asarray(values, dtype=np.float32)
     bits = exact.view(np.uint32)
-    # The array is added to last: of two scalars numpy would say that a NaN's bits overflow.
+    # The array is added last: for two scalars numpy would warn that a NaN's bits overflow.
     rounded = (bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(exact), exact, rounded.view(np.float32))
 
@@ -112,7 +112,7 @@ def _to_float32(values: npt.ArrayLike) -> npt.NDArray[np.float32]:
 
 
 def _rounding(rule: PatchRule) -> Callable[[npt.ArrayLike], npt.NDArray[np.float32]]:
-    """To the type that the rule compares in."""
+    """The function that rounds to the type in which the rule compares."""
     return to_bfloat16 if rule.entropy_dtype == "bfloat16" else _to_float32
 
 
@@ -124,7 +124,7 @@ def patch_lengths(
 ) -> Ids:
     """Patch lengths [P] int64 of ids [N] and their entropies [N] in nats; they sum to N + 1.
 
-    Without the virtual next token they sum to N, and the last entropy is not looked at.
+    Without the virtual next token they sum to N, and the last entropy is not used.
     """
     ids_N = np.asarray(ids, dtype=np.int64).reshape(-1)
     total = len(ids_N) + include_next_token
@@ -132,13 +132,13 @@ def patch_lengths(
         return np.zeros(0, dtype=np.int64)
     closes_N = _closes(rule, ids_N, _check(rule, ids_N, entropies))
     if rule.scheme == "bpe":
-        closes_N[1:][len(ids_N) - 2 :] = False  # section 5: a delimiter in last place closes nothing yet
+        closes_N[1:][len(ids_N) - 2 :] = False  # section 5: a delimiter at the end closes no patch yet
     lengths_P = lengths_from_closes(closes_N[: total - 1], total)
     return lengths_P if rule.max_patch_length is None else _split_long(lengths_P, rule.max_patch_length)
 
 
 def lengths_from_closes(closes: Bools, total: int) -> Ids:
-    """Lengths [P] of `total` tokens when a patch ends at every true place of closes [total - 1]."""
+    """Lengths [P] of `total` tokens when a patch ends at every True entry of closes [total - 1]."""
     edges = np.concatenate([[0], np.flatnonzero(closes) + 1, [total]])
     return np.diff(edges).astype(np.int64)
 
@@ -152,7 +152,7 @@ def closes_from_lengths(lengths: npt.ArrayLike) -> Bools:
 
 
 def checked_closes(lengths: npt.ArrayLike, n_ids: int) -> Bools:
-    """The same of a caller's lengths for `n_ids` ids. Raises InputError."""
+    """`closes_from_lengths` for a caller's lengths of `n_ids` ids. Raises InputError if they do not fit."""
     lengths_P = np.trim_zeros(np.asarray(lengths).reshape(-1), "b")  # facebookresearch/blt pads with zeros
     if lengths_P.size == 0 or lengths_P.dtype.kind not in "iu" or lengths_P.min() < 1:
         raise InputError("patch lengths must be whole numbers of at least 1")
@@ -175,7 +175,7 @@ def _check(rule: PatchRule, ids_N: Ids, entropies: npt.ArrayLike | None) -> Floa
 def _closes(rule: PatchRule, ids_N: Ids, entropies_N: Floats) -> Bools:
     """Places where the scheme ends a patch, before max_patch_length."""
     closes_N = _SCHEMES[rule.scheme](rule, ids_N, entropies_N)
-    closes_N[:1] = True  # token 0 is a patch of its own
+    closes_N[:1] = True  # token 0 is a patch alone
     return closes_N
 
 
@@ -247,14 +247,14 @@ def _split_long(lengths_P: Ids, longest: int) -> Ids:
 
 
 class PatchState:
-    """The same rules one token at a time. Copy it with `copy()` to go back later."""
+    """The same rules one token at a time. `copy()` saves a state to roll back to."""
 
     def __init__(self, rule: PatchRule) -> None:
         self.rule = rule
         self.position = 0
-        """Tokens seen."""
+        """Tokens read."""
         self.open = 0
-        """Tokens of the unfinished patch."""
+        """Tokens of the open patch."""
         self._previous_entropy = 0.0
         self._previous_spacelike = True
         self._rounded = _rounding(rule)
@@ -266,7 +266,7 @@ class PatchState:
         return copy.copy(self)
 
     def closes(self, id: int, entropy: float) -> bool:
-        """Takes the next token and its entropy (nats; unused by most rules): does its patch end here?"""
+        """Reads the next token and its entropy (nats; for the scheme entropy). True if its patch ends there."""
         closes = self._scheme_closes(id, entropy) or self.position == 0
         self.position += 1
         self.open += 1

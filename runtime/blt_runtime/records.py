@@ -1,8 +1,8 @@
 """Frozen dataclasses to plain JSON values and back, strictly: unknown keys, missing keys and wrong types
 are errors.
 
-Small on purpose: it knows the types that our manifests use (numbers, text, booleans, None, Literal, Any,
-tuples, dicts, nested dataclasses) and nothing else.
+Small on purpose: it supports only the types that manifests use (numbers, text, booleans, None, Literal, Any,
+tuples, dicts, nested dataclasses).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Any, where: str, error: type[BltError] = ConfigError) -> T:
-    """The dataclass `cls` from a JSON object; `where` names the place in messages, `error` is raised."""
+    """The dataclass `cls` from a JSON object. Raises `error`; `where` names the object in its message."""
     if not isinstance(data, Mapping):
         raise error(f"{where} must be an object, not {_name(data)}")
     hints = get_type_hints(cls)

@@ -49,7 +49,7 @@ def test_a_prefix_is_read_once(scheduler: Scheduler) -> None:
     for i, request in enumerate(requests):
         assert request.result() == alone(f"system prompt, read once. question {i}", 20, i)
     assert scheduler.counts.tokens - before == 5 * (len("question 0") + 19)
-    with Scheduler(model_of(SPEC), streams=1) as other, pytest.raises(UsageError, match="taken elsewhere"):
+    with Scheduler(model_of(SPEC), streams=1) as other, pytest.raises(UsageError, match="taken from another scheduler"):
         other.submit("question", 5, after=prefix)
     with pytest.raises(CapacityError):
         scheduler.submit("x" * 200, 100, after=prefix)

@@ -1,12 +1,12 @@
-"""Many streams in step: which tokens run next, and when the latent transformer does.
+"""Batched generation: which tokens of each row run next, and when the latent transformer runs.
 
-A round is one call of the entropy model and the encoder over a few tokens of every row that can go on (one byte that
-was chosen, or a slice of a prompt), then, if the policy says so, one latent call over all patches that wait for it,
-then one decoder call over all tokens whose patches are there. A row whose patch has ended waits; the others go on. So
-the large weights are read once for many patches.
+A round has up to three calls. The entropy model and the encoder read a few tokens of every row that does not wait: one
+sampled byte, or a slice of a prompt. If the policy allows it, the latent transformer runs over all patches that wait
+for it. The decoder runs over all tokens whose patches are computed. A row with a complete patch waits while the others
+advance, so the large weights are read once for several patches.
 
-What a row gets is the same alone and in any company, to the last bit (`rows` says why): slices of a prompt are cut by
-its own positions, and waiting changes when a row's patch runs, not what it computes.
+Results are batch-invariant, bit for bit (`rows` gives the reason): slices of a prompt are cut by its own positions, and
+waiting changes when a row's patch runs, not what it computes.
 
 Letters: T tokens of a call, S tokens of one row's, V vocabulary, W patches that a byte reads.
 """
@@ -31,12 +31,12 @@ from .rows import Arena, Calls, LoopedCalls, RowCalls, Segment, Staging
 from .snapshot import Snapshot, put, take
 
 SLICE = 8
-"""Bytes of a prompt per round: few enough that rows which write are held up little."""
+"""Bytes of a prompt per round: few enough that a prompt delays rows that generate only a little."""
 SHARE = 0.5
 
 
 def gather(share: float = SHARE) -> Callable[[int, int], bool]:
-    """The policy: patches run when they wait in at least this share of the rows, or in all that have tokens."""
+    """The policy: run the latent transformer if at least this share of the rows waits, or no other row can advance."""
 
     def ready(waiting: int, going: int) -> bool:
         return going == 0 or waiting >= share * (waiting + going)
@@ -46,7 +46,7 @@ def gather(share: float = SHARE) -> Callable[[int, int], bool]:
 
 @dataclass
 class Counts:
-    """What a batch did: rounds, latent calls and the patches in them, tokens taken in."""
+    """Totals of a batch: rounds, latent calls, the patches in them, and tokens read."""
 
     rounds: int = 0
     latent_calls: int = 0
@@ -55,10 +55,10 @@ class Counts:
 
 
 class Row:
-    """One text of a batch. `tokens` are to be taken in; when they are, `logits_V` says what comes next.
+    """One stream of a batch. When all tokens up to `placed` are read, `logits_V` are the next-byte logits.
 
-    Positions up to `memory.position` have gone through the encoder, up to `decoded` through the decoder. Patches up to
-    `memory.patches` are finished, up to `stepped` the latent transformer has run.
+    The encoder has read positions up to `memory.position`, the decoder up to `decoded`. Patches up to `memory.patches`
+    are complete. The latent transformer has run over those up to `stepped`.
     """
 
     def __init__(self, index: int, memory: Memory, vocab: int) -> None:
@@ -74,39 +74,39 @@ class Row:
         self.complete_S: Ids = np.empty(0, dtype=np.int64)
 
     def feed(self, ids_S: Ids) -> None:
-        """Places ids behind what is there already. Raises CapacityError (nothing changed) if they do not fit."""
+        """Appends ids to the tokens to read. Raises CapacityError (nothing changed) if they do not fit."""
         self.memory.check_room(self.placed - self.memory.position + len(ids_S))
         self.memory.place(ids_S, self.placed)
         self.placed += len(ids_S)
 
     @property
     def encoded(self) -> Segment:
-        """What the encoder has seen and the decoder has not."""
+        """The tokens that the encoder has read and the decoder has not."""
         start = self.decoded
         return Segment(self.index, start, self.memory.position, int(self.memory.documents.array[0, start]))
 
     @property
     def reads(self) -> bool:
-        """A prompt, that is: it has more than one token to take in."""
+        """Whether the row reads a prompt: more than one token is left to read."""
         return self.placed - self.memory.position > 1
 
     @property
     def waits(self) -> bool:
-        """For the latent transformer."""
+        """Whether complete patches wait for the latent transformer."""
         return self.stepped < self.memory.patches
 
     @property
     def done(self) -> bool:
-        """All tokens were taken in: `logits_V` is new."""
+        """Whether all tokens were read: `logits_V` follow the last one."""
         return self.decoded == self.placed
 
 
 class Batch:
-    """Rows of one model and the rounds that move them. Not for threads: `Scheduler` is.
+    """Rows of one model and the rounds that advance them. Not thread-safe; `Scheduler` is.
 
-    rows: texts at a time. slice: bytes of a prompt per round. ready: the policy (`gather`), told how many rows wait
-    for the latent transformer and how many have tokens that could go on. with_entropy: run the entropy model (where the
-    patch rule asks for it).
+    rows: streams at a time. slice: bytes of a prompt per round. ready: the policy (`gather`); its arguments are the
+    rows that wait for the latent transformer and the rows that can advance without it. with_entropy: run the entropy
+    model; by default if the patch rule needs it. Raises UsageError for rows or a slice below 1.
     """
 
     def __init__(
@@ -150,24 +150,24 @@ class Batch:
         return row
 
     def close(self, row: Row) -> None:
-        """Gives the row back, whatever it was doing."""
+        """Frees the row, also while it has tokens to read."""
         row.begin()
         self._calls.hold(row.index, {})
         self._free.append(row)
 
     def snapshot(self, row: Row) -> Snapshot:
-        """The state of a row that is done with its tokens, for `restore` in other rows of this batch."""
+        """The state of a row that has read all its tokens, for `restore` in rows of this batch. Raises UsageError."""
         if not row.done or not row.placed:
-            raise UsageError("the row has tokens to take in, or none at all: there is nothing to keep yet")
+            raise UsageError("the row is empty or has tokens left to read: take the snapshot after they are read")
         return take(row.memory, self._owner, row.logits_V, 0)
 
     def check(self, snapshot: Snapshot) -> None:
-        """Raises UsageError for a snapshot that was taken elsewhere."""
+        """Raises UsageError for a snapshot of another batch."""
         if not snapshot.is_of(self.spec, self._owner):
-            raise UsageError("this snapshot was taken elsewhere: take one from the same scheduler")
+            raise UsageError("this snapshot was taken from another scheduler: take one from this scheduler")
 
     def restore(self, row: Row, snapshot: Snapshot) -> None:
-        """Makes an empty row what another one was, to the last bit."""
+        """Sets an empty row to the state of the snapshot, bit for bit."""
         put(snapshot, row.memory, row.logits_V)
         row.placed = row.decoded = snapshot.position
         row.stepped = snapshot.patches
@@ -179,10 +179,10 @@ class Batch:
         return [row for row in self.rows if id(row) not in free]
 
     def round(self) -> list[Row]:
-        """Moves every row that has something to do; returns those that are done with their tokens, and those that
-        failed (`error`): their text does not fit. Raises what the backend raises: then no row is usable."""
+        """Advances every row that has tokens to read. Returns the rows that have read all their tokens, and those that
+        failed (`error`) because their text does not fit. Raises the backend's errors; no row is usable after one."""
         active = [row for row in self.active if row.error is None and not row.done]
-        for rows in self._apart([(row, self._next(row)) for row in self._chosen(active)]):
+        for rows in self._by_length([(row, self._next(row)) for row in self._chosen(active)]):
             self._encode(rows)
         waiting = [row for row in active if row.waits and row.error is None]
         free = [row for row in active if row.error is None and not row.waits]
@@ -190,13 +190,13 @@ class Batch:
         if waiting and self._ready(len(waiting), going):
             self._step_latent(waiting)
         encoded = [row for row in active if not row.waits and row.decoded < row.memory.position]
-        for rows in self._apart([(row, row.encoded) for row in encoded]):
+        for rows in self._by_length([(row, row.encoded) for row in encoded]):
             self._decode(rows)
         self.counts.rounds += 1
         return [row for row in active if row.done or row.error is not None]
 
     def _chosen(self, active: list[Row]) -> list[Row]:
-        """The rows that take tokens in now. Where some write, the one that has read least lately reads."""
+        """The rows that read tokens in this round. If any row generates, only the least recently read prompt is read."""
         ready = [row for row in active if not row.waits and row.memory.position < row.placed]
         if all(row.reads for row in active):
             return ready
@@ -207,32 +207,32 @@ class Batch:
         return [row for row in ready if row is reader or not row.reads]
 
     @staticmethod
-    def _apart(todo: list[tuple[Row, Segment]]) -> list[list[tuple[Row, Segment]]]:
-        """Single tokens and longer segments apart, as `rows` asks for."""
+    def _by_length(todo: list[tuple[Row, Segment]]) -> list[list[tuple[Row, Segment]]]:
+        """Single tokens and longer segments in separate calls, as `rows` requires."""
         halves = [[one for one in todo if (one[1].end - one[1].start == 1) is single] for single in (True, False)]
         return [half for half in halves if half]
 
     def _encode(self, todo: list[tuple[Row, Segment]]) -> None:
-        """Entropies, patch ends and byte states of the tokens."""
+        """Computes entropies, patch ends and byte states of the tokens."""
         if self._with_entropy:
             self._run_entropy(todo)
         fitting = [(row, segment) for row, segment in todo if self._close_patches(row, segment)]
         if not fitting:
             return
         staging = self._staging["encoder"]
-        for row, start, end, part in _side_by_side(fitting):
+        for row, start, end, part in _packed(fitting):
             staging["ids"][part] = row.memory.history(row.memory.ids, start, end).array[0]
             if row.memory.hash is not None and end == start + 1:
                 row.memory.hash.one(row.memory.window(start, end), staging["hash_embedding"][part.start])
             elif row.memory.hash is not None:
                 row.memory.hash.many(row.memory.window(start, end), staging["hash_embedding"][part])
         self._calls.run("encoder", [segment for _, segment in fitting])
-        for row, start, end, part in _side_by_side(fitting):
+        for row, start, end, part in _packed(fitting):
             row.memory.pool.rows_of(start, end).array[0] = staging["byte_states"][part]
             self.counts.tokens += end - start
 
     def _next(self, row: Row) -> Segment:
-        """The next tokens of a row: up to the end of its slice, its document, or what its caches take at once."""
+        """The next tokens of a row: up to the end of its slice or its document, or the limit of its caches."""
         memory, start = row.memory, row.memory.position
         end = min(row.placed, (start // self.slice + 1) * self.slice)
         for name, graph in memory.graphs.items():
@@ -243,16 +243,16 @@ class Batch:
 
     def _run_entropy(self, todo: list[tuple[Row, Segment]]) -> None:
         staging = self._staging["entropy"]
-        for row, start, end, part in _side_by_side(todo):
+        for row, start, end, part in _packed(todo):
             staging["ids"][part] = row.memory.history(row.memory.ids, start, end).array[0]
         self._calls.run(
             "entropy", [s._replace(document=int(r.memory.entropy_documents.array[0, s.start])) for r, s in todo]
         )
-        for row, start, end, part in _side_by_side(todo):
+        for row, start, end, part in _packed(todo):
             row.memory.entropies.array[0, start:end] = staging["entropy"][part]
 
     def _close_patches(self, row: Row, segment: Segment) -> bool:
-        """Moves the row over the tokens, closing patches as the rule says; False if it failed, as they do not fit."""
+        """Advances the row over the tokens and closes patches by the rule. False if they do not fit: `error` is set."""
         memory, _, start, end = row.memory, *segment[:3]
         memory.pool.reserve(start, end, keep=memory.first_byte(memory.patches))
         ids = memory.history(memory.ids, start, end).array[0].tolist()
@@ -269,15 +269,15 @@ class Batch:
         return True
 
     def _step_latent(self, rows: list[Row]) -> None:
-        """One call over all patches that wait; several, where a document of patches ends among a row's, or where all
-        together would gather too much."""
+        """One latent call over all patches that wait. There are several calls if a row's patches span documents, or if
+        one call would gather more than GATHER_BYTES."""
         while rows:
             some = self._at_once(rows)
             segments = [self._next_patches(row) for row in some]
             self._place_patches(some, segments)
             self._calls.run("latent", segments)
             made, ring = self._staging["latent"]["patch_kv"], self._arena.ring
-            for row, start, end, part in _side_by_side(zip(some, segments, strict=True)):
+            for row, start, end, part in _packed(zip(some, segments, strict=True)):
                 row.memory.kv_ring.array[np.arange(start, end) % ring] = made[part]
                 row.stepped = end
                 self.counts.patches += end - start
@@ -286,7 +286,7 @@ class Batch:
 
     @staticmethod
     def _at_once(rows: list[Row]) -> list[Row]:
-        """The first of `rows`, as many as gather up to GATHER_BYTES: every patch takes the room of the longest."""
+        """The first of `rows`, as many as gather up to GATHER_BYTES. Every patch is padded to the longest."""
         patches, longest = 0, 0
         for i, row in enumerate(rows):
             memory = row.memory
@@ -304,7 +304,7 @@ class Batch:
         return Segment(row.index, start, end, int(documents_P[0]))
 
     def _place_patches(self, rows: list[Row], segments: list[Segment]) -> None:
-        """Byte states of the patches, one patch behind the other, and where each finds its own."""
+        """Copies the patches' byte states into the staging, one patch after another, and sets each patch's indices."""
         staging = self._staging["latent"]
         patches = [(row.memory, p) for row, s in zip(rows, segments, strict=True) for p in range(s.start, s.end)]
         firsts = [memory.first_byte(p) for memory, p in patches]
@@ -318,25 +318,25 @@ class Batch:
             row = first - memory.pool.base
             states[at : at + length] = memory.pool.buffer.array[row : row + length]
             at += length
-        if count < len(index_PL):  # the patch that makes their number even
+        if count < len(index_PL):  # padding to an even number of patches
             inputs.set(count, 0, 1, 0)
 
     def _decode(self, todo: list[tuple[Row, Segment]]) -> None:
-        """The decoder over tokens whose patches are there."""
+        """The decoder over tokens whose patches are computed."""
         staging, ring, width = self._staging["decoder"], self._arena.ring, self.spec.decoder_window
-        for row, start, end, part in _side_by_side(todo):
+        for row, start, end, part in _packed(todo):
             staging["byte_states"][part] = row.memory.pool.rows_of(start, end).array[0]
             patch_SW = row.complete_S[:, None] - width + np.arange(width)
             staging["patch_row"][part] = np.where(patch_SW >= 0, row.index * ring + patch_SW % ring, -1)
         staging["patch_row"][part.stop : part.stop + 1] = -1
         self._calls.run("decoder", [segment for _, segment in todo])
-        for row, _, end, part in _side_by_side(todo):
+        for row, _, end, part in _packed(todo):
             row.logits_V[:] = staging["logits"][part.stop - 1]
             row.decoded = end
 
 
-def _side_by_side(todo: Iterable[tuple[Row, Segment]]) -> Iterator[tuple[Row, int, int, slice]]:
-    """Row, start and end of each segment, and where its tokens lie in the staging: one segment behind the other."""
+def _packed(todo: Iterable[tuple[Row, Segment]]) -> Iterator[tuple[Row, int, int, slice]]:
+    """Row, start and end of each segment, and its slice of the staging, where segments are concatenated."""
     first = 0
     for row, (_, start, end, _) in todo:
         yield row, start, end, slice(first, first + end - start)
@@ -348,6 +348,6 @@ def fitted(spec: ModelSpec, capacity: int | None) -> ModelSpec:
     if capacity is None:
         return spec
     if not 1 <= capacity <= spec.capacity_bytes:
-        raise UsageError(f"capacity must lie in 1..{spec.capacity_bytes}, which the bundle was exported for")
+        raise UsageError(f"capacity must be in 1..{spec.capacity_bytes}, which the bundle was exported for")
     patches = min(spec.capacity_patches, capacity)
     return replace(spec, capacity_bytes=capacity, capacity_patches=patches, chunk=min(spec.chunk, capacity))

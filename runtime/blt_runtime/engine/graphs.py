@@ -23,7 +23,7 @@ from .memory import Memory
 SHORTEST = 8
 """Entries per patch of the smallest latent call that is kept."""
 ONE_BY_ONE = 32
-"""Up to this many tokens, hash embeddings are computed one by one, which allocates nothing. Both forms are bit-identical."""
+"""Up to this many tokens, hash embeddings are computed one by one, without allocating. Both forms are bit-identical."""
 
 Note = Callable[[str, int, float], None]
 """Receives a call's graph, its tokens or patches, and its seconds."""

@@ -1,14 +1,18 @@
-"""Calls over tokens of many streams at once: caches with a row per stream, and the tokens of any rows side by side.
+"""Batched calls: caches with one row per stream, and the tokens of any rows concatenated in one call.
 
-A call takes segments: a run of consecutive tokens of one row. `RowCalls` runs the graphs that exist for this
-(`spec.row_spec`), one call for all segments; `LoopedCalls` runs the graphs of single streams, segment by segment, and
-is the slow form that says what is right, and serves backends that have no others.
+A call reads segments, each a range of consecutive tokens of one row. `RowCalls` runs the batched graphs
+(`spec.row_spec`), one call for all segments. `LoopedCalls` runs the graphs of single streams, segment by segment. It is
+the slow reference, and serves backends without batched graphs.
 
-What a row gets does not depend on its company, to the last bit. ONNX Runtime's kernels ask two things for that
-(measured, float32, 8 and 4 bits): an even number of tokens (8-bit products take rows in pairs, and a last odd one
-otherwise), and that a call of the byte graphs holds single tokens or longer segments, not both: attention with room for
-one token a row takes another way than with room for several, and is 2.5 times as fast behind 400 bytes. In the latent
-graph, whose attention is small, there is always room for two, and a prompt's patches run with those of other rows.
+Results are batch-invariant, bit for bit. ONNX Runtime's kernels require two things for that (measured in float32, 8 and
+4 bits):
+
+- The number of tokens is even. 8-bit products compute rows in pairs, and a last odd row by another kernel.
+- A call of a byte graph holds single tokens or longer segments, not both. Attention with room for one token per row
+  uses another kernel than with room for several, and is 2.5 times as fast after 400 bytes.
+
+The latent graph, whose attention is small, always has room for two, and a prompt's patches run with those of other
+rows.
 
 Letters: T tokens of the call, Q rows, M most tokens of one row, L bytes of the longest patch, N byte states.
 """
@@ -39,9 +43,10 @@ class Segment(NamedTuple):
 
 
 class Arena:
-    """Caches and patch vectors of Q rows. `spec`'s capacities are those of a row, `longest` its most tokens a call.
+    """Caches and patch vectors of Q rows. `spec` holds the capacities of one row, `longest` the most tokens of one
+    row in a call.
 
-    The graphs for many streams take any number of slots, and want as many more than are used as a call has room for.
+    Batched graphs accept any number of slots. They need as many unused ones as a call has room for tokens of a row.
     """
 
     def __init__(self, spec: ModelSpec, backend: Backend, rows: int, longest: int) -> None:
@@ -83,7 +88,7 @@ def _row_caches(graph: GraphSpec, backend: Backend, rows: int, slots: int) -> di
 
 
 class Staging:
-    """Inputs and outputs of one graph for up to T tokens, side by side: [1, T, ...] each."""
+    """Inputs and outputs of one graph for up to T tokens: [1, T, ...] each."""
 
     def __init__(self, graph: GraphSpec, backend: Backend, tokens: int) -> None:
         self.graph, self._backend = graph, backend
@@ -131,12 +136,12 @@ class Staging:
 
 
 class Calls(Protocol):
-    """Runs one graph on what lies in its staging, and on the rows' caches."""
+    """Runs one graph on its staging and the rows' caches."""
 
     def run(self, group: str, segments: Sequence[Segment]) -> None: ...
 
     def hold(self, row: int, lengths: Mapping[str, int]) -> None:
-        """The row's caches now hold that many entries of its document, by graph; none of those that are not named."""
+        """Sets how many entries of its document the row's caches hold, by graph. A graph without a length has none."""
         ...
 
 
@@ -159,11 +164,11 @@ class LoopedCalls:
             first += count
 
     def hold(self, row: int, lengths: Mapping[str, int]) -> None:
-        """Nothing to do: each call says all of its row."""
+        """Does nothing: each call's inputs describe its row completely."""
 
 
 class RowCalls:
-    """All segments in one call, on the graphs made for it. Calls are bound when a size is first needed, and kept."""
+    """All segments in one call, on the batched graphs. A call is bound when its size is first needed, and kept."""
 
     def __init__(
         self, arena: Arena, backend: RowBackend, staging: dict[str, Staging], tokens: int, longest: int
@@ -202,7 +207,7 @@ def room(tokens: int, group: str) -> int:
 
 
 def _sizes(staging: Staging) -> tuple[int, ...]:
-    """What else decides which buffers there are: room for the longest patch, and for byte states, which only grows."""
+    """Sizes that also determine a call's buffers: room for the longest patch, and for byte states, which only grows."""
     found = [staging.buffers.get(name) for name in ("byte_index", "byte_states")]
     return tuple(buffer.shape[at] for buffer, at in zip(found, (-1, 0), strict=True) if buffer is not None)
 
@@ -229,13 +234,13 @@ class _Routes:
         slots[row_T, place_T, 1] = token_T
         back_T = self._back.array[0]
         back_T[: len(token_T), 0], back_T[: len(token_T), 1] = row_T, place_T
-        back_T[len(token_T) : len(token_T) + 1] = 0  # the token that makes their number even
+        back_T[len(token_T) : len(token_T) + 1] = 0  # padding to an even number of tokens
         self._counts.array.fill(0)
         self._counts.array[row_S] = n_S
         self._lengths.array[row_S] = end_S - document_S
 
     def hold(self, row: int, length: int) -> None:
-        """What calls say of the row until it takes part in one; an empty cache counts as 1."""
+        """Sets the row's cache length until a call includes the row. An empty cache counts as 1."""
         self._lengths.array[row] = length
 
     def buffers(self, tokens: int, longest: int) -> dict[str, Buffer]:
