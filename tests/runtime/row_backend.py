@@ -1,4 +1,4 @@
-"""The do-nothing backend with graphs for many streams: each row on the graph of a single stream, after a check of what
+"""The null backend with batched graphs: each row on the graph of a single stream, after a check of what
 GroupQueryAttention asks of a call that gives `query_seqlens` (ONNX Runtime 1.32)."""
 
 from __future__ import annotations

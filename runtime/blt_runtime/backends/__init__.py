@@ -1,1 +1,1 @@
-"""Backends: what executes the graphs. `protocol` says what one must offer."""
+"""Backends execute the graphs. `protocol` defines their interface."""

@@ -1,5 +1,4 @@
-"""A backend that does nothing useful, exactly: fake graphs in numpy that react to everything a host can get
-wrong.
+"""A backend with fake graphs in numpy. Their outputs depend on everything that a host can get wrong.
 
 Its "attention" reads the same caches, with the same layouts and visibility rules, as the real graphs, so a
 wrong ring slot, a chunk across documents, a lost patch or a stale hash shows in the output. All values are
@@ -67,7 +66,7 @@ class NullSession:
         return call
 
     def _attend(self, value_S: Array, arrays: Mapping[str, Array]) -> Array:
-        """Stores one value per token in the cache and mixes what each token may see, per distance."""
+        """Stores one value per token in the cache and mixes the values visible to each token, weighted by distance."""
         cache = self.spec.cache
         assert cache is not None
         position_S, document_S = arrays["positions"][0], arrays["doc_start"][0]
@@ -82,7 +81,7 @@ class NullSession:
 
 
 def _by_position(cache: CacheSpec, slots_C: Array, position_S: Array, value_S: Array) -> dict[int, float]:
-    """Portable layout: position p in slot p mod C. Returns what each visible position is taken to hold."""
+    """Portable layout: position p in slot p mod C. Returns the assumed value of each visible position."""
     capacity, last = cache.capacity, int(position_S[-1])
     if position_S[0] // capacity != last // capacity:
         raise BackendError("a call crosses a multiple of the cache's capacity")
@@ -183,7 +182,7 @@ def null_spec(
     latent: CacheSpec | None = None,
 ) -> ModelSpec:
     """A ModelSpec for NullBackend. local_kind "ring" gives portable layouts, "window" ONNX Runtime's. latent: its
-    cache; linear without."""
+    cache, linear by default."""
     local = CacheSpec(local_kind, window + slack, window, 1)
     graphs = {
         "entropy": _graph("entropy", local, [_ids()], [_f32("entropy", "B", "S"), _f32("logits", "B", "S", VOCAB)]),

@@ -1,10 +1,12 @@
 """ONNX Runtime: sessions on the bundle's graphs, buffers bound by address.
 
-A bound call costs 3 to 27 us against 6 to 84 us of `run(dict)`, and a cache whose input and output are one
-address is updated in place. Two settings, measured on shape M of benchmarks/generation.py, two idle cores: threads
-spin while a graph runs and stop when it ends, because each session has threads of its own, which would otherwise
-take the cores from the next session (43 bytes/s; 39 without spinning; 26 when they spin on); weights are prepacked
-(43 bytes/s against 37), which makes them private memory and costs 2 s per GB when opening.
+A bound call costs 3 to 27 us, `run(dict)` 6 to 84 us. A cache whose input and output have the same address is updated
+in place. Two settings were measured on shape M of benchmarks/generation.py, on two idle cores:
+
+- Threads spin while a graph runs and stop when it ends: 43 bytes/s; 39 without spinning; 26 if they go on spinning.
+  Each session has its own threads, which would otherwise take the cores from the next session.
+- Weights are prepacked: 43 bytes/s against 37. Packed weights are private memory, and packing costs 2 s per GB when
+  opening.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def load_library(minimum: str) -> Any:
         raise MissingExtra("onnxruntime", "cpu") from error
     if _version(onnxruntime.__version__) < _version(minimum):
         raise BackendError(
-            f"the bundle needs onnxruntime {minimum} or newer, installed is {onnxruntime.__version__}: "
+            f"the bundle needs onnxruntime {minimum} or newer, but {onnxruntime.__version__} is installed: "
             "pip install --upgrade 'blt-lm[cpu]'"
         )
     return onnxruntime
@@ -43,8 +45,8 @@ def _version(text: str) -> tuple[int, ...]:
 
 PREPACK_UP_TO = 4 << 30
 OPEN_AT_ONCE = 2
-"""Sessions. Opening one is one thread's work: of the 1.9 s of processor time that 1.6 GB in 8 bits take, 0.7 s go to
-pages touched for the first time, the rest to reading and packing. The latent graph is three quarters of it."""
+"""Sessions opened at once. One thread opens one session. Of the 1.9 s of processor time for 1.6 GB in 8 bits, 0.7 s are
+first accesses to pages, the rest reading and packing. The latent graph is three quarters of it."""
 ROWS_MINIMUM = "1.32"
 """The first onnxruntime whose GroupQueryAttention takes rows of different lengths in one call (query_seqlens)."""
 
@@ -52,11 +54,11 @@ ROWS_MINIMUM = "1.32"
 class OnnxBackend:
     """Runs a bundle's graphs with ONNX Runtime.
 
-    threads: of one operator, None means ONNX Runtime's choice (one per core). providers: execution
-    providers in order of preference, CPU by default; the first must load or BackendError is raised. spin:
+    threads: threads per operator; None is ONNX Runtime's choice (one per core). providers: execution
+    providers in order of preference, CPU by default; BackendError is raised if the first does not load. spin:
     idle threads wait busily for the next operator. prepack: copy weights into the kernels' own layout (15 % faster
     at half a billion weights); False keeps them memory-mapped and shared by processes, and opens 6 GB in a second
-    instead of 15. None packs up to PREPACK_UP_TO bytes. Quantised graphs are always packed: their products would
+    instead of 15. None packs up to PREPACK_UP_TO bytes. Quantised graphs are always packed: unpacked, their products
     take a thousand times as long (1024 x 1024 at 8 bits: 25 ms instead of 25 us).
     """
 
@@ -77,7 +79,7 @@ class OnnxBackend:
         missing = set(self._providers) - set(self._ort.get_available_providers())
         if missing:
             raise BackendError(
-                f"onnxruntime here has no {', '.join(sorted(missing))}: "
+                f"the installed onnxruntime has no {', '.join(sorted(missing))}: "
                 f"it has {', '.join(self._ort.get_available_providers())}"
             )
         if prepack is None:
@@ -117,7 +119,7 @@ class OnnxBackend:
         try:
             session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # onnxruntime's own classes share no public base
-            raise _failure(f"onnxruntime refuses {path.name}", error) from error
+            raise _failure(f"onnxruntime cannot load {path.name}", error) from error
         if session.get_providers()[0] != self._providers[0]:
             raise BackendError(
                 f"{self._providers[0]} did not load for {path.name}: only {session.get_providers()[0]} did"
@@ -126,20 +128,20 @@ class OnnxBackend:
 
 
 def check_rows(bundle: Bundle) -> None:
-    """Raises BackendError unless the bundle has graphs for many streams, and the onnxruntime here takes them."""
+    """Raises BackendError unless the bundle has batched graphs and the installed onnxruntime can run them."""
     if not bundle.manifest.row_graphs:
         raise BackendError(
-            f"{bundle.path} has no graphs for many streams: `blt export` writes them in the flavour ort, "
-            "for attention heads of 8, 16, ... numbers"
+            f"{bundle.path} has no batched graphs: `blt export` writes them in the flavour ort, "
+            "for attention heads of size 8, 16, ..."
         )
     load_library(ROWS_MINIMUM)
 
 
 class OnnxRowBackend(OnnxBackend):
-    """Runs the graphs for many streams (`RowBackend`), and only those: `session` is a UsageError.
+    """Runs the batched graphs (`RowBackend`), and only those: `session` raises UsageError.
 
-    Weights are packed unless prepack is False: products over several tokens pack those that are not in each call.
-    Raises BackendError for a bundle without them, and for an onnxruntime before ROWS_MINIMUM.
+    Weights are packed unless prepack is False, because products over several tokens pack unpacked weights in each call.
+    Raises BackendError for a bundle without batched graphs, and for an onnxruntime before ROWS_MINIMUM.
     """
 
     @staticmethod
@@ -154,7 +156,7 @@ class OnnxRowBackend(OnnxBackend):
         return self._sessions[group]
 
     def session(self, group: str) -> OnnxSession:
-        raise UsageError("the model was opened for many streams: use a Scheduler, or open it without batched=True")
+        raise UsageError("the model was opened with batched=True: use a Scheduler, or open it without batched=True")
 
 
 class OnnxSession:
@@ -170,7 +172,7 @@ class OnnxSession:
             (self._outputs, spec.outputs, "outputs"),
         ):
             if set(found) != {t.name for t in listed}:
-                raise BackendError(f"graph {spec.name!r} has other {kind} than the manifest says")
+                raise BackendError(f"graph {spec.name!r} has other {kind} than the manifest lists")
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Call:
         """A call on exactly these buffers, by address; it keeps them alive."""
@@ -203,7 +205,7 @@ def _largest_first(bundle: Bundle) -> list[tuple[str, GraphSpec]]:
 
 
 def _weight_bytes(bundle: Bundle) -> int:
-    """Of everything but the hash tables, which no session reads."""
+    """Bytes of all files but the hash tables, which no session reads."""
     tables = bundle.manifest.hash_tables
     return sum(e.bytes for name, e in bundle.manifest.files.items() if tables is None or name != tables.file)
 

@@ -1,7 +1,7 @@
-"""What a backend must offer: buffers, and sessions that run one graph on buffers bound beforehand.
+"""The interface of a backend: buffers, and sessions that run one graph on buffers bound beforehand.
 
-A stream owns buffers; a session is shared and read-only. `bind` is called once per shape, the callable it
-returns once per byte, so everything that costs belongs in `bind`. Outputs that a GraphSpec aliases to an
+A stream owns buffers; a session is shared and read-only. `bind` is called once per shape, and the callable
+that it returns once per byte, so expensive work belongs in `bind`. Outputs that a GraphSpec aliases to an
 input are bound to the same buffer.
 """
 
@@ -35,7 +35,7 @@ class Buffer(Protocol):
 
     @property
     def array(self) -> Array:
-        """Host view of the memory: writes are seen by the next call, and calls' results are seen here."""
+        """Host view of the memory: the next call reads what is written here, and writes its results here."""
         ...
 
     def part(self, start: int, shape: tuple[int, ...]) -> Buffer:
@@ -53,13 +53,13 @@ class Session(Protocol):
         """A call that runs the graph on exactly these buffers (every input and output by name).
 
         Raises BackendError if a tensor is missing or does not fit; the call raises it when it fails, and MemoryError
-        where memory is missing.
+        if memory runs out.
         """
         ...
 
 
 class Backend(Protocol):
-    """Where graphs run. `name` is for messages."""
+    """Runs a model's graphs. `name` is for messages."""
 
     @property
     def name(self) -> str: ...
@@ -75,10 +75,10 @@ class Backend(Protocol):
 
 @runtime_checkable
 class RowBackend(Backend, Protocol):
-    """A backend with graphs for many streams."""
+    """A backend with batched graphs."""
 
     def row_session(self, group: str) -> Session:
-        """The session of a graph's form for many streams (`spec.row_spec`); the same one every time."""
+        """The session of a batched graph (`spec.row_spec`); the same one every time."""
         ...
 
 
@@ -103,7 +103,7 @@ class HostBuffer:
 
 
 def aligned_zeros(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    """Zeroed array at an address that is a multiple of 64 (a cache line). Pages that nobody touches cost nothing.
+    """Zeroed array at an address that is a multiple of 64 (a cache line). Untouched pages cost no memory.
 
     Raises MemoryError.
     """
@@ -114,8 +114,8 @@ def aligned_zeros(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
 
 
 def _pages(size: int) -> npt.NDArray[np.uint8]:
-    """Small pages, where the system knows others: numpy asks for pages of 2 MB, and a cache's heads lie that far apart,
-    so that the first token would touch all of it (1.6 GB at the released 1B's size)."""
+    """Zeroed memory in small pages where the system has others. numpy requests pages of 2 MB, and a cache's heads are
+    that far apart, so the first token would touch all of it (1.6 GB at the released 1B's size)."""
     try:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:

@@ -1,5 +1,5 @@
-"""A bundle on disk: a folder that describes itself. Opening it trusts nothing that the manifest does not
-vouch for.
+"""A bundle on disk: a folder that describes itself. Opening it rejects every file that the manifest does not
+list.
 
 Every file must be a plain file in the folder (no link) of the listed size; sha256 is checked for small
 bundles and small files by default, and for everything with verify="full". No pickle is read and no path
@@ -60,7 +60,7 @@ class Bundle:
             raise BundleError(f"{folder} is not a bundle: it has no {manifests.FILE_NAME}")
         bundle = cls(folder, manifests.read(folder / manifests.FILE_NAME))
         bundle._verify(verify)
-        bundle.hash_tables()  # its header only: a table of another shape or type is found now
+        bundle.hash_tables()  # reads the header only, to find a table of another shape or type now
         return bundle
 
     def graph_file(self, group: str) -> Path:
@@ -68,13 +68,13 @@ class Bundle:
         return self.path / self.manifest.graphs[group].file
 
     def row_graph_file(self, group: str) -> Path:
-        """Path of a graph's form for many streams. Raises KeyError."""
+        """Path of a batched graph's ONNX file. Raises KeyError if the bundle has none."""
         return self.path / self.manifest.row_graphs[group].file
 
     def hash_tables(self) -> npt.NDArray[Any] | None:
         """All hash tables [T * rows, stored width] as stored, memory-mapped read-only; None if the model has none.
 
-        bfloat16 comes as uint16, int8 with a scale behind each row (`blt_runtime.hashing`). Raises BundleError.
+        bfloat16 is stored as uint16, int8 with a scale after each row (`blt_runtime.hashing`). Raises BundleError.
         """
         reference, spec = self.manifest.hash_tables, self.manifest.spec.hash
         if reference is None or spec is None:
@@ -82,12 +82,12 @@ class Bundle:
         try:
             tables = np.load(self.path / reference.file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # no addresses to map it to
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # no address space to map it to
                 raise MemoryError(reference.file) from error
             raise BundleError(f"{reference.file} is not an array file: export the bundle again") from error
         shape = (spec.tables * spec.rows, stored_width(spec.dim, spec.dtype))
         if not isinstance(tables, np.ndarray) or tables.shape != shape:
-            raise BundleError(f"{reference.file} does not have the shape that the manifest says")
+            raise BundleError(f"{reference.file} does not have the shape that the manifest lists")
         if tables.dtype != (stored := TABLE_DTYPES[spec.dtype]) or not tables.flags.c_contiguous:
             found = f"{tables.dtype} by {'rows' if tables.flags.c_contiguous else 'columns'}"
             raise BundleError(
@@ -111,7 +111,7 @@ class Bundle:
             return
         everything = verify == "full" or sum(e.bytes for e in entries.values()) <= HASH_WHOLE_BUNDLE
         checked = [(self.path / name, e) for name, e in entries.items() if everything or e.bytes <= HASH_FILE]
-        checked.sort(key=lambda item: -item[1].bytes)  # the largest first: two threads end together
+        checked.sort(key=lambda item: -item[1].bytes)  # the largest first: both threads finish at about the same time
         with ThreadPoolExecutor(HASH_AT_ONCE) as pool:
             for _ in pool.map(lambda item: _check_content(*item), checked):
                 pass

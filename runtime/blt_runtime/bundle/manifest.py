@@ -1,7 +1,7 @@
-"""manifest.json of a bundle: read, validated, written. The only place that knows the file's layout.
+"""manifest.json of a bundle: read, validated, written. The only module that defines the file's layout.
 
 `Manifest` mirrors the file key by key. Reading is strict: an unknown key, a missing key or a wrong type is
-a ManifestError; a newer format version is a VersionError, asked before anything else is looked at.
+a ManifestError; a newer format version is a VersionError, raised before anything else is checked.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .spec import ModelSpec
 
 FORMAT = "blt-bundle"
 VERSION = 3
-"""2: hash tables say their type, patch rules that of their entropies, graphs their precision; 1 is read as float32.
-3: graphs for many streams, hash tables of 8 bits."""
+"""2: added the types of hash tables and of a rule's entropies, and each graph's precision; 1 is read as float32.
+3: added batched graphs, and hash tables of 8 bits."""
 FILE_NAME = "manifest.json"
 LARGEST = 16 << 20
-"""Bytes of a manifest that we are willing to parse."""
+"""Most bytes of a manifest that is parsed."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class FileRef:
 
 @dataclass(frozen=True)
 class Parity:
-    """One line of the parity table that the export printed. The error is the largest one in float32; of a quantised
-    graph's outputs it is their root mean square, relative, and of its weights the worst block's. `positions`: how
-    many were compared (of weights: blocks)."""
+    """One line of the parity table that the export printed. In float32 the error is the largest one. For a quantised
+    graph's outputs it is the relative root mean square, and for its weights the worst block's error. `positions`:
+    positions compared (for weights: blocks)."""
 
     output: str
     max_abs_error: float
@@ -55,7 +55,7 @@ class Parity:
 @dataclass(frozen=True)
 class Judged:
     """The model in float32 (PyTorch) and this bundle on one text of `bytes` bytes: bits per byte of each, and the
-    patch boundaries: how many the float model sets, how many of them the bundle lacks, how many it has besides."""
+    patch boundaries: how many the float model sets, how many of them the bundle lacks, and how many it adds."""
 
     bytes: int
     float_bits_per_byte: float
@@ -67,12 +67,11 @@ class Judged:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says of itself. `config` and `producer` are for people; nothing computes from them.
+    """A bundle's description of itself. `config` and `producer` are for people; no code computes from them.
 
-    `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is what the
-    export was asked for, `precisions` what each graph's matrices are ("fp32", "int8", "int4"); a graph that is not
-    listed is as `precision` says. `row_graphs` are the forms for many streams (`spec.row_spec`) of all graphs, on the
-    same weights; empty if there are none.
+    `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is the
+    export's setting, `precisions` that of each graph's matrices ("fp32", "int8", "int4"), by default
+    `precision`. `row_graphs` are the batched graphs (`spec.row_spec`) on the same weights; empty if there are none.
     """
 
     producer: dict[str, Any]
@@ -91,7 +90,7 @@ class Manifest:
     row_graphs: dict[str, FileRef] = field(default_factory=dict)
 
     def precision_of(self, graph: str) -> str:
-        """Of a graph's matrices; everything else is float32."""
+        """The precision of a graph's matrices; everything else is float32."""
         return self.precisions.get(graph, self.precision)
 
     def to_json(self) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def check_precision(manifest: Manifest, wanted: str, path: str) -> None:
     if manifest.precision != wanted:
         raise BundleError(
             f"{path} was exported at {manifest.precision}, not {wanted}: "
-            f"blt export CHECKPOINT -o OTHER --precision {wanted} makes the other one"
+            f"blt export CHECKPOINT -o OTHER --precision {wanted} writes one at {wanted}"
         )
 
 
@@ -155,12 +154,12 @@ def _check_version(data: Mapping[str, Any]) -> None:
         raise ManifestError("manifest.json has no valid version number")
     if version > VERSION:
         raise VersionError(
-            f"the bundle has format version {version}, this program reads up to {VERSION}: upgrade blt-lm"
+            f"the bundle has format version {version}, this program reads versions up to {VERSION}: upgrade blt-lm"
         )
 
 
 def read(path: Path) -> Manifest:
-    """The manifest at `path`. Raises ManifestError (also for files that are no JSON) or VersionError."""
+    """The manifest at `path`. Raises ManifestError (also for files that are not JSON) or VersionError."""
     try:
         text = path.read_bytes() if path.stat().st_size <= LARGEST else None
     except OSError as error:
@@ -174,7 +173,7 @@ def read(path: Path) -> Manifest:
 
 
 def write(path: Path, manifest: Manifest) -> None:
-    """Writes atomically: whoever reads sees the old file or the new one."""
+    """Writes atomically: a reader finds the old file or the new one."""
     manifest.check()
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -1,5 +1,5 @@
-"""What a model looks like to the code that drives it: four graphs, their tensors, caches and limits. No
-weights here.
+"""A model's interface to the runtime: four graphs, their tensors, caches and limits. It holds no
+weights.
 
 Letters of symbolic shapes: B rows, S bytes in this call, N byte states in the pool, P patches in this call,
 L longest patch in this call, R patches in the decoder's pool; in `row_spec` also Q rows of the caches, M most tokens
@@ -24,13 +24,13 @@ CacheKind = Literal["ring", "window", "linear"]
 Shape = tuple[int | str | None, ...]
 """Letters and numbers; None is any number."""
 LONGEST_HASH = 1024
-"""Ids of the longest hash window that we are willing to keep; the released models have 8."""
+"""Most ids of a hash window; the released models have 8."""
 _INTEGERS = {"ids", "positions", "doc_start", "byte_index", "patch_length", "own_start", "patch_row"}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, element type ("int64", "float32", "float16") and shape with letters for what varies."""
+    """Name, element type ("int64", "float32", "float16") and shape, with letters for variable sizes."""
 
     name: str
     dtype: str
@@ -53,7 +53,7 @@ class TensorSpec:
 class CacheSpec:
     """How a graph's attention cache is laid out (capacity C entries per layer).
 
-    ring: position p lives in slot p mod C; a call must not cross a multiple of C and must leave the window
+    ring: position p is in slot p mod C; a call must not cross a multiple of C and must leave the window
     intact (S <= C - window + 1). window: ONNX Runtime's GroupQueryAttention with sliding_window_cache,
     restarted at slot 0 for each document. linear: nothing is evicted.
     """
@@ -71,7 +71,7 @@ class CacheSpec:
 
     @property
     def longest_call(self) -> int:
-        """Most tokens that one call may take without overwriting what it still reads."""
+        """Most tokens of one call that overwrite no entry which the call still reads."""
         if self.kind != "ring" or self.window is None:
             return self.capacity
         return self.capacity - self.window + 1
@@ -81,7 +81,7 @@ class CacheSpec:
 class GraphSpec:
     """One graph: tensors in order, its cache, and `aliases`: output -> input bound to the same memory.
 
-    In a graph only the node that writes an aliased output may read its input: nothing orders other readers.
+    Only the node that writes an aliased output may read its input: no other reader is ordered before the write.
     """
 
     name: str
@@ -115,7 +115,7 @@ class GraphSpec:
 @dataclass(frozen=True)
 class HashSpec:
     """Hash n-gram tables: functions x len(sizes) of them, `rows` rows each, `dim` wide, stored as `dtype`
-    (`blt_runtime.hashing.TABLE_DTYPES` says how)."""
+    (see `blt_runtime.hashing.TABLE_DTYPES`)."""
 
     sizes: tuple[int, ...]
     functions: int
@@ -140,7 +140,7 @@ class HashSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that a runtime has to know of a model besides its weights.
+    """The complete description of a model for a runtime, without its weights.
 
     encoder_window, decoder_window: how many patches' bytes a patch reads, and how many patches a byte reads
     (both 1 in the released models). capacity_bytes, capacity_patches: what one stream can hold. chunk: most
@@ -185,10 +185,10 @@ class ModelSpec:
 
 
 def row_spec(graph: GraphSpec) -> GraphSpec:
-    """The same graph for many streams: its tokens lie side by side, and belong to rows of caches [Q, heads, C, size].
+    """The batched form of a graph: its tokens are concatenated, and belong to rows of caches [Q, heads, C, size].
 
-    slots [Q, M, 2]: (0, token) that each row feeds. back [B, S or P, 2]: (row, place) of each token. lengths [Q]:
-    entries of each row's cache behind the call, in its document, at least 1. counts [Q]: tokens of each row.
+    slots [Q, M, 2]: (0, token) in each place of a row. back [B, S or P, 2]: (row, place) of each token. lengths [Q]:
+    entries of each row's cache after the call, in its document, at least 1. counts [Q]: tokens of each row.
     B is 1. C is any number of at least the longest length plus M; a window's cache keeps its capacity.
     """
     clock = graph.tensor("positions").shape
@@ -209,7 +209,7 @@ def _in_rows(graph: GraphSpec, tensor: TensorSpec) -> TensorSpec:
 
 
 def _interface(spec: ModelSpec) -> dict[str, tuple[dict[str, Shape], dict[str, Shape]]]:
-    """Inputs and outputs of each graph besides its caches: what the stream binds."""
+    """Inputs and outputs of each graph without its caches: the tensors that a stream binds."""
     byte: Shape = ("B", "S")
     patch: Shape = ("B", "P")
     kv: Shape = (None, 2, None, None)
@@ -228,7 +228,7 @@ def _interface(spec: ModelSpec) -> dict[str, tuple[dict[str, Shape], dict[str, S
 
 
 def _check_tensors(graph: GraphSpec, kind: str, tensors: tuple[TensorSpec, ...], wanted: dict[str, Shape]) -> None:
-    """The tensors that are no cache are exactly the wanted ones."""
+    """Raises ConfigError unless the tensors that are not caches are exactly the wanted ones."""
     caches = {*graph.aliases, *graph.aliases.values()}
     found = {t.name: t for t in tensors if t.name not in caches}
     for name in [n for n in wanted if n not in found]:
@@ -250,7 +250,7 @@ def _fits(shape: tuple[int | str, ...], wanted: Shape) -> bool:
 
 
 def _check_cache(graph: GraphSpec, limit: str, spec: ModelSpec) -> None:
-    """The cache is as long as its tensors, and one that never evicts holds a whole stream."""
+    """Raises ConfigError unless the cache is as long as its tensors, and a linear one holds a whole stream."""
     cache, tokens = graph.cache, getattr(spec, limit)
     if cache is None or not graph.aliases:
         if cache is not None or graph.aliases:

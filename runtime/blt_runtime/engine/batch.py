@@ -196,7 +196,7 @@ class Batch:
         return [row for row in active if row.done or row.error is not None]
 
     def _chosen(self, active: list[Row]) -> list[Row]:
-        """The rows that read tokens in this round. If any row generates, only the least recently read prompt is read."""
+        """The rows that read tokens in this round. If any row generates, only the least recently read prompt is."""
         ready = [row for row in active if not row.waits and row.memory.position < row.placed]
         if all(row.reads for row in active):
             return ready
