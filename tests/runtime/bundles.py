@@ -1,4 +1,4 @@
-"""A tiny bundle for tests: the manifest is real, the graphs are whatever bytes are given."""
+"""A tiny bundle for tests: the manifest is real, the graphs are arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HASH = HashSpec((3, 4), 1, 50, 4)
 
 
 def stored(values: np.ndarray, dtype: TableDtype) -> np.ndarray:
-    """Values as tables hold them, exactly: for bfloat16 they must need no more than its eight bits of precision, for
-    int8 they must be whole numbers up to 127 (the scale is 1)."""
+    """Values in a table's stored type, exactly. For bfloat16 they must fit its eight bits of precision, for int8 they
+    must be whole numbers up to 127 (the scale is 1)."""
     if dtype == "int8":
         scale = np.ones((len(values), 1), "<f4").view(np.int8)
         return np.concatenate([values.astype(np.int8), scale], 1)
@@ -39,9 +39,9 @@ def write_bundle(
     dtype: TableDtype = "float32",
     empty_tables: bool = False,
 ) -> Manifest:
-    """Writes a complete bundle for `spec` (default: the do-nothing model with hash tables) and returns its manifest.
+    """Writes a complete bundle for `spec` (default: the null model with hash tables) and returns its manifest.
 
-    empty_tables: zeros that take no room on disk and no checksum.
+    empty_tables: zeros without disk space or a checksum.
     """
     spec = spec or null_spec(hash=replace(HASH, dtype=dtype))
     folder.mkdir(parents=True, exist_ok=True)

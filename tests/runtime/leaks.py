@@ -13,7 +13,7 @@ from blt_runtime import Model, Stream
 from blt_runtime.errors import Cancelled
 
 SLACK = 4 << 20
-"""Bytes that the allocators may take and return; 9,000 streams that leak 500 bytes each exceed it."""
+"""Bytes by which the allocators may vary; 9,000 streams that leak 500 bytes each exceed it."""
 ROUNDS = 3
 """A leak grows in each round; memory that the allocators keep (after thousands of other tests) grows once."""
 
@@ -43,7 +43,7 @@ def use(model: Model, n: int) -> Stream:
 
 
 def assert_no_growth(once: Callable[[int], object], times: int) -> None:
-    """After a tenth of the calls as a warm-up, the other calls grow nothing."""
+    """After a tenth of the calls as a warm-up, the other calls leave memory, files and threads unchanged."""
     for n in range(times // 10):
         once(n)
     grown: list[int] = []

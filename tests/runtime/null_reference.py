@@ -1,4 +1,4 @@
-"""What the do-nothing backend's graphs compute, all at once and without caches: the slow truth for streams."""
+"""The reference for streams on the null backend: its graphs' results, computed at once and without caches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blt_runtime.patching import patch_lengths
 
 
 @dataclass(frozen=True)
-class Truth:
+class Expected:
     entropies: np.ndarray
     patch_lengths: np.ndarray
     logits: np.ndarray
@@ -43,7 +43,7 @@ def peaks(values: np.ndarray) -> np.ndarray:
 
 def compute(
     spec: ModelSpec, ids: np.ndarray, tables: np.ndarray | None = None, lengths: np.ndarray | None = None
-) -> Truth:
+) -> Expected:
     window = spec.graphs["encoder"].cache.window
     documents = documents_of(ids == EOS)
     ends = (ids == EOS) | (spec.patch_rule.reset_newlines & (ids == NEWLINE))
@@ -53,7 +53,7 @@ def compute(
     if lengths is None:
         lengths = patch_lengths(spec.patch_rule, ids, entropies)
     states = encoder_states(spec, ids, documents, window, tables)
-    return Truth(entropies, lengths, decode(spec, ids, states, lengths, documents, window))
+    return Expected(entropies, lengths, decode(spec, ids, states, lengths, documents, window))
 
 
 def encoder_states(

@@ -1,5 +1,5 @@
-"""The null backend with batched graphs: each row on the graph of a single stream, after a check of what
-GroupQueryAttention asks of a call that gives `query_seqlens` (ONNX Runtime 1.32)."""
+"""The null backend with batched graphs: each row runs on the graph of a single stream, after a check of what
+GroupQueryAttention requires of a call with `query_seqlens` (ONNX Runtime 1.32)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class NullRowSession:
         assert (arrays["slots"][..., 1] < tokens).all()
         assert (arrays["back"][..., 0] < len(count_Q)).all()
         assert (arrays["back"][..., 1] < room).all()
-        if self._single.name != "latent" and count_Q.max() > 1:  # single tokens and longer segments apart
+        if self._single.name != "latent" and count_Q.max() > 1:  # single tokens and longer segments in separate calls
             assert (count_Q != 1).all()
         assert self._single.cache is not None
         if self._single.cache.kind == "linear":

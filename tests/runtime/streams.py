@@ -1,4 +1,4 @@
-"""Models and streams on the do-nothing backend, for every kind of cache and patch rule, and their slow reference."""
+"""Models and streams on the null backend, for every kind of cache and patch rule, and their reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors: one process hands them to another, so they must survive pickling."""
+"""Errors: one process passes them to another, so they must survive pickling."""
 
 from __future__ import annotations
 

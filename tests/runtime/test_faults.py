@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a call: cancelled, interrupted, failing backends, several threads, no memory."""
+"""Faults in the middle of a call: cancellation, interrupts, failing backends, several threads, no memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 
 
 class Trap:
-    """Does something in place of the n-th call of a graph."""
+    """Runs `action` in place of the n-th call of a graph."""
 
     def __init__(self, graph: str, n: int, action: Callable[[], None]) -> None:
         self.graph, self.left, self.action = graph, n, action
@@ -64,19 +64,19 @@ def fail() -> None:
     raise BackendError("device lost")
 
 
-def count_of_questions(spec: ModelSpec, first: Array, more: Array) -> int:
-    asked = []
+def count_cancel_checks(spec: ModelSpec, first: Array, more: Array) -> int:
+    checks = []
     stream = model_of(spec).stream()
     stream.append_ids(first)
-    stream.append_ids(more, cancelled=lambda: bool(asked.append(1)))
-    return len(asked)
+    stream.append_ids(more, cancelled=lambda: bool(checks.append(1)))
+    return len(checks)
 
 
 @specs
 @pytest.mark.parametrize("length", [0, 3, 70])
-def test_a_cancelled_append_never_was(spec: ModelSpec, length: int) -> None:
+def test_a_cancelled_append_changes_nothing(spec: ModelSpec, length: int) -> None:
     first, more = random_ids(length + 1, seed=length)[1:], random_ids(90, seed=8)
-    for n in range(count_of_questions(spec, first, more)):
+    for n in range(count_cancel_checks(spec, first, more)):
         model = model_of(spec)
         stream = model.stream()
         stream.append_ids(first)
@@ -91,19 +91,19 @@ def test_a_cancelled_append_never_was(spec: ModelSpec, length: int) -> None:
 
 
 def test_cancelled_after_more_patches_than_are_remembered() -> None:
-    """Caches that forget nothing would allow to resume; the patch vectors that the decoder reads are gone by then."""
+    """Linear caches would allow a rollback, but the patch vectors that the decoder reads are overwritten by then."""
     rule = PatchRule("static", patch_size=2)
     stream = model_of(null_spec(rule, local_kind="linear", slack=600, chunk=8)).stream()
-    first = random_ids(29, seed=1)  # the last byte reads the last finished patch
+    first = random_ids(29, seed=1)  # the last byte reads the last complete patch
     stream.append_ids(first)
     with pytest.raises(Cancelled):
         stream.append_ids(random_ids(300), cancelled=lambda: stream.position > 250)
     assert_matches_reference(stream, np.concatenate([[1], first]))
 
 
-def test_questions_come_between_chunks() -> None:
+def test_cancellation_is_checked_between_chunks() -> None:
     spec = null_spec(chunk=8)
-    assert count_of_questions(spec, random_ids(0), random_ids(95)) == 2 * 12  # entropies, then the rest
+    assert count_cancel_checks(spec, random_ids(0), random_ids(95)) == 2 * 12  # entropies, then the rest
 
 
 def test_another_thread_cancels() -> None:
@@ -156,7 +156,7 @@ def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, reque
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_a_thread_that_dies_harms_its_stream_alone(graph: str, n: int) -> None:
+def test_a_thread_that_dies_damages_only_its_stream(graph: str, n: int) -> None:
     model = trapped_model(null_spec(hash=HASH))
     stream, other = model.stream(), model.stream()
     model.backend.trap = Trap(graph, n, fail)
@@ -184,8 +184,8 @@ def test_a_thread_that_dies_harms_its_stream_alone(graph: str, n: int) -> None:
     assert_matches_reference(stream, other.ids)
 
 
-def test_threads_that_want_one_stream() -> None:
-    """Whoever comes second is told so; whatever gets through is in order."""
+def test_threads_that_share_one_stream() -> None:
+    """The second thread gets an error; the bytes of successful calls are in order."""
     stream, refused, taken, start = model_of(null_spec(capacity_bytes=4096)).stream(), [], [], threading.Barrier(4)
 
     def work() -> None:
@@ -255,7 +255,7 @@ def test_an_absurd_capacity(limit: str, size: int) -> None:
 
 
 class Scarce(NullBackend):
-    """Gives only so many buffers."""
+    """Provides a limited number of buffers."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
@@ -296,7 +296,7 @@ def test_no_memory_in_a_call() -> None:
         stream.append("x")
     with pytest.raises(OutOfMemory):
         other.generate_ids(5, temperature=0, stop_at_eos=False, speculate="lookup")
-    assert_matches_reference(other, other.ids)  # nothing had begun
+    assert_matches_reference(other, other.ids)  # no call had started
     backend.left = 1 << 30
     stream.reset()
     for each in (stream, other):
@@ -338,7 +338,7 @@ def test_a_full_stream_is_not_damaged_by_cancelling_or_asking() -> None:
     assert_matches_reference(stream, stream.ids)
 
 
-def test_the_precision_that_was_asked_for(tmp_path: Path) -> None:
+def test_the_requested_precision(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b")
     assert isinstance(Model.open(tmp_path / "b", "null", precision="fp32").stream(), Stream)
     with pytest.raises(BundleError, match=r"b was exported at fp32, not int8: blt export .* --precision int8"):

@@ -87,10 +87,10 @@ def test_one_position_equals_many_to_the_last_bit(dtype: TableDtype, apart: bool
     embedding.many(padded, many)
     selected_NT = hashing.hash_ids(ids, sizes, functions, rows) + np.arange(count) * rows
     for t in range(40):
-        truth = in_table_order(exact(stored[selected_NT[t]]))
+        expected = in_table_order(exact(stored[selected_NT[t]]))
         embedding.one(padded[t : t + 8], one)
-        np.testing.assert_array_equal(one, truth)
-        np.testing.assert_array_equal(many[t], truth)
+        np.testing.assert_array_equal(one, expected)
+        np.testing.assert_array_equal(many[t], expected)
 
 
 def test_bfloat16_is_widened_exactly() -> None:
@@ -144,9 +144,9 @@ def test_a_table_stays_out_of_memory_but_for_the_rows_read(tmp_path: Path, dtype
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages of a mapping: Linux only")
-def test_pages_of_large_tables_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is in the kernel's cache is mapped 64 KB at a time around each row; after 640 positions, little of
-    it is left, and the sums are the same."""
+def test_pages_of_large_tables_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is in the kernel's cache is mapped 64 KB at a time around each row. After 640 positions little of
+    it is resident, and the sums are the same."""
     sizes, rows, dim = (3, 4, 5, 6, 7, 8), 5000, 256
     tables = np.random.default_rng(0).normal(size=(len(sizes) * rows, dim)).astype(np.float32)
     np.save(tmp_path / "tables.npy", tables)

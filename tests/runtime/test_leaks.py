@@ -1,4 +1,4 @@
-"""A dropped stream is gone at once, with its buffers: no cycle waits for the garbage collector, nothing piles up."""
+"""A dropped stream is freed at once, with its buffers: no reference cycle, no growth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def endings(model: Model) -> dict[str, Callable[[], Stream]]:
-    """Streams dropped in every state that could hold them."""
+    """Streams in every state that could keep them alive after they are dropped."""
 
     def begun() -> Stream:
         stream = model.stream()
@@ -60,7 +60,7 @@ def endings(model: Model) -> dict[str, Callable[[], Stream]]:
 
 
 @pytest.mark.parametrize("ending", endings(model_of(null_spec())).keys())
-def test_a_dropped_stream_is_gone_at_once(ending: str) -> None:
+def test_a_dropped_stream_is_freed_at_once(ending: str) -> None:
     stream = endings(model_of(null_spec(hash=HASH)))[ending]()
     gone = [weakref.ref(stream), weakref.ref(stream._memory), weakref.ref(stream._memory.pool.buffer.array)]
     del stream
@@ -103,8 +103,8 @@ def test_a_leak_is_found() -> None:
 ROWS = null_spec(local_kind="window", capacity_bytes=300, capacity_patches=300)
 
 
-def ask(scheduler: Scheduler, n: int) -> None:
-    """A request that ends in one way or another."""
+def submit_one(scheduler: Scheduler, n: int) -> None:
+    """A request that completes, stops or is cancelled, depending on n."""
     request = scheduler.submit("a text, a text"[: n % 13 + 1], 3, seed=n, stop="\n" if n % 3 else None)
     if n % 7 == 0:
         request.cancel()
@@ -115,7 +115,7 @@ def ask(scheduler: Scheduler, n: int) -> None:
 def assert_requests_leave_nothing(requests: int) -> None:
     threads = threading.active_count()
     with Scheduler(model_of(ROWS), streams=4) as scheduler:
-        assert_no_growth(partial(ask, scheduler), requests)
+        assert_no_growth(partial(submit_one, scheduler), requests)
         gone = [weakref.ref(scheduler), weakref.ref(scheduler._batch)]
     del scheduler
     assert threading.active_count() == threads

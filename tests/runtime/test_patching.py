@@ -59,7 +59,7 @@ rules = st.one_of(
     st.builds(PatchRule, st.sampled_from(["space", "byte", "bpe"]), max_patch_length=longest),
     st.builds(PatchRule, st.just("static"), patch_size=st.integers(1, 6), max_patch_length=longest),
 )
-near = st.integers(-3, 3).map(lambda ulps: float(np.float32(1.335442) + np.float32(ulps / 512)))  # a tie or beside it
+near = st.integers(-3, 3).map(lambda ulps: float(np.float32(1.335442) + np.float32(ulps / 512)))  # a tie or near it
 entropies = st.floats(0, 5, width=32) | near
 tokens = st.lists(st.tuples(st.integers(0, 259), entropies), max_size=60)
 
@@ -68,7 +68,7 @@ tokens = st.lists(st.tuples(st.integers(0, 259), entropies), max_size=60)
 def test_token_by_token_equals_vectorised(rule: PatchRule, sequence: list[tuple[int, float]]) -> None:
     ids, entropies = [i for i, _ in sequence], [e for _, e in sequence]
     if rule.scheme == "bpe" and ids and ids[-1] == BPE:
-        ids[-1] = 5  # facebookresearch/blt ignores a delimiter in last place; the stream does not
+        ids[-1] = 5  # facebookresearch/blt ignores a delimiter at the end; the stream does not
     lengths = patch_lengths(rule, ids, entropies)
     state = PatchState(rule)
     closes = [state.closes(i, e) for i, e in sequence_of(ids, entropies)]

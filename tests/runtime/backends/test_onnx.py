@@ -31,7 +31,7 @@ GRAPHS = ("encoder", "latent", "decoder")
 
 
 def accumulator(weights: str | None = None) -> bytes:
-    """x is put into the cache at `positions`, y = 2 x + sum(cache). The 2 may lie in the file `weights`.
+    """x is put into the cache at `positions`, y = 2 x + sum(cache). The 2 may be stored in the file `weights`.
 
     Nothing may read the past of an aliased pair but the node that writes the present: their order is not
     defined.
@@ -83,8 +83,8 @@ def spec() -> ModelSpec:
 
 
 def opened(folder: Path) -> Bundle:
-    """The bundle, its graphs described as the accumulators that they are: the backend asks no more of a graph than
-    that its tensors are those of its spec, while a manifest must describe the four graphs of a model."""
+    """The bundle, its graphs described as the accumulators that they are: the backend only
+    requires that a graph's tensors are those of its spec, while a manifest must describe the four graphs of a model."""
     bundle = Bundle.open(folder)
     bundle.manifest.spec.graphs.update(accumulators())
     return bundle
@@ -216,7 +216,7 @@ def test_foreign_graphs(tmp_path: Path) -> None:
         OnnxBackend(Bundle.open(tmp_path / "b"))
 
 
-def test_a_provider_that_is_not_there(bundle: Bundle) -> None:
+def test_a_missing_provider(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="no NeverExecutionProvider"):
         OnnxBackend(bundle, providers=["NeverExecutionProvider"])
 

@@ -1,4 +1,4 @@
-"""Bundles: what is written is read back, and every kind of damage is one clear, quick error."""
+"""Bundles survive writing and reading, and every kind of damage raises one clear error quickly."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
 def test_damage_is_one_quick_line(folder: Path, kind: str) -> None:
     damage, error_type, message = DAMAGE[kind]
     damage(folder)
-    start = time.thread_time()  # not the clock on the wall: other tests run beside this one
+    start = time.thread_time()  # not wall time: other tests may run at the same time
     with pytest.raises(error_type) as error:
         Model.open(folder, backend="null")
     assert time.thread_time() - start < 1

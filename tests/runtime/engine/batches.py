@@ -1,4 +1,4 @@
-"""Texts through the rows of a batch."""
+"""Reads texts in the rows of a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from blt_runtime.engine.batch import Batch
 
 
 def read_texts(batch: Batch, texts: dict[int, np.ndarray], prompts: dict[int, int]) -> dict[int, list[np.ndarray]]:
-    """Logits of texts, one text per row: after the prompt, which is read in one feed, and after each later byte."""
+    """Logits of texts, one text per row: after the prompt, which one call feeds, and after each later byte."""
     opened = {}
     for name, ids in texts.items():
         row = batch.open()
@@ -21,12 +21,12 @@ def read_texts(batch: Batch, texts: dict[int, np.ndarray], prompts: dict[int, in
             return seen
         for row in batch.round():
             assert row.error is None
-            name, _, taken = opened[row.index]
+            name, _, fed = opened[row.index]
             seen[name].append(row.logits_V.copy())
-            if taken == len(texts[name]):
+            if fed == len(texts[name]):
                 del opened[row.index]
                 batch.close(row)
             else:
-                row.feed(texts[name][taken : taken + 1])
-                opened[row.index] = name, row, taken + 1
+                row.feed(texts[name][fed : fed + 1])
+                opened[row.index] = name, row, fed + 1
     raise AssertionError("rows were left behind")

@@ -1,4 +1,4 @@
-"""Rows of a batch: each gets what a stream of its own gets, whatever happens beside it."""
+"""Batch invariance: each row's results are those of a single stream, whatever the other rows do."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def batch_of(spec: ModelSpec, rows: int, slice: int = 5, share: float = 0.5) -> 
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_every_row_is_the_slow_truth(name: str, share: float) -> None:
+def test_every_row_matches_the_reference(name: str, share: float) -> None:
     spec = SPECS[name]
     lengths, prompts = {0: 60, 1: 7, 2: 90, 3: 33}, {0: 1, 1: 6, 2: 70, 3: 20}
     texts = {i: random_ids(n, seed=i) for i, n in lengths.items()}
     seen = read_texts(batch_of(spec, rows=4, share=share), texts, prompts)
     for i, ids in texts.items():
-        truth = compute(spec, ids, tables_for(spec)).logits.astype(np.float32)
-        np.testing.assert_array_equal(np.array(seen[i]), truth[prompts[i] - 1 :])
+        expected = compute(spec, ids, tables_for(spec)).logits.astype(np.float32)
+        np.testing.assert_array_equal(np.array(seen[i]), expected[prompts[i] - 1 :])
 
 
 ROW_SPECS = {name: spec for name, spec in SPECS.items() if spec.graphs["encoder"].cache.kind == "window"}
@@ -39,20 +39,20 @@ ROW_SPECS = {name: spec for name, spec in SPECS.items() if spec.graphs["encoder"
 
 @pytest.mark.parametrize("name", ROW_SPECS)
 @pytest.mark.parametrize("slice", [3, 8])
-def test_one_call_for_all_rows_is_the_slow_truth(name: str, slice: int) -> None:
+def test_one_call_for_all_rows_matches_the_reference(name: str, slice: int) -> None:
     spec = SPECS[name]
     lengths, prompts = {0: 60, 1: 7, 2: 90, 3: 33, 4: 61}, {0: 1, 1: 6, 2: 70, 3: 20, 4: 60}
     texts = {i: random_ids(n, seed=i) for i, n in lengths.items()}
     batch = Batch(spec, NullRowBackend(spec), tables_for(spec), 5, slice)
     assert isinstance(batch._calls, RowCalls)
-    for _ in range(2):  # rows begin again
+    for _ in range(2):  # rows are reused
         seen = read_texts(batch, texts, prompts)
         for i, ids in texts.items():
-            truth = compute(spec, ids, tables_for(spec)).logits.astype(np.float32)
-            np.testing.assert_array_equal(np.array(seen[i]), truth[prompts[i] - 1 :])
+            expected = compute(spec, ids, tables_for(spec)).logits.astype(np.float32)
+            np.testing.assert_array_equal(np.array(seen[i]), expected[prompts[i] - 1 :])
 
 
-def test_a_restored_row_says_what_it_holds_while_others_move() -> None:
+def test_a_restored_row_keeps_its_lengths_while_others_advance() -> None:
     spec = SPECS["window"]
     batch, ids = Batch(spec, NullRowBackend(spec), None, 3, 4), random_ids(60, 2)
     kept = batch.open()
@@ -62,17 +62,17 @@ def test_a_restored_row_says_what_it_holds_while_others_move() -> None:
         batch.round()
     prefix = batch.snapshot(kept)
     batch.close(kept)
-    restored, beside = batch.open(), batch.open()
+    restored, other = batch.open(), batch.open()
     assert restored is not None
-    assert beside is not None
+    assert other is not None
     batch.restore(restored, prefix)
-    beside.feed(ids)
-    while not beside.done:
+    other.feed(ids)
+    while not other.done:
         batch.round()
     held = restored.memory.held()
     assert isinstance(batch._calls, RowCalls)
-    said = {group: int(routes._lengths.array[restored.index]) for group, routes in batch._calls._routes.items()}
-    assert said == held
+    lengths = {group: int(routes._lengths.array[restored.index]) for group, routes in batch._calls._routes.items()}
+    assert lengths == held
     assert held["encoder"] == 40 - np.flatnonzero(np.append(EOS, ids[:39]) == EOS)[-1]  # its document's
     restored.feed(ids[40:])
     while not restored.done:
@@ -80,7 +80,7 @@ def test_a_restored_row_says_what_it_holds_while_others_move() -> None:
     np.testing.assert_array_equal(restored.logits_V, compute(spec, ids, None).logits[-1].astype(np.float32))
 
 
-def test_a_row_begins_again_for_the_next_text() -> None:
+def test_a_row_is_reused_for_the_next_text() -> None:
     spec = SPECS["window"]
     batch = batch_of(spec, rows=1)
     for seed in (1, 2):
@@ -101,7 +101,7 @@ def test_waiting_saves_latent_calls() -> None:
 
 
 @pytest.mark.parametrize("patch", [5, 12])
-def test_prompts_are_read_side_by_side_while_nobody_writes(patch: int) -> None:
+def test_prompts_are_read_together_while_no_row_generates(patch: int) -> None:
     spec = null_spec(rule=PatchRule("static", patch_size=patch), capacity_bytes=300, capacity_patches=300)
     batch = batch_of(spec, rows=8, slice=8)
     for i in range(8):
@@ -110,10 +110,10 @@ def test_prompts_are_read_side_by_side_while_nobody_writes(patch: int) -> None:
         row.feed(random_ids(161, i))
     while not all(row.done for row in batch.rows):
         batch.round()
-    assert batch.counts.rounds <= 1.5 * 161 / 8 + 8  # at the end some write, and one reads at a time
+    assert batch.counts.rounds <= 1.5 * 161 / 8 + 8  # at the end some rows generate, and one prompt is read at a time
 
 
-def test_readers_take_turns_and_do_not_hold_up_a_writer() -> None:
+def test_prompts_are_interleaved_and_do_not_delay_a_generating_row() -> None:
     spec = null_spec(rule=PatchRule("static", patch_size=5), capacity_bytes=300, capacity_patches=300)
     batch, ids = batch_of(spec, rows=8, slice=8), random_ids(280, 1)
     writer, *readers = (batch.open() for _ in range(8))

@@ -1,4 +1,4 @@
-"""A snapshot put back is the stream that it was taken from, to the last bit, wherever it is put."""
+"""Restoring a snapshot in any stream gives the state that it was taken from, bit for bit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def same(one: Stream, other: Stream) -> None:
     np.testing.assert_array_equal(one.logits, other.logits)
 
 
-def go_on(stream: Stream, ids: np.ndarray) -> None:
-    """Single steps, chunks, and a way back."""
+def continue_with(stream: Stream, ids: np.ndarray) -> None:
+    """Single steps, chunks, and a rewind."""
     for id in ids[:7]:
         stream.append_ids([id])
     stream.append_ids(ids[7:])
@@ -34,7 +34,7 @@ def go_on(stream: Stream, ids: np.ndarray) -> None:
 
 @specs
 @pytest.mark.parametrize("length", [0, 1, 9, 60, 150])
-def test_what_follows_a_snapshot_is_the_same(spec: ModelSpec, length: int) -> None:
+def test_a_restored_stream_continues_identically(spec: ModelSpec, length: int) -> None:
     model = model_of(spec)
     first, more = random_ids(length, seed=length), random_ids(30, seed=5)
     stream = model.stream()
@@ -44,19 +44,19 @@ def test_what_follows_a_snapshot_is_the_same(spec: ModelSpec, length: int) -> No
     assert snapshot.nbytes > 0
     before = model.stream()
     before.append_ids(first)
-    go_on(stream, more)
-    for other in (model.stream(bos=False), model.stream(), stream):  # fresh, begun, and gone on
+    continue_with(stream, more)
+    for other in (model.stream(bos=False), model.stream(), stream):  # empty, with BOS, and continued
         other.restore(snapshot)
         same(other, before)
-        go_on(other, more)
+        continue_with(other, more)
         same(other, stream) if other is not stream else None
-    go_on(before, more)
+    continue_with(before, more)
     same(before, stream)
 
 
 @specs
-def test_a_snapshot_in_the_middle_of_guesses(spec: ModelSpec) -> None:
-    """Caches have been written further than the stream: that does not show."""
+def test_a_snapshot_between_drafts(spec: ModelSpec) -> None:
+    """Caches were written beyond the stream's position, without effect on the results."""
     model, ids = model_of(spec), random_ids(60, seed=3)
     stream, plain = model.stream(), model.stream()
     taken = []
@@ -72,12 +72,12 @@ def test_a_snapshot_in_the_middle_of_guesses(spec: ModelSpec) -> None:
         plain = model.stream()
         plain.append_ids(ids[: snapshot.position - 1])
         same(other, plain)
-        go_on(other, ids)
-        go_on(plain, ids)
+        continue_with(other, ids)
+        continue_with(plain, ids)
         same(other, plain)
 
 
-def test_guesses_of_an_earlier_text_are_dropped() -> None:
+def test_drafts_of_an_earlier_text_are_dropped() -> None:
     model, ids = model_of(next(iter(SPECS.values()))), random_ids(40, seed=4)
     stream = model.stream()
     start = stream.snapshot()
@@ -91,7 +91,7 @@ def test_guesses_of_an_earlier_text_are_dropped() -> None:
     same(stream, plain)
 
 
-def test_a_damaged_stream_is_repaired_and_a_document_goes_on() -> None:
+def test_a_damaged_stream_is_repaired_and_its_document_continues() -> None:
     model = model_of(next(iter(SPECS.values())))
     stream = model.stream()
     stream.append_ids([10, EOS, BOS, 12, 13])
