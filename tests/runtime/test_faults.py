@@ -123,7 +123,7 @@ def test_another_thread_cancels() -> None:
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("way", ["step", "chunk", "guess", "rewind", "score"])
+@pytest.mark.parametrize("way", ["step", "chunk", "draft", "rewind", "score"])
 def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, request: pytest.FixtureRequest) -> None:
     model = trapped_model(null_spec(hash=HASH))
     stream, other = model.stream(), model.stream()
@@ -134,7 +134,7 @@ def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, reque
     ways: dict[str, Callable[[], object]] = {
         "step": lambda: [stream.append_ids([id]) for id in random_ids(40)],
         "chunk": lambda: stream.append(b"a long text" * 9),
-        "guess": lambda: list(stream.generate_ids(60, temperature=0, stop_at_eos=False, speculate="lookup")),
+        "draft": lambda: list(stream.generate_ids(60, temperature=0, stop_at_eos=False, speculate="lookup")),
         "rewind": lambda: stream.rewind(60),
         "score": lambda: stream.score_ids(random_ids(60)),
     }

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 Call = Callable[[], None]
 ALIGNMENT = 64
 MAPPED_FROM = 1 << 20
-"""Bytes of the smallest array with pages of its own."""
+"""Bytes of the smallest array that is mapped separately."""
 
 
 class Buffer(Protocol):

@@ -109,7 +109,7 @@ class Mark(NamedTuple):
 class Memory:
     """History and buffers of one stream. It has read `position` tokens and `patches` complete patches.
 
-    caches, kv_ring: memory of a batch that this one uses in place of its own: the caches by graph and tensor name, and
+    caches, kv_ring: memory of a batch to use instead of new buffers: the caches by graph and tensor name, and
     the ring of the newest patch vectors. Raises MemoryError.
     """
 

@@ -40,7 +40,7 @@ class Prefill:
 
     @cached_property
     def _patch_rows(self) -> Buffer:
-        """Vectors of the W patches before a chunk, then those of its own."""
+        """Vectors of the W patches before a chunk, then those of the chunk."""
         memory = self._memory
         rows = memory.graphs["latent"].new("patch_kv", P=memory.spec.decoder_window + memory.spec.chunk)
         return rows.part(0, rows.shape[1:])

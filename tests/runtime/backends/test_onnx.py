@@ -196,7 +196,7 @@ def giant() -> bytes:
 
 
 def test_what_cannot_be_allocated_is_a_memory_error(tmp_path: Path) -> None:
-    """Whatever class onnxruntime raises; the stream turns it into an error that says what to do."""
+    """For any class that onnxruntime raises. The stream turns it into an error that says what to do."""
     write_bundle(tmp_path / "b", spec(), dict.fromkeys(GRAPHS, giant()))
     bundle = Bundle.open(tmp_path / "b")
     tensors = tuple(TensorSpec(n, "float32", ("B", "S")) for n in ("x", "y"))

@@ -29,4 +29,4 @@ def read_texts(batch: Batch, texts: dict[int, np.ndarray], prompts: dict[int, in
             else:
                 row.feed(texts[name][fed : fed + 1])
                 opened[row.index] = name, row, fed + 1
-    raise AssertionError("rows were left behind")
+    raise AssertionError("rows did not finish")
