@@ -31,7 +31,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Item:
-    """What is scored: `options` behind `prompt`, of which the one at `answer` is right."""
+    """A multiple-choice question: `options` after `prompt`. The option at index `answer` is right."""
 
     prompt: bytes
     options: tuple[bytes, ...]
@@ -50,10 +50,10 @@ def reversing(word: str, rng: random.Random) -> Solved:
 
 
 def inserting(word: str, rng: random.Random) -> Solved:
-    """`Put "x" behind the "a" of "cat": caxt`; wrong: at another place."""
+    """`Put "x" after the "a" of "cat": caxt`; wrong: at another place."""
     at, new = rng.choice(_singles(word)), _new_letter(word, rng)
     made = [word[:i] + new + word[i:] for i in range(len(word) + 1)]
-    return _solved(f'Put "{new}" behind the "{word[at]}" of "{word}"', made[at + 1], made)
+    return _solved(f'Put "{new}" after the "{word[at]}" of "{word}"', made[at + 1], made)
 
 
 def deleting(word: str, rng: random.Random) -> Solved:
@@ -153,7 +153,7 @@ class Result:
 
 
 def measure(bits: Bits, task: str, found: Sequence[Item], done: Callable[[], None] = lambda: None) -> Result:
-    """An item is right if its answer costs fewer bits than every other option. `done` is called behind each item."""
+    """An item is right if its answer costs fewer bits than every other option. `done` is called after each item."""
     right = 0
     for item in found:
         costs = [bits(option, item.prompt) for option in item.options]

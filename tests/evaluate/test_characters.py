@@ -19,7 +19,7 @@ def solve(question: str) -> str:
         return "".join(reversed(word))
     if question.startswith("Spell"):
         return " ".join(word)
-    if question.startswith("Put") and " behind the " in question:
+    if question.startswith("Put") and " after the " in question:
         return word.replace(letters[1], letters[1] + letters[0])
     if question.startswith("Leave"):
         return word.replace(letters[0], "")

@@ -152,7 +152,7 @@ def test_an_interrupted_or_damaged_cache(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_log", stop)
+        patch.setattr(cache, "_log_progress", stop)
         with pytest.raises(KeyboardInterrupt):
             cache.tokenised(dataset, "train", vocabulary)
     assert not list((dataset.folder / cache.TOKENS).iterdir())
