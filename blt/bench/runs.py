@@ -1,7 +1,7 @@
 """One timed generation of given bytes.
 
-The stream computes everything that generation computes and the sampler draws a byte, but the given one is taken in: no
-model can end a run, repeat itself or drift to other patch sizes, so runs are comparable.
+The stream computes everything that generation computes. The sampler draws a byte, but the stream reads the given one.
+So no model can end a run, repeat itself or drift to other patch sizes, and runs are comparable.
 
 Letters: N bytes of text, P patches, V vocabulary.
 """
@@ -104,7 +104,7 @@ class Run:
 
     @property
     def bytes_per_s(self) -> float:
-        """Behind the first byte."""
+        """After the first byte."""
         return len(self.gaps_s) / sum(self.gaps_s)
 
     @property
@@ -120,7 +120,7 @@ def run(
     speculate: Speculate = "off",
     at_first: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Reads the prompt, then generates; guesses that are not the given bytes are refused. `at_first` is called behind
+    """Reads the prompt, then generates; drafts that are not the given bytes are rejected. `at_first` is called after
     the first byte, outside of every timing."""
     gc.collect()
     began = time.perf_counter()
@@ -134,7 +134,7 @@ def run(
             resumed = time.perf_counter()
     gaps = [b - a for a, b in pairwise([resumed, *stamps[1:]])]
     starts_P = np.cumsum(stream.patch_lengths)[:-1]
-    timed_from = stream.position - len(gaps)  # position of the first token behind the first byte
+    timed_from = stream.position - len(gaps)  # position of the first token after the first byte
     return Run(read - began, stamps[0] - began, gaps, int((starts_P > timed_from).sum()), stream.speculation)
 
 

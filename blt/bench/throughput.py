@@ -1,7 +1,7 @@
-"""How fast many streams generate together, and what a newcomer's prompt costs the others.
+"""How fast a batch of streams generates, and what the prefill of a new request costs the others.
 
-All requests run from the start; speed is that of the time in which every one of them writes, from the last first byte
-to the first last one. Then all but one write, and one more prompt is read beside them.
+All requests run from the start. The speed is measured while all of them generate: from the last first byte to the
+first last byte. Then all but one generate while one more prompt is read.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def together(model: Model, given: Sequence[Text], temperature: float, share: flo
     if start >= end:
         raise UsageError("the first stream was done before the last one wrote: measure with more --new-bytes")
     gaps = [gap for s in samplers for gap in _gaps(s.stamps, start, end)]
-    before, behind = vars(first.counts[0]), vars(last.counts[-1])
-    done = Counts(**{name: behind[name] - before[name] for name in before})
+    before, after = vars(first.counts[0]), vars(last.counts[-1])
+    done = Counts(**{name: after[name] - before[name] for name in before})
     return Together(len(given), [s.stamps[0] - began for s in samplers], end - start, gaps, done)
 
 

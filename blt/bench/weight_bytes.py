@@ -122,7 +122,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"wire type {kind}")
         length, at = _varint(view, at) if kind == 2 else (8 if kind == 1 else 4, at)
         if at + length > len(view):
-            raise IndexError("a field that goes on behind its message")
+            raise IndexError("a field that continues after its message")
         yield key >> 3, view[at : at + length]
         at += length
 

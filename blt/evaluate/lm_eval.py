@@ -64,7 +64,7 @@ class ByteModel(LM):  # type: ignore[misc, unused-ignore]
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Natural logarithm of p(text) behind BOS; a text that is too long in windows, each byte predicted once."""
+        """Natural logarithm of p(text) after BOS. A long text is read in windows; each byte is predicted once."""
         found = []
         for (text,) in self._arguments(requests, disable_tqdm):
             found.append(-score(self.opened.scorer, _bytes(text)).bits * math.log(2))
@@ -72,7 +72,7 @@ class ByteModel(LM):  # type: ignore[misc, unused-ignore]
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text behind each context, up to a stop string, EOS or `max_gen_toks` tokens of BYTES_PER_TOKEN bytes.
+        """Text after each context, up to a stop string, EOS or `max_gen_toks` tokens of BYTES_PER_TOKEN bytes.
 
         Greedy unless the task says `do_sample` with a temperature. What is no UTF-8 becomes U+FFFD.
         """
@@ -96,9 +96,9 @@ def _bytes(text: str) -> bytes:
 
 
 def score(scorer: Scorer, text: bytes, prompt: bytes = b"") -> Scored:
-    """`text` behind as much of the end of `prompt` as the model holds.
+    """`text` after as much of the end of `prompt` as the model holds.
 
-    Text that is too long by itself is cut into windows: each byte is predicted once, and the last window is filled up
+    Text that is too long alone is cut into windows: each byte is predicted once, and the last window is filled up
     with the bytes before it.
     """
     whole, room = prompt + text, scorer.capacity or len(prompt + text)
@@ -113,8 +113,9 @@ def score(scorer: Scorer, text: bytes, prompt: bytes = b"") -> Scored:
 
 
 def generate(model: Model, context: bytes, options: Mapping[str, Any], seed: int) -> bytes:
-    """What the model writes behind `context`, of which it keeps the newest half where it is full; `options` are the
-    harness's (`until`, `max_gen_toks`, ...)."""
+    """The text that the model generates after `context`. A full model keeps the newest half of it.
+
+    options: those of the harness (`until`, `max_gen_toks`, ...)."""
     until = options.get("until") or []
     most = BYTES_PER_TOKEN * int(options.get("max_gen_toks") or MAX_GEN_TOKS)
     stream = model.stream(overflow="slide")

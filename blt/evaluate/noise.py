@@ -1,4 +1,4 @@
-"""The paper's noise recipes (section 6.1), measured on likelihood: bits per byte with noise in the prompt or behind it.
+"""The paper's noise recipes (section 6.1), measured on likelihood: bits per byte with noise in the prompt or after it.
 
 The recipes work on characters. Bytes that are no UTF-8 pass through each recipe as one character each that has no
 case. A recipe is a function of the text and a random generator, so the same seed gives the same noise.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from blt_runtime.errors import UsageError
 
-Bits = Callable[[bytes, bytes], float]  # of a text, behind a prompt
+Bits = Callable[[bytes, bytes], float]  # of a text, after a prompt
 Recipe = Callable[[str, random.Random], str]
 
 DROPPED, REPEATED, MOST_COPIES = 0.10, 0.20, 4
@@ -147,7 +147,7 @@ class Line:
 def measure(bits: Bits, chosen: Sequence[Pair], seed: int, done: Callable[[], None] = lambda: None) -> list[Line]:
     """The completions' bits without noise (recipe "clean"), then under each recipe with noise at each of WHERE.
 
-    `done` is called behind each pair.
+    `done` is called after each pair.
     """
     clean = Line("clean", "")
     lines = {(recipe, where): Line(recipe, where) for recipe in RECIPES for where in WHERE}

@@ -91,7 +91,7 @@ class ByteRows(Scorer):
 
 @dataclass(frozen=True)
 class TokenRows(Scorer):
-    """A token-level model. No token reaches from a prompt into the text behind it, and the bits are those of the text's
+    """A token-level model. No token reaches from a prompt into the text after it, and the bits are those of the text's
     own tokenisation: a lower bound of the model's probability, which would sum over all of them."""
 
     model: EntropyModel

@@ -1,7 +1,7 @@
 """Bits that a model gives a text: one interface for every kind of model.
 
-A text stands behind BOS and maybe a prompt; bits are those of its bytes, and of an EOS behind them if asked for. Here
-is the interface and what runs on streams (bundles, cached PyTorch); whole rows on PyTorch are in `blt.evaluate.rows`.
+A text follows BOS and maybe a prompt. Its bits are those of its bytes and, on request, of a final EOS. This module
+has the interface and the scorer of streams (bundles, cached PyTorch). `blt.evaluate.rows` scores whole rows.
 
 Letters: N ids, V vocabulary.
 """
@@ -46,7 +46,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
-        """Bits and units of `text` behind BOS and `prompt`; with `eos` the end of the document is predicted, too."""
+        """Bits and units of `text` after BOS and `prompt`; with `eos` the end of the document is predicted, too."""
 
     def bits(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> float:
         """-log2 p(`text` | `prompt`)."""

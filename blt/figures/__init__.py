@@ -1,1 +1,1 @@
-"""Figures of the command line: PNG by matplotlib, or HTML of its own; one module each, what they share in `page`."""
+"""Figures of the command line: PNG or HTML, one module per figure; `page` holds the shared parts."""

@@ -32,7 +32,7 @@ class Run:
     valid: Sequence[Record]
 
     def points(self, y: str, x: str, least_bytes: float = 0) -> list[tuple[float, float]]:
-        """(x, y) of every record behind `least_bytes` bytes that has both, as numbers above 0 (for log axes)."""
+        """(x, y) of every record after `least_bytes` bytes that has both, as numbers above 0 (for log axes)."""
         records = self.valid if y.startswith("valid") else self.train
         late = (record for record in records if record.get("bytes", math.inf) >= least_bytes)
         pairs = ((_number(record.get(x)), _number(record.get(y))) for record in late)
