@@ -49,4 +49,6 @@ def _why_not(place: Path) -> str:
     inside = {path.parent.name for name in (native.MODEL_FILE, facebook.PARAMS) for path in place.glob(f"*/{name}")}
     if inside:
         return f"it is a folder that contains {', '.join(sorted(inside))}; give one of them"
-    return "a folder needs model.pt, params.json (facebookresearch/blt) or config.json (hub)"
+    return (
+        "a folder needs model.pt, params.json (facebookresearch/blt), config.json (hub) or, if a bundle, manifest.json"
+    )

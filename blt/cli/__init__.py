@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -97,10 +98,11 @@ def run(argv: Sequence[str] | None = None) -> int:
             args=None if argv is None else list(argv), prog_name="blt", standalone_mode=False
         )
         sys.stdout.flush()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else failures.FAILED
     except BaseException as error:
-        return failures.report(error)
+        found = failures.original(error)
+        if isinstance(found, SystemExit):
+            return found.code if isinstance(found.code, int) else failures.FAILED
+        return failures.report(found)
     return result if isinstance(result, int) else failures.OK
 
 
@@ -111,7 +113,12 @@ def _terminate(number: int, _: object) -> None:
 def main() -> None:
     """Entry point of the script `blt`."""
     signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C does: half-written files are removed before the process ends
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as in `>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  open until the process ends
     code = run()
-    if code == failures.BROKEN_PIPE:  # keep the interpreter from flushing into the closed pipe once more
+    try:
+        sys.stdout.flush()
+    except OSError:  # keep the interpreter from flushing into a closed pipe or a full disk once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

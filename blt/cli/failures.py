@@ -1,10 +1,12 @@
 """Turns an exception into one line on stderr and an exit code.
 
-0 done; 1 failed while running; 2 usage; 3 a check failed; 4 a backend, device or extra is missing; 130 Ctrl-C.
+0 done; 1 failed while running; 2 usage; 3 a check failed; 4 a backend, device or extra is missing; 130 Ctrl-C; 141 a
+closed pipe.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 
@@ -32,6 +34,19 @@ EXTRAS = {
     "torch": "train",
     "zstandard": "train",
 }
+
+
+def original(error: BaseException) -> BaseException:
+    """The error that typer or rich turned into an exit of its own; any other error unchanged.
+
+    Both libraries exit with 1 if stdout is a closed pipe, and typer reports an EOFError as an interruption.
+    """
+    exits = isinstance(error, SystemExit) or type(error).__name__ == "Abort"
+    while exits and (handled := error.__context__) is not None:
+        if isinstance(handled, BrokenPipeError | EOFError):
+            return handled
+        error = handled
+    return error
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -83,5 +98,6 @@ def report(error: BaseException) -> int:
     if verbose():
         traceback.print_exception(error, file=sys.stderr)
     if line:
-        print(f"blt: error: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # of stderr: the exit code is all that is left to give
+            print(f"blt: error: {line}", file=sys.stderr, flush=True)
     return code

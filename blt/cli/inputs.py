@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from blt_runtime.errors import InputError, UsageError
 
+MODEL_FILES = ("manifest.json", "model.pt", "params.json", "config.json")
+"""One of them is in every folder that holds a model; `blt.checkpoint.formats` looks into them."""
+
 
 def text_bytes(text: str) -> bytes:
     """The bytes of a command-line argument; `-` is standard input. Bytes need not be valid UTF-8."""
@@ -56,7 +59,20 @@ def existing_model(path: Path) -> Path:
             raise UsageError(f"{path} is a data folder for training; give model.pt, a run folder or a bundle")
     elif (path / "checkpoints").is_dir() and not (path / "model.pt").exists():
         raise UsageError(f"{path} is an unfinished run: the same `blt train` command finishes it")
+    elif path.is_dir() and not any((path / name).is_file() for name in MODEL_FILES):
+        raise UsageError(f"{path} holds no model: {_why_no_model(path)}")
     return path
+
+
+def _why_no_model(folder: Path) -> str:
+    inside = sorted({file.parent.name for name in MODEL_FILES for file in folder.glob(f"*/{name}")})
+    if inside:
+        more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
+        return f"it contains the folders {', '.join(inside[:5])}{more}; give one of them"
+    return (
+        "a bundle has manifest.json, a run folder model.pt, a folder in the facebook format params.json or "
+        "config.json, a Hugging Face folder config.json"
+    )
 
 
 def is_bundle(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
     BltError                   exit code 1
     ├── UsageError             2   bad arguments, wrong order of calls, two threads on one stream
-    ├── InputError             1   prompt, text or data that cannot be used
+    ├── InputError             2   prompt, text or data that cannot be used
     ├── ConfigError            2   unknown or misspelt key, sizes that do not divide
     │   └── RuleError          2   a patch rule that contradicts itself
     ├── CheckpointError        1   not a checkpoint, truncated, foreign content
@@ -47,6 +47,8 @@ class UsageError(BltError):
 
 class InputError(BltError):
     """A prompt, text or data file that cannot be used."""
+
+    exit_code = 2
 
 
 class ConfigError(BltError):

@@ -59,7 +59,7 @@ def test_wrong_corpora(blt: Call, tmp_path: Path, words: list[str], message: str
 
 def test_missing_packages_are_named(blt: Call, tmp_path: Path) -> None:
     found = blt("data", "corpus", "base", "--debs", tmp_path, "-o", tmp_path / "data")
-    assert found.code == 1
+    assert found.code == 2
     assert f"{tmp_path}: 49 of 49 packages are missing" in found.err
     assert "apt-get download anarchism=15.3-3 " in found.err
 
@@ -75,5 +75,5 @@ def test_a_changed_shard_stops_training_and_evaluation(blt: Call, tmp_path: Path
     trained = blt("train", "entropy", "-c", config, "--data", data, "-o", tmp_path / "run")
     evaluated = blt("eval", Path(__file__).resolve().parents[2] / "configs" / "demo" / "model.pt", data)
     for result, split in ((trained, "train"), (evaluated, "test")):
-        assert (result.code, result.out) == (1, b"")
+        assert (result.code, result.out) == (2, b"")
         assert f"{split}-00000.bin has changed since it was prepared; run `blt data prepare` again" in result.err

@@ -133,9 +133,9 @@ def test_labels_tell_paths_apart(tmp_path: Path) -> None:
 
 
 ERRORS = [
-    (["{tmp}/none"], 1, "metrics.jsonl"),
-    (["{tmp}/empty"], 1, "no records"),
-    (["{tmp}/broken"], 1, "line 1"),
+    (["{tmp}/none"], 2, "metrics.jsonl"),
+    (["{tmp}/empty"], 2, "no records"),
+    (["{tmp}/broken"], 2, "line 1"),
     (["{tmp}/a", "-o", "x.gif"], 2, ".png or .html"),
     (["{tmp}/a", "-o", "{tmp}/no/x.html"], 2, "does not exist"),
     (["{tmp}/a", "--against", "tea"], 2, "choose from bytes"),

@@ -102,7 +102,7 @@ ERRORS = [
     (["{byte}"], 2, "name DATA"),
     (["{byte}", "{text}", "--suite", "all", "--by", "group"], 2, "--by has no effect with --suite"),
     (["{byte}", "{text}", "--suite", "all", "--fail-above", "0"], 2, "--fail-above has no effect"),
-    (["{byte}", "{short}", "--suite", "noise"], 1, "needs longer text"),
+    (["{byte}", "{short}", "--suite", "noise"], 2, "needs longer text"),
     (["{nineteen}", "{text}", "--suite", "noise"], 2, "reads 19 bytes at once, the noise suite needs 20"),
     (["{hundred}", "--suite", "characters"], 2, "reads 100 bytes at once, questions about characters have"),
 ]

@@ -112,7 +112,7 @@ def test_data_info_verify(blt: Call, data: Path) -> None:
     shard.write_bytes(shard.read_bytes()[::-1])
     assert blt("data", "info", data).code == 0
     result = blt("data", "info", data, "--verify")
-    assert result.code == 1
+    assert result.code == 2
     assert "has changed" in result.err
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from blt.cli import console, figures, inputs, models, options
 from blt.cli.bundle_tables import precision_text
-from blt_runtime.errors import InputError
+from blt_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from blt.bench import Latency, Weights
@@ -144,6 +144,8 @@ def read_text(path: Path | None, size: int) -> bytes:
 
     if path is None:
         return bench_text(size)
+    if not path.is_file():
+        raise UsageError(f"--text {path}: no such file")
     with path.open("rb") as file:
         return file.read(size)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.spec import GraphSpec, row_spec
-from ..errors import BackendError, MissingExtra, UsageError
+from ..errors import BackendError, BundleError, MissingExtra, UsageError
 from .protocol import Buffer, Call, HostBuffer
 
 CPU = "CPUExecutionProvider"
@@ -49,6 +49,10 @@ OPEN_AT_ONCE = 2
 first accesses to pages, the rest reading and packing. The latent graph is three quarters of it."""
 ROWS_MINIMUM = "1.32"
 """The first onnxruntime whose GroupQueryAttention takes rows of different lengths in one call (query_seqlens)."""
+
+
+_BUILD_LACKS = ("NotImplemented", "EPFail")
+"""onnxruntime's errors for an operator or a provider that its build lacks."""
 
 
 class OnnxBackend:
@@ -119,7 +123,7 @@ class OnnxBackend:
         try:
             session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # onnxruntime's own classes share no public base
-            raise _failure(f"onnxruntime cannot load {path.name}", error) from error
+            raise _load_failure(path, error) from error
         if session.get_providers()[0] != self._providers[0]:
             raise BackendError(
                 f"{self._providers[0]} did not load for {path.name}: only {session.get_providers()[0]} did"
@@ -172,7 +176,7 @@ class OnnxSession:
             (self._outputs, spec.outputs, "outputs"),
         ):
             if set(found) != {t.name for t in listed}:
-                raise BackendError(f"graph {spec.name!r} has other {kind} than the manifest lists")
+                raise BundleError(f"graph {spec.name!r} has other {kind} than the manifest lists: export again")
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Call:
         """A call on exactly these buffers, by address; it keeps them alive."""
@@ -208,6 +212,15 @@ def _weight_bytes(bundle: Bundle) -> int:
     """Bytes of all files but the hash tables, which no session reads."""
     tables = bundle.manifest.hash_tables
     return sum(e.bytes for name, e in bundle.manifest.files.items() if tables is None or name != tables.file)
+
+
+def _load_failure(path: Path, error: Exception) -> Exception:
+    """A BundleError for a graph that onnxruntime rejects; a BackendError for one that this build cannot run."""
+    what = f"onnxruntime cannot load {path.name}"
+    found = _failure(what, error)
+    if isinstance(found, MemoryError) or type(error).__name__ in _BUILD_LACKS:
+        return found
+    return BundleError(f"{what} in {path.parent}: copy or export the bundle again ({_first_line(error)})")
 
 
 def _failure(what: str, error: Exception) -> Exception:
