@@ -248,7 +248,8 @@ class Stream:
 
         patch_lengths: [P] in place of the patch rule's, the first 1, the sum N + 1.
 
-        Raises InputError for bad ids or patch lengths, and CapacityError if they do not fit.
+        Raises InputError for bad ids or patch lengths, and CapacityError if the ids do not fit (nothing changed) or
+        need too many patches (the stream is reset).
         """
         ids_N = checked_ids(ids, self.spec.vocab_size)
         if not len(ids_N):
@@ -256,11 +257,14 @@ class Stream:
         closes_N = None if patch_lengths is None else checked_closes(patch_lengths, len(ids_N))
         if closes_N is None and self.spec.patch_rule.scheme == "bpe":  # a delimiter at the end closes no patch
             closes_N = closes_from_lengths(rule_lengths(self.spec.patch_rule, ids_N))
-        logits_NV = np.empty((len(ids_N), self.spec.vocab_size), dtype=np.float32)
+        if len(ids_N) > self.spec.capacity_bytes:
+            raise CapacityError(
+                f"{len(ids_N)} ids exceed the capacity of {self.spec.capacity_bytes}: export with a larger --capacity"
+            )
         with self._exclusive(repair=True):
+            logits_NV = np.empty((len(ids_N), self.spec.vocab_size), dtype=np.float32)
             self._memory.clear()
             try:
-                self._memory.check_room(len(ids_N))
                 with_entropy = "entropy" in self.spec.graphs
                 self._prefill.run(ids_N, with_entropy=with_entropy, closes_N=closes_N, logits_NV=logits_NV)
                 entropies_N = self._memory.entropies.array[0, : len(ids_N)].copy()
@@ -318,21 +322,16 @@ class Stream:
     def _append(self, ids_N: Ids, cancelled: Cancel | None) -> None:
         """Reads ids [N], all or nothing."""
         before, end = self._memory.position, self._memory.position + len(ids_N)
-        begun = False
         try:
             self._memory.check_room(len(ids_N))
-            begun = True
             self._read(ids_N, cancelled)
         except CapacityError:
-            if self._slides:
-                return self._slide(ids_N, cancelled)
-            if begun and self._with_entropy:  # the entropy model has read further
-                self._return_to(before, end)
-            raise
+            if not self._slides:
+                raise
+            self._slide(ids_N, cancelled)
         except Cancelled:
             self._return_to(before, end)
             raise
-        return None
 
     def _read(self, ids_N: Ids, cancelled: Cancel | None = None) -> None:
         """Reads ids [N] for which there is room. Raises CapacityError or Cancelled as `Prefill.run` does."""
@@ -341,14 +340,19 @@ class Stream:
                 raise Cancelled("the text was not read: its caller cancelled it")
             return self._step(int(ids_N[0]))
         if len(ids_N):
-            last_V = self._prefill.run(ids_N, with_entropy=self._with_entropy, cancelled=cancelled)
-            self._calls.logits_V[:] = last_V
-            self._calls.read_patches()
+            self._read_all(ids_N, cancelled)
         return None
+
+    def _read_all(self, ids_N: Ids, cancelled: Cancel | None = None, closes_N: Array | None = None) -> None:
+        """Reads ids [N] in chunks. closes_N: where patches end, in place of the patch rule's."""
+        run = self._prefill.run
+        self._calls.logits_V[:] = run(ids_N, with_entropy=self._with_entropy, closes_N=closes_N, cancelled=cancelled)
+        self._calls.read_patches()
 
     def _slide(self, ids_N: Ids, cancelled: Cancel | None = None) -> None:
         """Begins again with the newest half of the text that ids [N] would overflow, those ids included."""
         held_N, forgotten = self._memory.ids_N.copy(), self._forgotten
+        closes_N = closes_from_lengths(self.patch_lengths)
         begun = int(self._bos and held_N[:1].tolist() == [BOS])
         text_N = np.concatenate([held_N[begun:], ids_N])
         total = forgotten + len(text_N)
@@ -363,7 +367,7 @@ class Stream:
                 continue
             except Cancelled:
                 self._clear()
-                self._read(held_N)
+                self._read_all(held_N, closes_N=closes_N)
                 self._forgotten = forgotten
                 raise
         self._forgotten = total - len(text_N)
@@ -371,11 +375,15 @@ class Stream:
     def _return_to(self, tokens: int, entropy_end: int | None = None) -> None:
         """Restores the state after the first `tokens` tokens."""
         memory = self._memory
-        ids_N = memory.ids_N[:tokens].copy()
+        ids_N, closes_N = memory.ids_N[:tokens].copy(), closes_from_lengths(self.patch_lengths)[:tokens]
         if not memory.roll_back(tokens, entropy_end) or tokens == 0:
             memory.clear()
         self._calls.read_patches()
-        self._read(ids_N[memory.position :])
+        start = memory.position
+        try:
+            self._read(ids_N[start:])
+        except CapacityError:  # an entropy next to the threshold, computed in another call, closes one patch more
+            self._read_all(ids_N[start:], closes_N=closes_N[start:])
 
     @contextmanager
     def _exclusive(self, repair: bool = False, changes: bool = True) -> Iterator[None]:

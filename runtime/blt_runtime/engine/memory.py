@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -178,14 +178,14 @@ class Memory:
         return self.ids.array[0, start : end + self.pad]
 
     def check_room(self, tokens: int) -> None:
-        """Raises CapacityError if `tokens` more do not fit, or if no patch is left."""
+        """Raises CapacityError if `tokens` more do not fit. Patches count when they close (`check_patches`): the open
+        one after the last patch of the capacity may still grow."""
         spec = self.spec
         if self.position + tokens > spec.capacity_bytes:
             raise CapacityError(
                 f"{self.position} + {tokens} tokens exceed the capacity of {spec.capacity_bytes}: "
                 "export with a larger --capacity, or reset the stream"
             )
-        self.check_patches(self.patches + 1 if tokens else 0)
 
     def check_patches(self, patches: int) -> None:
         """Raises CapacityError if the latent transformer cannot hold that many patches."""
@@ -194,6 +194,18 @@ class Memory:
                 f"the text needs more than the capacity of {self.spec.capacity_patches} patches: "
                 "export with a larger --capacity, or reset the stream"
             )
+
+    def keep_entropy(self) -> Callable[[], None]:
+        """Copies the entropy model's caches, and returns the function that puts the copies back. The entropy model has
+        to read a text before it is known whether its patches fit; a refused text must leave no trace."""
+        caches = [buffer.array for buffer in self.graphs["entropy"].caches().values()]
+        kept = [array.copy() for array in caches]
+
+        def put_back() -> None:
+            for array, before in zip(caches, kept, strict=True):
+                array[...] = before
+
+        return put_back
 
     def place(self, ids_N: Ids, start: int | None = None) -> None:
         """Writes ids and their documents from `start` (default: `position`) on. `position` does not change."""

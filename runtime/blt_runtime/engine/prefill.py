@@ -1,8 +1,9 @@
 """Prefill: many tokens at once, with the same four graphs as a step, in chunks.
 
-First the entropy graph runs over all new tokens. That gives the number of patches, which is refused if it does not fit,
-before anything else changes. Then each chunk runs through the encoder, the latent transformer (over the patches that
-the chunk completes) and the decoder. Each graph's calls are cut where its own cache or documents require it.
+First the entropy graph runs over all new tokens. That gives the number of patches. If they do not fit, the entropy
+model's caches are put back, and nothing has changed. Then each chunk runs through the encoder, the latent transformer
+(over the patches that the chunk completes) and the decoder. Each graph's calls are cut where its own cache or documents
+require it.
 
 Letters: S tokens of a chunk, P patches that it completes, L bytes of the longest, W patches that a byte reads.
 """
@@ -15,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from ..backends.protocol import Array, Buffer
-from ..errors import Cancelled
+from ..errors import Cancelled, CapacityError
 from ..ids import Ids
 from ..patching import PatchState
 from .caches import calls
@@ -59,16 +60,23 @@ class Prefill:
         with_entropy: run the entropy model. closes_N: replaces the patch rule. logits_NV: receives all logits.
         cancelled: called before every chunk.
 
-        Raises CapacityError with the memory unchanged but for the entropy cache, and Cancelled with only some of the
-        ids read. In both cases `Memory.roll_back` restores a consistent state.
+        Raises CapacityError with the memory unchanged, and Cancelled with only some of the ids read:
+        `Memory.roll_back` then restores a consistent state.
         """
         memory = self._memory
         start, end = memory.position, memory.position + len(ids_N)
         memory.place(ids_N)
+        may_be_refused = memory.patches + len(ids_N) > memory.spec.capacity_patches
+        put_back = memory.keep_entropy() if with_entropy and may_be_refused else None
         if with_entropy:
             self._run_entropy(start, end, cancelled)
         rule, closes_N, marks = self._find_patches(ids_N, closes_N)
-        memory.check_patches(memory.patches + int(closes_N.sum()))
+        try:
+            memory.check_patches(memory.patches + int(closes_N.sum()))
+        except CapacityError:
+            if put_back is not None:
+                put_back()
+            raise
         first = memory.patches
         chunk_SV = np.empty((min(memory.spec.chunk, end - start), memory.spec.vocab_size), dtype=np.float32)
         while memory.position < end:

@@ -19,6 +19,7 @@ class StepCalls:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._with_entropy = memory.spec.patch_rule.needs_entropy
+        self._capacity_patches = memory.spec.capacity_patches
         self._graphs = graphs = Graphs(memory, 1, kept=True)
         self._id, self._position, self._document = graphs.ids_S, graphs.position_S, graphs.document_S
         self._state, self._patch_row_W = graphs.states_SXD[0], graphs.patch_row_SW[0]
@@ -31,9 +32,12 @@ class StepCalls:
             self._entropy_document, self._entropy_value = graphs.entropy_document_S, graphs.entropy_S
 
     def read(self, id: int) -> None:
-        """Reads one token and computes everything that the next byte depends on. Raises CapacityError."""
+        """Reads one token and computes everything that the next byte depends on. Raises CapacityError (nothing
+        changed)."""
         memory = self._memory
         memory.check_room(1)
+        if memory.patches == self._capacity_patches:
+            self._check_last_patch(id)
         t = memory.position
         self.set_token(id, t)
         entropy = 0.0
@@ -49,6 +53,18 @@ class StepCalls:
             self._graphs.latent(memory.patches - 1, memory.patches)
             self.read_patches()
         self.decoder()
+
+    def _check_last_patch(self, id: int) -> None:
+        """The capacity in patches is used up: raises CapacityError if the token would close the open patch."""
+        memory, entropy = self._memory, 0.0
+        if self._with_entropy:
+            put_back = memory.keep_entropy()
+            self.set_token(id, memory.position)
+            self.entropy()
+            entropy = self._entropy_value.item()
+            put_back()
+        if memory.rule.copy().closes(id, entropy):
+            memory.check_patches(memory.patches + 1)
 
     def set_token(self, id: int, t: int) -> None:
         """Places id at position t: sets the one-token inputs, the history, and the documents of position t + 1."""

@@ -159,6 +159,8 @@ class Speculation:
     def _round(self, id: int, t: int) -> None:
         """Reads `id` as a plain step does, and drafts of the ids after it in the same calls."""
         self._start = self._end = t
+        if self._memory.patches == self._memory.spec.capacity_patches:
+            return self._step(id)  # refuses a token that closes one patch more
         self._steps.set_token(id, t)
         limit = max(0, self._draft_limit(t))
         proposed = self._drafter.propose(self._ids_before(t + 1), limit)
