@@ -9,7 +9,6 @@ hash_tables.npy                    [tables * rows, stored width], written a bloc
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from blt import files
 from blt.checkpoint.tensors import StoredTensor, cast, raw_bytes
 from blt_runtime.bundle import manifest as manifests
-from blt_runtime.bundle.bundle import entry_of
+from blt_runtime.bundle.bundle import entry_of, is_bundle
 from blt_runtime.bundle.manifest import FileEntry
 from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype, stored_width
@@ -37,25 +36,18 @@ def check_target(out: Path, force: bool) -> None:
     """Raises UsageError if `out` holds something that must not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not _is_bundle(out):
+    if not is_bundle(out):
         raise UsageError(f"{out} exists and is not a bundle; give a new folder")
     if not force:
         raise UsageError(f"{out} holds a bundle already; give another folder, or --force to replace it")
 
 
-def _is_bundle(folder: Path) -> bool:
-    """A manifest.json alone is no proof: data folders have one too."""
-    try:
-        return bool(json.loads((folder / manifests.FILE_NAME).read_text())["format"] == manifests.FORMAT)
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
 @contextlib.contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends, and is removed if the block raises.
+    """A folder next to `out` that becomes `out` when the block ends, and is removed if the block raises.
 
-    Raises UsageError if `out` holds something that must not be replaced.
+    An older bundle is replaced with everything in its folder. Raises UsageError if `out` holds something that must not
+    be replaced.
     """
     check_target(out, force)
     with files.staged(out) as work:

@@ -1,9 +1,11 @@
-"""A bundle on disk: a folder that describes itself. Opening it rejects every file that the manifest does not
-list.
+"""A bundle on disk: a folder that describes itself. Only the files that the manifest lists are read.
 
-Every file must be a plain file in the folder (no link) of the listed size; sha256 is checked for small
-bundles and small files by default, and for everything with verify="full". No pickle is read and no path
-leaves the folder.
+Every listed file must be a plain file in the folder, of the listed size. sha256 is checked for small bundles and small
+files by default, and for everything with verify="full". No pickle is read, and no path leaves the folder. Other entries
+of the folder (a README, `.gitattributes`, what a desktop leaves) are ignored.
+
+Links are refused, with one exception: the Hugging Face cache stores a repository as `snapshots/REV/NAME`, a link to a
+plain file in `blobs` of the same repository.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import mmap
+import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ Verify = Literal["auto", "full", "sizes"]
 HASH_WHOLE_BUNDLE = 1 << 30
 HASH_FILE = 16 << 20
 HASH_AT_ONCE = 2
+_LINK = "{} in {} is a link out of the bundle: replace it by the file (cp -rL copies a folder without links)"
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class Bundle:
         if not folder.is_dir():
             reason = "it is a file, not a folder" if folder.exists() else "there is no such folder"
             raise BundleError(f"{folder} is not a bundle: {reason}")
-        if not (folder / manifests.FILE_NAME).is_file():
+        if not os.path.lexists(folder / manifests.FILE_NAME):
             raise BundleError(f"{folder} is not a bundle: it has no {manifests.FILE_NAME}")
+        check_plain(folder / manifests.FILE_NAME)
         bundle = cls(folder, manifests.read(folder / manifests.FILE_NAME))
         bundle._verify(verify)
         bundle.hash_tables()  # reads the header only, to find a table of another shape or type now
@@ -101,10 +106,8 @@ class Bundle:
     def _verify(self, verify: Verify) -> None:
         entries = self.manifest.files
         for path in self.path.iterdir():
-            if path.is_symlink():  # also an unlisted one: a graph may name it as its external data
-                raise BundleError(f"{path.name} in {self.path} is a link, which a bundle must not hold")
-            if path.name not in entries and path.name != manifests.FILE_NAME:
-                raise BundleError(f"{path.name} in {self.path} is not listed in the manifest: remove it")
+            if path.is_symlink() and not in_hub_cache(path):  # also an unlisted one: a graph may name it
+                raise BundleError(_LINK.format(path.name, self.path))
         for name, entry in entries.items():
             _check_file(self.path / name, entry)
         if verify == "sizes":
@@ -122,13 +125,43 @@ def entry_of(path: Path) -> FileEntry:
     return FileEntry(path.stat().st_size, _sha256(path))
 
 
-def _check_file(path: Path, entry: FileEntry) -> None:
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder's manifest.json is a bundle's; other folders of the project have a manifest.json too."""
+    try:
+        check_plain(folder / manifests.FILE_NAME)
+        return manifests.is_bundle_manifest(folder / manifests.FILE_NAME)
+    except BundleError:
+        return False
+
+
+def in_hub_cache(link: Path) -> bool:
+    """Whether a link is one of the Hugging Face cache: from REPOSITORY/snapshots/REV/... to a plain file in
+    REPOSITORY/blobs."""
+    try:
+        folder, target = link.parent.resolve(), Path(os.path.normpath(link.parent.resolve() / link.readlink()))
+        blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+        return target.parent in blobs and target.resolve() == target and target.is_file()
+    except (OSError, RuntimeError, ValueError):  # gone, a circle of links, a name that no file can have
+        return False
+
+
+def check_plain(path: Path) -> os.stat_result:
+    """Size and times of a bundle's file. Raises BundleError unless it is a plain file or a link in a hub cache."""
     try:
         info = path.lstat()
+        if stat.S_ISLNK(info.st_mode):
+            if not in_hub_cache(path):
+                raise BundleError(_LINK.format(path.name, path.parent))
+            info = path.stat()
     except OSError as error:
         raise BundleError(f"{path.name} is missing in {path.parent}: copy or export the bundle again") from error
     if not stat.S_ISREG(info.st_mode):
         raise BundleError(f"{path.name} in {path.parent} is not a plain file")
+    return info
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    info = check_plain(path)
     if info.st_size != entry.bytes:
         raise BundleError(
             f"{path.name} has {info.st_size} bytes instead of {entry.bytes}: copy or export the bundle again"

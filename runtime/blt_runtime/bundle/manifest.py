@@ -172,6 +172,15 @@ def read(path: Path) -> Manifest:
         raise ManifestError(f"{path} is not valid JSON: export the bundle again") from error
 
 
+def is_bundle_manifest(path: Path) -> bool:
+    """Whether a file is JSON of this format, of any version and with any content."""
+    try:
+        data = json.loads(path.read_bytes()) if path.stat().st_size <= LARGEST else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
 def write(path: Path, manifest: Manifest) -> None:
     """Writes atomically: a reader finds the old file or the new one."""
     manifest.check()

@@ -13,6 +13,7 @@ import pytest
 
 from blt_runtime import Bundle, Model
 from blt_runtime.backends.null import null_spec
+from blt_runtime.bundle.bundle import is_bundle
 from blt_runtime.bundle.manifest import Manifest
 from blt_runtime.errors import BundleError, ManifestError, UsageError, VersionError
 from blt_runtime.hashing import TableDtype
@@ -74,6 +75,25 @@ def link(folder: Path) -> None:
     (folder.parent / "elsewhere").write_bytes((folder / "latent.onnx").read_bytes())
     (folder / "latent.onnx").unlink()
     (folder / "latent.onnx").symlink_to("../elsewhere")
+
+
+def link_blobs(blobs: str) -> Callable[[Path], None]:
+    """A link that is almost one of a hub cache: to `blobs` next to the folder."""
+
+    def damage(folder: Path) -> None:
+        link(folder)
+        (folder / "latent.onnx").unlink()
+        target = folder.parent / blobs / "hash"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder.parent / "elsewhere").rename(target)
+        (folder / "latent.onnx").symlink_to(target)
+
+    return damage
+
+
+def link_manifest(folder: Path) -> None:
+    (folder / "manifest.json").rename(folder.parent / "elsewhere")
+    (folder / "manifest.json").symlink_to("../elsewhere")
 
 
 def truncate(folder: Path) -> None:
@@ -142,7 +162,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "changed file": (replace("decoder.onnx", b"graph decodeR"), BundleError, "decoder.onnx was changed"),
     "truncated file": (truncate, BundleError, "3 bytes instead of"),
     "link": (link, BundleError, "is a link"),
-    "file beside": (lambda f: (f / "weights").write_bytes(b"x"), BundleError, "is not listed in the manifest"),
+    "link to blobs of no cache": (link_blobs("blobs"), BundleError, "is a link"),
+    "link of the manifest": (link_manifest, BundleError, "manifest.json in"),
     "unlisted link": (
         lambda f: (f / "weights").symlink_to("/etc/passwd"),
         BundleError,
@@ -225,6 +246,62 @@ def test_damage_is_one_quick_line(folder: Path, kind: str) -> None:
     assert time.thread_time() - start < 1
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def hub_cache(folder: Path, inside: str = "") -> Path:
+    """The bundle as the Hugging Face cache stores it: every file is a link into `blobs`. Returns the snapshot."""
+    repository = folder.parent / "models--a--b"
+    snapshot = repository / "snapshots" / "rev" / inside
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        blob = path.rename(repository / "blobs" / f"{number:040x}")
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+@pytest.mark.parametrize("inside", ["", "bundles/small"])
+def test_a_bundle_in_a_hub_cache_opens(folder: Path, inside: str) -> None:
+    snapshot = hub_cache(folder, inside)
+    assert is_bundle(snapshot)
+    assert Model.open(snapshot, backend="null", verify="full").stream().position == 1
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../blobs/../outside", "../../blobs/link", "../../blobs/folder"])
+def test_other_links_in_a_hub_cache_are_refused(folder: Path, target: str) -> None:
+    snapshot = hub_cache(folder)
+    blobs = snapshot.parent.parent / "blobs"
+    (blobs.parent / "outside").write_text("x")
+    (blobs / "link").symlink_to("/etc/passwd")
+    (blobs / "folder").mkdir()
+    (snapshot / "extra").symlink_to(target)
+    with pytest.raises(BundleError, match="extra in .* is a link"):
+        Bundle.open(snapshot)
+
+
+def test_a_blobs_folder_that_is_a_link_is_refused(folder: Path) -> None:
+    snapshot = hub_cache(folder)
+    repository = snapshot.parent.parent
+    (repository / "blobs").rename(folder.parent / "elsewhere")
+    (repository / "blobs").symlink_to(folder.parent / "elsewhere")
+    with pytest.raises(BundleError, match="is a link"):
+        Bundle.open(snapshot)
+
+
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes", ".DS_Store", "._latent.onnx", "Thumbs.db", ".nfs0001"])
+def test_files_that_the_manifest_does_not_list_are_ignored(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"x")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    assert Bundle.open(folder, verify="full")
+
+
+def test_a_manifest_tells_a_bundle_from_other_folders(folder: Path, tmp_path: Path) -> None:
+    assert is_bundle(folder)
+    edit(folder, version=99)
+    assert is_bundle(folder)
+    edit(folder, format="blt-data")
+    assert not is_bundle(folder)
+    assert not is_bundle(tmp_path)
 
 
 def test_no_folder(tmp_path: Path) -> None:
