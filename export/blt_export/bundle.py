@@ -18,7 +18,6 @@ import torch
 
 from blt import files
 from blt.checkpoint.tensors import StoredTensor, cast, raw_bytes
-from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import entry_of, is_bundle
 from blt_runtime.bundle.manifest import FileEntry
 from blt_runtime.errors import UsageError

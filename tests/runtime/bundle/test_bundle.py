@@ -275,7 +275,7 @@ def test_other_links_in_a_hub_cache_are_refused(folder: Path, target: str) -> No
     (blobs / "link").symlink_to("/etc/passwd")
     (blobs / "folder").mkdir()
     (snapshot / "extra").symlink_to(target)
-    with pytest.raises(BundleError, match="extra in .* is a link"):
+    with pytest.raises(BundleError, match=r"extra in .* is a link"):
         Bundle.open(snapshot)
 
 
