@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 
 from blt_export import ExportReport, pipeline
-from tests.export.variants import CAPACITY, CHUNK, Prepare
-from tests.tiny import tiny
+from blt_export.state import ExportState
+from tests import exports
+from tests.export.variants import Prepare
 
 
 @pytest.fixture(scope="session")
 def prepare() -> Prepare:
     """(variant, flavour) -> an export's state; the first export of a variant captures its graphs."""
-    captured: dict[str, dict[str, ir.Model]] = {}
 
-    def make(variant: str, flavour: str) -> pipeline.ExportState:
-        state = pipeline.prepare(tiny(variant), flavour, capacity=CAPACITY, chunk=CHUNK)
-        state.captured = captured.setdefault(variant, {})
-        return state
+    def make(variant: str, flavour: str) -> ExportState:
+        return exports.prepare(variant, flavour)
 
     return make
 

@@ -187,13 +187,16 @@ def test_hash_tables_are_written_block_by_block(tmp_path: Path, monkeypatch: pyt
 def test_tables_keep_the_dtype_of_the_checkpoint(dtype: torch.dtype, tmp_path: Path) -> None:
     """A bundle from half-precision weights holds the same numbers, not twice the bytes."""
     save(tmp_path / "model.pt", tiny(), dtype)
-    report = blt_export.export(tmp_path / "model.pt", tmp_path / "bundle")
+    state = pipeline.prepare(tmp_path / "model.pt", "ort")
+    report = pipeline.run(state, tmp_path / "bundle")
     kept = "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
     assert report.manifest.spec.hash is not None
     assert report.manifest.spec.hash.dtype == kept
     assert report.parity[0].output == "hash_embedding"
     assert report.parity[0].max_abs_error <= 1e-6
-    narrow = blt_export.export(tmp_path / "model.pt", tmp_path / "narrow", table_dtype="bfloat16")
+    other = pipeline.prepare(tmp_path / "model.pt", "ort", table_dtype="bfloat16")
+    other.captured = state.captured
+    narrow = pipeline.run(other, tmp_path / "narrow")
     tables = Bundle.open(tmp_path / "narrow").hash_tables()
     assert tables is not None
     assert tables.dtype == np.uint16

@@ -11,6 +11,7 @@ from blt.checkpoint.models import Checkpoint
 from blt.generate import reference
 from blt_export import pipeline
 from blt_runtime import Model
+from tests import exports
 from tests.tiny import hard_text, prompts, tiny
 
 VARIANTS = ("plain", "all_layers_gqa_projection", "cross_windows_own_heads_newlines", "no_hash_space_causal_latent")
@@ -47,13 +48,9 @@ def variant(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def models(variant: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """A model per flavour, both from one capture."""
-    folder, captured = tmp_path_factory.mktemp("bundles"), None
-    opened = {}
+    folder, opened = tmp_path_factory.mktemp("bundles"), {}
     for flavour in ("ort", "portable"):
-        state = pipeline.prepare(tiny(variant), flavour, capacity=600, chunk=32)
-        state.captured = captured or state.captured
-        captured = state.captured
-        opened[flavour] = Model.open(pipeline.run(state, folder / flavour).path)
+        opened[flavour] = Model.open(pipeline.run(exports.prepare(variant, flavour), folder / flavour).path)
     return opened
 
 

@@ -14,8 +14,9 @@ from blt_runtime.errors import BackendError
 from blt_runtime.ids import BOS, OFFSET
 from blt_runtime.scheduler import Scheduler
 from blt_runtime.stream import BYTES
+from tests import exports
 from tests.runtime.engine.batches import read_texts
-from tests.tiny import hard_text, runs_rows, tiny
+from tests.tiny import hard_text, runs_rows
 
 pytestmark = pytest.mark.skipif(
     not runs_rows(), reason="needs onnxruntime 1.32: attention over rows of different lengths"
@@ -27,7 +28,7 @@ VARIANTS = ("plain", "cross_windows_own_heads_newlines", "no_hash_space_causal_l
 @pytest.fixture(scope="module", params=[*((v, "fp32") for v in VARIANTS), ("plain", "int8")], ids=lambda p: "-".join(p))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     variant, precision = request.param
-    state = pipeline.prepare(tiny(variant), "ort", precision=precision, capacity=600, chunk=32, check=False)
+    state = exports.prepare(variant, precision=precision, check=False)
     return pipeline.run(state, tmp_path_factory.mktemp("rows") / "bundle").path
 
 
@@ -97,7 +98,7 @@ def test_a_prefix_is_held_while_other_rows_run(bundle: Path) -> None:
 @pytest.mark.parametrize("slice", [5, 12])
 def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
     """Rows that are full and idle leave the others room."""
-    state = pipeline.prepare(tiny("bytes_no_window"), "ort", capacity=60, chunk=16, check=False)
+    state = exports.prepare("bytes_no_window", capacity=60, chunk=16, check=False)
     model = Model.open(pipeline.run(state, tmp_path / "bundle").path, batched=True)
     with Scheduler(model, streams=3, slice=slice) as scheduler:
         for n in (30, 30, 10):
@@ -106,7 +107,7 @@ def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
 
 
 def test_heads_that_the_attention_does_not_support_have_no_batched_graphs(tmp_path: Path) -> None:
-    state = pipeline.prepare(tiny("all_layers_gqa_projection"), "ort", capacity=600, chunk=32, check=False)
+    state = exports.prepare("all_layers_gqa_projection", check=False)
     made = pipeline.run(state, tmp_path / "bundle")
     assert made.manifest.row_graphs == {}
     with pytest.raises(BackendError, match="no batched graphs"):

@@ -18,6 +18,7 @@ from blt_export import pipeline
 from blt_runtime import Drafter, Model
 from blt_runtime.ids import EOS
 from blt_runtime.sampling import Sampler
+from tests import exports
 from tests.tiny import VARIANTS, WINDOW, hard_text, prompts, tiny
 
 NEW = 60
@@ -118,13 +119,11 @@ def assert_logits(model: Model, ids: np.ndarray, expected: np.ndarray) -> None:
 @pytest.fixture(scope="module", params=EXPORTED)
 def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, list[Model]]:
     """A checkpoint and its model in both flavours, with caches short enough to wrap and to evict."""
-    checkpoint, folder, captured, opened = tiny(request.param), tmp_path_factory.mktemp("bundles"), None, []
+    folder, opened = tmp_path_factory.mktemp("bundles"), []
     for flavour in ("ort", "portable"):
-        state = pipeline.prepare(checkpoint, flavour, capacity=600, chunk=32)
-        state.captured = captured or state.captured
-        captured = state.captured
+        state = exports.prepare(request.param, flavour)
         opened.append(Model.open(pipeline.run(state, folder / flavour).path, threads=1))
-    return checkpoint, opened
+    return tiny(request.param), opened
 
 
 def test_bundles_generate_the_same(bundles: tuple[Checkpoint, list[Model]]) -> None:

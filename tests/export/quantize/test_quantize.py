@@ -19,6 +19,7 @@ from blt_export import ExportReport, pipeline
 from blt_export.quantize import matrices
 from blt_export.quantize.blockwise import Blocks, Format, quantise
 from blt_export.rewrite import op_counts
+from blt_export.state import ExportState
 from blt_export.verify import parity
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxBackend
@@ -28,7 +29,8 @@ from blt_runtime.errors import CheckFailed, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule
 from tests import tiny as tinies
-from tests.export.variants import CAPACITY, CHUNK, VARIANTS, Prepare
+from tests.export.variants import VARIANTS, Prepare
+from tests.exports import CAPACITY, CHUNK
 
 NBITS = "com.microsoft.MatMulNBits"
 TEXT = "A short text, scored twice: once in float32, once in the bundle.\n" * 6
@@ -57,7 +59,7 @@ def make_quantised(wide: Checkpoint) -> MakeQuantised:
     """(precision, precision_of) -> an export's state; all share one capture."""
     captured: dict[str, ir.Model] = {}
 
-    def make(precision: str, **precision_of: str) -> pipeline.ExportState:
+    def make(precision: str, **precision_of: str) -> ExportState:
         state = pipeline.prepare(
             wide, "ort", precision=precision, capacity=CAPACITY, chunk=CHUNK, precision_of=precision_of
         )
