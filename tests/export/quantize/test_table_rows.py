@@ -14,13 +14,14 @@ from blt.checkpoint import tensors
 from blt.checkpoint.tensors import StoredTensor
 from blt.generate.torch_backend import open_model
 from blt.model.hashing import hash_ids
-from blt_export import bundle
+from blt_export import bundle, pipeline
 from blt_export.quantize.table_rows import quantise_rows
 from blt_runtime import Model
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, TableDtype, widen
 from blt_runtime.ids import encode
+from tests import exports
 from tests.export.variants import VARIANTS
 from tests.tiny import tiny
 
@@ -122,4 +123,4 @@ def test_a_wrong_row_fails_parity(what: str, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(bundle, "write_hash_tables", corrupt)
     with pytest.raises(CheckFailed, match="hash_embedding differs from PyTorch"):
-        blt_export.export(tiny(VARIANTS[0]), tmp_path / "b", capacity=64, chunk=16, table_dtype="int8")
+        pipeline.run(exports.prepare(VARIANTS[0], table_dtype="int8"), tmp_path / "b")
