@@ -41,9 +41,9 @@ LAZY = {
 }
 # The rooms from the ground up. A room imports rooms before it, never one after it: also lazily, also for types only.
 ROOMS = (
-    "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.records", "blt_runtime.hashing", "blt_runtime.patching",
-    "blt_runtime.sampling", "blt_runtime.text", "blt_runtime.bundle", "blt_runtime.backends", "blt_runtime.engine",
-    "blt_runtime.speculation", "blt_runtime.options", "blt_runtime.stream", "blt_runtime.model",
+    "blt_runtime.errors", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.records", "blt_runtime.hashing",
+    "blt_runtime.patching", "blt_runtime.sampling", "blt_runtime.text", "blt_runtime.bundle", "blt_runtime.backends",
+    "blt_runtime.engine", "blt_runtime.speculation", "blt_runtime.options", "blt_runtime.stream", "blt_runtime.model",
     "blt_runtime.scheduler", "blt_runtime",
     "blt.files", "blt.model", "blt.checkpoint", "blt", "blt.generate", "blt.data", "blt.evaluate", "blt.figures",
     "blt.train", "blt.bench",
@@ -55,7 +55,7 @@ ROOMS = (
 )  # fmt: skip
 CLI_MAY_LOAD = (
     "blt.__version__", "blt.cli", "blt.files", "blt.figures", "blt.evaluate",
-    "blt_runtime.errors", "blt_runtime.ids", "blt_runtime.options", "blt_runtime.patching",
+    "blt_runtime.errors", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.options", "blt_runtime.patching",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
 from blt.checkpoint.source import HASH_TABLES, Source, StoredModel, fit_weights, parse, read_json
-from blt.checkpoint.tensors import StoredTensor, read_safetensors, read_tensors, stored_tensors
+from blt.checkpoint.tensors import StoredTensor, inside, read_safetensors, read_tensors, stored_tensors
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
 from blt_runtime.errors import BltError, CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
@@ -210,7 +210,7 @@ def _json(path: Path, required: bool = True) -> dict[str, Any]:
 
 
 def _read_pickled(path: Path) -> Tensors:
-    content = read_tensors(path)
+    content = read_tensors(inside(path.parent, path.name))
     weights = content.get("model", content)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} holds no state dict under the key 'model'")

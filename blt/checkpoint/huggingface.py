@@ -23,7 +23,8 @@ from blt.checkpoint.source import Source, fit_weights, read_json
 from blt.checkpoint.tensors import StoredTensor, read_safetensors, write_safetensors
 from blt.files import staged
 from blt.model.config import BLTConfig, TransformerConfig
-from blt_runtime.errors import CheckpointError
+from blt_runtime import reading
+from blt_runtime.errors import CheckpointError, shown
 
 log = logging.getLogger(__name__)
 SPEC = "docs/spec.md, section 12"
@@ -91,7 +92,7 @@ def huggingface_name(name: str) -> str:
 def matches(path: Path) -> bool:
     """A folder whose config.json has model_type blt; the text is searched, so that a damaged file matches, too."""
     try:
-        text = (path / CONFIG).read_text(encoding="utf-8", errors="replace")
+        text = reading.read_bytes(reading.in_folder(path, CONFIG)).decode(errors="replace")
     except OSError:
         return False
     return re.search(r'"model_type"\s*:\s*"blt"', text) is not None
@@ -136,14 +137,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder. A link may only lead to a file in the folder, or in the hub cache that holds the folder."""
+    """A file of the folder. Its readers check links (`blt_runtime.reading`)."""
     if PurePath(name).name != name or name in ("", "..") or "\\" in name:
-        raise CheckpointError(f"{folder / INDEX} names {name!r}, which is not a plain file name; it is refused")
-    here, file = folder.resolve(), (folder / name).resolve()
-    roots = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]
-    if not any(file.is_relative_to(root) for root in roots):
-        raise CheckpointError(f"{folder / name} is a link to a file outside its folder; it is refused")
-    if not file.is_file():
+        raise CheckpointError(f"{folder / INDEX} names {shown(name)}, which is not a plain file name; it is refused")
+    if not (folder / name).is_file():
         raise CheckpointError(f"{folder / name} does not exist; copy all shards")
     return folder / name
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from blt.checkpoint.source import parse
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
-from blt_runtime.errors import BltError, CheckpointError
+from blt_runtime.errors import BltError, CheckpointError, shown
 from blt_runtime.patching import PatchRule
 
 SPEC = "docs/spec.md, section 12,"
@@ -75,7 +75,7 @@ class Stack(Arguments):
         rope = self.rope_scaling or self.rope_parameters or Rope()
         kind = rope.rope_type or rope.type or "default"
         if kind != "default":
-            raise ValueError(f"rope_type {kind!r} is a scaled rotary embedding; only 'default' is supported")
+            raise ValueError(f"rope_type {shown(kind)} is a scaled rotary embedding; only 'default' is supported")
         return rope.rope_theta or self.rope_theta or self.default_theta
 
 
@@ -200,8 +200,8 @@ class HuggingFaceConfig(Arguments):
             return PatchRule("byte")
         if mode != "entropy":
             raise ValueError(
-                f"patching_mode {mode!r} means one patch per byte in transformers ({SPEC} D5): write 'byte' if the "
-                f"model was trained like this; if not, {ORIGINAL}"
+                f"patching_mode {shown(mode)} means one patch per byte in transformers ({SPEC} D5): write 'byte' if "
+                f"the model was trained like this; if not, {ORIGINAL}"
             )
         if self.patch_size is None:
             raise ValueError(

@@ -24,7 +24,7 @@ from blt.checkpoint.source import parse, read_json
 from blt.checkpoint.tensors import read_safetensors
 from blt.model.config import TransformerConfig
 from blt.model.layers import Stack
-from blt_runtime.errors import CheckpointError, MissingExtra
+from blt_runtime.errors import CheckpointError, MissingExtra, shown
 
 log = logging.getLogger(__name__)
 LONGEST = 1 << 20  # rows of a rotary table
@@ -150,7 +150,7 @@ def _read_folder(folder: Path) -> Llama:
     where = str(folder / CONFIG)
     if not isinstance(values, dict) or values.get("model_type") != "llama":
         kind = values.get("model_type") if isinstance(values, dict) else None
-        raise CheckpointError(f"{where}: model_type is {kind!r}; the latent transformer starts from 'llama' only")
+        raise CheckpointError(f"{where}: model_type is {shown(kind)}; the latent transformer starts from 'llama' only")
     config = _folder_config(values, where)
     found = read_safetensors(*weight_files(folder))
     FOLDER_NAMES.check_plain(found, config.n_layers, folder)
@@ -197,7 +197,7 @@ def _read_gguf(path: Path) -> Llama:
     reader, gguf = _open_gguf(path)
     kind = _field(reader, "general.architecture")
     if kind != "llama":
-        raise CheckpointError(f"{path}: architecture is {kind!r}; the latent transformer starts from 'llama' only")
+        raise CheckpointError(f"{path}: architecture is {shown(kind)}; the latent transformer starts from 'llama' only")
     config = _gguf_config(reader, str(path))
     found = {tensor.name: tensor for tensor in reader.tensors}
     GGUF_NAMES.check_plain(found, config.n_layers, path)

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 
 from blt.checkpoint.source import Source, StoredModel, fit_weights, parse
-from blt.checkpoint.tensors import read_tensors, stored_tensors, write_pickled
+from blt.checkpoint.tensors import inside, read_tensors, stored_tensors, write_pickled
 from blt.model import BLTConfig, EntropyConfig
 from blt.model.token import TokenConfig
-from blt_runtime.errors import BltError, CheckpointError
+from blt_runtime.errors import BltError, CheckpointError, shown
 from blt_runtime.patching import PatchRule
 
 FORMAT, VERSION = "blt-model", 1
@@ -34,7 +34,7 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> Source:
     """Raises CheckpointError."""
-    path = path / MODEL_FILE if path.is_dir() else path
+    path = inside(path, MODEL_FILE) if path.is_dir() else path
     content = read_tensors(path)
     if content.get("format") != FORMAT:
         raise CheckpointError(
@@ -42,7 +42,7 @@ def read(path: Path) -> Source:
         )
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has format version {content.get('version')!r}, this release reads {VERSION}: upgrade blt-lm"
+            f"{path} has format version {shown(content.get('version'))}, this release reads {VERSION}: upgrade blt-lm"
         )
     config = content.get("config")
     if not isinstance(config, dict):

@@ -6,7 +6,6 @@ their files, under this project's parameter names. Wrong names, shapes, dtypes a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 from blt.checkpoint.tensors import DTYPES, StoredTensor
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel
 from blt.model.token import TokenConfig
-from blt_runtime.errors import CheckpointError
+from blt_runtime import reading
+from blt_runtime.errors import CheckpointError, shown
 from blt_runtime.ids import VOCAB
 from blt_runtime.patching import PatchRule
 
@@ -188,13 +188,13 @@ def parse(kind: type[Config], values: Any, file: str, section: str = "") -> Conf
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in (section, *first["loc"]) if part != "")
-        given = "" if isinstance(first["input"], dict) else f"; it is {first['input']!r}"
+        given = "" if isinstance(first["input"], dict) else f"; it is {shown(first['input'])}"
         raise CheckpointError(f"{file}: {field}: {first['msg']}{given}") from None
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises CheckpointError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; copy it again") from None
+        return reading.read_json(reading.in_folder(path.parent, path.name))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {reading.reason(error)}; copy it again") from None

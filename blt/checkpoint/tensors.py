@@ -25,6 +25,7 @@ from torch import Tensor
 
 from blt.files import atomic_file
 from blt.model.pages import drop_pages
+from blt_runtime import reading
 from blt_runtime.errors import CheckpointError, MissingExtra
 
 BLOCK = 64 << 20
@@ -111,10 +112,18 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of a checkpoint folder. Raises CheckpointError for a link that leaves the folder."""
+    try:
+        return reading.in_folder(folder, name)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder / name}: {error.strerror}") from None
+
+
 def _check_readable(path: Path) -> None:
     """Raises CheckpointError: the libraries report a file without read permission as damaged."""
     try:
-        path.open("rb").close()
+        reading.check_plain(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:
@@ -142,7 +151,7 @@ def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
         raise MissingExtra("safetensors, which this checkpoint needs,", "hub") from None
     found: dict[str, StoredTensor] = {}
     for path in paths:
-        _check_readable(path)
+        _check_readable(inside(path.parent, path.name))
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from blt_runtime import reading
 from blt_runtime.errors import InputError, UsageError
 
 MODEL_FILES = ("manifest.json", "model.pt", "params.json", "config.json")
@@ -108,10 +109,10 @@ def _load_integers(path: Path) -> NDArray[np.int64]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is no .npy file: {error}") from error
-    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
+        array = reading.read_array(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is no .npy file: {reading.reason(error)}") from error
+    if not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{path} must hold one array of whole numbers")
     if array.ndim == 2 and array.shape[0] == 1:
         array = array[0]

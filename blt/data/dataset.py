@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blt.data import integrity
+from blt_runtime import reading
 from blt_runtime.errors import InputError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET
 
@@ -32,9 +32,13 @@ _SHAPE = {
 def is_data_folder(path: Path) -> bool:
     """Whether `path` holds a manifest of this format; its shards are not checked."""
     try:
-        return bool(json.loads((path / MANIFEST).read_text()).get("format") == FORMAT)
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return bool(_read(path).get("format") == FORMAT)
+    except (OSError, ValueError, AttributeError):
         return False
+
+
+def _read(folder: Path) -> Any:
+    return reading.read_json(reading.in_folder(folder, MANIFEST))
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} is not a data folder (no {MANIFEST} of the right format); make one with `blt data prepare`"
         )
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    manifest: dict[str, Any] = _read(folder)
     version = manifest.get("version")
     if isinstance(version, int) and version > VERSION:
         raise InputError(f"{folder} was made by a newer version (format {version}); upgrade this package")
@@ -86,10 +90,10 @@ def info(folder: str | Path, verify: bool = False) -> dict[str, Any]:
 def _integers(path: Path, length: int) -> NDArray[np.int64]:
     """Integers [length] from a .npy file. Raises InputError."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}); run `blt data prepare` again") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "i" or array.shape != (length,):
+        array = reading.read_array(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged ({reading.reason(error)}); run `blt data prepare` again") from error
+    if array.dtype.kind != "i" or array.shape != (length,):
         raise InputError(f"{path} does not fit the manifest; run `blt data prepare` again")
     return array
 

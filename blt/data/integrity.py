@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blt_runtime import reading
 from blt_runtime.errors import InputError
 
 STAMPS = ".verified.json"
@@ -24,7 +25,7 @@ Stamp = list[int | str]
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's content."""
-    with path.open("rb") as file:
+    with reading.open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -59,8 +60,8 @@ def _stamp(path: Path, digest: str) -> Stamp:
 
 def _read(folder: Path) -> dict[str, Stamp]:
     try:
-        stamps = json.loads((folder / STAMPS).read_text())
-    except (OSError, ValueError, RecursionError):
+        stamps = reading.read_json(folder / STAMPS)
+    except (OSError, ValueError):
         return {}
     return stamps if isinstance(stamps, dict) else {}
 

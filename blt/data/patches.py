@@ -26,6 +26,7 @@ from blt.data.dataset import Dataset, Documents
 from blt.data.entropies import Float, make_pass
 from blt.data.threshold import Piece, find_rule
 from blt.model import EntropyModel
+from blt_runtime import reading
 from blt_runtime.errors import ConfigError, InputError, UsageError
 from blt_runtime.patching import PatchRule, patch_lengths
 
@@ -101,9 +102,9 @@ class PatchIndex:
         else:
             self._fill()
         try:
-            entropies: Float = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{self.path} is damaged ({error}); delete it and run again") from error
+            entropies: Float = reading.read_array(self.path, mapped=True)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{self.path} is damaged ({reading.reason(error)}); delete it and run again") from error
         if entropies.shape != (length,) or entropies.dtype != np.float32:
             raise InputError(f"{self.path} does not fit the data; delete it and run again")
         return entropies

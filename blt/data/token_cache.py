@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from blt.data.cache_files import create_file, draft_path, writable_folder
 from blt.data.dataset import Dataset, Documents
 from blt.model.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
+from blt_runtime import reading
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import BOS, EOS
 
@@ -68,7 +69,8 @@ def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocu
     else:
         create_file(files[0], lambda out: _write(out, documents, split, vocabulary, files, dtype))
     try:
-        offsets, prompts = (np.load(file, allow_pickle=False) for file in (files[2], files[1]))
+        offsets, prompts = (reading.read_array(file) for file in (files[2], files[1]))
+        reading.check_plain(files[0])
         ids: NDArray[Any] = np.memmap(files[0], dtype, mode="r") if offsets[-1] else np.empty(0, dtype)
     except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{stem}.* is damaged ({error}); delete it and run again") from None

@@ -7,13 +7,13 @@ training record of its step.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blt_runtime import reading
 from blt_runtime.errors import InputError, UsageError
 
 FILE = "metrics.jsonl"
@@ -71,8 +71,8 @@ def read_run(path: Path, label: str) -> Run:
     """One run. A last line that a kill left half-written is left out; any other broken line is an InputError."""
     file = path / FILE if path.is_dir() else path
     try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = reading.read_text(file, reading.LARGEST_LOG).splitlines()
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: no {FILE} can be read there; name the folder of a run") from error
     records = [record for n, line in enumerate(lines, 1) if (record := _parsed(file, n, line, n == len(lines)))]
     train = [record for record in records if "loss" in record]
@@ -89,7 +89,7 @@ def _shared(record: Record) -> Record:
 
 def _parsed(file: Path, number: int, line: str, last: bool) -> Record | None:
     try:
-        record = json.loads(line)
+        record = reading.parse_json(line, finite=False)
     except ValueError:
         record = None
     if isinstance(record, dict) and isinstance(record.get("step"), int):

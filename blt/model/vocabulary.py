@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blt_runtime.errors import BltError, ConfigError, InputError, MissingExtra
+from blt_runtime import reading
+from blt_runtime.errors import BltError, ConfigError, InputError, MissingExtra, shown
 from blt_runtime.ids import OFFSET, Ids
+from blt_runtime.reading import reason
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +34,7 @@ SPLIT = (
 )
 """Tokens do not cross the matches of this pattern, which is Llama 3's: words with the space before them, up to three
 digits, punctuation, white space."""
+LARGEST = 64 << 20  # bytes of a tokenizer.json; that of 262,144 tokens has 33 MB
 PIECE = 1 << 20  # characters per call of the tokenizer; longer text is split
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 
@@ -97,7 +100,7 @@ class Vocabulary:
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         unknown = [name for name in names if name not in added and not set(name) <= byte_of.keys()]
         if unknown:
-            raise ConfigError(f"{self._where}: {unknown[0]!r} is not a token of a byte-level BPE vocabulary")
+            raise ConfigError(f"{self._where}: {shown(unknown[0])} is not a token of a byte-level BPE vocabulary")
         return [name.encode() if name in added else bytes(byte_of[char] for char in name) for name in names]
 
     def _single_bytes(self) -> Ids:
@@ -143,9 +146,9 @@ def _open(text: str, where: str) -> Tokenizer:
 def read_vocabulary(path: str | Path) -> Vocabulary:
     """The vocabulary in a `tokenizer.json`. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = reading.read_text(path, LARGEST)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); name a tokenizer.json") from None
+        raise ConfigError(f"{path}: cannot be read ({reason(error)}); name a tokenizer.json") from None
     return Vocabulary(text, str(path))
 
 

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from blt.files import write_synced
 from blt.train.parallel import SINGLE, Ranks
+from blt_runtime import reading
 from blt_runtime.errors import CheckpointError
 
 FOLDER = "checkpoints"
@@ -264,7 +265,7 @@ def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with reading.open_plain(path) as file:
         while block := file.read(_CHUNK):
             digest.update(block)
     return digest.hexdigest()
@@ -272,11 +273,11 @@ def _sha256(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = reading.read_json(reading.in_folder(path.parent, path.name), finite=False)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a training checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reading.reason(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged")
     return content

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from blt.model.config import BLTConfig, EntropyConfig, Frozen
 from blt.model.token import TokenConfig
-from blt_runtime.errors import ConfigError, RuleError
+from blt.train import strict_yaml
+from blt_runtime import reading
+from blt_runtime.errors import ConfigError, RuleError, shown
 from blt_runtime.ids import VOCAB
 from blt_runtime.patching import PatchRule, PatchSettings
 
@@ -284,11 +285,11 @@ def _check_rows(longest: int, limits: Mapping[str, int]) -> None:
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The configuration in a YAML file with `a.b=value` overrides (values are YAML). Raises ConfigError."""
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = strict_yaml.parse(reading.read_text(path, strict_yaml.LARGEST))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file with --config") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not YAML ({error})") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: not a mapping of sections; see the files in configs/")
     for override in overrides:
@@ -300,7 +301,7 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     """The configuration of plain mappings. Raises ConfigError that names the key, and CheckpointError for `init`."""
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ConfigError(f"kind is {kind!r}; it must be {', '.join(map(repr, _KINDS))}")
+        raise ConfigError(f"kind is {shown(kind)}; it must be {', '.join(map(repr, _KINDS))}")
     _check_keys(raw, _KINDS[kind], "")
     try:
         return _KINDS[kind].model_validate(_completed(raw))
@@ -332,8 +333,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override}: {key} is a value, not a section")
     try:
-        node[keys[-1]] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+        node[keys[-1]] = strict_yaml.parse(text)
+    except ValueError as error:
         raise ConfigError(f"--set {override}: the value is not YAML") from error
 
 
@@ -341,15 +342,15 @@ def _check_keys(raw: Mapping[str, Any], section: type[BaseModel], prefix: str) -
     known = list(section.model_fields)
     for key, value in raw.items():
         if key not in known:
-            raise ConfigError(_unknown(f"{prefix}{key}", str(key), prefix, known))
+            raise ConfigError(_unknown(prefix, str(key), known))
         inner = _section_of(section.model_fields[key].annotation)
         if inner is not None and isinstance(value, Mapping):
             _check_keys(value, inner, f"{prefix}{key}.")
 
 
-def _unknown(name: str, key: str, prefix: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"unknown key {name!r}; the nearest known one is {prefix + near[0]!r}"
+def _unknown(prefix: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.0)
+    return f"unknown key {shown(prefix + key)}; the nearest known one is {prefix + near[0]!r}"
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from blt.data.batches import Batch
 from blt.files import replace_text
+from blt_runtime import reading
 
 log = logging.getLogger("blt.train")
 
@@ -120,7 +121,9 @@ class MetricsFile:
         """Removes lines after `step`, and a last line that is incomplete."""
         if not self.writes or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [
+            line for line in reading.read_text(self.path, reading.LARGEST_LOG).splitlines() if _step_of(line) <= step
+        ]
         replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -135,7 +138,7 @@ class MetricsFile:
 
 def _step_of(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
+        return float(reading.parse_json(line, finite=False)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

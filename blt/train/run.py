@@ -19,6 +19,7 @@ from blt.train.config import KINDS, RunConfig
 from blt.train.loop import Trainer
 from blt.train.resume import find_checkpoint
 from blt.train.setup import prepare_run
+from blt_runtime import reading
 from blt_runtime.errors import ConfigError, UsageError
 
 log = logging.getLogger("blt.train")
@@ -116,6 +117,6 @@ def _check_target(out: Path, force: bool) -> None:
 
 def _is_run(config_file: Path) -> bool:
     try:
-        return json.loads(config_file.read_text())["kind"] in KINDS
+        return reading.read_json(config_file)["kind"] in KINDS
     except (OSError, ValueError, LookupError, TypeError):
         return False

@@ -23,7 +23,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import itertools
+import unicodedata
+from collections.abc import Iterable, Mapping
+
+LONGEST_MESSAGE = 4000
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 class BltError(Exception):
@@ -37,6 +42,13 @@ class BltError(Exception):
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message, printable and of bounded length: it may quote a file that somebody else wrote."""
+        text = super().__str__()
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+        return printable(text)
 
 
 class UsageError(BltError):
@@ -122,3 +134,48 @@ def nearest(word: str, known: Iterable[str]) -> str:
     words = sorted(known)
     close = difflib.get_close_matches(word, words, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(words)}"
+
+
+def printable(text: str) -> str:
+    """The text with control, format and other unprintable characters escaped, for a terminal: ESC becomes `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in _UNSEEN else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A value for a message: one printable line of about `limit` characters, whatever its type, size and depth.
+
+    `repr` would take as long as the value is large, and forever for lists that share their elements.
+    """
+    text = _shown(value, limit, 2)
+    return text if len(text) <= limit + 3 else f"{text[:limit]}..."
+
+
+def _shown(value: object, limit: int, levels: int) -> str:
+    if isinstance(value, str | bytes | bytearray):
+        return repr(value[: limit + 1])
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length():,} bits"
+    if value is None or isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple | Mapping):
+        return _shown_items(value, limit, levels)
+    return f"a value of the type {type(value).__name__}"
+
+
+def _shown_items(value: list[object] | tuple[object, ...] | Mapping[object, object], limit: int, levels: int) -> str:
+    first, last = "{}" if isinstance(value, Mapping) else "[]" if isinstance(value, list) else "()"
+    if levels == 0:
+        return f"{first}...{last}" if value else first + last
+    some = [
+        _shown(item, limit, levels - 1)
+        if not isinstance(value, Mapping)
+        else f"{_shown(item, limit, levels - 1)}: {_shown(value[item], limit, levels - 1)}"
+        for item in itertools.islice(value, 6)
+    ]
+    return first + ", ".join([*some, *(["..."] if len(value) > len(some) else [])]) + last

@@ -12,7 +12,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import BltError, ConfigError, nearest
+from .errors import BltError, ConfigError, nearest, shown
 
 T = TypeVar("T")
 
@@ -35,12 +35,12 @@ def _plain(value: Any) -> Any:
 def from_dict(cls: type[T], data: Any, where: str, error: type[BltError] = ConfigError) -> T:
     """The dataclass `cls` from a JSON object. Raises `error`; `where` names the object in its message."""
     if not isinstance(data, Mapping):
-        raise error(f"{where} must be an object, not {_name(data)}")
+        raise error(f"{where} must be an object, not {shown(data)}")
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise error(f"{where} has the unknown key {key!r}: {nearest(str(key), fields)}")
+            raise error(f"{where} has the unknown key {shown(key)}: {nearest(str(key), fields)}")
     for name, field in fields.items():
         if name not in data and _required(field):
             raise error(f"{where} lacks the key {name!r}")
@@ -86,10 +86,5 @@ def _scalar(kind: Any, value: Any, where: str, error: type[BltError]) -> Any:
 
 def _expect(ok: bool, value: Any, where: str, wanted: str, error: type[BltError]) -> Any:
     if not ok:
-        raise error(f"{where} must be {wanted}, not {_name(value)}")
+        raise error(f"{where} must be {wanted}, not {shown(value)}")
     return value
-
-
-def _name(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{type(value).__name__} {text[:36]}..."

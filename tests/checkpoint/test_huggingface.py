@@ -251,7 +251,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no patch size": (lambda c: c.update(patch_size=None), r"patch_size null .*D5.*write 4"),
     "longest": (lambda c: c.update(max_patch_length=8), r"max_patch_length 8.*D4.*null"),
     "no threshold": (lambda c: c.update(patching_threshold=None), "patching_threshold is null"),
-    "NaN": (lambda c: c.update(patching_threshold=float("nan")), "finite number of nats"),
+    "NaN": (lambda c: c.update(patching_threshold=float("nan")), "is not a finite number"),
     "all layers": (
         lambda c: c["encoder_config"].update(cross_attn_all_layers=True, num_hidden_layers=2),
         r"cross_attn_all_layers with 2 layers.*D3",

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
+from .. import reading
 from ..errors import BundleError, UsageError
 from ..hashing import TABLE_DTYPES, stored_width
+from ..reading import in_hub_cache
 from . import manifest as manifests
 from .manifest import FileEntry, Manifest
 
@@ -85,13 +86,13 @@ class Bundle:
         if reference is None or spec is None:
             return None
         try:
-            tables = np.load(self.path / reference.file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            tables = reading.read_array(self.path / reference.file, mapped=True)
+        except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # no address space to map it to
                 raise MemoryError(reference.file) from error
             raise BundleError(f"{reference.file} is not an array file: export the bundle again") from error
         shape = (spec.tables * spec.rows, stored_width(spec.dim, spec.dtype))
-        if not isinstance(tables, np.ndarray) or tables.shape != shape:
+        if tables.shape != shape:
             raise BundleError(f"{reference.file} does not have the shape that the manifest lists")
         if tables.dtype != (stored := TABLE_DTYPES[spec.dtype]) or not tables.flags.c_contiguous:
             found = f"{tables.dtype} by {'rows' if tables.flags.c_contiguous else 'columns'}"
@@ -134,17 +135,6 @@ def is_bundle(folder: Path) -> bool:
         return False
 
 
-def in_hub_cache(link: Path) -> bool:
-    """Whether a link is one of the Hugging Face cache: from REPOSITORY/snapshots/REV/... to a plain file in
-    REPOSITORY/blobs."""
-    try:
-        folder, target = link.parent.resolve(), Path(os.path.normpath(link.parent.resolve() / link.readlink()))
-        blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
-        return target.parent in blobs and target.resolve() == target and target.is_file()
-    except (OSError, RuntimeError, ValueError):  # gone, a circle of links, a name that no file can have
-        return False
-
-
 def check_plain(path: Path) -> os.stat_result:
     """Size and times of a bundle's file. Raises BundleError unless it is a plain file or a link in a hub cache."""
     try:
@@ -175,7 +165,7 @@ def _check_content(path: Path, entry: FileEntry) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with reading.open_plain(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error

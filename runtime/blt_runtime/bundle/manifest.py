@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import BundleError, ConfigError, ManifestError, VersionError
+from .. import reading
+from ..errors import BundleError, ConfigError, ManifestError, VersionError, shown
 from ..records import from_dict, to_dict
 from .spec import ModelSpec
 
@@ -21,8 +22,6 @@ VERSION = 3
 """2: added the types of hash tables and of a rule's entropies, and each graph's precision; 1 is read as float32.
 3: added batched graphs, and hash tables of 8 bits."""
 FILE_NAME = "manifest.json"
-LARGEST = 16 << 20
-"""Most bytes of a manifest that is parsed."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Manifest:
             check_name(name)
         for ref in self.references():
             if ref.file not in self.files:
-                raise ManifestError(f"manifest.json uses {ref.file!r} but does not list it under 'files'")
+                raise ManifestError(f"manifest.json uses {shown(ref.file)} but does not list it under 'files'")
         if set(self.graphs) != set(self.spec.graphs):
             raise ManifestError("manifest.json names different graphs under 'graphs' and 'spec'")
         if self.row_graphs and set(self.row_graphs) != set(self.graphs):
@@ -143,7 +142,7 @@ def check_name(name: str) -> None:
     """Raises ManifestError unless the name stays in the bundle's folder."""
     plain = name == Path(name).name and name not in ("", ".", "..")
     if not plain or any(c in name for c in "/\\:\0") or name == FILE_NAME:
-        raise ManifestError(f"manifest.json names {name!r}, which is not a plain file name in the bundle")
+        raise ManifestError(f"manifest.json names {shown(name)}, which is not a plain file name in the bundle")
 
 
 def _check_version(data: Mapping[str, Any]) -> None:
@@ -161,22 +160,18 @@ def _check_version(data: Mapping[str, Any]) -> None:
 def read(path: Path) -> Manifest:
     """The manifest at `path`. Raises ManifestError (also for files that are not JSON) or VersionError."""
     try:
-        text = path.read_bytes() if path.stat().st_size <= LARGEST else None
+        return Manifest.from_json(reading.read_json(path))
     except OSError as error:
         raise ManifestError(f"cannot read {path}: {error.strerror}") from error
-    if text is None:
-        raise ManifestError(f"{path} is too large for a manifest")
-    try:
-        return Manifest.from_json(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} is not valid JSON: export the bundle again") from error
+    except ValueError as error:
+        raise ManifestError(f"{path} is not valid JSON ({error}): export the bundle again") from error
 
 
 def is_bundle_manifest(path: Path) -> bool:
     """Whether a file is JSON of this format, of any version and with any content."""
     try:
-        data = json.loads(path.read_bytes()) if path.stat().st_size <= LARGEST else None
-    except (OSError, ValueError, RecursionError):
+        data = reading.read_json(path)
+    except (OSError, ValueError):
         return False
     return isinstance(data, dict) and data.get("format") == FORMAT
 
