@@ -43,9 +43,19 @@ class TokenSource(Protocol):
 
 
 class PatchStarts(Protocol):
-    """Patch boundaries per document: bool [length + 2], positions 0 and 1 True."""
+    """Patch boundaries per document."""
 
-    def starts(self, document: int) -> NDArray[np.bool_]: ...
+    def starts(self, document: int) -> NDArray[np.bool_]:
+        """bool [length + 2], positions 0 and 1 True."""
+        ...
+
+    def compute(self, members: Int) -> None:
+        """Computes what the boundaries of these documents need, all at once."""
+        ...
+
+    def computed(self, members: Int) -> bool:
+        """Whether `compute` has nothing to do for these documents."""
+        ...
 
 
 @dataclass(frozen=True)

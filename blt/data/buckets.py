@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from blt.data.batches import BatchShape, Int, PatchStarts, TokenSource
 from blt.data.packing import Loader
 
-SAMPLE_TOKENS = 16 << 20
 STEP = 32
 """Lengths are multiples of it, to fit the tiles of matrix products; rows shorter than 16 steps use a smaller step."""
 CANDIDATES = 512
@@ -80,10 +79,10 @@ def fit_buckets(
     seed: int = 0,
     subset: Sequence[int] | Int | None = None,
 ) -> BatchShape:
-    """The shape with at most `count` buckets, chosen on SAMPLE_TOKENS of the documents; the longest one is kept.
+    """The shape with at most `count` buckets, chosen on the first block of the documents; the longest one is kept.
 
     The result depends only on the arguments, so a resumed run chooses the same.
     """
-    sample = Loader(documents, shape, starts, seed=seed, subset=subset, block_tokens=SAMPLE_TOKENS).plan(0, 0)
+    sample = Loader(documents, shape, starts, seed=seed, subset=subset).plan(0, 0)
     early = shape.pack == "stream"
     return replace(shape, buckets=choose_buckets(sample.rows.lengths, count, shape.buckets[-1], early))

@@ -1,9 +1,9 @@
-"""Files that are computed once and cached next to the data: complete or absent, even after a kill or on a full disk.
+"""Files that are computed once and cached next to the data, safe against a kill, a full disk and other processes.
 
 A file is written under a hidden name next to the final one and renamed when complete (`create_file`). One process makes
 it; others that need the same file wait for its lock, which the system releases if the process is killed. The next
-process then reuses the hidden file. An array that takes hours to compute (`fill_array`) is appended to a hidden file
-that begins with the header of the finished file: its size tells how many values are stored, and none stay in memory.
+process then reuses the hidden file. An array that takes hours to compute (`GrowingArray`) is computed in parts, in any
+order: the hidden file has its final size from the start, and what is not computed yet is a hole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import io
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,25 +22,106 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from blt_runtime import reading
 from blt_runtime.errors import InputError
 
 SYNC_SECONDS = 10.0
 """The work that a power cut may lose; a kill loses nothing that was appended."""
+SCAN = 1 << 20
+"""Values at a time in the search for holes."""
+KEPT = " (what was computed is kept)"
 Float = NDArray[np.float32]
+Spans = list[tuple[int, int]]
 log = logging.getLogger("blt.data")
 
 
-def fill_array(path: Path, length: int, step: int, compute: Callable[[int], Iterable[Float]]) -> None:
-    """Makes the file `path`, float32 [length] in numpy's format, unless it exists.
+class GrowingArray:
+    """float32 [length] at `path` in numpy's format, computed in parts; a part is computed once and kept.
 
-    compute: yields the values from a given number on, the number already stored (a multiple of `step`).
-
-    Raises InputError if the folder cannot be written; the values appended until then are kept for the next call.
+    Until all of it is computed, the file has a hidden name and holes read as EMPTY. A computed zero is stored as -0.0.
+    So no index is stored next to the values, and a kill cannot make the two disagree.
     """
-    with writable_folder(path.parent, " (what was computed is kept)"), _locked_draft(path) as draft:
-        if draft is not None:
-            _append(draft, length, step, compute)
-            Path(draft.name).replace(path)
+
+    EMPTY = np.int32(0)
+    """The bits of a value that is not computed."""
+
+    def __init__(self, path: Path, length: int):
+        self.path, self.length = path, length
+        self.complete = False
+        self._values: Float | None = None
+        self._thread = threading.Lock()
+        self._open()
+
+    def has(self, begin: int, end: int) -> bool:
+        """Whether the values [begin, end) are computed."""
+        if self.complete:
+            return True
+        return self._values is not None and bool((self._values[begin:end].view(np.int32) != self.EMPTY).all())
+
+    def __getitem__(self, part: slice) -> Float:
+        """Computed values; the caller has checked with `has`."""
+        assert self._values is not None
+        return self._values[part]
+
+    def fill(self, missing: Callable[[], Spans], compute: Callable[[Spans], Iterable[tuple[int, Float]]]) -> None:
+        """Computes what is missing; one thread of one process at a time.
+
+        missing: the spans (begin, end) to compute. It is called with the file locked: another process may have
+        computed some of them meanwhile.  compute: yields values with the position of the first one.
+
+        Raises InputError if the folder cannot be written; the values written until then are kept.
+        """
+        with self._thread, writable_folder(self.path.parent, KEPT), _locked_draft(self.path) as draft:
+            if draft is None:  # another process completed it
+                self._open()
+                return
+            start = self._make_room(draft)
+            self._values = _map(Path(draft.name), self.length)
+            if spans := missing():
+                self._write(draft, start, compute(spans))
+            if self._all():
+                Path(draft.name).replace(self.path)
+                self.complete = True
+
+    def _open(self) -> None:
+        """Maps the finished file, or the unfinished one. Raises InputError if the finished one is damaged."""
+        if self.path.exists():
+            self._values, self.complete = _map(self.path, self.length), True
+        elif (draft := draft_path(self.path)).exists():
+            try:
+                self._values = _map(draft, self.length)
+            except (InputError, FileNotFoundError):
+                self._values = None  # cut short by a kill, just completed, or of an older form: `fill` mends it
+
+    def _make_room(self, file: BinaryIO) -> int:
+        """Gives the file its header and its size, without using the disk. Returns where the values begin."""
+        header = _header(self.length)
+        file.seek(0)
+        if file.read(len(header)) != header:  # a new file, or one killed in its first bytes
+            file.truncate(0)
+            file.seek(0)
+            file.write(header)
+            file.flush()
+        written = (
+            file.seek(0, os.SEEK_END) - len(header)
+        ) // 4  # an older version appended; its last value may be torn
+        file.truncate(len(header) + 4 * min(written, self.length))
+        file.truncate(len(header) + 4 * self.length)
+        return len(header)
+
+    def _write(self, file: BinaryIO, start: int, parts: Iterable[tuple[int, Float]]) -> None:
+        synced = time.monotonic()
+        for at, values in parts:
+            file.seek(start + 4 * at)
+            file.write(np.where(values == 0, -0.0, values).astype("<f4").data)
+            file.flush()
+            if time.monotonic() - synced > SYNC_SECONDS:
+                os.fsync(file.fileno())
+                synced = time.monotonic()
+        os.fsync(file.fileno())
+
+    def _all(self) -> bool:
+        return all(self.has(at, at + SCAN) for at in range(0, self.length, SCAN))
 
 
 def create_file(path: Path, make: Callable[[BinaryIO], None]) -> None:
@@ -84,7 +166,7 @@ def _locked_draft(path: Path) -> Iterator[BinaryIO | None]:
     """The unfinished file of `path`, locked; None if another process finished `path` in the meantime."""
     draft = draft_path(path)
     while not path.exists():
-        with draft.open("a+b") as file:
+        with open(draft, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
             _lock(file, draft)
             if draft.exists() and os.path.samestat(draft.stat(), os.fstat(file.fileno())):
                 yield file
@@ -100,31 +182,20 @@ def _lock(file: BinaryIO, draft: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _append(file: BinaryIO, length: int, step: int, compute: Callable[[int], Iterable[Float]]) -> None:
-    header = _header(length)
-    file.seek(0)
-    if file.read(len(header)) != header:  # a new file, or one killed in its first bytes
-        file.truncate(0)
-        file.write(header)
-    done = max(0, file.seek(0, os.SEEK_END) - len(header)) // 4
-    done = done if done == length else done // step * step
-    file.truncate(len(header) + 4 * done)
-    synced = time.monotonic()
-    for values in compute(done) if done < length else ():
-        file.write(np.ascontiguousarray(values, "<f4").data)
-        file.flush()
-        done += len(values)
-        if time.monotonic() - synced > SYNC_SECONDS:
-            os.fsync(file.fileno())
-            synced = time.monotonic()
-    file.flush()
-    os.fsync(file.fileno())
-    assert done == length
-
-
 def _header(length: int) -> bytes:
     """The header that numpy writes for a float32 array [length]."""
     text = io.BytesIO()
     what = {"descr": "<f4", "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(text, what)
     return text.getvalue()
+
+
+def _map(path: Path, length: int) -> Float:
+    """The file as a read-only map. Raises InputError if it is damaged or has another shape."""
+    try:
+        values: Float = reading.read_array(path, mapped=True)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged ({reading.reason(error)}); delete it and run again") from error
+    if values.shape != (length,) or values.dtype != np.float32:
+        raise InputError(f"{path} does not fit the data; delete it and run again")
+    return values

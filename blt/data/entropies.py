@@ -68,8 +68,11 @@ class EntropyPass(Protocol):
 
     chunk: int
 
-    def run(self, ids_N: Tokens, done: int = 0) -> Iterator[Float]:
-        """Yields the entropies from token `done` (a multiple of `chunk`) on, equal to those of a run from the start."""
+    def run(self, ids_N: Tokens, begin: int = 0, end: int | None = None) -> Iterator[Float]:
+        """Yields the entropies of tokens [begin, end): the bits are those of a run over all tokens.
+
+        begin, end: multiples of `chunk`, or the end of the stream.
+        """
         ...
 
 
@@ -102,11 +105,11 @@ class ChunkedPass:
         """The number of chunks before a given one that its entropies depend on: the receptive field of all layers."""
         return -(-self.model.config.n_layers * self.window // self.chunk)
 
-    def run(self, ids_N: Tokens, done: int = 0) -> Iterator[Float]:
-        begin = max(0, done - self.replay * self.chunk)
+    def run(self, ids_N: Tokens, begin: int = 0, end: int | None = None) -> Iterator[Float]:
+        end = len(ids_N) if end is None else end
         cache = self._empty_cache()
         before_H = np.full(self.window, EOS, np.int64)  # an EOS ends a document, so no token attends to these
-        for at in range(begin, len(ids_N), self.chunk):
+        for at in range(self._first(ids_N, begin), end, self.chunk):
             ids_C = ids_N[at : at + self.chunk]
             ids_T = np.zeros(self.window + self.chunk, np.int64)
             ids_T[: self.window] = before_H
@@ -114,8 +117,15 @@ class ChunkedPass:
             before_H = ids_T[self.chunk :]
             with torch.no_grad():
                 entropy_C, *cache = self._step(torch.from_numpy(ids_T).to(self.device), cache)
-            if at >= done:
+            if at >= begin:
                 yield entropy_C[: len(ids_C)].cpu().numpy()
+
+    def _first(self, ids_N: Tokens, begin: int) -> int:
+        """The chunk from which a run computes so that those from `begin` on are right: that of the document's start,
+        if the receptive field reaches so far."""
+        first = max(0, begin - self.replay * self.chunk)
+        ends = np.flatnonzero(np.asarray(ids_N[first:begin]) == EOS)
+        return first + (int(ends[-1]) + 1) // self.chunk * self.chunk if len(ends) else first
 
     def _empty_cache(self) -> list[Tensor]:
         config = self.model.config
@@ -182,13 +192,22 @@ class BFloat16Pass:
         field = config.n_layers * (config.window or config.max_seqlen)
         self.overlap = min(BLOCK * -(-field // BLOCK), self.row // 2 // BLOCK * BLOCK)
 
-    def run(self, ids_N: Tokens, done: int = 0) -> Iterator[Float]:
-        end = 0
-        while end < len(ids_N):
-            begin, end = end, self._end(ids_N, end)
-            if end > done:
-                entropies = np.concatenate(list(self._document(ids_N[begin:end])))
-                yield entropies[max(0, done - begin) :]
+    def run(self, ids_N: Tokens, begin: int = 0, end: int | None = None) -> Iterator[Float]:
+        last = len(ids_N) if end is None else end
+        at = self._start(ids_N, begin)
+        while at < last:
+            start, at = at, self._end(ids_N, at)
+            entropies = np.concatenate(list(self._document(ids_N[start:at])))
+            yield entropies[max(0, begin - start) : max(0, last - start)]
+
+    def _start(self, ids_N: Tokens, at: int) -> int:
+        """The first token of the document that holds token `at`."""
+        for end in range(at, 0, -self.row):
+            first = max(0, end - self.row)
+            ends = np.flatnonzero(np.asarray(ids_N[first:end]) == EOS)
+            if len(ends):
+                return first + int(ends[-1]) + 1
+        return 0
 
     def _end(self, ids_N: Tokens, begin: int) -> int:
         """The position after the next EOS, or the end of the stream."""

@@ -13,6 +13,8 @@ inputs but not targets, and a row without any target is left out.
 
 Rows are sorted into buckets, so that a batch has one of a few shapes [B, N]. The order of everything follows from
 (seed, epoch, block). A block is a sequence of documents of about `block_tokens`; the loader's state is three integers.
+The first blocks of the first epoch are smaller: FIRST_BLOCK_TOKENS, then as many as all blocks before them. So a run of
+few steps needs the patch boundaries of few documents.
 
 Letters: B rows, N tokens of a row, P patches, T tokens of a block, R rows of a block.
 """
@@ -33,6 +35,7 @@ from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.ids import OFFSET
 
 BLOCK_TOKENS = 32 << 20
+FIRST_BLOCK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ class Loader:
         if not len(self.subset):
             raise InputError("no documents to train on; look at the split with `blt data info`")
         self._epoch_blocks: tuple[int, list[Int]] = (-1, [])
-        self._prefetcher: Prefetcher[Block, Batch] = Prefetcher(self.plan, self._assemble, self.n_blocks, workers)
+        self._prefetcher: Prefetcher[Block, Batch] = Prefetcher(
+            self.plan, self._assemble, self.n_blocks, workers, self._is_cheap
+        )
         self.restore({"epoch": 0, "block": 0, "batch": 0})
 
     def state(self) -> dict[str, int]:
@@ -125,10 +130,27 @@ class Loader:
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         ends = np.cumsum(self.documents.lengths[order] + 2)
-        cuts = np.searchsorted(ends, np.arange(self.block_tokens, int(ends[-1]), self.block_tokens))
+        cuts = np.searchsorted(ends, _block_ends(int(ends[-1]), self.block_tokens, growing=epoch == 0))
         blocks = [part for part in np.split(order, np.unique(cuts)) if len(part)]
         self._epoch_blocks = epoch, blocks
         return blocks
+
+    def reached(self, batches: int) -> Int:
+        """The documents of the blocks that the first `batches` batches need, whatever their patch boundaries are.
+
+        It may be too many, and too few only if rows without a target are left out.
+        """
+        left, found = batches * self.shape.rows * self.shape.buckets[-1], []
+        for members in self._blocks(0):
+            found.append(members)
+            left -= int((self.documents.lengths[members] + 1).sum())
+            if left < 0:
+                break
+        return np.concatenate(found)
+
+    def _is_cheap(self, epoch: int, block: int) -> bool:
+        """Whether a block can be planned ahead: its boundaries do not need the entropy model."""
+        return self.patch_starts is None or self.patch_starts.computed(self._blocks(epoch)[block])
 
     def plan(self, epoch: int, block: int) -> Block:
         """The rows and batches of a block."""
@@ -152,6 +174,7 @@ class Loader:
         """The patch boundaries of each document, as positions in it."""
         if self.patch_starts is None:
             return [np.empty(0, np.int64)] * len(members)
+        self.patch_starts.compute(members)
         return [np.flatnonzero(self.patch_starts.starts(int(index))) for index in members]
 
     def _counted(self, members: Int, offsets: Int) -> NDArray[np.bool_]:
@@ -214,6 +237,13 @@ class Loader:
     def _bytes(self, targets: Int) -> int:
         table = self.documents.token_bytes
         return int((targets >= OFFSET).sum() if table is None else table[targets].sum())
+
+
+def _block_ends(tokens: int, block_tokens: int, growing: bool) -> Int:
+    """Where the blocks of an epoch end, in tokens from its start; the last block ends with the epoch."""
+    first = [FIRST_BLOCK_TOKENS << i for i in range(block_tokens.bit_length())] if growing else []
+    first = [end for end in first if end < block_tokens]
+    return np.array([*first, *range(block_tokens, tokens, block_tokens)], np.int64)
 
 
 def _blank_patches(rows: int, patches: int, bucket: int) -> Int:

@@ -53,7 +53,8 @@ class _InlineExecutor:
 class Prefetcher(Generic[B, R]):
     """The endless sequence of `assemble(block, batch)`, in order of position, over the blocks `plan(epoch, block)`.
 
-    Every epoch has `n_blocks(epoch)` blocks. An error in the work is raised by the `take` of its result.
+    Every epoch has `n_blocks(epoch)` blocks. A block that is not `cheap(epoch, block)` is planned when it is needed.
+    An error in the work is raised by the `take` of its result.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Prefetcher(Generic[B, R]):
         assemble: Callable[[B, int], R],
         n_blocks: Callable[[int], int],
         workers: int,
+        cheap: Callable[[int, int], bool] = lambda epoch, block: True,
     ):
-        self._plan, self._assemble, self._n_blocks = plan, assemble, n_blocks
+        self._plan, self._assemble, self._n_blocks, self._cheap = plan, assemble, n_blocks, cheap
         self._depth = max(1, BATCHES_PER_WORKER * workers)
         self._threads, self._plan_ahead = workers, workers > 0
         self._planner: Executor | _InlineExecutor = _InlineExecutor()
@@ -104,7 +106,7 @@ class Prefetcher(Generic[B, R]):
             key = (here.epoch, here.block)
             following = self._following(*key)
             future = self._planned(key)
-            if self._plan_ahead:
+            if self._plan_ahead and following not in self._plans and self._cheap(*following):
                 self._planned(following)
             if not future.done() and (self._ready or not wait):
                 return

@@ -12,8 +12,9 @@ import numpy as np
 
 from blt.data.batches import Int, TokenSource
 from blt.data.dataset import Dataset, Documents
-from blt.data.packing import Loader
-from blt.data.patches import PatchIndex, choose_threshold
+from blt.data.packing import FIRST_BLOCK_TOKENS, Loader
+from blt.data.patches import PatchIndex, choose_threshold, sample_documents
+from blt.data.quantities import amount
 from blt.data.token_cache import tokenised, vocabulary_for
 from blt.model import EntropyModel
 from blt.model.vocabulary import Vocabulary
@@ -25,8 +26,6 @@ from blt_runtime.errors import CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
 
 log = logging.getLogger("blt.train")
-MEASURED_BYTES = 2 << 20
-"""Of the training text, for the mean patch size in the count of FLOPs."""
 VALIDATION_SEED = 0
 """Not the run's: runs of any seed and row length validate on the same documents in the same order."""
 
@@ -78,8 +77,11 @@ def prepare_inputs(
     compile: bool | None = None,
     device: str = "cpu",
     splits: tuple[str, ...] = ("train", "valid"),
+    steps: int | None = None,
 ) -> RunInputs:
-    """Opens the data and makes what a run caches beside it: entropies, or a vocabulary and its tokens.
+    """Opens the data and makes what a run caches next to it: entropies, or a vocabulary and its tokens.
+
+    steps: entropies are computed for so many training steps and for validation (default: those of the schedule).
 
     Raises ConfigError, InputError, CheckpointError, and MissingExtra if a run of kind bpe has no `tokenizers`.
     """
@@ -94,7 +96,8 @@ def prepare_inputs(
         entropy = None
         if config.patching.scheme == "entropy":
             entropy = _frozen_entropy(entropy_model or config.entropy_model, device)
-        return _with_patches(config, text, entropy, config.run.compile if compile is None else compile)
+        compiled = config.run.compile if compile is None else compile
+        return _with_patches(config, text, entropy, compiled, config.schedule.steps if steps is None else steps)
     return _with_tokens(config, text) if isinstance(config, BPERun) else text.inputs(config)
 
 
@@ -113,7 +116,8 @@ class _Text:
         source, starts = self.sources.get("train", train), self.starts.get("train")
         config = with_buckets(config, source, _members(config, train), starts)
         loaders = {split: self._loader(config, split) for split in self.splits}
-        return RunInputs(config, loaders, {"data": train.sha256, **(extra or {})}, **models)
+        same = {"data": train.sha256, "first_block": FIRST_BLOCK_TOKENS, **(extra or {})}
+        return RunInputs(config, loaders, same, **models)
 
     def _loader(self, config: RunConfig, split: str) -> Callable[[], Loader] | None:
         """Makes loaders over one split; None if it has no documents.
@@ -134,13 +138,50 @@ class _Text:
         source, starts = self.sources.get(split, documents), self.starts.get(split)
         return lambda: Loader(source, shape, starts, seed=seed, shuffle=shuffle, subset=members, workers=workers)
 
+    def compute_entropies(self, config: BLTRun, steps: int) -> None:
+        """Computes the entropies that training reads until step `steps`, that validation reads, and those of a sample.
 
-def _with_patches(config: BLTRun, text: _Text, entropy: EntropyModel | None, compiled: bool) -> RunInputs:
+        The rest of the text is computed when a longer schedule needs it.
+        """
+        shape, needed = batch_shape(config), {}
+        for split in self.splits:
+            make = self._loader(config, split)
+            if make is None:
+                continue
+            if split == "train":
+                sample = sample_documents(self.dataset.split(split), _members(config, self.dataset.split(split)))
+                needed[split] = np.union1d(make().reached(steps), sample)
+            else:
+                needed[split] = make().reached(-(-config.data.valid_bytes // (shape.rows * shape.buckets[-1])))
+        _announce(self.starts, needed)
+        for split, members in needed.items():
+            self.starts[split].compute(members)
+
+
+def _announce(starts: dict[str, PatchIndex], needed: dict[str, Int]) -> None:
+    """Logs which entropies are about to be computed, and where they are kept."""
+    parts, folder = [], None
+    for split, members in needed.items():
+        cache, documents = starts[split].cache, starts[split].documents
+        assert cache is not None
+        folder = cache.path.parent
+        if missing := cache.missing_bytes(members):
+            parts.append(f"{amount(missing)} of the {amount(documents.n_bytes)} of {split}")
+    if parts:
+        log.info(
+            "computing the entropies that this run reads: %s; they are kept in %s for the next run",
+            " and ".join(parts), folder,
+        )  # fmt: skip
+    elif folder is not None:
+        log.info("entropies: read from %s", folder)
+
+
+def _with_patches(config: BLTRun, text: _Text, entropy: EntropyModel | None, compiled: bool, steps: int) -> RunInputs:
     newlines = config.patching.reset_newlines
     for name in text.splits:
-        index = PatchIndex(text.dataset, name, entropy, reset_newlines=newlines, compile=compiled)
-        index.compute()
-        text.starts[name] = index
+        text.starts[name] = PatchIndex(text.dataset, name, entropy, reset_newlines=newlines, compile=compiled)
+    if entropy is not None:
+        text.compute_entropies(config, steps)
     members = _members(config, text.dataset.split("train"))
     rule = _rule(config, text.starts["train"], members)
     text.starts.update({name: index.with_rule(rule) for name, index in text.starts.items()})
@@ -181,14 +222,10 @@ def _rule(config: BLTRun, index: PatchIndex, members: Int) -> PatchRule:
 
 
 def _mean_patch_size(starts: PatchIndex, members: Int) -> float:
-    """Bytes per patch, counted as in `blt eval`, on MEASURED_BYTES of the training text."""
-    n_bytes = n_patches = 0
-    for document in np.random.default_rng(0).permutation(members):
-        if n_bytes >= MEASURED_BYTES:
-            break
-        n_bytes += int(starts.documents.lengths[document])
-        n_patches += int(starts.starts(int(document))[1:].sum())
-    return max(1, n_bytes) / max(1, n_patches)
+    """Bytes per patch, counted as in `blt eval`, on a sample of the training text."""
+    sample = sample_documents(starts.documents, members)
+    n_patches = sum(int(starts.starts(int(document))[1:].sum()) for document in sample)
+    return max(1, int(starts.documents.lengths[sample].sum())) / max(1, n_patches)
 
 
 def _check_groups(config: RunConfig, documents: Documents) -> None:

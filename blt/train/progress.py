@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from blt.data.batches import Batch
+from blt.data.quantities import duration
 from blt.train.metrics import MetricWindow
 from blt_runtime.errors import MissingExtra
 
@@ -149,17 +150,6 @@ def report(summary: Mapping[str, Any], left: float | None) -> str:
     if "patch_padding" in summary:
         words[-1] += f" of bytes, {summary['patch_padding']:.1%} of patches"
     return ", ".join(words)
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 class ProgressBar(ProgressObserver):

@@ -49,10 +49,15 @@ def check_same_run(checkpoint: TrainingCheckpoint, config: RunConfig, extra: dic
     (data, patch rule, entropy model or vocabulary)."""
     try:
         _check_config(checkpoint.state["config"], config.model_dump(mode="json"))
-        same = checkpoint.state["extra"] == json.loads(json.dumps(extra))
-    except (LookupError, TypeError) as error:
+        before, now = dict(checkpoint.state["extra"]), json.loads(json.dumps(extra))
+    except (LookupError, TypeError, ValueError) as error:
         raise checkpoint.incomplete(error) from None
-    if not same:
+    if before.pop("first_block", None) != now.pop("first_block", None):
+        raise CheckpointError(
+            "the checkpoint is of a version that read the training text in another order; finish the run with that "
+            "version, or start anew in another output folder"
+        )
+    if before != now:
         raise CheckpointError(
             "the checkpoint used other data, another patch rule or entropy model; "
             "use the same, or start anew in another output folder"

@@ -35,6 +35,12 @@ class Numbered:
     def starts(self, document: int) -> np.ndarray:
         return self.patches[document]
 
+    def compute(self, members: np.ndarray) -> None:
+        """They are there."""
+
+    def computed(self, members: np.ndarray) -> bool:
+        return True
+
     @property
     def counted(self) -> np.ndarray:
         """Ids of the tokens after BOS and the prompt."""

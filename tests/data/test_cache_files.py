@@ -1,7 +1,8 @@
-"""A long array on disk: kill -9, a full disk, two processes at once, and files that do not fit."""
+"""A long array on disk, computed in parts: kill -9, a full disk, two processes at once, and files that do not fit."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import resource
 import signal
@@ -9,53 +10,89 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import pytest
 
-from blt.data.cache_files import create_file, fill_array
+from blt.data.cache_files import GrowingArray, Spans, create_file, draft_path
 from blt_runtime.errors import InputError
 
 LENGTH, STEP = 1000, 64
 
 
-def values(done: int) -> Iterator[np.ndarray]:
-    whole = np.arange(LENGTH, dtype=np.float32)
-    for start in range(done, LENGTH, STEP):
-        yield whole[start : start + STEP]
+WHOLE = np.arange(LENGTH, dtype=np.float32)  # it begins with a zero
+Parts = Iterator[tuple[int, np.ndarray]]
+
+
+def compute(spans: Spans) -> Parts:
+    for begin, end in spans:
+        for at in range(begin, end, STEP):
+            yield at, WHOLE[at : min(end, at + STEP)]
+
+
+def fill(path: Path, begin: int = 0, end: int = LENGTH, how: Callable[[Spans], Parts] = compute) -> Spans:
+    """Computes the missing steps of [begin, end); returns the spans that were missing."""
+    array, asked = GrowingArray(path, LENGTH), []
+
+    def missing() -> Spans:
+        steps = [(at, min(end, at + STEP)) for at in range(begin, end, STEP)]
+        asked.extend([step for step in steps if not array.has(*step)])
+        return asked
+
+    array.fill(missing, how)
+    np.testing.assert_array_equal(array[slice(begin, end)], WHOLE[begin:end])
+    return asked
 
 
 def check(path: Path) -> None:
-    np.testing.assert_array_equal(np.load(path), np.arange(LENGTH, dtype=np.float32))
+    np.testing.assert_array_equal(np.load(path), WHOLE)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_made_once_and_not_again(tmp_path: Path) -> None:
+def test_parts_in_any_order_make_the_file(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "a.npy"
-    fill_array(path, LENGTH, STEP, values)
-    fill_array(path, LENGTH, STEP, lambda done: pytest.fail("it is there"))
+    for begin, end in [(640, 1000), (0, 64), (64, 704)]:
+        assert not path.exists()
+        fill(path, begin, end)
     check(path)
+    assert fill(path) == []
     assert np.load(path, mmap_mode="r").dtype == np.float32
+
+
+def test_a_part_is_computed_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    fill(path, 128, 320)
+    assert fill(path, 64, 448) == [(64, 128), (320, 384), (384, 448)]
+    assert GrowingArray(path, LENGTH).has(64, 448)
+    assert not GrowingArray(path, LENGTH).has(64, 449)
+
+
+def test_what_is_not_computed_uses_no_disk(tmp_path: Path) -> None:
+    length = 64 << 20
+    array = GrowingArray(tmp_path / "a.npy", length)
+    array.fill(lambda: [(1 << 20, (1 << 20) + 9)], lambda spans: iter([(1 << 20, WHOLE[:9])]))
+    assert draft_path(array.path).stat().st_blocks * 512 < 1 << 20
+    np.testing.assert_array_equal(array[1 << 20 : (1 << 20) + 9], WHOLE[:9])
 
 
 CHILD = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from blt.data.cache_files import fill_array
-def compute(done):
-    for start in range(done, 1000, 64):
-        yield np.arange(start, min(start + 64, 1000), dtype=np.float32)
+from blt.data.cache_files import GrowingArray
+def compute(spans):
+    for start in range(0, 1000, 64):
+        yield start, np.arange(start, min(start + 64, 1000), dtype=np.float32)
         print(start, flush=True)
         time.sleep(60 if start == 256 else 0)
-fill_array(Path(sys.argv[1]), 1000, 64, compute)
+GrowingArray(Path(sys.argv[1]), 1000).fill(lambda: [(0, 1000)], compute)
 """
 
 
-def test_kill_9_loses_nothing_that_was_appended(tmp_path: Path) -> None:
+def test_kill_9_loses_nothing_that_was_written(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "a.npy"
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -65,70 +102,69 @@ def test_kill_9_loses_nothing_that_was_appended(tmp_path: Path) -> None:
             break
     child.wait()
     assert not path.exists()
-    asked = []
-    fill_array(path, LENGTH, STEP, lambda done: asked.append(done) or values(done))
-    assert asked[0] >= 5 * STEP
-    assert asked[0] % STEP == 0
+    assert fill(path)[0] == (5 * STEP, 6 * STEP)
     check(path)
 
 
 @pytest.mark.parametrize("torn", [1, 60, 130, 131, 128 + 4 * 100, 128 + 4 * LENGTH, 128 + 4 * LENGTH + 9])
-def test_a_torn_file_is_cut_back_to_whole_steps(tmp_path: Path, torn: int) -> None:
+def test_the_unfinished_file_of_an_older_version_is_continued(tmp_path: Path, torn: int) -> None:
+    """It was appended to, so its size told how much was computed; its last value may be torn."""
     path = tmp_path / "a.npy"
-    fill_array(path, LENGTH, STEP, values)
+    np.save(path, WHOLE)
     whole = path.read_bytes() + b"too much"
     path.unlink()
     (tmp_path / ".a.npy.part").write_bytes(whole[:torn])
-    fill_array(path, LENGTH, STEP, values)
+    fill(path)
     check(path)
 
 
 def test_an_unfinished_file_of_another_length_is_not_used(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     (tmp_path / ".a.npy.part").write_bytes(b"\x93NUMPY something else" * 100)
-    fill_array(path, LENGTH, STEP, values)
+    fill(path)
     check(path)
 
 
 def test_a_full_disk_keeps_what_was_computed(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 4 * 700, hard))
-    try:
-        with pytest.raises(InputError, match=r"cannot write to .*what was computed is kept"):
-            fill_array(path, LENGTH, STEP, values)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def full(spans: Spans) -> Parts:
+        yield from list(compute(spans))[:10]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError, match=r"cannot write to .*No space left.*what was computed is kept"):
+        fill(path, how=full)
     assert not path.exists()
-    asked = []
-    fill_array(path, LENGTH, STEP, lambda done: asked.append(done) or values(done))
-    assert asked == [10 * STEP]
+    assert fill(path)[0] == (10 * STEP, 11 * STEP)
     check(path)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"):
-        fill_array(tmp_path / "file" / "a.npy", LENGTH, STEP, values)
+        fill(tmp_path / "file" / "a.npy")
 
 
 @pytest.mark.parametrize("kind", ["filled", "made"])
 def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     path = tmp_path / "a.npy"
     computing, go_on = threading.Event(), threading.Event()
-    asked = []
+    asked: list[Spans] = []
 
-    def slow(done: int) -> Iterator[np.ndarray]:
-        asked.append(done)
+    def slow(spans: Spans) -> Parts:
+        asked.append(spans)
         computing.set()
         assert go_on.wait(60)
-        yield from values(done)
+        yield from compute(spans)
 
     def save(out: BinaryIO) -> None:
-        np.save(out, np.concatenate(list(slow(0))))
+        np.save(out, np.concatenate([values for _, values in slow([(0, LENGTH)])]))
 
     def work() -> None:
-        create_file(path, save) if kind == "made" else fill_array(path, LENGTH, STEP, slow)
+        if kind == "made":
+            create_file(path, save)
+        else:
+            fill(path, how=slow)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     with caplog.at_level(logging.INFO, "blt.data"):
@@ -143,7 +179,7 @@ def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         for thread in threads:
             thread.join(60)
     assert "waiting for another process" in caplog.text
-    assert asked == [0]
+    assert len(asked) == 1
     check(path)
 
 

@@ -97,6 +97,8 @@ def test_a_later_start_gives_the_same_bits(done: int) -> None:
     assert forward.replay == 1
     whole = np.concatenate(list(forward.run(stream)))
     np.testing.assert_array_equal(np.concatenate(list(forward.run(stream, done))), whole[done:])
+    part = np.concatenate(list(forward.run(stream, done - 512, done)))
+    np.testing.assert_array_equal(part, whole[done - 512 : done])
 
 
 def test_documents_do_not_see_each_other() -> None:
@@ -145,3 +147,7 @@ def test_bfloat16_is_each_document_alone_to_the_bit() -> None:
     assert isinstance(forward, BFloat16Pass)
     stream = np.concatenate(ids)
     np.testing.assert_array_equal(np.concatenate(list(forward.run(stream, 400))), np.concatenate(found)[400:])
+    for begin, end in [(0, 5), (5, 707), (600, 720), (5000, 5100)]:
+        np.testing.assert_array_equal(
+            np.concatenate(list(forward.run(stream, begin, end))), np.concatenate(found)[begin:end]
+        )

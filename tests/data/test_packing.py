@@ -226,3 +226,26 @@ def test_bad_shapes_and_empty_data() -> None:
         Loader(_Empty(), BatchShape(1, (8,), patches=4))
     with pytest.raises(InputError, match="no documents"):
         Loader(_Empty(), BatchShape(1, (8,)))
+
+
+def test_the_first_blocks_of_the_first_epoch_are_smaller(loader: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blt.data.packing.FIRST_BLOCK_TOKENS", 500)
+    made = loader(BatchShape(2, (40,)), block_tokens=3000)
+    tokens = [[len(made.plan(epoch, block).ids) for block in range(made.n_blocks(epoch))] for epoch in (0, 1)]
+    assert sum(tokens[0]) == sum(tokens[1])
+    for found, expected in zip(tokens[0][:4], (500, 500, 1000, 1000), strict=True):
+        assert abs(found - expected) < 700  # documents are whole
+    assert tokens[1][0] > 2300
+
+
+@settings(max_examples=30, deadline=None)
+@given(batches=st.integers(1, 60), seed=st.integers(0, 9))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batches_read_only_the_documents_that_were_promised(
+    dataset: Dataset, shape: BatchShape, batches: int, seed: int
+) -> None:
+    starts = PatchIndex(dataset, "train").with_rule(RULE) if shape.patches else None
+    made = Loader(dataset.split("train"), shape, starts, seed=seed, block_tokens=400)
+    promised = set(made.reached(batches).tolist())
+    read = {int(d) for batch in islice(made, batches) for row in batch.documents for d in row}
+    assert read <= promised

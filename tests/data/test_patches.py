@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_starts_are_the_rules_and_cached(dataset: Dataset, monkeypatch: pytest.M
         starts = np.flatnonzero(index.starts(i))
         np.testing.assert_array_equal(starts, np.cumsum(lengths) - lengths)
         assert len(index.starts(i)) == documents.lengths[i] + 2
-    monkeypatch.setattr("blt.data.patches.make_pass", lambda *_: pytest.fail("not taken from the cache"))
+    monkeypatch.setattr("blt.data.entropy_cache.make_pass", lambda *_: pytest.fail("not taken from the cache"))
     again = PatchIndex(dataset, "train", small_model()).with_rule(PatchRule(threshold=5.0))
     np.testing.assert_array_equal(again.entropies(3), index.entropies(3))
 
@@ -92,36 +93,74 @@ class Killed(BaseException):
     pass
 
 
+def count_chunks(monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) -> list[int]:
+    """The chunks that are computed from now on, by their first token. A run is killed at the chunk `kill_at` of it."""
+    found: list[int] = []
+    run = ChunkedPass.run
+
+    def counting(self: ChunkedPass, ids: Tokens, begin: int = 0, end: int | None = None) -> Iterator[Float]:
+        for count, values in enumerate(run(self, ids, begin, end)):
+            if count == kill_at:
+                raise Killed
+            found.append(begin + count * self.chunk)
+            yield values
+
+    monkeypatch.setattr(ChunkedPass, "run", counting)
+    return found
+
+
 def test_a_killed_computation_goes_on_where_it_stopped(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(n_layers=2)
     monkeypatch.setitem(CHUNK, "cpu", 512)
     expected = np.concatenate(document_entropies(model, [dataset.split("train").tokens[:]]))
-    asked: list[int] = []
-    run = ChunkedPass.run
-
-    def dying(self: ChunkedPass, ids: Tokens, done: int = 0) -> Iterator[Float]:
-        asked.append(done)
-        for count, values in enumerate(run(self, ids, done)):
-            if count == 3:
-                raise Killed
-            yield values
-
-    monkeypatch.setattr(ChunkedPass, "run", dying)
+    chunks = count_chunks(monkeypatch, kill_at=3)
     for _ in range(30):
         index = PatchIndex(dataset, "train", model)
         try:
             index.compute()
         except Killed:
-            part = next(index.path.parent.glob(".*.part"))
-            with part.open("ab") as file:  # a torn write
-                file.write(b"abc")
             assert not index.path.exists()
             continue
         break
-    assert len(asked) > 3
-    assert asked == [512 * 3 * i for i in range(len(asked))]
+    assert chunks == list(range(0, len(expected), 512))
     np.testing.assert_array_equal(np.load(index.path), expected)
     assert [path.name for path in index.path.parent.iterdir()] == [index.path.name]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_entropies_do_not_depend_on_what_was_computed_before(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bfloat16: bool
+) -> None:
+    model = small_model(n_layers=2)
+    model = to_bfloat16(model.bfloat16().float()) if bfloat16 else model
+    monkeypatch.setitem(CHUNK, "cpu", 256)
+    expected = PatchIndex(dataset, "train", model)
+    expected.compute()
+    for seed in range(4):
+        copy = tmp_path / f"copy-{seed}"
+        shutil.copytree(dataset.folder, copy, ignore=shutil.ignore_patterns("entropies"))
+        index = PatchIndex(Dataset(copy), "train", model)
+        order = np.random.default_rng(seed).permutation(len(index.documents))
+        for part in np.array_split(order, 3):
+            index.compute(part)
+            assert index.computed(part)
+            for document in part:
+                np.testing.assert_array_equal(index.entropies(int(document)), expected.entropies(int(document)))
+        assert index.path.read_bytes() == expected.path.read_bytes()
+
+
+def test_only_the_chunks_of_the_documents_are_computed(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHUNK, "cpu", 128)
+    index = PatchIndex(dataset, "train", small_model())
+    chunks = count_chunks(monkeypatch)
+    begin, end = index.documents.token_offsets[5:7]
+    assert not index.computed(np.array([5]))
+    index.compute(np.array([5]))
+    assert chunks == list(range(int(begin) // 128 * 128, int(end), 128))
+    index.compute(np.array([5]))
+    assert index.computed(np.array([5]))
+    assert not index.path.exists()  # the rest is not computed
+    assert len(chunks) < 8
 
 
 @pytest.mark.parametrize("monotonic", [False, True])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from blt.checkpoint import models
 from blt.data import Batch, Dataset, prepare
+from blt.data.entropies import CHUNK
 from blt.data.patches import PatchIndex
 from blt.model import EntropyConfig, EntropyModel
 from blt.train import train
@@ -95,3 +99,68 @@ def test_the_same_bytes_cut_elsewhere_are_other_data(repo: Path, tmp_path: Path)
     train(config, tmp_path / "run", data=tmp_path / "one-data")
     with pytest.raises(CheckpointError, match="data"):
         train(config, tmp_path / "run", data=tmp_path / "other-data")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the 36 kB of `grouped` are several blocks."""
+    monkeypatch.setattr("blt.data.packing.FIRST_BLOCK_TOKENS", 4096)
+    monkeypatch.setattr("blt.data.patches.SAMPLE_TOKENS", 2048)
+    monkeypatch.setitem(CHUNK, "cpu", 128)
+
+
+def computed_share(data: Path) -> float:
+    """The share of the training tokens whose entropies are in the cache."""
+    (file,) = (data / "entropies").glob("*train-*")
+    return float((np.load(file).view(np.int32) != 0).mean())
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_training_computes_only_what_it_reads_and_equals_training_on_a_full_cache(
+    repo: Path, grouped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [tmp_path / name for name in ("part", "full")]
+    for folder in folders:
+        shutil.copytree(grouped, folder, ignore=shutil.ignore_patterns("entropies"))
+    train(
+        load_config(repo / "configs" / "tiny-entropy.yaml", ["schedule={steps: 2, warmup: 1}"]),
+        tmp_path / "e",
+        data=grouped,
+    )
+    entropy = models.load(tmp_path / "e").entropy
+    PatchIndex(Dataset(folders[1]), "train", entropy).compute()
+
+    def run(data: Path, steps: int) -> list[str]:
+        config = load_config(
+            repo / "configs" / "tiny.yaml", [f"schedule={{steps: {steps}, warmup: 1}}", "run.log_every=1"]
+        )
+        train(config, data / "run", data=data, entropy_model=tmp_path / "e")
+        lines = (data / "run" / "metrics.jsonl").read_text().splitlines()
+        return [
+            f"{record['step']} {record['loss']} {record['norm']}"
+            for record in map(json.loads, lines)
+            if "loss" in record
+        ]
+
+    with caplog.at_level("INFO", "blt.train"):
+        first = [run(data, 6) for data in folders]
+    assert "computing the entropies that this run reads" in caplog.text
+    assert "they are kept in" in caplog.text
+    assert 0.1 < computed_share(folders[0]) < 0.6
+    assert computed_share(folders[1]) == 1
+    assert first[0] == first[1]
+    more = [run(data, 30) for data in folders]  # reads beyond the first block; both continue
+    assert computed_share(folders[0]) > 0.6
+    assert more[0] == more[1]
+    assert len(more[0]) == 30
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_checkpoint_of_other_blocks_is_refused(
+    repo: Path, grouped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", ["schedule={steps: 2, warmup: 1}"])
+    train(config, tmp_path / "run", data=grouped)
+    monkeypatch.setattr("blt.train.inputs.FIRST_BLOCK_TOKENS", 8192)
+    with pytest.raises(CheckpointError, match="another order"):
+        train(config, tmp_path / "run", data=grouped)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from blt.data import Batch
+from blt.data.quantities import duration
 from blt.train import metrics, progress
 from blt.train.config import EntropyRun, load_config
 from blt.train.setup import prepare_run
@@ -72,7 +73,7 @@ def test_a_record_takes_the_place_of_a_line_and_says_what_is_left(clock: Clock, 
         clock.now += 2.0
         lines.step(step, 1.0, a_batch())
         note = lines.record({"step": step, "loss": 1.0}) if step % 2 else ""
-        assert note == (f" left {progress.duration(2.0 * (100 - step))}" if step in (3, 5, 7) else "")
+        assert note == (f" left {duration(2.0 * (100 - step))}" if step in (3, 5, 7) else "")
     assert not info.records
 
 
@@ -91,7 +92,7 @@ def test_validation_is_not_in_the_speed(clock: Clock) -> None:
     [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3725, "1 h 02 min"), (3e5, "3 d 11 h")],
 )
 def test_durations_are_for_people(seconds: float, words: str) -> None:
-    assert progress.duration(seconds) == words
+    assert duration(seconds) == words
 
 
 class Terminal(io.StringIO):

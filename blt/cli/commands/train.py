@@ -123,7 +123,9 @@ def _dry_run(config: RunConfig, data: Path | None, how: options.ModelOptions, as
 
         devices.limit_torch_threads(how.threads)
         device = devices.torch_device(how.device)
-        inputs = prepare_inputs(config, data, entropy_model=how.entropy_model, device=device, splits=("train",))
+        inputs = prepare_inputs(
+            config, data, entropy_model=how.entropy_model, device=device, splits=("train",), steps=1
+        )
         report = inputs.dry_run() | {"packing": packing_report(inputs.training, blocks=1)}
     if as_json:
         console.print_json("blt.dry-run/1", report)
