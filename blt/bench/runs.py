@@ -75,7 +75,7 @@ class Text:
         if prompt_bytes < 1 or new_bytes < 2:
             raise UsageError("a run needs at least 1 byte of prompt and 2 new bytes: a gap lies between two bytes")
         if len(data) < prompt_bytes + new_bytes:
-            raise InputError(f"the text has {len(data)} bytes, but the run needs {prompt_bytes + new_bytes}")
+            raise InputError(f"the text has {len(data):,} bytes, but the run needs {prompt_bytes + new_bytes:,}")
         ids_N = encode(data[: prompt_bytes + new_bytes], bos=False)
         return cls(ids_N[:prompt_bytes], ids_N[prompt_bytes:])
 
@@ -84,8 +84,8 @@ class Text:
         n = 1 + len(self.prompt) + len(self.new)
         if n > capacity:
             raise CapacityError(
-                f"BOS, {len(self.prompt)} bytes of prompt and {len(self.new)} new bytes are {n} tokens, but a stream "
-                f"holds {capacity}: give fewer bytes, or export with a larger --capacity"
+                f"BOS, {len(self.prompt):,} bytes of prompt and {len(self.new):,} new bytes are {n:,} tokens, but a "
+                f"stream holds {capacity:,}: give fewer bytes, or export with a larger --capacity"
             )
 
 

@@ -145,7 +145,10 @@ def _gaps(stamps: Sequence[float], start: float, end: float) -> list[float]:
 def _scheduler(model: Model, given: Sequence[Text], share: float, slice: int) -> Scheduler:
     longest = max(1 + len(text.prompt) + len(text.new) for text in given)
     if longest > model.spec.capacity_bytes:
-        raise CapacityError(f"a run takes {longest} tokens, but a stream holds {model.spec.capacity_bytes}")
+        raise CapacityError(
+            f"a run takes {longest:,} tokens, but a stream holds {model.spec.capacity_bytes:,}: give fewer bytes, or "
+            "export with a larger --capacity"
+        )
     return Scheduler(model, streams=len(given), capacity=longest, share=share, slice=slice)
 
 

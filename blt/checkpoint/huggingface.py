@@ -171,9 +171,7 @@ def check(source: Source) -> None:
     """Raises CheckpointError that lists everything that transformers cannot represent; no weight is read."""
     found = huggingface_write.obstacles(source)
     if found:
-        numbered = any("(D" in text for text in found)
-        where = " (D numbers: docs/spec.md, section 12)" if numbered else ""
-        raise CheckpointError(f"{source.path}: transformers cannot represent{where}: " + "; ".join(found))
+        raise CheckpointError(f"{source.path}: transformers cannot represent ({SPEC}): " + "; ".join(found))
 
 
 def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -193,11 +191,11 @@ def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> Non
 
 
 def _warn(kind: torch.dtype) -> None:
-    log.warning("transformers does not mask documents, so its results differ after an EOS within a text (%s, D2)", SPEC)
+    log.warning("transformers does not mask documents, so its results differ after an EOS within a text (%s)", SPEC)
     if kind in (torch.bfloat16, torch.float16):
         log.warning(
             "transformers computes in the half precision of these weights unless from_pretrained gets dtype=float32 "
-            "(%s, D9)", SPEC,
+            "(%s)", SPEC,
         )  # fmt: skip
 
 

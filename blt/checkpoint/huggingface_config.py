@@ -19,7 +19,7 @@ from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerCo
 from blt_runtime.errors import BltError, CheckpointError, shown
 from blt_runtime.patching import PatchRule
 
-SPEC = "docs/spec.md, section 12,"
+SPEC = "docs/spec.md, section 12"
 ORIGINAL = "use the checkpoint in facebookresearch/blt's format"
 Ours = TypeVar("Ours", bound=TransformerConfig)
 
@@ -149,7 +149,7 @@ class HuggingFaceConfig(Arguments):
         if encoder.cross_attn_all_layers and encoder.num_hidden_layers > 1:
             raise ValueError(
                 f"encoder_config.cross_attn_all_layers with {encoder.num_hidden_layers} layers: transformers discards "
-                f"all but the last layer's result, facebookresearch/blt does not ({SPEC} D3); {ORIGINAL}"
+                f"all but the last layer's result, facebookresearch/blt does not ({SPEC}); {ORIGINAL}"
             )
         window = self.local_attention_window_len
         return BLTConfig(
@@ -200,17 +200,17 @@ class HuggingFaceConfig(Arguments):
             return PatchRule("byte")
         if mode != "entropy":
             raise ValueError(
-                f"patching_mode {shown(mode)} means one patch per byte in transformers ({SPEC} D5): write 'byte' if "
+                f"patching_mode {shown(mode)} means one patch per byte in transformers ({SPEC}): write 'byte' if "
                 f"the model was trained like this; if not, {ORIGINAL}"
             )
         if self.patch_size is None:
             raise ValueError(
-                f"patch_size null means one patch per byte in transformers ({SPEC} D5): write 4, or mode 'byte'"
+                f"patch_size null means one patch per byte in transformers ({SPEC}): write 4, or mode 'byte'"
             )
         if self.max_patch_length is not None:
             raise ValueError(
                 f"max_patch_length {self.max_patch_length}: transformers splits patches without the next byte and "
-                f"computes the last position wrongly ({SPEC} D4); write null, or {ORIGINAL}"
+                f"computes the last position wrongly ({SPEC}); write null, or {ORIGINAL}"
             )
         if self.patching_threshold is None:
             raise ValueError("patching_threshold is null; entropy patching needs one")

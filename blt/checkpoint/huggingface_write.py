@@ -27,15 +27,11 @@ def obstacles(source: Source) -> list[str]:
 def _model_obstacles(c: BLTConfig) -> list[str]:
     stacks = {"encoder": c.encoder, "latent": c.latent, "decoder": c.decoder}
     checks = {
-        f"encoder_cross_all_layers with {c.encoder.n_layers} encoder layers (D3)": c.encoder_cross_layers > 1,
-        f"encoder_cross_window {c.encoder_cross_window} (D6)": c.encoder_cross_window > 1,
-        f"decoder_cross_window {c.decoder_cross_window} (D6)": c.decoder_cross_window > 1,
-        f"encoder_cross_heads {c.encoder_heads} with {c.encoder.n_heads} heads (D6)": (
-            c.encoder_heads != c.encoder.n_heads
-        ),
-        f"decoder_cross_heads {c.decoder_heads} with {c.decoder.n_heads} heads (D6)": (
-            c.decoder_heads != c.decoder.n_heads
-        ),
+        f"encoder_cross_all_layers with {c.encoder.n_layers} encoder layers": c.encoder_cross_layers > 1,
+        f"encoder_cross_window {c.encoder_cross_window}": c.encoder_cross_window > 1,
+        f"decoder_cross_window {c.decoder_cross_window}": c.decoder_cross_window > 1,
+        f"encoder_cross_heads {c.encoder_heads} with {c.encoder.n_heads} heads": (c.encoder_heads != c.encoder.n_heads),
+        f"decoder_cross_heads {c.decoder_heads} with {c.decoder.n_heads} heads": (c.decoder_heads != c.decoder.n_heads),
         f"pooling {c.pooling!r}": c.pooling != "max",
         "decoder_projection off": not c.decoder_projection,
         f"windows of encoder ({c.encoder.window}) and decoder ({c.decoder.window}) differ": (
@@ -51,12 +47,12 @@ def _rule_obstacles(rule: PatchRule | None) -> list[str]:
     if rule is None:
         return ["no patch rule"]
     if rule.scheme not in ("entropy", "byte"):
-        return [f"patch scheme {rule.scheme!r} (D5)"]
+        return [f"patch scheme {rule.scheme!r}"]
     checks = {
-        f"max_patch_length {rule.max_patch_length} (D4)": rule.max_patch_length is not None,
-        "monotonic patch rule (D6)": rule.monotonic,
-        f"threshold_add {rule.threshold_add} (D6)": rule.threshold_add is not None,
-        f"entropies compared in {rule.entropy_dtype} (D9)": rule.entropy_dtype != "float32",
+        f"max_patch_length {rule.max_patch_length}": rule.max_patch_length is not None,
+        "monotonic patch rule": rule.monotonic,
+        f"threshold_add {rule.threshold_add}": rule.threshold_add is not None,
+        f"entropies compared in {rule.entropy_dtype}": rule.entropy_dtype != "float32",
         "reset_newlines": rule.reset_newlines,
     }
     return [name for name, holds in checks.items() if holds and rule.scheme == "entropy"]

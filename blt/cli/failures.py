@@ -15,6 +15,9 @@ from blt.cli.console import verbose
 OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
 SHOWN = 300  # characters of an unexpected error shown from its beginning, and from its end
 
+TEXT_COMMANDS = ("generate", "patch")
+"""Commands with a text as an argument."""
+
 # top-level module -> the extra that installs it
 EXTRAS = {
     "gguf": "gguf",
@@ -64,13 +67,24 @@ def describe(error: BaseException) -> tuple[str, int]:
     if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
         return "", USAGE
     if callable(format_message := getattr(error, "format_message", None)):  # typer's and click's own errors
-        return f"{one_line(format_message())} (-h shows the usage)", int(getattr(error, "exit_code", USAGE))
+        line = f"{one_line(format_message())}{_text_hint(error)} (-h shows the usage)"
+        return line, int(getattr(error, "exit_code", USAGE))
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}", FAILED
     if isinstance(error, MemoryError):
         return "not enough memory; a smaller --capacity or batch needs less", FAILED
     return f"{type(error).__name__}: {shortened(one_line(error))} (-v shows the traceback)", FAILED
+
+
+def _text_hint(error: BaseException) -> str:
+    """How to write a text that the command line took for options or for several arguments."""
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    if getattr(command, "name", None) not in TEXT_COMMANDS:
+        return ""
+    if type(error).__name__ == "NoSuchOption":
+        return "; a text that begins with - is written last, after --"
+    return "; quote a text with spaces, and write options before --" if "extra argument" in str(error) else ""
 
 
 def _missing_module(error: ModuleNotFoundError) -> tuple[str, int]:

@@ -86,7 +86,8 @@ def _torch_entropies(path: Path, how: ModelOptions) -> Entropies:
     def entropies(ids_N: NDArray[np.int64]) -> NDArray[np.float32]:
         if len(ids_N) > model.config.max_seqlen:
             raise UsageError(
-                f"the text has {len(ids_N)} bytes, the entropy model reads {model.config.max_seqlen}; shorten it"
+                f"the text has {len(ids_N) - 1:,} bytes, the entropy model reads {model.config.max_seqlen - 1:,} at "
+                "once; give a shorter text"
             )
         logits_BNV = model(torch.from_numpy(ids_N)[None], reset_newlines=reset)
         return entropy_of(logits_BNV)[0].float().numpy()

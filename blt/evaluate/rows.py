@@ -179,4 +179,7 @@ def _logits(model: EntropyModel, ids_N: Ids, device: str) -> NDArray[np.float32]
 
 def _check_length(ids_N: Ids, limit: int) -> None:
     if len(ids_N) > limit:
-        raise UsageError(f"the text has {len(ids_N)} ids with its special ones, the model takes {limit}; shorten it")
+        raise UsageError(
+            f"the text has {len(ids_N):,} ids with its special ones, the model reads {limit:,} at once; "
+            "give a shorter text"
+        )

@@ -259,7 +259,8 @@ class Stream:
             closes_N = closes_from_lengths(rule_lengths(self.spec.patch_rule, ids_N))
         if len(ids_N) > self.spec.capacity_bytes:
             raise CapacityError(
-                f"{len(ids_N)} ids exceed the capacity of {self.spec.capacity_bytes}: export with a larger --capacity"
+                f"{len(ids_N):,} ids exceed the capacity of {self.spec.capacity_bytes:,}: "
+                "give a shorter text, or export with a larger --capacity"
             )
         with self._exclusive(repair=True):
             logits_NV = np.empty((len(ids_N), self.spec.vocab_size), dtype=np.float32)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from blt.cli import console, inputs, models, options
-from blt_runtime.errors import UsageError
+from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from blt_runtime.stream import Overflow
 
 DEFAULTS = GenerateOptions()
+SLIDE = "--overflow slide"
 
 
 @dataclass
@@ -72,13 +73,33 @@ def _stats_line(stats: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _prompt_bytes(prompt: str | None, unconditional: bool) -> bytes:
+def _prompt_bytes(prompt: str | None, file: str | None, unconditional: bool) -> bytes:
+    if file is not None:
+        if prompt is not None or unconditional:
+            raise UsageError("--file names the prompt; leave PROMPT and --unconditional out")
+        return inputs.read_file(file)
     given = b"" if prompt is None else inputs.text_bytes(prompt)
     if given and unconditional:
         raise UsageError("--unconditional starts without a prompt; leave one of them out")
     if not given and not unconditional:
-        raise UsageError("the prompt is empty; give some text, - for standard input, or --unconditional")
+        raise UsageError("the prompt is empty; give some text, - for standard input, --file FILE, or --unconditional")
     return given
+
+
+def _check_room(prompt: int, new: int, capacity: int) -> None:
+    """Raises CapacityError unless a stream of `capacity` tokens holds BOS, the prompt and the new bytes."""
+    room = capacity - 1 - prompt
+    if new <= room:
+        return
+    if room < 1:
+        raise CapacityError(
+            f"the prompt has {prompt:,} bytes, this model's capacity is {capacity:,}: give a shorter prompt, "
+            f"add {SLIDE}, or export with a larger --capacity"
+        )
+    raise CapacityError(
+        f"-n {new:,}: after a prompt of {prompt:,} bytes, this model's capacity of {capacity:,} has room for {room:,}: "
+        f"give -n {room} or less, add {SLIDE}, or export with a larger --capacity"
+    )
 
 
 def _write(pieces: Iterable[bytes], raw: bool, stream_out: bool) -> None:
@@ -117,6 +138,7 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Drop bytes with less than this share of the most likely byte's probability.")
     ] = DEFAULTS.min_p,
+    file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from this file.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end of document.")] = False,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Start without a prompt.")] = False,
@@ -146,16 +168,21 @@ def generate(
         stop_at_eos=not ignore_eos,
         speculate=cast("Speculate", speculate),
     )
-    given = _prompt_bytes(prompt, unconditional)
+    given = _prompt_bytes(prompt, file, unconditional)
     with models.open_model(model, how) as opened:
         stream = opened.stream(bos=True, seed=seed, overflow=cast("Overflow", overflow))
+        if overflow == "error":
+            _check_room(len(given), size, opened.spec.capacity_bytes)
         timing = Timing(len(given))
-        stream.append(given)
-        pieces = timing.timed(stream.generate(size, options=sampling))
-        if as_json:
-            text = "".join(_texts(pieces))
-            console.print_json("blt.generate/1", {"text": text, **timing.summary(stream)})
-        else:
-            _write(pieces, raw, not no_stream)
+        try:
+            stream.append(given)
+            pieces = timing.timed(stream.generate(size, options=sampling))
+            if as_json:
+                text = "".join(_texts(pieces))
+                console.print_json("blt.generate/1", {"text": text, **timing.summary(stream)})
+            else:
+                _write(pieces, raw, not no_stream)
+        except CapacityError as error:  # too many patches, which is known only when the text is there
+            raise CapacityError(f"{error}, or add {SLIDE}") from error
     if stats:
         console.to_stderr(_stats_line(timing.summary(stream)))

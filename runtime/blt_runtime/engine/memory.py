@@ -183,16 +183,16 @@ class Memory:
         spec = self.spec
         if self.position + tokens > spec.capacity_bytes:
             raise CapacityError(
-                f"{self.position} + {tokens} tokens exceed the capacity of {spec.capacity_bytes}: "
-                "export with a larger --capacity, or reset the stream"
+                f"{self.position + tokens:,} tokens exceed the capacity of {spec.capacity_bytes:,}: "
+                "give a shorter text, or export with a larger --capacity"
             )
 
     def check_patches(self, patches: int) -> None:
         """Raises CapacityError if the latent transformer cannot hold that many patches."""
         if patches > self.spec.capacity_patches:
             raise CapacityError(
-                f"the text needs more than the capacity of {self.spec.capacity_patches} patches: "
-                "export with a larger --capacity, or reset the stream"
+                f"the text needs more than the capacity of {self.spec.capacity_patches:,} patches: "
+                "give a shorter text, or export with a larger --capacity"
             )
 
     def keep_entropy(self) -> Callable[[], None]:
