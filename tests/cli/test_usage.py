@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ from blt.cli import console, failures, options
 from blt_runtime.errors import BltError, CapacityError, CheckFailed, MissingExtra, UsageError
 
 Call = Callable[..., Any]
+REPO = Path(__file__).resolve().parents[2]
 
 WRONG = [
     # arguments, exit code, words of the message
@@ -278,3 +280,20 @@ def test_a_compilers_output_is_not_repeated_whole() -> None:
     assert len(line) < 1000
     assert "g++ failed" in line
     assert "no memory" in line
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """The string constants of a module, without docstrings."""
+    tree = ast.parse(file.read_text())
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+
+
+def test_no_message_contains_a_mark_of_the_documentation() -> None:
+    """Such as D4, the number of a row in docs/spec.md."""
+    for package in ("blt", "export/blt_export", "runtime/blt_runtime"):
+        for file in (REPO / package).rglob("*.py"):
+            marked = [text for text in _texts(file) if re.search(r"\bD\d{1,2}\b", text)]
+            assert not marked, file
