@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -25,8 +26,9 @@ from blt.bench import (
 from blt.bench.machine import Bandwidth, MemoryReader
 from blt.bench.parts import Clock, Split
 from blt_runtime import Model
-from blt_runtime.backends.null import NullBackend, null_spec
-from blt_runtime.bundle.spec import HashSpec
+from blt_runtime.backends.null import NullBackend, NullSession, null_spec
+from blt_runtime.backends.protocol import Buffer, Call
+from blt_runtime.bundle.spec import HashSpec, ModelSpec
 from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import EOS, VOCAB, encode
 from blt_runtime.patching import PatchRule
@@ -79,29 +81,26 @@ def test_a_run_takes_in_the_given_bytes_and_samples_each() -> None:
 class EosBackend(NullBackend):
     """A model that always wants to end the text."""
 
-    def session(self, group: str) -> object:  # type: ignore[override]
-        inner = super().session(group)
-        if group != "decoder":
-            return inner
-        bind = inner.bind
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._sessions["decoder"] = EosSession(self, spec.graphs["decoder"])
 
-        def ending(buffers: dict) -> object:
-            call = bind(buffers)
 
-            def both() -> None:
-                call()
-                buffers["logits"].array[...] = np.where(np.arange(VOCAB) == EOS, 0.0, -100.0)
+class EosSession(NullSession):
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+        call = super().bind(buffers)
 
-            return both
+        def both() -> None:
+            call()
+            buffers["logits"].array[...] = np.where(np.arange(VOCAB) == EOS, 0.0, -100.0)
 
-        inner.bind = ending  # type: ignore[method-assign,assignment]
-        return inner
+        return both
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_eos_does_not_end_a_run(temperature: float) -> None:
-    model = null_model()
-    model.backend = EosBackend(model.spec)
+    plain = null_model()
+    model = Model(plain.spec, EosBackend(plain.spec), plain.hash_tables)
     assert list(model.stream().generate_ids(5, temperature=0, stop_at_eos=True)) == []
     stream, given = model.stream(), text()
     run(stream, given, Forced(given.new.tolist(), temperature))

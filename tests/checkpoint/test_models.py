@@ -148,9 +148,9 @@ def _edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     return make
 
 
-BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "noise": (_noise, "not a PyTorch checkpoint"),
-    "empty": (lambda path: path.write_bytes(b"") and None, "not a PyTorch checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), "not a PyTorch checkpoint"),
     "truncated": (_truncated, "truncated"),
     "foreign global": (_foreign_zip, "other than tensors"),
     "foreign global, plain pickle": (_foreign_pickle, "other than tensors"),

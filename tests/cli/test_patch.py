@@ -16,6 +16,7 @@ from blt.cli.commands import patch
 from blt.figures import patches as plot
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import encode
+from blt_runtime.patching import PatchRule
 
 Call = Callable[..., Any]
 
@@ -49,7 +50,7 @@ def test_a_file_is_read(blt: Call, tmp_path: Path) -> None:
 
 def test_colours_alternate_on_a_terminal() -> None:
     ids = encode(b"ab")
-    cut = patch.Patches(patch.PatchRule(scheme="byte"), ids, None, np.array([1, 1, 1, 1]))
+    cut = patch.Patches(PatchRule(scheme="byte"), ids, None, np.array([1, 1, 1, 1]))
     styles = [str(span.style) for span in patch._coloured(cut, colour=True).spans]
     assert styles == [patch.COLOURS[0], patch.COLOURS[1], patch.COLOURS[0]]
 

@@ -7,6 +7,7 @@ import io
 import struct
 import tarfile
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import zstandard
@@ -22,7 +23,7 @@ from blt_runtime.errors import InputError, UsageError
 def package(path: Path, files: dict[str, bytes], compression: str = "xz") -> Package:
     """A Debian package around these files, and its line of a lock file."""
     tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode=f"w:{compression}" if compression != "zst" else "w:") as archive:
+    with tarfile.open(fileobj=tar, mode=cast(Any, f"w:{compression}" if compression != "zst" else "w:")) as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(f"./{name}")
             info.size = len(content)

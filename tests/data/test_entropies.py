@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,14 @@ TOLERANCE = 2e-5
 
 
 def small_model(n_layers: int = 3, window: int | None = 64, seed: int = 0, **sizes: int) -> EntropyModel:
-    config = {"dim": 16, "n_heads": 2, "ffn_dim": 32, "max_seqlen": 8192, "n_layers": n_layers, "window": window}
+    config: dict[str, Any] = {
+        "dim": 16,
+        "n_heads": 2,
+        "ffn_dim": 32,
+        "max_seqlen": 8192,
+        "n_layers": n_layers,
+        "window": window,
+    }
     model = EntropyModel(EntropyConfig(**(config | sizes)))
     model.init_weights(torch.Generator().manual_seed(seed))
     return model.eval()

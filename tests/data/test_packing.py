@@ -217,9 +217,10 @@ class _Empty(Documents):
 
 
 def test_bad_shapes_and_empty_data() -> None:
-    for options in ({"rows": 0, "buckets": (4,)}, {"rows": 1, "buckets": ()}, {"rows": 1, "buckets": (8, 4)}):
+    wrong: list[tuple[int, tuple[int, ...]]] = [(0, (4,)), (1, ()), (1, (8, 4))]
+    for rows, buckets in wrong:
         with pytest.raises(ConfigError, match="byte_buckets"):
-            BatchShape(**options)
+            BatchShape(rows, buckets)
     with pytest.raises(ConfigError, match="at least 2"):
         BatchShape(1, (8,), patches=1)
     with pytest.raises(ConfigError, match="patch boundaries"):

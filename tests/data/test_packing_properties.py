@@ -144,7 +144,7 @@ def test_extreme_documents(sizes: list[int], patches: int | None, pack: str) -> 
 def test_a_prompt_longer_than_a_row_leaves_no_empty_row() -> None:
     source = Numbered([100, 3], [90])
     for pack in ("stream", "documents"):
-        batches = list(loader_of(source, BatchShape(1, (8,), None, pack)).one_pass())  # type: ignore[arg-type]
+        batches = list(loader_of(source, BatchShape(1, (8,), None, pack)).one_pass())
         assert all(batch.n_targets for batch in batches)
         assert sum(batch.n_targets for batch in batches) == 11 + 4
 

@@ -31,7 +31,7 @@ def contents(folder: Path) -> Counter[bytes]:
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_every_row_is_a_document(tmp_path: Path, compression: str) -> None:
-    columns = {"body": TEXTS, "id": list(range(len(TEXTS)))}
+    columns: dict[str, list[Any]] = {"body": TEXTS, "id": list(range(len(TEXTS)))}
     path = table(tmp_path / "in" / "web.en.parquet", columns, row_group_size=700, compression=compression)
     prepare([path.parent], tmp_path / "data", text_field="body", split=(1, 0, 0), workers=2)
     assert contents(tmp_path / "data") == Counter(text.encode() for text in TEXTS if text)

@@ -25,7 +25,7 @@ class Attend(nn.Module):
         self, x: Tensor, positions: Tensor, doc_start: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, ...]:
         q, k, v = ops.rms_norm(x, self.weight, 1e-5).transpose(1, 2).split([HEADS, GROUPS, GROUPS], 1)
-        cos, sin = self.cos[positions], self.sin[positions]
+        cos, sin = self.get_buffer("cos")[positions], self.get_buffer("sin")[positions]
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         return ops.cached_attention(q, k, v, key, value, positions, doc_start, self.window)
 

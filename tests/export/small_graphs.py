@@ -31,6 +31,13 @@ def run(model: ir.Model, **inputs: np.ndarray) -> list[np.ndarray]:
     return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, inputs)
 
 
+def constant(value: ir.Value | None) -> np.ndarray:
+    """The array of a constant value."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
 def weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     initializer = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(F), const_value=ir.tensor(array))
     model.graph.register_initializer(initializer)

@@ -18,7 +18,7 @@ from blt_export.passes import (
 )
 from blt_export.rewrite import op_counts
 from blt_runtime.bundle.spec import DTYPE_BYTES, CacheSpec, GraphSpec, TensorSpec
-from tests.export.small_graphs import INT, F, finish, model_of, run, value, weight
+from tests.export.small_graphs import INT, F, constant, finish, model_of, run, value, weight
 
 
 def test_name_io_names_everything_as_the_spec() -> None:
@@ -87,7 +87,7 @@ def test_fix_capacity_sets_both_ends_of_a_cache() -> None:
                      {"present": "past"}, CacheSpec("linear", 640, None, 1))  # fmt: skip
     assert fix_capacity.run(model, spec) == 2
     assert fix_capacity.run(model, spec) == 0
-    assert list(model.graph.outputs[0].shape) == ["B", 2, 640, 4]
+    assert list(model.graph.outputs[0].shape or ()) == ["B", 2, 640, 4]
 
 
 def test_fold_weights_leaves_no_transposed_constant() -> None:
@@ -97,7 +97,7 @@ def test_fold_weights_leaves_no_transposed_constant() -> None:
     finish(model, b.op("MatMul", model.graph.inputs[0], turned, dtype=F, shape=["B", 4]))
     assert fold_weights.run(model) == 1
     assert op_counts(model) == {"MatMul": 1}
-    np.testing.assert_array_equal(model.graph.initializers["w.T"].const_value.numpy(), w.T)
+    np.testing.assert_array_equal(constant(model.graph.initializers["w.T"]), w.T)
 
 
 def test_fold_constants_computes_shape_arithmetic() -> None:
@@ -157,7 +157,7 @@ def test_simplify_reshapes_makes_targets_constant_and_merges_chains() -> None:
     simplify_reshapes.run(model)
     cleanup.run(model)
     assert op_counts(model) == {"Reshape": 1}
-    assert model.graph.node(0).inputs[1].const_value.numpy().tolist() == [0, 0, 3, 2]
+    assert constant(model.graph.node(0).inputs[1]).tolist() == [0, 0, 3, 2]
     x_value = np.arange(24, dtype=np.float32).reshape(2, 2, 6)
     np.testing.assert_array_equal(run(model, x=x_value)[0], x_value.reshape(2, 2, 3, 2))
 

@@ -91,15 +91,21 @@ def test_generated_bytes_equal_the_reference() -> None:
     assert found == reference.generate(rounded, prompt, 40)
 
 
+def entropy_model(checkpoint: Checkpoint | None = None) -> EntropyModel:
+    model = (checkpoint or tiny()).entropy
+    assert model is not None
+    return model
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 33, 511, 513, 600])
 def test_a_prefix_has_the_entropies_of_its_row(length: int) -> None:
-    model = to_bfloat16(tiny().entropy)
+    model = to_bfloat16(entropy_model())
     ids = np.random.default_rng(0).integers(3, 260, 640)
     np.testing.assert_array_equal(whole_row(model, ids[:length]), whole_row(model, ids)[:length])
 
 
 def test_rows_of_a_batch_are_independent() -> None:
-    model = to_bfloat16(tiny().entropy)
+    model = to_bfloat16(entropy_model())
     ids = np.stack([hard_text()[:300], hard_text()[-300:]])
     with torch.no_grad():
         both = entropy_of(model(torch.from_numpy(ids))).numpy()
@@ -110,10 +116,11 @@ def test_rows_of_a_batch_are_independent() -> None:
 def test_conversion_does_not_change_the_checkpoint(checkpoint: Checkpoint) -> None:
     rounded = checkpoint.with_entropy_dtype("bfloat16")
     assert rounded.blt is checkpoint.blt
+    assert checkpoint.patch_rule is not None
     assert rounded.patch_rule == replace(checkpoint.patch_rule, entropy_dtype="bfloat16")
-    assert {p.dtype for p in rounded.entropy.parameters()} == {torch.bfloat16}
-    assert {b.dtype for b in rounded.entropy.buffers()} == {torch.float32}
-    assert {p.dtype for p in checkpoint.entropy.parameters()} == {torch.float32}
+    assert {p.dtype for p in entropy_model(rounded).parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in entropy_model(rounded).buffers()} == {torch.float32}
+    assert {p.dtype for p in entropy_model(checkpoint).parameters()} == {torch.float32}
     assert rounded.with_entropy_dtype("bfloat16").entropy is rounded.entropy
     back = replace(checkpoint, patch_rule=rounded.patch_rule).with_entropy_dtype("float32")
     assert (back.entropy, back.patch_rule) == (checkpoint.entropy, checkpoint.patch_rule)

@@ -14,8 +14,14 @@ from blt_runtime import Model
 from tests import exports
 from tests.tiny import hard_text, prompts, tiny
 
-VARIANTS = ("plain", "all_layers_gqa_projection", "cross_windows_own_heads_newlines", "no_hash_space_causal_latent")
-VARIANTS += ("max_patch_length", "bytes_no_window")
+VARIANTS = (
+    "plain",
+    "all_layers_gqa_projection",
+    "cross_windows_own_heads_newlines",
+    "no_hash_space_causal_latent",
+    "max_patch_length",
+    "bytes_no_window",
+)
 TOLERANCE = 2e-5
 NEW = 60
 

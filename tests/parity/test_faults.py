@@ -9,6 +9,7 @@ import threading
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def test_no_memory_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [1, 15, 77, 91])
 def test_a_dropped_stream_is_gone_at_once(model: Model, n: int) -> None:
     stream = use(model, n)
-    gone = [weakref.ref(stream), weakref.ref(stream._memory.pool.buffer.array)]
+    gone: list[weakref.ref[Any]] = [weakref.ref(stream), weakref.ref(stream._memory.pool.buffer.array)]
     gone += [weakref.ref(b.array) for graph in stream._memory.graphs.values() for b in graph.caches().values()]
     del stream
     assert [ref() for ref in gone] == [None] * len(gone)

@@ -18,6 +18,7 @@ from blt_export import pipeline
 from blt_runtime import Drafter, Model
 from blt_runtime.ids import EOS
 from blt_runtime.sampling import Sampler
+from blt_runtime.speculation.speculate import Speculate
 from tests import exports
 from tests.tiny import VARIANTS, WINDOW, hard_text, prompts, tiny
 
@@ -44,7 +45,7 @@ class Script(Sampler):
 
     def __init__(self, ids: Sequence[int]) -> None:
         super().__init__(0.0)
-        self._ids, self.seen = iter(ids), []
+        self._ids, self.seen = iter(ids), list[np.ndarray]()
 
     def __call__(self, logits_V: np.ndarray) -> int:
         self.seen.append(logits_V.copy())
@@ -56,8 +57,8 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
     return tiny(request.param)
 
 
-def drafters(model: Model, text: Sequence[int]) -> list[str | Drafter]:
-    named: list[str | Drafter] = ["lookup", "decoder", "auto", Oracle(text)]
+def drafters(model: Model, text: Sequence[int]) -> list[Speculate | Drafter]:
+    named: list[Speculate | Drafter] = ["lookup", "decoder", "auto", Oracle(text)]
     return ["entropy", *named] if model.spec.patch_rule.needs_entropy else named
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blt_runtime.backends.null import MODULUS, NATS, SLICES, WIDTH
-from blt_runtime.bundle.spec import ModelSpec
+from blt_runtime.bundle.spec import CacheSpec, ModelSpec
 from blt_runtime.hashing import hash_ids
 from blt_runtime.ids import EOS, NEWLINE, VOCAB
 from blt_runtime.patching import patch_lengths
@@ -41,10 +41,16 @@ def peaks(values: np.ndarray) -> np.ndarray:
     return -np.abs(np.arange(VOCAB) - (values % VOCAB)[:, None]) / 8
 
 
+def cache_of(spec: ModelSpec, graph: str) -> CacheSpec:
+    cache = spec.graphs[graph].cache
+    assert cache is not None
+    return cache
+
+
 def compute(
     spec: ModelSpec, ids: np.ndarray, tables: np.ndarray | None = None, lengths: np.ndarray | None = None
 ) -> Expected:
-    window = spec.graphs["encoder"].cache.window
+    window = cache_of(spec, "encoder").window
     documents = documents_of(ids == EOS)
     ends = (ids == EOS) | (spec.patch_rule.reset_newlines & (ids == NEWLINE))
     entropies = np.full(len(ids), np.nan, dtype=np.float32)
@@ -62,6 +68,7 @@ def encoder_states(
     values = ids % MODULUS
     if spec.hash is not None:
         rows = hash_ids(ids, spec.hash.sizes, spec.hash.functions, spec.hash.rows)
+        assert tables is not None
         embedding = tables[rows + np.arange(spec.hash.tables) * spec.hash.rows].sum(axis=(1, 2))
         values = (values + embedding) % MODULUS
     return (mix(values, documents, window)[:, None] + np.arange(WIDTH)) % MODULUS
@@ -86,9 +93,8 @@ def decode(
         values[j] = (sums[first:end] * (entries + 1 + 13 * (entries >= own))).sum() % MODULUS
     has_eos = np.array([(ids[s:e] == EOS).any() for s, e in zip(starts, ends, strict=True)], dtype=bool)
     patch_documents = documents_of(has_eos & spec.latent_document_mask)
-    kv = (
-        mix(values, patch_documents, spec.graphs["latent"].cache.window) % MODULUS
-    )  # the first of SLICES * 2 * WIDTH entries
+    latent_window = cache_of(spec, "latent").window
+    kv = mix(values, patch_documents, latent_window) % MODULUS  # the first of SLICES * 2 * WIDTH entries
     assert SLICES * 2 * WIDTH > 1
     read = np.zeros(len(ids))
     for t in range(len(ids)):

@@ -66,6 +66,6 @@ class NullRowSession:
             elif name != "doc_start":
                 single[name] = arrays[name][:, tokens]
         bound = {name: SimpleNamespace(array=array, shape=array.shape) for name, array in single.items()}
-        self._backend.session(self._single.name).bind(bound)()  # type: ignore[arg-type]
+        self._backend.session(self._single.name).bind(bound)()
         for name in outputs:
             arrays[name][:, tokens] = single[name]

@@ -24,6 +24,13 @@ def model_of(spec: ModelSpec) -> Model:
     return Model(spec, NullBackend(spec), tables_for(spec))
 
 
+def calls_of(model: Model) -> dict[str, int]:
+    """The calls of each graph so far; the dictionary is the backend's own and counts on."""
+    backend = model.backend
+    assert isinstance(backend, NullBackend)
+    return backend.calls
+
+
 def random_ids(n: int, seed: int = 0) -> np.ndarray:
     """Random bytes in documents and lines of random lengths, after BOS."""
     rng = np.random.default_rng(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 
 from blt_runtime import Model, PatchRule, Stream
 from blt_runtime.backends.null import NullBackend, NullSession, null_spec
-from blt_runtime.backends.protocol import Array, Call, HostBuffer
+from blt_runtime.backends.protocol import Array, Buffer, Call, HostBuffer
 from blt_runtime.bundle.spec import GRAPHS, ModelSpec
 from blt_runtime.errors import BackendError, BltError, BundleError, Cancelled, CapacityError, OutOfMemory, UsageError
 from blt_runtime.sampling import Sampler
@@ -45,8 +45,9 @@ class TrappedBackend(NullBackend):
 
 
 class TrappedSession(NullSession):
-    def bind(self, buffers: object) -> Call:
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
         call, backend, name = super().bind(buffers), self._backend, self.spec.name
+        assert isinstance(backend, TrappedBackend)
 
         def trapped() -> None:
             if backend.trap is not None:
@@ -58,6 +59,11 @@ class TrappedSession(NullSession):
 
 def trapped_model(spec: ModelSpec) -> Model:
     return Model(spec, TrappedBackend(spec), tables_for(spec))
+
+
+def set_trap(model: Model, trap: Trap) -> None:
+    assert isinstance(model.backend, TrappedBackend)
+    model.backend.trap = trap
 
 
 def fail() -> None:
@@ -111,7 +117,7 @@ def test_another_thread_cancels() -> None:
     stream, stop, reading = model.stream(), threading.Event(), threading.Event()
     stream.append("before")
     before = stream.ids
-    model.backend.trap = Trap("encoder", 3, reading.set)
+    set_trap(model, Trap("encoder", 3, reading.set))
     thread = threading.Thread(target=lambda: (reading.wait(60), stop.set()))
     thread.start()
     with pytest.raises(Cancelled):
@@ -130,7 +136,7 @@ def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, reque
     stream.append("some text before" * 9)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    model.backend.trap = Trap(graph, 1 if way == "rewind" else 2, lambda: signal.raise_signal(signal.SIGINT))
+    set_trap(model, Trap(graph, 1 if way == "rewind" else 2, lambda: signal.raise_signal(signal.SIGINT)))
     ways: dict[str, Callable[[], object]] = {
         "step": lambda: [stream.append_ids([id]) for id in random_ids(40)],
         "chunk": lambda: stream.append(b"a long text" * 9),
@@ -159,7 +165,7 @@ def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, reque
 def test_a_thread_that_dies_damages_only_its_stream(graph: str, n: int) -> None:
     model = trapped_model(null_spec(hash=HASH))
     stream, other = model.stream(), model.stream()
-    model.backend.trap = Trap(graph, n, fail)
+    set_trap(model, Trap(graph, n, fail))
     deaths: list[BaseException] = []
 
     def work() -> None:
@@ -212,7 +218,12 @@ def test_a_second_thread_is_refused_by_every_call(call: str) -> None:
     model = trapped_model(null_spec())
     stream = model.stream()
     inside, leave = threading.Event(), threading.Event()
-    model.backend.trap = Trap("decoder", 2, lambda: (inside.set(), leave.wait(60)))
+
+    def wait() -> None:
+        inside.set()
+        leave.wait(60)
+
+    set_trap(model, Trap("decoder", 2, wait))
     thread = threading.Thread(target=lambda: stream.append(b"a text" * 20))
     thread.start()
     assert inside.wait(60)
@@ -239,13 +250,15 @@ def test_a_second_thread_is_refused_by_every_call(call: str) -> None:
 def test_an_absurd_capacity(limit: str, size: int) -> None:
     spec = null_spec()
     latent = spec.graphs["latent"]
+    cache = latent.cache
+    assert cache is not None
     if limit == "capacity_bytes":
         spec = replace(spec, capacity_bytes=size)
     else:
         caches = {t.name for t in (*latent.inputs, *latent.outputs)} & {*latent.aliases, *latent.aliases.values()}
         grow = lambda ts: tuple(replace(t, shape=(*t.shape[:2], size, 1)) if t.name in caches else t for t in ts)  # noqa: E731
         latent = replace(
-            latent, inputs=grow(latent.inputs), outputs=grow(latent.outputs), cache=replace(latent.cache, capacity=size)
+            latent, inputs=grow(latent.inputs), outputs=grow(latent.outputs), cache=replace(cache, capacity=size)
         )
         spec = replace(spec, capacity_patches=size, graphs={**spec.graphs, "latent": latent})
     with pytest.raises(OutOfMemory, match=f"{size:,} .* smaller --capacity") as error:

@@ -4,7 +4,7 @@ changes nothing; and a full stream rewinds to every position."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ class Full:
             "patches": {"capacity_bytes": 400, "capacity_patches": max(1, patches // 2)},
             "both": {"capacity_bytes": BYTES, "capacity_patches": max(1, patches)},
         }[limit]
-        self.spec: ModelSpec = replace(spec, **limits, chunk=min(spec.chunk, BYTES))
+        self.spec: ModelSpec = replace(spec, **cast(Any, limits), chunk=min(spec.chunk, BYTES))
         held = [n for n in range(len(TEXT)) if complete[n] <= self.spec.capacity_patches]
         self.fits = min(max(held), self.spec.capacity_bytes)
         assert self.fits < len(TEXT) - 2
@@ -232,7 +232,7 @@ def test_a_replay_that_computes_one_patch_more_keeps_the_patches_that_were(monke
     full = Full("ring", "both")
     stream = full.stream()
     stream.append_ids(TEXT[: full.fits])
-    check, refused = Memory.check_patches, []
+    check, refused = Memory.check_patches, list[int]()
 
     def once(memory: Memory, patches: int) -> None:
         if not refused:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blt_runtime import Model, Scheduler, Stream
 from blt_runtime.backends.null import null_spec
-from blt_runtime.backends.protocol import HostBuffer
+from blt_runtime.backends.protocol import Buffer
 from blt_runtime.errors import BackendError, Cancelled, CapacityError, OutOfMemory
 from tests.runtime.leaks import assert_no_growth, assert_streams_leave_nothing, use
 from tests.runtime.streams import HASH, model_of, random_ids
@@ -62,16 +63,20 @@ def endings(model: Model) -> dict[str, Callable[[], Stream]]:
 @pytest.mark.parametrize("ending", endings(model_of(null_spec())).keys())
 def test_a_dropped_stream_is_freed_at_once(ending: str) -> None:
     stream = endings(model_of(null_spec(hash=HASH)))[ending]()
-    gone = [weakref.ref(stream), weakref.ref(stream._memory), weakref.ref(stream._memory.pool.buffer.array)]
+    gone: list[weakref.ref[Any]] = [
+        weakref.ref(stream),
+        weakref.ref(stream._memory),
+        weakref.ref(stream._memory.pool.buffer.array),
+    ]
     del stream
     assert [ref() for ref in gone] == [None, None, None]
 
 
 def test_a_stream_that_could_not_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, made = model_of(null_spec()), []
+    model, made = model_of(null_spec()), list[weakref.ref[Any]]()
     buffer = model.backend.buffer
 
-    def few(dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+    def few(dtype: str, shape: tuple[int, ...]) -> Buffer:
         if len(made) == 20:
             raise MemoryError("enough")
         given = buffer(dtype, shape)
@@ -116,7 +121,7 @@ def assert_requests_leave_nothing(requests: int) -> None:
     threads = threading.active_count()
     with Scheduler(model_of(ROWS), streams=4) as scheduler:
         assert_no_growth(partial(submit_one, scheduler), requests)
-        gone = [weakref.ref(scheduler), weakref.ref(scheduler._batch)]
+        gone: list[weakref.ref[Any]] = [weakref.ref(scheduler), weakref.ref(scheduler._batch)]
     del scheduler
     assert threading.active_count() == threads
     assert [ref() for ref in gone] == [None, None]

@@ -145,11 +145,11 @@ def test_ids_have_no_stop_strings_and_a_scheduler_does_not_speculate(model: Mode
     with Scheduler(model, streams=1) as scheduler:
         for drafter in ("lookup", Drafter()):
             with pytest.raises(UsageError, match="does not speculate"):
-                scheduler.submit("a", 1, speculate=drafter)  # type: ignore[arg-type]
+                scheduler.submit("a", 1, speculate=drafter)
 
 
 def test_options_are_values() -> None:
-    options = GenerateOptions(stop=iter(["a", b"b"]))
+    options = GenerateOptions(stop=iter(list[str | bytes](["a", b"b"])))
     assert options.stop == ("a", b"b")
     assert resolve(options, {}) == options
     assert resolve(options, {"top_k": 3}) == replace(options, top_k=3) != options
@@ -160,7 +160,7 @@ def test_options_are_values() -> None:
 
 def test_options_are_keyword_only(model: Model) -> None:
     with pytest.raises(TypeError, match="positional"):
-        GenerateOptions(0.5)  # type: ignore[misc]
+        GenerateOptions(0.5)  # type: ignore[call-arg]
     for method in (
         type(model.stream()).generate,
         type(model.stream()).generate_ids,

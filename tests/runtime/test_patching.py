@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from blt_runtime.errors import ConfigError, RuleError
 from blt_runtime.ids import BPE
-from blt_runtime.patching import PatchRule, PatchState, closes_from_lengths, patch_lengths, to_bfloat16
+from blt_runtime.patching import EntropyDtype, PatchRule, PatchState, closes_from_lengths, patch_lengths, to_bfloat16
 
 
 def static_lengths(total: int, size: int) -> list[int]:
@@ -122,7 +122,7 @@ def test_differences_are_rounded_to_bfloat16() -> None:
     """2 - 215/512 lies above 202/128 and below 203/128, its neighbours in bfloat16, and nearer to the first."""
     rule = PatchRule("entropy", threshold=202 / 128, monotonic=True, entropy_dtype="bfloat16")
     for entropy_dtype, closes in (("float32", True), ("bfloat16", False)):
-        rule = replace(rule, entropy_dtype=entropy_dtype)
+        rule = replace(rule, entropy_dtype=cast(EntropyDtype, entropy_dtype))
         assert patch_lengths(rule, [1, 5, 6], [0, 215 / 512, 2]).tolist() == ([1, 1, 1, 1] if closes else [1, 1, 2])
         state = PatchState(rule)
         assert [state.closes(5, e) for e in (0, 215 / 512, 2)] == [True, True, closes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from blt_runtime.sampling import Sampler
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
 
 
-def kept(**options: float) -> list[int]:
+def kept(**options: Any) -> list[int]:
     order, _ = Sampler(temperature=1.0, **options).candidates(LOGITS)
     return order.tolist()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
 from blt_runtime import Model, PatchRule, Request, Scheduler
-from blt_runtime.backends.null import NullBackend, null_spec
-from blt_runtime.backends.protocol import Buffer
+from blt_runtime.backends.null import NullBackend, NullSession, null_spec
+from blt_runtime.backends.protocol import Buffer, Call
 from blt_runtime.errors import BackendError, BltError, Cancelled, CapacityError, QueueFull, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.sampling import Sampler
@@ -224,25 +224,24 @@ class Failing(NullBackend):
     def __init__(self, at: int) -> None:
         super().__init__(SPEC)
         self._left = at
+        self._sessions = {name: FailingSession(self, graph) for name, graph in SPEC.graphs.items()}
 
-    def session(self, group: str) -> Failing.Session:  # type: ignore[override]
-        return Failing.Session(self, group)
+    def count(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise BackendError("the 40th call failed")
 
-    class Session:
-        def __init__(self, backend: Failing, group: str) -> None:
-            self._backend, self._inner = backend, NullBackend.session(backend, group)
-            self.spec = self._inner.spec
 
-        def bind(self, buffers: dict[str, Buffer]) -> Callable[[], None]:
-            call = self._inner.bind(buffers)
+class FailingSession(NullSession):
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+        call, backend = super().bind(buffers), self._backend
+        assert isinstance(backend, Failing)
 
-            def counted() -> None:
-                self._backend._left -= 1
-                if self._backend._left == 0:
-                    raise BackendError("the 40th call failed")
-                call()
+        def counted() -> None:
+            backend.count()
+            call()
 
-            return counted
+        return counted
 
 
 class Gated(NullBackend):

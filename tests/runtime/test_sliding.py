@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt_runtime import PatchRule, Stream
-from blt_runtime.backends.null import null_spec
+from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.engine.prefill import Prefill
 from blt_runtime.errors import Cancelled, CapacityError, UsageError
 from blt_runtime.ids import BOS, OFFSET, encode
 from blt_runtime.sampling import Sampler
 from blt_runtime.speculation.drafters import LookupDrafter
+from blt_runtime.speculation.speculate import Speculate
 from tests.pairwise import pairwise
 from tests.runtime.streams import SPECS, assert_matches_reference, model_of, random_ids
 
@@ -32,7 +33,7 @@ def is_filled(case: tuple[Any, ...]) -> bool:
 
 
 def limited(name: str, limit: str) -> ModelSpec:
-    return replace(SPECS[name], **{limit: LIMITS[limit]})
+    return replace(SPECS[name], **cast(Any, {limit: LIMITS[limit]}))
 
 
 SMALL = {f"{case[0]}, {case[1]}": limited(*case) for case in itertools.product(SPECS, LIMITS) if is_filled(case)}
@@ -104,7 +105,9 @@ def test_it_begins_with_a_whole_character() -> None:
 
 def test_a_long_text_is_not_read_before_it_is_forgotten() -> None:
     stream = slides(null_spec(capacity_bytes=64, chunk=8))
-    calls = stream._owner.calls
+    backend = stream._owner
+    assert isinstance(backend, NullBackend)
+    calls = backend.calls
     before = calls["entropy"]
     stream.append(b"x" * 100_000)
     assert calls["entropy"] - before <= 1 + 31 // 8 + 2
@@ -131,7 +134,7 @@ def test_a_slide_reads_no_more_than_it_forgets(spec: ModelSpec, monkeypatch: pyt
     ("name", "limit", "speculate"),
     pairwise(tuple(SPECS), tuple(LIMITS), ("entropy", "lookup", "auto"), allowed=is_filled),
 )
-def test_speculative_generation_is_the_same(name: str, limit: str, speculate: str) -> None:
+def test_speculative_generation_is_the_same(name: str, limit: str, speculate: Speculate) -> None:
     spec = limited(name, limit)
     if speculate == "entropy" and not spec.patch_rule.needs_entropy:
         speculate = "lookup"
@@ -231,7 +234,8 @@ def test_any_sequence_of_calls(data: st.DataObject) -> None:
             stream.append_ids(more_N)
             text_N = np.concatenate([text_N, more_N])
         elif kind == "generate":
-            speculate = data.draw(st.sampled_from(["off", "lookup"]))
+            modes: list[Speculate] = ["off", "lookup"]
+            speculate = data.draw(st.sampled_from(modes))
             made = stream.generate_ids(
                 data.draw(st.integers(1, 50)), sampler=Sampler(2.0, seed=1), stop_at_eos=False, speculate=speculate
             )
@@ -250,7 +254,7 @@ def test_only_streams_with_overflow_slide_slide() -> None:
     with pytest.raises(CapacityError):
         list(model_of(spec).stream().generate_ids(60, temperature=0, stop_at_eos=False))
     with pytest.raises(UsageError, match="did you mean 'slide'"):
-        model_of(spec).stream(overflow="slides")
+        model_of(spec).stream(overflow="slides")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="too small"):
         model_of(null_spec(capacity_patches=1)).stream(overflow="slide")
     with pytest.raises(CapacityError):

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from blt_runtime import Model, PatchRule
 from blt_runtime.backends.null import NullBackend, null_spec
-from blt_runtime.bundle.spec import ModelSpec
+from blt_runtime.bundle.spec import CacheKind, ModelSpec
 from blt_runtime.errors import BackendError, CapacityError, InputError, UsageError
 from blt_runtime.ids import BOS, EOS, encode
 from blt_runtime.patching import patch_lengths
 from blt_runtime.sampling import Sampler
 from tests.runtime.null_reference import compute
-from tests.runtime.streams import HASH, SPECS, assert_matches_reference, model_of, random_ids, tables_for
+from tests.runtime.streams import HASH, SPECS, assert_matches_reference, calls_of, model_of, random_ids, tables_for
 
 ENTROPY = PatchRule("entropy", threshold=3.5)
 
@@ -87,7 +87,7 @@ def test_latent_calls_are_cut_to_their_scratch(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("blt_runtime.engine.prefill.GATHER_BYTES", 200)
     cut = model_of(spec)
     score = cut.score(ids)
-    assert cut.backend.calls["latent"] > 2 * whole.backend.calls["latent"]
+    assert calls_of(cut)["latent"] > 2 * calls_of(whole)["latent"]
     np.testing.assert_array_equal(score.logits, compute(spec, ids).logits.astype(np.float32))
 
 
@@ -96,12 +96,12 @@ def test_a_short_rewind_replays_only_the_tail() -> None:
     model = model_of(spec)
     stream = model.stream()
     stream.append_ids(random_ids(300))
-    before = dict(model.backend.calls)
+    before = dict(calls_of(model))
     stream.rewind(3)
-    assert model.backend.calls["encoder"] - before["encoder"] <= 4
-    before = dict(model.backend.calls)
+    assert calls_of(model)["encoder"] - before["encoder"] <= 4
+    before = dict(calls_of(model))
     stream.rewind(200)
-    assert model.backend.calls["encoder"] - before["encoder"] >= 100 // 8
+    assert calls_of(model)["encoder"] - before["encoder"] >= 100 // 8
 
 
 def test_the_latent_runs_once_per_complete_patch() -> None:
@@ -110,8 +110,8 @@ def test_the_latent_runs_once_per_complete_patch() -> None:
     stream = model.stream()
     for id in random_ids(100)[1:]:
         stream.append_ids([id])
-    assert model.backend.calls["latent"] == len(stream.patch_lengths) - 1
-    assert model.backend.calls["entropy"] == model.backend.calls["decoder"] == 100
+    assert calls_of(model)["latent"] == len(stream.patch_lengths) - 1
+    assert calls_of(model)["entropy"] == calls_of(model)["decoder"] == 100
 
 
 @specs
@@ -242,7 +242,7 @@ def test_byte_capacity() -> None:
 
 @pytest.mark.parametrize("kind", ["ring", "window"])
 @pytest.mark.parametrize("slack", [0, 40])
-def test_patch_capacity_leaves_the_stream_as_it_was(kind: str, slack: int) -> None:
+def test_patch_capacity_leaves_the_stream_as_it_was(kind: CacheKind, slack: int) -> None:
     spec = null_spec(capacity_patches=20, local_kind=kind, slack=slack)
     ids = random_ids(30)
     stream = model_of(spec).stream(bos=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from blt.model import BLT, BLTConfig, EntropyModel, TransformerConfig
+from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, TransformerConfig
 from blt.model.masks import causal_mask
 from blt.model.token import TokenModel
 from blt.train.config import BLTRun, load_config
@@ -105,6 +105,7 @@ def widened(part: TransformerConfig) -> TransformerConfig:
 
 def test_the_entropy_model_is_counted_where_it_cuts_the_patches() -> None:
     config, entropy = load_config(CONFIGS / "demo.yaml"), load_config(CONFIGS / "demo-entropy.yaml").model
+    assert isinstance(entropy, EntropyConfig)
     context = config.batch.byte_buckets[-1]
     found = flops_by_part(config, entropy=entropy)
     assert found["entropy model"] == entropy.flops_per_byte(context)

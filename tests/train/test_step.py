@@ -26,7 +26,7 @@ def test_a_non_finite_step_stops_before_it_is_taken(
     entropy_config: EntropyRun, data: Path, tmp_path: Path, what: str
 ) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
-    weight = trainer.objective.model.norm.weight
+    weight = trainer.objective.model.get_parameter("norm.weight")
     before = weight.detach().clone()
     if what == "loss":
         with torch.no_grad():
@@ -44,7 +44,9 @@ def test_a_non_finite_step_stops_before_it_is_taken(
 def broken_for(trainer: Trainer, steps: range) -> None:
     """Gradients of these steps are not finite."""
     nan = float("nan")
-    trainer.objective.model.norm.weight.register_hook(lambda g: g * nan if trainer.state.step in steps else g)
+    trainer.objective.model.get_parameter("norm.weight").register_hook(
+        lambda g: g * nan if trainer.state.step in steps else g
+    )
 
 
 def test_a_non_finite_step_is_passed_over(
@@ -56,10 +58,10 @@ def test_a_non_finite_step_is_passed_over(
     trainer, other = (trainer_of(config, tmp_path, data) for _ in range(2))
     broken_for(trainer, range(1, 3))
     trainer.train_step()
-    before = trainer.objective.model.norm.weight.detach().clone()
+    before = trainer.objective.model.get_parameter("norm.weight").detach().clone()
     for _ in range(2):
         trainer.train_step()
-    assert torch.equal(trainer.objective.model.norm.weight, before)
+    assert torch.equal(trainer.objective.model.get_parameter("norm.weight"), before)
     assert "step 2, epoch 0, block 0, batch 2" in caplog.text
     summary = trainer.state.window.summary()
     assert summary["skipped"] == 2
@@ -107,7 +109,9 @@ def test_a_line_of_skipped_steps_alone(data: Path, repo: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2])
-def test_micro_batches_add_up(repo: Path, data: Path, entropy_run: Path, tmp_path: Path, micro_rows: int) -> None:
+def test_micro_batches_add_up(
+    repo: Path, data: Path, entropy_run: Path, tmp_path: Path, micro_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, setting = repo / "configs" / "tiny.yaml", f"batch.micro_rows={micro_rows}"
     configs = (load_config(path), load_config(path, [setting]))
     whole, parts = (prepare_run(config, tmp_path, data, entropy_model=entropy_run)[0] for config in configs)
@@ -118,7 +122,7 @@ def test_micro_batches_add_up(repo: Path, data: Path, entropy_run: Path, tmp_pat
         sizes.append(len(ids))
         return loss_sum(ids, *rest)
 
-    parts.objective._sum = counted
+    monkeypatch.setattr(parts.objective, "_sum", counted)
     for _ in range(3):
         assert parts.train_step() == pytest.approx(whole.train_step(), rel=1e-5)
         assert parts.state.norm == pytest.approx(whole.state.norm, rel=1e-4)

@@ -29,8 +29,12 @@ def trainer_of(config: RunConfig, out: Path, data: Path, compile: bool = False) 
     return prepare_run(config, out, data, compile=compile)[0]
 
 
+def weight_of(trainer: Trainer) -> torch.nn.Parameter:
+    return trainer.objective.model.get_parameter("hash_embedding.tables.weight")
+
+
 def tables_of(trainer: Trainer) -> torch.Tensor:
-    return trainer.objective.model.hash_embedding.tables.weight.detach()
+    return weight_of(trainer).detach()
 
 
 def test_sparse_is_dense(repo: Path, data: Path, tmp_path: Path) -> None:
@@ -49,7 +53,7 @@ def test_sparse_is_dense(repo: Path, data: Path, tmp_path: Path) -> None:
     moved, difference = ((tables_of(dense) - other).abs() for other in (first, tables_of(sparse)))
     assert difference.max() < 1e-2 * moved.max()
     assert difference.mean() < 1e-5 * moved.max()
-    second = dense.state.optimizer.state[dense.objective.model.hash_embedding.tables.weight]["exp_avg_sq"]
+    second = dense.state.optimizer.state[weight_of(dense)]["exp_avg_sq"]
     assert (sparse.state.tables.exp_avg_sq_RD - second).abs().max() < 1e-3 * second.max()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,10 @@ def test_dequantise_reads_what_the_operator_reads(form: Format) -> None:
     import onnxruntime
 
     blocks = quantise(weight(), form)
-    given = {"codes": blocks.codes, "scales": blocks.scales}
-    given |= {} if blocks.zeros is None else {"zeros": blocks.zeros}
-    sizes = {"K": K, "N": N, "bits": form.bits, "block_size": form.block, "accuracy_level": 0}
+    given: dict[str, np.ndarray] = {"codes": blocks.codes, "scales": blocks.scales}
+    if blocks.zeros is not None:
+        given["zeros"] = blocks.zeros
+    sizes: dict[str, Any] = {"K": K, "N": N, "bits": form.bits, "block_size": form.block, "accuracy_level": 0}
     node = helper.make_node("MatMulNBits", ["x", *given], ["y"], domain="com.microsoft", **sizes)
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, n]) for name, n in (("x", K), ("y", N)))
     tensors = [numpy_helper.from_array(array, name) for name, array in given.items()]

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def buffers(tokens: int) -> dict[str, HostBuffer]:
 
 
 @pytest.mark.parametrize("options", [{}, {"threads": 2, "spin": True, "prepack": False}])
-def test_calls_update_the_cache_in_place(bundle: Bundle, options: dict[str, int]) -> None:
+def test_calls_update_the_cache_in_place(bundle: Bundle, options: dict[str, Any]) -> None:
     session = OnnxBackend(bundle, **options).session("encoder")
     bound = buffers(1)
     call = session.bind(bound)

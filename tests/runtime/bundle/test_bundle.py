@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -68,7 +69,10 @@ def write_float32(folder: Path) -> Path:
 
 
 def replace(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return write
 
 
 def link(folder: Path) -> None:
@@ -313,7 +317,7 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def retable(folder: Path, content: object) -> None:
-    np.save(folder / "hash_tables.npy", content, allow_pickle=True)
+    np.save(folder / "hash_tables.npy", cast(Any, content), allow_pickle=True)
     manifest = json.loads((folder / "manifest.json").read_text())
     size = (folder / "hash_tables.npy").stat().st_size
     edit(folder, files={**manifest["files"], "hash_tables.npy": {"bytes": size, "sha256": ""}})

@@ -13,7 +13,7 @@ from blt_runtime.engine.rows import RowCalls
 from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.ids import EOS
 from tests.runtime.engine.batches import read_texts
-from tests.runtime.null_reference import compute
+from tests.runtime.null_reference import cache_of, compute
 from tests.runtime.row_backend import NullRowBackend
 from tests.runtime.streams import SPECS, random_ids, tables_for
 
@@ -34,7 +34,7 @@ def test_every_row_matches_the_reference(name: str, share: float) -> None:
         np.testing.assert_array_equal(np.array(seen[i]), expected[prompts[i] - 1 :])
 
 
-ROW_SPECS = {name: spec for name, spec in SPECS.items() if spec.graphs["encoder"].cache.kind == "window"}
+ROW_SPECS = {name: spec for name, spec in SPECS.items() if cache_of(spec, "encoder").kind == "window"}
 
 
 @pytest.mark.parametrize("name", ROW_SPECS)

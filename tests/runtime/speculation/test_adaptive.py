@@ -154,10 +154,10 @@ def test_a_change_is_noticed() -> None:
     assert play(drafter, 500, {"lookup": 8})[-30:].count("lookup") > 25
 
 
-def test_likely_drafts_are_made_and_unlikely_ones_are_not() -> None:
+def test_likely_drafts_are_made_and_unlikely_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for probability, least, most in ((0.99, 8, 8), (0.85, 2, 7), (0.02, 0, 0)):
         drafter, made = adaptive(latent=6.0), 0
-        drafter._choose_mode = lambda _: "decoder"
+        monkeypatch.setattr(drafter, "_choose_mode", lambda _: "decoder")
         drafter.propose(TEXT, 8)
         assert drafter.source == "decoder"
         while made < 8 and drafter.extend(np.append(TEXT, [42] * made), logits(probability)) is not None:
@@ -165,9 +165,9 @@ def test_likely_drafts_are_made_and_unlikely_ones_are_not() -> None:
         assert least <= made <= most, probability
 
 
-def test_a_lookup_that_is_often_rejected_is_short_but_not_empty() -> None:
+def test_a_lookup_that_is_often_rejected_is_short_but_not_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     drafter = adaptive(latent=6.0)
-    drafter._choose_mode = lambda _: "lookup"
+    monkeypatch.setattr(drafter, "_choose_mode", lambda _: "lookup")
     for _ in range(100):
         drafter.propose(TEXT, 8)
         drafter.settle(len(TEXT), accepted=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from blt_runtime import Stream
 from blt_runtime.backends.null import null_spec
-from blt_runtime.bundle.spec import CacheSpec, ModelSpec
+from blt_runtime.bundle.spec import CacheKind, CacheSpec, ModelSpec
 from blt_runtime.engine.caches import CacheTrack
 from blt_runtime.errors import BackendError, CapacityError, UsageError
 from blt_runtime.ids import BOS, EOS, OFFSET, encode
@@ -29,7 +31,7 @@ from blt_runtime.speculation.speculate import Speculate, SpeculationStats
 from tests.pairwise import pairwise
 from tests.runtime.null_reference import compute
 from tests.runtime.speculation.scripted import Oracle, Script
-from tests.runtime.streams import SPECS, assert_matches_reference, model_of, random_ids, tables_for
+from tests.runtime.streams import SPECS, assert_matches_reference, calls_of, model_of, random_ids, tables_for
 
 ALL = SPECS | {
     "byte": null_spec(PatchRule("byte"), capacity_patches=512, decoder_window=2),
@@ -75,10 +77,9 @@ def test_any_interruption(data: st.DataObject) -> None:
     spec = data.draw(st.sampled_from(list(ALL.values())))
     ids = random_ids(60, seed=data.draw(st.integers(0, 50)))
     stream, text = model_of(spec).stream(), [BOS]
-    right, source = (
-        data.draw(st.sampled_from([0.7, 0.95, 1.0])),
-        data.draw(st.sampled_from([None, "entropy", "decoder"])),
-    )
+    right = data.draw(st.sampled_from([0.7, 0.95, 1.0]))
+    sources: list[Source | None] = [None, "entropy", "decoder"]
+    source = data.draw(st.sampled_from(sources))
     oracle = Oracle(ids, 1, right, source, data.draw(st.integers(0, 50)))
     draft = data.draw(st.integers(1, 20))
     for i, id in enumerate(
@@ -108,7 +109,7 @@ def test_any_interruption(data: st.DataObject) -> None:
 
 @specs
 @pytest.mark.parametrize("how", ["lookup", "decoder", "lookup+decoder", "entropy", "auto"])
-def test_named_drafters_change_nothing(spec: ModelSpec, how: str) -> None:
+def test_named_drafters_change_nothing(spec: ModelSpec, how: Speculate) -> None:
     plain, speculating = model_of(spec).stream(), model_of(spec).stream()
     for stream in (plain, speculating):
         stream.append(PROMPT * 3)
@@ -130,11 +131,11 @@ def test_accepted_drafts_save_calls(source: Source | None) -> None:
     ids = random_ids(160, seed=4) % 128 + 128
     model = model_of(spec)
     stream = model.stream()
-    before = dict(model.backend.calls)
+    before = dict(calls_of(model))
     drafter = Oracle(ids, 1, 1.0, source)
     drafter.sure = True
     list(stream.generate_ids(160, sampler=Script(ids), stop_at_eos=False, speculate=drafter, draft=15))
-    used, stats = {name: model.backend.calls[name] - before[name] for name in before}, stream.speculation
+    used, stats = {name: calls_of(model)[name] - before[name] for name in before}, stream.speculation
     assert stats.passes == stats.latent_calls == used["latent"] == 10
     assert stats.accepted == stats.drafts == 150
     assert used == {name: getattr(stats, f"{name}_calls") for name in used}
@@ -149,10 +150,10 @@ def test_the_decoders_drafts_are_all_accepted_before_a_boundary() -> None:
     spec = null_spec(PatchRule("entropy", threshold=9.0), slack=600, local_kind="linear", chunk=64)
     model = model_of(spec)
     stream = model.stream()
-    before = dict(model.backend.calls)
+    before = dict(calls_of(model))
     sampler = Sampler(0.7, seed=0)
     list(stream.generate_ids(90, sampler=sampler, stop_at_eos=False, speculate=DecoderDrafter(0.0, sampler), draft=8))
-    used = {name: model.backend.calls[name] - before[name] for name in before}
+    used = {name: calls_of(model)[name] - before[name] for name in before}
     assert stream.speculation.accepted == stream.speculation.drafts >= 80 - 3
     assert used["encoder"] in range(90, 100)
     assert used["decoder"] in range(90, 100)
@@ -164,16 +165,17 @@ def test_the_entropy_model_reads_no_byte_twice_while_its_drafts_are_accepted() -
     spec = null_spec(PatchRule("entropy", threshold=4.0), slack=600, local_kind="linear", chunk=64)
     ids = random_ids(100, seed=5)
     ids[ids == EOS] = 50
-    for source, most in (("entropy", 101), (None, 40), ("decoder", 40)):
+    most_reads: dict[Source | None, int] = {"entropy": 101, None: 40, "decoder": 40}
+    for source, most in most_reads.items():
         model = model_of(spec)
         stream = model.stream()
-        before = model.backend.calls["entropy"]
+        before = calls_of(model)["entropy"]
         list(
             stream.generate_ids(
                 100, sampler=Script(ids), stop_at_eos=False, speculate=Oracle(ids, 1, 1.0, source), draft=8
             )
         )
-        assert model.backend.calls["entropy"] - before <= most
+        assert calls_of(model)["entropy"] - before <= most
 
 
 def test_calls_are_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +188,7 @@ def test_calls_are_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("how", ["lookup", "off"])
-def test_repetition_is_looked_up(how: str) -> None:
+def test_repetition_is_looked_up(how: Speculate) -> None:
     spec = null_spec(slack=64, chunk=32, capacity_bytes=2048, capacity_patches=2048)
     ids = encode(b"a sentence that comes again and again. " * 12, bos=False)
     stream = model_of(spec).stream()
@@ -220,9 +222,10 @@ def test_stop_strings_eos_and_limits_end_the_text_where_plain_decoding_ends_it()
 
 @pytest.mark.parametrize("kind", ["ring", "window", "linear"])
 @pytest.mark.parametrize("source", [None, "entropy", "decoder"])
-def test_capacity_ends_where_plain_decoding_ends(kind: str, source: Source | None) -> None:
-    for limits in ({"capacity_bytes": 40}, {"capacity_patches": 9}):
-        spec = null_spec(**limits, local_kind=kind, slack=600 if kind == "linear" else 30)
+def test_capacity_ends_where_plain_decoding_ends(kind: CacheKind, source: Source | None) -> None:
+    limits: tuple[dict[str, Any], ...] = ({"capacity_bytes": 40}, {"capacity_patches": 9})
+    for limit in limits:
+        spec = null_spec(**limit, local_kind=kind, slack=600 if kind == "linear" else 30)
         ids = random_ids(200, seed=11)
         ends = []
         for speculate in ("off", Oracle(ids, 1, 0.9, source)):
@@ -258,10 +261,10 @@ def test_a_failed_pass_requires_a_reset(monkeypatch: pytest.MonkeyPatch) -> None
 def test_bad_arguments() -> None:
     stream = model_of(null_spec()).stream()
     with pytest.raises(UsageError, match="did you mean 'lookup'"):
-        stream.generate_ids(1, temperature=0, stop_at_eos=False, speculate="lokup")
+        stream.generate_ids(1, temperature=0, stop_at_eos=False, speculate="lokup")  # type: ignore[arg-type]
     for draft in (0, -1, 1.5, True):
         with pytest.raises(UsageError, match="draft"):
-            stream.generate_ids(1, temperature=0, stop_at_eos=False, speculate="auto", draft=draft)
+            stream.generate_ids(1, temperature=0, stop_at_eos=False, speculate="auto", draft=draft)  # type: ignore[arg-type]
 
 
 def test_former_names_of_the_counts_warn() -> None:
@@ -279,7 +282,7 @@ def test_former_names_of_the_counts_warn() -> None:
 def test_named_drafters_keep_the_seeded_text(how: Speculate, seed: int) -> None:
     """The sampler draws for every byte from the target's logits, as it does without drafts."""
     spec = null_spec(slack=64, chunk=32)
-    settings = {"temperature": 0.3, "top_p": 0.9, "seed": seed, "stop_at_eos": False}
+    settings: dict[str, Any] = {"temperature": 0.3, "top_p": 0.9, "seed": seed, "stop_at_eos": False}
     plain, stream = model_of(spec).stream(), model_of(spec).stream()
     expected = list(plain.generate(120, **settings))
     assert list(stream.generate(120, **settings, speculate=how)) == expected
@@ -343,7 +346,7 @@ def test_first_of_tries_drafters_in_order() -> None:
 
 @pytest.mark.parametrize("capacity", [8, 11, 20])
 @pytest.mark.parametrize("kind", ["ring", "window", "linear"])
-def test_room_is_exactly_what_can_be_rolled_back(kind: str, capacity: int) -> None:
+def test_room_is_exactly_what_can_be_rolled_back(kind: CacheKind, capacity: int) -> None:
     for crosses in (True, False) if kind != "window" else (False,):
         spec = CacheSpec(kind, 200 if kind == "linear" else capacity, 8, 1)
         for position in range(1, 60):
@@ -373,7 +376,7 @@ class TestVerify:
         np.testing.assert_allclose(counts, p, atol=1.5 / n)
 
     @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.4}])
-    def test_trimmed_distributions(self, settings: dict[str, float]) -> None:
+    def test_trimmed_distributions(self, settings: dict[str, Any]) -> None:
         rng = np.random.default_rng(1)
         logits, other = rng.normal(size=6), rng.normal(size=6)
         sampler = Sampler(**{"temperature": 1.0, **settings}, seed=2)
@@ -406,7 +409,7 @@ def test_sampled_text_has_the_targets_distribution() -> None:
     sampler = Sampler(0.15, top_k=3, seed=5)
 
     def exact() -> dict[tuple[int, int], float]:
-        out = {}
+        out: dict[tuple[int, int], float] = {}
         first = sampler.probabilities(stream.logits).copy()
         for a in np.flatnonzero(first).tolist():
             stream.append_ids([a])
@@ -420,7 +423,8 @@ def test_sampled_text_has_the_targets_distribution() -> None:
     counts = dict.fromkeys(expected, 0)
     n = 2000
     for _ in range(n):
-        counts[tuple(stream.generate_ids(2, sampler=sampler, stop_at_eos=False, speculate=drafter))] += 1
+        first, second = stream.generate_ids(2, sampler=sampler, stop_at_eos=False, speculate=drafter)
+        counts[first, second] += 1
         stream.rewind(2)
     chi_square = sum((counts[k] - n * p) ** 2 / (n * p) for k, p in expected.items())
     assert len(expected) == 9
