@@ -41,7 +41,8 @@ LAZY = {
 }
 # The rooms from the ground up. A room imports rooms before it, never one after it: also lazily, also for types only.
 ROOMS = (
-    "blt_runtime.errors", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.records", "blt_runtime.hashing",
+    "blt_runtime.errors", "blt_runtime.arguments", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.records",
+    "blt_runtime.hashing",
     "blt_runtime.patching", "blt_runtime.sampling", "blt_runtime.text", "blt_runtime.bundle", "blt_runtime.backends",
     "blt_runtime.engine", "blt_runtime.speculation", "blt_runtime.options", "blt_runtime.stream", "blt_runtime.model",
     "blt_runtime.scheduler", "blt_runtime",

@@ -99,6 +99,8 @@ def widen(rows: Array) -> Array:
 
 def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDtype) -> None:
     """Raises ConfigError unless `tables` are `count` tables of that shape and type, in one array or in several."""
+    if not isinstance(tables, list | tuple | np.ndarray) or not all(isinstance(t, np.ndarray) for t in _pieces(tables)):
+        raise ConfigError("hash tables must be one numpy array or a list of them")
     fused, pieces = isinstance(tables, np.ndarray), _pieces(tables)
     shape = (count * rows if fused else rows, stored_width(dim, dtype))
     if len(pieces) != (1 if fused else count):

@@ -9,16 +9,18 @@ from typing import Unpack
 
 import numpy.typing as npt
 
+from .arguments import choice, flag, whole
 from .backends.protocol import Backend
 from .bundle.bundle import Bundle, Verify
 from .bundle.manifest import Manifest, check_precision
 from .bundle.spec import ModelSpec
-from .errors import ConfigError, OutOfMemory, UsageError
-from .hashing import Tables, check_tables
+from .errors import OutOfMemory, UsageError, shown
+from .hashing import Tables
 from .options import GenerateKeywords, GenerateOptions, resolve
-from .sampling import is_whole
-from .stream import Overflow, Score, Stream
+from .stream import Overflow, Score, Stream, check_model
 from .text import Utf8Stream
+
+MOST_THREADS = 1024
 
 
 class Model:
@@ -43,14 +45,11 @@ class Model:
         *,
         manifest: Manifest | None = None,
     ) -> None:
+        check_model(spec, backend, hash_tables)
         self.spec = spec
         self.backend = backend
         self.manifest = manifest
         self._hash_tables = hash_tables
-        if (spec.hash is None) != (hash_tables is None):
-            raise ConfigError("hash tables must be given exactly when the spec has a hash")
-        if spec.hash is not None and hash_tables is not None:
-            check_tables(hash_tables, spec.hash.tables, spec.hash.rows, spec.hash.dim, spec.hash.dtype)
 
     @classmethod
     def open(
@@ -80,8 +79,7 @@ class Model:
         if many is not None:
             warnings.warn("Model.open(many=...) is now batched=...", DeprecationWarning, stacklevel=2)
             batched = many
-        if threads is not None and not (is_whole(threads) and threads >= 1):
-            raise UsageError("threads must be a whole number of at least 1")
+        _check_open(backend, threads, providers, precision, batched, prepack)
         try:
             bundle = Bundle.open(path, verify)
             if precision is not None:
@@ -142,6 +140,30 @@ def _as_text(pieces: Iterator[bytes]) -> Iterator[str]:
         yield rest
 
 
+def _check_open(
+    backend: str,
+    threads: int | None,
+    providers: Sequence[str] | None,
+    precision: str | None,
+    batched: bool,
+    prepack: bool | None,
+) -> None:
+    """Raises UsageError for a wrong type or value."""
+    if not isinstance(backend, str) or backend not in ("onnx", "null"):
+        raise UsageError(f"backend {shown(backend)} is unknown; known: onnx, null")
+    if threads is not None:
+        whole("threads", threads, 1, MOST_THREADS)
+    if providers is not None and (
+        not isinstance(providers, list | tuple) or not all(isinstance(provider, str) for provider in providers)
+    ):
+        raise UsageError("providers must be a list of names of ONNX Runtime's execution providers")
+    if precision is not None:
+        choice("precision", precision, ("fp32", "int8", "int4"))
+    flag("batched", batched)
+    if prepack is not None:
+        flag("prepack", prepack)
+
+
 def _backend(
     name: str,
     bundle: Bundle,
@@ -155,8 +177,6 @@ def _backend(
         from .backends.onnx import OnnxBackend, OnnxRowBackend
 
         return (OnnxRowBackend if batched else OnnxBackend)(bundle, threads, providers, prepack=prepack)
-    if name == "null":
-        from .backends.null import NullBackend
+    from .backends.null import NullBackend
 
-        return NullBackend(bundle.manifest.spec)
-    raise UsageError(f"backend {name!r} is unknown; known: onnx, null")
+    return NullBackend(bundle.manifest.spec)

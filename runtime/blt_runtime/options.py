@@ -12,11 +12,12 @@ from typing import Any, TypedDict, get_args
 
 import numpy as np
 
+from .arguments import choice, flag, instance, whole
 from .errors import UsageError, nearest
-from .sampling import Sampler, check_sampling, is_whole
+from .sampling import Sampler, check_sampling
 from .speculation.drafters import Drafter
 from .speculation.speculate import Speculate
-from .text import StopMatcher
+from .text import StopMatcher, listed_stops
 
 Stop = Iterable[str | bytes] | str | bytes | None
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -57,7 +58,7 @@ class GenerateOptions:
         stream.generate(200, options=careful)
         stream.generate(200, options=careful, seed=1)  # a keyword replaces the field
 
-    Raises UsageError for a value out of range.
+    Raises UsageError for a value of the wrong type or out of range.
     """
 
     temperature: float = 0.8
@@ -73,14 +74,12 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         check_sampling(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed)
         if self.stop is not None and not isinstance(self.stop, str | bytes):
-            object.__setattr__(self, "stop", tuple(self.stop))  # an iterator would be empty the second time
+            object.__setattr__(self, "stop", listed_stops(self.stop))  # an iterator would be empty the second time
         StopMatcher(self.stop)
-        if not isinstance(self.speculate, Drafter) and self.speculate not in get_args(Speculate):
-            raise UsageError(
-                f"speculate {self.speculate!r} is unknown: {nearest(str(self.speculate), get_args(Speculate))}"
-            )
-        if not is_whole(self.draft) or self.draft < 1:
-            raise UsageError("draft must be a whole number of at least 1")
+        flag("stop_at_eos", self.stop_at_eos)
+        if not isinstance(self.speculate, Drafter):
+            choice("speculate", self.speculate, get_args(Speculate))
+        whole("draft", self.draft, 1)
 
     def sampler(self, random: np.random.Generator | None = None) -> Sampler:
         """A sampler with these options. random: the generator to draw from where no seed is set."""
@@ -96,6 +95,10 @@ def resolve(
 ) -> GenerateOptions:
     """`options` (None: the defaults) with the fields in `keywords` replaced. Raises UsageError for an unknown keyword
     or a bad value, and for a sampling keyword beside a `sampler`, which would be ignored."""
+    if options is not None:
+        instance("options", options, GenerateOptions, "GenerateOptions")
+    if sampler is not None:
+        instance("sampler", sampler, Sampler, "a Sampler")
     for name in keywords:
         if name not in NAMES:
             raise UsageError(f"unknown option {name!r} of generation: {nearest(name, NAMES)}")

@@ -11,15 +11,15 @@ Letters: N tokens, P patches. `closes_N[t]`: token t is the last of its patch.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, RuleError
+from .arguments import is_number, is_whole
+from .errors import InputError, RuleError, shown
 from .ids import BPE, OFFSET, Ids
 from .records import from_dict, to_dict
 
@@ -27,6 +27,8 @@ Scheme = Literal["entropy", "space", "static", "byte", "bpe"]
 EntropyDtype = Literal["float32", "bfloat16"]
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+LONGEST_PATCH = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,38 @@ class PatchRule(PatchSettings):
     entropy_dtype: EntropyDtype = "float32"
 
     def __post_init__(self) -> None:
-        if self.scheme not in get_args(Scheme):
-            raise RuleError(f"patch scheme {self.scheme!r} is unknown; known: {', '.join(get_args(Scheme))}")
-        for name in ("threshold", "threshold_add"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                raise RuleError(f"{name} must be a finite number of nats, not {value!r}")
-        for name in ("patch_size", "max_patch_length"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
-                raise RuleError(f"{name} must be a whole number, not {value!r}")
+        self._check_types()
         if self.scheme == "entropy" and self.threshold is None:
             raise RuleError("patch scheme 'entropy' needs a threshold in nats")
         if self.scheme == "static" and (self.patch_size is None or self.patch_size < 1):
             raise RuleError("patch scheme 'static' needs patch_size >= 1")
         if self.max_patch_length is not None and self.max_patch_length < 1:
             raise RuleError("max_patch_length must be at least 1")
-        if self.entropy_dtype not in get_args(EntropyDtype):
-            raise RuleError(f"entropy_dtype must be 'float32' or 'bfloat16', not {self.entropy_dtype!r}")
         if self.entropy_dtype != "float32" and not self.needs_entropy:
             raise RuleError(f"entropy_dtype {self.entropy_dtype} needs the patch scheme 'entropy', not {self.scheme!r}")
         if self.monotonic and self.threshold_add is not None:
             raise RuleError("choose monotonic (difference) or threshold_add (level and difference), not both")
+
+    def _check_types(self) -> None:
+        """Raises RuleError for a value of a wrong type. Numbers of numpy become Python's, which manifests can hold."""
+        if not isinstance(self.scheme, str) or self.scheme not in get_args(Scheme):
+            raise RuleError(f"patch scheme {shown(self.scheme)} is unknown; known: {', '.join(get_args(Scheme))}")
+        for name in ("threshold", "threshold_add"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and abs(value) <= LARGEST_FLOAT):
+                raise RuleError(f"{name} must be a finite number of nats in float32, not {shown(value)}")
+        for name in ("patch_size", "max_patch_length"):
+            value = getattr(self, name)
+            if value is not None and not (is_whole(value) and abs(int(value)) <= LONGEST_PATCH):
+                raise RuleError(f"{name} must be a whole number up to {LONGEST_PATCH}, not {shown(value)}")
+        for name in ("monotonic", "reset_newlines"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise RuleError(f"{name} must be True or False, not {shown(getattr(self, name))}")
+        if not isinstance(self.entropy_dtype, str) or self.entropy_dtype not in get_args(EntropyDtype):
+            raise RuleError(f"entropy_dtype must be 'float32' or 'bfloat16', not {shown(self.entropy_dtype)}")
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), np.generic):
+                object.__setattr__(self, field.name, value.item())
 
     @property
     def needs_entropy(self) -> bool:
@@ -153,10 +165,16 @@ def closes_from_lengths(lengths: npt.ArrayLike) -> Bools:
 
 def checked_closes(lengths: npt.ArrayLike, n_ids: int) -> Bools:
     """`closes_from_lengths` for a caller's lengths of `n_ids` ids. Raises InputError if they do not fit."""
-    lengths_P = np.trim_zeros(np.asarray(lengths).reshape(-1), "b")  # facebookresearch/blt pads with zeros
-    if lengths_P.size == 0 or lengths_P.dtype.kind not in "iu" or lengths_P.min() < 1:
+    try:
+        given_P = np.asarray(lengths).reshape(-1)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # ragged lists, tensors of other devices
+        raise InputError("patch lengths must be whole numbers of at least 1") from error
+    if given_P.size == 0 or given_P.dtype.kind not in "iu":
         raise InputError("patch lengths must be whole numbers of at least 1")
-    if lengths_P.sum() != n_ids + 1 or lengths_P[0] != 1:
+    lengths_P = np.trim_zeros(given_P, "b")  # facebookresearch/blt pads with zeros
+    if lengths_P.size == 0 or lengths_P.min() < 1:
+        raise InputError("patch lengths must be whole numbers of at least 1")
+    if lengths_P.max() > n_ids + 1 or lengths_P.sum() != n_ids + 1 or lengths_P[0] != 1:
         raise InputError(f"patch lengths must begin with 1 and sum to {n_ids + 1} (the ids and one next token)")
     return closes_from_lengths(lengths_P)
 

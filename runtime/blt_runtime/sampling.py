@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UsageError
+from .arguments import number, whole
 
 Array = npt.NDArray[Any]
 
@@ -33,7 +32,8 @@ class Sampler:
         seed: int | np.random.Generator | None = None,
     ) -> None:
         check_sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.temperature, self.top_p, self.min_p = float(temperature), top_p, min_p
+        self.top_k = None if top_k is None else int(top_k)
         self._random = generator(seed)
 
     def __call__(self, logits_V: Array) -> int:
@@ -110,11 +110,14 @@ def check_sampling(
     min_p: float | None,
     seed: int | np.random.Generator | None,
 ) -> None:
-    """Raises UsageError for a value out of range."""
-    _check("temperature", _is_number(temperature) and temperature >= 0, "a number from 0 up")
-    _check("top_k", top_k is None or (is_whole(top_k) and top_k >= 1), "a whole number of at least 1")
-    _check("top_p", top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "a number above 0 and at most 1")
-    _check("min_p", min_p is None or (_is_number(min_p) and 0 <= min_p <= 1), "a number between 0 and 1")
+    """Raises UsageError for a value of the wrong type or out of range."""
+    number("temperature", temperature, lambda value: value >= 0, "a number from 0 up")
+    if top_k is not None:
+        whole("top_k", top_k, 1)
+    if top_p is not None:
+        number("top_p", top_p, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+    if min_p is not None:
+        number("min_p", min_p, lambda value: 0 <= value <= 1, "a number between 0 and 1")
     _check_seed(seed)
 
 
@@ -124,21 +127,6 @@ def generator(seed: int | np.random.Generator | None) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def is_whole(value: object) -> bool:
-    """A Python or numpy integer, and no bool."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    """A finite Python or numpy number, and no bool."""
-    return is_whole(value) or (isinstance(value, float | np.floating) and math.isfinite(value))
-
-
 def _check_seed(seed: int | np.random.Generator | None) -> None:
-    if not isinstance(seed, np.random.Generator):
-        _check("seed", seed is None or (is_whole(seed) and seed >= 0), "a whole number from 0 up")
-
-
-def _check(name: str, ok: bool, wanted: str) -> None:
-    if not ok:
-        raise UsageError(f"{name} must be {wanted}")
+    if seed is not None and not isinstance(seed, np.random.Generator):
+        whole("seed", seed, wanted="a whole number from 0 up")

@@ -16,11 +16,12 @@ from typing import Literal, Unpack
 
 import numpy as np
 
+from .arguments import instance, number, whole
 from .backends.protocol import Array
 from .engine.batch import SHARE, SLICE, Batch, Counts, Row, fitted, gather
 from .engine.memory import out_of_memory
 from .engine.snapshot import Snapshot
-from .errors import BltError, Cancelled, CapacityError, QueueFull, UsageError
+from .errors import BltError, Cancelled, CapacityError, QueueFull, UsageError, shown
 from .ids import EOS, Ids, checked_ids, encode
 from .model import Model
 from .options import GenerateKeywords, GenerateOptions, Stop, resolve
@@ -29,6 +30,7 @@ from .stream import BYTES
 from .text import StopMatcher
 
 log = logging.getLogger("blt_runtime")
+MOST_STREAMS = 1 << 16
 
 Finish = Literal["length", "stop", "eos", "cancelled", "error"]
 
@@ -56,7 +58,7 @@ class Request:
         stop_at_eos: bool = True,
         after: Snapshot | None = None,
     ) -> None:
-        self.ids, self.n, self.after = ids, n, after
+        self.ids, self.n, self.after = ids, whole("n", n), after
         self.read: Snapshot | None = None
         self.finish: Finish | None = None
         self.generated = 0
@@ -128,6 +130,10 @@ class Scheduler:
         slice: int = SLICE,
         share: float = SHARE,
     ) -> None:
+        instance("model", model, Model, "a Model")
+        streams, waiting = whole("streams", streams, 1, MOST_STREAMS), whole("waiting", waiting)
+        slice = whole("slice", slice, 1)
+        share = number("share", share, lambda value: 0 <= value <= 1, "a number between 0 and 1")
         spec = fitted(model.spec, capacity)
         try:
             self._batch = Batch(spec, model.backend, model.hash_tables, rows=streams, slice=slice, ready=gather(share))
@@ -192,9 +198,11 @@ class Scheduler:
     ) -> Request:
         if options.speculate != "off":
             raise UsageError("a scheduler does not speculate: leave speculate at 'off'")
-        if n < 1 or len(ids) < 1:
-            raise UsageError("a request needs a prompt of at least 1 id and n of at least 1")
+        n = whole("n", n, 1)
+        if len(ids) < 1:
+            raise UsageError("a request needs a prompt of at least 1 id")
         if after is not None:
+            instance("after", after, Snapshot, "what Scheduler.read returned")
             self._batch.check(after)
         sampler = sampler or options.sampler()
         request = Request(ids, n, sampler, stop=options.stop, stop_at_eos=options.stop_at_eos, after=after)
@@ -204,7 +212,8 @@ class Scheduler:
         tokens = len(request.ids) + (request.after.position if request.after else 0)
         if tokens + max(0, request.n - 1) > self._capacity:
             raise CapacityError(
-                f"{tokens} tokens of prompt and {request.n} new ones exceed the {self._capacity} of a stream here"
+                f"{tokens} tokens of prompt and {shown(request.n)} new ones exceed "
+                f"the {self._capacity} of a stream here"
             )
         with self._wake:
             if self._closed:

@@ -16,14 +16,15 @@ from typing import Literal, Unpack, get_args
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import choice, flag, instance, whole
 from .backends.protocol import Array, Backend
 from .bundle.spec import ModelSpec
 from .engine.memory import Memory, out_of_memory
 from .engine.prefill import Cancel, Prefill
 from .engine.snapshot import Snapshot, put, take
 from .engine.step import StepCalls
-from .errors import Cancelled, CapacityError, InputError, UsageError, nearest
-from .hashing import Tables
+from .errors import Cancelled, CapacityError, ConfigError, InputError, UsageError, shown
+from .hashing import Tables, check_tables
 from .ids import BOS, EOS, OFFSET, Ids, checked_ids, encode
 from .options import GenerateKeywords, GenerateOptions, resolve
 from .patching import checked_closes, closes_from_lengths
@@ -86,9 +87,12 @@ class Stream:
         seed: int | None = None,
         overflow: Overflow = "error",
     ) -> None:
+        check_model(spec, backend, hash_tables)
         self.spec = spec
         self._owner = backend
+        self._bos = flag("bos", bos)
         self._slides = _slides(overflow, spec, bos)
+        self._random = generator(seed)
         try:
             self._memory = Memory(spec, backend, hash_tables)
             self._calls = StepCalls(self._memory)
@@ -99,8 +103,6 @@ class Stream:
         self._speculator = Speculator(self._memory, self._calls)
         self._uses = 0
         self._forgotten = 0
-        self._random = generator(seed)
-        self._bos = bos
         self._with_entropy = spec.patch_rule.needs_entropy
         self._lock = threading.Lock()
         self._damaged = False
@@ -154,6 +156,8 @@ class Stream:
         stream does not slide.
         """
         ids_N = checked_ids(ids, self.spec.vocab_size)
+        if cancelled is not None and not callable(cancelled):
+            raise UsageError(f"cancelled must be a function without arguments, not {shown(cancelled)}")
         with self._exclusive():
             self._append(ids_N, cancelled)
 
@@ -168,9 +172,10 @@ class Stream:
         It replays the tokens from the last boundary on if the caches still reach back there, and else all tokens.
         Raises UsageError (nothing changed) for more tokens than the stream holds.
         """
-        if not 0 <= n_tokens <= self.position:
+        n_tokens = whole("n_tokens", n_tokens, wanted="a whole number of tokens from 0 up")
+        if n_tokens > self.position:
             gone = f" (the {self._forgotten} before them are forgotten)" if self._forgotten else ""
-            raise UsageError(f"cannot rewind {n_tokens} of {self.position} tokens{gone}")
+            raise UsageError(f"cannot rewind {shown(n_tokens)} of {self.position} tokens{gone}")
         with self._exclusive():
             if n_tokens:
                 self._return_to(self.position - n_tokens)
@@ -186,6 +191,7 @@ class Stream:
 
         Raises UsageError (nothing changed) for a snapshot of another model.
         """
+        instance("snapshot", snapshot, Snapshot, "what Stream.snapshot returned")
         if not snapshot.is_of(self.spec, self._owner):
             raise UsageError("this snapshot was taken from a stream of another model: take one from this model's")
         with self._exclusive(repair=True):
@@ -233,8 +239,7 @@ class Stream:
         return self._start_generating(n, chosen, sampler or chosen.sampler(self._random))
 
     def _start_generating(self, n: int, options: GenerateOptions, sampler: Sampler) -> Iterator[int]:
-        if n < 0:
-            raise UsageError("n must not be negative")
+        n = whole("n", n, wanted="a whole number that is not negative")
         _ = self.logits
         speculation = None
         if options.speculate != "off":
@@ -408,9 +413,19 @@ class Stream:
             self._lock.release()
 
 
+def check_model(spec: ModelSpec, backend: Backend, hash_tables: Tables | None) -> None:
+    """Raises UsageError unless these are a spec and a backend, and ConfigError unless the hash tables fit the spec."""
+    instance("spec", spec, ModelSpec, "a ModelSpec (Model.open reads a bundle's)")
+    if not callable(getattr(backend, "session", None)) or not callable(getattr(backend, "buffer", None)):
+        raise UsageError(f"backend must be a Backend (blt_runtime.backends.protocol), not {shown(backend)}")
+    if (spec.hash is None) != (hash_tables is None):
+        raise ConfigError("hash tables must be given exactly when the spec has a hash")
+    if spec.hash is not None and hash_tables is not None:
+        check_tables(hash_tables, spec.hash.tables, spec.hash.rows, spec.hash.dim, spec.hash.dtype)
+
+
 def _slides(overflow: Overflow, spec: ModelSpec, bos: bool) -> bool:
-    if overflow not in get_args(Overflow):
-        raise UsageError(f"overflow {overflow!r} is unknown: {nearest(str(overflow), get_args(Overflow))}")
+    choice("overflow", overflow, get_args(Overflow))
     if overflow == "slide" and min(spec.capacity_bytes, spec.capacity_patches) < 1 + bos:
         raise UsageError("the capacity is too small to slide in: export with a larger --capacity")
     return overflow == "slide"

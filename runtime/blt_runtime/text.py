@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from .errors import UsageError
+from .errors import UsageError, shown
 from .ids import to_bytes
 
 
@@ -24,16 +24,34 @@ class Utf8Stream:
         return self._decoder.decode(b"", final=True)
 
 
+def listed_stops(stops: Iterable[str | bytes] | str | bytes | None) -> tuple[str | bytes, ...]:
+    """One stop string or several as a tuple. Raises UsageError if they are neither."""
+    if stops is None:
+        return ()
+    if isinstance(stops, str | bytes | bytearray):
+        return (stops,)
+    try:
+        each = None if isinstance(stops, Mapping) else iter(stops)
+    except TypeError:
+        each = None
+    if each is None:
+        raise UsageError(f"stop must be text, bytes or a list of them, not {shown(stops)}")
+    found = []
+    for stop in each:
+        to_bytes(stop, "a stop string")  # here, since an iterator of something else may not end
+        found.append(stop)
+    return tuple(found)
+
+
 class StopMatcher:
     """Holds back bytes that may begin a stop string, and passes on the rest.
 
     After `feed` has read a whole stop string, `stopped` is True, and neither the string nor later bytes are returned.
-    Raises UsageError for an empty stop string.
+    Raises UsageError for an empty stop string, and for one that is not text or bytes.
     """
 
     def __init__(self, stops: Iterable[str | bytes] | str | bytes | None = None) -> None:
-        listed = [stops] if isinstance(stops, str | bytes) else list(stops or ())
-        self._stops = [to_bytes(stop) for stop in listed]
+        self._stops = [to_bytes(stop, "a stop string") for stop in listed_stops(stops)]
         if any(not stop for stop in self._stops):
             raise UsageError("a stop string must not be empty")
         self._held = b""

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blt_runtime import ids
+from blt_runtime.errors import InputError
 
 
 def test_golden_tokenizer(golden: Path) -> None:
@@ -30,5 +31,5 @@ def test_bytes_survive(data: bytes) -> None:
 
 @pytest.mark.parametrize("bad", [[-1], [260], [5, 300]])
 def test_foreign_ids_are_refused(bad: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"0\.\.259"):
+    with pytest.raises(InputError, match=r"0\.\.259"):
         ids.decode(bad)

@@ -279,7 +279,7 @@ def test_bad_arguments() -> None:
     stream = model_of(null_spec()).stream()
     with pytest.raises(InputError, match=r"0\.\.259"):
         stream.append_ids([260])
-    with pytest.raises(InputError, match="whole numbers"):
+    with pytest.raises(UsageError, match="whole numbers"):
         stream.append_ids([[1, 2]])
     with pytest.raises(UsageError, match="cannot rewind"):
         stream.rewind(2)

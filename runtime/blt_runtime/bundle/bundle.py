@@ -15,6 +15,7 @@ import hashlib
 import mmap
 import os
 import stat
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,11 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from .. import reading
-from ..errors import BundleError, UsageError
+from ..errors import BundleError, UsageError, shown
 from ..hashing import TABLE_DTYPES, stored_width
 from ..reading import in_hub_cache
 from . import manifest as manifests
-from .manifest import FileEntry, Manifest
+from .manifest import FileEntry, FileRef, Manifest
 
 Verify = Literal["auto", "full", "sizes"]
 HASH_WHOLE_BUNDLE = 1 << 30
@@ -55,11 +56,17 @@ class Bundle:
         verify: "sizes" compares sizes only; "auto" also sha256, of everything in bundles up to 1 GiB and
         else of files up to 16 MiB; "full" of everything. Raises BundleError.
         """
-        if verify not in ("auto", "full", "sizes"):
-            raise UsageError(f"verify must be 'auto', 'full' or 'sizes', not {verify!r}")
+        if not isinstance(path, str | Path):
+            raise UsageError(f"the path of a bundle must be a str or a Path, not {shown(path)}")
+        if not isinstance(verify, str) or verify not in ("auto", "full", "sizes"):
+            raise UsageError(f"verify must be 'auto', 'full' or 'sizes', not {shown(verify)}")
         folder = Path(path)
-        if not folder.is_dir():
+        try:
             reason = "it is a file, not a folder" if folder.exists() else "there is no such folder"
+            is_folder = folder.is_dir()
+        except OSError as error:  # such as a name that is too long
+            raise BundleError(f"{shown(str(folder))} is not a bundle: {error.strerror}") from error
+        if not is_folder:
             raise BundleError(f"{folder} is not a bundle: {reason}")
         if not os.path.lexists(folder / manifests.FILE_NAME):
             raise BundleError(f"{folder} is not a bundle: it has no {manifests.FILE_NAME}")
@@ -70,12 +77,17 @@ class Bundle:
         return bundle
 
     def graph_file(self, group: str) -> Path:
-        """Path of a graph's ONNX file."""
-        return self.path / self.manifest.graphs[group].file
+        """Path of a graph's ONNX file. Raises UsageError for a graph that the bundle does not have."""
+        return self._file("graph", group, self.manifest.graphs)
 
     def row_graph_file(self, group: str) -> Path:
-        """Path of a batched graph's ONNX file. Raises KeyError if the bundle has none."""
-        return self.path / self.manifest.row_graphs[group].file
+        """Path of a batched graph's ONNX file. Raises UsageError if the bundle has none."""
+        return self._file("batched graph", group, self.manifest.row_graphs)
+
+    def _file(self, kind: str, group: str, graphs: Mapping[str, FileRef]) -> Path:
+        if not isinstance(group, str) or group not in graphs:
+            raise UsageError(f"the bundle has no {kind} {shown(group)}; it has: {', '.join(graphs) or 'none'}")
+        return self.path / graphs[group].file
 
     def hash_tables(self) -> npt.NDArray[Any] | None:
         """All hash tables [T * rows, stored width] as stored, memory-mapped read-only; None if the model has none.

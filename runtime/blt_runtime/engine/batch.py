@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..arguments import is_whole
 from ..backends.protocol import Array, Backend, RowBackend
 from ..bundle.spec import ModelSpec
 from ..errors import BltError, UsageError
@@ -347,7 +348,8 @@ def fitted(spec: ModelSpec, capacity: int | None) -> ModelSpec:
     """The spec with a smaller capacity. Raises UsageError for a larger one."""
     if capacity is None:
         return spec
-    if not 1 <= capacity <= spec.capacity_bytes:
+    if not is_whole(capacity) or not 1 <= capacity <= spec.capacity_bytes:
         raise UsageError(f"capacity must be in 1..{spec.capacity_bytes}, which the bundle was exported for")
+    capacity = int(capacity)
     patches = min(spec.capacity_patches, capacity)
     return replace(spec, capacity_bytes=capacity, capacity_patches=patches, chunk=min(spec.chunk, capacity))
