@@ -68,8 +68,8 @@ class Model:
         """Opens the bundle folder `path`.
 
         backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: for one call; None lets the
-        backend choose. providers: ONNX Runtime execution providers, CPU by default; a provider that does not load is
-        an error. verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32",
+        backend choose. providers: ONNX Runtime's execution providers; any but the CPU's is an error so far.
+        verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32",
         "int8", "int4"); None accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no
         single streams. prepack: see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several
         tokens (`speculate`). many: the former name of `batched`, which warns.

@@ -222,6 +222,14 @@ def test_a_missing_provider(bundle: Bundle) -> None:
         OnnxBackend(bundle, providers=["NeverExecutionProvider"])
 
 
+@pytest.mark.parametrize("first", ["AzureExecutionProvider", "CPUExecutionProvider"])
+def test_another_provider_is_refused(bundle: Bundle, first: str) -> None:
+    """The library has it (Azure's is in every build), but buffers that are bound once would go stale there."""
+    both = ("CPUExecutionProvider", "AzureExecutionProvider")
+    with pytest.raises(BackendError, match="only CPUExecutionProvider runs bundles so far"):
+        OnnxBackend(bundle, providers=sorted(both, key=lambda name: name != first))
+
+
 def test_bad_threads(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="threads"):
         OnnxBackend(bundle, threads=0)
