@@ -55,6 +55,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
 
 def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
     """`name.onnx` and, with its larger initializers, `name.weights`."""
+    remove_notes(model)
     path = folder / f"{name}.onnx"
     ir.save(
         model,
@@ -65,6 +66,14 @@ def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
         align_threshold=_PAGE,
     )
     return path
+
+
+def remove_notes(model: ir.Model) -> None:
+    """Remove what PyTorch's exporter notes on each node, such as stack traces with the paths of this machine."""
+    values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
+    for noted in (model, model.graph, *model.graph, *values, *model.graph.initializers.values()):
+        noted.metadata_props.clear()
+        noted.doc_string = None
 
 
 def write_batched_graph(model: ir.Model, folder: Path, name: str) -> Path:

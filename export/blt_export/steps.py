@@ -13,11 +13,12 @@ import onnx_ir as ir
 from blt.checkpoint.models import Checkpoint, stored_tables
 from blt.model.steps import make_steps
 from blt_runtime.backends.onnx import ROWS_MINIMUM, load_library
+from blt_runtime.bundle import graph_file
 from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import FileRef, Manifest
 from blt_runtime.bundle.spec import GraphSpec
-from blt_runtime.errors import BackendError
+from blt_runtime.errors import BackendError, BundleError
 
 from . import bundle
 from .capture import trace
@@ -140,6 +141,7 @@ def check_parity(state: ExportState) -> str:
 
 
 def make_manifest(state: ExportState) -> str:
+    """Raises ValueError if the runtime would refuse a graph (`blt_runtime.bundle.graph_file`)."""
     files = bundle.entries(state.folder)
     state.manifest = Manifest(
         producer=producer(),
@@ -156,6 +158,12 @@ def make_manifest(state: ExportState) -> str:
         precisions=state.precisions,
         row_graphs={name: FileRef(path.name) for name, path in state.row_files.items()},
     )
+    for refs in (state.manifest.graphs, state.manifest.row_graphs):
+        for name, ref in refs.items():
+            try:
+                graph_file.read_graph(state.folder, ref.file, state.manifest, state.manifest.precision_of(name))
+            except BundleError as error:
+                raise ValueError(str(error)) from error
     return f"{len(files)} files, {sum(entry.bytes for entry in files.values())} bytes"
 
 

@@ -20,6 +20,7 @@ from blt.checkpoint.tensors import StoredTensor
 from blt_export import ExportReport, bundle, pipeline
 from blt_export.capture import trace
 from blt_export.rewrite import op_counts
+from blt_runtime.bundle import graph_file
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
 from blt_runtime.hashing import TableDtype
@@ -73,6 +74,39 @@ def test_graphs_have_the_names_shapes_and_operators_of_their_spec(bundle_of: Bun
             weight = node.inputs[1] if node.op_type == "MatMul" else None
             if weight is not None and weight.const_value is not None:
                 assert str(weight.name).endswith(".weight.T")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_graphs_hold_only_operators_that_the_runtime_allows(bundle_of: BundleOf, variant: str, flavour: str) -> None:
+    allowed = graph_file.operators(flavour, quantised=False)
+    used = {(node.domain, node.op_type) for graph in written_graphs(bundle_of(variant, flavour)) for node in graph}
+    assert used <= allowed
+    assert len(used) > 20
+
+
+def test_an_operator_that_the_runtime_refuses_leaves_no_bundle(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_file, "STANDARD", graph_file.STANDARD - {"Softmax"})
+    with pytest.raises(BltError, match=r"'make the manifest'.*operator 'Softmax'"):
+        pipeline.run(replace(prepare(VARIANTS[0], "portable"), check=False), tmp_path / "b")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_graphs_hold_no_stack_trace_and_no_path(bundle_of: BundleOf, flavour: str) -> None:
+    report = bundle_of(VARIANTS[1], flavour)
+    for path in report.path.glob("*.onnx"):
+        content = path.read_bytes()
+        assert not [word for word in (b".py", b"/site-packages", b"stack_trace", b"File ") if word in content]
+    for graph in written_graphs(report):
+        noted = (graph, *graph, *graph.inputs, *(v for node in graph for v in node.outputs))
+        assert not [x for x in noted if x.metadata_props or x.doc_string]
+
+
+def written_graphs(report: ExportReport) -> list[ir.Graph]:
+    return [ir.load(path).graph for path in sorted(report.path.glob("*.onnx"))]
 
 
 def test_both_flavours_come_from_one_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

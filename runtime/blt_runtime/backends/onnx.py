@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
+from ..bundle.graph_file import read_graph
 from ..bundle.spec import GraphSpec, row_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
 from .protocol import Buffer, Call, HostBuffer
 
 CPU = "CPUExecutionProvider"
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def load_library(minimum: str) -> Any:
@@ -121,11 +123,14 @@ class OnnxBackend:
         return options
 
     def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
-        return self._session(bundle.graph_file(spec.name), spec, options)
+        return self._session(bundle, bundle.graph_file(spec.name), spec, options)
 
-    def _session(self, path: Path, spec: GraphSpec, options: Any) -> OnnxSession:
+    def _session(self, bundle: Bundle, path: Path, spec: GraphSpec, options: Any) -> OnnxSession:
+        """A session on the bytes that were checked: the file may change afterwards."""
+        content = read_graph(bundle.path, path.name, bundle.manifest, bundle.manifest.precision_of(spec.name))
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path.absolute()))
         try:
-            session = self._ort.InferenceSession(str(path), options, providers=self._providers)
+            session = self._ort.InferenceSession(content, options, providers=self._providers)
         except Exception as error:  # onnxruntime's own classes share no public base
             raise _load_failure(path, error) from error
         return OnnxSession(session, spec)
@@ -154,7 +159,7 @@ class OnnxRowBackend(OnnxBackend):
 
     def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
         check_rows(bundle)
-        return self._session(bundle.row_graph_file(spec.name), row_spec(spec), options)
+        return self._session(bundle, bundle.row_graph_file(spec.name), row_spec(spec), options)
 
     def row_session(self, group: str) -> OnnxSession:
         return self._sessions[group]

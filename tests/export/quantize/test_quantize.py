@@ -23,6 +23,7 @@ from blt_export.state import ExportState
 from blt_export.verify import parity
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxBackend
+from blt_runtime.bundle import graph_file
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.errors import CheckFailed, UsageError
@@ -116,6 +117,14 @@ def test_the_manifest_holds_the_precision_of_each_graph(mixed: ExportReport) -> 
     assert tolerances["decoder.logits"] == parity.TOLERANCE["int4"]
     assert "entropy.weights" not in tolerances
     assert tolerances["latent.weights"] == Format(8, 128).largest_error
+
+
+def test_quantised_graphs_hold_only_operators_that_the_runtime_allows(mixed: ExportReport) -> None:
+    for path in mixed.path.glob("*.onnx"):
+        quantised = not path.name.startswith("entropy")
+        used = {(node.domain, node.op_type) for node in ir.load(path).graph}
+        assert used <= graph_file.operators("ort", quantised)
+        assert (("com.microsoft", "MatMulNBits") in used) == quantised
 
 
 def test_quantised_outputs_differ_but_not_much(mixed: ExportReport) -> None:
