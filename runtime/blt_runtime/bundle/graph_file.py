@@ -21,9 +21,9 @@ from .protobuf import BYTES, FIXED32, VARINT, Malformed, Reader, Unexpected, sig
 
 STANDARD = frozenset(
     ("Add", "And", "Attention", "Cast", "Clip", "Concat", "Div", "Exp", "Expand", "Gather", "GreaterOrEqual",
-     "Identity", "Less", "LessOrEqual", "LogSoftmax", "MatMul", "Max", "Mod", "Mul", "Neg", "Not", "Or", "RMSNormalization",
-     "Range", "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Softmax", "Squeeze", "Sub",
-     "TensorScatter", "Transpose", "Unsqueeze", "Where")
+     "Identity", "Less", "LessOrEqual", "LogSoftmax", "MatMul", "Max", "Mod", "Mul", "Neg", "Not", "Or",
+     "RMSNormalization", "Range", "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice",
+     "Softmax", "Squeeze", "Sub", "TensorScatter", "Transpose", "Unsqueeze", "Where")
 )  # fmt: skip
 """Operators of ONNX that every flavour uses."""
 ORT = frozenset(("GatherND", "Split"))
