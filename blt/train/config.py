@@ -24,6 +24,8 @@ from blt_runtime.patching import PatchRule, PatchSettings
 
 MAX_BUCKETS = 32
 """The largest number of row lengths in a run: each one costs a compilation."""
+SHORT_WARMUP = 10
+"""The schedule is so many times as long as a warm-up that had to be shortened."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -104,17 +106,26 @@ class OptimizerConfig(Frozen):
 
 
 class ScheduleConfig(Frozen):
-    """Linear warm-up, then a cosine down to `min_ratio` of the learning rate at `steps`."""
+    """Linear warm-up, then a cosine down to `min_ratio` of the learning rate at `decay_steps` (null: at `steps`).
+
+    After that step the rate is constant. A warm-up that does not end before the cosine does is shortened. A resumed run
+    keeps the `decay_steps` of its checkpoint, unless they are given.
+    """
 
     steps: int = Field(default=1000, ge=1)
     warmup: int = Field(default=100, ge=0)
     min_ratio: float = Field(default=0.1, ge=0, le=1)
+    decay_steps: int | None = Field(default=None, ge=1)
 
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> typing.Self:
-        if self.warmup > self.steps:
-            raise ValueError(f"warmup {self.warmup} is more than steps {self.steps}")
-        return self
+    @property
+    def end(self) -> int:
+        """The step at which the cosine ends."""
+        return self.decay_steps or self.steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """`warmup`, or a tenth of the schedule if it is longer than that."""
+        return self.warmup if self.warmup <= self.end else self.end // SHORT_WARMUP
 
 
 class BatchConfig(Frozen):

@@ -33,10 +33,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def learning_rate(step: int, lr: float, schedule: ScheduleConfig) -> float:
-    """The rate of step 0, 1, ...: linear up to `lr` in `warmup` steps, then a cosine down to `min_ratio` * lr."""
-    if step < schedule.warmup:
-        return lr * (step + 1) / schedule.warmup
-    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    """The rate of step 0, 1, ...: linear up to `lr` in the warm-up, then a cosine down to `min_ratio` * lr."""
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, schedule.end - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return lr * (schedule.min_ratio + (1 - schedule.min_ratio) * cosine)
 

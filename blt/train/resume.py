@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from blt.train import checkpoints
 from blt.train.checkpoints import TrainingCheckpoint
-from blt.train.config import RunConfig
+from blt.train.config import RunConfig, ScheduleConfig
+from blt.train.optim import learning_rate
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
 
+log = logging.getLogger("blt.train")
 # Sections of the configuration (or keys of a section) that must be the same in a resumed run.
 SAME: dict[str, tuple[str, ...]] = {
     "kind": (),
@@ -42,6 +46,53 @@ def find_checkpoint(out: Path, folder: Path, resume: str) -> TrainingCheckpoint 
     if checkpoint.path not in [path.resolve() for path in checkpoints.checkpoint_folders(folder)]:
         _check_unused(out, folder)
     return checkpoint
+
+
+def continued(config: RunConfig, checkpoint: TrainingCheckpoint) -> RunConfig:
+    """The configuration of a run that continues from `checkpoint`: its learning rate follows the curve it had.
+
+    The cosine ends where the checkpoint's did, unless `schedule.decay_steps` is given; more steps continue at its final
+    rate. Logs what happens to the rate. Raises UsageError for fewer steps than were made.
+    """
+    schedule, made = config.schedule, checkpoint.step
+    if schedule.steps < made:
+        raise UsageError(
+            f"the run has made {made:,} steps already, more than the {schedule.steps:,} asked for; nothing was "
+            f"changed: give --steps {made} or more, or continue an older checkpoint with --resume"
+        )
+    try:
+        old = ScheduleConfig.model_validate(checkpoint.state["config"]["schedule"])
+        old_lr = float(checkpoint.state["config"]["optimizer"]["lr"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise checkpoint.incomplete(error) from None
+    if schedule.decay_steps is None and schedule.steps != old.end:
+        schedule = schedule.model_copy(update={"decay_steps": old.end})
+        if made < schedule.steps:
+            _log_end(schedule)
+    before, now = (learning_rate(made, *rate) for rate in ((old_lr, old), (config.optimizer.lr, schedule)))
+    if not math.isclose(before, now) and made < schedule.steps:
+        log.warning(
+            "the learning rate of step %s is %.3g instead of %.3g: optimizer.lr or the schedule is not that of the "
+            "checkpoint", f"{made + 1:,}", now, before,
+        )  # fmt: skip
+    return config.model_copy(update={"schedule": schedule})
+
+
+def _log_end(schedule: ScheduleConfig) -> None:
+    """Says what the learning rate does if the run's last step is not the end of its cosine."""
+    first, steps = f"{schedule.end + 1:,}", f"{schedule.steps:,}"
+    if schedule.steps > schedule.end:
+        log.info(
+            "the schedule of the run ends at step %s: steps %s to %s keep its final learning rate "
+            "(--set schedule.decay_steps=%d for a decay to step %s)",
+            f"{schedule.end:,}", first, steps, schedule.steps, steps,
+        )  # fmt: skip
+    else:
+        log.info(
+            "the schedule of the run ends at step %s: it stops at step %s before its learning rate is lowest "
+            "(--set schedule.decay_steps=%d for a decay to step %s)",
+            f"{schedule.end:,}", steps, schedule.steps, steps,
+        )  # fmt: skip
 
 
 def check_same_run(checkpoint: TrainingCheckpoint, config: RunConfig, extra: dict[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from blt.files import replace_text
 from blt.train import checkpoints, parallel
 from blt.train.config import KINDS, RunConfig
 from blt.train.loop import Trainer
-from blt.train.resume import find_checkpoint
+from blt.train.resume import continued, find_checkpoint
 from blt.train.setup import prepare_run
 from blt_runtime import reading
 from blt_runtime.errors import ConfigError, UsageError
@@ -47,34 +49,83 @@ def train(
     Under torchrun every process calls it. Parameters are sharded, and the first rank writes logs, metrics and model.pt.
     Raises UsageError, InputError, ConfigError, CheckpointError, and Terminated after SIGTERM with everything saved.
     """
-    _check_target(Path(out), force)
-    with parallel.processes(device) as (ranks, device), _quiet_unless(ranks.first):
+    out = Path(out)
+    _check_target(out, force)
+    with ExitStack() as stack:
+        ranks, device = stack.enter_context(parallel.processes(device))
+        stack.enter_context(_quiet_unless(ranks.first))
         if not ranks.single and config.run.attention == "flex":
             raise ConfigError(
                 "run.attention: flex trains in a single process; with several ranks leave run.attention at auto"
             )
+        ranks.on_first(lambda: stack.enter_context(only_trainer(out)))
+        checkpoint = ranks.on_first(lambda: find_checkpoint(out, out / checkpoints.FOLDER, resume))
+        if checkpoint is None:
+            _log_warmup(config)
+        else:
+            config = continued(config, checkpoint)
         compiled = config.run.compile if compile is None else compile
         whole_step = compiled and ranks.single  # FSDP's gathers would break the step's graph
         trainer, finish = ranks.first_then_others(
-            lambda: prepare_run(
-                config, Path(out), data=data, entropy_model=entropy_model, compile=whole_step, device=device
-            )
+            lambda: prepare_run(config, out, data=data, entropy_model=entropy_model, compile=whole_step, device=device)
         )
         trainer.distribute(ranks, compiled)
-        _resume(trainer, resume)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            _log_resumed(trainer, config.schedule.steps)
         ranks.on_first(lambda: _begin(trainer))
         trainer.run(config.schedule.steps)
         trainer.finish()
         ranks.on_first(lambda: _end(trainer, finish))
-    return Path(out) / MODEL_FILE
+    return out / MODEL_FILE
 
 
-def _resume(trainer: Trainer, resume: str) -> None:
-    """The first rank chooses and checks the checkpoint, because all ranks see the same files."""
-    checkpoint = trainer.ranks.on_first(lambda: find_checkpoint(trainer.out, trainer.folder, resume))
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        log.info("resumed at step %d", trainer.state.step)
+def _log_resumed(trainer: Trainer, steps: int) -> None:
+    made = trainer.state.step
+    if made < steps:
+        log.info("resumed at step %s of %s", f"{made:,}", f"{steps:,}")
+    else:
+        log.info("the run is finished: all %s steps are made (--steps N with a larger N continues it)", f"{steps:,}")
+
+
+def _log_warmup(config: RunConfig) -> None:
+    schedule = config.schedule
+    if schedule.warmup_steps != schedule.warmup:
+        log.info(
+            "the warm-up of %s steps is longer than the run of %s; shortened to %s",
+            f"{schedule.warmup:,}", f"{schedule.end:,}", f"{schedule.warmup_steps:,}",
+        )  # fmt: skip
+
+
+@contextmanager
+def only_trainer(out: Path) -> Iterator[None]:
+    """The folder of a run, made if it is missing, locked against other trainers while inside.
+
+    The system releases the lock if the process dies. A folder that was made here is removed if it stays empty. Raises
+    UsageError if another process trains there or the folder cannot be made.
+    """
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror}; choose another folder for the run") from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UsageError(
+            f"another process is training in {out}; wait until it ends or stop it, or choose another folder with -o"
+        ) from None
+    except OSError as error:  # a file system without locks on folders
+        log.debug("%s cannot be locked (%s)", out, error.strerror)
+    try:
+        yield
+    finally:
+        os.close(folder)
+        if made:
+            with suppress(OSError):  # it holds something
+                out.rmdir()
 
 
 def _begin(trainer: Trainer) -> None:

@@ -74,7 +74,6 @@ def test_overrides(repo: Path) -> None:
         ("optimizer.lr=.inf", "optimizer.lr"),
         ("patching.threshold=.nan", "patching.threshold"),
         ("patching={monotonic: true, threshold_add: 1.0}", "not both"),
-        ("schedule.warmup=41", "warmup 41 is more than steps 40"),
         ("data.groups=[]", "data.groups"),
         ("model.vocab_size=100", "vocab_size is 100"),
     ],

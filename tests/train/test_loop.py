@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from blt.data import Batch, prepare
 from blt.train import Terminated, Trainer, checkpoints, train
 from blt.train.config import BLTRun, EntropyRun, RunConfig, load_config
 from blt.train.objective import Objective
-from blt.train.optim import learning_rate, make_optimizer
+from blt.train.optim import make_optimizer
 from blt.train.setup import prepare_run
 from blt_runtime.errors import BltError, ConfigError, UsageError
 
@@ -247,22 +246,6 @@ def test_golden_training_loss(golden: Path) -> None:
     total, n = Objective(blt.train(), int(lengths[:, :-1].max()))(batch)
     loss = total / n
     assert loss.item() == pytest.approx(truth["loss"], rel=1e-5)
-
-
-def test_the_schedule() -> None:
-    schedule = load_config_schedule(steps=100, warmup=10, min_ratio=0.1)
-    rates = [learning_rate(step, 2.0, schedule) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[55] == pytest.approx(1.1)
-    assert rates[100] == pytest.approx(0.2)
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-
-
-def load_config_schedule(**values: Any) -> Any:
-    from blt.train.config import ScheduleConfig
-
-    return ScheduleConfig(**values)
 
 
 def test_weight_decay_is_on_all_parameters(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
