@@ -15,6 +15,7 @@ import pickle
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from blt.checkpoint import claims
 from blt.files import atomic_file
 from blt.model.pages import drop_pages
 from blt_runtime import reading
-from blt_runtime.errors import CheckpointError, MissingExtra
+from blt_runtime.errors import CheckpointError, MissingExtra, shown
 
 BLOCK = 64 << 20
 """Most bytes of one block of rows (at least one row)."""
@@ -91,6 +93,13 @@ def _finite(block: Tensor) -> bool:
     return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
 
 
+UNREADABLE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, OSError,
+    struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What torch and safetensors raise for a damaged file."""
+
+
 # --- reading -------------------------------------------------------------------------------------------------
 
 
@@ -98,14 +107,15 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """Unpickles tensors and plain containers only; tensors stay in the file. Raises CheckpointError."""
     _check_readable(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        mapped = claims.check_pickled(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise CheckpointError(
                 f"{path} contains Python objects other than tensors and is refused; save its state dict alone"
             ) from None
         raise CheckpointError(f"{path} is not a PyTorch checkpoint, or it is damaged") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError):
+    except UNREADABLE:
         raise CheckpointError(f"{path} is not a PyTorch checkpoint, or it is truncated; copy it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
@@ -132,15 +142,17 @@ def _check_readable(path: Path) -> None:
 
 def stored_tensors(tensors: Mapping[str, Any], path: Path) -> dict[str, StoredTensor]:
     """The tensors of an unpickled mapping; `path` is their file."""
+    found = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    claims.check_tensors(found, path)
     mapped = zipfile.is_zipfile(path) and _has_native_byte_order(path)
-    return {name: StoredTensor((name,), (t,), mapped) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return {name: StoredTensor((name,), (t,), mapped) for name, t in found.items()}
 
 
 def _has_native_byte_order(path: Path) -> bool:
     """False if torch had to swap the bytes: then the tensors are in memory and not in the file."""
     with zipfile.ZipFile(path) as file:
-        orders = [file.read(name) for name in file.namelist() if name.endswith("/byteorder")]
-    return all(order.decode() == sys.byteorder for order in orders)
+        orders = [file.open(entry).read(16) for entry in file.infolist() if entry.filename.endswith("/byteorder")]
+    return all(order == sys.byteorder.encode() for order in orders)
 
 
 def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
@@ -153,10 +165,13 @@ def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
     for path in paths:
         _check_readable(inside(path.parent, path.name))
         try:
+            claims.check_safetensors(path)
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}); copy it again") from None
+        except (SafetensorError, *UNREADABLE) as error:
+            raise CheckpointError(
+                f"{path} is damaged or not a safetensors file ({shown(str(error), 200)}); copy it again"
+            ) from None
         twice = sorted(tensors.keys() & found.keys())
         if twice:
             raise CheckpointError(f"{path}: {', '.join(twice)} are in another file of this checkpoint, too")
@@ -197,11 +212,38 @@ def _fill(file: BinaryIO, models: Mapping[str, Mapping[str, StoredTensor]]) -> N
     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         space = torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+    checksums = []
     for key, weights in models.items():
         for name, tensor in weights.items():
+            checksum = 0
             for block, target in tensor.blocks_with(space[key][name]):
                 target.copy_(cast(block, target.dtype, tensor.names[0]))
+                checksum = zlib.crc32(raw_bytes(target), checksum)
                 drop_pages(target)  # the content is in the file, which the kernel flushes
+            checksums.append(checksum)
+    _write_checksums(file, checksums)
+
+
+def _write_checksums(file: BinaryIO, checksums: list[int]) -> None:
+    """Replaces the checksums of the empty space by those of the tensors: entry `data/N` holds the N-th one."""
+    with zipfile.ZipFile(file.name) as archive:
+        entries, at = archive.infolist(), archive.start_dir
+    for entry in entries:
+        begin = at
+        file.seek(begin)
+        at += 46 + sum(struct.unpack("<3H", file.read(46)[28:34]))  # name, extra field, comment
+        folder, _, number = entry.filename.rpartition("/")
+        if not folder.endswith("data") or not number.isdigit() or not entry.file_size:
+            continue
+        checksum = struct.pack("<I", checksums[int(number)])
+        file.seek(begin + 16)
+        file.write(checksum)
+        file.seek(entry.header_offset)
+        header = file.read(30)
+        file.seek(entry.header_offset + 30 + sum(struct.unpack("<2H", header[26:30])) + entry.file_size)
+        if file.read(4) == b"PK\x07\x08":  # the checksum after the data, which unzip compares
+            file.seek(0, os.SEEK_CUR)
+            file.write(checksum)
 
 
 def _interned(value: Any) -> Any:

@@ -35,6 +35,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from blt.checkpoint.claims import check_safetensors
+from blt.checkpoint.tensors import UNREADABLE
 from blt.files import write_synced
 from blt.train.parallel import SINGLE, Ranks
 from blt_runtime import reading
@@ -64,11 +66,13 @@ class TrainingCheckpoint:
         Raises CheckpointError if names or shapes differ.
         """
         reader = HuggingFaceStorageReader(str(self.path))
-        self._check_shapes(reader, tensors)
         try:
+            for file in sorted(self.path.glob("*.safetensors")):
+                check_safetensors(file)
+            self._check_shapes(reader, tensors)
             with _quiet():
                 dcp_load(dict(tensors), storage_reader=reader, process_group=ranks.control, no_dist=ranks.single)
-        except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+        except (CheckpointException, *UNREADABLE) as error:
             raise CheckpointError(f"{self.path}: cannot be read ({_cause(error)})") from None
 
     def incomplete(self, error: Exception) -> CheckpointError:

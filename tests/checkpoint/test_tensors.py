@@ -49,6 +49,9 @@ def test_the_libraries_read_what_both_writers_write(
     monkeypatch.setattr(tensors, "BLOCK", block)
     write_safetensors(tmp_path / "m.safetensors", TENSORS, dtype)
     write_pickled(tmp_path / "m.pt", {"format": "x", "n": 1}, {"state": TENSORS, "nothing": {}}, dtype)
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive:
+        assert archive.testzip() is None  # every checksum is right, those of the tensors too
+        assert all(entry.CRC or not entry.file_size for entry in archive.infolist() if "/data/" in entry.filename)
     pickled = torch.load(tmp_path / "m.pt", weights_only=True)
     assert (pickled["format"], pickled["n"], pickled["nothing"]) == ("x", 1, {})
     for state in (safetensors.load_file(tmp_path / "m.safetensors"), pickled["state"]):
