@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from blt.checkpoint import claims, native
+from blt.checkpoint import claims
 from blt.checkpoint.formats import open_source
 from blt.checkpoint.models import load, save
+from blt.checkpoint.source import shapes
 from blt.checkpoint.tensors import read_safetensors, read_tensors, stored_tensors
+from blt.model.config import BLTConfig
 from blt_runtime.errors import CheckpointError
 from tests.tiny import tiny
 
@@ -79,8 +81,7 @@ def test_a_model_of_one_number(tmp_path: Path) -> None:
     save(tmp_path / "model.pt", tiny("static"))
     held = torch.load(tmp_path / "model.pt", weights_only=True)
     held["config"]["blt"]["latent"]["ffn_dim"] = 1 << 22
-    config = native.BLTConfig.model_validate(held["config"]["blt"])
-    from blt.checkpoint.source import shapes
+    config = BLTConfig.model_validate(held["config"]["blt"])
 
     held["blt"] = {name: ONE.as_strided(shape, (0,) * len(shape)) for name, shape in shapes(config).items()}
     torch.save(held, tmp_path / "bad.pt")
