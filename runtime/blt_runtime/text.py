@@ -47,6 +47,8 @@ class StopMatcher:
     """Holds back bytes that may begin a stop string, and passes on the rest.
 
     After `feed` has read a whole stop string, `stopped` is True, and neither the string nor later bytes are returned.
+    The text ends with the first byte that completes a stop string, before the longest one that it completes.
+    So the result does not depend on how the bytes are divided into pieces.
     Raises UsageError for an empty stop string, and for one that is not text or bytes.
     """
 
@@ -62,9 +64,10 @@ class StopMatcher:
         if self.stopped or not self._stops:
             return b"" if self.stopped else data
         self._held += data
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped, out, self._held = True, self._held[: min(found)], b""
+            _, start = min(found)
+            self.stopped, out, self._held = True, self._held[:start], b""
             return out
         keep = max(self._overlap(stop) for stop in self._stops)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
