@@ -35,11 +35,50 @@ MOST_STREAMS = 1 << 16
 Finish = Literal["length", "stop", "eos", "cancelled", "error"]
 
 
+class Work:
+    """The scheduler's side of a request. It holds no reference to the `Request`, so that a dropped one is noticed.
+
+    out: the pieces, then None or the error that ended the request. cancelled: nobody waits for the rest.
+    """
+
+    def __init__(
+        self, ids: Array, n: int, sampler: Sampler, stop: Stop, stop_at_eos: bool, after: Snapshot | None
+    ) -> None:
+        self.ids, self.n, self.after = ids, whole("n", n), after
+        self.read: Snapshot | None = None
+        self.finish: Finish | None = None
+        self.generated = 0
+        self.cancelled = False
+        self.out: queue.SimpleQueue[bytes | BltError | None] = queue.SimpleQueue()
+        self._sampler, self._matcher, self._stop_at_eos = sampler, StopMatcher(stop), stop_at_eos
+
+    def choose(self, logits_V: Array) -> int | Finish:
+        """Chooses the next id, or returns why the text ends here."""
+        id = self._sampler(logits_V)
+        if self._stop_at_eos and id == EOS:
+            return "eos"
+        self.generated += 1
+        if piece := self._matcher.feed(BYTES[id]):
+            self.out.put(piece)
+        if self._matcher.stopped:
+            return "stop"
+        return id if self.generated < self.n else "length"
+
+    def end(self, finish: Finish, error: BltError | None = None) -> None:
+        if self.finish is not None:
+            return
+        rest = self._matcher.flush() if finish in ("length", "eos") else b""
+        self.finish = finish
+        if rest:
+            self.out.put(rest)
+        self.out.put(error)
+
+
 class Request:
     """A prompt and its continuation. Made by `Scheduler.submit`; iterate over it for the bytes as they are generated.
 
-    finish: why it ended ("length", "stop", "eos", "cancelled" or "error"), None while it runs or waits. generated: the
-    tokens generated so far.
+    A request whose bytes can no longer be read is cancelled, and its row is freed: one that is dropped, and one whose
+    iterator was closed or dropped before its end (a loop that was left by `break`).
 
     Example:
         request = scheduler.submit("Once upon a time", 200)
@@ -58,52 +97,44 @@ class Request:
         stop_at_eos: bool = True,
         after: Snapshot | None = None,
     ) -> None:
-        self.ids, self.n, self.after = ids, whole("n", n), after
-        self.read: Snapshot | None = None
-        self.finish: Finish | None = None
-        self.generated = 0
-        self._sampler, self._matcher, self._stop_at_eos = sampler, StopMatcher(stop), stop_at_eos
-        self._out: queue.SimpleQueue[bytes | BltError | None] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
+        self._work = Work(ids, n, sampler, stop, stop_at_eos, after)
+
+    def __del__(self) -> None:
+        if work := self.__dict__.get("_work"):
+            work.cancelled = True
+
+    @property
+    def finish(self) -> Finish | None:
+        """Why it ended: "length", "stop", "eos", "cancelled" or "error". None while it runs or waits."""
+        return self._work.finish
+
+    @property
+    def generated(self) -> int:
+        """The tokens generated so far."""
+        return self._work.generated
 
     def cancel(self) -> None:
         """Ends the request before its next byte, also while its prompt is read or while it waits for a row."""
-        self._cancelled.set()
+        self._work.cancelled = True
 
     def __iter__(self) -> Iterator[bytes]:
         """The bytes as they are generated, in pieces that are never empty, until the request ends. Raises the BltError
         that ended it, Cancelled included."""
-        while (piece := self._out.get()) is not None:
-            if isinstance(piece, BltError):
-                self._out.put(piece)  # for the next caller
-                raise copy.copy(piece)  # its traceback would keep the caller's frames alive with the request
-            yield piece
-        self._out.put(None)
+        out = self._work.out
+        try:
+            while (piece := out.get()) is not None:
+                if isinstance(piece, BltError):
+                    out.put(piece)  # for the next caller
+                    raise copy.copy(piece)  # its traceback would keep the caller's frames alive with the request
+                yield piece
+        except GeneratorExit:
+            self.cancel()
+            raise
+        out.put(None)
 
     def result(self) -> bytes:
         """Waits for the end and returns all bytes that no iteration has returned yet."""
         return b"".join(self)
-
-    def _choose(self, logits_V: Array) -> int | Finish:
-        """Chooses the next id, or returns why the text ends here."""
-        id = self._sampler(logits_V)
-        if self._stop_at_eos and id == EOS:
-            return "eos"
-        self.generated += 1
-        if piece := self._matcher.feed(BYTES[id]):
-            self._out.put(piece)
-        if self._matcher.stopped:
-            return "stop"
-        return id if self.generated < self.n else "length"
-
-    def _end(self, finish: Finish, error: BltError | None = None) -> None:
-        if self.finish is not None:
-            return
-        rest = self._matcher.flush() if finish in ("length", "eos") else b""
-        self.finish = finish
-        if rest:
-            self._out.put(rest)
-        self._out.put(error)
 
 
 class Scheduler:
@@ -141,8 +172,8 @@ class Scheduler:
             raise out_of_memory(spec, error) from error
         self._spec, self._capacity, self._vocab = spec, spec.capacity_bytes, spec.vocab_size
         self._max_waiting, self._streams = waiting, streams
-        self._waiting: deque[Request] = deque()
-        self._running: dict[int, tuple[Row, Request]] = {}
+        self._waiting: deque[Work] = deque()
+        self._running: dict[int, tuple[Row, Work]] = {}
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="blt-scheduler", daemon=True)
@@ -173,8 +204,9 @@ class Scheduler:
         returned snapshot as `after`. Raises CapacityError and QueueFull."""
         request = self._queue(Request(encode(prefix, bos=True), 0, Sampler(0.0)))
         request.result()
-        assert request.read is not None
-        return request.read
+        snapshot = request._work.read
+        assert snapshot is not None
+        return snapshot
 
     def submit_ids(
         self,
@@ -209,18 +241,18 @@ class Scheduler:
         return self._queue(request)
 
     def _queue(self, request: Request) -> Request:
-        tokens = len(request.ids) + (request.after.position if request.after else 0)
-        if tokens + max(0, request.n - 1) > self._capacity:
+        work = request._work
+        tokens = len(work.ids) + (work.after.position if work.after else 0)
+        if tokens + max(0, work.n - 1) > self._capacity:
             raise CapacityError(
-                f"{tokens} tokens of prompt and {shown(request.n)} new ones exceed "
-                f"the {self._capacity} of a stream here"
+                f"{tokens} tokens of prompt and {shown(work.n)} new ones exceed the {self._capacity} of a stream here"
             )
         with self._wake:
             if self._closed:
                 raise UsageError("the scheduler is closed")
             if len(self._waiting) >= self._max_waiting + self._streams - len(self._running):
                 raise QueueFull(f"{self._max_waiting} requests are already waiting: try again later")
-            self._waiting.append(request)
+            self._waiting.append(work)
             self._wake.notify()
         return request
 
@@ -253,16 +285,16 @@ class Scheduler:
                 try:
                     self._run_round()
                 except Exception as error:  # a call failed for all rows; later requests still run
-                    for row, request in list(self._running.values()):
-                        self._leave(row, request, "error", self._failure(error))
+                    for row, work in list(self._running.values()):
+                        self._leave(row, work, "error", self._failure(error))
         finally:
             with self._wake:
                 self._closed = True
-            left = [request for _, request in self._running.values()] + list(self._waiting)
+            left = [work for _, work in self._running.values()] + list(self._waiting)
             self._running.clear()
             self._waiting.clear()
-            for request in left:
-                request._end("cancelled", Cancelled("the scheduler was closed"))
+            for work in left:
+                work.end("cancelled", Cancelled("the scheduler was closed"))
 
     def _failure(self, error: Exception) -> BltError:
         if isinstance(error, BltError):
@@ -284,49 +316,49 @@ class Scheduler:
         for row in self._batch.round():
             self._guarded(row, self._running[row.index][1], self._next)
 
-    def _guarded(self, row: Row, request: Request, do: Callable[[Row, Request], None]) -> None:
+    def _guarded(self, row: Row, work: Work, do: Callable[[Row, Work], None]) -> None:
         """Runs one request's share of a round. An error there (a full row, the caller's sampler) ends only this one."""
         try:
-            do(row, request)
+            do(row, work)
         except Exception as error:
-            self._leave(row, request, "error", self._failure(error))
+            self._leave(row, work, "error", self._failure(error))
 
-    def _next(self, row: Row, request: Request) -> None:
+    def _next(self, row: Row, work: Work) -> None:
         """Chooses the next id of a row that has read all its ids, or ends the request."""
         if row.error is not None:
             raise row.error
-        if request.n == 0:
-            request.read = self._batch.snapshot(row)
-            return self._leave(row, request, "length")
-        chosen = request._choose(row.logits_V)
+        if work.n == 0:
+            work.read = self._batch.snapshot(row)
+            return self._leave(row, work, "length")
+        chosen = work.choose(row.logits_V)
         if isinstance(chosen, str):
-            return self._leave(row, request, chosen)
+            return self._leave(row, work, chosen)
         return row.feed(np.array([chosen]))
 
-    def _begin(self, row: Row, request: Request) -> None:
-        if request.after is not None:
-            self._batch.restore(row, request.after)
-        row.feed(request.ids)
+    def _begin(self, row: Row, work: Work) -> None:
+        if work.after is not None:
+            self._batch.restore(row, work.after)
+        row.feed(work.ids)
 
     def _admit(self) -> None:
         while self._waiting and (row := self._batch.open()) is not None:
             with self._wake:
-                request = self._waiting.popleft()
-                self._running[row.index] = row, request
-            self._guarded(row, request, self._begin)
+                work = self._waiting.popleft()
+                self._running[row.index] = row, work
+            self._guarded(row, work, self._begin)
 
     def _drop_cancelled(self) -> None:
-        for row, request in list(self._running.values()):
-            if request._cancelled.is_set():
-                self._leave(row, request, "cancelled", Cancelled("the request was cancelled"))
+        for row, work in list(self._running.values()):
+            if work.cancelled:
+                self._leave(row, work, "cancelled", Cancelled("the request was cancelled"))
         with self._wake:
-            gone = [request for request in self._waiting if request._cancelled.is_set()]
-            for request in gone:
-                self._waiting.remove(request)
-        for request in gone:
-            request._end("cancelled", Cancelled("the request was cancelled"))
+            gone = [work for work in self._waiting if work.cancelled]
+            for work in gone:
+                self._waiting.remove(work)
+        for work in gone:
+            work.end("cancelled", Cancelled("the request was cancelled"))
 
-    def _leave(self, row: Row, request: Request, finish: Finish, error: BltError | None = None) -> None:
+    def _leave(self, row: Row, work: Work, finish: Finish, error: BltError | None = None) -> None:
         if self._running.pop(row.index, None) is not None:
             self._batch.close(row)
-        request._end(finish, error)
+        work.end(finish, error)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import pytest
 
 from blt_runtime import Model, PatchRule, Request, Scheduler
@@ -15,6 +17,7 @@ from blt_runtime.backends.protocol import Buffer, Call
 from blt_runtime.errors import BackendError, BltError, Cancelled, CapacityError, QueueFull, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.sampling import Sampler
+from blt_runtime.scheduler import Work
 from blt_runtime.text import StopMatcher
 from tests.runtime.streams import model_of
 
@@ -94,6 +97,87 @@ def test_cancelled_while_it_generates_and_while_it_reads(scheduler: Scheduler) -
         with pytest.raises(Cancelled):
             request.result()
     assert scheduler.submit("abc", 5, seed=3, stop_at_eos=False).result() == alone("abc", 5, 3)
+
+
+class Held(Sampler):
+    """Greedy; each of its choices waits until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.choices, self.reached, self._go = 0, threading.Event(), threading.Event()
+
+    def __call__(self, logits_V: np.ndarray) -> int:
+        self.choices += 1
+        self.reached.set()
+        assert self._go.wait(60)
+        return super().__call__(logits_V)
+
+    def let_go(self) -> None:
+        self._go.set()
+
+
+def dropped(scheduler: Scheduler, request: Request, how: str) -> Work:
+    """Stops reading the request in one of the ways in which nobody can read the rest of its bytes."""
+    work = request._work
+    if how == "closed":
+        pieces = request.__iter__()
+        work.out.put(b"a piece")
+        next(pieces)
+        pieces.close()  # type: ignore[attr-defined]
+    elif how == "left":
+        work.out.put(b"a piece")
+        for _ in request:
+            break
+    elif how == "cycle":
+        request.itself = request  # type: ignore[attr-defined]
+    return work
+
+
+@pytest.mark.parametrize("how", ["dropped", "closed", "left", "cycle"])
+def test_a_request_that_nobody_reads_is_cancelled_and_its_row_is_free(how: str) -> None:
+    with Scheduler(model_of(SPEC), streams=1, slice=4) as scheduler:
+        held = Held()
+        request = scheduler.submit_ids(encode("a"), 280, sampler=held, stop_at_eos=False)
+        assert held.reached.wait(60)  # it has the only row
+        work = dropped(scheduler, request, how)
+        if how in ("dropped", "cycle"):
+            del request
+        gc.collect()
+        held.let_go()
+        assert scheduler.submit("abc", 5, seed=3, stop_at_eos=False).result() == alone("abc", 5, 3)
+        assert (work.finish, held.choices, scheduler.load) == ("cancelled", 1, (0, 0))
+
+
+def test_a_waiting_request_that_nobody_reads_never_runs() -> None:
+    with Scheduler(model_of(SPEC), streams=1, slice=4) as scheduler:
+        held, never = Held(), Held()
+        running = scheduler.submit_ids(encode("a"), 5, sampler=held, stop_at_eos=False)
+        assert held.reached.wait(60)
+        work = scheduler.submit_ids(encode("b"), 5, sampler=never, stop_at_eos=False)._work
+        held.let_go()
+        running.result()
+        assert scheduler.submit("abc", 5, seed=3, stop_at_eos=False).result() == alone("abc", 5, 3)
+        assert (work.finish, work.generated, never.choices) == ("cancelled", 0, 0)
+
+
+def test_an_iterator_or_a_waiting_caller_keeps_its_request(scheduler: Scheduler) -> None:
+    pieces = iter(scheduler.submit("abc", 60, seed=1, stop_at_eos=False))
+    gc.collect()
+    assert b"".join(pieces) == alone("abc", 60, 1)
+    unread = scheduler.submit("abc", 60, seed=1, stop_at_eos=False)
+    unread.__iter__()  # never begun, so nothing is lost
+    gc.collect()
+    assert unread.result() == alone("abc", 60, 1)
+    assert (unread.finish, unread.generated) == ("length", 60)
+    assert list(unread) == []
+
+
+def test_an_iterator_that_is_closed_at_the_end_cancels_nothing(scheduler: Scheduler) -> None:
+    request = scheduler.submit("abc", 9, seed=1, stop_at_eos=False)
+    pieces = request.__iter__()
+    whole = b"".join(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert (whole, request.finish) == (alone("abc", 9, 1), "length")
 
 
 def test_wrong_requests_change_nothing(scheduler: Scheduler) -> None:
