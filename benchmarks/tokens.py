@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from blt.bench import Forced, Text, at_patch_size, bench_text, run, together, with_changes
+from blt.bench import Forced, Text, at_patch_size, batch_run, bench_text, run, with_changes
 from blt.bench.machine import MemoryReader, available_cores
 from blt.model import TransformerConfig
 from blt_runtime.engine.batch import SHARE, SLICE
@@ -206,7 +206,7 @@ def one_stream(model: Any, text: Any, per_call: dict[str, float]) -> dict[str, f
 
 def many_streams(model: Any, spec: Any, texts: list[Text], per_call: dict[str, float]) -> dict[str, float]:
     """All texts at once on a scheduler, measured while all of them are being written."""
-    found = together(with_changes(model, spec=spec), texts, 0.0, SHARE, SLICE)
+    found = batch_run(with_changes(model, spec=spec), texts, temperature=0.0, share=SHARE, slice=SLICE)
     per_round = sum(per_call[name] for name in ("entropy", "encoder", "decoder"))
     read = found.done.rounds * per_round + found.done.latent_calls * per_call["latent"]
     return {

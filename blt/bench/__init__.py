@@ -4,28 +4,28 @@ from blt.bench.measure import Latency, Weights, at_patch_size, latency
 from blt.bench.parts import PARTS, Split, split
 from blt.bench.patches import Patching, patching
 from blt.bench.runs import Forced, Run, Text, bench_text, run, with_changes
-from blt.bench.throughput import SHIFT, Joined, Together, joined, texts, together
+from blt.bench.throughput import SHIFT, BatchRun, PrefillGaps, batch_run, prefill_gaps, shifted_texts
 
 __all__ = [
     "PARTS",
     "SHIFT",
+    "BatchRun",
     "Forced",
-    "Joined",
     "Latency",
     "Patching",
+    "PrefillGaps",
     "Run",
     "Split",
     "Text",
-    "Together",
     "Weights",
     "at_patch_size",
+    "batch_run",
     "bench_text",
-    "joined",
     "latency",
     "patching",
+    "prefill_gaps",
     "run",
+    "shifted_texts",
     "split",
-    "texts",
-    "together",
     "with_changes",
 ]

@@ -1,6 +1,6 @@
-"""Where the time of a byte goes: a run on a stream whose calls are timed one by one, by graph.
+"""The time of a byte by part, from a run whose calls are timed one by one.
 
-Not for speed: the timing itself costs a few microseconds a byte.
+Not a measurement of speed: the timing costs a few microseconds per byte.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Clock:
             self.seconds[part], self.calls[part] = 0.0, 0
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, its time counted for `part`. Costs about 0.3 us a call, most of which goes to "other"."""
+        """`call` with its time added to `part`. The timing costs about 0.3 us per call, mostly in "other"."""
         seconds, calls, now = self.seconds, self.calls, time.perf_counter
 
         def timed_call(*arguments: Any) -> Any:
@@ -47,7 +47,7 @@ class Clock:
 
 
 class ClockedBackend:
-    """Another backend whose calls are timed, by graph."""
+    """Wraps a backend and times its calls by graph."""
 
     def __init__(self, backend: Backend, clock: Clock) -> None:
         self._backend, self._clock = backend, clock
@@ -61,7 +61,7 @@ class ClockedBackend:
 
 
 class ClockedSession:
-    """Another session whose bound calls are timed."""
+    """Wraps a session and times its bound calls."""
 
     def __init__(self, session: Session, clock: Clock) -> None:
         self._session, self._clock = session, clock
@@ -85,14 +85,14 @@ class ClockedSampler(Forced):
 
 @dataclass(frozen=True)
 class Split:
-    """Seconds of one byte by part (PARTS; they sum to `total_s`), and calls of each part in `n` bytes."""
+    """Seconds per byte by part (PARTS; their sum is `total_s`), and calls of each part in `n` bytes."""
 
     seconds: Mapping[str, float]
     calls: Mapping[str, int]
     n: int
 
     def per_byte(self, part: str) -> float:
-        """Calls of a part for one byte."""
+        """Calls of a part per byte."""
         return self.calls[part] / self.n
 
     @property
@@ -101,20 +101,21 @@ class Split:
 
     @property
     def latent_call_s(self) -> float | None:
-        """Seconds of one latent call; None if no patch ended."""
+        """Seconds of one latent call; None if no patch was completed."""
         return self.seconds["latent"] * self.n / self.calls["latent"] if self.calls["latent"] else None
 
 
-def split(model: Model, text: Text, temperature: float, speculate: Speculate = "off") -> Split:
-    """Where the time of a byte goes, on a stream whose calls are timed one by one. "other" is what is left: the
-    stream's Python, writing inputs, the patch rule, the timing itself."""
+def split(model: Model, text: Text, temperature: float, *, speculate: Speculate = "off") -> Split:
+    """The time of a byte by part, on a stream whose calls are timed one by one. "other" is the remainder: Python code
+    of the stream, writing inputs, the patch rule and the timing itself."""
     clock = Clock()
     clock.clear()
     stream = with_changes(model, backend=ClockedBackend(model.backend, clock)).stream()
     hashed = stream._memory.hash
     if hashed is not None:
         hashed.one = clock.timed("hashing", hashed.one)  # type: ignore[method-assign]
-    done = run(stream, text, ClockedSampler(text.new.tolist(), temperature, clock), speculate, clock.clear)
+    sampler = ClockedSampler(text.new.tolist(), temperature, clock)
+    done = run(stream, text, sampler, speculate=speculate, after_first=clock.clear)
     n = len(done.gaps_s)
     seconds = {part: clock.seconds[part] / n for part in PARTS}
     seconds["other"] = sum(done.gaps_s) / n - sum(seconds.values())

@@ -1,4 +1,4 @@
-"""How fast text is cut into patches: entropies, then the rule, nothing else."""
+"""How fast text is cut into patches: the entropies, then the patch rule. No other graph runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from blt_runtime.ids import encode
 from blt_runtime.patching import patch_lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Patching:
-    """Seconds (medians) of finding the patches of `n` bytes: their entropies, then the rule; and what was found."""
+    """Median seconds for the entropies of `n` bytes and for the patch rule, and the mean patch size that it gave."""
 
     n: int
     entropies_s: float
@@ -29,7 +29,8 @@ class Patching:
 
 
 def patching(model: Model, data: bytes, repeat: int) -> Patching:
-    """Measures patching alone, in chunks as a prompt is read. Raises CapacityError, or UsageError for no bytes."""
+    """Measures patching alone, in the chunks of a prefill. Raises CapacityError if the text does not fit, and
+    UsageError for empty text."""
     if not data:
         raise UsageError("patching needs at least 1 byte of text")
     ids_N, rule = encode(data, bos=True), model.spec.patch_rule
@@ -42,9 +43,10 @@ def patching(model: Model, data: bytes, repeat: int) -> Patching:
         began = time.perf_counter()
         memory.place(ids_N)
         if rule.needs_entropy:
-            prefill._run_entropy(0, len(ids_N))
+            prefill.run_entropy(0, len(ids_N))
         read = time.perf_counter() if rule.needs_entropy else began
         lengths_P = patch_lengths(rule, ids_N, memory.entropies.array[0, : len(ids_N)], include_next_token=False)
         took.append((read - began, time.perf_counter() - read))
     entropies_s, rule_s = (statistics.median(column) for column in zip(*took[1:], strict=True))
-    return Patching(len(data), entropies_s, rule_s, len(data) / max(1, len(lengths_P) - 1))
+    mean = len(data) / max(1, len(lengths_P) - 1)
+    return Patching(n=len(data), entropies_s=entropies_s, rule_s=rule_s, mean_patch=mean)

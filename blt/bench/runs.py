@@ -42,16 +42,19 @@ _WORDS = (
 
 
 def bench_text(n: int) -> bytes:
-    """`n` bytes of common English words in sentences that mean nothing; always the same, a longer one goes on."""
-    random, known, text = Random(0), _WORDS.split(), bytearray()
+    """`n` bytes of common English words in sentences without meaning; always the same.
+
+    A shorter text is the beginning of a longer one.
+    """
+    random, vocabulary, text = Random(0), _WORDS.split(), bytearray()
     while len(text) < n:
-        words = [known[int(random.random() * len(known))] for _ in range(5 + int(10 * random.random()))]
+        words = [vocabulary[int(random.random() * len(vocabulary))] for _ in range(5 + int(10 * random.random()))]
         text += (" ".join(words).capitalize() + ". ").encode()
     return bytes(text[:n])
 
 
 class Forced(Sampler):
-    """Samples as asked and throws the draw away: the given ids come out, one after the other."""
+    """Samples at `temperature`, discards the draw and returns the next of the given ids."""
 
     def __init__(self, ids: Iterable[int], temperature: float) -> None:
         super().__init__(temperature, seed=0)
@@ -64,16 +67,18 @@ class Forced(Sampler):
 
 @dataclass(frozen=True)
 class Text:
-    """What a run reads in and then generates: ids without BOS."""
+    """The prompt of a run and the bytes that it then generates, both as ids without BOS."""
 
     prompt: Ids
     new: Ids
 
     @classmethod
     def of(cls, data: bytes, prompt_bytes: int, new_bytes: int) -> Text:
-        """The first bytes of `data`. Raises UsageError for a size that measures nothing, InputError if it is short."""
+        """The first bytes of `data`. Raises UsageError for a size too small to measure, InputError for short data."""
         if prompt_bytes < 1 or new_bytes < 2:
-            raise UsageError("a run needs at least 1 byte of prompt and 2 new bytes: a gap lies between two bytes")
+            raise UsageError(
+                "a run needs at least 1 byte of prompt and 2 new bytes: a gap is the time between two bytes"
+            )
         if len(data) < prompt_bytes + new_bytes:
             raise InputError(f"the text has {len(data):,} bytes, but the run needs {prompt_bytes + new_bytes:,}")
         ids_N = encode(data[: prompt_bytes + new_bytes], bos=False)
@@ -89,11 +94,13 @@ class Text:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """One timed generation. Seconds: of reading the prompt, from there on to the first byte included, between bytes.
+    """One timed generation.
 
-    closed: patches that ended while the gaps were timed, so the latent calls in them. speculation: of the whole run.
+    prefill_s: seconds of reading the prompt. first_byte_s: from the start of the prefill to the first byte. gaps_s:
+    between two bytes. closed: patches that were completed while the gaps were timed, which is the number of latent
+    calls. speculation: counts of the whole run.
     """
 
     prefill_s: float
@@ -117,11 +124,12 @@ def run(
     stream: Stream,
     text: Text,
     sampler: Sampler,
+    *,
     speculate: Speculate = "off",
-    at_first: Callable[[], None] = lambda: None,
+    after_first: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Reads the prompt, then generates; drafts that are not the given bytes are rejected. `at_first` is called after
-    the first byte, outside of every timing."""
+    """Reads the prompt, then generates. Drafts that differ from the given bytes are rejected. `after_first` is called
+    after the first byte and is not timed."""
     gc.collect()
     began = time.perf_counter()
     stream.append_ids(text.prompt)
@@ -130,16 +138,22 @@ def run(
     for _ in stream.generate_ids(len(text.new), sampler=sampler, stop_at_eos=False, speculate=speculate):
         stamps.append(time.perf_counter())
         if len(stamps) == 1:
-            at_first()
+            after_first()
             resumed = time.perf_counter()
     gaps = [b - a for a, b in pairwise([resumed, *stamps[1:]])]
     starts_P = np.cumsum(stream.patch_lengths)[:-1]
     timed_from = stream.position - len(gaps)  # position of the first token after the first byte
-    return Run(read - began, stamps[0] - began, gaps, int((starts_P > timed_from).sum()), stream.speculation)
+    return Run(
+        prefill_s=read - began,
+        first_byte_s=stamps[0] - began,
+        gaps_s=gaps,
+        closed=int((starts_P > timed_from).sum()),
+        speculation=stream.speculation,
+    )
 
 
 def with_changes(model: Model, **changes: Any) -> Model:
-    """The model with another backend or spec; weights and tables are shared."""
+    """A copy of the model with another backend or spec. Weights and tables are shared."""
     other = copy.copy(model)
     vars(other).update(changes)
     return other

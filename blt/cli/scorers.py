@@ -43,7 +43,9 @@ def open_scorer(path: Path, n_ids: int, how: ModelOptions) -> Iterator[Scorer]:
 
     device = "cpu" if how.device == "auto" else devices.torch_device(how.device)
     devices.limit_torch_threads(how.threads)
-    yield scorer_of(load_on(device, path, how.entropy_model, how.entropy_dtype), n_ids, device)
+    yield scorer_of(
+        load_on(device, path, entropy_model=how.entropy_model, entropy_dtype=how.entropy_dtype), n_ids, device
+    )
 
 
 @dataclass(frozen=True)

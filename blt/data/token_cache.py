@@ -67,7 +67,9 @@ def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocu
     if files[0].exists():
         log.info("tokens of %s: read from %s", split, files[0].parent)
     else:
-        create_file(files[0], lambda out: _write(out, documents, split, vocabulary, files, dtype))
+        create_file(
+            files[0], lambda out: _write(out, documents, split=split, vocabulary=vocabulary, files=files, dtype=dtype)
+        )
     try:
         offsets, prompts = (reading.read_array(file) for file in (files[2], files[1]))
         reading.check_plain(files[0])
@@ -80,7 +82,7 @@ def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocu
 
 
 def _write(
-    out: BinaryIO, documents: Documents, split: str, vocabulary: Vocabulary, files: list[Path], dtype: np.dtype[Any]
+    out: BinaryIO, documents: Documents, *, split: str, vocabulary: Vocabulary, files: list[Path], dtype: np.dtype[Any]
 ) -> None:
     """Writes the ids to `out`, and the two arrays to their files."""
     lengths, prompts, began = [0], [], time.monotonic()
@@ -132,7 +134,9 @@ def _log_progress(documents: Documents, split: str, last: int, began: float) -> 
     log.info("tokens of %s: %.0f %%, %.0f bytes/s", split, 100 * done / max(1, documents.n_bytes), rate)
 
 
-def vocabulary_for(dataset: Dataset, members: Ids, size: int, train_bytes: int, path: str | None = None) -> Vocabulary:
+def vocabulary_for(
+    dataset: Dataset, members: Ids, *, size: int, train_bytes: int, path: str | None = None
+) -> Vocabulary:
     """The vocabulary of a run: that of the `tokenizer.json` at `path`, or one trained on the data and cached there.
 
     It is trained on about `train_bytes` of the training documents `members`, a sample over all of them. Raises

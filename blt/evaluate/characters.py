@@ -152,7 +152,7 @@ class Result:
         return 1 / OPTIONS
 
 
-def measure(bits: Bits, task: str, found: Sequence[Item], done: Callable[[], None] = lambda: None) -> Result:
+def measure(bits: Bits, task: str, found: Sequence[Item], *, done: Callable[[], None] = lambda: None) -> Result:
     """An item is right if its answer costs fewer bits than every other option. `done` is called after each item."""
     right = 0
     for item in found:

@@ -143,7 +143,7 @@ class Opened:
         else:
             from blt.evaluate.rows import load_on
 
-            self.checkpoint = load_on(self.device, path, entropy_model)
+            self.checkpoint = load_on(self.device, path, entropy_model=entropy_model)
 
     @property
     def model(self) -> Model:

@@ -144,7 +144,7 @@ class Line:
         return math.sqrt(sum((x - self.rise) ** 2 for x in self.worse) / (n - 1) / n) if n > 1 else 0.0
 
 
-def measure(bits: Bits, chosen: Sequence[Pair], seed: int, done: Callable[[], None] = lambda: None) -> list[Line]:
+def measure(bits: Bits, chosen: Sequence[Pair], *, seed: int, done: Callable[[], None] = lambda: None) -> list[Line]:
     """The completions' bits without noise (recipe "clean"), then under each recipe with noise at each of WHERE.
 
     `done` is called after each pair.

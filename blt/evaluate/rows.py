@@ -33,12 +33,13 @@ Ids = NDArray[np.int64]
 def load_on(
     device: str,
     path: str | Path,
+    *,
     entropy_model: str | Path | None = None,
     entropy_dtype: EntropyDtype | None = None,
 ) -> Checkpoint:
     """A checkpoint of any kind for `scorer_of`, its models on `device`. The rest is `blt.checkpoint.models.load`'s."""
     # Hash tables that lie in their file serve the CPU only.
-    checkpoint = load(path, entropy_model, trainable=device != "cpu", entropy_dtype=entropy_dtype)
+    checkpoint = load(path, entropy_model=entropy_model, trainable=device != "cpu", entropy_dtype=entropy_dtype)
     for model in (checkpoint.blt, checkpoint.entropy, checkpoint.bpe):
         if model is not None:
             model.to(device)

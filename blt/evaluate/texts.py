@@ -76,7 +76,7 @@ def pieces(text: bytes, context: int) -> Iterator[NDArray[np.int64]]:
         yield encode(text[start : start + context], bos=True, eos=start + context >= len(text))
 
 
-def spread(data: Path, split: str, context: int, most: int) -> list[NDArray[np.int64]]:
+def spread(data: Path, split: str, *, context: int, most: int) -> list[NDArray[np.int64]]:
     """Pieces of `data`, spread evenly, of about `most` bytes in total; the same ones in every run.
 
     The data is read twice (sizes, then text), so that only the chosen pieces are in memory.

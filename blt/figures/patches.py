@@ -12,7 +12,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 from blt.figures import page
@@ -41,6 +41,7 @@ class Figure:
 
     ids: Sequence[int]
     entropies: Sequence[float] | None
+    _: KW_ONLY
     starts: frozenset[int]
     threshold: float | None
     title: str = ""

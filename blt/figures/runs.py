@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from blt.figures import page
@@ -83,6 +83,7 @@ class Figure:
 
     runs: Sequence[Run]
     axes: Sequence[str] = ("bytes", "flops")
+    _: KW_ONLY
     title: str = ""
     least_bytes: float = 0
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LINE = "#4a76a8"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """One rule. mean: bytes per patch; the others are None if not measured; mark: a label, empty for most."""
 

@@ -1,4 +1,4 @@
-"""The bench on the do-nothing backend: what is counted, how numbers follow from each other. Nothing is timed here."""
+"""The bench on the null backend: what it counts, and how its numbers are derived. No test depends on a time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_text_is_english_and_always_the_same() -> None:
     assert 3 < len(bench_text(5000)) / len(words) < 7
 
 
-def test_a_run_takes_in_the_given_bytes_and_samples_each() -> None:
+def test_a_run_reads_the_given_bytes_and_samples_each() -> None:
     model, given = null_model(), text()
     stream, drawn = model.stream(), []
 
@@ -79,7 +79,7 @@ def test_a_run_takes_in_the_given_bytes_and_samples_each() -> None:
 
 
 class EosBackend(NullBackend):
-    """A model that always wants to end the text."""
+    """A model that gives EOS the highest logit at every step."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
@@ -116,23 +116,23 @@ def test_latent_calls_of_the_timed_part_are_counted(rule: PatchRule | None) -> N
     def reset() -> None:
         calls["latent"] = 0
 
-    done = run(stream, given, Forced(given.new.tolist(), 0.0), at_first=reset)
+    done = run(stream, given, Forced(given.new.tolist(), 0.0), after_first=reset)
     assert done.closed == calls["latent"] > 0
     assert done.mean_patch == len(done.gaps_s) / done.closed
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "entropy", "auto"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_guessing_changes_no_byte_and_its_calls_are_counted(speculate: Speculate, temperature: float) -> None:
+def test_speculation_changes_no_byte_and_its_calls_are_counted(speculate: Speculate, temperature: float) -> None:
     model, given = null_model(), Text.of(b"one and two and " * 8, 64, 64)
     stream = model.stream()
-    done = run(stream, given, Forced(given.new.tolist(), temperature), speculate)
+    done = run(stream, given, Forced(given.new.tolist(), temperature), speculate=speculate)
     assert stream.ids.tolist() == [1, *given.prompt, *given.new]
     assert done.speculation.tokens == 64
-    parts = split(model, given, temperature, speculate)
+    parts = split(model, given, temperature, speculate=speculate)
     assert parts.calls["sampling"] == 63
     if speculate == "entropy":
-        return  # the do-nothing entropy model has no draft accepted
+        return  # the null entropy model has no draft accepted
     assert done.speculation.passes < 60
     assert done.speculation.accepted > 0
     assert parts.calls["decoder"] < 60
@@ -140,7 +140,7 @@ def test_guessing_changes_no_byte_and_its_calls_are_counted(speculate: Speculate
         assert parts.calls["decoder"] == parts.calls["encoder"]
 
 
-def test_no_patch_that_ends_is_no_division_by_zero() -> None:
+def test_a_run_without_a_complete_patch_has_an_infinite_mean_patch_size() -> None:
     model, given = null_model(PatchRule("static", patch_size=400)), text()
     done = run(model.stream(), given, Forced(given.new.tolist(), 0.0))
     assert done.closed == 0
@@ -165,7 +165,7 @@ def test_the_split_sums_to_the_whole_and_counts_every_call() -> None:
     assert parts.latent_call_s == pytest.approx(parts.seconds["latent"] * n / done.closed)
 
 
-def test_the_clock_counts_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_adds_time_and_calls_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([1.0, 1.5, 4.0, 4.25])
     monkeypatch.setattr("blt.bench.parts.time.perf_counter", lambda: next(ticks))
     clock = Clock()
@@ -179,9 +179,21 @@ def test_the_clock_counts_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def measured() -> Latency:
-    runs = [Run(2.0, 2.5, [0.1] * 10, 4), Run(1.0, 1.5, [0.2] * 9 + [1.2], 4), Run(3.0, 3.5, [0.4] * 10, 4)]
+    runs = [
+        Run(prefill_s=2.0, first_byte_s=2.5, gaps_s=[0.1] * 10, closed=4),
+        Run(prefill_s=1.0, first_byte_s=1.5, gaps_s=[0.2] * 9 + [1.2], closed=4),
+        Run(prefill_s=3.0, first_byte_s=3.5, gaps_s=[0.4] * 10, closed=4),
+    ]
     parts = Split(dict.fromkeys(PARTS, 0.01), {**dict.fromkeys(PARTS, 10), "latent": 4}, 10)
-    return Latency(runs, parts, Bandwidth(3000.0, "x", 10, 2), PER_CALL, 1, None, 20)
+    return Latency(
+        runs=runs,
+        split=parts,
+        bandwidth=Bandwidth(bytes_per_s=3000.0, method="x", buffer_bytes=10, threads=2),
+        per_call=PER_CALL,
+        peak_bytes=1,
+        tables_bytes=None,
+        prompt_bytes=20,
+    )
 
 
 def test_medians_percentiles_and_the_floor() -> None:
@@ -228,7 +240,7 @@ def test_a_patch_size_needs_a_threshold() -> None:
         at_patch_size(null_model(), [text()], 300)
 
 
-def test_too_much_or_too_little_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_does_not_fit_or_is_too_short_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     small_reader(monkeypatch)
     for prompt, new in ((0, 8), (8, 0), (8, 1)):
         with pytest.raises(UsageError, match="at least 1 byte of prompt and 2 new bytes"):
@@ -257,7 +269,7 @@ def test_patching_alone_finds_the_streams_patches() -> None:
         patching(null_model(), bench_text(512), 1)
 
 
-def test_memory_is_read_from_end_to_end_on_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_reads_the_whole_buffer_on_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "PIECE", 1 << 12)
     reader = MemoryReader(2, (1 << 16) + 8 * 3)
     read = []

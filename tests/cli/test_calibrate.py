@@ -115,7 +115,7 @@ def test_the_written_model_has_the_rule_and_nothing_else_changed(
 
 def test_eval_agrees(blt: Call, report: dict[str, Any], files: dict[str, Path], tmp_path: Path) -> None:
     """The same pieces through `blt eval` with the written model: the same bytes per patch and bits per byte."""
-    rows = texts.spread(files["text"], "", 638, 48 << 10)
+    rows = texts.spread(files["text"], "", context=638, most=48 << 10)
     assert len(rows) % 2 == 0  # the document's last piece, which alone has an EOS, is held out
     (tmp_path / "held_out").write_bytes(b"".join(text_of(ids) for ids in rows[1::2]))
     result = blt("eval", report["output"], tmp_path / "held_out", "--context", "638", "--json", "-q")
@@ -128,7 +128,7 @@ def test_bits_per_byte_agree_with_eval(blt: Call, files: dict[str, Path]) -> Non
     """All held-out text scored: the row of the model's own rule equals `blt eval` on that text."""
     options = ["--mean-patch", 3, "--bytes", "8k", "--bpb-bytes", "1M", "--json", "-q", "--tolerance", 1]
     report = json.loads(blt("calibrate", files["model"], files["text"], *options).text)
-    rows = texts.spread(files["text"], "", 638, 8 << 10)[1::2]
+    rows = texts.spread(files["text"], "", context=638, most=8 << 10)[1::2]
     text = files["folder"] / "some"
     text.write_bytes(b"".join(text_of(ids) for ids in rows))
     expected = json.loads(blt("eval", files["model"], text, "--context", "638", "--json", "-q").text)
@@ -286,11 +286,14 @@ def test_force_replaces_the_model_itself(blt: Call, files: dict[str, Path], tmp_
 
 def test_spread_is_even_and_repeatable(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"\0".join(bytes([65 + i]) * 100 for i in range(20)))
-    rows = texts.spread(tmp_path / "text", "", 50, 500)
+    rows = texts.spread(tmp_path / "text", "", context=50, most=500)
     assert [text_of(ids)[:1] for ids in rows] == [bytes([65 + i]) for i in range(0, 20, 2)]
     assert sum(int((ids >= 4).sum()) for ids in rows) == 500
-    assert all(np.array_equal(a, b) for a, b in zip(rows, texts.spread(tmp_path / "text", "", 50, 500), strict=True))
-    assert len(texts.spread(tmp_path / "text", "", 50, 1 << 20)) == 40
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(rows, texts.spread(tmp_path / "text", "", context=50, most=500), strict=True)
+    )
+    assert len(texts.spread(tmp_path / "text", "", context=50, most=1 << 20)) == 40
 
 
 def test_times_need_text(files: dict[str, Path]) -> None:
@@ -309,7 +312,11 @@ def test_times_need_text(files: dict[str, Path]) -> None:
 
 
 def test_the_figure() -> None:
-    points = [Point(2.0, 1.5, 1.25, 120.0), Point(4.5, 2.5, 1.2, 170.0, "wanted <4.5>"), Point(5.0, None, None, None)]
+    points = [
+        Point(mean=2.0, threshold=1.5, bits_per_byte=1.25, bytes_per_s=120.0),
+        Point(mean=4.5, threshold=2.5, bits_per_byte=1.2, bytes_per_s=170.0, mark="wanted <4.5>"),
+        Point(mean=5.0, threshold=None, bits_per_byte=None, bytes_per_s=None),
+    ]
     assert list(Tradeoff(points[2:]).panels()) == []
     with pytest.raises(UsageError, match="png or html"):
         render(Tradeoff(points), "gif")

@@ -96,7 +96,7 @@ def test_png_and_html(blt: Call, cases: Any, tmp_path: Path) -> None:
 
 def test_the_page_is_self_contained_and_shows_every_byte() -> None:
     ids = encode('<script>alert("x")</script> é\n', bos=True).tolist()
-    figure = plot.Figure(ids, [1.0] * len(ids), frozenset({0, 1, 5}), 0.5, "a <title>")
+    figure = plot.Figure(ids, [1.0] * len(ids), starts=frozenset({0, 1, 5}), threshold=0.5, title="a <title>")
     page = plot.render(figure, "html").decode()
     assert page.count('class="byte') == len(ids)
     assert page.count("start") - page.count(".start") >= 3
@@ -106,7 +106,7 @@ def test_the_page_is_self_contained_and_shows_every_byte() -> None:
 
 
 def test_bars_are_at_the_byte_that_was_predicted() -> None:
-    figure = plot.Figure([1, 70, 71], [0.5, 2.0, 9.0], frozenset({0, 1}), 1.0)
+    figure = plot.Figure([1, 70, 71], [0.5, 2.0, 9.0], starts=frozenset({0, 1}), threshold=1.0)
     assert [figure.before(t) for t in range(3)] == [0.0, 0.5, 2.0]
 
 
@@ -118,4 +118,4 @@ def test_glyphs() -> None:
 
 def test_a_figure_is_png_or_html() -> None:
     with pytest.raises(UsageError, match="png or html"):
-        plot.render(plot.Figure([1], [0.0], frozenset(), None), "gif")
+        plot.render(plot.Figure([1], [0.0], starts=frozenset(), threshold=None), "gif")

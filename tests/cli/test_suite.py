@@ -53,7 +53,7 @@ def test_the_report_has_the_numbers_of_the_suites(blt: Call, files: dict[str, Pa
     size = report["noise"]["pair_bytes"]
     assert size == (256 if name == "model" else 127)  # a BLT is read as a stream of any length, the others hold 638
     chosen = noise.fitting(noise.pairs([files["text"].read_bytes()], size, 2), scorer.capacity, 5)
-    lines = noise.measure(scorer.bits, chosen, 5)
+    lines = noise.measure(scorer.bits, chosen, seed=5)
     assert report["noise"]["pairs"] == len(chosen) == 2
     assert [line["bits_per_byte"] for line in report["noise"]["lines"]] == [
         pytest.approx(line.bits_per_byte, abs=1e-4) for line in lines

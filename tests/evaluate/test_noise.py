@@ -110,7 +110,7 @@ def by_zlib(text: bytes, prompt: bytes) -> float:
 
 def test_the_sums_are_of_the_completions() -> None:
     chosen = [Pair(b"hello ", b"world"), Pair(b"one two ", b"three four")]
-    lines = measure(lambda text, prompt: float(len(text)), chosen, 0)
+    lines = measure(lambda text, prompt: float(len(text)), chosen, seed=0)
     found = {(line.recipe, line.where): line for line in lines}
     assert len(found) == 1 + 3 * len(RECIPES)
     assert found["clean", ""].n_bytes == found["clean", ""].n_clean == 15
@@ -130,7 +130,7 @@ def test_prompt_and_completion_get_the_noise_that_the_line_names() -> None:
         seen.append((prompt, text))
         return 1.0
 
-    measure(bits, [Pair(b"ab", b"cd")], 0)
+    measure(bits, [Pair(b"ab", b"cd")], seed=0)
     assert seen[0] == (b"ab", b"cd")
     assert seen[1:4] == [(b"A B", b"cd"), (b"ab", b"C D"), (b"A B", b"C D")]
     assert seen[-3:] == [(b"AB", b"cd"), (b"ab", b"CD"), (b"AB", b"CD")]
@@ -144,7 +144,7 @@ def test_pairs_that_noise_makes_too_long_are_left_out() -> None:
 
 def test_a_model_of_the_prompt_suffers_from_noise_in_it() -> None:
     sentence = b"patches scale better than tokens, and bytes are all there is to read; "
-    lines = measure(by_zlib, [Pair(sentence * 3, sentence * 2)] * 3, 0)
+    lines = measure(by_zlib, [Pair(sentence * 3, sentence * 2)] * 3, seed=0)
     found = {(line.recipe, line.where): line for line in lines}
     for recipe in RECIPES:
         assert found[recipe, "prompt"].bits > found["clean", ""].bits

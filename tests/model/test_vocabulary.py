@@ -138,11 +138,11 @@ def test_tokens_of_documents_decode_to_the_documents(dataset: Dataset, vocabular
 def test_tokens_are_cached(dataset: Dataset, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cache.tokenised(dataset, "train", vocabulary)
     members = np.arange(len(dataset.split("train")))
-    trained = cache.vocabulary_for(dataset, members, 300, 1 << 20)
+    trained = cache.vocabulary_for(dataset, members, size=300, train_bytes=1 << 20)
     monkeypatch.setattr(cache, "_write", None)
     monkeypatch.setattr(cache, "train_vocabulary", None)
     assert list(cache.tokenised(dataset, "train", vocabulary).ids(3)) == list(first.ids(3))
-    assert cache.vocabulary_for(dataset, members, 300, 1 << 20).key == trained.key
+    assert cache.vocabulary_for(dataset, members, size=300, train_bytes=1 << 20).key == trained.key
 
 
 def test_an_interrupted_or_damaged_cache(
@@ -166,13 +166,13 @@ def test_an_interrupted_or_damaged_cache(
 def test_files_of_a_killed_process_are_overwritten(dataset: Dataset, vocabulary: Vocabulary) -> None:
     folder, expected = dataset.folder / cache.TOKENS, cache.tokenised(dataset, "train", vocabulary)
     members = np.arange(len(expected))
-    trained = cache.vocabulary_for(dataset, members, 300, 1 << 20).key
+    trained = cache.vocabulary_for(dataset, members, size=300, train_bytes=1 << 20).key
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     for name in whole:
         (folder / name).rename(folder / f".{name}.part")  # a killed process: hidden files, none of them complete
         (folder / f".{name}.part").write_bytes(b"torn" * 9999)
     cache.tokenised(dataset, "train", vocabulary)
-    assert cache.vocabulary_for(dataset, members, 300, 1 << 20).key == trained
+    assert cache.vocabulary_for(dataset, members, size=300, train_bytes=1 << 20).key == trained
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(dataset: Dataset, vo
     members = np.arange(4)
     for use in (
         lambda: cache.tokenised(dataset, "train", vocabulary),
-        lambda: cache.vocabulary_for(dataset, members, 300, 1 << 20),
+        lambda: cache.vocabulary_for(dataset, members, size=300, train_bytes=1 << 20),
         lambda: cache.save_vocabulary(vocabulary, dataset.folder / cache.TOKENS / "t.json"),
     ):
         with pytest.raises(InputError, match="cannot write to") as caught:
@@ -208,9 +208,12 @@ def test_cached_tokens_depend_on_document_boundaries(vocabulary: Vocabulary, tmp
 def test_a_vocabulary_from_a_file(dataset: Dataset, vocabulary: Vocabulary, tmp_path: Path) -> None:
     cache.save_vocabulary(vocabulary, tmp_path / "t.json")
     members = np.arange(4)
-    assert cache.vocabulary_for(dataset, members, 300, 1, str(tmp_path / "t.json")).key == vocabulary.key
+    assert (
+        cache.vocabulary_for(dataset, members, size=300, train_bytes=1, path=str(tmp_path / "t.json")).key
+        == vocabulary.key
+    )
     with pytest.raises(ConfigError, match="has 290 ids"):
-        cache.vocabulary_for(dataset, members, 289, 1, str(tmp_path / "t.json"))
+        cache.vocabulary_for(dataset, members, size=289, train_bytes=1, path=str(tmp_path / "t.json"))
 
 
 def test_batches_count_the_bytes_of_tokens(dataset: Dataset, vocabulary: Vocabulary) -> None:

@@ -14,7 +14,7 @@ from blt.cli import console, models, options
 from blt.cli.commands.bench import PatchSize, PromptBytes, Repeat, TextFile, read_text, setting
 
 if TYPE_CHECKING:
-    from blt.bench import Joined, Run, Text, Together
+    from blt.bench import BatchRun, PrefillGaps, Run, Text
     from blt_runtime import Model
 
 
@@ -51,7 +51,7 @@ def throughput(
     prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
     new_n = options.parse_size(new_bytes, "--new-bytes", at_least=16)
     data = read_text(text, bench.SHIFT * max(sizes) + prompt_n + new_n)
-    given = bench.texts(data, max(sizes), prompt_n, new_n)
+    given = bench.shifted_texts(data, streams=max(sizes), prompt_bytes=prompt_n, new_bytes=new_n)
     models.check_batched(model)
     with models.open_model(model, how) as single:
         given[0].check_room(single.spec.capacity_bytes)
@@ -64,9 +64,15 @@ def throughput(
     rows = []
     for streams in sizes:
         texts = given[:streams]
-        runs = [bench.together(opened, texts, temperature, share, slice) for _ in range(repeat)]
-        joins = [bench.joined(opened, texts, temperature, share, slice) for _ in range(repeat if streams > 1 else 0)]
-        rows.append(_row(runs, joins))
+        with_prompt = repeat if streams > 1 else 0
+        runs = [
+            bench.batch_run(opened, texts, temperature=temperature, share=share, slice=slice) for _ in range(repeat)
+        ]
+        prefills = [
+            bench.prefill_gaps(opened, texts, temperature=temperature, share=share, slice=slice)
+            for _ in range(with_prompt)
+        ]
+        rows.append(_row(runs, prefills))
     report = {
         **setting(opened, model, "throughput"),
         "threads": how.threads,
@@ -92,10 +98,10 @@ def _alone(model: Model, text: Text, temperature: float) -> Run:
     return bench.run(model.stream(), text, bench.Forced(text.new.tolist(), temperature))
 
 
-def _row(runs: list[Together], joins: list[Joined]) -> dict[str, Any]:
-    """Medians over the runs of one batch size. `joins`: runs in which one more prompt is read; none for one stream."""
+def _row(runs: list[BatchRun], prefills: list[PrefillGaps]) -> dict[str, Any]:
+    """Medians over the runs of one batch size. `prefills`: runs with one more prompt; none for a single stream."""
 
-    def median(of: Callable[[Together], float]) -> float:
+    def median(of: Callable[[BatchRun], float]) -> float:
         return statistics.median(of(run) for run in runs)
 
     return {
@@ -107,8 +113,8 @@ def _row(runs: list[Together], joins: list[Joined]) -> dict[str, Any]:
         "gap_p95_s": median(lambda run: run.gap_s(95)),
         "patches_per_latent_call": median(lambda run: run.patches_per_call),
         "mean_patch_bytes": median(lambda run: run.mean_patch),
-        "gap_p95_while_a_prompt_is_read": statistics.median(j.p95_ratio for j in joins) if joins else None,
-        "time_to_first_byte_of_the_prompt_s": statistics.median(j.first_byte_s for j in joins) if joins else None,
+        "gap_p95_while_a_prompt_is_read": statistics.median(p.p95_ratio for p in prefills) if prefills else None,
+        "time_to_first_byte_of_the_prompt_s": statistics.median(p.first_byte_s for p in prefills) if prefills else None,
     }
 
 

@@ -88,16 +88,26 @@ def calibrate(
     if source.entropy_config is None:
         raise CheckpointError(f"{model} has no entropy model; name one with --entropy-model PATH")
     base, place = base_rule(source.patch_rule, rule), devices.torch_device(device)
-    text = texts.spread(data, split, min(size, source.entropy_config.max_seqlen - 2), most)
+    size = min(size, source.entropy_config.max_seqlen - 2)
+    text = texts.spread(data, split, context=size, most=most)
     checkpoint = build(source).with_entropy_dtype(base.entropy_dtype)
-    parts = halves(_pieces(_present(checkpoint.entropy), base.reset_newlines, text, place))
-    rows, unreachable = _rows(source.patch_rule, base, mean_patch, parts)
+    parts = halves(_pieces(_present(checkpoint.entropy), text, reset_newlines=base.reset_newlines, device=place))
+    rows, unreachable = _rows(parts, own=source.patch_rule, base=base, wanted=mean_patch)
     rule_found, cost = rows[0].rule, None
     if checkpoint.blt is not None:
         timed = replace(checkpoint, patch_rule=costs.clocked(base))
         rows, cost = _with_costs(rows, timed, parts[1], scored_bytes=scored, how=how)
     chosen_on, held_out = sizes(rule_found, parts[0]), rows[0].sizes
-    result = tradeoff.Result(mean_patch, tolerance, rule_found, chosen_on, held_out, rows, unreachable, cost)
+    result = tradeoff.Result(
+        wanted=mean_patch,
+        tolerance=tolerance,
+        rule=rule_found,
+        chosen_on=chosen_on,
+        held_out=held_out,
+        rows=rows,
+        unreachable=unreachable,
+        cost=cost,
+    )
     if plot is not None:
         _plot(result, plot)
     written = out if result.problem is None else None
@@ -134,7 +144,9 @@ def _present(model: EntropyModel | None) -> EntropyModel:
     return model
 
 
-def _pieces(model: EntropyModel, reset_newlines: bool, rows: Sequence[NDArray[np.int64]], device: str) -> list[Piece]:
+def _pieces(
+    model: EntropyModel, rows: Sequence[NDArray[np.int64]], *, reset_newlines: bool, device: str
+) -> list[Piece]:
     """Pieces of the text with their entropies, one uncached forward pass per row."""
     import torch
 
@@ -159,7 +171,7 @@ def _pieces(model: EntropyModel, reset_newlines: bool, rows: Sequence[NDArray[np
 
 
 def _rows(
-    own: PatchRule | None, base: PatchRule, wanted: float, halves: Halves
+    halves: Halves, *, own: PatchRule | None, base: PatchRule, wanted: float
 ) -> tuple[list[tradeoff.Row], list[float]]:
     """Rows without costs: the wanted mean, the model's own rule, then `MEANS`. And those of `MEANS` that no threshold
     reaches."""
@@ -226,6 +238,14 @@ def _plot(result: tradeoff.Result, path: Path) -> None:
         comparable = tradeoff.form(row.rule) == tradeoff.form(rule)  # entropies and their rises share no axis
         threshold = row.rule.threshold if comparable else None
         mark = tradeoff.mark(row, result)
-        points.append(Point(row.sizes.mean, threshold, row.bits_per_byte, row.bytes_per_s, mark))
+        points.append(
+            Point(
+                mean=row.sizes.mean,
+                threshold=threshold,
+                bits_per_byte=row.bits_per_byte,
+                bytes_per_s=row.bytes_per_s,
+                mark=mark,
+            )
+        )
     title = f"{tradeoff.form(rule)} rule: threshold {rule.threshold} gives {mean:.2f} bytes per patch"
     figures.write(path, Tradeoff(points, title), render)

@@ -56,7 +56,7 @@ class Cost:
         return {"scored_bytes": self.scored_bytes, "backend": self.backend, "times": times}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """The chosen rule, its patches on the text it was chosen on and on held-out text, and the table. `cost` is None
     for an entropy model without a BLT."""

@@ -117,7 +117,7 @@ def evaluate(
     most = None if limit is None else options.parse_size(limit, "--limit", at_least=1)
     if suite is not None:
         _only_without_suite({"--by": by, "--baseline": baseline, "--fail-above": fail_above})
-        chosen = suites.Chosen(suite, items, seed, data, split, most)
+        chosen = suites.Chosen(suite=suite, items=items, seed=seed, data=data, split=split, limit=most)
         with scorers.open_scorer(model, suites.N_IDS, how) as scorer:
             suites.run(scorer, chosen, as_json)
         return

@@ -26,7 +26,7 @@ ROOM = 5  # capacity in pair sizes: a prompt and a completion, each doubled by a
 N_IDS = ROOM * PAIR_BYTES + 2  # capacity of a model without a fixed one; the longest question has about 250 bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chosen:
     """The suites to run: `items` pairs of text for noise, and `items` questions for each task about characters.
 
@@ -97,7 +97,7 @@ def _noise(scorer: Scorer, chosen: Chosen, size: int) -> list[Line]:
             f"{chosen.data}: no document of {size + size // 2} bytes or more; the noise suite needs longer text"
         )
     with console.progress("noise", len(found)) as advance:
-        return measure(scorer.bits, found, chosen.seed, advance)
+        return measure(scorer.bits, found, seed=chosen.seed, done=advance)
 
 
 def _characters(scorer: Scorer, chosen: Chosen) -> list[Result]:
@@ -108,7 +108,7 @@ def _characters(scorer: Scorer, chosen: Chosen) -> list[Result]:
     if scorer.capacity is not None and longest > scorer.capacity:
         raise UsageError(f"the model reads {scorer.capacity} bytes at once, questions about characters have {longest}")
     with console.progress("characters", len(TASKS) * chosen.items) as advance:
-        return [measure(scorer.bits, task, questions, advance) for task, questions in found.items()]
+        return [measure(scorer.bits, task, questions, done=advance) for task, questions in found.items()]
 
 
 def _line_report(line: Line) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def inspect(
             raise UsageError(f"{model} is a bundle and holds its entropy model; leave --entropy-model out")
         from blt_runtime.bundle.bundle import Bundle
 
-        _inspect_bundle(Bundle.open(model), patch_size, tensors, as_json)
+        _inspect_bundle(Bundle.open(model), patch_size=patch_size, tensors=tensors, as_json=as_json)
         return
     from blt.checkpoint.formats import open_source
 
@@ -115,7 +115,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 # --- bundles -----------------------------------------------------------------------------------------------
 
 
-def _inspect_bundle(bundle: Bundle, patch_size: float, tensors: bool, as_json: bool) -> None:
+def _inspect_bundle(bundle: Bundle, *, patch_size: float, tensors: bool, as_json: bool) -> None:
     from blt.bench.weight_bytes import bundle_weight_bytes
 
     if as_json:

@@ -174,7 +174,9 @@ def _plot(cut: Patches, path: Path) -> None:
         raise UsageError("--plot draws entropies, which need a model: add --model MODEL")
     limit = cut.rule.threshold if cut.rule.needs_entropy and not cut.rule.monotonic else None
     title = f"{_rule_name(cut.rule)}: {cut.mean:.2f} bytes per patch"
-    figure = Figure(cut.ids.tolist(), cut.entropies.tolist(), frozenset(cut.starts), limit, title)
+    figure = Figure(
+        cut.ids.tolist(), cut.entropies.tolist(), starts=frozenset(cut.starts), threshold=limit, title=title
+    )
     figures.write(path, figure, render)
 
 

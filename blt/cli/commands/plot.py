@@ -47,7 +47,7 @@ def plot(
     axes = _axes(against)
     found = read_runs(runs, None if labels is None else [label.strip() for label in labels.split(",")])
     if out is not None:
-        _draw(found, axes, title, least, out)
+        _draw(found, out, axes=axes, title=title, least=least)
     if as_json:
         console.print_json("blt.plot/1", {"runs": [_as_json(run, axes, least) for run in found]})
     else:
@@ -64,10 +64,10 @@ def _axes(names: str) -> list[str]:
     return chosen
 
 
-def _draw(runs: list[Run], axes: list[str], title: str, least: int, out: Path) -> None:
+def _draw(runs: list[Run], out: Path, *, axes: list[str], title: str, least: int) -> None:
     from blt.figures.runs import Figure, render
 
-    figure = Figure(runs, axes, title, least)
+    figure = Figure(runs, axes, title=title, least_bytes=least)
     if not figure.panels():
         raise UsageError(f"nothing to draw after {least:,} bytes against {', '.join(axes)}; change --from or --against")
     for axis in axes:

@@ -70,7 +70,7 @@ def _add_command(kind: Literal["entropy", "bpe"], text: str) -> None:
     def command(
         config: Config, *, given: TrainOptions, how: options.ModelOptions, as_json: options.Json = False
     ) -> None:
-        _run(given.load_config(config, kind), given, how, as_json)
+        _run(given.load_config(config, kind), given=given, how=how, as_json=as_json)
 
 
 _add_command("entropy", "Train the byte-level model whose entropies place the patch boundaries.")
@@ -97,20 +97,21 @@ def blt(
     as_json: options.Json = False,
 ) -> None:
     """Train a BLT; a frozen entropy model computes the patch boundaries ahead of the step."""
-    _run(given.load_config(config, "blt"), given, replace(how, entropy_model=entropy_model), as_json)
+    how = replace(how, entropy_model=entropy_model)
+    _run(given.load_config(config, "blt"), given=given, how=how, as_json=as_json)
 
 
 _add_command("bpe", "Train the baseline: a transformer over BPE tokens, whose vocabulary is trained on the data first.")
 
 
-def _run(config: RunConfig, given: TrainOptions, how: options.ModelOptions, as_json: bool) -> None:
+def _run(config: RunConfig, *, given: TrainOptions, how: options.ModelOptions, as_json: bool) -> None:
     if given.dry_run:
-        _dry_run(config, given.data, how, as_json)
+        _dry_run(config, given.data, how=how, as_json=as_json)
     else:
-        _train(config, given, how, as_json)
+        _train(config, given=given, how=how, as_json=as_json)
 
 
-def _dry_run(config: RunConfig, data: Path | None, how: options.ModelOptions, as_json: bool) -> None:
+def _dry_run(config: RunConfig, data: Path | None, *, how: options.ModelOptions, as_json: bool) -> None:
     """Prints the costs of the configuration. With data, they use its patches or tokens, and the report has the packing
     of its first block."""
     from blt.train import dry_run
@@ -133,7 +134,7 @@ def _dry_run(config: RunConfig, data: Path | None, how: options.ModelOptions, as
         console.print_tree(report)
 
 
-def _train(config: RunConfig, given: TrainOptions, how: options.ModelOptions, as_json: bool) -> None:
+def _train(config: RunConfig, *, given: TrainOptions, how: options.ModelOptions, as_json: bool) -> None:
     from blt.train import train
 
     if given.out is None:

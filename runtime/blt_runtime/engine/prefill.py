@@ -69,7 +69,7 @@ class Prefill:
         may_be_refused = memory.patches + len(ids_N) > memory.spec.capacity_patches
         put_back = memory.keep_entropy() if with_entropy and may_be_refused else None
         if with_entropy:
-            self._run_entropy(start, end, cancelled)
+            self.run_entropy(start, end, cancelled)
         rule, closes_N, marks = self._find_patches(ids_N, closes_N)
         try:
             memory.check_patches(memory.patches + int(closes_N.sum()))
@@ -105,7 +105,8 @@ class Prefill:
                 marks.append(Mark(memory.position + t + 1, patches, rule.copy()))
         return rule, closes_N, marks
 
-    def _run_entropy(self, start: int, end: int, cancelled: Cancel | None = None) -> None:
+    def run_entropy(self, start: int, end: int, cancelled: Cancel | None = None) -> None:
+        """Fills `Memory.entropies` at the positions start..end, whose ids are placed. Raises Cancelled."""
         for a, b in self._calls("entropy", start, end, self._memory.entropy_documents):
             _check_cancelled(cancelled)
             self._graphs.entropy(a, b)
