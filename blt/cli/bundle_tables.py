@@ -22,6 +22,23 @@ def parity_table(rows: Sequence[Parity]) -> Table:
     return table
 
 
+def size_table(manifest: Manifest) -> Table:
+    """Megabytes by graph, both its forms and their weights, and of the hash tables."""
+    from blt.data.quantities import amount
+
+    sizes: dict[str, int] = {}
+    for name, entry in manifest.files.items():
+        part = "hash tables" if manifest.hash_tables and name == manifest.hash_tables.file else name.split(".")[0]
+        sizes[part] = sizes.get(part, 0) + entry.bytes
+    table = Table(title="sizes", title_justify="left", box=None, pad_edge=False, show_header=False)
+    table.add_column("part")
+    table.add_column("size", justify="right")
+    for part, size in sizes.items():
+        table.add_row(part, amount(size))
+    table.add_row("total", amount(sum(sizes.values())))
+    return table
+
+
 def precision_text(manifest: Manifest) -> str:
     """One precision, or that of each graph where they differ."""
     each = {name: manifest.precision_of(name) for name in manifest.graphs}

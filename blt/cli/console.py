@@ -5,12 +5,13 @@ The verbosity is the level of the loggers `blt`, `blt_export` and `blt_runtime`;
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,12 +103,12 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(label: str, total: float | None) -> Iterator[Advance]:
-    """A bar if stderr is a terminal, else a line every few seconds; nothing with -q, or on ranks above 0.
+def progress(label: str, total: float) -> Iterator[Advance]:
+    """The share that is done and the time left: a bar if stderr is a terminal, else a line every few seconds.
 
-    total: units of the whole work; None if unknown.
+    Nothing is shown with -q, or on ranks above 0. total: units of the whole work.
     """
-    if not log.isEnabledFor(logging.INFO) or os.environ.get("RANK", "0") != "0":
+    if not _shows_progress():
         yield lambda units=1: None
     elif sys.stderr.isatty():
         yield from _bar(label, total)
@@ -115,26 +116,82 @@ def progress(label: str, total: float | None) -> Iterator[Advance]:
         yield _Lines(label, total)
 
 
-def _bar(label: str, total: float | None) -> Iterator[Advance]:
-    from rich.progress import Progress
+@contextmanager
+def named_steps(label: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Call the result with the name of each of `total` steps when it begins: one line on a terminal, else a line every
+    few seconds. Steps differ too much in length for a time left. With -q nothing is shown.
+    """
+    if not _shows_progress():
+        yield lambda name: None
+    elif sys.stderr.isatty():
+        with Console(file=sys.stderr, highlight=False).status(label) as status:
+            counter = itertools.count(1)
+            yield lambda name: status.update(f"{label}: step {next(counter)} of {total}, {name}")
+    else:
+        yield _StepLines(label, total)
 
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda units=1: bar.advance(task, units)
+
+def _shows_progress() -> bool:
+    return log.isEnabledFor(logging.INFO) and os.environ.get("RANK", "0") in ("", "0")
+
+
+def _bar(label: str, total: float) -> Iterator[Advance]:
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, console=Console(file=sys.stderr, highlight=False), transient=True) as bar:
+        task = bar.add_task(label, total=total, state="")
+        rate = _Rate(total)
+
+        def advance(units: float = 1) -> None:
+            rate.add(units)
+            bar.update(task, completed=rate.done, state=rate.state())
+
+        yield advance
+
+
+class _Rate:
+    """The share of the work that is done, and the time left at the mean speed so far."""
+
+    def __init__(self, total: float) -> None:
+        self.total, self.done, self.started = total, 0.0, time.monotonic()
+
+    def add(self, units: float) -> None:
+        self.done += units
+
+    def state(self) -> str:
+        """`40 %, 12 s left`."""
+        from blt.data.quantities import duration
+
+        share = f"{100 * self.done / self.total:.0f} %"
+        if not 0 < self.done < self.total:
+            return share
+        return f"{share}, {duration((time.monotonic() - self.started) * (self.total / self.done - 1))} left"
 
 
 class _Lines:
-    """Progress for log files: `label 40 % (12 s)`."""
+    """Progress for log files: `label 40 %, 12 s left`."""
 
-    def __init__(self, label: str, total: float | None) -> None:
-        self.label, self.total, self.done = label, total, 0.0
-        self.started = self.printed = time.monotonic()
+    def __init__(self, label: str, total: float) -> None:
+        self.label, self.rate, self.printed = label, _Rate(total), time.monotonic()
 
     def __call__(self, units: float = 1) -> None:
-        self.done += units
+        self.rate.add(units)
         now = time.monotonic()
-        if now - self.printed < PROGRESS_EVERY_S:
-            return
-        self.printed = now
-        share = f"{100 * self.done / self.total:.0f} %" if self.total else f"{self.done:.0f}"
-        log.info("%s %s (%.0f s)", self.label, share, now - self.started)
+        if now - self.printed >= PROGRESS_EVERY_S:
+            self.printed = now
+            log.info("%s %s", self.label, self.rate.state())
+
+
+class _StepLines:
+    """Progress for log files: `export: step 3 of 25, fold weights`."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.begun, self.printed = label, total, 0, time.monotonic()
+
+    def __call__(self, name: str) -> None:
+        self.begun += 1
+        now = time.monotonic()
+        if now - self.printed >= PROGRESS_EVERY_S:
+            self.printed = now
+            log.info("%s: step %d of %d, %s", self.label, self.begun, self.total, name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from blt import files
+from blt.cli import console
 from blt_runtime.errors import UsageError
 
 Figure = TypeVar("Figure")
@@ -25,3 +26,4 @@ def write(path: Path, figure: Figure, render: Callable[[Figure, str], bytes]) ->
     """Writes what `render` makes of `figure` in the format that the name ends in."""
     with files.replacing(path) as draft:
         draft.write_bytes(render(figure, path.suffix.lower().removeprefix(".")))
+    console.log.info("wrote %s", path)

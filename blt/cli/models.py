@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blt.cli import devices
+from blt.cli import console, devices
 from blt.cli.inputs import is_bundle
 from blt.cli.options import ModelOptions
 from blt_runtime.errors import BackendError, UsageError
@@ -57,10 +57,12 @@ def open_checkpoint(checkpoint: Checkpoint, how: ModelOptions, capacity: int | N
     """A checkpoint in memory as a model: on PyTorch, or on ONNX Runtime through a temporary bundle."""
     if how.backend == "onnx":
         from blt_export import export
+        from blt_export.pipeline import STEPS
 
         with tempfile.TemporaryDirectory(prefix="blt-bundle-") as folder:
             bundle = Path(folder) / "bundle"
-            export(checkpoint, bundle, capacity=capacity, check=False)
+            with console.named_steps("export", len(STEPS)) as begin:
+                export(checkpoint, bundle, capacity=capacity, check=False, progress=begin)
             yield _open_bundle(bundle, replace(how, entropy_model=None, precision=None))
     else:
         from blt.generate.torch_backend import open_model as open_torch

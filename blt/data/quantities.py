@@ -1,4 +1,4 @@
-"""Amounts of bytes and times as text, in one style for all log lines."""
+"""Amounts, counts and times as text, in one style for all log lines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ def amount(n_bytes: float) -> str:
             digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
             return f"{value:,.{digits}f} {unit}"
     return f"{n_bytes:.0f} B"
+
+
+def count(n: float) -> str:
+    """`812`, `61.5 k`, `7.62 M`, `1.05 G`: of parameters or FLOPs."""
+    return amount(n).removesuffix("B").rstrip()
 
 
 def duration(seconds: float) -> str:

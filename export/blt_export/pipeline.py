@@ -160,7 +160,7 @@ def run(state: ExportState, out: Path, *, force: bool = False, progress: Progres
             started = time.perf_counter()
             changed = _run_step(step, state, reports)
             reports.append(StepReport(step.name, changed, time.perf_counter() - started))
-            log.info("%s (%.2f s): %s", step.name, reports[-1].seconds, changed)
+            log.debug("%s (%.2f s): %s", step.name, reports[-1].seconds, changed)
     assert state.manifest is not None
     nodes = {name: len(model.graph) for name, model in state.graphs.items()}
     return ExportReport(out, state.manifest, state.parity.near_threshold, nodes, tuple(reports))

@@ -242,15 +242,15 @@ def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
     assert loaded.entropy is not None
     counted = sum(p.numel() for m in (loaded.blt, loaded.entropy) for p in m.parameters())
     assert report["parameters"]["total"] == counted
-    assert "blt.decoder.output.weight" in report["tensors"]
+    assert "blt.decoder.output.weight" in {t["name"] for t in report["tensors"]}
     read = sum(loaded.blt.config.weights_read(4.5).values()) + loaded.entropy.config.weights_read()
-    weight_bytes = report["weight bytes read per byte (patches of 4.5)"]
+    weight_bytes = report["weight_bytes_per_byte"]
     assert weight_bytes["total"] == pytest.approx(4 * read)
-    assert report["patch rule"]["entropy_dtype"] == "float32"
+    assert report["patch_rule"]["entropy_dtype"] == "float32"
     inspected = json.loads(blt("inspect", bundle, "--json").text)
-    of_bundle = inspected["weight bytes read per byte (patches of 4.5)"]
-    assert of_bundle["hash tables"] == weight_bytes["hash tables"]
-    assert of_bundle["latent"] == pytest.approx(weight_bytes["latent transformer"], rel=0.01)
+    of_bundle = inspected["weight_bytes_per_byte"]
+    assert of_bundle["hash_tables"] == weight_bytes["hash_tables"]
+    assert of_bundle["latent"] == pytest.approx(weight_bytes["latent_transformer"], rel=0.01)
     assert of_bundle["total"] == pytest.approx(weight_bytes["total"], rel=0.01)  # rotary tables are read by row
     text = blt("inspect", bundle, "--tensors").text
     assert "parity with PyTorch" in text
@@ -349,5 +349,5 @@ def test_bfloat16_entropies_equal_those_of_facebook(blt: Call, golden: Path, bun
     assert blt("generate", bundle, "x", "--entropy-dtype", "float16").code == 2
     converted = blt("convert", golden / "a" / "blt", "-o", tmp_path / "model.pt", "--to", "native", *switch)
     assert converted.code == 0, converted.err
-    rule = json.loads(blt("inspect", tmp_path / "model.pt", "--json").text)["patch rule"]
+    rule = json.loads(blt("inspect", tmp_path / "model.pt", "--json").text)["patch_rule"]
     assert rule["entropy_dtype"] == "bfloat16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,12 @@ def test_the_report_has_the_numbers_of_the_suites(blt: Call, files: dict[str, Pa
 @pytest.mark.slow
 def test_a_bundle_gives_what_its_checkpoint_gives(blt: Call, files: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    arguments = ["--no-check", "--capacity", 1282, "-q"]
-    assert blt("export", files["model"], "-o", tmp_path / "bundle", *arguments).code == 0
+    arguments = ["--no-check", "--capacity", 1282]
+    exported = blt("export", files["model"], "-o", tmp_path / "bundle", *arguments)
+    assert exported.code == 0
+    assert "fold" not in exported.err  # the steps are printed with -v
+    assert re.search(r"^hash tables +[\d.]+ [kM]?B$", exported.text, re.MULTILINE)
+    assert exported.text.count(str(tmp_path)) == 1
     found = []
     for model in (files["model"], tmp_path / "bundle"):
         result = blt("eval", model, files["text"], "--suite", "all", "--items", 1, "--json", "-q")

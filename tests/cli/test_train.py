@@ -133,7 +133,10 @@ def test_progress_without_a_terminal_is_lines(
     console.start_logging()
     with console.progress("work", 10) as advance:
         advance(5)
-    assert "work 50 %" in capsys.readouterr().err
+    assert "work 50 %, 0 s left" in capsys.readouterr().err
+    with console.named_steps("export", 2) as begin:
+        begin("fold weights")
+    assert capsys.readouterr().err == "export: step 1 of 2, fold weights\n"
     console.set_verbosity(-1)
     with console.progress("work", 10) as advance:
         advance(5)

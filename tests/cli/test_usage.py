@@ -203,7 +203,7 @@ def test_version_and_env(blt: Call) -> None:
 
     assert blt("--version").text == f"blt {__version__}\n"
     report = json.loads(blt("env").text)
-    assert report["schema"] == "blt.env/1"
+    assert report["schema"] == "blt.env/2"
     assert report["blt"] == __version__
     assert "numpy" in report["packages"]
 
@@ -297,3 +297,38 @@ def test_no_message_contains_a_mark_of_the_documentation() -> None:
         for file in (REPO / package).rglob("*.py"):
             marked = [text for text in _texts(file) if re.search(r"\bD\d{1,2}\b", text)]
             assert not marked, file
+
+
+def _odd_keys(value: object) -> Iterator[str]:
+    """Keys that are not snake_case."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", key):
+                yield key
+            yield from _odd_keys(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _odd_keys(part)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "env",
+        "env --full",
+        "patch hello --scheme space",
+        "inspect {model} --tensors",
+        "score {model} {text} --npz {tmp}/o.npz",
+        "eval {model} {text} --baseline xz",
+        "eval {model} --suite characters --items 1",
+        "data prepare {text} -o {tmp}/d",
+        "generate {model} x -n 2 --ignore-eos",
+        "bench patch {model} --prompt-bytes 20 --repeat 1",
+    ],
+)
+def test_the_keys_of_json_are_snake_case(blt: Call, files: dict[str, Path], line: str) -> None:
+    done = blt(*(word.format(**files) for word in line.split()), "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.text)
+    assert re.fullmatch(r"blt\.[a-z]+/\d+", report["schema"])
+    assert not list(_odd_keys(report))

@@ -129,7 +129,7 @@ def test_both_flavours_come_from_one_capture(tmp_path: Path, monkeypatch: pytest
 
 def test_each_step_reports_what_it_changed(prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[str] = []
-    with caplog.at_level(logging.INFO, logger="blt_export"):
+    with caplog.at_level(logging.DEBUG, logger="blt_export"):
         report = pipeline.run(prepare(VARIANTS[0], "ort"), tmp_path / "b", progress=seen.append)
     assert seen == [step.name for step in pipeline.STEPS] == [step.name for step in report.steps]
     assert all(step.changed for step in report.steps)

@@ -214,7 +214,9 @@ def latency_report(found: Latency) -> dict[str, Any]:
 
 
 def _size(n: float | None) -> str:
-    return "unknown" if n is None else f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
+    from blt.data.quantities import amount
+
+    return "unknown" if n is None else amount(n)
 
 
 def _count(n: int, what: str) -> str:

@@ -50,6 +50,7 @@ def convert(
 
     from blt.checkpoint import huggingface, native
     from blt.checkpoint.formats import open_source
+    from blt.data.quantities import amount
 
     started = time.perf_counter()
     source = open_source(model, entropy_model=how.entropy_model)
@@ -69,7 +70,7 @@ def convert(
         report = {"from": source.format, "to": to, "path": target, "bytes": size, "seconds": round(seconds, 2)}
         console.print_json("blt.convert/1", report)
         return
-    print(f"{target}: {size:,} bytes, {source.format} to {to} in {seconds:.1f} s")
+    print(f"{target}: {amount(size)}, {source.format} to {to} in {seconds:.1f} s")
 
 
 def _check_target(out: Path, target: Path, force: bool) -> None:

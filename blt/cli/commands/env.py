@@ -75,10 +75,10 @@ def env(
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": _memory_bytes(),
-        "packages": {name: version for name, version in found.items() if version is not None},
+        "packages": {name.replace("-", "_"): version for name, version in found.items() if version is not None},
         "missing": [name for name, version in found.items() if version is None],
         "onnxruntime": _onnxruntime(),
     }
     if full:
         report["torch"] = _torch()
-    console.print_json("blt.env/1", report)
+    console.print_json("blt.env/2", report)

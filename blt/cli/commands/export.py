@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, inputs, options
-from blt.cli.bundle_tables import evaluation_table, parity_table, precision_text
+from blt.cli.bundle_tables import evaluation_table, parity_table, precision_text, size_table
 from blt.evaluate import texts
 from blt_runtime.errors import CheckFailed, UsageError
 
@@ -91,18 +91,20 @@ def export(
     blt_export.bundle.check_target(out, force)  # before minutes of work
     loaded = load(model, entropy_model=how.entropy_model, generates=True)
     eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)
-    report = blt_export.export(
-        loaded,
-        out,
-        flavour=flavour,
-        precision=precision,
-        capacity=size,
-        check=check,
-        force=force,
-        table_dtype=table_dtype,
-        precision_of=overrides,
-        eval_ids=eval_ids,
-    )
+    with console.named_steps("export", len(blt_export.pipeline.STEPS)) as begin:
+        report = blt_export.export(
+            loaded,
+            out,
+            flavour=flavour,
+            precision=precision,
+            capacity=size,
+            check=check,
+            force=force,
+            table_dtype=table_dtype,
+            precision_of=overrides,
+            eval_ids=eval_ids,
+            progress=begin,
+        )
     compiled = blt_export.aot.compile_bundle(out, report.manifest) if check_aot else ()
     if as_json:
         gate = {"aot": [asdict(attempt) for attempt in compiled]} if check_aot else {}
@@ -112,12 +114,15 @@ def export(
         return
     if report.parity:
         console.stdout_console().print(parity_table(report.parity))
+        print()
     if report.manifest.judged is not None:
         console.stdout_console().print(evaluation_table(report.manifest.judged))
+        print()
     if compiled:
         console.stdout_console().print(_compile_table(compiled))
-    precisions = precision_text(report.manifest)
-    print(f"{out}: {report.bytes:,} bytes, {flavour}, {precisions}, written in {report.seconds:.1f} s")
+        print()
+    console.stdout_console().print(size_table(report.manifest))
+    print(f"\n{out}: {flavour}, {precision_text(report.manifest)}, written in {report.seconds:.1f} s")
     _demand_compiled(compiled)
 
 

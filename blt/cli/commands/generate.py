@@ -64,12 +64,12 @@ class Timing:
 
 def _stats_line(stats: dict[str, Any]) -> str:
     speed, patch, per_pass = stats["bytes_per_s"], stats["mean_patch_bytes"], stats["bytes_per_pass"]
-    parts = [f"{stats['new_bytes']} bytes in {stats['seconds']:.2f} s"]
-    parts += [f"{speed:.0f} bytes/s"] if speed is not None else []
-    parts += [f"time to first byte {1000 * stats['time_to_first_byte_s']:.0f} ms"]
+    parts = [f"{stats['new_bytes']:,} bytes in {stats['seconds']:.2f} s"]
+    parts += [f"{speed:,.0f} bytes/s"] if speed is not None else []
+    parts += [f"time to first byte {1000 * stats['time_to_first_byte_s']:,.0f} ms"]
     parts += [f"mean patch {patch:.2f} bytes"] if patch is not None else []
     parts += [f"{per_pass:.2f} bytes per decoder pass"] if per_pass is not None else []
-    parts += [f"forgot the oldest {stats['forgotten_bytes']} bytes"] if stats["forgotten_bytes"] else []
+    parts += [f"forgot the oldest {stats['forgotten_bytes']:,} bytes"] if stats["forgotten_bytes"] else []
     return ", ".join(parts)
 
 

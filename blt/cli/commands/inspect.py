@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from blt.cli import console, inputs, options
-from blt.cli.bundle_tables import evaluation_table, parity_table, precision_text
+from blt.cli.bundle_tables import evaluation_table, parity_table, precision_text, size_table
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from blt.checkpoint.source import Source
     from blt_runtime.bundle.bundle import Bundle
+
+SCHEMA = "blt.inspect/2"
 
 
 @options.verbosity
@@ -41,12 +44,11 @@ def inspect(
     source = open_source(model, entropy_model=how.entropy_model)
     report = token_report(source, size) if source.bpe is not None else source_report(source, patch_size, size)
     if tensors:
-        named = [(part, name, t) for part, p in source.models().items() for name, t in p.weights.items()]
-        report["tensors"] = {f"{part}.{name}": f"{t.shape} {t.dtype}" for part, name, t in named}
+        report["tensors"] = _tensors(source)
     if as_json:
-        console.print_json("blt.inspect/1", {"path": model, "kind": "checkpoint", **report})
+        console.print_json(SCHEMA, {"path": model, "kind": "checkpoint", **report})
     else:
-        console.print_tree(report)
+        _show(report)
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------
@@ -56,13 +58,17 @@ def token_report(source: Source, context: int) -> dict[str, Any]:
     """The report of a token-level baseline; costs of one token in rows of `context` tokens."""
     config = source.bpe.config if source.bpe else None
     assert config is not None
+    costs = {
+        "parameters": config.n_params(),
+        "flops_per_token": config.flops_per_byte(context),
+        "weight_bytes_per_token": 4 * config.weights_read(),
+    }
     return {
         "format": source.format,
-        "stored": _stored(source),
-        "parameters": {"token model": config.n_params(), "total": config.n_params()},
-        f"FLOPs per token (rows of {context})": config.flops_per_byte(context),
-        "weight bytes read per token": 4 * config.weights_read(),
-        "config of the token model": _given(config.model_dump(mode="json")),
+        "stored_bytes": _stored(source),
+        "context": context,
+        **{name: {"token_model": value, "total": value} for name, value in costs.items()},
+        "config": {"token_model": _given(config.model_dump(mode="json"))},
     }
 
 
@@ -85,16 +91,17 @@ def source_report(source: Source, patch_size: float, context: int) -> dict[str, 
         flops |= blt.flops(patch_size, context)
     report: dict[str, Any] = {
         "format": source.format,
-        "stored": _stored(source),
-        "parameters": {**parameters, "total": sum(parameters.values())},
-        f"FLOPs per byte (patches of {patch_size:g}, rows of {context})": {**flops, "total": sum(flops.values())},
-        f"weight bytes read per byte (patches of {patch_size:g})": source_weight_bytes(source, patch_size),
+        "stored_bytes": _stored(source),
+        "patch_size": patch_size,
+        "context": context,
+        "parameters": _snake({**parameters, "total": sum(parameters.values())}),
+        "flops_per_byte": _snake({**flops, "total": sum(flops.values())}),
+        "weight_bytes_per_byte": _snake(source_weight_bytes(source, patch_size)),
     }
     if source.patch_rule is not None:
-        report["patch rule"] = _given(source.patch_rule.to_dict())
-    for name, config in (("blt", blt), ("entropy model", entropy)):
-        if config is not None:
-            report[f"config of the {name}"] = _given(config.model_dump(mode="json"))
+        report["patch_rule"] = _given(source.patch_rule.to_dict())
+    configs = {"blt": blt, "entropy_model": entropy}
+    report["config"] = {name: _given(c.model_dump(mode="json")) for name, c in configs.items() if c is not None}
     return report
 
 
@@ -104,8 +111,80 @@ def _stored(source: Source) -> dict[str, int]:
     for part in source.models().values():
         for tensor in part.weights.values():
             name = str(tensor.dtype).removeprefix("torch.")
-            found[f"bytes as {name}"] = found.get(f"bytes as {name}", 0) + sum(p.nbytes for p in tensor.pieces)
+            found[name] = found.get(name, 0) + sum(p.nbytes for p in tensor.pieces)
     return found
+
+
+def _tensors(source: Source) -> list[dict[str, Any]]:
+    named = [(f"{part}.{name}", t) for part, p in source.models().items() for name, t in p.weights.items()]
+    return [{"name": name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in named]
+
+
+def _snake(parts: Mapping[str, float]) -> dict[str, float]:
+    """Names of parts such as "hash tables" as keys of `--json`."""
+    return {part.replace(" ", "_"): value for part, value in parts.items()}
+
+
+def _show(report: dict[str, Any]) -> None:
+    from blt.data.quantities import amount
+
+    stored = ", ".join(f"{amount(n)} as {dtype}" for dtype, n in report["stored_bytes"].items())
+    console.print_tree({"format": report["format"], "stored": stored})
+    print()
+    console.stdout_console().print(_parts_table(report))
+    print()
+    named = {"patch rule": report["patch_rule"]} if "patch_rule" in report else {}
+    for part, config in report["config"].items():
+        named[f"config of the {part.replace('_', ' ')}"] = _plain(config)
+    console.print_tree(named)
+    if "tensors" in report:
+        print()
+        table = Table(box=None, pad_edge=False)
+        for name in ("tensor", "dtype", "shape"):
+            table.add_column(name, no_wrap=name == "tensor")
+        for t in report["tensors"]:
+            table.add_row(t["name"], t["dtype"], " x ".join(map(str, t["shape"])))
+        console.stdout_console().print(table)
+
+
+def _parts_table(report: dict[str, Any]) -> Table:
+    """One row per part of the model: its dimensions, its parameters, and what a byte (or token) costs."""
+    from blt.data.quantities import amount, count
+
+    unit = "token" if "flops_per_token" in report else "byte"
+    flops, read = report[f"flops_per_{unit}"], report[f"weight_bytes_per_{unit}"]
+    of_patches = "" if unit == "token" else f"patches of {report['patch_size']:g} bytes and "
+    caption = f"costs per {unit}: {of_patches}rows of {report['context']:,} {unit}s, weights read as float32"
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    for name in ("part", "layers", "dim", "heads", "parameters", f"FLOPs/{unit}", f"weights/{unit}"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    dims = _dims(report["config"])
+    for part, parameters in report["parameters"].items():
+        costs = ("" if part not in flops else count(flops[part]), "" if part not in read else amount(read[part]))
+        table.add_row(part.replace("_", " "), *dims.get(part, ("", "", "")), count(parameters), *costs)
+    return table
+
+
+def _dims(config: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Layers, width and heads of every transformer."""
+    blt = config.get("blt", {})
+    stacks = {
+        "entropy_model": config.get("entropy_model"),
+        "token_model": config.get("token_model"),
+        "local_encoder": blt.get("encoder"),
+        "latent_transformer": blt.get("latent"),
+        "local_decoder": blt.get("decoder"),
+    }
+    return {
+        part: (str(stack["n_layers"]), str(stack["dim"]), str(stack["n_heads"]))
+        for part, stack in stacks.items()
+        if stack is not None
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Dimensions are no counts: they get no thousands separators."""
+    return {key: _plain(v) if isinstance(v, dict) else str(v) for key, v in values.items()}
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -117,17 +196,19 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 def _inspect_bundle(bundle: Bundle, *, patch_size: float, tensors: bool, as_json: bool) -> None:
     from blt.bench.weight_bytes import bundle_weight_bytes
+    from blt.data.quantities import amount
 
     if as_json:
         report = {
             "path": bundle.path,
             "kind": "bundle",
-            f"weight bytes read per byte (patches of {patch_size:g})": bundle_weight_bytes(bundle, patch_size),
+            "patch_size": patch_size,
+            "weight_bytes_per_byte": _snake(bundle_weight_bytes(bundle, patch_size)),
             "manifest": bundle.manifest.to_json(),
         }
-        console.print_json("blt.inspect/1", report)
+        console.print_json(SCHEMA, report)
         return
-    manifest, spec = bundle.manifest, bundle.manifest.spec
+    manifest, spec, read = bundle.manifest, bundle.manifest.spec, bundle_weight_bytes(bundle, patch_size)
     out = console.stdout_console()
     console.print_tree(
         {
@@ -137,14 +218,16 @@ def _inspect_bundle(bundle: Bundle, *, patch_size: float, tensors: bool, as_json
             "opset": manifest.opset,
             "ONNX Runtime": f"{manifest.min_onnxruntime} or newer",
             "capacity": f"{spec.capacity_bytes:,} bytes, {spec.capacity_patches:,} patches",
-            "caches": f"{sum(g.cache_bytes() for g in spec.graphs.values()):,} bytes a stream",
-            "size": f"{sum(entry.bytes for entry in manifest.files.values()):,} bytes",
-            f"weight bytes read per byte (patches of {patch_size:g})": bundle_weight_bytes(bundle, patch_size),
+            "caches": f"{amount(sum(g.cache_bytes() for g in spec.graphs.values()))} a stream",
+            f"weights read per byte (patches of {patch_size:g})": {part: amount(n) for part, n in read.items()},
             "patch rule": _given(spec.patch_rule.to_dict()),
             "made with": manifest.producer,
         }
     )
+    out.print()
+    out.print(size_table(manifest))
     if tensors:
+        out.print()
         out.print(_graphs_table(bundle))
     if manifest.parity:
         out.print()

@@ -215,7 +215,7 @@ def _table(cut: Patches) -> Table:
 
 def _summary(cut: Patches) -> str:
     n, patches = len(cut.ids) - 1, len(cut.starts) - 1
-    return f"{n} bytes, {patches} patches after BOS, {cut.mean:.2f} bytes per patch ({_rule_name(cut.rule)})"
+    return f"{n:,} bytes, {patches:,} patches after BOS, {cut.mean:.2f} bytes per patch ({_rule_name(cut.rule)})"
 
 
 def _as_json(cut: Patches) -> dict[str, Any]:

@@ -62,4 +62,4 @@ def score(
     if as_json:
         console.print_json("blt.score/1", summary)
     else:
-        console.log.info("%s: %d ids, %d patches", npz, len(ids), len(result.patch_lengths))
+        console.log.info("%s: %s ids, %s patches", npz, f"{len(ids):,}", f"{len(result.patch_lengths):,}")
