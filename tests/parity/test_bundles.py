@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from blt.generate import reference
 from blt_export import pipeline
 from blt_runtime import Model
 from tests import exports
+from tests.runtime.bundles import hub_cache
 from tests.tiny import hard_text, prompts, tiny
 
 VARIANTS = (
@@ -110,3 +112,11 @@ def test_a_snapshot_is_restored_to_the_last_bit(models: dict[str, Model], flavou
         )
         np.testing.assert_array_equal(other.logits, stream.logits)
         stream.restore(here)
+
+
+@pytest.mark.parametrize("inside", ["", "onnx"])
+def test_a_bundle_in_a_hub_cache_generates_the_same(tmp_path: Path, inside: str) -> None:
+    """There every file is a link into `blobs`, also the weights that the graphs name."""
+    path = pipeline.run(exports.prepare("plain", check=False), tmp_path / "bundle").path
+    expected = list(Model.open(path).generate_text("Once", 20, temperature=0))
+    assert list(Model.open(hub_cache(path, inside)).generate_text("Once", 20, temperature=0)) == expected

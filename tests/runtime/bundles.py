@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,15 @@ def edit(folder: Path, **changes: Any) -> None:
         del data[key]
     data.update(changes)
     path.write_text(json.dumps(data))
+
+
+def hub_cache(folder: Path, inside: str = "") -> Path:
+    """The bundle as the Hugging Face cache stores it: every file is a link into `blobs`. Returns the snapshot."""
+    repository = folder.parent / "models--a--b"
+    snapshot = repository / "snapshots" / "rev" / inside
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        blob = path.rename(repository / "blobs" / f"{number:040x}")
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot

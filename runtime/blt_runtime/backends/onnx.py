@@ -126,11 +126,16 @@ class OnnxBackend:
         return self._session(bundle, bundle.graph_file(spec.name), spec, options)
 
     def _session(self, bundle: Bundle, path: Path, spec: GraphSpec, options: Any) -> OnnxSession:
-        """A session on the bytes that were checked: the file may change afterwards."""
+        """A session on the bytes that were checked: the file may change afterwards.
+
+        In a hub cache it opens the file itself, since ONNX Runtime follows links to weights only from a linked graph.
+        """
         content = read_graph(bundle.path, path.name, bundle.manifest, bundle.manifest.precision_of(spec.name))
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path.absolute()))
+        if not path.is_symlink():
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path.absolute()))
+        source = str(path) if path.is_symlink() else content
         try:
-            session = self._ort.InferenceSession(content, options, providers=self._providers)
+            session = self._ort.InferenceSession(source, options, providers=self._providers)
         except Exception as error:  # onnxruntime's own classes share no public base
             raise _load_failure(path, error) from error
         return OnnxSession(session, spec)

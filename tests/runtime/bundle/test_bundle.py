@@ -18,7 +18,7 @@ from blt_runtime.bundle.bundle import is_bundle
 from blt_runtime.bundle.manifest import Manifest
 from blt_runtime.errors import BundleError, ManifestError, UsageError, VersionError
 from blt_runtime.hashing import TableDtype
-from tests.runtime.bundles import HASH, edit, write_bundle
+from tests.runtime.bundles import HASH, edit, hub_cache, write_bundle
 
 
 @pytest.fixture
@@ -250,18 +250,6 @@ def test_damage_is_one_quick_line(folder: Path, kind: str) -> None:
     assert time.thread_time() - start < 1
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def hub_cache(folder: Path, inside: str = "") -> Path:
-    """The bundle as the Hugging Face cache stores it: every file is a link into `blobs`. Returns the snapshot."""
-    repository = folder.parent / "models--a--b"
-    snapshot = repository / "snapshots" / "rev" / inside
-    snapshot.mkdir(parents=True)
-    (repository / "blobs").mkdir()
-    for number, path in enumerate(sorted(folder.iterdir())):
-        blob = path.rename(repository / "blobs" / f"{number:040x}")
-        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
-    return snapshot
 
 
 @pytest.mark.parametrize("inside", ["", "bundles/small"])
