@@ -177,20 +177,24 @@ def check(source: Source) -> None:
 def write(source: Source, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes a folder for `BltForCausalLM.from_pretrained`, streamed and atomically; an older folder is replaced.
 
-    dtype: of the stored weights (default: unchanged).  Raises CheckpointError as `check`.
+    dtype: of the stored weights (default: unchanged). A warning names every setting that the format does not keep.
+    Raises CheckpointError as `check`.
     """
     check(source)
     tensors = _huggingface_tensors(source)
     kinds = {tensor.dtype for tensor in tensors.values()}
     kind = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)  # the dtype in which transformers computes
     config = _config(source, kind)
+    lost = huggingface_write.lost(source, config)
     with staged(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_safetensors(temporary / WEIGHTS, tensors, dtype=dtype)
-    _warn(kind)
+    _warn(kind, lost)
 
 
-def _warn(kind: torch.dtype) -> None:
+def _warn(kind: torch.dtype, lost: list[str]) -> None:
+    if lost:
+        log.warning("the Hugging Face format does not keep every setting; read again, %s", ", ".join(lost))
     log.warning("transformers does not mask documents, so its results differ after an EOS within a text (%s)", SPEC)
     if kind in (torch.bfloat16, torch.float16):
         log.warning(

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
+from blt.checkpoint.huggingface_config import our_configs, parse_config
 from blt.checkpoint.source import Source
 from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
 from blt_runtime.patching import PatchRule
@@ -56,6 +59,43 @@ def _rule_obstacles(rule: PatchRule | None) -> list[str]:
         "reset_newlines": rule.reset_newlines,
     }
     return [name for name, holds in checks.items() if holds and rule.scheme == "entropy"]
+
+
+EFFECTIVE = {
+    "n_kv_heads": "kv_heads",
+    "head_dim": "head_size",
+    "ffn_dim": "hidden_dim",
+    "encoder_cross_heads": "encoder_heads",
+    "decoder_cross_heads": "decoder_heads",
+    "encoder_cross_all_layers": "encoder_cross_layers",
+    "decoder_cross_all_layers": "decoder_cross_layers",
+}
+"""Fields whose meaning a property computes: None is a default there, and all of one layer is the last one."""
+
+
+def settings(config: BLTConfig | EntropyConfig | PatchRule | None, prefix: str) -> dict[str, Any]:
+    """Every field of a configuration or a rule with what it means, by its full name, such as `encoder.n_kv_heads`."""
+    if config is None:
+        return {}
+    if isinstance(config, PatchRule):
+        return {f"{prefix}.{name}": value for name, value in config.to_dict().items()}
+    found: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, EFFECTIVE.get(name, name))
+        nested = settings(value, f"{prefix}.{name}") if isinstance(value, BaseModel) else {f"{prefix}.{name}": value}
+        found |= nested  # type: ignore[arg-type]
+    return found
+
+
+def lost(source: Source, config: dict[str, Any]) -> list[str]:
+    """The settings that differ when `config`, the content of config.json, is read again. Raises CheckpointError if it
+    cannot be read."""
+    where = str(source.path)
+    blt, entropy, rule = our_configs(parse_config(config, where), where)
+    written = settings(source.blt_config, "blt") | settings(source.entropy_config, "entropy")
+    written |= settings(source.patch_rule, "patch_rule")
+    back = settings(blt, "blt") | settings(entropy, "entropy") | settings(rule, "patch_rule")
+    return [f"{name} {value} becomes {back.get(name)}" for name, value in written.items() if value != back.get(name)]
 
 
 def _plain_heads(stack: TransformerConfig) -> bool:

@@ -33,6 +33,8 @@ def write_facebook(folder: Path, checkpoint: Checkpoint, form: Form = "training"
         "n_heads_local_encoder": c.encoder.n_heads,
         "n_heads_local_decoder": c.decoder.n_heads,
         "n_heads_global": c.latent.n_heads,
+        "vocab_size": c.vocab_size,
+        "norm_eps": c.encoder.norm_eps,
         "rope_theta": c.encoder.rope_theta,
         "max_encoder_seq_length": c.encoder.max_seqlen,
         "max_seqlen": c.latent.max_seqlen,
@@ -41,6 +43,8 @@ def write_facebook(folder: Path, checkpoint: Checkpoint, form: Form = "training"
         "cross_attn_nheads": c.encoder_heads,
         "cross_attn_all_layers_encoder": c.encoder_cross_all_layers,
         "cross_attn_all_layers_decoder": c.decoder_cross_all_layers,
+        "cross_attn_window_encoder": c.encoder_cross_window,
+        "cross_attn_window_decoder": c.decoder_cross_window,
         "downsampling_by_pooling": c.pooling,
         "encoder_hash_byte_group_size": list(h.sizes) if h else [],
         "encoder_hash_byte_group_vocab": h.rows if h else 1,
@@ -59,11 +63,14 @@ def write_facebook(folder: Path, checkpoint: Checkpoint, form: Form = "training"
     state = facebook_state(blt.state_dict(), h.n_tables if h else 0)
     _write(folder / "blt", {"model": model, "data": {"patcher_args": patcher}}, "model", state, form)
     if checkpoint.entropy is not None:
-        e = ENTROPY
+        e = checkpoint.entropy.config
         args = {
             "dim": e.dim,
             "n_layers": e.n_layers,
             "n_heads": e.n_heads,
+            "vocab_size": e.vocab_size,
+            "norm_eps": e.norm_eps,
+            "rope_theta": e.rope_theta,
             "sliding_window": e.window if form == "hub" else 512,
             "max_seqlen": 640,
         }
