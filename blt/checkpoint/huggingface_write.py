@@ -73,7 +73,7 @@ EFFECTIVE = {
 """Fields whose meaning a property computes: None is a default there, and all of one layer is the last one."""
 
 
-def settings(config: BLTConfig | EntropyConfig | PatchRule | None, prefix: str) -> dict[str, Any]:
+def settings(config: BaseModel | PatchRule | None, prefix: str) -> dict[str, Any]:
     """Every field of a configuration or a rule with what it means, by its full name, such as `encoder.n_kv_heads`."""
     if config is None:
         return {}
@@ -83,7 +83,7 @@ def settings(config: BLTConfig | EntropyConfig | PatchRule | None, prefix: str) 
     for name in type(config).model_fields:
         value = getattr(config, EFFECTIVE.get(name, name))
         nested = settings(value, f"{prefix}.{name}") if isinstance(value, BaseModel) else {f"{prefix}.{name}": value}
-        found |= nested  # type: ignore[arg-type]
+        found |= nested
     return found
 
 
