@@ -9,10 +9,11 @@ from typing import Unpack
 
 import numpy.typing as npt
 
-from .arguments import choice, flag, whole
+from .arguments import choice, flag, instance, whole
 from .backends.protocol import Backend
 from .bundle.bundle import Bundle, Verify
 from .bundle.manifest import Manifest, check_precision
+from .bundle.open_files import OpenFiles
 from .bundle.spec import ModelSpec
 from .errors import OutOfMemory, UsageError, shown
 from .hashing import Tables
@@ -27,7 +28,7 @@ class Model:
     """A spec, a backend that runs its graphs, and its hash tables.
 
     hash_tables: in the spec's dtype, one array [T * rows, D_l] or T arrays [rows, D_l]; None if the model has none.
-    Threads may share a model if each uses its own streams.
+    files: of the bundle, checked before use (see `Stream`). Threads may share a model if each uses its own streams.
 
     Example:
         model = Model.open("bundle")
@@ -44,11 +45,15 @@ class Model:
         hash_tables: Tables | None = None,
         *,
         manifest: Manifest | None = None,
+        files: OpenFiles | None = None,
     ) -> None:
         check_model(spec, backend, hash_tables)
+        if files is not None:
+            instance("files", files, OpenFiles, "an OpenFiles (blt_runtime.bundle.open_files)")
         self.spec = spec
         self.backend = backend
         self.manifest = manifest
+        self.files = files
         self._hash_tables = hash_tables
 
     @classmethod
@@ -84,8 +89,11 @@ class Model:
             bundle = Bundle.open(path, verify)
             if precision is not None:
                 check_precision(bundle.manifest, precision, str(path))
+            files = OpenFiles(bundle)
             made = _backend(backend, bundle, threads=threads, providers=providers, batched=batched, prepack=prepack)
-            return cls(bundle.manifest.spec, made, bundle.hash_tables(), manifest=bundle.manifest)
+            tables = bundle.hash_tables()
+            files.check_names()
+            return cls(bundle.manifest.spec, made, tables, manifest=bundle.manifest, files=files)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "start new thread" not in str(error):  # no memory for its stack
                 raise
@@ -103,7 +111,9 @@ class Model:
         seed: of the stream's generator. overflow: "slide" forgets the oldest text when the stream is full (see
         `Stream`). Raises UsageError for bad arguments, and OutOfMemory.
         """
-        return Stream(self.spec, self.backend, self._hash_tables, bos=bos, seed=seed, overflow=overflow)
+        return Stream(
+            self.spec, self.backend, self._hash_tables, bos=bos, seed=seed, overflow=overflow, files=self.files
+        )
 
     def score(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
         """`Stream.score_ids` on a new stream."""

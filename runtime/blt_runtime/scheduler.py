@@ -26,7 +26,7 @@ from .ids import EOS, Ids, checked_ids, encode
 from .model import Model
 from .options import GenerateKeywords, GenerateOptions, Stop, resolve
 from .sampling import Sampler
-from .stream import BYTES
+from .stream import BYTES, CHECK_EVERY
 from .text import StopMatcher
 
 log = logging.getLogger("blt_runtime")
@@ -176,6 +176,8 @@ class Scheduler:
         self._running: dict[int, tuple[Row, Work]] = {}
         self._wake = threading.Condition()
         self._closed = False
+        self._check_files = model.files.check if model.files is not None else lambda: None
+        self._rounds = 0
         self._thread = threading.Thread(target=self._work, name="blt-scheduler", daemon=True)
         self._thread.start()
 
@@ -241,6 +243,7 @@ class Scheduler:
         return self._queue(request)
 
     def _queue(self, request: Request) -> Request:
+        self._check_files()
         work = request._work
         tokens = len(work.ids) + (work.after.position if work.after else 0)
         if tokens + max(0, work.n - 1) > self._capacity:
@@ -311,6 +314,9 @@ class Scheduler:
             return not self._closed
 
     def _run_round(self) -> None:
+        self._rounds += 1
+        if self._rounds % CHECK_EVERY == 0:
+            self._check_files()
         self._drop_cancelled()
         self._admit()
         for row in self._batch.round():

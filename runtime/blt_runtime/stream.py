@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from .arguments import choice, flag, instance, whole
 from .backends.protocol import Array, Backend
+from .bundle.open_files import OpenFiles
 from .bundle.spec import ModelSpec
 from .engine.memory import Memory, out_of_memory
 from .engine.prefill import Cancel, Prefill
@@ -34,6 +35,8 @@ from .speculation.speculate import Speculation, SpeculationStats, Speculator
 from .text import StopMatcher
 
 Overflow = Literal["error", "slide"]
+CHECK_EVERY = 64
+"""Generated tokens after which the files of the bundle are checked again."""
 BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 
 
@@ -67,6 +70,9 @@ class Stream:
     patches do not fit. So a slide reads again at most as many tokens as it forgets: one per token appended.
     `forgotten` counts them. No call brings them back.
 
+    files: of the bundle that the model was opened from. They are checked when a method is called and every CHECK_EVERY
+    generated tokens; BundleError is raised, with nothing changed, if one has changed.
+
     Example:
         stream = model.stream(seed=1)
         stream.append("Once upon a time")
@@ -86,10 +92,14 @@ class Stream:
         bos: bool = True,
         seed: int | None = None,
         overflow: Overflow = "error",
+        files: OpenFiles | None = None,
     ) -> None:
         check_model(spec, backend, hash_tables)
         self.spec = spec
+        if files is not None:
+            instance("files", files, OpenFiles, "an OpenFiles (blt_runtime.bundle.open_files)")
         self._owner = backend
+        self._files = files
         self._bos = flag("bos", bos)
         self._slides = _slides(overflow, spec, bos)
         self._random = generator(seed)
@@ -292,8 +302,8 @@ class Stream:
         self, n: int, sampler: Sampler, stop_at_eos: bool, speculation: Speculation | None
     ) -> Iterator[int]:
         uses = -1
-        for _ in range(n):
-            with self._exclusive():
+        for done in range(n):
+            with self._exclusive(check=done % CHECK_EVERY == 0):
                 if speculation is not None and self._uses != uses + 1:
                     speculation.drop()  # another call has used the stream since
                 uses = self._uses
@@ -392,14 +402,16 @@ class Stream:
             self._read_all(ids_N[start:], closes_N=closes_N[start:])
 
     @contextmanager
-    def _exclusive(self, repair: bool = False, changes: bool = True) -> Iterator[None]:
+    def _exclusive(self, repair: bool = False, changes: bool = True, check: bool = True) -> Iterator[None]:
         """Admits one thread at a time. A call that failed half-way leaves a stream that refuses everything but `reset`
-        and `restore`."""
+        and `restore`. check: raise BundleError, with nothing changed, if a file of the bundle has changed."""
         if not self._lock.acquire(blocking=False):
             raise UsageError("another thread is using this stream: give each thread its own")
         try:
             if self._damaged and not repair:
                 raise UsageError("an earlier call on this stream failed half-way: call reset() first")
+            if check and self._files is not None:
+                self._files.check()
             self._damaged = changes
             self._uses += 1
             yield

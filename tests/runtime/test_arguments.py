@@ -184,6 +184,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "backend": Parameter(nothing, NullBackend(SPEC)),
         "hash_tables": NONE,
         "manifest": ANY,
+        "files": NONE,
     },
     "Model.open": {
         "path": Parameter(is_path, "BUNDLE"),
@@ -241,6 +242,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "spec": Parameter(nothing, SPEC),
         "backend": Parameter(nothing, NullBackend(SPEC)),
         "hash_tables": NONE,
+        "files": NONE,
         **STREAM,
     },
     "Stream.append": {"text": PROMPT, "cancelled": Parameter(optional(callable))},
