@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from blt_runtime.errors import BundleError
 from blt_runtime.hashing import row_bytes
+from blt_runtime.reading import DIGITS
 
 if TYPE_CHECKING:
     from blt.checkpoint.source import Source
@@ -82,14 +83,14 @@ def _tensor(data: bytes) -> tuple[str, int, int]:
     name, size, dims = "", 0, []
     for number, value in _fields(data):
         if number == 1:
-            dims += [value] if isinstance(value, int) else _varints(value)
+            dims.append(value if isinstance(value, int) else _varint(value, 0)[0])
         elif number == 8:
             name = bytes(value).decode()
         elif number == 9:
             size = len(value)
         elif number == 13:
             key, text = (bytes(_first(_fields(value), n)).decode() for n in (1, 2))
-            size = int(text) if key == "length" else size
+            size = int(text[:DIGITS]) if key == "length" else size
     return name, size, max(1, dims[0] if dims else 1)
 
 
@@ -130,19 +131,12 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         at += length
 
 
-def _varints(data: bytes) -> list[int]:
-    values, at = [], 0
-    while at < len(data):
-        value, at = _varint(memoryview(data), at)
-        values.append(value)
-    return values
-
-
 def _varint(view: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while shift < 70:  # at most ten bytes
         byte = view[at]
         value |= (byte & 127) << shift
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+    raise ValueError("a number of more than ten bytes")

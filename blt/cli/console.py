@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,17 +19,47 @@ from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
+
+from blt_runtime.errors import printable
 
 LOGGERS = ("blt", "blt_export", "blt_runtime")
 PROGRESS_EVERY_S = 5.0  # seconds between progress lines where stderr is not a terminal
 
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that `json` leaves as they are and a terminal obeys, or that have no UTF-8."""
 log = logging.getLogger("blt.cli")
+
+
+def plain(text: str) -> str:
+    """The text with escape sequences and other control characters shown, except line breaks and tabs.
+
+    Names of files, tensors and keys come from files that somebody else wrote; a terminal would obey them.
+    """
+    return text if text.isprintable() else re.sub(r"[^\n\t]+", lambda part: printable(part[0]), text)
+
+
+def say(text: str) -> None:
+    """Prints a line on stdout, as `plain` writes it."""
+    print(plain(text), flush=True)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+class _Console(Console):
+    """Strings in tables are shown as `plain` writes them, and brackets in them are no markup."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(plain(text), **{**options, "markup": False})
 
 
 def start_logging() -> None:
     """Sends the project's loggers to stderr as plain lines, at level INFO."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Printable("%(message)s"))
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
@@ -52,7 +83,7 @@ def stdout_console(width: int | None = None) -> Console:
     """A rich console on stdout; colours only on a terminal, and never if NO_COLOR is set."""
     if width is None and not sys.stdout.isatty():
         width = 120  # tables in a pipe or a log file
-    return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+    return _Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
 
 
 def _plain(value: object) -> object:
@@ -70,7 +101,7 @@ def _plain(value: object) -> object:
 def print_json(schema: str, payload: dict[str, Any]) -> None:
     """Prints one JSON object on stdout; `schema` is a name with a version, such as "blt.eval/1"."""
     text = json.dumps({"schema": schema, **payload}, default=_plain, ensure_ascii=False, indent=2)
-    print(text, flush=True)
+    print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
 def print_tree(report: Mapping[str, Any], indent: int = 0) -> None:
@@ -78,10 +109,10 @@ def print_tree(report: Mapping[str, Any], indent: int = 0) -> None:
     width = max((len(str(key)) for key in report), default=0)
     for key, value in report.items():
         if isinstance(value, Mapping):
-            print(f"{' ' * indent}{key}")
+            say(f"{' ' * indent}{key}")
             print_tree(value, indent + 2)
         else:
-            print(f"{' ' * indent}{key!s:<{width}}  {number(value)}")
+            say(f"{' ' * indent}{key!s:<{width}}  {number(value)}")
 
 
 def number(value: object) -> str:
@@ -93,7 +124,7 @@ def number(value: object) -> str:
 
 def to_stderr(line: str) -> None:
     """Prints a line that an option requests on stderr; -q does not hide it."""
-    print(line, file=sys.stderr, flush=True)
+    print(plain(line), file=sys.stderr, flush=True)
 
 
 class Advance(Protocol):

@@ -11,6 +11,7 @@ import sys
 import traceback
 
 from blt.cli.console import verbose
+from blt_runtime.errors import printable
 
 OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
 SHOWN = 300  # characters of an unexpected error shown from its beginning, and from its end
@@ -70,7 +71,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         line = f"{one_line(format_message())}{_text_hint(error)} (-h shows the usage)"
         return line, int(getattr(error, "exit_code", USAGE))
     if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
+        where = f": {one_line(error.filename)}" if error.filename else ""
         return f"{error.strerror}{where}", FAILED
     if isinstance(error, MemoryError):
         return "not enough memory; a smaller --capacity or batch needs less", FAILED
@@ -97,7 +98,7 @@ def _missing_module(error: ModuleNotFoundError) -> tuple[str, int]:
 
 def one_line(error: object) -> str:
     """The message without line breaks."""
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
 
 
 def shortened(line: str) -> str:

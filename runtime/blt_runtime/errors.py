@@ -48,7 +48,7 @@ class BltError(Exception):
         text = super().__str__()
         if len(text) > LONGEST_MESSAGE:
             text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
-        return printable(text)
+        return printable(text.replace("\r", " ").replace("\n", " "))
 
 
 class UsageError(BltError):
@@ -132,7 +132,7 @@ class CheckFailed(BltError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """The tail of an error message: the nearest known word, or all of them."""
     words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1)
+    close = difflib.get_close_matches(word[:100], words, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(words)}"
 
 

@@ -117,7 +117,7 @@ def calibrate(
         console.print_json("blt.calibrate/1", tradeoff.report(result, written))
     else:
         console.stdout_console().print(tradeoff.table(result))
-        print("\n".join(tradeoff.notes(result, written)), flush=True)
+        console.say("\n".join(tradeoff.notes(result, written)))
     if result.problem:
         raise CheckFailed(result.problem + (f"; {out} was not written" if out else ""))
 

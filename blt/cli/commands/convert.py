@@ -70,7 +70,7 @@ def convert(
         report = {"from": source.format, "to": to, "path": target, "bytes": size, "seconds": round(seconds, 2)}
         console.print_json("blt.convert/1", report)
         return
-    print(f"{target}: {amount(size)}, {source.format} to {to} in {seconds:.1f} s")
+    console.say(f"{target}: {amount(size)}, {source.format} to {to} in {seconds:.1f} s")
 
 
 def _check_target(out: Path, target: Path, force: bool) -> None:

@@ -122,7 +122,7 @@ def export(
         console.stdout_console().print(_compile_table(compiled))
         print()
     console.stdout_console().print(size_table(report.manifest))
-    print(f"\n{out}: {flavour}, {precision_text(report.manifest)}, written in {report.seconds:.1f} s")
+    console.say(f"\n{out}: {flavour}, {precision_text(report.manifest)}, written in {report.seconds:.1f} s")
     _demand_compiled(compiled)
 
 

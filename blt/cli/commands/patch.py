@@ -133,7 +133,7 @@ def patch(
     out.print(_coloured(cut, colour=out.is_terminal and not out.no_color), soft_wrap=True)
     if table:
         out.print(_table(cut))
-    print(_summary(cut), flush=True)
+    console.say(_summary(cut))
 
 
 def _cut(

@@ -156,4 +156,4 @@ def _train(config: RunConfig, *, given: TrainOptions, how: options.ModelOptions,
     if as_json:
         console.print_json("blt.train/1", {"model": path})
     else:
-        print(path)
+        console.say(str(path))
