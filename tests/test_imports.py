@@ -35,7 +35,17 @@ MAY = {
 # ... and what may come only inside a function, so that the import of the module stays light.
 LAZY = {
     "blt_runtime": {"onnxruntime"},
-    "blt": {"gguf", "huggingface_hub", "matplotlib", "pyarrow", "rich", "safetensors", "tokenizers", "zstandard"},
+    "blt": {
+        "gguf",
+        "huggingface_hub",
+        "lz4",
+        "matplotlib",
+        "pyarrow",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "zstandard",
+    },
     "blt_export": {"tensorrt_rtx", "onnxruntime"},
     "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "lm_eval", "blt_export"},
 }

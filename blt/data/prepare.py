@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import logging
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from blt.data.compressed import MAX_MEMORY
 from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
+from blt.data.inputs import Source, find_sources
 from blt.data.integrity import sha256_of
-from blt.data.readers import SPLITS, Source, find_sources, read_all
-from blt.data.records import Document, Fields
+from blt.data.readers import read_all
+from blt.data.records import Document, Fields, Notes, Reading
+from blt.data.shares import assign, place
+from blt.data.splits import SPLITS, check_shares, split_by_name
 from blt.files import staged
 from blt_runtime.errors import InputError, UsageError
 
 SHARD_BYTES = 256 << 20
+SHARD_DOCUMENTS = 1 << 22
+log = logging.getLogger("blt.data")
 
 
 class _SplitWriter:
@@ -34,24 +41,25 @@ class _SplitWriter:
         self.shards: list[dict[str, Any]] = []
         self.groups: dict[str, dict[str, int]] = {}
         self._file: BinaryIO | None = None
-        self._ends: list[int] = [0]
-        self._ids: list[int] = []
-        self._prompts: list[int] = []
+        self._start_arrays()
+
+    def _start_arrays(self) -> None:
+        self._ends, self._ids, self._prompts = array("q", [0]), array("i"), array("q")
 
     def add(self, document: Document, group: str, group_id: int) -> None:
-        content = document.content
         if self._file is None:
             self._file = (self.folder / f"{self._stem()}.bin").open("wb")
             self._sha = hashlib.sha256()
-        self._file.write(content)
-        self._sha.update(content)
-        self._ends.append(self._ends[-1] + len(content))
+        for chunk in document.chunks():
+            self._file.write(chunk)
+            self._sha.update(chunk)
+        self._ends.append(self._ends[-1] + document.size)
         self._ids.append(group_id)
         self._prompts.append(document.prompt)
         count = self.groups.setdefault(group, {"bytes": 0, "documents": 0})
-        count["bytes"] += len(content)
+        count["bytes"] += document.size
         count["documents"] += 1
-        if self._ends[-1] >= self.shard_bytes:
+        if self._ends[-1] >= self.shard_bytes or len(self._ids) >= SHARD_DOCUMENTS:
             self.close()
 
     def _stem(self) -> str:
@@ -74,7 +82,7 @@ class _SplitWriter:
             shard["prompt_bytes"] = sum(self._prompts)
         shard["arrays"] = {name: self._save(f"{stem}.{name}.npy", array) for name, array in arrays.items()}
         self.shards.append(shard)
-        self._ends, self._ids, self._prompts = [0], [], []
+        self._start_arrays()
 
     def _save(self, name: str, array: np.ndarray[Any, Any]) -> str:
         np.save(self.folder / name, array)
@@ -94,11 +102,15 @@ def prepare(
     out: str | Path,
     *,
     format: str = "auto",
-    split: Sequence[float] = (98, 1, 1),
+    split: Sequence[float] | None = None,
+    ignore_names: bool = False,
+    group_by: str = "auto",
     dedup: bool = False,
     text_field: str = "text",
     prompt_field: str | None = None,
     completion_field: str | None = None,
+    strict: bool = False,
+    max_memory: int = MAX_MEMORY,
     workers: int = 1,
     seed: int = 0,
     force: bool = False,
@@ -107,56 +119,72 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the data folder `out` and returns its manifest.
 
-    split: shares of train, valid and test for documents that subfolders do not split. A hash of the seed and the
-    content decides, so equal documents are in one split and the order of the inputs does not matter.  dedup: drop exact
-    duplicates. Empty documents are never written.  text_field: the key of a record's text.  prompt_field,
-    completion_field: a record is a prompt and the completion to learn; records with the same prompt are in one split.
-    about: further values for the manifest's options.  force: replace an older data folder.
+    split: shares of train, valid and test (default 98/1/1), for documents whose split no name of a file or folder says.
+    A hash of the seed and the content decides, so equal documents are in one split and the order of the inputs does not
+    matter. If given, it also cuts files named train, but never those named valid or test.  ignore_names: no name says a
+    split.  group_by: see `find_sources`.  dedup: drop exact duplicates. Empty documents are never written.  text_field:
+    the key of a record's text, or a path of keys (`meta.text`).  prompt_field, completion_field: a record is a prompt
+    and the completion to learn; records with the same prompt are in one split.  strict: a null text, invalid UTF-8 in
+    parquet, and entries of folders that cannot be read are errors instead of being counted.  max_memory: bytes that
+    the window of a compressed file or one record may need.  about: further values for the manifest's options.  force:
+    replace an older data folder.
 
     Raises InputError for bad input, and UsageError for bad arguments or if `out` is not empty.
     """
-    shares, fields = _shares(split), Fields(text_field, prompt_field, completion_field)
-    sources = find_sources(inputs, format, fields)
+    fields = Fields(text_field, prompt_field, completion_field)
+    check_shares(split or (1, 1, 1))
+    sources = find_sources(
+        inputs, format, fields, group_by=group_by, ignore_names=ignore_names, strict=strict, max_memory=max_memory
+    )
+    _say_if_named(sources, ignore_names)
+    sources, shares = assign(sources, split, ignore_names)
     out = Path(out).resolve()
     check_target(out, force, [Path(path).resolve() for path in inputs])
     with staged(out) as temporary:
+        reading = Reading(fields, strict, max_memory, spill=temporary)
         manifest = _write(
-            temporary, sources, shares=shares, dedup=dedup, fields=fields, workers=workers, seed=seed,
-            shard_bytes=shard_bytes,
-        )  # fmt: skip
+            temporary, sources, reading, shares=shares, dedup=dedup, workers=workers, seed=seed, shard_bytes=shard_bytes
+        )
         manifest["options"] |= about or {}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _say_what_was_skipped(reading.notes)
+    _say_without_validation(manifest, sources, no_share=split is not None and not split[1])
     return manifest
 
 
 def _write(
     folder: Path,
     sources: list[Source],
+    reading: Reading,
     *,
     shares: tuple[float, ...],
     dedup: bool,
-    fields: Fields,
     workers: int,
     seed: int,
     shard_bytes: int,
 ) -> dict[str, Any]:
     group_ids = {group: index for index, group in enumerate(sorted({source.group for source in sources}))}
-    writers = {name: _SplitWriter(folder, name, shard_bytes, fields.prompt is not None) for name in SPLITS}
+    writers = {name: _SplitWriter(folder, name, shard_bytes, reading.fields.prompt is not None) for name in SPLITS}
     # With dedup, a document of several splits stays in the held-out one: its text is the scarcest, so it is read first.
     order = sorted(sources, key=lambda source: source.split in (None, "train")) if dedup else sources
     is_new = _duplicate_filter(dedup)
     duplicates = 0
-    for source, document in read_all(order, fields, workers):
-        if not is_new(document):
-            duplicates += 1
-            continue
-        name = source.split or _choose_split(document, shares, seed)
+
+    def unique() -> Iterator[tuple[Source, Document]]:
+        nonlocal duplicates
+        for source, document in read_all(order, reading, workers):
+            if is_new(document):
+                yield source, document
+            else:
+                duplicates += 1
+
+    for name, source, document in place(unique(), shares, seed):
         writers[name].add(document, source.group, group_ids[source.group])
     for writer in writers.values():
         writer.close()
     splits = {name: writer.summary() for name, writer in writers.items()}
     if not splits["train"]["documents"]:
-        raise InputError("no document for the train split: the inputs are empty, or --split leaves it nothing")
+        raise InputError("no document for the train split: the inputs are empty, or names leave it nothing")
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -167,17 +195,30 @@ def _write(
     }
 
 
-def _shares(split: Sequence[float]) -> tuple[float, ...]:
-    if len(split) != len(SPLITS) or not all(0 <= share < math.inf for share in split) or not split[0] > 0:
-        raise UsageError("split must be three shares for train, valid and test, like 98/1/1, with train above 0")
-    return tuple(float(share) for share in split)
+def _say_if_named(sources: list[Source], ignore_names: bool) -> None:
+    """A single file is an input on purpose: its name decides nothing."""
+    if len(sources) == 1 and sources[0].split is None and not ignore_names:
+        name = split_by_name(PurePath(sources[0].path.name))
+        if name not in (None, "train"):
+            log.info("%s is the only input; its name, which says %s, decides no split", sources[0].path, name)
 
 
-def _choose_split(document: Document, shares: tuple[float, ...], seed: int) -> str:
-    content = document.content[: document.prompt] or document.content
-    digest = hashlib.sha256(seed.to_bytes(8, "little", signed=True) + content).digest()
-    point = int.from_bytes(digest[:8], "little") / 2**64 * sum(shares)
-    return SPLITS[0] if point < shares[0] else SPLITS[1] if point < shares[0] + shares[1] else SPLITS[2]
+def _say_what_was_skipped(notes: Notes) -> None:
+    for what, number in notes.counts.items():
+        log.warning("%s: %s (first: %s); --strict refuses them", f"{number:,}", what, notes.first[what])
+
+
+def _say_without_validation(manifest: Mapping[str, Any], sources: Sequence[Source], no_share: bool) -> None:
+    if manifest["splits"]["valid"]["documents"]:
+        return
+    if no_share:
+        log.info("no validation text: its share is 0 (--split)")
+    elif any(source.split is None for source in sources):
+        log.warning("no validation text: there is too little text; training measures no validation loss")
+    else:
+        log.warning(
+            "no validation text: names say none; training measures no validation loss; --split 98/2/0 cuts some off"
+        )
 
 
 def _duplicate_filter(dedup: bool) -> Callable[[Document], bool]:
@@ -186,8 +227,10 @@ def _duplicate_filter(dedup: bool) -> Callable[[Document], bool]:
     def is_new(document: Document) -> bool:
         if not dedup:
             return True
-        prompt = document.prompt.to_bytes(8, "little") if document.prompt else b""
-        key = hashlib.sha256(prompt + document.content).digest()[:16]
+        digest = hashlib.sha256(document.prompt.to_bytes(8, "little") if document.prompt else b"")
+        for chunk in document.chunks():
+            digest.update(chunk)
+        key = digest.digest()[:16]
         return key not in seen and not seen.add(key)  # type: ignore[func-returns-value]
 
     return is_new

@@ -27,7 +27,8 @@ class Document(NamedTuple):
 def documents(data: Path, split: str) -> Iterator[Document]:
     """The documents of a file, or of a split of a data folder. Raises UsageError for anything else."""
     from blt.data.dataset import Dataset, is_data_folder
-    from blt.data.readers import find_sources, read_all
+    from blt.data.inputs import find_sources
+    from blt.data.readers import read_all
 
     if not data.exists():
         raise UsageError(f"{data}: no such file or folder")

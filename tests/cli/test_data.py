@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from blt_runtime.errors import InputError
+
 Call = Callable[..., Any]
 
 
@@ -77,3 +79,44 @@ def test_a_changed_shard_stops_training_and_evaluation(blt: Call, tmp_path: Path
     for result, split in ((trained, "train"), (evaluated, "test")):
         assert (result.code, result.out) == (2, b"")
         assert f"{split}-00000.bin has changed since it was prepared; run `blt data prepare` again" in result.err
+
+
+def test_many_files_print_one_line_per_folder(blt: Call, tmp_path: Path) -> None:
+    for number in range(300):
+        path = tmp_path / "in" / f"part{number % 3}" / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text {number}\n")
+    made = blt("data", "prepare", tmp_path / "in", "-o", tmp_path / "data")
+    assert made.code == 0, made.err
+    assert len(made.text.splitlines()) < 15
+    assert "part0" in made.text
+    by_file = blt("data", "prepare", tmp_path / "in", "-o", tmp_path / "files", "--group-by", "file")
+    assert "groups (blt data info --groups lists them)" in by_file.text
+    assert len(by_file.text.splitlines()) < 50
+    listed = blt("data", "info", tmp_path / "files", "--groups")
+    assert len(listed.text.splitlines()) > 300
+
+
+def test_one_tiny_document(blt: Call, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Hello.\n")
+    made = blt("data", "prepare", tmp_path / "a.txt", "-o", tmp_path / "data", "--json")
+    assert made.code == 0, made.err
+    assert json.loads(made.text)["splits"]["train"]["documents"] == 1
+    assert "no validation text: there is too little text" in made.err
+
+
+def test_what_is_refused_is_one_line(blt: Call, tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    refused = blt("data", "prepare", tmp_path, "-o", tmp_path.parent / "refused-data")
+    assert refused.code == InputError.exit_code
+    assert refused.err.startswith("blt: error: 40 of 40 files cannot be read as text: ")
+    assert len(refused.err.splitlines()) == 1
+    assert not (tmp_path.parent / "refused-data").exists()
+
+
+def test_memory_is_a_size(blt: Call, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Hello.\n")
+    wrong = blt("data", "prepare", tmp_path / "a.txt", "-o", tmp_path / "data", "--max-memory", "lots")
+    assert wrong.code == 2
+    assert "--max-memory" in wrong.err

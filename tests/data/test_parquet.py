@@ -24,6 +24,11 @@ def table(path: Path, columns: dict[str, list[Any]], **options: Any) -> Path:
     return path
 
 
+def same_names(path: Path) -> Path:
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["text"] * 2), path)
+    return path
+
+
 def contents(folder: Path) -> Counter[bytes]:
     train = Dataset(folder).split("train")
     return Counter(train.bytes(i) for i in range(len(train)))
@@ -50,6 +55,53 @@ def test_prompts_and_completions(tmp_path: Path) -> None:
     assert sorted(Dataset(tmp_path / "data").split("train").prompt_lengths) == [2, 4]
 
 
+def test_null_rows_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = table(tmp_path / "null.parquet", {"text": ["a", "", None, "b", None]})
+    nulls = table(tmp_path / "nulls.parquet", {"text": pyarrow.array([None], pyarrow.null())})
+    prepare([path, nulls], tmp_path / "data", split=(1, 0, 0))
+    assert contents(tmp_path / "data") == Counter([b"a", b"b"])
+    assert f"3: records with null text skipped (first: {path}, row 3)" in caplog.text
+    with pytest.raises(InputError, match=r"null.parquet, row 3: records with null text"):
+        prepare([path], tmp_path / "strict", split=(1, 0, 0), strict=True)
+
+
+def test_invalid_utf8_is_taken_as_bytes_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    raw = pyarrow.array([b"fine", b"caf\xe9", None], pyarrow.binary())
+    strings = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
+    path = tmp_path / "bad.parquet"
+    parquet.write_table(pyarrow.Table.from_arrays([strings], names=["text"]), path)
+    prepare([path], tmp_path / "data", split=(1, 0, 0))
+    assert contents(tmp_path / "data") == Counter([b"fine", b"caf\xe9"])
+    assert f"1: rows of invalid UTF-8 taken as bytes (first: {path}, row 2)" in caplog.text
+    with pytest.raises(InputError, match="row 2"):
+        prepare([path], tmp_path / "strict", strict=True)
+
+
+def test_nested_columns(tmp_path: Path) -> None:
+    rows = [{"text": "a", "id": 1}, None, {"text": None, "id": 2}, {"text": "b", "id": 3}]
+    path = table(tmp_path / "nested.parquet", {"meta": rows, "text": ["no"] * 4})
+    prepare([path], tmp_path / "data", text_field="meta.text", split=(1, 0, 0))
+    assert contents(tmp_path / "data") == Counter([b"a", b"b"])
+    dotted = table(tmp_path / "dotted.parquet", {"meta.text": ["c"]})
+    prepare([dotted], tmp_path / "dots", text_field="meta.text", split=(1, 0, 0))
+    assert contents(tmp_path / "dots") == Counter([b"c"])
+    with pytest.raises(InputError, match=r"no text under the key 'meta\.txt'"):
+        prepare([path], tmp_path / "wrong", text_field="meta.txt")
+
+
+def test_kinds_of_columns(tmp_path: Path) -> None:
+    texts = ["a", "b", "a", None]
+    kinds = {
+        "large": pyarrow.array(texts, pyarrow.large_string()),
+        "dictionary": pyarrow.array(texts).dictionary_encode(),
+        "bytes": pyarrow.array([b"a", b"b", b"a", None], pyarrow.large_binary()),
+    }
+    for name, column in kinds.items():
+        path = table(tmp_path / f"{name}.parquet", {"text": column})
+        prepare([path], tmp_path / name, split=(1, 0, 0))
+        assert contents(tmp_path / name) == Counter([b"a", b"b", b"a"])
+
+
 def test_bad_files(tmp_path: Path) -> None:
     whole = table(tmp_path / "whole.parquet", {"text": TEXTS}, compression="none")
     cut, flipped = tmp_path / "cut.parquet", tmp_path / "flipped.parquet"
@@ -62,7 +114,7 @@ def test_bad_files(tmp_path: Path) -> None:
         "row 1: no text under the key 'text'; name the right key with --text-field": [
             table(tmp_path / "other.parquet", {"body": ["x"]})
         ],
-        "row 2: no text": [table(tmp_path / "null.parquet", {"text": ["x", None]})],
+        "2 columns are named 'text'": [same_names(tmp_path / "twice.parquet")],
         "row 1: no text": [table(tmp_path / "numbers.parquet", {"text": [1]})],
         "inputs are empty": [table(tmp_path / "empty.parquet", {"text": pyarrow.array([], pyarrow.string())})],
     }

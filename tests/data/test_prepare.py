@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
@@ -31,7 +32,9 @@ def write_text(path: Path, documents: list[bytes]) -> Path:
     return path
 
 
-DOCUMENTS = [bytes([65 + i % 26]) * (i + 1) + bytes(range(1, 256)) for i in range(60)]
+TEXT = bytes([*b"\t\n\r\x1b", *range(32, 127), *range(128, 256)])
+"""Every byte that occurs in a text of some encoding."""
+DOCUMENTS = [bytes([65 + i % 26]) * (i + 1) + TEXT for i in range(60)]
 
 
 def test_every_document_is_in_exactly_one_split(tmp_path: Path) -> None:
@@ -55,7 +58,9 @@ def test_the_split_follows_content_and_seed_not_order(tmp_path: Path) -> None:
 def test_a_file_without_nul_is_one_document_and_raw_bytes_are_fine(tmp_path: Path) -> None:
     content = bytes(range(1, 256)) * 3
     (tmp_path / "raw").write_bytes(content)
-    prepare([tmp_path / "raw"], tmp_path / "data", split=(1, 0, 0))
+    with pytest.raises(InputError, match="binary data"):
+        prepare([tmp_path / "raw"], tmp_path / "data", split=(1, 0, 0))
+    prepare([tmp_path / "raw"], tmp_path / "data", format="txt", split=(1, 0, 0))
     documents = Dataset(tmp_path / "data").split("train")
     assert [documents.bytes(i) for i in range(len(documents))] == [content]
     expected = [BOS, *(byte + OFFSET for byte in content), EOS]
@@ -126,17 +131,18 @@ def test_zstandard(tmp_path: Path) -> None:
     assert everything(tmp_path / "data") == Counter(DOCUMENTS * 2)
 
 
-def test_binary_files_are_bytes_and_nul_ends_a_document(tmp_path: Path) -> None:
+def test_binary_files_read_as_text_are_bytes_and_nul_ends_a_document(tmp_path: Path) -> None:
     (tmp_path / "program.bin").write_bytes(b"\x7fELF\xff\xfe\0\0\x80\x81\0")
-    prepare([tmp_path / "program.bin"], tmp_path / "data", split=(1, 0, 0))
+    prepare([tmp_path / "program.bin"], tmp_path / "data", format="txt", split=(1, 0, 0))
     assert everything(tmp_path / "data") == Counter([b"\x7fELF\xff\xfe", b"\x80\x81"])
 
 
 def test_one_huge_document_and_many_of_one_byte(tmp_path: Path) -> None:
-    huge = bytes(range(1, 256)) * 80_000  # five reads long
+    huge = TEXT * 90_000  # five reads long
     (tmp_path / "huge.txt").write_bytes(huge)
     (tmp_path / "tiny.txt").write_bytes(b"\0".join(bytes([65 + i % 26]) for i in range(500)))
-    prepare([tmp_path / "huge.txt", tmp_path / "tiny.txt"], tmp_path / "data", split=(1, 0, 0), shard_bytes=1000)
+    inputs = [tmp_path / "huge.txt", tmp_path / "tiny.txt"]
+    prepare(inputs, tmp_path / "data", format="txt", split=(1, 0, 0), shard_bytes=1000)
     documents = Dataset(tmp_path / "data").split("train")
     assert sorted(documents.lengths)[-2:] == [1, len(huge)]
     assert documents.bytes(int(documents.lengths.argmax())) == huge
@@ -153,10 +159,10 @@ def broken_inputs(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "pretty.json").write_text(json.dumps({"text": "a", "more": [1, 2]}, indent=1))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     (tmp_path / "x.zst").write_bytes(b"no zstd at all")
-    (tmp_path / "cut.txt.zst").write_bytes(zstandard.compress(os.urandom(300_000))[:-20])
+    (tmp_path / "cut.txt.zst").write_bytes(zstandard.compress(base64.b64encode(os.urandom(300_000)))[:-20])
     (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "x"}\n' * 99)[:-5])
     (tmp_path / "nul.bin").write_bytes(bytes(1000))
-    (tmp_path / "mixed" / "train").mkdir(parents=True)
+    write_text(tmp_path / "mixed" / "train" / "a.txt", [b"text"])
     (tmp_path / "mixed" / "more.txt").write_text("text")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
     names = {"empty": "empty.txt", "no files": "folder", "bad.jsonl:2": "bad.jsonl", "--text-field": "field.jsonl"}
@@ -164,7 +170,7 @@ def broken_inputs(tmp_path: Path) -> dict[str, Path]:
     names |= {"cut.jsonl.zst: .* complete": "cut.jsonl.zst", "inputs are empty": "nul.bin"}
     names |= {"deep.jsonl:1: .*recursion": "deep.jsonl", "a JSON list, not an object": "list.json"}
     names |= {"pretty.json:1: .*one object per line.*--format txt": "pretty.json"}
-    names |= {"is the file complete": "x.zst", "more.txt would be ignored": "mixed"}
+    names |= {"is the file complete": "x.zst", "more.txt: the name says no split": "mixed"}
     return {message: tmp_path / name for message, name in names.items()}
 
 

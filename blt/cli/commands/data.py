@@ -11,6 +11,8 @@ from rich.table import Table
 from blt.cli import console, options
 from blt_runtime.errors import UsageError
 
+MOST_GROUPS = 20  # of a split, in the table
+
 app = typer.Typer(no_args_is_help=True, help="Turn text into training data.")
 
 
@@ -27,13 +29,36 @@ def _shares(text: str) -> tuple[float, ...]:
 @app.command("prepare")
 @options.verbosity
 def prepare(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Files or folders of text.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Files or folders of text or records.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="auto, txt (documents end with NUL), jsonl, parquet or dir.")] = "auto",
-    text_field: Annotated[str, typer.Option(help="Key of the text in JSONL, column in parquet.")] = "text",
+    format: Annotated[
+        str,
+        typer.Option(help="auto, txt (any content is text; documents end with NUL), jsonl, parquet or dir."),
+    ] = "auto",
+    text_field: Annotated[
+        str, typer.Option(help="Key of the text in JSONL, column in parquet; meta.text is nested.")
+    ] = "text",
     prompt_field: Annotated[str | None, typer.Option(help="Key of a prompt, which has no loss.")] = None,
     completion_field: Annotated[str | None, typer.Option(help="Key of the completion after the prompt.")] = None,
-    split: Annotated[str, typer.Option(help="Shares of train/valid/test.")] = "98/1/1",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARES",
+            help="Shares of train/valid/test (98/1/1). If given, it also cuts files named train.",
+        ),
+    ] = None,
+    ignore_names: Annotated[
+        bool, typer.Option("--ignore-names", help="Names such as test.jsonl or valid/ decide no split.")
+    ] = False,
+    group_by: Annotated[
+        str, typer.Option(help="Groups are named after each file, its folder, or auto: folder for many files.")
+    ] = "auto",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse null texts, invalid UTF-8 and entries that cannot be read.")
+    ] = False,
+    max_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for one record, or for the window of a compressed file.")
+    ] = "256M",
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop exact duplicates.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Files read in parallel, one thread each.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the split.")] = 0,
@@ -44,10 +69,12 @@ def prepare(
     from blt.data.dataset import info as describe
     from blt.data.prepare import prepare as run
 
-    shares = _shares(split)
     run(
-        inputs, out, format=format, split=shares, dedup=dedup, text_field=text_field, prompt_field=prompt_field,
-        completion_field=completion_field, workers=workers, seed=seed, force=force,
+        inputs, out, format=format, split=None if split is None else _shares(split), ignore_names=ignore_names,
+        group_by=group_by, dedup=dedup, text_field=text_field, prompt_field=prompt_field,
+        completion_field=completion_field, strict=strict,
+        max_memory=options.parse_size(max_memory, "--max-memory", at_least=1 << 20), workers=workers, seed=seed,
+        force=force,
     )  # fmt: skip
     _show(describe(out), as_json)
 
@@ -77,15 +104,16 @@ def corpus(
 def info(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every shard and compare its sha256.")] = False,
+    groups: Annotated[bool, typer.Option("--groups", help="List the groups also if they are many.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show the splits, groups, documents and bytes of a data folder."""
     from blt.data.dataset import info as describe
 
-    _show(describe(folder, verify), as_json)
+    _show(describe(folder, verify), as_json, groups)
 
 
-def _show(report: dict[str, Any], as_json: bool) -> None:
+def _show(report: dict[str, Any], as_json: bool, all_groups: bool = False) -> None:
     if as_json:
         console.print_json("blt.data/1", report)
         return
@@ -94,6 +122,10 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
         table.add_column(name, justify="left" if name in ("split", "group") else "right")
     for name, split in report["splits"].items():
         table.add_row(name, "", f"{split['documents']:,}", f"{split['bytes']:,}")
-        for group, part in sorted(split.get("groups", {}).items()):
+        groups = sorted(split.get("groups", {}).items())
+        if len(groups) > MOST_GROUPS and not all_groups:
+            table.add_row("", f"{len(groups)} groups (blt data info --groups lists them)", "", "")
+            continue
+        for group, part in groups:
             table.add_row("", group, f"{part['documents']:,}", f"{part['bytes']:,}")
     console.stdout_console().print(table)

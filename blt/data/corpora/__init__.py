@@ -45,4 +45,4 @@ def build(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / "text"
         write_texts(folder, texts)
-        return prepare([folder], out, force=force, about={"corpus": name, **about})
+        return prepare([folder], out, group_by="file", force=force, about={"corpus": name, **about})

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from blt.data.readers import SPLITS
+from blt.data.splits import SPLITS
 from blt_runtime.errors import UsageError
 
 
