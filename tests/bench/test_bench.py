@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,13 +35,14 @@ from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import EOS, VOCAB, encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.speculation.speculate import Speculate
+from tests.runtime.streams import calls_of
 
 HASH = HashSpec((3, 4), 1, 50, 4)
 PER_CALL = {"entropy": 100.0, "latent": 125.0}
 
 
-def null_model(rule: PatchRule | None = None, **options: object) -> Model:
-    spec = null_spec(rule, hash=HASH, **options)  # type: ignore[arg-type]
+def null_model(rule: PatchRule | None = None, **options: Any) -> Model:
+    spec = null_spec(rule, hash=HASH, **options)
     tables = np.random.default_rng(0).integers(0, 9, (HASH.tables * HASH.rows, HASH.dim)).astype(np.float32)
     return Model(spec, NullBackend(spec), tables)
 
@@ -110,7 +113,7 @@ def test_eos_does_not_end_a_run(temperature: float) -> None:
 @pytest.mark.parametrize("rule", [None, PatchRule("static", patch_size=5), PatchRule("byte")], ids=str)
 def test_latent_calls_of_the_timed_part_are_counted(rule: PatchRule | None) -> None:
     model, given = null_model(rule), text()
-    calls = model.backend.calls  # type: ignore[attr-defined]
+    calls = calls_of(model)
     stream = model.stream()
 
     def reset() -> None:
@@ -256,7 +259,7 @@ def test_patching_alone_finds_the_streams_patches() -> None:
     for rule in (None, PatchRule("space"), PatchRule(threshold=3.0, reset_newlines=True)):
         model, data = null_model(rule), bench_text(150).replace(b". ", b"\n")
         found = patching(model, data, 2)
-        assert not any(n for graph, n in model.backend.calls.items() if graph != "entropy")  # type: ignore[attr-defined]
+        assert not any(n for graph, n in calls_of(model).items() if graph != "entropy")
         stream = model.stream()
         stream.append(data)
         lengths = [n for n in [*stream.patch_lengths[:-1], stream.patch_lengths[-1] - 1] if n]  # no virtual token
@@ -292,8 +295,8 @@ def test_each_method_reads_the_whole_piece() -> None:
             assert read(np.append(piece, np.uint64(1 << 63))) == 0x8101010101010101
 
 
-def test_resident_bytes_of_a_mapped_file(tmp_path: object) -> None:
-    path = tmp_path / "rows_of_a_test.npy"  # type: ignore[operator]
+def test_resident_bytes_of_a_mapped_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows_of_a_test.npy"
     np.save(path, np.zeros(1 << 18))
     assert machine.resident_bytes(path.name) in (0, None)
     mapped = np.load(path, mmap_mode="r")

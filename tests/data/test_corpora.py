@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import struct
 import tarfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Literal
 
 import pytest
 import zstandard
@@ -20,15 +21,15 @@ from blt.data.corpora.text import Text
 from blt_runtime.errors import InputError, UsageError
 
 
-def package(path: Path, files: dict[str, bytes], compression: str = "xz") -> Package:
+def package(path: Path, files: dict[str, bytes], compression: Literal["xz", "zst"] = "xz") -> Package:
     """A Debian package around these files, and its line of a lock file."""
     tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode=cast(Any, f"w:{compression}" if compression != "zst" else "w:")) as archive:
+    with tarfile.open(fileobj=tar, mode="w") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(f"./{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    data = zstandard.compress(tar.getvalue()) if compression == "zst" else tar.getvalue()
+    data = zstandard.compress(tar.getvalue()) if compression == "zst" else lzma.compress(tar.getvalue())
     members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", f"data.tar.{compression}": data}
     content = b"!<arch>\n"
     for name, member in members.items():

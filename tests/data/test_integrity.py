@@ -33,8 +33,13 @@ def replace(path: Path, content: bytes) -> None:
 def reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that a check of train reads."""
     seen: list[str] = []
+
+    def recorded(path: Path) -> str:
+        seen.append(path.name)
+        return sha256_of(path)
+
     with monkeypatch.context() as patch:
-        patch.setattr(integrity, "sha256_of", lambda path: seen.append(path.name) or sha256_of(path))
+        patch.setattr(integrity, "sha256_of", recorded)
         Dataset(folder).check("train")
     return seen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt.data import Batch, BatchShape, Loader
+from blt.data.batches import Pack
 from blt_runtime.errors import InputError
 from tests.data.numbered import STRIDE, Numbered
 
@@ -31,9 +33,9 @@ shapes = st.builds(
 )
 
 
-def loader_of(source: Numbered, shape: BatchShape, **options: object) -> Loader:
+def loader_of(source: Numbered, shape: BatchShape, **options: Any) -> Loader:
     starts = source if shape.patches else None
-    return Loader(source, shape, starts, **{"block_tokens": 200, "seed": 1, **options})  # type: ignore[arg-type]
+    return Loader(source, shape, starts, **{"block_tokens": 200, "seed": 1, **options})
 
 
 def same(a: Batch, b: Batch) -> None:
@@ -134,9 +136,9 @@ def test_ranks_and_micro_batches_share_out_the_rows(
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 @pytest.mark.parametrize("patches", [None, 2, 7])
 @pytest.mark.parametrize("sizes", [[1], [1] * 40, [900], [1, 900, 1]])
-def test_extreme_documents(sizes: list[int], patches: int | None, pack: str) -> None:
+def test_extreme_documents(sizes: list[int], patches: int | None, pack: Pack) -> None:
     source = Numbered(sizes)
-    loader = loader_of(source, BatchShape(3, (4, 16), patches, pack))  # type: ignore[arg-type]
+    loader = loader_of(source, BatchShape(3, (4, 16), patches, pack))
     targets = np.concatenate([batch.targets[batch.mask] for batch in loader.one_pass()])
     np.testing.assert_array_equal(np.sort(targets), source.counted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +29,9 @@ def written(folder: Path, records: list[dict[str, str]] = RECORDS) -> Path:
     return path
 
 
-def prepared(folder: Path, records: list[dict[str, str]] = RECORDS, **options: object) -> Path:
-    keys = {"prompt_field": "prompt", "completion_field": "completion", "split": (1, 0, 0), **options}
-    prepare([written(folder, records)], folder / "data", **keys)  # type: ignore[arg-type]
+def prepared(folder: Path, records: list[dict[str, str]] = RECORDS, **options: Any) -> Path:
+    keys: dict[str, Any] = {"prompt_field": "prompt", "completion_field": "completion", "split": (1, 0, 0), **options}
+    prepare([written(folder, records)], folder / "data", **keys)
     return folder / "data"
 
 
@@ -104,9 +105,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pairs.jsonl:1: no text under the key 'question'.*--prompt-field"):
         prepared(tmp_path, prompt_field="question")
     (tmp_path / "notes.txt").write_text("no fields at all")
-    keys = {"prompt_field": "prompt", "completion_field": "completion"}
+    keys: dict[str, Any] = {"prompt_field": "prompt", "completion_field": "completion"}
     with pytest.raises(UsageError, match=r"notes.txt is read as text.*--prompt-field"):
-        prepare([tmp_path / "pairs.jsonl", tmp_path / "notes.txt"], tmp_path / "data", **keys)  # type: ignore[arg-type]
+        prepare([tmp_path / "pairs.jsonl", tmp_path / "notes.txt"], tmp_path / "data", **keys)
     with pytest.raises(UsageError, match=r"pairs.jsonl is read as text"):
-        prepare([tmp_path / "pairs.jsonl"], tmp_path / "data", format="txt", **keys)  # type: ignore[arg-type]
+        prepare([tmp_path / "pairs.jsonl"], tmp_path / "data", format="txt", **keys)
     assert not (tmp_path / "data").exists()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from blt.model import ops
-from blt_runtime.bundle.spec import CacheSpec, GraphSpec, TensorSpec
+from blt_runtime.bundle.spec import CacheKind, CacheSpec, GraphSpec, TensorSpec
 
 HEADS, GROUPS, SIZE, WINDOW, ROWS = 4, 2, 8, 16, 512
 
@@ -30,7 +30,7 @@ class Attend(nn.Module):
         return ops.cached_attention(q, k, v, key, value, positions, doc_start, self.window)
 
 
-def spec_of(kind: str, capacity: int, window: int, size: int) -> GraphSpec:
+def spec_of(kind: CacheKind, capacity: int, window: int, size: int) -> GraphSpec:
     cache_shape = ("B", GROUPS, capacity, size)
     return GraphSpec(
         "attend",
@@ -40,7 +40,7 @@ def spec_of(kind: str, capacity: int, window: int, size: int) -> GraphSpec:
         (TensorSpec("out", "float32", ("B", HEADS, "S", size)), TensorSpec("present_key.0", "float32", cache_shape),
          TensorSpec("present_value.0", "float32", cache_shape)),
         {"present_key.0": "past_key.0", "present_value.0": "past_value.0"},
-        CacheSpec(kind, capacity, window or None, 1),  # type: ignore[arg-type]
+        CacheSpec(kind, capacity, window or None, 1),
     )  # fmt: skip
 
 

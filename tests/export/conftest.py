@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from blt_export import ExportReport, pipeline
 from blt_export.state import ExportState
 from tests import exports
-from tests.export.variants import Prepare
+from tests.export.variants import BundleOf, Prepare
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +23,7 @@ def prepare() -> Prepare:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(prepare: Prepare, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], ExportReport]:
+def bundle_of(prepare: Prepare, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
     """(variant, flavour) -> the report of its export, whose `path` is the bundle."""
     done: dict[tuple[str, str], ExportReport] = {}
 

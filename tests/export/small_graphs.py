@@ -38,6 +38,19 @@ def constant(value: ir.Value | None) -> np.ndarray:
     return value.const_value.numpy()
 
 
+def has_constant_weight(node: ir.Node) -> bool:
+    """True if the second input, which must exist, is a constant."""
+    value = node.inputs[1]
+    assert value is not None
+    return value.const_value is not None
+
+
+def dims(value: ir.Value) -> list[int | str | None]:
+    """The shape of a value, which must have one: numbers and the names of symbolic dimensions."""
+    assert value.shape is not None
+    return [d if isinstance(d, int) else d.value for d in value.shape]
+
+
 def weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     initializer = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(F), const_value=ir.tensor(array))
     model.graph.register_initializer(initializer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import pytest
 
 from blt.checkpoint.models import save
 from blt.cli import run
-from blt_export import ExportReport, aot
+from blt_export import aot
 from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 from blt_runtime.errors import CheckFailed, MissingExtra
-from tests.export.variants import VARIANTS
+from tests.export.variants import VARIANTS, BundleOf
 from tests.tiny import tiny
 
 needs_tensorrt = pytest.mark.skipif(
@@ -27,7 +26,7 @@ needs_tensorrt = pytest.mark.skipif(
 @needs_tensorrt
 @pytest.mark.parametrize("graph", ["entropy", "encoder", "latent", "decoder"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_portable_graphs_compile(bundle_of: Callable[[str, str], ExportReport], variant: str, graph: str) -> None:
+def test_portable_graphs_compile(bundle_of: BundleOf, variant: str, graph: str) -> None:
     report = bundle_of(variant, "portable")
     spec = report.manifest.spec.graphs[graph]
     compiled = aot.compile_graph(report.path / f"{graph}.onnx", spec)

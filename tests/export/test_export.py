@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +23,10 @@ from blt_runtime.bundle import graph_file
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
 from blt_runtime.hashing import TableDtype
-from tests.export.variants import FLAVOURS, VARIANTS, Prepare
+from tests.export.small_graphs import dims, has_constant_weight
+from tests.export.variants import FLAVOURS, VARIANTS, BundleOf, Prepare
 from tests.tiny import runs_rows, tiny
 
-BundleOf = Callable[[str, str], ExportReport]
 OUTPUTS = {"entropy.entropy", "entropy.logits", "encoder.byte_states", "latent.patch_kv", "decoder.logits"}
 OUTPUTS |= {"hash_embedding"}
 BATCHED = {"batched.logits", "batched.entropy"}
@@ -68,12 +67,13 @@ def test_graphs_have_the_names_shapes_and_operators_of_their_spec(bundle_of: Bun
         assert [v.name for v in graph.inputs] == [t.name for t in spec.inputs]
         assert [v.name for v in graph.outputs] == [t.name for t in spec.outputs]
         for v, t in zip((*graph.inputs, *graph.outputs), (*spec.inputs, *spec.outputs), strict=True):
-            assert [d if isinstance(d, int) else d.value for d in v.shape or ()] == list(t.shape)
+            assert dims(v) == list(t.shape)
         assert {node.domain for node in graph} <= ({"", "com.microsoft"} if flavour == "ort" else {""})
         for node in graph:
-            weight = node.inputs[1] if node.op_type == "MatMul" else None
-            if weight is not None and weight.const_value is not None:
-                assert str(weight.name).endswith(".weight.T")
+            if node.op_type == "MatMul" and has_constant_weight(node):
+                weight = node.inputs[1]
+                assert weight is not None
+                assert (weight.name or "").endswith(".weight.T")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -34,6 +34,7 @@ from tests.export.attend import (
     Attend,
     spec_of,
 )
+from tests.export.variants import BundleOf
 
 LOWER = {"portable": portable.lower, "ort": ort.lower}
 TOLERANCE = 5e-6
@@ -121,7 +122,7 @@ def test_heads_that_grouped_query_attention_does_not_support_get_the_portable_lo
     case.check(tmp_path, starts(100, 30)[None], np.arange(100)[None], [1] * 40 + [24] + [1] * 36)
 
 
-def test_ort_packs_heads_without_transposing(prepare, bundle_of) -> None:  # type: ignore[no-untyped-def]
+def test_ort_packs_heads_without_transposing(bundle_of: BundleOf) -> None:
     report = bundle_of("all_layers_gqa_projection", "ort")
     for name in ("entropy", "encoder"):
         counts = op_counts(ir.load(report.path / f"{name}.onnx"))
@@ -129,7 +130,7 @@ def test_ort_packs_heads_without_transposing(prepare, bundle_of) -> None:  # typ
         assert counts["Transpose"] == 0
 
 
-def test_the_mask_is_computed_once_a_graph(bundle_of) -> None:  # type: ignore[no-untyped-def]
+def test_the_mask_is_computed_once_a_graph(bundle_of: BundleOf) -> None:
     counts = op_counts(ir.load(bundle_of("all_layers_gqa_projection", "portable").path / "entropy.onnx"))
     assert counts["Attention"] == 2
     assert counts["LessOrEqual"] == counts["GreaterOrEqual"] == 1

@@ -18,7 +18,7 @@ from blt_export.passes import (
 )
 from blt_export.rewrite import op_counts
 from blt_runtime.bundle.spec import DTYPE_BYTES, CacheSpec, GraphSpec, TensorSpec
-from tests.export.small_graphs import INT, F, constant, finish, model_of, run, value, weight
+from tests.export.small_graphs import INT, F, constant, dims, finish, model_of, run, value, weight
 
 
 def test_name_io_names_everything_as_the_spec() -> None:
@@ -87,7 +87,7 @@ def test_fix_capacity_sets_both_ends_of_a_cache() -> None:
                      {"present": "past"}, CacheSpec("linear", 640, None, 1))  # fmt: skip
     assert fix_capacity.run(model, spec) == 2
     assert fix_capacity.run(model, spec) == 0
-    assert list(model.graph.outputs[0].shape or ()) == ["B", 2, 640, 4]
+    assert dims(model.graph.outputs[0]) == ["B", 2, 640, 4]
 
 
 def test_fold_weights_leaves_no_transposed_constant() -> None:

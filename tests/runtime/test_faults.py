@@ -66,16 +66,27 @@ def set_trap(model: Model, trap: Trap) -> None:
     model.backend.trap = trap
 
 
+def one_by_one(stream: Stream, ids: Array) -> None:
+    for id in ids:
+        stream.append_ids([id])
+
+
 def fail() -> None:
     raise BackendError("device lost")
 
 
 def count_cancel_checks(spec: ModelSpec, first: Array, more: Array) -> int:
-    checks = []
+    checks = 0
+
+    def counted() -> bool:
+        nonlocal checks
+        checks += 1
+        return False
+
     stream = model_of(spec).stream()
     stream.append_ids(first)
-    stream.append_ids(more, cancelled=lambda: bool(checks.append(1)))
-    return len(checks)
+    stream.append_ids(more, cancelled=counted)
+    return checks
 
 
 @specs
@@ -118,7 +129,12 @@ def test_another_thread_cancels() -> None:
     stream.append("before")
     before = stream.ids
     set_trap(model, Trap("encoder", 3, reading.set))
-    thread = threading.Thread(target=lambda: (reading.wait(60), stop.set()))
+
+    def stop_while_reading() -> None:
+        reading.wait(60)
+        stop.set()
+
+    thread = threading.Thread(target=stop_while_reading)
     thread.start()
     with pytest.raises(Cancelled):
         stream.append(b"x" * 300, cancelled=lambda: reading.is_set() and stop.wait(60))
@@ -138,7 +154,7 @@ def test_ctrl_c_damages_the_stream_until_it_is_reset(graph: str, way: str, reque
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     set_trap(model, Trap(graph, 1 if way == "rewind" else 2, lambda: signal.raise_signal(signal.SIGINT)))
     ways: dict[str, Callable[[], object]] = {
-        "step": lambda: [stream.append_ids([id]) for id in random_ids(40)],
+        "step": lambda: one_by_one(stream, random_ids(40)),
         "chunk": lambda: stream.append(b"a long text" * 9),
         "draft": lambda: list(stream.generate_ids(60, temperature=0, stop_at_eos=False, speculate="lookup")),
         "rewind": lambda: stream.rewind(60),

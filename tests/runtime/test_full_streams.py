@@ -17,7 +17,7 @@ from blt_runtime.engine.memory import Memory
 from blt_runtime.errors import CapacityError
 from blt_runtime.patching import patch_lengths
 from tests.pairwise import pairwise
-from tests.runtime.null_reference import Expected, compute
+from tests.runtime.null_reference import Expected, cache_of, compute
 from tests.runtime.row_backend import NullRowBackend
 from tests.runtime.speculation.scripted import Oracle, Script
 from tests.runtime.streams import SPECS, model_of, random_ids, tables_for
@@ -168,7 +168,7 @@ def test_speculation_fills_a_stream_as_plain_decoding_does(name: str, limit: str
 @cases
 def test_a_batch_reads_what_a_stream_reads(name: str, limit: str) -> None:
     full = Full(name, limit)
-    window = full.spec.graphs["encoder"].cache.kind == "window"  # type: ignore[union-attr]
+    window = cache_of(full.spec, "encoder").kind == "window"
     backend = NullRowBackend(full.spec) if window else NullBackend(full.spec)
     for prompt in (1, full.fits - 1, full.fits):
         batch = Batch(full.spec, backend, tables_for(full.spec), 2, slice=3)

@@ -68,9 +68,15 @@ def test_defaults() -> None:
 
 def test_every_entry_point_has_the_same_defaults(entries: dict[str, Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each leaves all of them to `GenerateOptions`, and passes none on by position."""
+    seen: list[GenerateOptions] = []
+
+    def recorded(self: GenerateOptions, random: object = None) -> Sampler:
+        seen.append(self)
+        return Sampler(0.0)
+
     for name, entry in entries.items():
-        seen: list[GenerateOptions] = []
-        monkeypatch.setattr(GenerateOptions, "sampler", lambda self, random=None: seen.append(self) or Sampler(0.0))  # noqa: B023
+        seen.clear()
+        monkeypatch.setattr(GenerateOptions, "sampler", recorded)
         entry()
         monkeypatch.undo()
         assert seen == [GenerateOptions()], name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,8 +28,8 @@ def device(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, device])
-def test_only_plain_files_are_opened(tmp_path: Path, make: object) -> None:
-    make(tmp_path / "x")  # type: ignore[operator]
+def test_only_plain_files_are_opened(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "x")
     for read in (reading.read_bytes, reading.read_text, reading.read_json, reading.read_array, reading.check_plain):
         with quick(), pytest.raises(OSError, match=r"not a plain file|Is a directory") as error:
             read(tmp_path / "x")

@@ -335,7 +335,7 @@ class Gated(NullBackend):
         super().__init__(SPEC)
         self._gate = gate
 
-    def session(self, group: str):  # type: ignore[no-untyped-def]
+    def session(self, group: str) -> NullSession:
         self._gate.wait(60)
         return super().session(group)
 

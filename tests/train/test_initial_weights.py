@@ -42,8 +42,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in PAIRS.items()]
     (folder / "pairs.jsonl").write_text("\n".join(lines * 8))
-    keys = {"prompt_field": "prompt", "completion_field": "completion", "split": (1, 0, 0)}
-    prepare([folder / "pairs.jsonl"], folder / "data", **keys)  # type: ignore[arg-type]
+    source = folder / "pairs.jsonl"
+    fields: dict[str, Any] = {"prompt_field": "prompt", "completion_field": "completion"}
+    prepare([source], folder / "data", split=(1, 0, 0), **fields)
     return folder / "data"
 
 

@@ -142,7 +142,9 @@ def test_a_folder_that_is_no_run_is_refused(entropy_config: EntropyRun, data: Pa
         train(entropy_config, out / "model.pt", data=data)
 
 
-def test_sigterm_saves_and_says_143(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_says_143(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
     step = trainer.train_step
 
@@ -151,7 +153,7 @@ def test_sigterm_saves_and_says_143(entropy_config: EntropyRun, data: Path, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
         return step()
 
-    trainer.train_step = interrupted  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated, match="step 7") as caught:
         trainer.run(40)

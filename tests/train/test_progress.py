@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,20 +101,21 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_has_a_bar_and_log_lines_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_has_a_bar_and_log_lines_stay_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "160")
     logger = logging.getLogger("blt")
     handler = logging.StreamHandler(terminal)
     monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
+    request.addfinalizer(partial(logger.setLevel, logger.level))
+    logger.setLevel(logging.INFO)
     with progress.observing(tmp_path, steps=2, at=0) as watches:
         watches.step(1, 1.0, a_batch())
         logging.getLogger("blt.train").info("a line of the log with [brackets]")
         watches.step(2, STEP_BYTES * np.log(2) * 3, a_batch())
-    logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
     assert handler.stream is terminal
     shown = terminal.getvalue()
     assert "a line of the log with [brackets]\n" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -105,6 +106,6 @@ def moved(blocks: Blocks) -> Blocks:
 
 @pytest.mark.parametrize("fault", [swapped, scaled, moved])
 @pytest.mark.parametrize("form", [*FORMATS, SHRUNK])
-def test_one_wrong_block_exceeds_the_bound(form: Format, fault: object) -> None:
-    blocks = fault(quantise(weight(), form))  # type: ignore[operator]
+def test_one_wrong_block_exceeds_the_bound(form: Format, fault: Callable[[Blocks], Blocks]) -> None:
+    blocks = fault(quantise(weight(), form))
     assert block_error(dequantise(blocks, form), weight(), form.block) > 1.3 * form.largest_error

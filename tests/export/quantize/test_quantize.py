@@ -30,6 +30,7 @@ from blt_runtime.errors import CheckFailed, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule
 from tests import tiny as tinies
+from tests.export.small_graphs import has_constant_weight
 from tests.export.variants import VARIANTS, Prepare
 from tests.exports import CAPACITY, CHUNK
 
@@ -87,9 +88,7 @@ def test_every_matrix_of_the_chosen_graphs_becomes_codes(mixed: ExportReport) ->
         model = graph(mixed, name)
         found = [node for node in model.graph if node.op_type == "MatMulNBits"]
         assert found
-        assert not [
-            n for n in model.graph if n.op_type == "MatMul" and n.inputs[1] and n.inputs[1].const_value is not None
-        ]
+        assert not [n for n in model.graph if n.op_type == "MatMul" and has_constant_weight(n)]
         for node in found:
             attributes = {key: value.value for key, value in node.attributes.items()}
             assert (attributes["bits"], attributes["block_size"], attributes["accuracy_level"]) == (bits, block, 4)
