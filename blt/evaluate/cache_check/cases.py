@@ -16,7 +16,7 @@ from blt.evaluate.cache_check.uncached import Row, Uncached
 from blt_runtime.bundle.spec import ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BPE, OFFSET, Ids
-from blt_runtime.patching import PatchRule
+from blt_runtime.patching import LONGEST_PATCH, PatchRule
 
 STREAMS = 4
 """Interleaved streams; the first half of them begins with BOS."""
@@ -34,7 +34,7 @@ def rules_for(rule: PatchRule, chunk: int) -> dict[str, PatchRule]:
         never = replace(rule, threshold=1e6, max_patch_length=None)
         always = replace(never, threshold=-1e6, threshold_add=None if rule.threshold_add is None else -1e6)
     else:
-        never, always = PatchRule("static", patch_size=1 << 40), PatchRule("byte")
+        never, always = PatchRule("static", patch_size=LONGEST_PATCH), PatchRule("byte")
     capped, long = replace(rule, max_patch_length=3), replace(never, max_patch_length=long_patch(chunk))
     return {OWN: rule, "one patch": never, "bytes": always, "capped": capped, "long": long}
 
