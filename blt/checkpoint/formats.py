@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blt.checkpoint import facebook, hub, huggingface, native
 from blt.checkpoint.source import Source
-from blt_runtime.errors import CheckpointError
+from blt_runtime.errors import CheckpointError, UsageError, shown
 
 FORMATS = (native, facebook, huggingface)
 """In the order in which a path is matched."""
@@ -32,6 +32,8 @@ def open_source(path: str | Path, entropy_model: str | Path | None = None) -> So
 
 
 def _read(path: str | Path) -> Source:
+    if not isinstance(path, str | Path):
+        raise UsageError(f"a checkpoint is named by a str or a Path, not {shown(path)}")
     place = hub.resolve(path)
     found = next((module for module in FORMATS if module.matches(place)), None)
     if found is None:

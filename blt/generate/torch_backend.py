@@ -16,12 +16,14 @@ from torch import Tensor
 
 from blt.checkpoint.models import Checkpoint, load
 from blt.model import BLT
-from blt.model.graphs import CHUNK, Limits, model_spec
+from blt.model.graphs import CHUNK, Limits, check_memory, model_spec
 from blt.model.steps import StepModule, make_steps
 from blt_runtime import Model
+from blt_runtime.arguments import whole
 from blt_runtime.backends.protocol import Buffer, Call, HostBuffer
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec
-from blt_runtime.errors import BackendError, UsageError
+from blt_runtime.errors import BackendError, shown
+from blt_runtime.model import MOST_THREADS
 
 
 class TorchSession:
@@ -76,23 +78,24 @@ def open_model(
     patches: int | None = None,
     chunk: int = CHUNK,
 ) -> Model:
-    """A runtime model of a checkpoint or of its path. Raises CheckpointError, BackendError, UsageError.
+    """A runtime model of a checkpoint or of its path. Raises CheckpointError, BackendError, UsageError, ConfigError for
+    impossible sizes, and OutOfMemory.
 
     capacity, patches: the bytes and patches that a stream can hold (default: the trained lengths).  chunk: bytes per
     prefill call.  threads: torch's number of threads in this process.
     """
-    if device != "cpu":
-        raise BackendError(f"the torch backend runs on the CPU, not on {device!r}: export a bundle for other devices")
+    if not isinstance(device, str) or device != "cpu":
+        reason = f"the torch backend runs on the CPU, not on {shown(device)}"
+        raise BackendError(f"{reason}: export a bundle for other devices")
     if threads is not None:
-        if threads < 1:
-            raise UsageError("threads must be at least 1")
-        torch.set_num_threads(threads)
+        torch.set_num_threads(whole("threads", threads, 1, MOST_THREADS))
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load(checkpoint, entropy_model)
     blt, rule = checkpoint.require_blt()
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
     dtype = blt.hash_embedding.stored_as if blt.hash_embedding else "float32"
     spec = model_spec(blt.config, entropy, rule, Limits.of(blt.config, capacity, patches, chunk), table_dtype=dtype)
+    check_memory(spec)
     return Model(spec, TorchBackend(checkpoint, spec), host_tables(blt))
 
 

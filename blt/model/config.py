@@ -6,10 +6,11 @@ Every quantity that is derived from a shape (parameters, FLOPs per byte, cache b
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from blt_runtime.bundle.spec import LONGEST_HASH
 from blt_runtime.ids import VOCAB
 
 
@@ -17,6 +18,19 @@ class Frozen(BaseModel):
     """Immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read True as 1."""
+        if isinstance(value, bool) and bool not in _types(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError(f"must be a number, not {value}")
+        return value
+
+
+def _types(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of `X | None`."""
+    return get_args(annotation) or (annotation,)
 
 
 def swiglu_dim(dim: int, multiple_of: int = 256, multiplier: float | None = 1.0) -> int:
@@ -89,7 +103,7 @@ class TransformerConfig(Frozen):
 class EntropyConfig(TransformerConfig):
     """The byte-level language model whose next-byte entropies decide where patches start."""
 
-    vocab_size: int = VOCAB
+    vocab_size: int = Field(default=VOCAB, ge=1, le=1 << 24)
     window: int | None = Field(default=512, ge=1)
     rope_theta: float = Field(default=10000.0, gt=0, allow_inf_nan=False)
 
@@ -115,8 +129,8 @@ class HashConfig(Frozen):
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
-        if not self.sizes or any(size < 1 for size in self.sizes):
-            raise ValueError("hash sizes must be a non-empty list of n-gram lengths, each at least 1")
+        if not self.sizes or min(self.sizes) < 1 or max(self.sizes) > LONGEST_HASH:
+            raise ValueError(f"hash sizes must be a non-empty list of n-gram lengths, each from 1 to {LONGEST_HASH}")
         return self
 
     @property
@@ -127,7 +141,7 @@ class HashConfig(Frozen):
 class BLTConfig(Frozen):
     """Local encoder, latent transformer and local decoder. The encoder and the decoder have the same width."""
 
-    vocab_size: int = VOCAB
+    vocab_size: int = Field(default=VOCAB, ge=1, le=1 << 24)
     encoder: TransformerConfig
     latent: TransformerConfig
     decoder: TransformerConfig
@@ -153,6 +167,8 @@ class BLTConfig(Frozen):
         for name, heads in (("encoder", self.encoder_heads), ("decoder", self.decoder_heads)):
             if self.encoder.dim % heads:
                 raise ValueError(f"{name}.dim {self.encoder.dim} is not divisible by its {heads} cross-attention heads")
+        if self.hash is not None and self.encoder.dim < 2:
+            raise ValueError("encoder.dim must be at least 2 with a hash: its tables have rows of that width")
         if not self.decoder_projection and (self.latent.dim != self.decoder.dim or self.cross_k != 1):
             raise ValueError("decoder_projection may be off only if latent.dim equals decoder.dim and cross_k is 1")
         return self

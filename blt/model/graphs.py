@@ -6,12 +6,14 @@ One description serves the modules run directly, both exported flavours and the 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from blt.model.config import BLTConfig, EntropyConfig, TransformerConfig
+from blt_runtime.arguments import is_whole
 from blt_runtime.bundle.spec import CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
-from blt_runtime.errors import ConfigError
+from blt_runtime.errors import ConfigError, OutOfMemory, shown
 from blt_runtime.hashing import TableDtype
 from blt_runtime.patching import PatchRule
 
@@ -34,12 +36,32 @@ class Limits:
     def of(
         cls, config: BLTConfig, capacity: int | None = None, patches: int | None = None, chunk: int = CHUNK
     ) -> Limits:
-        """The trained lengths by default. `capacity` (bytes) may exceed them, because rotary tables extend."""
-        n_bytes = min(config.encoder.max_seqlen, config.decoder.max_seqlen) if capacity is None else capacity
-        n_patches = max(config.latent.max_seqlen, capacity or 0) if patches is None else patches
-        if min(n_bytes, n_patches, chunk) < 1:
-            raise ConfigError("capacity, patches and chunk must each be at least 1")
+        """The trained lengths by default. `capacity` (bytes) may exceed them, because rotary tables extend. Raises
+        ConfigError for anything but whole numbers of at least 1."""
+        for name, value in (("capacity", capacity), ("patches", patches), ("chunk", chunk)):
+            if value is not None and not (is_whole(value) and value >= 1):
+                raise ConfigError(
+                    f"capacity, patches and chunk must each be at least 1, and whole numbers: {name} is {shown(value)}"
+                )
+        n_bytes = min(config.encoder.max_seqlen, config.decoder.max_seqlen) if capacity is None else int(capacity)
+        n_patches = max(config.latent.max_seqlen, capacity or 0) if patches is None else int(patches)
         return cls(n_bytes, min(n_patches, n_bytes), min(chunk, n_bytes))
+
+
+def check_memory(spec: ModelSpec) -> None:
+    """Raises OutOfMemory for a capacity whose rotary tables and positions alone exceed this machine's memory. They are
+    written as soon as a model is made; caches are not, until a text reaches them."""
+    needed = 12 * spec.capacity_bytes
+    for name, graph in spec.graphs.items():
+        _, _, _, head_size = graph.tensor("past_key.0").shape
+        assert isinstance(head_size, int)
+        needed += 4 * head_size * (spec.capacity_patches if name == "latent" else spec.capacity_bytes)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise OutOfMemory(
+            f"not enough memory: a capacity of {spec.capacity_bytes:,} bytes and {spec.capacity_patches:,} patches "
+            f"needs {needed:,} bytes for positions alone, and this machine has {memory:,}: choose a smaller --capacity"
+        )
 
 
 def cache_spec(config: TransformerConfig, capacity: int, chunk: int, layout: WindowLayout) -> CacheSpec:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Literal
 
 from blt.checkpoint.models import Checkpoint
-from blt.model.graphs import Limits, model_spec
+from blt.model.graphs import Limits, check_memory, model_spec
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TableDtype
@@ -36,8 +36,8 @@ def export_spec(
     capacity, patches: bytes and patches per stream (default: the trained lengths). chunk: most bytes per call.
     table_dtype: of the hash tables (default: as the checkpoint stores them).
 
-    Raises CheckpointError if the checkpoint cannot generate, ConfigError for impossible sizes, UsageError for
-    bfloat16 entropies.
+    Raises CheckpointError if the checkpoint cannot generate, ConfigError for impossible sizes, OutOfMemory for a
+    capacity beyond this machine's memory, UsageError for bfloat16 entropies and for a table_dtype without tables.
     """
     blt, rule = checkpoint.require_blt()
     if rule.entropy_dtype != "float32":
@@ -47,12 +47,17 @@ def export_spec(
         )
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
     limits = Limits.of(blt.config, capacity, patches, chunk)
+    if table_dtype is not None and blt.hash_embedding is None:
+        raise UsageError(f"table_dtype {table_dtype}: this model has no hash tables; leave it out")
     dtype = table_dtype or (blt.hash_embedding.stored_as if blt.hash_embedding else "float32")
     if flavour == "portable":
-        return model_spec(blt.config, entropy, rule, limits, table_dtype=dtype)
+        spec = model_spec(blt.config, entropy, rule, limits, table_dtype=dtype)
+        check_memory(spec)
+        return spec
     spec = model_spec(
         blt.config, entropy, rule, limits, layout="window", chunk_crosses_documents=False, table_dtype=dtype
     )
+    check_memory(spec)
     return replace(spec, graphs={name: _ring_if_unsupported(graph) for name, graph in spec.graphs.items()})
 
 

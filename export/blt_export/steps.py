@@ -18,7 +18,7 @@ from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import FileRef, Manifest
 from blt_runtime.bundle.spec import GraphSpec
-from blt_runtime.errors import BackendError, BundleError
+from blt_runtime.errors import BackendError, BundleError, UsageError
 
 from . import bundle
 from .capture import trace
@@ -87,13 +87,22 @@ def join(state: ExportState) -> str:
 
 
 def quantise(state: ExportState) -> str:
-    """Graphs with a precision other than float32. One without a matrix that fits stays float32, with a warning."""
+    """Graphs with a precision other than float32. One without a matrix that fits stays float32, with a warning. Raises
+    UsageError if no graph has one, since the bundle would name a precision that it does not have."""
     wanted = {name: p for name, p in state.precisions.items() if p != "fp32"}
     for name, precision in wanted.items():
         outcome = state.quantised[name] = matrices.run(state.graphs[name], precision)
         if not outcome.packed:
             state.precisions[name] = "fp32"
             log.warning("nothing in the graph %s could become %s: %s", name, precision, "; ".join(outcome.kept))
+    if state.precision != "fp32" and state.precision not in state.precisions.values():
+        reasons = dict.fromkeys(
+            reason.split(": ")[-1] for outcome in state.quantised.values() for reason in outcome.kept
+        )
+        raise UsageError(
+            f"precision {state.precision}: no matrix of this model can have it ({'; '.join(list(reasons)[:3])}): "
+            "export at fp32"
+        )
     return ". ".join(f"{name}, {wanted[name]}: {state.quantised[name]}" for name in wanted) or "not asked for"
 
 

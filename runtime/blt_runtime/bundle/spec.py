@@ -13,7 +13,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..errors import ConfigError, nearest
+from ..arguments import is_whole
+from ..errors import ConfigError, nearest, shown
 from ..hashing import PRIMES, TABLE_DTYPES, TableDtype
 from ..patching import PatchRule
 
@@ -23,6 +24,7 @@ DTYPE_BYTES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 CacheKind = Literal["ring", "window", "linear"]
 Shape = tuple[int | str | None, ...]
 """Letters and numbers; None is any number."""
+SIZES = ("vocab_size", "chunk", "capacity_bytes", "capacity_patches", "encoder_window", "decoder_window")
 LONGEST_HASH = 1024
 """Most ids of a hash window; the released models have 8."""
 _INTEGERS = {"ids", "positions", "doc_start", "byte_index", "patch_length", "own_start", "patch_row"}
@@ -171,9 +173,10 @@ class ModelSpec:
                 raise ConfigError(f"the model lacks the graph {name!r}")
         if self.patch_rule.needs_entropy and "entropy" not in self.graphs:
             raise ConfigError("the patch rule needs entropies, but the model has no graph 'entropy'")
-        for field in ("chunk", "capacity_bytes", "capacity_patches", "encoder_window", "decoder_window"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} must be at least 1")
+        for field in SIZES:
+            value = getattr(self, field)
+            if not is_whole(value) or value < 1:
+                raise ConfigError(f"{field} must be at least 1, and a whole number, not {shown(value)}")
         if self.chunk > self.capacity_bytes:
             raise ConfigError(f"chunk {self.chunk} is more than capacity_bytes {self.capacity_bytes}")
         interface = _interface(self)
