@@ -1,4 +1,4 @@
-# The two commands of the README are `make demo` and `make test`.
+# The commands of the README are `make demo`, `make tour` and `make test`.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,13 +9,15 @@ NEW    ?= 600
 BIN    := $(VENV)/bin
 MODEL  := configs/demo/model.pt
 BUNDLE := build/demo
+TOUR   := build/tour
 DEV    := cpu,train,export,hub,plot,bpe,gguf,parquet,tensorboard,dev
 EXTRAS ?= $(DEV)
 
-.PHONY: help demo test check format clean
+.PHONY: help demo tour test check format clean
 
 help:
 	@echo "make demo     install into $(VENV), export the shipped model, generate text with it"
+	@echo "make tour     train a small model on Python's own library, export, evaluate and run it: a few minutes"
 	@echo "make test     run the tests"
 	@echo "make check    formatting, lint, types, then the tests"
 	@echo "make format   format the code"
@@ -30,6 +32,23 @@ demo: $(BUNDLE)/manifest.json
 $(BUNDLE)/manifest.json: $(MODEL) | $(VENV)/.demo
 	@mkdir -p build
 	$(BIN)/blt export $(MODEL) -o $(BUNDLE) --force --quiet > build/export.log || { cat build/export.log; exit 1; }
+
+# From text to a model that writes, without a network. A second run continues where the first one stopped.
+tour: | $(VENV)/.demo
+	@echo "1 of 6  Text: the library of this Python becomes a data folder, $(TOUR)/data."
+	@test -f $(TOUR)/data/manifest.json || $(BIN)/blt data corpus tiny -o $(TOUR)/data
+	@echo; echo "2 of 6  A small entropy model learns to predict the next byte; where it is unsure, a patch will begin."
+	@$(BIN)/blt train entropy -c configs/tour-entropy.yaml --data $(TOUR)/data -o $(TOUR)/entropy
+	@echo; echo "3 of 6  The BLT learns on these patches. Its text before the first step is noise; see the last sample."
+	@$(BIN)/blt train blt -c configs/tour.yaml --data $(TOUR)/data --entropy-model $(TOUR)/entropy -o $(TOUR)/blt
+	@echo; echo "4 of 6  Export: the checkpoint becomes a bundle of ONNX graphs, compared with PyTorch."
+	@$(BIN)/blt export $(TOUR)/blt -o $(TOUR)/bundle --force
+	@echo; echo "5 of 6  Evaluation: bits per byte of text that the model has not seen (8 without any model)."
+	@$(BIN)/blt eval $(TOUR)/bundle $(TOUR)/data --split valid --by group
+	@echo; echo "6 of 6  The bundle writes, without PyTorch."
+	@$(BIN)/blt generate $(TOUR)/bundle "def " -n 400 --seed 1 --stats
+	@echo; echo "Done. Continue with: $(BIN)/blt train blt -c configs/tour.yaml --data $(TOUR)/data \\"; \
+	  echo "  --entropy-model $(TOUR)/entropy -o $(TOUR)/blt --steps 2000"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

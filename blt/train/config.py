@@ -154,7 +154,10 @@ class BatchConfig(Frozen):
 
 
 class RunSettings(Frozen):
-    """Settings of the run. `log_every`, `valid_every` and `checkpoint_every` are in steps."""
+    """Settings of the run. `log_every`, `valid_every`, `checkpoint_every` and `sample_every` are in steps.
+
+    A sample is a short text that the model writes; 0 logs none.
+    """
 
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -166,6 +169,7 @@ class RunSettings(Frozen):
     log_every: int = Field(default=10, ge=1)
     valid_every: int = Field(default=200, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
+    sample_every: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     tensorboard: bool = False

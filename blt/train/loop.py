@@ -57,7 +57,8 @@ class Trainer:
     """One run in the folder `out`.
 
     valid: makes a fresh loader over the validation text; None without one.  extra: plain values that a resumed run must
-    share.  flops_per_byte: of a forward pass, for the metrics.
+    share.  flops_per_byte: of a forward pass, for the metrics.  sample: writes a text with the model, for
+    `run.sample_every`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Trainer:
         *,
         extra: dict[str, Any] | None = None,
         flops_per_byte: float = 0.0,
+        sample: Callable[[], bytes] | None = None,
     ):
         self.config, self.objective, self.valid, self.out = config, objective, valid, out
         self.ranks = parallel.SINGLE
@@ -83,6 +85,7 @@ class Trainer:
         self.observer = Observer()
         self.extra = extra or {}
         self.flops_per_byte = flops_per_byte
+        self.sample = sample
         self._saved_step = -1
         self._signal = 0
         self._any_rank_signalled = False
@@ -114,6 +117,8 @@ class Trainer:
         kernels = _determinism(run.deterministic)
         with kernels, _ignored_warnings(), self._signals(), closing(state.loader), observing_run as self.observer:
             self.metrics.on_record = self.observer.record
+            if state.step == 0:
+                self.log_sample()
             state.window.start()
             while state.step < steps:
                 self.train_step()
@@ -123,6 +128,9 @@ class Trainer:
                 if self.valid is not None and (state.step % run.valid_every == 0 or last):
                     with state.window.paused():
                         self.metrics.write({"step": state.step, **self.spent(), **self.validate()})
+                if run.sample_every and (state.step % run.sample_every == 0 or last):
+                    with state.window.paused():
+                        self.log_sample()
                 if state.step % run.checkpoint_every == 0 or last or self._must_stop:
                     with state.window.paused():
                         self.save()
@@ -212,6 +220,14 @@ class Trainer:
         record = {"step": state.step, **window.summary(), **last, **self.spent()}
         self.metrics.write({**record, "seconds": window.all_seconds})
         window.reset()
+
+    def log_sample(self) -> None:
+        """Logs a text that the model writes, if the run wants samples. Several ranks log none: each has a shard."""
+        if self.sample is None or not self.config.run.sample_every or not self.ranks.single:
+            return
+        if log.isEnabledFor(logging.INFO):
+            text = self.sample().decode("utf-8", "replace")
+            log.info("sample at step %s: %r", f"{self.state.step:,}", text)
 
     def spent(self) -> dict[str, float]:
         """Bytes trained on so far, and the FLOPs spent on them."""

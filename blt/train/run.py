@@ -15,6 +15,7 @@ import torch
 from blt.checkpoint import models
 from blt.checkpoint.models import Checkpoint
 from blt.checkpoint.native import MODEL_FILE
+from blt.data.quantities import amount
 from blt.files import replace_text
 from blt.train import checkpoints, parallel
 from blt.train.config import KINDS, RunConfig
@@ -139,7 +140,7 @@ def _begin(trainer: Trainer) -> None:
 def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
     path = trainer.out / MODEL_FILE
     models.save(path, finish(), DTYPES[trainer.config.run.save_dtype])
-    log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    log.info("wrote the model, %s", amount(path.stat().st_size))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from blt.train.inputs import RunInputs, prepare_inputs
 from blt.train.loop import Trainer
 from blt.train.objective import Objective, count_parameters
 from blt.train.parameters import freeze
+from blt.train.samples import TextSampler
 
 log = logging.getLogger("blt.train")
 Model = EntropyModel | BLT  # a TokenModel is an EntropyModel over other ids
@@ -47,6 +48,7 @@ def prepare_run(
     trainer = Trainer(
         config, objective, loader=inputs.training, valid=inputs.loaders["valid"], out=out, extra=inputs.extra,
         flops_per_byte=inputs.flops_per_byte,
+        sample=TextSampler(model, inputs.entropy, inputs.rule, inputs.vocabulary),
     )  # fmt: skip
     return trainer, lambda: _final_checkpoint(model, inputs, out)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,13 @@ def test_progress_without_a_terminal_is_lines(
     with console.progress("work", 10) as advance:
         advance(5)
     assert capsys.readouterr().err == ""
+
+
+def test_the_tour_of_the_readme_has_six_stages_with_files_that_exist(repo: Path) -> None:
+    shown = subprocess.run(["make", "-n", "tour"], cwd=repo, capture_output=True, text=True, check=True).stdout
+    assert [n for n in range(1, 7) if f"{n} of 6  " in shown] == list(range(1, 7))
+    configs = re.findall(r"configs/\S+", shown)
+    assert configs
+    assert all((repo / config).is_file() for config in configs)
+    assert re.findall(r"bin/blt (\w+)", shown)[:6] == ["data", "train", "train", "export", "eval", "generate"]
+    assert "make tour" in (repo / "README.md").read_text()
