@@ -1,63 +1,109 @@
-"""Atomic outputs: a file or a folder appears complete or not at all. No torch: data preparation needs none."""
+"""Atomic outputs: a file or a folder appears complete or not at all. No torch: data preparation needs none.
+
+An output is written under a hidden name next to the final one, `.NAME.RANDOM.part`, and locked while its process lives.
+The system releases the lock when the process dies, so the next process that writes NAME can tell a leftover from a file
+that is being written. Process numbers could not: two containers use the same ones.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from blt_runtime.errors import UsageError
+
+_HIDDEN = r"\.{}\.(?:[0-9]+|[0-9a-f]{{16}})\.(?:part|old|tmp)"
+"""The hidden names of an output; numbers are those of processes of earlier versions."""
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
+log = logging.getLogger("blt.files")
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A temporary folder next to `out`. It becomes `out` when the block ends, and is removed if the block raises.
 
-    Raises UsageError if the folder cannot be made. A folder left by a killed process of the same number is removed
-    first: in a container, processes often have the same number.
+    An older `out` is replaced in one step where the system can exchange two names (Linux). Elsewhere it is absent for
+    the moment between two renames, and `recover` restores it if the process is killed there. Leftovers of killed
+    processes are removed first. Raises UsageError if the folder cannot be made.
     """
     out = out.resolve()  # a link stays; its target is replaced
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {temporary.parent}: {error.strerror}") from error
-    try:
+    with scratch(out) as temporary:
         yield temporary
         replace_folder(temporary, out)
+
+
+@contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A temporary folder next to `out`, removed when the block ends. Raises UsageError if it cannot be made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        temporary, lock = _claim(out, "part", lambda path: path.mkdir())
+    except OSError as error:
+        raise UsageError(f"cannot write to {out.parent}: {error.strerror}") from error
+    try:
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
 
 
 def replace_folder(finished: Path, out: Path) -> None:
-    """Renames `finished` to `out`; both must be in one file system.
+    """Renames `finished` to `out`; both must be in one file system. An older `out` is removed.
 
-    An older `out` is moved aside first and restored if the renaming fails, so `out` is never incomplete.
+    `out` is complete at every moment. Where names cannot be exchanged, the older `out` is moved aside first, and
+    restored if the renaming fails.
     """
-    if not out.exists():
+    if not os.path.lexists(out):
         finished.rename(out)
         return
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    out.rename(old)
-    try:
-        finished.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
+    if _exchange(finished, out):
+        shutil.rmtree(finished, ignore_errors=True)
+        return
+    old = _hidden(out, "old")
+    with _locked(out):  # so that `recover` in another process leaves it alone
+        out.rename(old)
+        try:
+            finished.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Restores `out` if a process was killed after it had moved it aside, before the new one was in its place."""
+    with suppress(OSError, RuntimeError, ValueError):  # also of a name that no file can have
+        out = out.resolve()
+        if os.path.lexists(out):
+            return
+        aside = [path for path in _siblings(out) if path.suffix == ".old"]
+        for path in sorted(aside, key=lambda path: -path.stat().st_mtime_ns):
+            with _locked(path) as dead:
+                if dead and not os.path.lexists(out):
+                    path.rename(out)
+                    log.warning("restored %s, which a killed process had moved aside", out)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A temporary binary file next to `path`, open for writing and reading.
 
-    It is flushed to the disk and renamed to `path` when the block ends, and removed if the block raises.
+    It is flushed to the disk and renamed to `path` when the block ends, and removed if the block raises. Leftovers of
+    killed processes are removed first.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove_leftovers(path)
+    temporary, lock = _claim(path, "part", lambda path: path.touch(exist_ok=False))
     try:
         with temporary.open("w+b") as file:
             yield file
@@ -67,24 +113,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
 
 
 def check_folder(path: Path) -> None:
     """Raises UsageError if the folder of `path` does not exist: called before the work starts."""
     if not path.parent.is_dir():
         raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path next to `path`. It replaces `path` when the block ends, and is removed if the block raises."""
-    check_folder(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -97,6 +133,85 @@ def write_synced(path: Path, text: str) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file atomically, even if the power fails."""
-    temporary = path.with_name(f".{path.name}.part")
-    write_synced(temporary, text)
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def _claim(out: Path, suffix: str, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """Makes a hidden file or folder for `out` and locks it. Returns its path and the descriptor that holds the lock."""
+    while True:
+        path = _hidden(out, suffix)
+        make(path)
+        with suppress(FileNotFoundError):  # removed as a leftover, before it was locked
+            lock = os.open(path, os.O_RDONLY)
+            if _lock(lock) is not False and _is_at(lock, path):
+                return path, lock
+            os.close(lock)
+
+
+def _hidden(out: Path, suffix: str) -> Path:
+    return out.with_name(f".{out.name}.{secrets.token_hex(8)}.{suffix}")
+
+
+def _siblings(out: Path) -> list[Path]:
+    """The hidden files and folders of `out`, of all processes."""
+    pattern = re.compile(_HIDDEN.format(re.escape(out.name)))
+    return [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Restores `out` if it was moved aside, and removes what killed processes left next to it."""
+    recover(out)
+    with suppress(OSError):
+        for path in _siblings(out):
+            with _locked(path) as dead:
+                if dead and path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif dead:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Locks a file or folder while inside. Whether no process had locked it; False also where locks are missing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        yield False
+        return
+    try:
+        yield bool(_lock(descriptor)) and _is_at(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Whether the lock was free; None if the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step. Returns False where the system or the file system cannot."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    if (code := ctypes.get_errno()) in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))

@@ -24,6 +24,7 @@ def check_path(path: Path | None, option: str = "--plot") -> None:
 
 def write(path: Path, figure: Figure, render: Callable[[Figure, str], bytes]) -> None:
     """Writes what `render` makes of `figure` in the format that the name ends in."""
-    with files.replacing(path) as draft:
-        draft.write_bytes(render(figure, path.suffix.lower().removeprefix(".")))
+    files.check_folder(path)
+    with files.atomic_file(path) as file:
+        file.write(render(figure, path.suffix.lower().removeprefix(".")))
     console.log.info("wrote %s", path)

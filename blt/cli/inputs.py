@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from blt import files
 from blt_runtime import reading
 from blt_runtime.errors import InputError, UsageError
 
@@ -47,6 +48,7 @@ def read_file(argument: str) -> bytes:
 
 def existing_model(path: Path) -> Path:
     """`path`, which may be a name on the hub. Raises UsageError if nothing is there, or no finished model."""
+    files.recover(path)
     if not path.exists():
         from blt.checkpoint.hub import is_name
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blt.files import replace_text
 from blt_runtime import reading
 from blt_runtime.errors import InputError
 
@@ -67,9 +67,7 @@ def _read(folder: Path) -> dict[str, Stamp]:
 
 
 def _write(folder: Path, stamps: dict[str, Stamp]) -> None:
-    temporary = folder / f"{STAMPS}.{os.getpid()}"
     try:
-        temporary.write_text(json.dumps(stamps))
-        temporary.replace(folder / STAMPS)
+        replace_text(folder / STAMPS, json.dumps(stamps))
     except OSError as error:  # if the folder is read-only, the next start reads the shards again
         log.debug("%s: cannot record verified files (%s)", folder, error)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from blt.data.cache_files import create_file, draft_path, writable_folder
 from blt.data.dataset import Dataset, Documents
+from blt.files import replace_text
 from blt.model.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from blt_runtime import reading
 from blt_runtime.errors import ConfigError, InputError
@@ -167,13 +167,8 @@ def _train(out: BinaryIO, texts: Iterator[bytes], size: int) -> None:
 
 def save_vocabulary(vocabulary: Vocabulary, file: Path) -> None:
     """Writes a vocabulary file, whole or not at all. Raises InputError if it cannot be written."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
     with writable_folder(file.parent):
-        try:
-            draft.write_text(vocabulary.text, encoding="utf-8")
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
+        replace_text(file, vocabulary.text)
 
 
 def _sample(documents: Documents, members: Ids, n_bytes: int) -> Iterator[bytes]:

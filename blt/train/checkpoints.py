@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from blt.checkpoint.claims import check_safetensors
 from blt.checkpoint.tensors import UNREADABLE
-from blt.files import write_synced
+from blt.files import replace_folder, write_synced
 from blt.train.parallel import SINGLE, Ranks
 from blt_runtime import reading
 from blt_runtime.errors import CheckpointError
@@ -157,9 +157,7 @@ def _complete(draft: Path, path: Path, step: int, state: dict[str, Any]) -> None
     files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(draft.iterdir())}
     write_synced(draft / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}))
     _sync(draft)
-    if path.exists():
-        path.rename(_old(path))
-    draft.rename(path)
+    replace_folder(draft, path)
     _sync(path.parent)
 
 

@@ -50,7 +50,7 @@ def score(
     lengths = None if patch_lengths is None else inputs.load_patch_lengths(patch_lengths, len(ids))
     with scorers.open_stream(model, len(ids), how) as scorer:
         result = scorer(ids, lengths)
-    with files.replacing(npz) as draft, draft.open("wb") as out:
+    with files.atomic_file(npz) as out:
         np.savez(
             out,
             ids=result.ids,

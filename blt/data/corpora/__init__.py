@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from blt.data.corpora import base, tiny
 from blt.data.corpora.text import of_groups, write_texts
 from blt.data.prepare import check_target, prepare
+from blt.files import scratch
 from blt_runtime.errors import UsageError, nearest
 
 NAMES = ("base", "tiny")
@@ -41,8 +41,7 @@ def build(
     texts, about = base.texts(debs) if name == "base" else tiny.texts()
     if groups is not None:
         texts, about = of_groups(texts, groups), {**about, "only": list(groups)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / "text"
+    with scratch(out) as temporary:
+        folder = temporary / "text"
         write_texts(folder, texts)
         return prepare([folder], out, group_by="file", force=force, about={"corpus": name, **about})
