@@ -48,9 +48,9 @@ def load_on(
 
 def scorer_of(checkpoint: Checkpoint, n_ids: int | None = None, device: str = "cpu") -> Scorer:
     """A scorer of any checkpoint, on whole rows of up to the model's `max_seqlen` (rows of the training may have been
-    shorter). A BLT that must hold more (`n_ids`) is read by a stream; streams run on the CPU, so on another device it
-    stays with whole rows, and a warning says so. `device`: where the models of the checkpoint are (`load_on`).
-    Raises CheckpointError for an incomplete one."""
+    shorter). A BLT that must hold more (`n_ids`) is read by a stream, at about half the speed; streams run on the CPU,
+    so on another device it stays with whole rows. Both are logged. `device`: where the models of the checkpoint are
+    (`load_on`). Raises CheckpointError for an incomplete one."""
     if checkpoint.bpe is not None and checkpoint.vocabulary is not None:
         return TokenRows(checkpoint.bpe, checkpoint.vocabulary, device)
     if checkpoint.blt is None and checkpoint.entropy is not None:
@@ -60,8 +60,14 @@ def scorer_of(checkpoint: Checkpoint, n_ids: int | None = None, device: str = "c
     if n_ids is None or n_ids <= rows.n_ids:
         return rows
     if device == "cpu":
+        log.info(
+            "texts have up to %s bytes, a whole row of this model %s: they are scored as a stream, at about half the "
+            "speed; --context %d avoids it", f"{n_ids - 2:,}", f"{rows.capacity:,}", rows.capacity,
+        )  # fmt: skip
         return _stream(checkpoint, n_ids)
-    log.warning("on %s this model reads at most %d bytes at once; longer texts need the CPU", device, rows.capacity)
+    log.warning(
+        "on %s this model reads at most %s bytes at once; longer texts need the CPU", device, f"{rows.capacity:,}"
+    )
     return rows
 
 
@@ -135,6 +141,7 @@ class PatchRows(Scorer):
 
     @cached_property
     def stream(self) -> StreamScorer:
+        log.info("texts with very many or very long patches are scored as a stream, at about half the speed")
         return _stream(self.checkpoint, self.n_ids)
 
     def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:

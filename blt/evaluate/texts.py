@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +14,8 @@ from blt_runtime.ids import encode
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -65,10 +68,32 @@ def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]
             yield piece[:read], piece[read:], last
 
 
+def choose_split(data: Path, wanted: str | None, order: Sequence[str]) -> str:
+    """`wanted`, or of a data folder the first split of `order` that holds text; another than the first is logged."""
+    if wanted is not None:
+        return wanted
+    held = _splits_with_text(data)
+    chosen = next((split for split in order if split in held), order[0])
+    if chosen != order[0]:
+        log.info("%s holds no text in the split %s: using %s (--split chooses)", data, order[0], chosen)
+    return chosen
+
+
+def _splits_with_text(data: Path) -> list[str]:
+    from blt.data.dataset import Dataset, is_data_folder
+
+    if not is_data_folder(data):
+        return []
+    return [name for name, split in Dataset(data).manifest["splits"].items() if split["bytes"]]
+
+
 def no_text(data: Path, split: str) -> InputError:
     """The error to raise for data without text."""
-    where = "is empty" if data.is_file() else f"holds no text in the split {split!r}"
-    return InputError(f"{data} {where}")
+    if data.is_file():
+        return InputError(f"{data} is empty; give some text")
+    held = _splits_with_text(data)
+    instead = f"choose another with --split: {', '.join(held)}" if held else "make it again with blt data prepare"
+    return InputError(f"{data} holds no text in the split {split!r}; {instead}")
 
 
 def pieces(text: bytes, context: int) -> Iterator[NDArray[np.int64]]:

@@ -233,6 +233,33 @@ def test_a_group_named_all_is_counted_once(blt: Call, checkpoint: Path, tmp_path
     assert report["bytes"] == report["groups"]["ALL"]["bytes"] == len(TEXT.encode())
 
 
+def test_eval_says_when_a_text_is_longer_than_the_model_reads_at_once(
+    blt: Call, checkpoint: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """The rows of this model have 510 bytes."""
+    text, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    text.write_bytes(b"0123456789" * 60)
+    short.write_bytes(b"0123456789" * 51)
+    slow = blt("eval", checkpoint, text)
+    assert "texts have up to 600 bytes, a whole row of this model 510: they are scored as a stream" in slow.err
+    assert "--context 510" in slow.err
+    assert blt("eval", checkpoint, text, "--context", 510).err == ""
+    assert "reads 510 bytes at once" in blt("eval", bundle, text).err
+    for model in (checkpoint, bundle):
+        assert blt("eval", model, short).err == ""
+
+
+def test_eval_chooses_a_split_that_holds_text(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three")
+    assert blt("data", "prepare", tmp_path / "a.txt", "-o", tmp_path / "d", "--split", "1/0/0").code == 0
+    chosen = blt("eval", checkpoint, tmp_path / "d", "--json")
+    assert json.loads(chosen.text)["bytes"] == 13
+    assert "holds no text in the split test: using train (--split chooses)" in chosen.err
+    refused = blt("eval", checkpoint, tmp_path / "d", "--split", "test")
+    assert refused.code == 2
+    assert "holds no text in the split 'test'; choose another with --split: train" in refused.err
+
+
 def test_inspect(blt: Call, checkpoint: Path, bundle: Path) -> None:
     from blt.checkpoint.models import load
 

@@ -111,7 +111,7 @@ def test_a_text_that_is_too_long_is_one_line() -> None:
             assert scorer.capacity is not None
             scorer.bits(b"x" * scorer.capacity, eos=True)
             long = bytes(range(256)) * (1 + scorer.capacity // 100)
-            with pytest.raises(UsageError, match="shorten it"):
+            with pytest.raises(UsageError, match="give a shorter text"):
                 scorer.bits(long)
 
 

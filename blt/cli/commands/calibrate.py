@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     Halves = tuple[list[Piece], list[Piece]]  # to choose the threshold on, held out
 
+SPLITS = ("valid", "test", "train")
+"""In the order in which one with text is searched."""
 MEANS = (2.0, 3.0, 4.0, 4.5, 6.0, 8.0)  # bytes per patch; rows of the table besides the wanted one
 
 
@@ -48,7 +50,9 @@ def calibrate(
         Path | None, typer.Option("-o", "--out", metavar="MODEL", help="Write the model with the new threshold.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the table, as .png or .html.")] = None,
-    split: Annotated[str, typer.Option(help="train, valid or test of a data folder.")] = "valid",
+    split: Annotated[
+        str | None, typer.Option(help="train, valid or test of a data folder (default: valid, else test, else train).")
+    ] = None,
     n_bytes: Annotated[
         str, typer.Option("--bytes", metavar="SIZE", help="About this much text, spread evenly over DATA.")
     ] = "4M",
@@ -89,7 +93,7 @@ def calibrate(
         raise CheckpointError(f"{model} has no entropy model; name one with --entropy-model PATH")
     base, place = base_rule(source.patch_rule, rule), devices.torch_device(device)
     size = min(size, source.entropy_config.max_seqlen - 2)
-    text = texts.spread(data, split, context=size, most=most)
+    text = texts.spread(data, texts.choose_split(data, split, SPLITS), context=size, most=most)
     checkpoint = build(source).with_entropy_dtype(base.entropy_dtype)
     parts = halves(_pieces(_present(checkpoint.entropy), text, reset_newlines=base.reset_newlines, device=place))
     rows, unreachable = _rows(parts, own=source.patch_rule, base=base, wanted=mean_patch)

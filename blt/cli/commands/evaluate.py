@@ -28,6 +28,8 @@ from blt_runtime.errors import CheckFailed, UsageError
 if TYPE_CHECKING:
     from blt.evaluate.scoring import Scored, Scorer, Unit
 
+SPLITS = ("test", "valid", "train")
+"""In the order in which one with text is searched."""
 ALL = ""  # key of the sum over all groups; no group has an empty name
 
 
@@ -92,7 +94,9 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Argument(metavar="DATA", help="A data folder (blt data prepare) or a file.")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, valid or test of a data folder.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, valid or test of a data folder (default: test, else valid, else train).")
+    ] = None,
     by: Annotated[str | None, typer.Option(metavar="group", help="Also print one row per group.")] = None,
     limit: Annotated[str | None, typer.Option(metavar="SIZE", help="At most this many bytes of each group.")] = None,
     context: Annotated[str, typer.Option(metavar="SIZE", help="Longest piece; longer documents are cut.")] = "4k",
@@ -115,6 +119,7 @@ def evaluate(
     names = _baselines(baseline)
     size = options.parse_size(context, "--context", at_least=1)
     most = None if limit is None else options.parse_size(limit, "--limit", at_least=1)
+    split = "test" if data is None else texts.choose_split(data, split, SPLITS)
     if suite is not None:
         _only_without_suite({"--by": by, "--baseline": baseline, "--fail-above": fail_above})
         chosen = suites.Chosen(suite=suite, items=items, seed=seed, data=data, split=split, limit=most)
@@ -126,9 +131,16 @@ def evaluate(
     limited = list(texts.limited(texts.documents(data, split), most))
     if not limited:
         raise texts.no_text(data, split)
-    with scorers.open_scorer(model, size + 2, how) as scorer:
+    longest = min(size, max(len(document.text) for document in limited))
+    with scorers.open_scorer(model, longest + 2, how) as scorer:
         unit = scorer.unit
-        tallies = _score_all(scorer, limited, size if scorer.capacity is None else min(size, scorer.capacity))
+        if scorer.capacity is not None and scorer.capacity < longest:
+            console.log.info(
+                "this model reads %s bytes at once: longer documents are cut there, not at --context %s, and what "
+                "begins a piece is predicted from less text", f"{scorer.capacity:,}", f"{size:,}",
+            )  # fmt: skip
+            longest = scorer.capacity
+        tallies = _score_all(scorer, limited, longest)
     _add_baselines(tallies, limited, names)
     shown = tallies if by == "group" else {ALL: tallies[ALL]}
     if as_json:
