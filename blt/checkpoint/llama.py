@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from blt.checkpoint import hub
+from blt.checkpoint.claims import MOST_TENSORS
+from blt.checkpoint.gguf_file import GGUFFile
 from blt.checkpoint.huggingface import CONFIG, LAYER, UNUSED, weight_files
 from blt.checkpoint.source import parse, read_json
 from blt.checkpoint.tensors import read_safetensors
 from blt.model.config import TransformerConfig
 from blt.model.layers import Stack
+from blt_runtime import reading
 from blt_runtime.errors import CheckpointError, MissingExtra, shown
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,8 @@ class BlockNames:
 
     def check_plain(self, found: Iterable[str], n_layers: int, where: Path) -> None:
         """Raises CheckpointError if a block has more than a plain Llama's weights: nothing is dropped silently."""
+        if n_layers > MOST_TENSORS:
+            raise CheckpointError(f"{where}: the configuration has {n_layers:,} layers, the file fewer; copy it again")
         known = {self.weight(layer, name) for layer in range(n_layers) for name in self.names}
         blocks = {name for name in found if name.startswith(f"{self.prefix}.") and not self.unused.match(name)}
         rest = sorted(blocks - known)
@@ -194,55 +199,51 @@ def _folder_config(values: dict[str, Any], where: str) -> TransformerConfig:
 
 
 def _read_gguf(path: Path) -> Llama:
-    reader, gguf = _open_gguf(path)
-    kind = _field(reader, "general.architecture")
+    file, gguf = _open_gguf(path)
+    kind = file.fields.get("general.architecture")
     if kind != "llama":
         raise CheckpointError(f"{path}: architecture is {shown(kind)}; the latent transformer starts from 'llama' only")
-    config = _gguf_config(reader, str(path))
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    GGUF_NAMES.check_plain(found, config.n_layers, path)
-    if GGUF_FREQUENCIES in found:
+    config = _gguf_config(file.fields, str(path))
+    GGUF_NAMES.check_plain(file.tensors, config.n_layers, path)
+    if GGUF_FREQUENCIES in file.tensors:
         _warn_scaling(GGUF_FREQUENCIES, str(path))
 
     def tensor(ours: str) -> Tensor:
-        theirs, stored = GGUF_NAMES.find(ours, found, path)
+        theirs, stored = GGUF_NAMES.find(ours, file.tensors, path)
         try:
-            return torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
-        except (NotImplementedError, ValueError) as error:
+            return torch.from_numpy(file.read(stored, gguf))
+        except (NotImplementedError, ValueError, LookupError) as error:
             raise CheckpointError(f"{path}: {theirs} cannot be dequantised ({error}); use another GGUF") from None
 
     return Llama(path, config, tensor)
 
 
-def _open_gguf(path: Path) -> tuple[Any, Any]:
+def _open_gguf(path: Path) -> tuple[GGUFFile, Any]:
     try:
         import gguf
     except ImportError:
         raise MissingExtra(f"{path} cannot be read: gguf", "gguf") from None
     try:
-        return gguf.GGUFReader(path), gguf
-    except (ValueError, IndexError, KeyError, OSError, TypeError, OverflowError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged or not a GGUF file ({error}); copy it again") from None
+        return GGUFFile(path, {int(kind): block for kind, block in gguf.GGML_QUANT_SIZES.items()}), gguf
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a GGUF file ({reading.reason(error)}); copy it again"
+        ) from None
 
 
-def _field(reader: Any, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()
-
-
-def _gguf_config(reader: Any, where: str) -> TransformerConfig:
-    _warn_scaling(_field(reader, "llama.rope.scaling.type") or "none", where)
+def _gguf_config(fields: Mapping[str, Any], where: str) -> TransformerConfig:
+    _warn_scaling(fields.get("llama.rope.scaling.type") or "none", where)
     return _config(
         {
-            "dim": _field(reader, "llama.embedding_length"),
-            "n_layers": _field(reader, "llama.block_count"),
-            "n_heads": _field(reader, "llama.attention.head_count"),
-            "n_kv_heads": _field(reader, "llama.attention.head_count_kv"),
-            "head_dim": _field(reader, "llama.attention.key_length"),
-            "ffn_dim": _field(reader, "llama.feed_forward_length"),
-            "norm_eps": _field(reader, "llama.attention.layer_norm_rms_epsilon"),
-            "rope_theta": _field(reader, "llama.rope.freq_base") or 10000.0,
-            "max_seqlen": _field(reader, "llama.context_length") or 2048,
+            "dim": fields.get("llama.embedding_length"),
+            "n_layers": fields.get("llama.block_count"),
+            "n_heads": fields.get("llama.attention.head_count"),
+            "n_kv_heads": fields.get("llama.attention.head_count_kv"),
+            "head_dim": fields.get("llama.attention.key_length"),
+            "ffn_dim": fields.get("llama.feed_forward_length"),
+            "norm_eps": fields.get("llama.attention.layer_norm_rms_epsilon"),
+            "rope_theta": fields.get("llama.rope.freq_base") or 10000.0,
+            "max_seqlen": fields.get("llama.context_length") or 2048,
         },
         where,
     )
@@ -262,7 +263,7 @@ def _config(values: dict[str, Any], where: str) -> TransformerConfig:
 def _warn_scaling(kind: str, where: str) -> None:
     if kind not in ("default", "none"):
         log.warning(
-            "%s: the scaling %r of the rotary frequencies is ignored; the plain ones of rope_theta are used",
+            "%s: the scaling %s of the rotary frequencies is ignored; the plain ones of rope_theta are used",
             where,
-            kind,
+            shown(kind),
         )
