@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
+from blt.checkpoint.names import listed, mismatch
 from blt.checkpoint.tensors import DTYPES, StoredTensor
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel
 from blt.model.token import TokenConfig
@@ -95,7 +96,7 @@ class Source:
         bad = [name for model in self.models().values() for t in model.weights.values() for name in t.not_finite()]
         if bad:
             raise CheckpointError(
-                f"{self.path}: NaN or infinite weights in {', '.join(dict.fromkeys(bad))}; it was saved broken"
+                f"{self.path}: NaN or infinite weights in {listed(list(dict.fromkeys(bad)))}; it was saved broken"
             )
 
 
@@ -123,8 +124,8 @@ def fit_weights(
     where: Path,
     unused: re.Pattern[str] | None = None,
 ) -> StoredModel[ModelConfig]:
-    """A model from tensors under a file's own names. Raises one CheckpointError that lists everything that does not fit
-    the configuration.
+    """A model from tensors under a file's own names. Raises one CheckpointError that says everything that does not fit
+    the configuration: counts, and the first names of each kind.
 
     names_of: the file's names of one of our parameters: one, or one for each hash table if the format stores the tables
     separately.  unused: names that the format stores and no implementation reads.
@@ -137,13 +138,14 @@ def fit_weights(
     except RuntimeError as error:  # the size overflows torch's integers
         raise CheckpointError(f"{where}: the configuration cannot be right: {str(error).splitlines()[0]}") from None
     weights: dict[str, StoredTensor] = {}
+    missing: list[str] = []
     problems: list[str] = []
     left = dict(found)
     for ours, shape in expected_shapes.items():
         theirs = names_of(ours)
         expected = shape if len(theirs) == 1 else (shape[0] // len(theirs), *shape[1:])
         pieces = [left.pop(name, None) for name in theirs]
-        problems += [f"missing {name}" for name, piece in zip(theirs, pieces, strict=True) if piece is None]
+        missing += [name for name, piece in zip(theirs, pieces, strict=True) if piece is None]
         here = [piece for piece in pieces if piece is not None]
         wrong = [problem for piece in here if (problem := _problem(piece, expected))]
         problems += wrong
@@ -153,9 +155,10 @@ def fit_weights(
             tensors = tuple(tensor for piece in here for tensor in piece.pieces)
             names = tuple(name for piece in here for name in piece.names)
             weights[ours] = StoredTensor(names, tensors, all(piece.mapped for piece in here))
-    problems += [f"unknown {name}" for name in left if not (unused and unused.fullmatch(name))]
-    if problems:
-        raise CheckpointError(f"{where}: tensors do not fit the configuration: " + "; ".join(problems))
+    unknown = [name for name in left if not (unused and unused.fullmatch(name))]
+    if missing or problems or unknown:
+        reasons = mismatch(missing, problems, unknown)
+        raise CheckpointError(f"{where}: tensors do not fit the configuration: {reasons}")
     return StoredModel(config, weights)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from blt.checkpoint import claims
+from blt.checkpoint.names import listed, without_wrappers
 from blt.files import atomic_file
 from blt.model.pages import drop_pages
 from blt_runtime import reading
@@ -141,11 +142,14 @@ def _check_readable(path: Path) -> None:
 
 
 def stored_tensors(tensors: Mapping[str, Any], path: Path) -> dict[str, StoredTensor]:
-    """The tensors of an unpickled mapping; `path` is their file."""
-    found = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    """The tensors of an unpickled mapping, without the prefixes of wrappers; `path` is their file.
+
+    Raises CheckpointError if a tensor claims more than the file holds, or if two have one name.
+    """
+    found = {name: t for name, t in tensors.items() if isinstance(name, str) and isinstance(t, Tensor)}
     claims.check_tensors(found, path)
     mapped = zipfile.is_zipfile(path) and _has_native_byte_order(path)
-    return {name: StoredTensor((name,), (t,), mapped) for name, t in found.items()}
+    return without_wrappers({name: StoredTensor((name,), (t,), mapped) for name, t in found.items()}, path)
 
 
 def _has_native_byte_order(path: Path) -> bool:
@@ -156,7 +160,10 @@ def _has_native_byte_order(path: Path) -> bool:
 
 
 def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
-    """All tensors of these files, still in the files. Raises CheckpointError for a damaged file or a repeated name."""
+    """All tensors of these files, still in the files, without the prefixes of wrappers.
+
+    Raises CheckpointError for a damaged file or a repeated name.
+    """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -174,9 +181,9 @@ def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
             ) from None
         twice = sorted(tensors.keys() & found.keys())
         if twice:
-            raise CheckpointError(f"{path}: {', '.join(twice)} are in another file of this checkpoint, too")
+            raise CheckpointError(f"{path}: {listed(twice)} are in another file of this checkpoint, too")
         found |= {name: StoredTensor((name,), (t,), mapped=True) for name, t in tensors.items()}
-    return found
+    return without_wrappers(found, paths[0].parent if paths else Path())
 
 
 # --- writing -------------------------------------------------------------------------------------------------
