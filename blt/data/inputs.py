@@ -143,7 +143,7 @@ def _without_descriptions(folder: Path, files: list[Path]) -> list[Path]:
     data = [file for file in files if file not in set(about)] if about else files
     if not about or not any(_kind_by_name(file.name)[0] in ("jsonl", "parquet") for file in data):
         return files
-    log.info("%s: %s left out, which describe the data", folder, _listed([str(f.relative_to(folder)) for f in about]))
+    log.info("%s: left out, as it describes the data: %s", folder, _listed([str(f.relative_to(folder)) for f in about]))
     return data
 
 

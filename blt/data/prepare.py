@@ -22,7 +22,7 @@ from blt.data.dataset import FORMAT, MANIFEST, VERSION, is_data_folder
 from blt.data.inputs import Source, find_sources
 from blt.data.integrity import sha256_of
 from blt.data.readers import read_all
-from blt.data.records import Document, Fields, Notes, Reading
+from blt.data.records import WHAT_IS_DONE, Document, Fields, Notes, Reading
 from blt.data.shares import assign, place
 from blt.data.splits import SPLITS, check_shares, split_by_name
 from blt.files import staged
@@ -205,7 +205,10 @@ def _say_if_named(sources: list[Source], ignore_names: bool) -> None:
 
 def _say_what_was_skipped(notes: Notes) -> None:
     for what, number in notes.counts.items():
-        log.warning("%s: %s (first: %s); --strict refuses them", f"{number:,}", what, notes.first[what])
+        done, unit = WHAT_IS_DONE[what], "record" if number == 1 else "records"
+        log.warning(
+            "%s %s of %s: %s (first: %s); --strict refuses them", f"{number:,}", unit, what, done, notes.first[what]
+        )
 
 
 def _say_without_validation(manifest: Mapping[str, Any], sources: Sequence[Source], no_share: bool) -> None:

@@ -138,8 +138,9 @@ class Reading:
         self.notes.add(what, where)
 
 
-NULL = "records with null text skipped"
-NOT_UTF8 = "rows of invalid UTF-8 taken as bytes"
+NULL = "null text"
+NOT_UTF8 = "invalid UTF-8"
+WHAT_IS_DONE = {NULL: "skipped", NOT_UTF8: "taken as bytes"}
 
 
 def read_jsonl(lines: BinaryIO, path: Path, reading: Reading) -> Iterator[Document]:

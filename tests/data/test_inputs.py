@@ -254,7 +254,7 @@ def test_files_that_describe_the_data_are_left_out(tmp_path: Path, caplog: pytes
     (folder / "a.jsonl").write_text('{"text": "record"}\n')
     prepare([folder], tmp_path / "data")
     assert everything(tmp_path / "data") == Counter([b"record"])
-    assert "LICENSE, README.md, SHA256SUMS, dataset_infos.json left out" in caplog.text
+    assert "left out, as it describes the data: LICENSE, README.md, SHA256SUMS, dataset_infos.json" in caplog.text
     assert "hidden entries left out: .gitattributes" in caplog.text
     (folder / "a.jsonl").rename(tmp_path / "a.jsonl")
     prepare([folder], tmp_path / "texts", split=(1, 0, 0), format="txt")

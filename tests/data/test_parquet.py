@@ -60,8 +60,8 @@ def test_null_rows_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCap
     nulls = table(tmp_path / "nulls.parquet", {"text": pyarrow.array([None], pyarrow.null())})
     prepare([path, nulls], tmp_path / "data", split=(1, 0, 0))
     assert contents(tmp_path / "data") == Counter([b"a", b"b"])
-    assert f"3: records with null text skipped (first: {path}, row 3)" in caplog.text
-    with pytest.raises(InputError, match=r"null.parquet, row 3: records with null text"):
+    assert f"3 records of null text: skipped (first: {path}, row 3)" in caplog.text
+    with pytest.raises(InputError, match=r"null.parquet, row 3: null text"):
         prepare([path], tmp_path / "strict", split=(1, 0, 0), strict=True)
 
 
@@ -72,7 +72,7 @@ def test_invalid_utf8_is_taken_as_bytes_and_named(tmp_path: Path, caplog: pytest
     parquet.write_table(pyarrow.Table.from_arrays([strings], names=["text"]), path)
     prepare([path], tmp_path / "data", split=(1, 0, 0))
     assert contents(tmp_path / "data") == Counter([b"fine", b"caf\xe9"])
-    assert f"1: rows of invalid UTF-8 taken as bytes (first: {path}, row 2)" in caplog.text
+    assert f"1 record of invalid UTF-8: taken as bytes (first: {path}, row 2)" in caplog.text
     with pytest.raises(InputError, match="row 2"):
         prepare([path], tmp_path / "strict", strict=True)
 
