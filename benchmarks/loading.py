@@ -1,11 +1,11 @@
-"""How long the step waits for its batch, with and without threads that make batches ahead.
+"""How long a training step waits for its batch, with and without threads that prepare batches ahead.
 
     python benchmarks/loading.py --data DATA                      # rows of the demo's shape, steps of 20 ms
     python benchmarks/loading.py --data DATA --rows 64 --patches 1024 --longest 6144 --step-ms 50
 
-The step is stood in for by matrix products of about the given time, which leave the interpreter to other threads as
-PyTorch's operations do; patches are those of the rule `space`. Blocks are small here so that several are planned during
-the measurement. Printed: the mean and the longest wait for a batch, and the step's own time with the threads at work.
+The step is simulated by matrix products of about the given time. Like PyTorch's operations, they release the
+interpreter's lock. Patches are those of the rule `space`. Blocks are small, so that several are planned during the
+measurement. Printed are the mean and the longest wait for a batch, and the step's own time while the threads run.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def main() -> None:
     print("workers  mean wait ms  longest wait ms  step ms")
     for workers in (0, 1, 2, 4):
         loader = Loader(dataset.split("train"), shape, starts, block_tokens=options.block_tokens, workers=workers)
-        next(loader)  # the first plan is waited for in any case
+        next(loader)  # the first batch always waits for the first plan
         waits, steps = measure(loader, options.steps, products)
         mean, longest, step = (1e3 * value for value in (statistics.mean(waits), max(waits), statistics.mean(steps)))
         print(f"{workers:7}  {mean:12.2f}  {longest:15.1f}  {step:7.2f}")
 
 
 def products_in(step_ms: float) -> int:
-    """How many matrix products take `step_ms`."""
+    """The number of matrix products that take `step_ms`."""
     a = torch.randn(384, 384)
     began = time.perf_counter()
     for _ in range(200):

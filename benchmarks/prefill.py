@@ -1,14 +1,15 @@
-"""Reading a prompt: time per byte of the ONNX Runtime bundle and of transformers' forward pass, one table.
+"""Prefill: time per byte of a prompt of the ONNX Runtime bundle and of transformers' forward pass, one table.
 
     python benchmarks/prefill.py                                 # shape M; prompts of 64, 512 and 2048 bytes
     python benchmarks/prefill.py --shape S --bundle DIR          # DIR: the bundle, kept and reused
 
-The same shape, random weights, float32, random bytes, one prompt at a time. On both sides the threshold is the quantile
-of the prompt's own entropies that gives patches of 4.5 bytes. Ours is `Stream.append_ids` on an empty stream: entropy
-model, hashes, then chunks through encoder, latent transformer and decoder; all caches are filled behind it. Theirs is
-`BltForCausalLM.forward`, entropy model included, with what is fastest: no cache, logits of the last byte only.
+Both engines have the same shape, random weights, float32 and random bytes, one prompt at a time. In each, the threshold
+is the quantile of the prompt's own entropies that gives patches of 4.5 bytes. Ours is `Stream.append_ids` on an empty
+stream: entropy model, hashes, then chunks through encoder, latent transformer and decoder. Afterwards all caches are
+filled. Theirs is `BltForCausalLM.forward` including the entropy model, in its fastest form: no cache, logits of the
+last byte only.
 
-Each engine runs in a process of its own, one at a time; rounds go through both, medians over the rounds.
+Each engine runs in a separate process, one at a time. Every round runs both; the table has medians over the rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 from generation import MEAN_PATCH, PROMPTS, SHAPES, export_bundle, hf_model, random_ids
 
 Timed = Callable[[], tuple[float, float]]
-"""Reads a prompt once: seconds, mean patch."""
+"""Reads a prompt once. Returns seconds and mean patch size in bytes."""
 
 
 def clock(a: argparse.Namespace) -> float:
@@ -93,7 +94,7 @@ ENGINES = {"runtime": ours, "transformers": transformers}
 
 
 def run_engine(a: argparse.Namespace) -> dict[int, tuple[float, float]]:
-    """Median seconds of a prompt by its length, and the mean patch, after one that warms up."""
+    """Median seconds by prompt length, and the mean patch size, after one run as a warm-up."""
     prepare, found = ENGINES[a.child](a), {}
     for n in map(int, a.prompts.split(",")):
         read = prepare(random_ids(n))
@@ -105,7 +106,7 @@ def run_engine(a: argparse.Namespace) -> dict[int, tuple[float, float]]:
 
 
 def child(a: argparse.Namespace, engine: str) -> Any:
-    """Runs this script again for one engine; its last line is JSON."""
+    """Runs this script again for one engine and parses its last line, JSON."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1"}
     options = [f"--{name}={getattr(a, name)}" for name in ("shape", "bundle", "threads", "runs", "prompts")]
     command = [sys.executable, __file__, *options, *(["--cpu"] if a.cpu else []), "--child", engine]

@@ -1,11 +1,11 @@
-"""The released 1B at its real size, through every format and out as a bundle: times, peaks of memory, equal output.
+"""The released 1B at its real size, through every format to a bundle: times, peak memory, equal output.
 
     python benchmarks/real_size.py make DIR       random weights, bfloat16, 4.5 billion: reference and hub format
     python benchmarks/real_size.py run DIR        conversions, export with parity, opening, generation; prints a table
 
-About 50 GB of disk and 25 minutes on two cores; `run` deletes what it no longer needs. Every step is a `blt` command in
-a process of its own, whose peak is the kernel's count of resident memory, pages of mapped files included. Exit code 1
-if a limit below is broken or two outputs differ.
+Needs about 50 GB of disk and 25 minutes on two cores; `run` deletes what it no longer needs. Every step is a `blt`
+command in a separate process. Its peak is the kernel's count of resident memory, pages of mapped files included. The
+exit code is 1 if a limit below is exceeded or two outputs differ.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROMPT = "The Byte Latent Transformer reads bytes, finds where the next one is h
 
 
 class Random(StoredTensor):
-    """Random bfloat16 weights that exist one block at a time: normal, sigma = width^(-1/2); norms are ones."""
+    """Random bfloat16 weights, made one block at a time: normal with sigma = width^(-1/2); ones for norms."""
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int, scale: float = 1.0) -> None:
         super().__init__((name,), (torch.empty(shape, dtype=torch.bfloat16, device="meta"),))
@@ -74,13 +74,13 @@ def random_weights(config: BLTConfig | EntropyConfig, seed: int) -> dict[str, St
                 weights[name] = Random(name, (config.hash.rows, shape[1]), seed + 1000 * (t + 1))
         else:
             name = facebook_name(ours, entropy=entropy)
-            sharp = 3.0 if entropy and ours == "output.weight" else 1.0  # entropies spread over a nat or more
+            sharp = 3.0 if entropy and ours == "output.weight" else 1.0  # so that entropies spread over a nat or more
             weights[name] = Random(name, shape, seed + i, sharp)
     return weights
 
 
 def make(folder: Path) -> None:
-    """Folders blt_1b and entropy_model (training format), hub/blt-1b and hub/blt-entropy."""
+    """Writes the folders blt_1b and entropy_model (training format), hub/blt-1b and hub/blt-entropy."""
     blt, entropy = _released()
     total = sum(blt.params().values()) + entropy.n_params()
     print(f"{total:,} parameters, {blt.params()['hash tables']:,} of them in hash tables")
@@ -109,7 +109,7 @@ def make(folder: Path) -> None:
 
 
 def _released() -> tuple[BLTConfig, EntropyConfig]:
-    """The shapes of spec section 14, which two of our configurations have."""
+    """The released shapes, which are also those of two of our configurations."""
     blt, entropy = (load_config(ROOT / "configs" / f"{name}.yaml").model for name in ("blt-1b", "entropy-100m"))
     assert isinstance(blt, BLTConfig)
     assert isinstance(entropy, EntropyConfig)
@@ -154,7 +154,7 @@ def _entropy_args(c: EntropyConfig) -> dict[str, Any]:
 
 
 def _threshold(entropy_model: Path) -> float:
-    """Random weights have entropies of their own: the threshold that cuts one byte in MEAN_PATCH of the prompt."""
+    """The threshold at which one byte in MEAN_PATCH of the prompt begins a patch, for the random weights."""
     entropy = load(entropy_model).entropy
     assert entropy is not None
     with torch.no_grad():
@@ -180,7 +180,7 @@ class Result:
     limit: float | None = None
 
     @property
-    def broken(self) -> bool:
+    def exceeded(self) -> bool:
         return self.limit is not None and self.peak > self.limit
 
 
@@ -194,19 +194,20 @@ class Bench:
         return self.run(step, [sys.executable, "-m", "blt.cli", *map(str, args)], limit)
 
     def run(self, step: str, command: Sequence[str], limit: float | None = None) -> bytes:
-        """A child process: its stdout; seconds and peak go to the table."""
+        """Runs a child process and returns its stdout. Its seconds and peak memory are added to the table."""
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:3])}
         started = time.perf_counter()
         child = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, cwd=self.folder)
         assert child.stdout is not None
         output = child.stdout.read()
         _, status, usage = os.wait4(child.pid, 0)
-        result = Result(step, time.perf_counter() - started, usage.ru_maxrss * 1024, limit)
+        seconds = time.perf_counter() - started
+        result = Result(step=step, seconds=seconds, peak=usage.ru_maxrss * 1024, limit=limit)
         self.results.append(result)
         print(f"{step}: {result.seconds:.1f} s, peak {result.peak / GB:.2f} GB", file=sys.stderr, flush=True)
         if status:
             raise SystemExit(f"{step} failed")
-        self.expect(not result.broken, f"{step}: peak {result.peak / GB:.2f} GB is above {(limit or 0) / GB:g} GB")
+        self.expect(not result.exceeded, f"{step}: peak {result.peak / GB:.2f} GB is above {(limit or 0) / GB:g} GB")
         return output
 
     def expect(self, holds: bool, fault: str) -> None:
@@ -258,7 +259,7 @@ def run(folder: Path) -> int:
 
 
 def convert(bench: Bench) -> None:
-    """Each format into ours; all three must give the same file, byte for byte."""
+    """Converts each format to ours. All three must give the same file, byte for byte."""
     folder = bench.folder
     bench.blt(
         "reference to native", "convert", "blt_1b", "-o", "native", "--to", "native", "--force", limit=CONVERT_PEAK

@@ -1,15 +1,16 @@
-"""Does what the paper says hold at this size? Models of equal FLOPs per byte, trained on the same bytes.
+"""The paper's comparison at a small size: models of equal FLOPs per byte, trained on the same bytes.
 
     blt data prepare TEXT -o DATA
     python benchmarks/study.py DATA -o STUDY
 
-trains an entropy model and the models of VARIANTS with `blt train`, scores each with `blt eval` on the test split, also
-under noise, and writes study.md (the tables), study.json and study.png into STUDY. Killed, it goes on where it
-stopped. docs/study.md holds the tables of a run and says what agrees with the paper.
+trains an entropy model and the models of VARIANTS with `blt train` and scores each with `blt eval` on the test split,
+also with noise. It writes study.md (the tables), study.json and study.png into STUDY. A killed study continues where it
+stopped. docs/study.md has the tables of a run and compares them with the paper.
 
-The byte-level transformer of configs/study/bytes.yaml sets the FLOPs per byte. In every other model one feed-forward
-width (the latent transformer's, the token model's) takes up what its other parts leave; with entropy patches the
-entropy model counts, too. Rows hold the same bytes everywhere, so a step is the same amount of text for all.
+The byte-level transformer of configs/study/bytes.yaml sets the FLOPs per byte. In every other model, one feed-forward
+width (of the latent transformer or the token model) is chosen so that the whole model has these FLOPs. With entropy
+patches, the entropy model counts, too. Rows hold the same number of bytes in all models, so a step reads the same
+amount of text.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from blt_runtime.patching import PatchRule, patch_lengths
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "study"
 ENTROPY = "entropy-model"
 SAMPLE = 4 << 20  # bytes of training text on which space patches and tokens are measured
-STEP = 8  # widths are multiples of it: a step changes the FLOPs by well under one per cent
+STEP = 8  # widths are multiples of this, which changes the FLOPs by much less than one per cent
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model: the configuration it starts from, and what it sets in it."""
+    """One model: the configuration that it starts from, and the values that it replaces."""
 
     name: str
     config: str
@@ -67,7 +68,7 @@ VARIANTS = (
     Variant("BLT, static 6", "blt", _patches("static", 4, patch_size=6, max_patch_length=None)),
     Variant("without hash n-grams", "blt", ENTROPY_45 | {"model.hash": None}),
     Variant("without pooled queries", "blt", ENTROPY_45 | LEARNED),
-    # Two of them again: a difference below that between two seeds says nothing.
+    # Two variants again: a difference smaller than that between two seeds has no meaning.
     Variant("BLT, entropy 4.5, seed 1", "blt", ENTROPY_45 | SEED),
     Variant("without pooled queries, seed 1", "blt", ENTROPY_45 | LEARNED | SEED),
 )
@@ -75,7 +76,7 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A variant fitted to the data and the budget: `overrides` for --set, and the bytes per patch or token."""
+    """A variant fitted to the data and the budget. overrides: for --set. unit: bytes per patch or token."""
 
     variant: Variant
     overrides: list[str]
@@ -95,7 +96,7 @@ class Run:
 
 
 def chosen(folders: str | None) -> Sequence[Variant]:
-    """Of VARIANTS those whose runs lie in these folders, all for None. Raises SystemExit for an unknown one."""
+    """The VARIANTS with these folder names, all for None. Raises SystemExit for an unknown name."""
     known = {Run(variant, []).folder: variant for variant in VARIANTS}
     names = folders.split(",") if folders else list(known)
     for name in names:
@@ -125,9 +126,11 @@ def fitted(variant: Variant, data: Dataset, n_bytes: int) -> Run:
         values["batch.byte_buckets"] = [round(context / unit)]
     elif isinstance(config, BLTRun):
         unit, width = _patch_size(data, config), "model.latent.ffn_dim"
-        values["batch.patches"] = STEP * math.ceil(1.12 * context / unit / STEP)  # so few rows end before the last byte
+        values["batch.patches"] = STEP * math.ceil(
+            1.12 * context / unit / STEP
+        )  # few rows then end before the last byte
     if width:
-        values[width] = _width(variant.config, values, width, budget, unit)
+        values[width] = _width(variant.config, values, width, budget=budget, unit=unit)
     return Run(variant, _sets(values), unit)
 
 
@@ -137,8 +140,8 @@ def _flops(config: RunConfig, unit: float | None) -> float:
     return flops_per_byte(config, bytes_per_token=unit, entropy=entropy.model, patch_size=unit)
 
 
-def _width(name: str, values: dict[str, object], key: str, budget: float, unit: float | None) -> int:
-    """The feed-forward width with which the model has the budget's FLOPs, which grow in a line with it."""
+def _width(name: str, values: dict[str, object], key: str, *, budget: float, unit: float | None) -> int:
+    """The feed-forward width with which the model has the FLOPs of the budget. They are linear in the width."""
     low, high = (_flops(_load(name, _sets(values | {key: width})), unit) for width in (STEP, 2 * STEP))
     width = STEP * round((STEP + (budget - low) / (high - low) * STEP) / STEP)
     if width < STEP:
@@ -188,7 +191,7 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def train(self, run: Run) -> Path:
-        """Trains unless it is done; returns the model."""
+        """The path of the trained model. Trains it if it does not exist."""
         folder = self.out / run.folder
         model = folder / "model.pt"
         if not model.exists():
@@ -200,13 +203,13 @@ class Study:
         return model
 
     def score(self, run: Run) -> dict[str, Any]:
-        """Bits per byte of the trained model on the test split, and what noise adds to them."""
+        """Bits per byte of the trained model on the test split, without and with noise."""
         options = ["--by", "group", "--limit", self.args.limit, "--context", "1k", "--baseline", "ppmd,xz"]
         noise: dict[str, Any] = self._eval(run, "noise.json", "--suite", "noise", "--items", self.args.pairs)["noise"]
         return self._eval(run, "eval.json", *options) | {"noise": noise["lines"]}
 
     def _eval(self, run: Run, name: str, *options: object) -> dict[str, Any]:
-        """The report of `blt eval`, kept beside the model."""
+        """The report of `blt eval`, kept in the model's folder."""
         file, model = self.out / run.folder / name, self.train(run)
         if not file.exists():
             shared = ["--split", "test", "--threads", self.args.threads, "--json"]
@@ -234,7 +237,7 @@ class Study:
             self.out / "study.png",
             "--labels",
             names,
-            "--against",  # the same curves against FLOPs: all models have the same FLOPs per byte
+            "--against",  # against FLOPs, the curves would be the same: all models have the same FLOPs per byte
             "bytes",
             "--from",
             round(n_bytes / 20),
@@ -262,7 +265,7 @@ class Study:
 
 
 def _kinds(groups: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Bits per byte of the groups `kind.language` of each kind together."""
+    """Bits per byte of each kind, over all its groups `kind.language`."""
     kinds = sorted({name.split(".")[0] for name in groups})
     members = {kind: [group for name, group in groups.items() if name.split(".")[0] == kind] for kind in kinds}
     return {
@@ -272,7 +275,7 @@ def _kinds(groups: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown."""
+    """The table of results as Markdown lines."""
     kinds = list(rows[0]["kinds"])
     head = ["model", "MFLOPs/byte", "MB read", "bytes/patch", "test bits/byte", *kinds]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -287,7 +290,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _noise_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: what noise adds to the bits of a clean byte, in the completion (in the prompt)."""
+    """Markdown lines: additional bits per clean byte with noise in the completion (in the prompt)."""
     recipes = list(dict.fromkeys(line["recipe"] for line in rows[0]["noise"] if line["noise_in"]))
     lines = [f"| model | clean | {' | '.join(recipes)} |", "|---" * (2 + len(recipes)) + "|"]
     for row in rows:
@@ -302,12 +305,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a folder made by `blt data prepare`")
     parser.add_argument("-o", "--out", default="study", help="folder of the runs and the table")
-    parser.add_argument("--models", metavar="NAME,...", help="these alone, by the names of their folders, like bpe")
+    parser.add_argument(
+        "--models", metavar="NAME,...", help="train only these, by the names of their folders, such as bpe"
+    )
     parser.add_argument("--megabytes", type=float, default=8.0, help="text that each model trains on, in 10^6 bytes")
     parser.add_argument("--limit", default="64k", help="test bytes of each group")
     parser.add_argument("--pairs", type=int, default=60, help="pairs of prompt and completion under noise")
     parser.add_argument("--jobs", type=int, default=1, help="models trained at once")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each")
+    parser.add_argument("--threads", type=int, default=2, help="threads per model")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
     return parser.parse_args()
 

@@ -1,13 +1,13 @@
-"""Dense against sparse hash tables: seconds and memory of a training step at several table sizes, and what both learn.
+"""Dense against sparse hash tables: seconds and memory of a training step by table size, and bits per byte of both.
 
-    python benchmarks/tables.py                             # text on stderr, one JSON object on stdout
+    python benchmarks/tables.py                             # a table on stderr, one JSON object on stdout
     python benchmarks/tables.py --rows 8000 500000          # other sizes
-    python benchmarks/tables.py --data DIR --steps 300      # also trains both ways on prepared data, same batches
+    python benchmarks/tables.py --data DIR --steps 300      # also trains both on prepared data, with the same batches
 
 The step is the whole step of `blt train blt` (forward, backward, norm, AdamW), with random bytes as the batch unless
-`--data` is given. Each measurement is a process of its own, because memory is what the kernel counted as its peak
-during steps (resident set, Linux) less what it was before the trainer was built. Dense and sparse alternate. Random
-bytes touch as many rows as a batch can: text touches fewer, so these are the least savings.
+`--data` is given. Each measurement runs in a separate process, because memory is the kernel's peak of the resident set
+during the steps (Linux) minus the resident set before the trainer was built. Dense and sparse runs are interleaved.
+Random bytes touch as many rows as a batch can. Text touches fewer, so its savings are larger.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def config_of(tables: str, rows: int) -> Any:
 
 
 def random_data(folder: Path) -> Path:
-    """Bytes without any repetition that hashing could use, with spaces for patches."""
+    """Random bytes, so that n-grams do not repeat, with spaces for the patches."""
     from blt.data import prepare
 
     random = np.random.default_rng(0)
@@ -59,8 +59,8 @@ def random_data(folder: Path) -> Path:
     return folder / "data"
 
 
-def measure(tables: str, rows: int, data: Path, repeats: int) -> dict[str, Any]:
-    """In this process: milliseconds of a step (median of `repeats` after three), peak memory, rows touched."""
+def measure(tables: str, rows: int, data: Path, *, repeats: int) -> dict[str, Any]:
+    """Measures in this process: milliseconds of a step (median of `repeats` after three), peak memory, rows touched."""
     import torch
 
     from blt.train.setup import prepare_run
@@ -70,7 +70,7 @@ def measure(tables: str, rows: int, data: Path, repeats: int) -> dict[str, Any]:
     trainer = prepare_run(config_of(tables, rows), data / "unused", data)[0]
     times = []
     for i in range(3 + repeats):
-        if i == 1:  # the optimizer's state is there, and initialisation is forgotten
+        if i == 1:  # the optimizer's state exists; this resets the peak of the initialisation
             Path("/proc/self/clear_refs").write_text("5")
         began = time.perf_counter()
         trainer.train_step()
@@ -83,7 +83,7 @@ def measure(tables: str, rows: int, data: Path, repeats: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def learn(tables: str, rows: int, data: Path, steps: int) -> dict[str, Any]:
+def learn(tables: str, rows: int, data: Path, *, steps: int) -> dict[str, Any]:
     """Bits per byte on the validation text after a short training."""
     import torch
 
@@ -99,19 +99,19 @@ def learn(tables: str, rows: int, data: Path, steps: int) -> dict[str, Any]:
 
 
 def resident(which: str) -> int:
-    """VmRSS: resident memory now; VmHWM: its peak since it was last reset. Bytes."""
+    """Bytes of resident memory (VmRSS) or of its peak since the last reset (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
 
-def in_a_process(job: list[str]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, *job], stdout=subprocess.PIPE, check=True, text=True)
+def run_child(arguments: list[str]) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
-def both(job: list[str]) -> list[dict[str, Any]]:
-    return [in_a_process(["--only", tables, *job]) for tables in ("dense", "sparse")]
+def dense_and_sparse(arguments: list[str]) -> list[dict[str, Any]]:
+    return [run_child(["--only", tables, *arguments]) for tables in ("dense", "sparse")]
 
 
 def report(steps: list[dict[str, Any]], learned: list[dict[str, Any]]) -> None:
@@ -131,20 +131,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[4000, 32000, 250000, 500000], help="per table")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--data", type=Path, help="made by `blt data prepare`")
-    parser.add_argument("--steps", type=int, default=0, help="also train both ways so long, with the second --rows")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="also train both for this many steps, with the second --rows"
+    )
     parser.add_argument("--only", choices=("dense", "sparse"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only and args.steps:
-        print(json.dumps(learn(args.only, args.rows[0], args.data, args.steps)))
+        print(json.dumps(learn(args.only, args.rows[0], args.data, steps=args.steps)))
     elif args.only:
-        print(json.dumps(measure(args.only, args.rows[0], args.data, args.repeats)))
+        print(json.dumps(measure(args.only, args.rows[0], args.data, repeats=args.repeats)))
     else:
         with tempfile.TemporaryDirectory() as folder:
             data = ["--data", str(args.data or random_data(Path(folder)))]
             repeats = ["--repeats", str(args.repeats)]
-            steps = [run for rows in args.rows for run in both(["--rows", str(rows), *data, *repeats])]
+            steps = [run for rows in args.rows for run in dense_and_sparse(["--rows", str(rows), *data, *repeats])]
             rows = ["--rows", str(args.rows[min(1, len(args.rows) - 1)])]
-            learned = both([*rows, *data, "--steps", str(args.steps)]) if args.data and args.steps else []
+            learned = dense_and_sparse([*rows, *data, "--steps", str(args.steps)]) if args.data and args.steps else []
         report(steps, learned)
         print(json.dumps({"schema": "blt.benchmark-tables/1", "steps": steps, "learned": learned}))
 

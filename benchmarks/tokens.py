@@ -1,20 +1,20 @@
-"""Against token models: bytes per second of a BLT and of a token model of equal FLOPs per byte, on the same machine.
+"""A BLT against a token model of equal FLOPs per byte: bytes per second on the same machine.
 
     pip install onnxruntime-genai transformers
     python benchmarks/tokens.py --folder DIR                 # shape M, float32, int8 and int4, batch 1 and 8
     python benchmarks/tokens.py --folder DIR --shape S --precisions fp32 --batches 1
 
-The token model is a Llama (`llama_of`: the dim and number of layers whose FLOPs per byte come closest to the BLT's, its
-entropy model included) that onnxruntime-genai's model builder makes and its generator runs: past and present in one
-buffer, the output layer for the last position of a prompt only. Vocabulary and bytes per token are those published for
-the tokenizers of Llama 3 (128,256; 4.4) or Llama 2 (32,000; 3.7); the output layer counts.
+The token model is a Llama with the dim and number of layers (`llama_of`) whose FLOPs per byte are closest to those of
+the BLT with its entropy model. onnxruntime-genai's model builder makes its graph, and its generator runs it: past and
+present share a buffer, and the output layer runs for the last position of a prompt only. Vocabulary and bytes per token
+are those published for the tokenizers of Llama 3 (128,256; 4.4) or Llama 2 (32,000; 3.7). The output layer counts.
 
-All weights are random: speed does not depend on their values, quality does, so nothing here says which model writes
-better. The BLT takes in English text and patches of about 4.5 bytes (the threshold is chosen for that); the token
-model takes in as many random tokens as the text has bytes / bytes per token. Both choose the likeliest id.
+All weights are random. Speed does not depend on their values, but quality does, so this script does not compare the
+quality of text. The BLT reads English text in patches of about 4.5 bytes, for which its threshold is chosen. The token
+model reads random tokens, as many as the text has bytes divided by bytes per token. Both choose the likeliest id.
 
-Each engine runs in a process of its own, one at a time; rounds go through all of them, medians over the rounds. The
-floor is the weights that one byte reads over the read bandwidth, measured between the rounds.
+Each engine runs in a separate process, one at a time. Every round runs all of them; the table has medians over the
+rounds. The floor is the read bandwidth, measured between the rounds, divided by the weight bytes that one byte reads.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from blt_runtime.engine.batch import SHARE, SLICE
 
 MEAN_PATCH, CONTEXT = 4.5, 2048
 TOKENIZERS = {"llama3": (128_256, 4.4), "llama2": (32_000, 3.7)}
-"""Vocabulary and bytes per token, as the BLT paper has them (section 4.2; arXiv 2412.09871)."""
+"""Vocabulary and bytes per token, from the BLT paper (section 4.2; arXiv 2412.09871)."""
 BLOCKS = {"int8": 128, "int4": 32}
-"""Weights that share a scale: what `blt export` takes, so that a weight has the same bits on both sides."""
+"""Weights that share a scale, as in `blt export`, so that a weight has the same number of bits in both models."""
 HEAD, STEPS, ASPECT = 64, (128, 64), (32, 128)
 MAX_TOKENS, WARM_UP = 1024, 8
 
 
 @dataclass(frozen=True)
 class Llama:
-    """A token model: Llama's block with as many key heads as heads, input and output embeddings apart."""
+    """A token model: Llama's block with as many key heads as heads, and separate input and output embeddings."""
 
     dim: int
     layers: int
@@ -72,8 +72,11 @@ class Llama:
 
 
 def llama_of(flops_per_byte: float, vocabulary: int, bytes_per_token: float) -> Llama:
-    """The Llama of the closest FLOPs per byte among those 32 to 128 times as wide as deep, their dim a multiple of 128;
-    of 64, if 1 % cannot be met otherwise. Raises ValueError if none is within 5 %: the output layer is too large."""
+    """The Llama with the closest FLOPs per byte, among those 32 to 128 times as wide as deep.
+
+    Its dim is a multiple of 128, or of 64 if no multiple of 128 is within 1 %. Raises ValueError if none is within
+    5 %, because the output layer is too large.
+    """
 
     def error(model: Llama) -> float:
         return abs(model.flops_per_byte(bytes_per_token) / flops_per_byte - 1)
@@ -102,11 +105,11 @@ def blt_flops(shape: str) -> float:
 
 
 def share_of_floor(bytes_per_s: float, weight_bytes: float, bandwidth: float) -> float:
-    """Of the speed at which memory gives `weight_bytes` for each byte of text."""
+    """Share of the speed that the read bandwidth allows if each byte of text reads `weight_bytes`."""
     return bytes_per_s * weight_bytes / bandwidth
 
 
-# --- building: what is in the folder already is kept -------------------------------------------------------
+# --- building: existing models in the folder are kept -------------------------------------------------------
 
 
 def build_blt(a: argparse.Namespace, precision: str) -> None:
@@ -135,7 +138,7 @@ def build_llama(a: argparse.Namespace, precision: str) -> None:
 
 
 def save_llama(model: Llama, folder: Path) -> None:
-    """Random weights, float32; the tokenizer knows one word: the builder asks for a file, nothing here reads it."""
+    """Random weights, float32. The tokenizer has one word: the builder needs a file, and nothing here reads it."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -172,7 +175,7 @@ def llama_for(a: argparse.Namespace) -> Llama:
     return llama_of(blt_flops(a.shape), *TOKENIZERS[a.tokenizer])
 
 
-# --- engines: each call is one process ---------------------------------------------------------------------
+# --- engines: each runs in a separate process ---------------------------------------------------------------------
 
 
 def run_blt(a: argparse.Namespace, precision: str, batch: int) -> dict[str, float]:
@@ -183,11 +186,13 @@ def run_blt(a: argparse.Namespace, precision: str, batch: int) -> dict[str, floa
     data = bench_text(batch * size)
     texts = [Text.of(data[i : i + size], a.prompt_bytes, a.new_bytes) for i in range(0, len(data), size)]
     opened = Model.open(folder, threads=a.threads, verify="sizes")
-    model = at_patch_size(opened, texts, MEAN_PATCH, by_rises=batch > 1)  # different texts, alike in patches
+    model = at_patch_size(
+        opened, texts, MEAN_PATCH, by_rises=batch > 1
+    )  # different texts with about the same patch sizes
     per_call = bundle_weight_bytes(Bundle.open(folder, "sizes"), 1)
     if batch == 1:
         return one_stream(model, texts[0], per_call)
-    return many_streams(
+    return batched_streams(
         Model.open(folder, threads=a.threads, verify="sizes", batched=True), model.spec, texts, per_call
     )
 
@@ -204,8 +209,8 @@ def one_stream(model: Any, text: Any, per_call: dict[str, float]) -> dict[str, f
     }
 
 
-def many_streams(model: Any, spec: Any, texts: list[Text], per_call: dict[str, float]) -> dict[str, float]:
-    """All texts at once on a scheduler, measured while all of them are being written."""
+def batched_streams(model: Any, spec: Any, texts: list[Text], per_call: dict[str, float]) -> dict[str, float]:
+    """All texts in one batch on a scheduler, measured while all of them are generated."""
     found = batch_run(with_changes(model, spec=spec), texts, temperature=0.0, share=SHARE, slice=SLICE)
     per_round = sum(per_call[name] for name in ("entropy", "encoder", "decoder"))
     read = found.done.rounds * per_round + found.done.latent_calls * per_call["latent"]
@@ -240,7 +245,7 @@ def run_llama(a: argparse.Namespace, precision: str, batch: int) -> dict[str, fl
 
 
 def generate(og: Any, model: Any, prompt_BT: np.ndarray, new: int) -> tuple[float, list[float]]:
-    """Seconds of the prompt and the first token, then those of each further token of all rows."""
+    """Seconds of the prompt and the first token, then of each further token of all rows."""
     params = og.GeneratorParams(model)
     params.set_search_options(batch_size=len(prompt_BT), max_length=MAX_TOKENS, do_sample=False)
     generator = og.Generator(model, params)
@@ -262,7 +267,7 @@ ENGINES = {"blt": (build_blt, run_blt), "llama": (build_llama, run_llama)}
 
 
 def child(a: argparse.Namespace, *what: object) -> Any:
-    """Runs this script again for one step; its last line is JSON."""
+    """Runs this script again for one step and parses its last line, JSON."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, *sys.argv[1:], "--child", ",".join(map(str, what))]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -278,7 +283,7 @@ def run_child(a: argparse.Namespace) -> None:
 
 
 def measure(a: argparse.Namespace, cases: list[tuple[str, str, int]]) -> dict[str, Any]:
-    """Rounds of all cases, the read bandwidth between them."""
+    """Runs all cases in each round and measures the read bandwidth between the rounds."""
     runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in cases}
     reader = MemoryReader(a.threads)
     reader.sample()

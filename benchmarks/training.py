@@ -1,16 +1,16 @@
-"""The training step: bytes per second and share of the machine's matrix products, beside transformers' step.
+"""The training step against that of transformers: bytes per second, and share of the speed of matrix products.
 
     python benchmarks/training.py                                  # shapes demo and S, float32 and bfloat16
     python benchmarks/training.py --shapes demo --dtypes bf16 --against OLD   # OLD: another checkout of this project
-    python benchmarks/training.py --shapes demo --profile          # where our compiled step spends its time
+    python benchmarks/training.py --shapes demo --profile          # time of our steps by operator
 
-The same weights, text, patches and shape on both sides; patch lengths are given, so neither runs an entropy model. Rows
-are one document each (transformers masks none), and the first loss of every engine must agree. A step is forward and
-backward; "+ optimizer" adds clipping and fused AdamW. Ours runs with deterministic kernels, as `blt train` does.
+Both engines have the same weights, text, patches and shape. Patch lengths are given, so neither runs an entropy model.
+Each row is one document, because transformers does not mask documents. The first loss of all engines must agree. A step
+is forward and backward; "+ optimizer" adds clipping and fused AdamW. Ours uses deterministic kernels, like `blt train`.
 
-Share of peak: 3 x forward FLOPs of the model's formula (`BLTConfig.flops_per_byte`; masked keys and padding count as
-nothing) over the time, divided by what a product of two square matrices reaches in the same dtype in the same run.
-Engines live in processes of their own and take turns, one step each; medians over the rounds.
+Share of peak: 3 x forward FLOPs of the model's formula (`BLTConfig.flops_per_byte`, without masked keys and padding)
+per second, divided by the FLOPs per second of a product of two square matrices in the same dtype and run. Engines run
+in separate processes, interleaved step by step; the table has medians over the rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MEAN_PATCH, LONGEST = 4.5, 16
 PEAK_SIDE = 2048
 FORMS = ("eager", "compiled")
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
-"""Of the first loss, nats per byte; it is about 5.5."""
+"""Largest difference of the first loss, in nats per byte. The loss is about 5.5."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ SHAPES = {
 
 
 def text() -> bytes:
-    """Sources of Python's standard library: the same for one Python version."""
+    """Sources of Python's standard library, which depend on the Python version only."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     return b"".join(path.read_bytes() for path in files)
 
@@ -87,28 +87,28 @@ def make_batch(shape: Shape) -> dict[str, np.ndarray]:
 
 
 def cut(total: int, random: np.random.Generator) -> list[int]:
-    """Patch lengths of a row: 1, then geometric ones of the mean, none longer than LONGEST."""
+    """Patch lengths of a row: 1, then geometric with mean MEAN_PATCH, at most LONGEST."""
     lengths = [1]
     while sum(lengths) < total:
         lengths.append(min(int(random.geometric(1 / MEAN_PATCH)), LONGEST, total - sum(lengths)))
     return lengths
 
 
-# --- engines, each in its process ----------------------------------------------------------------------------
+# --- engines, each in a separate process ----------------------------------------------------------------------------
 
 
-def ours(shape: Shape, batch: dict[str, Any], bf16: bool, form: str) -> tuple[Any, Callable[[], Any]]:
+def ours(shape: Shape, batch: dict[str, Any], *, bf16: bool, form: str) -> tuple[Any, Callable[[], Any]]:
     import torch
     import torch.utils
 
     from blt.train.objective import Objective
 
     torch.use_deterministic_algorithms(True)
-    settings: Any = torch.utils.deterministic  # a property that the type stubs do not know
+    settings: Any = torch.utils.deterministic  # a property that the type stubs lack
     settings.fill_uninitialized_memory = False
     model = our_model(shape)
     objective = Objective(model, LONGEST, bf16=bf16, compile=form == "compiled")
-    total = getattr(objective, "loss_sum", None) or objective._sum  # an older checkout
+    total = getattr(objective, "loss_sum", None) or objective._sum  # in an older checkout
     targets = int(batch["mask"].sum())
     return model, lambda: total(batch["ids"], batch["targets"], batch["mask"], batch["lengths"]) / targets
 
@@ -123,7 +123,7 @@ def our_model(shape: Shape) -> Any:
     return model
 
 
-def theirs(shape: Shape, batch: dict[str, Any], bf16: bool, form: str) -> tuple[Any, Callable[[], Any]]:
+def theirs(shape: Shape, batch: dict[str, Any], *, bf16: bool, form: str) -> tuple[Any, Callable[[], Any]]:
     import torch
     from transformers import BltConfig, BltForCausalLM
 
@@ -149,14 +149,15 @@ def theirs(shape: Shape, batch: dict[str, Any], bf16: bool, form: str) -> tuple[
 
 
 def serve(a: argparse.Namespace) -> None:
-    """Makes the engine, then answers lines: "FORM [optimizer]" with seconds and loss, "peak" with FLOPs per second."""
+    """Makes the engine, then answers each line of stdin: seconds and loss for "FORM [optimizer]", FLOPs per second for
+    "peak"."""
     import torch
 
     torch.set_num_threads(a.threads)
     shape, bf16 = shape_of(a.shapes, a.rows), a.dtypes == "bf16"
     batch = {name: torch.from_numpy(array) for name, array in make_batch(shape).items()}
     make = theirs if a.child == "transformers" else ours
-    made = {form: make(shape, batch, bf16, form) for form in a.forms.split(",")}
+    made = {form: make(shape, batch, bf16=bf16, form=form) for form in a.forms.split(",")}
     steps = {form: stepper(a, *pair) for form, pair in made.items()}
     for line in sys.stdin:
         command, *rest = line.split()
@@ -172,7 +173,9 @@ def stepper(a: argparse.Namespace, model: Any, loss_of: Callable[[], Any]) -> Ca
     import torch
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-9, fused=True)  # the loss of every step is the first one
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-9, fused=True
+    )  # so small that the loss of every step is that of the first
 
     def step(update: bool) -> list[float]:
         began = clock(a)
@@ -200,9 +203,9 @@ def peak(a: argparse.Namespace, bf16: bool) -> float:
 
 
 class Engine:
-    """A child process that steps when told."""
+    """A child process that runs one step per line of its stdin."""
 
-    def __init__(self, a: argparse.Namespace, name: str, shape: str, dtype: str) -> None:
+    def __init__(self, a: argparse.Namespace, name: str, *, shape: str, dtype: str) -> None:
         self.name, self.forms = name, a.forms.split(",")
         here = a.against if name == "against" else ROOT
         paths = [here, here / "runtime", here / "export"]
@@ -214,7 +217,7 @@ class Engine:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
-    def ask(self, line: str) -> Any:
+    def request(self, line: str) -> Any:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(line + "\n")
@@ -233,17 +236,17 @@ class Engine:
 def measure(a: argparse.Namespace, shape: str, dtype: str) -> dict[str, Any]:
     """Seconds by (engine, form, with optimizer) and the peak: medians over the rounds."""
     names = [*a.engines.split(","), *(["against"] if a.against else [])]
-    engines = [Engine(a, name, shape, dtype) for name in names]
+    engines = [Engine(a, name, shape=shape, dtype=dtype) for name in names]
     columns = [(engine, form, update) for engine in engines for form in engine.forms for update in ("", " optimizer")]
-    losses = {f"{engine.name} {form}": engine.ask(form)[1] for engine in engines for form in engine.forms}
+    losses = {f"{engine.name} {form}": engine.request(form)[1] for engine in engines for form in engine.forms}
     if max(losses.values()) - min(losses.values()) > TOLERANCE[dtype]:
         sys.exit(f"the engines do not compute the same loss: {losses}")
     seconds: dict[str, list[float]] = {}
     peaks = []
     for number in range(a.rounds + 1):  # the first warms up
-        peaks.append(engines[0].ask("peak"))
+        peaks.append(engines[0].request("peak"))
         for engine, form, update in columns:
-            took = engine.ask(form + update)[0]
+            took = engine.request(form + update)[0]
             if number:
                 seconds.setdefault(f"{engine.name} {form}{update}", []).append(took)
     for engine in engines:
@@ -272,14 +275,14 @@ def report(a: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def profile(a: argparse.Namespace, name: str, dtype: str) -> None:
-    """Operators of three of our steps by the time spent in themselves."""
+    """Prints the operators of three of our steps by their own time."""
     import torch
 
     torch.set_num_threads(a.threads)
     shape = shape_of(name, a.rows)
     batch = {name: torch.from_numpy(array) for name, array in make_batch(shape).items()}
     for form in a.forms.split(","):
-        step = stepper(a, *ours(shape, batch, dtype == "bf16", form))
+        step = stepper(a, *ours(shape, batch, bf16=dtype == "bf16", form=form))
         step(True)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
             for _ in range(3):
@@ -294,7 +297,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--engines", default="transformers,ours")
     parser.add_argument("--forms", default=",".join(FORMS))
-    parser.add_argument("--against", type=Path, help="another checkout of this project, measured beside this one")
+    parser.add_argument("--against", type=Path, help="another checkout of this project, measured in the same run")
     parser.add_argument("--rows", type=int, help="rows of a batch instead of the shape's own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

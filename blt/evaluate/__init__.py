@@ -1,5 +1,5 @@
-"""Tests of what reading bytes is for: text with noise, and tasks about single characters.
+"""Evaluation: bits per byte of texts, the noise and character suites, lm-evaluation-harness, and the cache check.
 
-Everything is seeded and counts likelihood, so a small model gives a number too. Not here: the command line
-(`blt.cli.suite`), and how text is scored (`blt.evaluate.scoring`): a suite gets a function `bits(text, prompt)`.
+Suites are seeded and compare likelihoods, so that small models give numbers, too. A suite calls a function
+`bits(text, prompt)` of `scoring` and does not depend on the kind of model. Not here: the command line (`blt.cli`).
 """

@@ -1,8 +1,9 @@
 """Generated tasks about the characters of words, as multiple choice by likelihood.
 
-A question follows a few solved ones, and the answer is the option that costs the fewest bits. All options of a question
-have the same number of bytes, so no rule about lengths is needed, and each wrong one is the answer to a slip: another
-place, another letter, two neighbours exchanged. A model that knows words and not characters stays near one in four.
+A prompt holds a few solved questions and then the one to answer. The model's answer is the option with the fewest bits.
+All options of a question have the same number of bytes, so that their bits need no normalisation by length. Each wrong
+option results from one mistake: another position, another letter, two neighbouring letters exchanged. A model without
+information about characters stays near one in four.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OPTIONS, SHOTS = 4, 3
 
 @dataclass(frozen=True)
 class Solved:
-    """A question with its answer and the wrong answers that slips would give, all of the answer's length."""
+    """A question, its answer, and the wrong answers that result from one mistake. All have the answer's length."""
 
     question: str
     answer: str
@@ -31,7 +32,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Item:
-    """A multiple-choice question: `options` after `prompt`. The option at index `answer` is right."""
+    """A multiple-choice question: `options` after `prompt`. The one at index `answer` is correct."""
 
     prompt: bytes
     options: tuple[bytes, ...]
@@ -40,17 +41,17 @@ class Item:
 
 def spelling(word: str, rng: random.Random) -> Solved:
     """`Spell "cat": c a t`."""
-    return _solved(f'Spell "{word}"', " ".join(word), (" ".join(slip) for slip in _slips(word)))
+    return _solved(f'Spell "{word}"', " ".join(word), (" ".join(mistake) for mistake in _mistakes(word)))
 
 
 def reversing(word: str, rng: random.Random) -> Solved:
     """`Spell "cat" backwards: tac`."""
     backwards = word[::-1]
-    return _solved(f'Spell "{word}" backwards', backwards, [word, *_slips(backwards)])
+    return _solved(f'Spell "{word}" backwards', backwards, [word, *_mistakes(backwards)])
 
 
 def inserting(word: str, rng: random.Random) -> Solved:
-    """`Put "x" after the "a" of "cat": caxt`; wrong: at another place."""
+    """`Put "x" after the "a" of "cat": caxt`; wrong: at another position."""
     at, new = rng.choice(_singles(word)), _new_letter(word, rng)
     made = [word[:i] + new + word[i:] for i in range(len(word) + 1)]
     return _solved(f'Put "{new}" after the "{word[at]}" of "{word}"', made[at + 1], made)
@@ -71,7 +72,7 @@ def swapping(word: str, rng: random.Random) -> Solved:
 
 
 def substituting(word: str, rng: random.Random) -> Solved:
-    """`Put "o" in place of the "a" of "cat": cot`; wrong: at another place."""
+    """`Put "o" in place of the "a" of "cat": cot`; wrong: at another position."""
     at, new = rng.choice(_singles(word)), _new_letter(word, rng)
     made = [word[:i] + new + word[i + 1 :] for i in range(len(word))]
     return _solved(f'Put "{new}" in place of the "{word[at]}" of "{word}"', made[at], made)
@@ -88,11 +89,11 @@ TASKS: dict[str, Callable[[str, random.Random], Solved]] = {
 
 
 def _solved(question: str, answer: str, wrong: Sequence[str] | Iterator[str]) -> Solved:
-    return Solved(question, answer, tuple(dict.fromkeys(slip for slip in wrong if slip != answer)))
+    return Solved(question, answer, tuple(dict.fromkeys(text for text in wrong if text != answer)))
 
 
-def _slips(letters: str) -> Iterator[str]:
-    """Two neighbours exchanged, or a letter written in its neighbour's place, too."""
+def _mistakes(letters: str) -> Iterator[str]:
+    """Two neighbouring letters exchanged, or a letter overwritten by its right neighbour."""
     for i in range(len(letters) - 1):
         yield _swapped(letters, i, i + 1)
         yield letters[:i] + letters[i + 1] + letters[i + 1 :]
@@ -103,7 +104,7 @@ def _swapped(word: str, i: int, j: int) -> str:
 
 
 def _singles(word: str) -> list[int]:
-    """Places of the letters that a word has once: a question can name them."""
+    """Indices of the letters that occur once in a word, so that a question can name them."""
     return [i for i, letter in enumerate(word) if word.count(letter) == 1]
 
 
@@ -112,7 +113,7 @@ def _new_letter(word: str, rng: random.Random) -> str:
 
 
 def items(task: str, n: int, seed: int) -> list[Item]:
-    """`n` items of a task of TASKS, always the same for a seed; the first of more items are those of fewer."""
+    """`n` items of a task of TASKS, always the same for a seed. A smaller `n` gives the first of them."""
     return [_item(task, random.Random(f"{task} {seed} {i}")) for i in range(n)]
 
 
@@ -130,7 +131,7 @@ def _item(task: str, rng: random.Random) -> Item:
 
 @dataclass(frozen=True)
 class Result:
-    """How many of `n` items of a task were right."""
+    """The number of items of a task that were answered correctly, of `n`."""
 
     task: str
     right: int
@@ -148,12 +149,12 @@ class Result:
 
     @property
     def chance(self) -> float:
-        """The accuracy of guessing."""
+        """The accuracy of random answers."""
         return 1 / OPTIONS
 
 
 def measure(bits: Bits, task: str, found: Sequence[Item], *, done: Callable[[], None] = lambda: None) -> Result:
-    """An item is right if its answer costs fewer bits than every other option. `done` is called after each item."""
+    """Counts the items whose answer has fewer bits than every other option. `done` is called after each item."""
     right = 0
     for item in found:
         costs = [bits(option, item.prompt) for option in item.options]

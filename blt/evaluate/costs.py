@@ -1,4 +1,4 @@
-"""What a patch rule costs a model: bits per byte of given text, and the time per byte and per patch.
+"""Costs of a model under a patch rule: bits per byte of given text, and the time per byte and per patch.
 
 Letters: N tokens of a piece.
 """
@@ -49,7 +49,7 @@ def clocked(rule: PatchRule) -> PatchRule:
 
 
 def measure_times(model: Model, ids_N: NDArray[np.integer[Any]]) -> Times | None:
-    """Medians over the steps of a stream that reads `ids_N` one by one; None if the text is too short.
+    """Medians over the steps of a stream that appends ids [N] one at a time; None if the text is too short.
 
     `model` must have been opened with a `clocked` rule.
     """
@@ -66,13 +66,14 @@ def measure_times(model: Model, ids_N: NDArray[np.integer[Any]]) -> Times | None
     if len(took[True]) < FEWEST:
         return None
     without, with_patch = statistics.median(took[False]), statistics.median(took[True])
-    return Times(without, max(0.0, with_patch - without), len(took[False]) + len(took[True]))
+    steps = len(took[False]) + len(took[True])
+    return Times(per_byte=without, per_patch=max(0.0, with_patch - without), steps=steps)
 
 
 def bits_per_byte(model: Model, rule: PatchRule, pieces: Sequence[Piece]) -> float:
-    """Bits per byte of whole pieces with patches of `rule`, counted as in `blt eval`.
+    """Bits per byte of whole pieces that are cut into patches by `rule`, counted as in `blt eval`.
 
-    The rule that `model` was opened with is not used.
+    The patch rule of `model` is not used.
     """
     stream = model.stream(bos=False)
     bits = 0.0

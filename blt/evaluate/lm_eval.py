@@ -5,8 +5,8 @@ Importing this module registers the name `blt` there:
     import blt.evaluate.lm_eval
     lm_eval.simple_evaluate(model="blt", model_args="path=runs/blt", tasks=["lambada_openai"])
 
-`blt lm-eval MODEL --tasks ...` does the same and runs the harness's own command line. Likelihoods are of bytes (of the
-text's own tokenisation for a token model), from the same scorers as `blt eval`. Generation needs a BLT.
+`blt lm-eval MODEL --tasks ...` does the same and runs the harness's own command line. The scorers are those of
+`blt eval`: likelihoods of bytes, or of the text's own tokenisation for a token model. Generation needs a BLT.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MAX_GEN_TOKS = 256  # where a task has no limit, as elsewhere in the harness
 
 @register_model("blt")
 class ByteModel(LM):  # type: ignore[misc, unused-ignore]
-    """A checkpoint or bundle at `path` (a hub name, too). Texts run one by one: the harness's batch size means nothing.
+    """A checkpoint or bundle at `path`, or a name on the hub. Texts are scored one by one; the batch size is ignored.
 
-    `entropy_model`: where a format keeps it apart; `threads`: of a call; `seed`: of tasks that sample.
+    `entropy_model`: for formats that store it separately. `threads`: per call. `seed`: for tasks that sample.
     Raises UsageError for a bundle on another device than the CPU.
     """
 
@@ -51,11 +51,12 @@ class ByteModel(LM):  # type: ignore[misc, unused-ignore]
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.opened = Opened(str(path), entropy_model, device or "cpu", None if threads is None else int(threads))
+        n_threads = None if threads is None else int(threads)
+        self.opened = Opened(str(path), entropy_model, device=device or "cpu", threads=n_threads)
         self.seed = int(seed)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(natural logarithm of p(continuation | context), whether it is what the model would write greedily)."""
+        """(natural logarithm of p(continuation | context), whether greedy decoding gives the continuation)."""
         found = []
         for context, continuation in self._arguments(requests, disable_tqdm):
             part = score(self.opened.scorer, _bytes(continuation), _bytes(context))
@@ -74,11 +75,11 @@ class ByteModel(LM):  # type: ignore[misc, unused-ignore]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Text after each context, up to a stop string, EOS or `max_gen_toks` tokens of BYTES_PER_TOKEN bytes.
 
-        Greedy unless the task says `do_sample` with a temperature. What is no UTF-8 becomes U+FFFD.
+        Greedy unless the task sets `do_sample` and a temperature. Invalid UTF-8 becomes U+FFFD.
         """
         found = []
         for context, options in self._arguments(requests, disable_tqdm):
-            found.append(generate(self.opened.model, _bytes(context), options, self.seed).decode(errors="replace"))
+            found.append(generate(self.opened.model, _bytes(context), options, seed=self.seed).decode(errors="replace"))
             self.cache_hook.add_partial("generate_until", (context, options), found[-1])
         return found
 
@@ -96,10 +97,10 @@ def _bytes(text: str) -> bytes:
 
 
 def score(scorer: Scorer, text: bytes, prompt: bytes = b"") -> Scored:
-    """`text` after as much of the end of `prompt` as the model holds.
+    """Scores `text` after as much of the end of `prompt` as fits into the model.
 
-    Text that is too long alone is cut into windows: each byte is predicted once, and the last window is filled up
-    with the bytes before it.
+    Text that does not fit is cut into windows. Each byte is predicted once, and the last window starts earlier, so
+    that it is full.
     """
     whole, room = prompt + text, scorer.capacity or len(prompt + text)
     if not text:
@@ -112,10 +113,11 @@ def score(scorer: Scorer, text: bytes, prompt: bytes = b"") -> Scored:
     return Scored(bits, units, greedy)
 
 
-def generate(model: Model, context: bytes, options: Mapping[str, Any], seed: int) -> bytes:
-    """The text that the model generates after `context`. A full model keeps the newest half of it.
+def generate(model: Model, context: bytes, options: Mapping[str, Any], *, seed: int) -> bytes:
+    """The text that the model generates after `context`. A full stream continues with the newest half of its text.
 
-    options: those of the harness (`until`, `max_gen_toks`, ...)."""
+    options: those of the harness (`until`, `max_gen_toks`, ...).
+    """
     until = options.get("until") or []
     most = BYTES_PER_TOKEN * int(options.get("max_gen_toks") or MAX_GEN_TOKS)
     stream = model.stream(overflow="slide")
@@ -127,9 +129,9 @@ def generate(model: Model, context: bytes, options: Mapping[str, Any], seed: int
 
 
 class Opened:
-    """The two ways to use a model, each made when it is needed first."""
+    """An opened model with its scorer and its generating form, each made at its first use."""
 
-    def __init__(self, path: str, entropy_model: str | None, device: str, threads: int | None):
+    def __init__(self, path: str, entropy_model: str | None, *, device: str, threads: int | None):
         self.path, self.device, self.threads = Path(path), device, threads
         self.checkpoint: Checkpoint | None = None
         self._model: Model | None = None
@@ -147,12 +149,12 @@ class Opened:
 
     @property
     def model(self) -> Model:
-        """For generation. Raises UsageError for a model that is no BLT."""
+        """The model for generation. Raises UsageError for a model that is no BLT."""
         if self._model is None:
             assert self.checkpoint is not None
             if self.checkpoint.blt is None:
                 raise UsageError(
-                    f"{self.path} is no BLT, so it scores and does not generate: leave out generating tasks"
+                    f"{self.path} is no BLT: it scores text and cannot generate; leave out tasks that generate"
                 )
             from blt.generate.torch_backend import open_model
 
@@ -161,7 +163,7 @@ class Opened:
 
     @property
     def scorer(self) -> Scorer:
-        """For likelihoods: whole rows on PyTorch, a stream for a bundle."""
+        """The scorer for likelihoods: whole rows on PyTorch, a stream for a bundle."""
         if self._scorer is None:
             if self.checkpoint is None:
                 self._scorer = StreamScorer(self.model.stream(bos=False), self.model.spec.capacity_bytes)

@@ -1,7 +1,8 @@
-"""The paper's noise recipes (section 6.1), measured on likelihood: bits per byte with noise in the prompt or after it.
+"""The paper's noise recipes (section 6.1), measured by likelihood: bits per byte with noise in the prompt, the
+completion or both.
 
-The recipes work on characters. Bytes that are no UTF-8 pass through each recipe as one character each that has no
-case. A recipe is a function of the text and a random generator, so the same seed gives the same noise.
+The recipes change characters. A byte that is not valid UTF-8 counts as one character without case. A recipe is a
+function of the text and a random generator, so the same seed gives the same noise.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ def antspeak(text: str, rng: random.Random) -> str:
 
 
 def drop(text: str, rng: random.Random) -> str:
-    """A tenth of the characters is left out (rounded; at least one stays)."""
+    """Leaves out a tenth of the characters (rounded; at least one stays)."""
     gone = set(rng.sample(range(len(text)), min(round(DROPPED * len(text)), max(0, len(text) - 1))))
     return "".join(char for i, char in enumerate(text) if i not in gone)
 
 
 def random_case(text: str, rng: random.Random) -> str:
-    """Each character in upper or lower case, at even odds."""
+    """Each character in upper or lower case, with equal probability."""
     return "".join(char.upper() if rng.random() < 0.5 else char.lower() for char in text)
 
 
 def repeat(text: str, rng: random.Random) -> str:
-    """A fifth of the characters (rounded) stands there two, three or four times."""
+    """Repeats a fifth of the characters (rounded) two, three or four times."""
     often = set(rng.sample(range(len(text)), round(REPEATED * len(text))))
     return "".join(char * rng.randint(2, MOST_COPIES) if i in often else char for i, char in enumerate(text))
 
@@ -58,14 +59,14 @@ WHERE = ("prompt", "completion", "both")
 
 
 def noised(text: bytes, recipe: str, seed: int) -> bytes:
-    """`text` under the recipe of this name: always the same for the same text and seed."""
+    """`text` with the noise of a recipe of RECIPES; always the same for the same text and seed."""
     chars, rng = text.decode("utf-8", "surrogateescape"), random.Random(f"{recipe} {seed} ".encode() + text)
     return RECIPES[recipe](chars, rng).encode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A text cut in two."""
+    """A text cut into a prompt and its completion."""
 
     prompt: bytes
     completion: bytes
@@ -74,8 +75,8 @@ class Pair:
 def pairs(texts: Iterable[bytes], size: int, most: int) -> list[Pair]:
     """At most `most` pairs, evenly spread over all texts, of a prompt and a completion of up to `size` bytes each.
 
-    Cuts lie between characters. A text's last piece is left out unless it fills its prompt and half its completion.
-    Raises UsageError for a `size` below LEAST, which may hold no character.
+    Texts are cut between characters. The last pair of a text needs a full prompt and at least half a completion.
+    Raises UsageError for a `size` below LEAST, the bytes of the longest character.
     """
     if size < LEAST:
         raise UsageError(f"the noise suite cuts text into pieces of {LEAST} bytes or more, not of {size}")
@@ -85,7 +86,7 @@ def pairs(texts: Iterable[bytes], size: int, most: int) -> list[Pair]:
 
 
 def fitting(found: Iterable[Pair], capacity: int, seed: int) -> list[Pair]:
-    """The pairs whose prompt and completion under every recipe have at most `capacity` bytes together."""
+    """The pairs whose prompt and completion have at most `capacity` bytes in total under every recipe."""
 
     def longest(pair: Pair) -> int:
         return max(sum(len(noised(part, name, seed)) for part in (pair.prompt, pair.completion)) for name in RECIPES)
@@ -104,37 +105,40 @@ def _pairs_of(text: bytes, size: int) -> Iterator[Pair]:
 
 
 def _between_characters(text: bytes, at: int) -> int:
-    """`at`, or up to three bytes before it, where a character begins."""
+    """The last index at or up to three bytes before `at` where a character begins; `at` if there is none."""
     for back in range(4):
         if at - back >= len(text) or text[at - back] & 0xC0 != 0x80:
             return min(at - back, len(text))
-    return at  # no UTF-8
+    return at  # not UTF-8
 
 
 @dataclass
 class Line:
-    """Sums over pairs under one recipe. `n_bytes` counts the completion as it was scored, `n_clean` without noise."""
+    """Sums over pairs under one recipe. `n_bytes` counts bytes of completions as scored, `n_clean` without noise.
+
+    worse: for each pair, bits per clean byte minus those without noise.
+    """
 
     recipe: str
     where: str
     bits: float = 0.0
     n_bytes: int = 0
     n_clean: int = 0
-    worse: list[float] = field(default_factory=list)  # bits per clean byte more than without noise, of each pair
+    worse: list[float] = field(default_factory=list)
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the bytes that were scored."""
+        """Bits per byte as scored."""
         return self.bits / self.n_bytes
 
     @property
     def bits_per_clean_byte(self) -> float:
-        """What the completion costs, over the bytes that it had before noise made it longer or shorter."""
+        """Bits of the completions divided by their bytes without noise, which may be more or fewer."""
         return self.bits / self.n_clean
 
     @property
     def rise(self) -> float:
-        """Bits per clean byte more than without noise, the mean over pairs."""
+        """Mean over pairs of the additional bits per clean byte that the noise costs."""
         return sum(self.worse) / len(self.worse)
 
     @property
@@ -145,7 +149,7 @@ class Line:
 
 
 def measure(bits: Bits, chosen: Sequence[Pair], *, seed: int, done: Callable[[], None] = lambda: None) -> list[Line]:
-    """The completions' bits without noise (recipe "clean"), then under each recipe with noise at each of WHERE.
+    """Bits of the completions without noise (recipe "clean"), then for each recipe with noise at each of WHERE.
 
     `done` is called after each pair.
     """
@@ -153,17 +157,21 @@ def measure(bits: Bits, chosen: Sequence[Pair], *, seed: int, done: Callable[[],
     lines = {(recipe, where): Line(recipe, where) for recipe in RECIPES for where in WHERE}
     for pair in chosen:
         cost = bits(pair.completion, pair.prompt)
-        _add(clean, cost, cost, pair.completion, pair)
+        _add(clean, pair, pair.completion, bits=cost, without_noise=cost)
         for recipe in RECIPES:
             prompt, completion = noised(pair.prompt, recipe, seed), noised(pair.completion, recipe, seed)
-            _add(lines[recipe, "prompt"], bits(pair.completion, prompt), cost, pair.completion, pair)
-            _add(lines[recipe, "completion"], bits(completion, pair.prompt), cost, completion, pair)
-            _add(lines[recipe, "both"], bits(completion, prompt), cost, completion, pair)
+            texts = {
+                "prompt": (pair.completion, prompt),
+                "completion": (completion, pair.prompt),
+                "both": (completion, prompt),
+            }
+            for where, (text, before) in texts.items():
+                _add(lines[recipe, where], pair, text, bits=bits(text, before), without_noise=cost)
         done()
     return [clean, *lines.values()]
 
 
-def _add(line: Line, bits: float, without_noise: float, scored: bytes, pair: Pair) -> None:
+def _add(line: Line, pair: Pair, scored: bytes, *, bits: float, without_noise: float) -> None:
     line.bits += bits
     line.n_bytes += len(scored)
     line.n_clean += len(pair.completion)

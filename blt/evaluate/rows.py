@@ -1,6 +1,6 @@
-"""Bits of texts from whole rows on PyTorch: a BLT, a byte-level model, a token-level model.
+"""Bits of texts from whole rows on PyTorch, for a BLT, a byte-level model or a token-level model.
 
-Whole rows are what training computes, and twice as fast as a stream. They agree with streams up to rounding.
+Training computes whole rows, too. They are twice as fast as a stream and agree with streams up to rounding.
 
 Letters: B rows (1), N ids, P patches, V vocabulary.
 """
@@ -26,7 +26,7 @@ from blt_runtime.patching import EntropyDtype, PatchRule, patch_lengths
 
 log = logging.getLogger(__name__)
 GATHER_BYTES = 512 << 20
-"""Of the encoder's gather, patches x longest patch x width. A text with one very long patch is read by a stream."""
+"""Most bytes of the encoder's gather (patches x longest patch x width). A stream scores text that would need more."""
 Ids = NDArray[np.int64]
 
 
@@ -37,8 +37,8 @@ def load_on(
     entropy_model: str | Path | None = None,
     entropy_dtype: EntropyDtype | None = None,
 ) -> Checkpoint:
-    """A checkpoint of any kind for `scorer_of`, its models on `device`. The rest is `blt.checkpoint.models.load`'s."""
-    # Hash tables that lie in their file serve the CPU only.
+    """A checkpoint of any kind for `scorer_of`, its models on `device`. See `blt.checkpoint.models.load`."""
+    # Hash tables that are mapped from their file work on the CPU only.
     checkpoint = load(path, entropy_model=entropy_model, trainable=device != "cpu", entropy_dtype=entropy_dtype)
     for model in (checkpoint.blt, checkpoint.entropy, checkpoint.bpe):
         if model is not None:
@@ -47,10 +47,12 @@ def load_on(
 
 
 def scorer_of(checkpoint: Checkpoint, n_ids: int | None = None, device: str = "cpu") -> Scorer:
-    """A scorer of any checkpoint, on whole rows of up to the model's `max_seqlen` (rows of the training may have been
-    shorter). A BLT that must hold more (`n_ids`) is read by a stream, at about half the speed; streams run on the CPU,
-    so on another device it stays with whole rows. Both are logged. `device`: where the models of the checkpoint are
-    (`load_on`). Raises CheckpointError for an incomplete one."""
+    """A scorer for any checkpoint, on whole rows of up to the model's `max_seqlen` (training rows may be shorter).
+
+    A BLT that must hold more ids (`n_ids`) is scored by a stream, at about half the speed. Streams run on the CPU; on
+    another device, whole rows are used. Both are logged. device: where the checkpoint's models are (`load_on`).
+    Raises CheckpointError for an incomplete checkpoint.
+    """
     if checkpoint.bpe is not None and checkpoint.vocabulary is not None:
         return TokenRows(checkpoint.bpe, checkpoint.vocabulary, device)
     if checkpoint.blt is None and checkpoint.entropy is not None:
@@ -80,7 +82,7 @@ def _stream(checkpoint: Checkpoint, n_ids: int) -> StreamScorer:
 
 @dataclass(frozen=True)
 class ByteRows(Scorer):
-    """A byte-level model: the entropy model of a run of kind entropy."""
+    """Scores with a byte-level model: the entropy model of a run of kind entropy."""
 
     model: EntropyModel
     device: str = "cpu"
@@ -98,8 +100,8 @@ class ByteRows(Scorer):
 
 @dataclass(frozen=True)
 class TokenRows(Scorer):
-    """A token-level model. No token reaches from a prompt into the text after it, and the bits are those of the text's
-    own tokenisation: a lower bound of the model's probability, which would sum over all of them."""
+    """Scores with a token-level model. No token spans the end of a prompt. The bits are those of the text's own
+    tokenisation, an upper bound: the model's probability of the text is the sum over all tokenisations."""
 
     model: EntropyModel
     vocabulary: Vocabulary
@@ -108,7 +110,7 @@ class TokenRows(Scorer):
 
     @property
     def capacity(self) -> int:
-        return self.model.config.max_seqlen - 2  # a token is a byte at least
+        return self.model.config.max_seqlen - 2  # a token has at least one byte
 
     def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
         before, after = self.vocabulary.encode_all([prompt, text])
@@ -119,7 +121,7 @@ class TokenRows(Scorer):
 
 @dataclass(frozen=True)
 class PatchRows(Scorer):
-    """A BLT and what cuts its patches."""
+    """Scores with a BLT and its patch rule."""
 
     checkpoint: Checkpoint
     blt: BLT
@@ -129,7 +131,7 @@ class PatchRows(Scorer):
 
     @cached_property
     def n_ids(self) -> int:
-        """The longest row."""
+        """Most ids of a row."""
         limits = [self.blt.config.encoder.max_seqlen, self.blt.config.decoder.max_seqlen]
         if self.rule.needs_entropy and self.checkpoint.entropy is not None:
             limits.append(self.checkpoint.entropy.config.max_seqlen)
@@ -160,8 +162,8 @@ class PatchRows(Scorer):
     def _check_stream(self, patches: int, longest: int) -> None:
         if self.device != "cpu":
             raise UsageError(
-                f"a text of {patches} patches, the longest of {longest} bytes, is no row for this model on "
-                f"{self.device}, and streams run on the CPU: use --device cpu or a smaller --context"
+                f"a text of {patches} patches, the longest of {longest} bytes, does not fit into a row of this model "
+                f"on {self.device}, and streams run on the CPU: use --device cpu or a smaller --context"
             )
 
     def _patches(self, ids_N: Ids) -> Ids:
@@ -188,6 +190,6 @@ def _logits(model: EntropyModel, ids_N: Ids, device: str) -> NDArray[np.float32]
 def _check_length(ids_N: Ids, limit: int) -> None:
     if len(ids_N) > limit:
         raise UsageError(
-            f"the text has {len(ids_N):,} ids with its special ones, the model reads {limit:,} at once; "
+            f"the text has {len(ids_N):,} ids with special ones, and the model reads {limit:,} at once; "
             "give a shorter text"
         )

@@ -1,7 +1,7 @@
-"""Bits that a model gives a text: one interface for every kind of model.
+"""Bits of a text under a model: one interface for every kind of model.
 
-A text follows BOS and maybe a prompt. Its bits are those of its bytes and, on request, of a final EOS. This module
-has the interface and the scorer of streams (bundles, cached PyTorch). `blt.evaluate.rows` scores whole rows.
+A text follows BOS and an optional prompt. Its bits are those of its bytes and, on request, of a final EOS. This module
+has the interface and the scorer on streams (bundles, cached PyTorch). `blt.evaluate.rows` scores whole rows.
 
 Letters: N ids, V vocabulary.
 """
@@ -26,8 +26,8 @@ Unit = Literal["patch", "byte", "token"]
 
 
 class Scored(NamedTuple):
-    """`bits` of a text; `units` (patches, bytes or tokens) that begin in it or at its EOS; `greedy`: whether the model
-    would write it greedily."""
+    """bits: of a text. units: patches, bytes or tokens that begin in it or at its EOS. greedy: whether greedy decoding
+    would give the text."""
 
     bits: float
     units: int
@@ -35,8 +35,8 @@ class Scored(NamedTuple):
 
 
 class Scorer(ABC):
-    """Scores texts. `capacity`: bytes that a prompt and a text may have together, None for no limit; `unit`: what the
-    model reads a text in."""
+    """Scores texts. capacity: most bytes of a prompt and a text in total, None for no limit. unit: what the model
+    processes in one step."""
 
     unit: Unit
 
@@ -46,7 +46,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
-        """Bits and units of `text` after BOS and `prompt`; with `eos` the end of the document is predicted, too."""
+        """Bits and units of `text` after BOS and `prompt`; with `eos`, also of a final EOS."""
 
     def bits(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> float:
         """-log2 p(`text` | `prompt`)."""
@@ -55,7 +55,7 @@ class Scorer(ABC):
 
 @dataclass(frozen=True)
 class StreamScorer(Scorer):
-    """A BLT as a stream, which may be a bundle's. `n_ids`: the longest N."""
+    """Scores with a stream of a BLT, from a checkpoint or a bundle. n_ids: the largest N."""
 
     stream: Stream
     n_ids: int
@@ -66,7 +66,7 @@ class StreamScorer(Scorer):
         return self.n_ids - 2
 
     def __call__(self, ids_N: NDArray[np.int64], lengths_P: NDArray[np.int64] | None = None) -> Score:
-        """Entropies, patches and logits of ids [N] cut into patches of these lengths (None: the rule's)."""
+        """Entropies, patches and logits of ids [N]. lengths_P: patch lengths; None applies the patch rule."""
         return self.stream.score_ids(ids_N, lengths_P)
 
     def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
@@ -77,13 +77,13 @@ class StreamScorer(Scorer):
 
 
 def scored(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]], first: int, units: int) -> Scored:
-    """Of ids first..N-1 under the logits at the place before each."""
+    """Bits and `units` of ids first..N-1. The logits at n predict id n + 1."""
     likeliest_N = logits_NV[first - 1 : len(ids_N) - 1].argmax(-1)
     return Scored(bits_of(logits_NV, ids_N, first), units, bool((likeliest_N == ids_N[first:]).all()))
 
 
 def bits_of(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]], first: int = 1) -> float:
-    """Bits of ids first..N-1 under the logits at the place before each."""
+    """Bits of ids first..N-1. The logits at n predict id n + 1."""
     x_NV = logits_NV[first - 1 : len(ids_N) - 1]
     below_NV = x_NV - x_NV.max(-1, keepdims=True, initial=-np.inf)
     log_sum_N = np.log(np.exp(below_NV).sum(-1, dtype=np.float64))  # float32 exponentials: ten times faster

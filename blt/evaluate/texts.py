@@ -1,4 +1,4 @@
-"""Text that a model is evaluated on: documents of a file or a data folder, cut into pieces with a BOS each."""
+"""Text to evaluate a model on: documents of a file or a data folder, cut into pieces that begin with BOS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """A text and its group; the first `prompt` bytes are read and not counted. `whole`: the text is not cut short."""
+    """A text and its group. The first `prompt` bytes are read and not counted. whole: the text is complete."""
 
     group: str
     text: bytes
@@ -49,7 +49,7 @@ def documents(data: Path, split: str) -> Iterator[Document]:
 
 
 def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
-    """At most `limit` bytes of each group. The last document is cut and not `whole`; empty ones are left out."""
+    """At most `limit` bytes of each group. A document that is cut is not `whole`. Empty ones are left out."""
     used: dict[str, int] = defaultdict(int)
     for group, text, prompt, whole in found:
         kept = text if limit is None else text[: limit - used[group]]
@@ -59,7 +59,7 @@ def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
 
 
 def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]:
-    """(prompt, counted text, whether the document ends there) of each piece of at most `context` bytes in total."""
+    """(prompt, counted text, whether the document ends after it) of each piece of at most `context` bytes in total."""
     _, text, prompt, whole = document
     for start in range(0, len(text), context):
         piece, last = text[start : start + context], whole and start + context >= len(text)

@@ -1,4 +1,4 @@
-"""Common English words of five to eight letters, at least four of them different, for the tasks on characters."""
+"""Common English words of five to eight letters, at least four of them distinct, for the tasks about characters."""
 
 from __future__ import annotations
 

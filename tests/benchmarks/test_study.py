@@ -47,7 +47,7 @@ def test_flops_and_text_are_those_of_the_byte_level_transformer(study: ModuleTyp
 def test_a_budget_that_the_other_parts_exceed_is_refused(study: ModuleType) -> None:
     values = {"patching.scheme": "static", "patching.patch_size": 4, "patching.max_patch_length": None}
     with pytest.raises(SystemExit, match="its other parts alone"):
-        study._width("blt", values, "model.latent.ffn_dim", 1e6, 4.0)
+        study._width("blt", values, "model.latent.ffn_dim", budget=1e6, unit=4.0)
 
 
 def test_models_are_chosen_by_their_folders(study: ModuleType) -> None:

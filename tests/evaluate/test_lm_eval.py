@@ -90,7 +90,7 @@ def test_likelihoods_are_the_scorers(adapter: Any, files: dict[str, Path]) -> No
 def test_what_the_model_writes_is_what_it_calls_greedy(adapter: Any, files: dict[str, Path]) -> None:
     model = adapter.ByteModel(files["model"])
     (written,) = model.generate_until([Request("Once upon", {"until": [], "max_gen_toks": 2})], disable_tqdm=True)
-    text = adapter.generate(model.opened.model, b"Once upon", {"max_gen_toks": 2}, 0)
+    text = adapter.generate(model.opened.model, b"Once upon", {"max_gen_toks": 2}, seed=0)
     assert len(text) == 8
     assert written == text.decode(errors="replace")
     scorer = model.opened.scorer
@@ -102,17 +102,17 @@ def test_generation_stops_in_front_of_a_stop_string_and_takes_long_contexts(
     adapter: Any, files: dict[str, Path]
 ) -> None:
     model = adapter.ByteModel(files["model"]).opened.model
-    text = adapter.generate(model, b"Once upon", {"max_gen_toks": 4}, 0)
+    text = adapter.generate(model, b"Once upon", {"max_gen_toks": 4}, seed=0)
     stop = text[5:7].decode("latin-1")
-    cut = adapter.generate(model, b"Once upon", {"max_gen_toks": 4, "until": [stop.encode("latin-1")]}, 0)
+    cut = adapter.generate(model, b"Once upon", {"max_gen_toks": 4, "until": [stop.encode("latin-1")]}, seed=0)
     assert cut == text[: text.find(text[5:7])]
-    assert adapter.generate(model, b"many words " * 100, {"max_gen_toks": 3, "until": "\0\0\0"}, 0)
+    assert adapter.generate(model, b"many words " * 100, {"max_gen_toks": 3, "until": "\0\0\0"}, seed=0)
 
 
 def test_sampling_follows_the_seed(adapter: Any, files: dict[str, Path]) -> None:
     model = adapter.ByteModel(files["model"]).opened.model
     options = {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
-    once, again, other = (adapter.generate(model, b"Once", options, seed) for seed in (1, 1, 2))
+    once, again, other = (adapter.generate(model, b"Once", options, seed=seed) for seed in (1, 1, 2))
     assert once == again != other
 
 

@@ -97,7 +97,7 @@ class Cases:
     def row(self, ids_N: Ids, rule: PatchRule) -> Row:
         if ids_N[-1] == BPE:  # as the last id it closes no patch unless more text follows (spec section 5)
             ids_N[-1] = OFFSET
-        return self._uncached.row(ids_N, rule, self.tolerance, self.most_patches)
+        return self._uncached.row(ids_N, rule, tolerance=self.tolerance, most_patches=self.most_patches)
 
     def short(self, name: str, count: int, n_bytes: int) -> Iterator[Row]:
         """Rows of `n_bytes`, every other one with BOS."""
@@ -116,8 +116,8 @@ class Cases:
             for place in range(STREAMS):
                 bos = place < STREAMS // 2
                 row = self.row(take(pieces, next(sizes), bos), rule)
-                script = make_script(len(row), int(bos), self.chunk, random)
-                group.append(Case(row, bos, script, f"rule {name!r}, row {index}"))
+                script = make_script(len(row), random, start=int(bos), chunk=self.chunk)
+                group.append(Case(row=row, bos=bos, script=script, where=f"rule {name!r}, row {index}"))
                 index += 1
             n_bytes -= sum(case.n_bytes for case in group)
             yield group

@@ -155,4 +155,6 @@ class _Checker:
         prompts = [cases.row(take(pieces, size, bos=True), rule).ids_N for size in sizes]
         expected = [self._uncached.greedy(prompt, n) for prompt in prompts]
         for candidate in self.candidates(OWN):
-            candidate.greedy(prompts, expected, lambda ids_N: self._uncached.row(ids_N, rule, cases.tolerance), random)
+            candidate.greedy(
+                prompts, expected, lambda ids_N: self._uncached.row(ids_N, rule, tolerance=cases.tolerance), random
+            )

@@ -26,7 +26,7 @@ ROLLING_BACK = ("rewind", "reset", "other", "generate")
 """Positions before these operations may be computed again, and a near boundary may then fall elsewhere."""
 
 
-def make_script(n_ids: int, start: int, chunk: int, random: Random) -> list[Op]:
+def make_script(n_ids: int, random: Random, *, start: int, chunk: int) -> list[Op]:
     """Operations (name, count) from `start` ids (1 after a BOS, else 0) to `n_ids`.
 
     "append" and "text" read the next ids; "rewind" rolls ids back; "reset" and "other" (other text, then a reset)

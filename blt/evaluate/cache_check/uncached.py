@@ -70,18 +70,27 @@ class Uncached:
             ids_N = np.append(ids_N, self.logits(ids_N, closes_N)[-1].argmax())
         return [int(token) for token in ids_N[-n:]]
 
-    def row(self, ids_N: Ids, rule: PatchRule, tolerance: float, most_patches: int | None = None) -> Row:
+    def row(self, ids_N: Ids, rule: PatchRule, *, tolerance: float, most_patches: int | None = None) -> Row:
         """A row under a rule, cut where it would need more than `most_patches` patches."""
         entropies_N = self.entropies(ids_N, rule.reset_newlines)
         closes_N = closes_from_lengths(patch_lengths(rule, ids_N, entropies_N))
         end = len(ids_N)
         if most_patches is not None:
             end = int(np.searchsorted(np.cumsum(closes_N), most_patches, side="right"))
-        scheme_N, near_N = decisions(rule, ids_N, entropies_N, tolerance)
-        return Row(self, rule, tolerance, ids_N[:end], entropies_N[:end], closes_N[:end], scheme_N[:end], near_N[:end])
+        scheme_N, near_N = decisions(rule, ids_N, entropies_N, tolerance=tolerance)
+        return Row(
+            uncached=self,
+            rule=rule,
+            tolerance=tolerance,
+            ids_N=ids_N[:end],
+            entropies_N=entropies_N[:end],
+            closes_N=closes_N[:end],
+            scheme_N=scheme_N[:end],
+            near_N=near_N[:end],
+        )
 
 
-def decisions(rule: PatchRule, ids_N: Ids, entropies_N: Floats, tolerance: float) -> tuple[Bools, Bools]:
+def decisions(rule: PatchRule, ids_N: Ids, entropies_N: Floats, *, tolerance: float) -> tuple[Bools, Bools]:
     """Where the scheme ends a patch, before max_patch_length; and where errors within tolerance could change that.
 
     A decision depends on its own entropy and, with the opposite sign, on the one before it. So moving even positions
@@ -99,7 +108,7 @@ def decisions(rule: PatchRule, ids_N: Ids, entropies_N: Floats, tolerance: float
     return scheme_N, apart_N != against_N
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One row of ids [N] under one rule, computed without caches.
 

@@ -1,13 +1,13 @@
-"""How long should a patch wait for others? What calls cost here, then every policy simulated on those costs.
+"""When should a batch run the latent transformer? Times the calls, then simulates each policy on these times.
 
-    python benchmarks/waiting.py BUNDLE                  # 16 streams
-    python benchmarks/waiting.py BUNDLE --streams 8 --patch 6
+    python benchmarks/latent_batching.py BUNDLE                  # 16 streams
+    python benchmarks/latent_batching.py BUNDLE --streams 8 --patch 6
 
-The latent transformer reads most of the weights, once per call however many patches are in it. The policy of
-`engine.batch.gather` runs it when a share of the streams wait. First the calls are timed: bytes of n streams, and
-n patches, for n up to the number of streams, at the median of a few runs. Then streams with patches of random lengths
-(geometric, as an entropy threshold gives, with the wanted mean) go through rounds under each policy, and the clock
-advances by what the calls cost. `blt bench throughput --share` measures the same.
+The latent transformer holds most of the weights, and a call reads them once for any number of patches. The policy of
+`engine.batch.gather` runs it when a share of the streams wait for it. First the calls are timed: bytes of n streams,
+and n patches, for n up to the number of streams, medians of a few runs. Then rounds of streams are simulated under each
+policy. Their patches have random lengths (geometric, as an entropy threshold gives, with the wanted mean), and the
+simulated time advances by the cost of each call. `blt bench throughput --share` measures the same.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ CONTEXT = 128
 
 
 def costs(path: Path, streams: int, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of a round's byte calls, and of a latent call, for 0..streams tokens and patches; positions of a text of
-    CONTEXT bytes, of which the rows hold nothing: the time does not depend on it."""
+    """Seconds of a round's byte calls, and of a latent call, for 0..streams tokens and patches.
+
+    Positions are those after a text of CONTEXT bytes. The caches are empty: the time does not depend on their content.
+    """
     model = Model.open(path, threads=threads, batched=True)
     batch = Batch(fitted(model.spec, 2 * CONTEXT), model.backend, model.hash_tables, streams)
     byte, latent = np.zeros(streams + 1), np.zeros(streams + 1)
@@ -58,25 +60,27 @@ def median_s(call: Callable[[], object], repeat: int = 7) -> float:
 
 
 def simulate(
-    byte: np.ndarray, latent: np.ndarray, share: float | None, patch: float, rounds: int = 4000
+    byte: np.ndarray, latent: np.ndarray, *, share: float | None, patch: float, rounds: int = 4000
 ) -> tuple[float, float, float, float]:
-    """Bytes per second, patches per latent call, p50 and p95 gap (seconds) of one stream's bytes. share None: every
-    patch in a call of its own."""
+    """Bytes per second, patches per latent call, p50 and p95 gap (seconds) between the bytes of one stream.
+
+    share None: each patch runs in a separate call.
+    """
     streams, random, ready = len(byte) - 1, np.random.default_rng(0), gather(share or 0.0)
-    waits = np.zeros(streams, dtype=bool)
+    waiting = np.zeros(streams, dtype=bool)
     last = np.zeros(streams)
     clock, calls, patches, gaps = 0.0, 0, 0, []
     for _ in range(rounds):
-        going = ~waits
-        clock += byte[int(going.sum())]
-        waits |= going & (random.random(streams) < 1 / patch)
-        finished = going & ~waits
-        if waits.any() and ready(int(waits.sum()), int(finished.sum())):
-            several = int(waits.sum())
+        running = ~waiting
+        clock += byte[int(running.sum())]
+        waiting |= running & (random.random(streams) < 1 / patch)
+        finished = running & ~waiting
+        if waiting.any() and ready(int(waiting.sum()), int(finished.sum())):
+            several = int(waiting.sum())
             clock += several * latent[1] if share is None else latent[several]
             calls, patches = calls + (several if share is None else 1), patches + several
-            finished |= waits
-            waits[:] = False
+            finished |= waiting
+            waiting[:] = False
         gaps.extend(clock - last[finished])
         last[finished] = clock
     return len(gaps) / clock, patches / max(1, calls), *np.percentile(gaps[streams:], (50, 95))
@@ -88,12 +92,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--patch", type=float, default=4.5, help="mean patch size")
     parser.add_argument("--threads", type=int, default=2)
-    asked = parser.parse_args()
-    byte, latent = costs(asked.bundle, asked.streams, asked.threads)
-    print("calls, ms:", *(f"{n}: {1e3 * byte[n]:.1f} + {1e3 * latent[n]:.1f}" for n in (1, 2, 4, 8, asked.streams)))
+    options = parser.parse_args()
+    byte, latent = costs(options.bundle, options.streams, options.threads)
+    print("calls, ms:", *(f"{n}: {1e3 * byte[n]:.1f} + {1e3 * latent[n]:.1f}" for n in (1, 2, 4, 8, options.streams)))
     print("share | bytes/s | patches per call | gap p50, p95 ms")
     for share in SHARES:
-        speed, gathered, p50, p95 = simulate(byte, latent, share, asked.patch)
+        speed, gathered, p50, p95 = simulate(byte, latent, share=share, patch=options.patch)
         print(
             f"{'each' if share is None else share} | {speed:,.0f} | {gathered:.1f} | {1e3 * p50:.0f}, {1e3 * p95:.0f}"
         )
