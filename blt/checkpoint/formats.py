@@ -8,26 +8,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blt.checkpoint import facebook, hub, huggingface, native
+from blt.checkpoint import facebook, hub, huggingface, native, stopped
 from blt.checkpoint.source import Source
 from blt_runtime.errors import CheckpointError, UsageError, shown
 
-FORMATS = (native, facebook, huggingface)
+FORMATS = (native, stopped, facebook, huggingface)
 """In the order in which a path is matched."""
 
 
 def open_source(path: str | Path, entropy_model: str | Path | None = None) -> Source:
     """Configurations, patch rule and weights of a checkpoint of any format; the weights stay in their files.
 
-    path: a `model.pt`, a folder that holds one, a folder in the facebook format (facebookresearch/blt's training
-    folder or hub folder), a Hugging Face folder, or a name on the hub.  entropy_model: the same, for formats that store
-    the entropy model separately; by default it is searched for inside and next to the folder.
+    path: a `model.pt`, a folder that holds one, the folder of a training run that stopped, a folder in the facebook
+    format (facebookresearch/blt's training folder or hub folder), a Hugging Face folder, or a name on the hub.
+    entropy_model: the same, for formats that store the entropy model separately; by default it is searched for inside
+    and next to the folder.
 
     Raises CheckpointError, and MissingExtra for a hub name without huggingface_hub.
     """
     source = _read(path)
     if entropy_model is None and source.lacks_entropy_model:
-        entropy_model = hub.find_entropy_model(path, source.path)
+        entropy_model = source.entropy_path or hub.find_entropy_model(path, source.path)
     return source if entropy_model is None else source.with_entropy(_read(entropy_model))
 
 

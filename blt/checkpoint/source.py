@@ -43,7 +43,9 @@ class StoredModel(Generic[ModelConfig]):
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk. `format` is native, facebook, facebook-hub or huggingface.
+    """A checkpoint on disk. `format` is native, facebook, facebook-hub, huggingface or "stopped run".
+
+    entropy_path: where an entropy model that is stored separately was when the checkpoint was written.
 
     A checkpoint with a token model (`bpe`) holds nothing else but the text of its `tokenizer`.
     """
@@ -55,6 +57,7 @@ class Source:
     patch_rule: PatchRule | None = None
     bpe: StoredModel[TokenConfig] | None = None
     tokenizer: str | None = None
+    entropy_path: str | None = None
 
     @property
     def blt_config(self) -> BLTConfig | None:

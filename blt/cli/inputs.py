@@ -60,8 +60,12 @@ def existing_model(path: Path) -> Path:
 
         if is_data_folder(path):
             raise UsageError(f"{path} is a data folder for training; give model.pt, a run folder or a bundle")
-    elif (path / "checkpoints").is_dir() and not (path / "model.pt").exists():
-        raise UsageError(f"{path} is an unfinished run: the same `blt train` command finishes it")
+    elif (path / "checkpoints").is_dir():
+        if not ((path / "model.pt").is_file() or any((path / "checkpoints").glob("step-*"))):
+            raise UsageError(
+                f"{path} is a training run that stopped before its first checkpoint: the same `blt train` command "
+                "continues it"
+            )
     elif path.is_dir() and not any((path / name).is_file() for name in MODEL_FILES):
         raise UsageError(f"{path} holds no model: {_why_no_model(path)}")
     return path

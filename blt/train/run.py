@@ -18,7 +18,7 @@ from blt.checkpoint.native import MODEL_FILE
 from blt.data.quantities import amount
 from blt.files import replace_text
 from blt.train import checkpoints, parallel
-from blt.train.config import KINDS, RunConfig
+from blt.train.config import KINDS, BLTRun, RunConfig
 from blt.train.loop import Trainer
 from blt.train.resume import continued, find_checkpoint
 from blt.train.setup import prepare_run
@@ -65,6 +65,7 @@ def train(
             _log_warmup(config)
         else:
             config = continued(config, checkpoint)
+        config = _with_entropy_path(config, entropy_model)
         compiled = config.run.compile if compile is None else compile
         whole_step = compiled and ranks.single  # FSDP's gathers would break the step's graph
         trainer, finish = ranks.first_then_others(
@@ -79,6 +80,14 @@ def train(
         trainer.finish()
         ranks.on_first(lambda: _end(trainer, finish))
     return out / MODEL_FILE
+
+
+def _with_entropy_path(config: RunConfig, entropy_model: str | Path | None) -> RunConfig:
+    """The configuration with the place of its entropy model, for the commands that read a stopped run."""
+    if not isinstance(config, BLTRun) or (path := entropy_model or config.entropy_model) is None:
+        return config
+    where = str(Path(path).resolve() if Path(path).exists() else path)
+    return config.model_copy(update={"entropy_model": where})
 
 
 def _log_resumed(trainer: Trainer, steps: int) -> None:

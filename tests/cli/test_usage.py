@@ -60,7 +60,7 @@ WRONG = [
     (["score", "{model}", "{ids}", "--npz", "{tmp}/no/folder/o.npz"], 2, "folder"),
     (["score", "{model}", "{nothing}", "--npz", "{tmp}/o.npz"], 2, "is empty"),
     (["score", "{model}", "-", "--npz", "{tmp}/o.npz"], 2, "standard input is empty"),
-    (["score", "{unfinished}", "{text}", "--npz", "{tmp}/o.npz"], 2, "`blt train` command finishes it"),
+    (["score", "{unfinished}", "{text}", "--npz", "{tmp}/o.npz"], 2, "`blt train` command continues it"),
     (["score", "{model}", "{text}", "--npz", "{tmp}/o.npz", "--entropy-model", "none"], 2, "no such file"),
     (["score", "{model}", "{high}", "--npz", "{tmp}/o.npz"], 2, "0..259"),
     (["score", "{model}", "{floats}", "--npz", "{tmp}/o.npz"], 2, "whole numbers"),

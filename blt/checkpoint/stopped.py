@@ -1,0 +1,90 @@
+"""The folder of a training run that stopped before its end: the weights of its newest checkpoint.
+
+A finished run has a `model.pt` and is read by `native`. A checkpoint (`blt.train.checkpoints`) holds the weights under
+`model.*` next to the optimizer's state, and the configuration and patch rule in `state.json`. The entropy model of a
+BLT is read from where the run read it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from blt.checkpoint import native
+from blt.checkpoint.source import Source, StoredModel, fit_weights, parse, read_json
+from blt.checkpoint.tensors import StoredTensor, read_safetensors
+from blt.model import BLTConfig, EntropyConfig
+from blt_runtime.errors import BltError, CheckpointError
+from blt_runtime.patching import PatchRule
+
+CHECKPOINTS, STATE, MANIFEST, WEIGHTS = "checkpoints", "state.json", "manifest.json", "shard-*.safetensors"
+FINISH = "the same `blt train` command continues it"
+log = logging.getLogger("blt.checkpoint")
+
+
+def matches(path: Path) -> bool:
+    """A folder of checkpoints without a model.pt, which `native` matches."""
+    return (path / CHECKPOINTS).is_dir() and not native.matches(path)
+
+
+def read(path: Path) -> Source:
+    """Raises CheckpointError."""
+    folder = _newest(path)
+    state = read_json(folder / STATE)
+    try:
+        kind, config, extra = state["config"]["kind"], state["config"], state["extra"]
+        steps, planned = int(state["step"]), int(config["schedule"]["steps"])
+    except (LookupError, TypeError, ValueError):
+        raise CheckpointError(f"{folder / STATE} is damaged; {FINISH} from an older checkpoint") from None
+    shards = sorted(folder.glob(WEIGHTS))
+    if kind == "bpe" or len(shards) != 1:
+        what = "a token model" if kind == "bpe" else "weights of several processes"
+        raise CheckpointError(
+            f"{path} stopped at step {steps:,} of {planned:,} and holds {what} without a model.pt: {FINISH}, and with "
+            f"--steps {steps} it only writes the model.pt"
+        )
+    log.info("%s stopped at step %s of %s; this is the model of that step", path, f"{steps:,}", f"{planned:,}")
+    names = {name: tensor for name, tensor in read_safetensors(shards[0]).items() if name.startswith("model.")}
+    if kind == "entropy":
+        return Source("stopped run", path, entropy=_model(EntropyConfig, config, names, folder)).check_vocabularies()
+    return Source(
+        "stopped run",
+        path,
+        blt=_model(BLTConfig, config, names, folder),
+        patch_rule=_rule(extra, folder),
+        entropy_path=config.get("entropy_model"),
+    ).check_vocabularies()
+
+
+def _newest(path: Path) -> Path:
+    """The newest checkpoint whose files are there with the sizes of its manifest. Raises CheckpointError."""
+    found = sorted(
+        (p for p in (path / CHECKPOINTS).glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:])
+    )
+    for folder in reversed(found):
+        if _is_whole(folder):
+            return folder
+        log.warning("%s is damaged; trying the previous one", folder)
+    what = "no undamaged checkpoint" if found else "no checkpoint: it stopped before its first one"
+    raise CheckpointError(f"{path} is a training run with {what}; {FINISH}")
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        return all((folder / Path(name).name).stat().st_size == entry["size"] for name, entry in files.items())
+    except (CheckpointError, OSError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _model(kind: Any, config: dict[str, Any], tensors: dict[str, StoredTensor], folder: Path) -> StoredModel[Any]:
+    parsed = parse(kind, config.get("model"), str(folder / STATE), "config.model")
+    return fit_weights(parsed, tensors, lambda name: [f"model.{name}"], folder)
+
+
+def _rule(extra: Any, folder: Path) -> PatchRule:
+    try:
+        return PatchRule.from_dict(extra["patch_rule"])
+    except (BltError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE}: {error}") from None
