@@ -218,7 +218,9 @@ def test_onnx_measures_the_costs_too(blt: Call, files: dict[str, Path]) -> None:
 
 def test_a_miss_is_a_failed_check(blt: Call, files: dict[str, Path], tmp_path: Path) -> None:
     """Every second piece is text of another kind, so the threshold does not carry over to the held-out half."""
-    pieces = [code(638) if i % 2 else bytes(np.random.default_rng(i).integers(0, 256, 638)) for i in range(10)]
+    pieces = [
+        code(638) if i % 2 else bytes(np.random.default_rng(i).integers(32, 127, 638).tolist()) for i in range(10)
+    ]
     (tmp_path / "mixed").write_bytes(b"".join(pieces).replace(b"\0", b"\1"))
     options = ["--mean-patch", 3, "-q", "--bpb-bytes", 0, "-o", tmp_path / "new.pt"]
     result = blt("calibrate", files["model"], tmp_path / "mixed", *options)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from blt.cli import console, failures, options
 from blt_runtime.errors import BltError, CapacityError, CheckFailed, MissingExtra, UsageError
@@ -178,7 +179,7 @@ def test_a_missing_library_names_its_extra(blt: Call, files: dict[str, Path], mo
     assert result.code == 4
     assert "blt-lm[plot]" in result.err
     assert not (files["tmp"] / "figure.png").exists()
-    (files["tmp"] / "a.zst").write_bytes(b"")
+    (files["tmp"] / "a.zst").write_bytes(zstandard.compress(b"text"))
     with hidden(monkeypatch, "zstandard"):
         result = blt("data", "prepare", files["tmp"] / "a.zst", "-o", files["tmp"] / "data")
     assert result.code == 4
