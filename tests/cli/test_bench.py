@@ -170,6 +170,30 @@ def test_batches_of_streams(blt: Call, models: dict[str, Path]) -> None:
     assert [line.split()[0] for line in shown.splitlines()[-2:]] == ["1", "3"]
 
 
+@pytest.mark.parametrize("kind", ["latency", "patch", "throughput"])
+def test_a_model_smaller_than_the_usual_prompt_is_measured_with_what_fits(
+    blt: Call, models: dict[str, Path], kind: str
+) -> None:
+    """The bundle holds 256 bytes."""
+    if kind == "throughput" and not runs_rows():
+        pytest.skip("needs onnxruntime 1.32")
+    sizes = {"latency": ["--new-bytes", 20], "patch": [], "throughput": ["--new-bytes", 200, "--batch", 1]}[kind]
+    result = blt("bench", kind, models["bundle"], *sizes, "--repeat", 1, "--threads", 1, "--json")
+    report = report_of(result)
+    prompt = {"latency": 235, "patch": 255, "throughput": 55}[kind]
+    assert report["bytes" if kind == "patch" else "prompt_bytes"] == prompt
+    assert f"there is room for 255 bytes: measuring with a prompt of {prompt}" in result.err
+
+
+def test_lengths_that_were_given_stay() -> None:
+    from blt.cli.commands.bench import Lengths
+
+    usual = Lengths.of(None, None, usual=(512, 128), least_new=2)
+    assert [usual.fitting(room) for room in (1000, 640, 100, 3)] == [(512, 128), (512, 128), (80, 20), (1, 2)]
+    assert Lengths.of("1k", None, usual=(512, 128), least_new=2).fitting(100) == (1024, 128)
+    assert Lengths.of(None, "90", usual=(512, 128), least_new=2).fitting(100) == (10, 90)
+
+
 WRONG = [
     (["latency", "{bundle}", "--new-bytes", "0"], 2, "--new-bytes 0: must be at least 2"),
     (["latency", "{bundle}", "--prompt-bytes", "0"], 2, "--prompt-bytes 0: must be at least 1"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -32,7 +33,12 @@ PARTS_OF = {  # part of a checkpoint -> the same part in the split of the time
 
 app = typer.Typer(no_args_is_help=True, help="Measure how fast a model runs on this machine.")
 
-PromptBytes = Annotated[str, typer.Option("--prompt-bytes", metavar="SIZE", help="Bytes of prompt.")]
+PromptBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-bytes", metavar="SIZE", help="Bytes of prompt (default: 512, or what fits; throughput: 64)."
+    ),
+]
 TextFile = Annotated[
     Path | None,
     typer.Option("--text", metavar="FILE", help="Text to use (default: English words, the same in every run)."),
@@ -51,8 +57,10 @@ Repeat = Annotated[int, typer.Option(min=1, help="Runs; the medians are shown.")
 @options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "threads")
 def latency(
     model: options.ModelPath,
-    prompt_bytes: PromptBytes = "512",
-    new_bytes: Annotated[str, typer.Option("--new-bytes", metavar="SIZE", help="Bytes generated.")] = "128",
+    prompt_bytes: PromptBytes = None,
+    new_bytes: Annotated[
+        str | None, typer.Option("--new-bytes", metavar="SIZE", help="Bytes generated (default: 128, or what fits).")
+    ] = None,
     repeat: Repeat = 3,
     patch_size: PatchSize = None,
     temperature: options.Temperature = 0.8,
@@ -69,13 +77,13 @@ def latency(
     from blt import bench
     from blt.bench.machine import available_cores
 
-    prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
-    new_n = options.parse_size(new_bytes, "--new-bytes", at_least=2)
+    wanted = Lengths.of(prompt_bytes, new_bytes, usual=(512, 128), least_new=2)
     figures.check_path(plot)
-    given = bench.Text.of(read_text(text, prompt_n + new_n), prompt_n, new_n)
+    data = read_text(text, wanted.total)
     began = time.perf_counter()
     with models.open_model(model, how) as opened:
         open_s = time.perf_counter() - began
+        given = bench.Text.of(data, *wanted.fitting(min(opened.spec.capacity_bytes - 1, len(data))))
         if patch_size is not None:
             opened = bench.at_patch_size(opened, [given], patch_size)
         found = bench.latency(
@@ -101,7 +109,7 @@ def latency(
 @options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "threads")
 def patch(
     model: options.ModelPath,
-    prompt_bytes: PromptBytes = "512",
+    prompt_bytes: PromptBytes = None,
     repeat: Repeat = 3,
     text: TextFile = None,
     *,
@@ -111,11 +119,12 @@ def patch(
     """Patching only: the entropies of a text, then the patch rule."""
     from blt import bench
 
-    size = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
-    data = read_text(text, size)
-    if len(data) < size:
-        raise InputError(f"{text} has {len(data)} bytes, fewer than --prompt-bytes {size}")
+    wanted = Lengths.of(prompt_bytes, None, usual=(512, 0), least_new=0)
+    data = read_text(text, wanted.total)
     with models.open_model(model, how) as opened:
+        size, _ = wanted.fitting(min(opened.spec.capacity_bytes - 1, len(data)))
+        if len(data) < size:
+            raise InputError(f"{text} has {len(data):,} bytes, the run needs {size:,}: see --prompt-bytes")
         found = bench.patching(opened, data[:size], repeat)
         report = {
             **setting(opened, model, "patch"),
@@ -133,6 +142,41 @@ def patch(
         f"{found.bytes_per_s:,.0f} bytes/s: {found.n:,} bytes, entropies {1e3 * found.entropies_s:.3g} ms, "
         f"rule {1e3 * found.rule_s:.3g} ms, mean patch {found.mean_patch:.2f} bytes"
     )
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Bytes of prompt and new bytes of a run. None: the `usual` number, or what fits."""
+
+    prompt: int | None
+    new: int | None
+    usual: tuple[int, int]
+    least_new: int
+
+    @classmethod
+    def of(cls, prompt: str | None, new: str | None, *, usual: tuple[int, int], least_new: int) -> Lengths:
+        """Reads the options. Raises UsageError for what is no size, or too small."""
+        given = None if prompt is None else options.parse_size(prompt, "--prompt-bytes", at_least=1)
+        generated = None if new is None else options.parse_size(new, "--new-bytes", at_least=least_new)
+        return cls(given, generated, usual, least_new)
+
+    @property
+    def total(self) -> int:
+        """Bytes of text to read."""
+        return (self.prompt or self.usual[0]) + (self.new or self.usual[1])
+
+    def fitting(self, room: int) -> tuple[int, int]:
+        """Prompt and new bytes in a model or text with room for so many in total. Less than usual is logged. A size
+        that was given stays, whether it fits or not."""
+        usual_prompt, usual_new = self.usual
+        new = self.new
+        if new is None:
+            new = usual_new if self.prompt is not None else min(usual_new, max(self.least_new, room // 5))
+        prompt = self.prompt if self.prompt is not None else max(1, min(usual_prompt, room - new))
+        if (self.prompt is None and prompt < usual_prompt) or (self.new is None and new < usual_new):
+            generated = f" and {new:,} new ones" if new else ""
+            console.log.info("there is room for %s bytes: measuring with a prompt of %s%s", room, prompt, generated)
+        return prompt, new
 
 
 # --- parts -------------------------------------------------------------------------------------------------

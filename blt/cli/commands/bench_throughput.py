@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, models, options
-from blt.cli.commands.bench import PatchSize, PromptBytes, Repeat, TextFile, read_text, setting
+from blt.cli.commands.bench import Lengths, PatchSize, PromptBytes, Repeat, TextFile, read_text, setting
 
 if TYPE_CHECKING:
     from blt.bench import BatchRun, PrefillGaps, Run, Text
@@ -25,10 +25,13 @@ def throughput(
     batch: Annotated[
         str, typer.Option("--batch", metavar="N,N", help="Streams per batch; each size is measured.")
     ] = "1,8",
-    prompt_bytes: PromptBytes = "64",
+    prompt_bytes: PromptBytes = None,
     new_bytes: Annotated[
-        str, typer.Option("--new-bytes", metavar="SIZE", help="Bytes that each stream generates.")
-    ] = "128",
+        str | None,
+        typer.Option(
+            "--new-bytes", metavar="SIZE", help="Bytes that each stream generates (default: 128, or what fits)."
+        ),
+    ] = None,
     repeat: Repeat = 3,
     patch_size: PatchSize = None,
     temperature: options.Temperature = 0.8,
@@ -48,12 +51,13 @@ def throughput(
     from blt import bench
 
     sizes = [options.parse_size(size, "--batch", at_least=1) for size in batch.split(",")]
-    prompt_n = options.parse_size(prompt_bytes, "--prompt-bytes", at_least=1)
-    new_n = options.parse_size(new_bytes, "--new-bytes", at_least=16)
-    data = read_text(text, bench.SHIFT * max(sizes) + prompt_n + new_n)
-    given = bench.shifted_texts(data, streams=max(sizes), prompt_bytes=prompt_n, new_bytes=new_n)
+    wanted = Lengths.of(prompt_bytes, new_bytes, usual=(64, 128), least_new=16)
+    shift = bench.SHIFT * max(sizes)
+    data = read_text(text, shift + wanted.total)
     models.check_batched(model)
     with models.open_model(model, how) as single:
+        prompt_n, new_n = wanted.fitting(min(single.spec.capacity_bytes - 1, len(data) - shift))
+        given = bench.shifted_texts(data, streams=max(sizes), prompt_bytes=prompt_n, new_bytes=new_n)
         given[0].check_room(single.spec.capacity_bytes)
         if patch_size is not None:
             single = bench.at_patch_size(single, given, patch_size, by_rises=True)
