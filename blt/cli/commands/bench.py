@@ -276,10 +276,15 @@ def _speculation(stats: SpeculationStats) -> str:
     return f"{stats.tokens_per_pass:.2f} bytes per decoder pass, {stats.accepted:,} of {stats.drafts:,} drafts accepted"
 
 
+def _floor(found: Latency) -> str:
+    share = found.share_of_floor
+    return "unknown" if share is None else f"{found.floor_bytes_per_s:,.1f} bytes/s, reached {share:.1%}"
+
+
 def _show(report: dict[str, Any], found: Latency) -> None:
     from blt.figures.costs import duration
 
-    bandwidth, mean, share = found.bandwidth, report["mean_patch_bytes"], found.share_of_floor
+    bandwidth, mean = found.bandwidth, report["mean_patch_bytes"]
     threads = _count(bandwidth.threads, "thread")
     patch = "unknown, no patch is complete" if mean is None else f"{mean:.2f} bytes"
     console.print_tree(
@@ -294,7 +299,7 @@ def _show(report: dict[str, Any], found: Latency) -> None:
             "weights read": f"{_size(sum(found.weights.values()) or None)} per byte",
             "read bandwidth": f"{bandwidth.bytes_per_s / 1e9:.1f} GB/s (best sweep of {_size(bandwidth.buffer_bytes)} "
             f"by {bandwidth.method})",
-            "floor": "unknown" if share is None else f"{found.floor_bytes_per_s:,.1f} bytes/s, reached {share:.1%}",
+            **({} if found.in_caches else {"floor": _floor(found)}),
             **({"speculation": _speculation(found.runs[0].speculation)} if report["speculation"] else {}),
             "opening": f"{report['open_s']:.2f} s",
             "peak memory": f"{_size(found.peak_bytes)}, hash tables {_size(found.tables_bytes)} of it",
@@ -323,7 +328,7 @@ def split_table(found: Latency) -> Table:
             f"{calls:,}" if calls else "",
             "" if n is None else f"{n / 1e6:,.3f}",
             "" if rate is None else f"{rate / 1e9:.1f}",
-            "" if rate is None else f"{rate / found.bandwidth.bytes_per_s:.0%}",
+            "" if rate is None or found.in_caches else f"{rate / found.bandwidth.bytes_per_s:.0%}",
         )
     table.add_row(
         "total", f"{1e6 * parts.total_s:,.1f}", "", "", "", f"{sum(read.values()) / 1e6:,.3f}" if read else ""
@@ -335,7 +340,7 @@ def _plot(found: Latency, title: str, path: Path) -> None:
     from blt.figures.costs import Bar, Bars, render
 
     bars = [Bar("measured", found.split.seconds)]
-    if found.weights:
+    if found.weights and not found.in_caches:
         floor = found.floor_s()
         bars.append(Bar("reading the weights", {part: floor[part] for part in found.split.seconds if part in floor}))
     figures.write(path, Bars(bars, title), render)
