@@ -6,6 +6,13 @@ with their own caches. Each graph reads the reference's intermediate values, so 
 Error of an output: max |got - want| / max(1, |want|), where |want| is the largest of the vector (logits of a position,
 state of a byte): the rounding errors of every element of a product are as large as its largest terms allow.
 A number that is not finite counts as infinite error.
+
+Tolerance in float32: 2e-5. A model with large weights or many layers may have more noise than that: its own PyTorch
+modules in float32 are as far from the same modules in float64. Where an error is above the tolerance, this noise is
+measured on the same inputs, and the tolerance is NOISES times it. Above LARGEST_NOISE the tolerance does not follow: an
+error of a graph could no longer be told from noise. In `tests/export/verify/test_noise.py` the graphs of a noisy model
+are within half of its noise, and one matrix in error by 1 % is at 2,000 times the noise.
+
 Hash tables in 8 bits: max |got - want| relative to the largest error that rounding can cause, half a step of each row.
 
 Quantised graphs differ from float32 by design, so they are checked in two ways (and by `verify.text`):
@@ -20,9 +27,11 @@ Quantised graphs differ from float32 by design, so they are checked in two ways 
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +51,9 @@ from ..quantize.matrices import Packed, read_error
 from .plan import Plan, graph_calls, make_plan
 
 TOLERANCE = {"fp32": 2e-5, "int8": 0.1, "int4": 0.6}
+NOISES = 4.0
+"""Tolerance in multiples of the measured noise: graph and PyTorch each have it, and their roundings differ."""
+LARGEST_NOISE = 5e-4
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 HALF_STEPS = 1.01
 """Tolerance of hash tables in 8 bits, in half steps; a hundredth for the roundings of float32."""
@@ -49,6 +61,7 @@ MIN_ONNXRUNTIME = "1.30"
 PREPACK_UP_TO = 1 << 30
 """Bytes of a graph's weights beyond which they stay mapped: a packed copy and PyTorch's weights would not fit."""
 Arrays = dict[str, npt.NDArray[Any]]
+log = logging.getLogger("blt_export")
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,8 @@ def check_parity(
     precisions, packed = precisions or {}, packed or {}
     inputs = _row_inputs(checkpoint, spec, plan)
     rows: list[Parity] = []
+    noises: dict[str, float] = {}
+    tolerance_of_entropy = TOLERANCE["fp32"]
     if spec.hash is not None:
         written = _hash_embedding(hash_tables, spec.hash, plan.ids_N)
         error = _error(written, inputs["encoder"]["hash_embedding"])
@@ -96,15 +111,43 @@ def check_parity(
             rows.append(_weights_row(name, files[name], packed[name]))
         want = _reference(steps[name], graph, inputs[name])
         got = _exported(files[name], graph, spec, inputs[name], precision != "fp32")
+        found = []
         for tensor in _plain(graph.outputs, graph):
             measure = _error if precision == "fp32" else _relative_rms
             error = measure(got[tensor.name], want[tensor.name])
-            rows.append(Parity(f"{name}.{tensor.name}", error, TOLERANCE[precision], want[tensor.name].shape[1]))
+            found.append(Parity(f"{name}.{tensor.name}", error, TOLERANCE[precision], want[tensor.name].shape[1]))
+        if precision == "fp32" and any(row.max_abs_error > row.tolerance for row in found):
+            of_graph = _noise(steps[name], graph, inputs[name], want)
+            noises |= {f"{name}.{output}": noise for output, noise in of_graph.items()}
+            found = [following(row, noises[row.output]) for row in found]
+        rows += found
         if name == "entropy" and precision == "fp32":
             entropy_N = want["entropy"][0]
+            tolerance_of_entropy = next(row.tolerance for row in found if row.output == "entropy.entropy")
         _pass_on(inputs, name, want)
-    demand(rows)
-    return ParityReport(tuple(rows), _near(entropy_N, spec, TOLERANCE["fp32"]))
+    demand(rows, noises=noises)
+    return ParityReport(tuple(rows), _near(entropy_N, spec, tolerance_of_entropy))
+
+
+def following(row: Parity, noise: float) -> Parity:
+    """The row with a tolerance that follows the model's own noise. If that decides, a warning names both."""
+    tolerance = NOISES * noise
+    if not row.tolerance < tolerance <= NOISES * LARGEST_NOISE:
+        return row
+    if row.tolerance < row.max_abs_error <= tolerance:
+        log.warning(
+            "%s differs by %.3g: this model's own float32 noise is %.3g, so the tolerance is %.3g instead of %.3g",
+            row.output, row.max_abs_error, noise, tolerance, row.tolerance,
+        )  # fmt: skip
+    return replace(row, tolerance=tolerance)
+
+
+def _noise(step: nn.Module, graph: GraphSpec, inputs: Arrays, want: Arrays) -> dict[str, float]:
+    """The error of the PyTorch module in float32 (`want`) against the same module in float64, by output."""
+    exact = copy.deepcopy(step).double()
+    doubles = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
+    found = _reference(exact, graph, doubles, torch.float64)
+    return {name: _error(want[name].astype(np.float64), value.astype(np.float64)) for name, value in found.items()}
 
 
 def _weights_row(name: str, file: Path, packed: tuple[Packed, ...]) -> Parity:
@@ -182,11 +225,12 @@ def _plain(tensors: tuple[TensorSpec, ...], graph: GraphSpec) -> list[TensorSpec
     return [t for t in tensors if t.name not in caches]
 
 
-def _reference(step: nn.Module, graph: GraphSpec, inputs: Arrays) -> Arrays:
+def _reference(step: nn.Module, graph: GraphSpec, inputs: Arrays, dtype: torch.dtype = torch.float32) -> Arrays:
     """Plain outputs of one PyTorch call over the whole row, with caches that hold all of it."""
     names = _plain(graph.inputs, graph)
     slots = inputs["positions"].shape[1]
-    caches = [torch.zeros(1, t.shape[1], slots, t.shape[3]) for t in graph.inputs if t not in names]  # type: ignore[arg-type]
+    cached = [t for t in graph.inputs if t not in names]
+    caches = [torch.zeros(1, t.shape[1], slots, t.shape[3], dtype=dtype) for t in cached]  # type: ignore[arg-type]
     with torch.no_grad():
         outputs = step(*(torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in names), *caches)
     named = zip(graph.outputs, outputs, strict=True)
@@ -255,15 +299,25 @@ def _relative_rms(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
     return math.sqrt(np.square(got - want, dtype=np.float64).mean()) / (size or 1.0)
 
 
-def demand(rows: Sequence[Parity], reference: str = "PyTorch") -> None:
-    """Raises CheckFailed, with the row of the largest error, unless all are within their tolerance."""
+def demand(rows: Sequence[Parity], reference: str = "PyTorch", noises: Mapping[str, float] | None = None) -> None:
+    """Raises CheckFailed, with the row of the largest error, unless all are within their tolerance.
+
+    noises: the measured float32 noise of the model by output; the message says whether the error can be noise."""
     bad = [row for row in rows if not row.max_abs_error <= row.tolerance]
     if bad:
         worst = max(bad, key=lambda row: row.max_abs_error)
         raise CheckFailed(
             f"parity: {worst.output} differs from {reference} by {worst.max_abs_error:.3g} "
-            f"(tolerance {worst.tolerance:.3g}); no bundle was written"
+            f"(tolerance {worst.tolerance:.3g}){_cause((noises or {}).get(worst.output))}; no bundle was written"
         )
+
+
+def _cause(noise: float | None) -> str:
+    if noise is None:
+        return ""
+    if noise > LARGEST_NOISE:
+        return f": this model's own float32 noise is {noise:.3g}, too large to tell an error of the graph from it"
+    return f": the graph is wrong, since this model's own float32 noise is only {noise:.3g}"
 
 
 def _near(entropy_N: npt.NDArray[Any], spec: ModelSpec, tolerance: float) -> tuple[int, ...]:
