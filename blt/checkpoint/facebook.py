@@ -347,12 +347,3 @@ def patch_rule(model: ModelArguments, params: Mapping[str, Any], file: Path) -> 
             raise CheckpointError(f"{file}: static patching needs a whole patch_size, not {args.patch_size}")
         rule["patch_size"] = int(args.patch_size)
     return PatchRule.from_dict(rule)
-
-
-def facebook_state(state: Mapping[str, Tensor], n_tables: int, entropy: bool = False) -> dict[str, Tensor]:
-    """The same tensors (or their gradients) under their facebook names."""
-    named = {facebook_name(name, entropy): tensor for name, tensor in state.items() if name != HASH_TABLES}
-    if n_tables:
-        chunks = state[HASH_TABLES].chunk(n_tables)
-        named |= {hash_table_name(table): chunk for table, chunk in enumerate(chunks)}
-    return named

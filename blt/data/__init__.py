@@ -12,7 +12,6 @@ from blt.data.packing import Loader
 from blt.data.prepare import prepare
 
 if TYPE_CHECKING:
-    from blt.data.entropies import document_entropies
     from blt.data.patches import PatchIndex, choose_threshold
 
 __all__ = [
@@ -25,16 +24,15 @@ __all__ = [
     "PatchStarts",
     "TokenSource",
     "choose_threshold",
-    "document_entropies",
     "info",
     "prepare",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `entropies` and `patches` on first use: they load torch, which data preparation must not."""
+    """Imports `patches` on first use: it loads torch, which data preparation must not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from blt.data import entropies, patches
+    from blt.data import patches
 
-    return getattr(entropies if name == "document_entropies" else patches, name)
+    return getattr(patches, name)

@@ -141,11 +141,6 @@ class Batch:
         return int(self.mask.shape[1])
 
     @property
-    def padding(self) -> int:
-        """Positions that are padding."""
-        return self.mask.size - self.n_tokens
-
-    @property
     def identity(self) -> str:
         """The batch's origin for messages: `epoch 0, block 3, batch 17 (documents 4, 21 and 9 others)`."""
         position = f"epoch {self.epoch}, block {self.block}, batch {self.index}"

@@ -17,7 +17,7 @@ S = H + Q keys of a block's span, G key/value heads, K head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -39,20 +39,6 @@ reads 1,024."""
 
 Float = NDArray[np.float32]
 Ids = NDArray[np.int16]
-
-
-def document_entropies(
-    model: EntropyModel, documents: Sequence[Ids], reset_newlines: bool = False, compile: bool = False
-) -> list[Float]:
-    """Next-byte entropies in nats of each document's tokens (BOS ... EOS), float32 [length] each.
-
-    Each document must end with an EOS; otherwise the next document would attend to it.
-    """
-    if not documents:
-        return []
-    ids_N = np.concatenate(documents)
-    found = np.concatenate(list(make_pass(model, len(ids_N), reset_newlines, compile).run(ids_N)))
-    return np.split(found, np.cumsum([len(ids) for ids in documents])[:-1])
 
 
 class Tokens(Protocol):

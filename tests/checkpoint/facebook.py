@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from blt.checkpoint.facebook import facebook_state
+from blt.checkpoint.facebook import facebook_name, hash_table_name
 from blt.checkpoint.models import Checkpoint
+from blt.checkpoint.source import HASH_TABLES
 from blt.model import EntropyModel
 from tests.tiny import ENTROPY
 
 Form = Literal["training", "hub"]
+
+
+def facebook_state(state: Mapping[str, Tensor], n_tables: int, entropy: bool = False) -> dict[str, Tensor]:
+    """The same tensors (or their gradients) under their facebook names."""
+    named = {facebook_name(name, entropy): tensor for name, tensor in state.items() if name != HASH_TABLES}
+    if n_tables:
+        chunks = state[HASH_TABLES].chunk(n_tables)
+        named |= {hash_table_name(table): chunk for table, chunk in enumerate(chunks)}
+    return named
 
 
 def write_facebook(folder: Path, checkpoint: Checkpoint, form: Form = "training") -> Path:

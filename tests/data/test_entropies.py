@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from blt.data.entropies import CHUNK, BFloat16Pass, ChunkedPass, document_entropies, make_pass
+from blt.data.entropies import CHUNK, BFloat16Pass, ChunkedPass, make_pass
 from blt.generate import reference
 from blt.model import EntropyConfig, EntropyModel, entropy_of
 from blt.model.bfloat16 import to_bfloat16
 from blt.model.graphs import cache_spec
 from blt.model.steps import EntropyStep
 from blt_runtime.ids import BOS, EOS, OFFSET
+from tests.data.each_document import document_entropies
 
 Ids = np.ndarray
 TOLERANCE = 2e-5

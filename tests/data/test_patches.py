@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from blt.data import Dataset, PatchIndex, choose_threshold, document_entropies, prepare
+from blt.data import Dataset, PatchIndex, choose_threshold, prepare
 from blt.data.entropies import CHUNK, ChunkedPass, Float, Tokens
 from blt.model import EntropyConfig, EntropyModel
 from blt.model.bfloat16 import to_bfloat16
 from blt_runtime.errors import ConfigError, InputError
 from blt_runtime.patching import PatchRule, patch_lengths
+from tests.data.each_document import document_entropies
 
 
 def small_model(n_layers: int = 1, window: int = 64, seed: int = 0) -> EntropyModel:

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blt.checkpoint.facebook import facebook_state
 from blt.checkpoint.models import Checkpoint, load
 from blt.generate import reference
 from blt.model import entropy_of
 from blt.model.masks import causal_mask, document_ids, patch_document_ids, patch_layout
 from blt_runtime.patching import patch_lengths
+from tests.checkpoint.facebook import facebook_state
 
 TOLERANCE = 2e-5
 CASES = ["ascii", "multibyte", "emoji", "code", "eos_mid", "eos_eos", "raw_0_255", "random_bytes", "repeat"]

@@ -234,7 +234,8 @@ def test_padding_costs_nothing_and_counts_nothing(
     assert n == m
     assert long.item() == pytest.approx(short.item(), rel=1e-6)
     short.backward()
-    assert padded.padding == batch.padding + 80
+    assert padded.mask.size == batch.mask.size + 80
+    assert padded.n_tokens == batch.n_tokens
 
 
 def test_golden_training_loss(golden: Path) -> None:

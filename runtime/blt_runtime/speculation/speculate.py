@@ -68,10 +68,6 @@ class SpeculationStats:
         return self.tokens / max(1, self.passes)
 
     @property
-    def tokens_per_latent_call(self) -> float:
-        return self.tokens / max(1, self.latent_calls)
-
-    @property
     def acceptance_rate(self) -> float:
         """Accepted drafts per verified draft; 0 if there were none."""
         return self.accepted / max(1, self.drafts)
