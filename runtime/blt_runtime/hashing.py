@@ -109,7 +109,9 @@ def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDt
         if piece.shape != shape:
             raise ConfigError(f"a hash table has the shape {list(piece.shape)}, not {list(shape)}")
         if piece.dtype != TABLE_DTYPES[dtype]:
-            raise ConfigError(f"a hash table holds {piece.dtype}, but the spec says {dtype} ({TABLE_DTYPES[dtype]})")
+            raise ConfigError(
+                f"a hash table holds {piece.dtype}, but the graph spec has {dtype} ({TABLE_DTYPES[dtype]})"
+            )
 
 
 class HashEmbedding:

@@ -35,7 +35,7 @@ def test_name_io_refuses_another_element_type() -> None:
     model, b = model_of([value("a", "s0", dtype=INT)])
     finish(model, b.op("Neg", model.graph.inputs[0], dtype=INT, shape=["s0"]))
     spec = GraphSpec("g", (TensorSpec("x", "float32", ("B",)),), (TensorSpec("y", "int64", ("B",)),), {}, None)
-    with pytest.raises(ValueError, match="x has type INT64, its spec says float32"):
+    with pytest.raises(ValueError, match="x has type INT64, but its graph spec has float32"):
         name_io.run(model, spec)
 
 

@@ -104,7 +104,7 @@ def test_bfloat16_is_widened_exactly() -> None:
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        (np.zeros((194, 4), np.float16), "holds float16, but the spec says bfloat16"),
+        (np.zeros((194, 4), np.float16), "holds float16, but the graph spec has bfloat16"),
         (np.zeros((97, 4), np.uint16), r"shape \[97, 4\], not \[194, 4\]"),
         ([np.zeros((97, 4), np.uint16)] * 3, "2 hash tables, not 3"),
         ([np.zeros((97, 4), np.uint16), np.zeros((97, 5), np.uint16)], r"\[97, 5\], not \[97, 4\]"),

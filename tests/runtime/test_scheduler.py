@@ -1,4 +1,4 @@
-"""Requests on the do-nothing backend, under real threads."""
+"""Requests on the null backend, under real threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams on the do-nothing backend: steps, chunks and rewinds all give the results of the slow reference."""
+"""Streams on the null backend: steps, chunks and rewinds all give the results of the slow reference."""
 
 from __future__ import annotations
 

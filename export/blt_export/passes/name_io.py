@@ -46,13 +46,13 @@ def run(model: ir.Model, spec: GraphSpec) -> int:
 
 def _check_type(graph: str, value: ir.Value, tensor: TensorSpec) -> None:
     if value.dtype is not TYPES[tensor.dtype]:
-        raise ValueError(f"{graph}: {tensor.name} has type {value.dtype}, its spec says {tensor.dtype}")
+        raise ValueError(f"{graph}: {tensor.name} has type {value.dtype}, but its graph spec has {tensor.dtype}")
     sizes = dims(value)
     if sizes is None or tensor.name.startswith(("past_", "present_")):  # `fix_capacity` sets the caches' sizes
         return
     pairs = list(zip(sizes, tensor.shape, strict=False))
     if len(sizes) != len(tensor.shape) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
-        raise ValueError(f"{graph}: {tensor.name} has shape {sizes}, its spec says {list(tensor.shape)}")
+        raise ValueError(f"{graph}: {tensor.name} has shape {sizes}, but its graph spec has {list(tensor.shape)}")
 
 
 def _collect(letters: dict[str, str], value: ir.Value, tensor: TensorSpec) -> None:
