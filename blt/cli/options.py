@@ -57,15 +57,25 @@ ModelPath = Annotated[
     typer.Argument(
         metavar="MODEL",
         callback=existing_model,
-        help="model.pt, a run folder, a folder in the facebook or Hugging Face format, a hub name, or a bundle.",
+        help="A bundle, model.pt, a run folder, a folder in the facebook or Hugging Face format, or a hub name.",
     ),
 ]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 chooses the most likely byte.")]
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        callback=existing_model,
+        help="A checkpoint: model.pt, a run folder, a folder in the facebook or Hugging Face format, or a hub name.",
+    ),
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 always takes the most likely byte.")
+]
 Speculate = Annotated[
     str,
     typer.Option(
         "--speculate",
-        help="Drafter of speculative decoding: off, auto, lookup, decoder, lookup+decoder or entropy.",
+        help="Speculative decoding: off, or its drafter (auto, lookup, decoder, lookup+decoder, entropy).",
     ),
 ]
 
@@ -81,10 +91,14 @@ class ModelOptions:
     Raises UsageError for an unknown backend or device name.
     """
 
-    backend: Annotated[str, typer.Option("--backend", help="auto, torch or onnx.")] = "auto"
+    backend: Annotated[
+        str, typer.Option("--backend", help="torch, onnx, or auto: onnx for a bundle, torch for a checkpoint.")
+    ] = "auto"
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="Refuse a MODEL that does not run at this one: fp32, int8 or int4."),
+        typer.Option(
+            "--precision", help="Refuse a MODEL of another precision: fp32, int8 or int4 (default: accept any)."
+        ),
     ] = None
     entropy_model: Annotated[
         Path | None,
@@ -92,18 +106,20 @@ class ModelOptions:
             "--entropy-model",
             metavar="PATH",
             callback=existing_model,
-            help="Entropy model, where MODEL's format stores it separately.",
+            help="Entropy model that MODEL's format stores separately (default: in MODEL's folder or next to it).",
         ),
     ] = None
     entropy_dtype: Annotated[
         patching.EntropyDtype | None,
         typer.Option(
             "--entropy-dtype",
-            help="float32, or bfloat16: entropies and threshold as facebookresearch/blt's loader computes them"
-            " (PyTorch only).",
+            help="float32, or bfloat16 as facebookresearch/blt's loader computes entropies and threshold; PyTorch only"
+            " (default: as MODEL's patch rule says).",
         ),
     ] = None
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:n].")] = "auto"
+    device: Annotated[
+        str, typer.Option("--device", help="Device of a checkpoint: cpu, cuda[:n], or auto, which is cpu.")
+    ] = "auto"
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")] = None
 
     def __post_init__(self) -> None:
@@ -165,11 +181,19 @@ def _verbose(value: int) -> int:
 
 
 _Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", is_eager=True, callback=_quiet, help="Warnings and errors only.")
+    bool, typer.Option("-q", "--quiet", is_eager=True, callback=_quiet, help="Print warnings and errors only.")
 ]
 _Verbose = Annotated[
     int,
-    typer.Option("-v", "--verbose", is_eager=True, count=True, callback=_verbose, help="More output, tracebacks."),
+    typer.Option(
+        "-v",
+        "--verbose",
+        is_eager=True,
+        count=True,
+        callback=_verbose,
+        show_default=False,
+        help="Print more, and the traceback of an error.",
+    ),
 ]
 
 

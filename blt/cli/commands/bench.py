@@ -33,12 +33,6 @@ PARTS_OF = {  # part of a checkpoint -> the same part in the split of the time
 
 app = typer.Typer(no_args_is_help=True, help="Measure how fast a model runs on this machine.")
 
-PromptBytes = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt-bytes", metavar="SIZE", help="Bytes of prompt (default: 512, or what fits; throughput: 64)."
-    ),
-]
 TextFile = Annotated[
     Path | None,
     typer.Option("--text", metavar="FILE", help="Text to use (default: English words, the same in every run)."),
@@ -46,10 +40,10 @@ TextFile = Annotated[
 PatchSize = Annotated[
     float | None,
     typer.Option(
-        "--patch-size", min=1.0, help="Choose the threshold that gives this mean patch size (default: the model's own)."
+        "--patch-size", min=1.0, help="Choose a threshold that gives this mean patch size (default: keep the model's)."
     ),
 ]
-Repeat = Annotated[int, typer.Option(min=1, help="Runs; the medians are shown.")]
+Repeat = Annotated[int, typer.Option(min=1, help="Number of runs, whose medians are shown.")]
 
 
 @app.command("latency")
@@ -57,9 +51,12 @@ Repeat = Annotated[int, typer.Option(min=1, help="Runs; the medians are shown.")
 @options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "threads")
 def latency(
     model: options.ModelPath,
-    prompt_bytes: PromptBytes = None,
+    prompt_bytes: Annotated[
+        str | None,
+        typer.Option("--prompt-bytes", metavar="SIZE", help="Bytes of the prompt (default: 512, or what fits)."),
+    ] = None,
     new_bytes: Annotated[
-        str | None, typer.Option("--new-bytes", metavar="SIZE", help="Bytes generated (default: 128, or what fits).")
+        str | None, typer.Option("--new-bytes", metavar="SIZE", help="Bytes to generate (default: 128, or what fits).")
     ] = None,
     repeat: Repeat = 3,
     patch_size: PatchSize = None,
@@ -73,7 +70,7 @@ def latency(
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """One stream: bytes per second, gaps between bytes, and the share of the memory bandwidth that is reached."""
+    """Measure one stream: bytes per second, gaps between bytes, and the share of the memory bandwidth it reaches."""
     from blt import bench
     from blt.bench.machine import available_cores
 
@@ -109,14 +106,17 @@ def latency(
 @options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "threads")
 def patch(
     model: options.ModelPath,
-    prompt_bytes: PromptBytes = None,
+    prompt_bytes: Annotated[
+        str | None,
+        typer.Option("--prompt-bytes", metavar="SIZE", help="Bytes of text to patch (default: 512, or what fits)."),
+    ] = None,
     repeat: Repeat = 3,
     text: TextFile = None,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Patching only: the entropies of a text, then the patch rule."""
+    """Measure patching alone: the entropies of a text, then the patch rule."""
     from blt import bench
 
     wanted = Lengths.of(prompt_bytes, None, usual=(512, 0), least_new=0)

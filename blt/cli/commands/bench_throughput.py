@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from blt.cli import console, models, options
-from blt.cli.commands.bench import Lengths, PatchSize, PromptBytes, Repeat, TextFile, read_text, setting
+from blt.cli.commands.bench import Lengths, PatchSize, Repeat, TextFile, read_text, setting
 
 if TYPE_CHECKING:
     from blt.bench import BatchRun, PrefillGaps, Run, Text
@@ -21,11 +22,21 @@ if TYPE_CHECKING:
 @options.verbosity
 @options.takes(options.ModelOptions, "precision", "threads")
 def throughput(
-    model: options.ModelPath,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE",
+            callback=options.existing_model,
+            help="A bundle; its batched graphs need ONNX Runtime 1.32.",
+        ),
+    ],
     batch: Annotated[
-        str, typer.Option("--batch", metavar="N,N", help="Streams per batch; each size is measured.")
+        str, typer.Option("--batch", metavar="N,N", help="Numbers of streams in a batch; each is measured.")
     ] = "1,8",
-    prompt_bytes: PromptBytes = None,
+    prompt_bytes: Annotated[
+        str | None,
+        typer.Option("--prompt-bytes", metavar="SIZE", help="Bytes of a prompt (default: 64, or what fits)."),
+    ] = None,
     new_bytes: Annotated[
         str | None,
         typer.Option(
@@ -37,7 +48,7 @@ def throughput(
     temperature: options.Temperature = 0.8,
     share: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Run the latent transformer once this share of the streams needs it."),
+        typer.Option(min=0.0, max=1.0, help="Run the latent transformer when this share of the streams waits for it."),
     ] = 0.5,
     slice: Annotated[
         int, typer.Option(min=1, help="Bytes of a prompt that one call reads while other streams generate.")
@@ -47,7 +58,7 @@ def throughput(
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """A batch of streams on a bundle: bytes per second of all against one stream alone, and the gaps between bytes."""
+    """Measure a batch of streams: bytes per second in total and relative to one stream, and gaps between bytes."""
     from blt import bench
 
     sizes = [options.parse_size(size, "--batch", at_least=1) for size in batch.split(",")]

@@ -39,12 +39,18 @@ MEANS = (2.0, 3.0, 4.0, 4.5, 6.0, 8.0)  # bytes per patch; rows of the table bes
 @options.verbosity
 @options.takes(options.ModelOptions, "backend", "entropy_model", "threads")
 def calibrate(
-    model: options.ModelPath,
+    model: options.CheckpointPath,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A data folder (blt data prepare) or a file.")],
-    mean_patch: Annotated[float, typer.Option("--mean-patch", metavar="BYTES", help="Wanted mean patch size.")],
+    mean_patch: Annotated[
+        float, typer.Option("--mean-patch", metavar="BYTES", help="Wanted mean patch size in bytes.")
+    ],
     rule: Annotated[
         str | None,
-        typer.Option("--rule", metavar="global|monotonic", help="Kind of threshold (default: the model's own)."),
+        typer.Option(
+            "--rule",
+            metavar="global|monotonic",
+            help="Threshold on the entropy or on its rise (default: the model's).",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="MODEL", help="Write the model with the new threshold.")
@@ -54,18 +60,22 @@ def calibrate(
         str | None, typer.Option(help="train, valid or test of a data folder (default: valid, else test, else train).")
     ] = None,
     n_bytes: Annotated[
-        str, typer.Option("--bytes", metavar="SIZE", help="About this much text, spread evenly over DATA.")
+        str, typer.Option("--bytes", metavar="SIZE", help="Read about this much text, spread evenly over DATA.")
     ] = "4M",
     bpb_bytes: Annotated[
-        str, typer.Option("--bpb-bytes", metavar="SIZE", help="Held-out text scored under each rule; 0 for none.")
+        str,
+        typer.Option("--bpb-bytes", metavar="SIZE", help="Score about this much held-out text per threshold; 0: none."),
     ] = "32k",
-    context: Annotated[str, typer.Option(metavar="SIZE", help="Longest piece; longer documents are cut.")] = "4k",
+    context: Annotated[
+        str, typer.Option(metavar="SIZE", help="Longest piece in bytes; longer documents are cut.")
+    ] = "4k",
     tolerance: Annotated[
-        float, typer.Option(help="Exit 3 if held-out text misses the mean by more than this share.")
+        float, typer.Option(help="Fail (exit code 3) if held-out text misses the mean by a larger share.")
     ] = 0.02,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing -o MODEL.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that -o names.")] = False,
     device: Annotated[
-        str, typer.Option("--device", help="Where the entropy model runs: auto, cpu or cuda[:n].")
+        str,
+        typer.Option("--device", help="Device of the entropy model: cpu, cuda[:n], or auto (a GPU if there is one)."),
     ] = "auto",
     *,
     how: options.ModelOptions,

@@ -29,25 +29,18 @@ ROOM = 400
 @options.verbosity
 @options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", "threads")
 def check(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL",
-            callback=options.existing_model,
-            help="A checkpoint: model.pt, a run folder, a reference or Hugging Face folder, or a hub name.",
-        ),
-    ],
+    model: options.CheckpointPath,
     n_bytes: Annotated[
         str, typer.Option("--bytes", metavar="SIZE", help="Bytes of text compared under the model's own patch rule.")
     ] = "100k",
     backend: Annotated[
-        str, typer.Option("--backend", metavar="FORMS", help="Cached forms to compare: torch, onnx or both.")
+        str, typer.Option("--backend", metavar="FORMS", help="Cached forms to compare with whole rows.")
     ] = "torch,onnx",
     bundle: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A bundle exported from MODEL (default: a temporary one).")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to compare on (default: generated).")] = None,
-    row_bytes: Annotated[str, typer.Option("--row-bytes", metavar="SIZE", help="Bytes of a whole row.")] = "2k",
+    row_bytes: Annotated[str, typer.Option("--row-bytes", metavar="SIZE", help="Length of a row in bytes.")] = "2k",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the text, the cuts and the order of calls.")] = 0,
     *,
     how: options.ModelOptions,

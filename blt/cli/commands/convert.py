@@ -19,7 +19,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 @options.verbosity
 @options.takes(options.ModelOptions, "entropy_model", "entropy_dtype")
 def convert(
-    model: options.ModelPath,
+    model: options.CheckpointPath,
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write, or with --to native a .pt file.")
     ],

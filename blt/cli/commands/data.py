@@ -29,35 +29,41 @@ def _shares(text: str) -> tuple[float, ...]:
 @app.command("prepare")
 @options.verbosity
 def prepare(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Files or folders of text or records.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="IN...", help="Files of text or records, and folders of them.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
     format: Annotated[
         str,
-        typer.Option(help="auto, txt (any content is text; documents end with NUL), jsonl, parquet or dir."),
+        typer.Option(help="auto, txt (any content; a NUL byte ends a document), jsonl, parquet or dir (folders only)."),
     ] = "auto",
     text_field: Annotated[
-        str, typer.Option(help="Key of the text in JSONL, column in parquet; meta.text is nested.")
+        str, typer.Option(help="Key of the text in JSONL, or column in parquet; meta.text names a nested key.")
     ] = "text",
-    prompt_field: Annotated[str | None, typer.Option(help="Key of a prompt, which has no loss.")] = None,
-    completion_field: Annotated[str | None, typer.Option(help="Key of the completion after the prompt.")] = None,
+    prompt_field: Annotated[
+        str | None, typer.Option(help="Key of the prompt, which has no loss (default: none).")
+    ] = None,
+    completion_field: Annotated[
+        str | None, typer.Option(help="Key of the completion after the prompt (default: none).")
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
             metavar="SHARES",
-            help="Shares of train/valid/test (98/1/1). If given, it also cuts files named train.",
+            help="Shares of train/valid/test (default: 98/1/1). If given, files named train are split too.",
         ),
     ] = None,
     ignore_names: Annotated[
-        bool, typer.Option("--ignore-names", help="Names such as test.jsonl or valid/ decide no split.")
+        bool, typer.Option("--ignore-names", help="Do not let names such as test.jsonl or valid/ decide the split.")
     ] = False,
     group_by: Annotated[
-        str, typer.Option(help="Groups are named after each file, its folder, or auto: folder for many files.")
+        str, typer.Option(help="Name groups after the file, the folder, or auto: the folder if there are many files.")
     ] = "auto",
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse null texts, invalid UTF-8 and entries that cannot be read.")
     ] = False,
     max_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory for one record, or for the window of a compressed file.")
+        str, typer.Option(metavar="SIZE", help="Most memory for one record, and for the window of a compressed file.")
     ] = "256M",
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop exact duplicates.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Files read in parallel, one thread each.")] = 1,
@@ -84,9 +90,14 @@ def prepare(
 def corpus(
     name: Annotated[str, typer.Argument(help="tiny (the library of this Python) or base (Debian packages).")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
-    debs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the Debian packages of base.")] = None,
+    debs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder with the Debian packages that base needs; without it, an error lists them."
+        ),
+    ] = None,
     groups: Annotated[
-        str | None, typer.Option(metavar="GLOB,...", help="Only these groups, like '*.en,code.*'.")
+        str | None, typer.Option(metavar="GLOB,...", help="Only these groups, such as '*.en,code.*' (default: all).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing data folder.")] = False,
     as_json: options.Json = False,
@@ -104,7 +115,7 @@ def corpus(
 def info(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every shard and compare its sha256.")] = False,
-    groups: Annotated[bool, typer.Option("--groups", help="List the groups also if they are many.")] = False,
+    groups: Annotated[bool, typer.Option("--groups", help="List all groups, even if there are many.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show the splits, groups, documents and bytes of a data folder."""

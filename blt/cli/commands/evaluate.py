@@ -98,20 +98,28 @@ def evaluate(
         str | None, typer.Option(help="train, valid or test of a data folder (default: test, else valid, else train).")
     ] = None,
     by: Annotated[str | None, typer.Option(metavar="group", help="Also print one row per group.")] = None,
-    limit: Annotated[str | None, typer.Option(metavar="SIZE", help="At most this many bytes of each group.")] = None,
-    context: Annotated[str, typer.Option(metavar="SIZE", help="Longest piece; longer documents are cut.")] = "4k",
+    limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Read at most this much of each group (default: all).")
+    ] = None,
+    context: Annotated[
+        str, typer.Option(metavar="SIZE", help="Longest piece in bytes; longer documents are cut.")
+    ] = "4k",
     baseline: Annotated[str | None, typer.Option(metavar="ppmd,xz", help="Compressors to compare with.")] = None,
     fail_above: Annotated[
-        float | None, typer.Option(metavar="BPB", help="Exit 3 above this many bits per byte.")
+        float | None, typer.Option(metavar="BPB", help="Fail (exit code 3) above this many bits per byte.")
     ] = None,
-    suite: Annotated[str | None, typer.Option(help="Run noise, characters or all instead of bits per byte.")] = None,
-    items: Annotated[int, typer.Option(min=1, help="With --suite: pairs of texts, and questions per task.")] = 100,
+    suite: Annotated[
+        str | None, typer.Option(help="Run a suite instead of bits per byte: noise, characters or all.")
+    ] = None,
+    items: Annotated[
+        int, typer.Option(min=1, help="With --suite: pairs of texts with noise; questions per task.")
+    ] = 100,
     seed: Annotated[int, typer.Option(min=0, help="With --suite: seed of the noise and the questions.")] = 0,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Bits per byte, bytes per patch (or token) and bytes per second of any kind of model on text."""
+    """Measure bits per byte, bytes per patch (or token) and bytes per second of any kind of model on text."""
     if by not in (None, "group"):
         raise UsageError(f"--by {by}: the only choice is group")
     if fail_above is not None and math.isnan(fail_above):

@@ -32,24 +32,26 @@ EVAL_PIECE = 4096
 @options.verbosity
 @options.takes(options.ModelOptions, "entropy_model")
 def export(
-    model: options.ModelPath,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the bundle.")],
-    flavour: Annotated[str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (also TensorRT).")] = "ort",
+    model: options.CheckpointPath,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write the bundle to.")],
+    flavour: Annotated[
+        str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (standard operators, also for TensorRT).")
+    ] = "ort",
     precision: Annotated[
-        str, typer.Option(help="Of the weight matrices: fp32, int8 or int4 (int8 and int4 need ort).")
+        str, typer.Option(help="Precision of the weight matrices: fp32, int8 or int4 (the last two need ort).")
     ] = "fp32",
     precision_of: Annotated[
         list[str] | None,
         typer.Option(
             metavar="GRAPH=PRECISION",
-            help="Another precision for one graph: entropy, encoder, latent or decoder; repeatable.",
+            help="Precision of one graph: entropy, encoder, latent or decoder; repeatable (default: --precision).",
         ),
     ] = None,
     eval_data: Annotated[
         Path | None,
         typer.Option(
             metavar="TEXT",
-            help="A file or data folder: report bits per byte of float32 and of the bundle, on 256 KiB of it.",
+            help="File or data folder: report bits per byte of float32 and of the bundle, on 256 KiB of it.",
         ),
     ] = None,
     table_dtype: Annotated[
@@ -62,7 +64,7 @@ def export(
         str | None, typer.Option(metavar="SIZE", help="Bytes that a stream can hold (default: the trained length).")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Compare with PyTorch; fail beyond the tolerance.")
+        bool, typer.Option("--check/--no-check", help="Compare the graphs with PyTorch, and fail beyond the tolerance.")
     ] = True,
     check_aot: Annotated[
         bool,

@@ -128,33 +128,41 @@ def _texts(pieces: Iterable[bytes]) -> Iterator[str]:
 @options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "threads")
 def generate(
     model: options.ModelPath,
-    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT|-]", help="Text; - is standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT|-]", help="Text to continue; - reads standard input.")
+    ] = None,
     n: Annotated[str, typer.Option("-n", "--new-bytes", metavar="SIZE", help="Bytes to generate.")] = "256",
     temperature: options.Temperature = DEFAULTS.temperature,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the K most likely bytes.")] = DEFAULTS.top_k,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample from the K most likely bytes (default: all).")
+    ] = DEFAULTS.top_k,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the smallest set of most likely bytes with this total probability.")
+        float | None,
+        typer.Option(help="Sample from the fewest bytes that together have this probability (default: all)."),
     ] = DEFAULTS.top_p,
     min_p: Annotated[
-        float | None, typer.Option(help="Drop bytes with less than this share of the most likely byte's probability.")
+        float | None,
+        typer.Option(help="Drop bytes with less than this share of the highest probability (default: none)."),
     ] = DEFAULTS.min_p,
     file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from this file.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end of document.")] = False,
-    unconditional: Annotated[bool, typer.Option("--unconditional", help="Start without a prompt.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the end of a document.")] = False,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Generate without a prompt.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Write the bytes as they are, valid UTF-8 or not.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Write the whole text at the end.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and mean patch size on stderr.")] = False,
     speculate: options.Speculate = "off",
     overflow: Annotated[
-        str, typer.Option(help="When the text outgrows the model: error, or slide (forget the older half).")
+        str, typer.Option(help="When the text exceeds the model's capacity: error, or slide (forget the older half).")
     ] = "error",
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Makes the sampling repeatable.")] = DEFAULTS.seed,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of the sampling (default: another in each run).")
+    ] = DEFAULTS.seed,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Continue PROMPT with a model. stdout gets the new text and nothing else."""
+    """Continue PROMPT with a model. Only the new text is written to stdout."""
     size = options.parse_size(n, "-n")
     if raw and as_json:
         raise UsageError("--raw writes bytes and --json writes text; leave one of them out")

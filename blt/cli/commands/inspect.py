@@ -24,13 +24,13 @@ SCHEMA = "blt.inspect/2"
 def inspect(
     model: options.ModelPath,
     patch_size: Annotated[float, typer.Option(min=1.0, help="Mean patch size in bytes, for the costs per byte.")] = 4.5,
-    context: Annotated[str, typer.Option(metavar="SIZE", help="Row length in bytes, for the costs.")] = "2k",
+    context: Annotated[str, typer.Option(metavar="SIZE", help="Row length in bytes, for the FLOPs.")] = "2k",
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Parameters, FLOPs and weight bytes per byte of a checkpoint; manifest and parity table of a bundle."""
+    """Show parameters, FLOPs and weight bytes per byte of a checkpoint, or manifest and parity table of a bundle."""
     if inputs.is_bundle(model):
         if how.entropy_model is not None:
             raise UsageError(f"{model} is a bundle and holds its entropy model; leave --entropy-model out")

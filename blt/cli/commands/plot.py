@@ -27,16 +27,21 @@ def plot(
         list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs, or their metrics.jsonl.")
     ],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="OUT", help="Draw the figure, as .png or .html.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="OUT", help="Draw the figure, as .png or .html (default: print a table only)."
+        ),
     ] = None,
-    against: Annotated[str, typer.Option(help="Horizontal axes: bytes, flops, seconds, step.")] = "bytes,flops",
+    against: Annotated[
+        str, typer.Option(help="Horizontal axes, separated by commas: bytes, flops, seconds, step.")
+    ] = "bytes,flops",
     start: Annotated[
-        str, typer.Option("--from", metavar="SIZE", help="Leave out the training before this many bytes.")
+        str, typer.Option("--from", metavar="SIZE", help="Leave out the part of the training before this many bytes.")
     ] = "0",
     labels: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Names of the runs (default: those of the folders).")
     ] = None,
-    title: Annotated[str, typer.Option(help="Title of the figure.")] = "",
+    title: Annotated[str, typer.Option(help="Title of the figure (default: none).")] = "",
     as_json: options.Json = False,
 ) -> None:
     """Compare training runs: loss and bits per byte against bytes and FLOPs."""

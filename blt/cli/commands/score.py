@@ -36,7 +36,8 @@ def score(
     ],
     npz: Annotated[Path, typer.Option("--npz", metavar="OUT", help="The .npz file to write.")],
     patch_lengths: Annotated[
-        Path | None, typer.Option("--patch-lengths", metavar="L.npy", help="Use these patches instead of the rule's.")
+        Path | None,
+        typer.Option("--patch-lengths", metavar="L.npy", help="Lengths of the patches (default: by the model's rule)."),
     ] = None,
     *,
     how: options.ModelOptions,

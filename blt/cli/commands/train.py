@@ -19,22 +19,32 @@ Kind = Literal["entropy", "blt", "bpe"]
 
 app = typer.Typer(no_args_is_help=True, help="Train a model from a configuration.")
 
-Config = Annotated[Path, typer.Option("-c", "--config", metavar="FILE", help="YAML; examples are in configs/.")]
+Config = Annotated[
+    Path, typer.Option("-c", "--config", metavar="FILE", help="Configuration in YAML; examples are in configs/.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Options of all three commands, besides the configuration and the device. None keeps the configuration's value."""
+    """Options of all three commands, besides the configuration and the threads. None is the configuration's value."""
 
-    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Data folder (blt data prepare).")] = None
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")] = None
+    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Data folder (default: data.path).")] = None
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run; --dry-run needs none.")
+    ] = None
     resume: Annotated[
         str,
-        typer.Option("--resume", help="auto (the newest checkpoint of RUN), none, or the path of a checkpoint or run."),
+        typer.Option(
+            "--resume", help="auto (the newest checkpoint of RUN, if any), none, or the path of a checkpoint or run."
+        ),
     ] = "auto"
     force: Annotated[bool, typer.Option("--force", help="Train into a folder that contains something else.")] = False
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the schedule.")] = None
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the training step.")] = None
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps to train (default: schedule.steps).")] = (
+        None
+    )
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the training step (default: run.compile).")
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print size, FLOPs, memory and, with --data, padding; train nothing.")
     ] = False
@@ -42,8 +52,14 @@ class TrainOptions:
         list[str] | None,
         typer.Option("--set", metavar="a.b=value", help="Replace one value of the configuration; repeatable."),
     ] = None
-    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16.")] = None
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the weights and of the order.")] = None
+    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16 (default: run.dtype).")] = None
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Seed of the weights and of the order of the data (default: run.seed)."),
+    ] = None
+    device: Annotated[str, typer.Option("--device", help="Device: cpu, cuda[:n], or auto: a GPU if there is one.")] = (
+        "auto"
+    )
 
     def load_config(self, path: Path, kind: Kind) -> RunConfig:
         """The configuration at `path`, with --set and then --dtype, --seed and --steps applied.
@@ -65,7 +81,7 @@ def _add_command(kind: Literal["entropy", "bpe"], text: str) -> None:
 
     @app.command(kind, help=text)
     @options.verbosity
-    @options.takes(options.ModelOptions, "device", "threads")
+    @options.takes(options.ModelOptions, "threads")
     @options.takes(TrainOptions)
     def command(
         config: Config, *, given: TrainOptions, how: options.ModelOptions, as_json: options.Json = False
@@ -78,7 +94,7 @@ _add_command("entropy", "Train the byte-level model whose entropies place the pa
 
 @app.command("blt")
 @options.verbosity
-@options.takes(options.ModelOptions, "device", "threads")
+@options.takes(options.ModelOptions, "threads")
 @options.takes(TrainOptions)
 def blt(
     config: Config,
@@ -90,7 +106,7 @@ def blt(
             "--entropy-model",
             metavar="MODEL",
             callback=options.existing_model,
-            help="A trained entropy model; its entropies place the boundaries.",
+            help="Trained entropy model that places the boundaries (default: entropy_model of the configuration).",
         ),
     ] = None,
     how: options.ModelOptions,
@@ -105,6 +121,7 @@ _add_command("bpe", "Train the baseline: a transformer over BPE tokens, whose vo
 
 
 def _run(config: RunConfig, *, given: TrainOptions, how: options.ModelOptions, as_json: bool) -> None:
+    how = replace(how, device=given.device)
     if given.dry_run:
         _dry_run(config, given.data, how=how, as_json=as_json)
     else:
