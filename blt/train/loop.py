@@ -48,9 +48,15 @@ MAX_SKIPPED_STEPS = 10
 class Terminated(BltError):
     """The run was stopped by a signal, after its state was saved."""
 
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by signal {signal_number} after step {step}; --resume auto continues from there")
+    def __init__(self, signal_number: int, step: int, advice: str):
+        how = "interrupted" if signal_number == signal.SIGINT else f"stopped by {signal.Signals(signal_number).name}"
+        super().__init__(f"{how}, saved at step {step:,}; {advice}")
         self.exit_code = 128 + signal_number
+
+
+class _CompilationStopped(BaseException):
+    """Raised by the signal handler while a step compiles, which may take minutes. No error, so that torch lets it
+    pass."""
 
 
 class Trainer:
@@ -86,7 +92,10 @@ class Trainer:
         self.extra = extra or {}
         self.flops_per_byte = flops_per_byte
         self.sample = sample
+        self.advice = "run the same command to continue"
+        """What to do after a signal, for its message."""
         self._saved_step = -1
+        self._compiling = False
         self._signal = 0
         self._any_rank_signalled = False
 
@@ -121,7 +130,7 @@ class Trainer:
                 self.log_sample()
             state.window.start()
             while state.step < steps:
-                self.train_step()
+                self._step_or_stop()
                 last = state.step == steps
                 if state.step % run.log_every == 0 or last:
                     self.log()
@@ -134,8 +143,24 @@ class Trainer:
                 if state.step % run.checkpoint_every == 0 or last or self._must_stop:
                     with state.window.paused():
                         self.save()
-                if self._must_stop:
-                    raise Terminated(self._signal or signal.SIGTERM, state.step)
+                if self._must_stop and not last:
+                    raise self._terminated()
+
+    def _step_or_stop(self) -> None:
+        """One step. A signal while it compiles ends the run at once, with the state before the step."""
+        position = self.state.loader.state()
+        try:
+            self.train_step()
+        except BaseException:  # also the error of a compiler that the terminal's Ctrl-C killed
+            if not (self._signal and self._compiling):
+                raise
+            self.state.loader.restore(position)
+            self.state.optimizer.zero_grad(set_to_none=True)
+            self.save()
+            raise self._terminated() from None
+
+    def _terminated(self) -> Terminated:
+        return Terminated(self._signal or signal.SIGTERM, self.state.step, self.advice)
 
     def train_step(self) -> float:
         """One step over a global batch; returns its loss in nats per target.
@@ -173,14 +198,21 @@ class Trainer:
         """Adds up the gradients of the mean loss over the global batch, in micro-batches; returns the summed nats."""
         model, targets, nats = self.objective.model, max(1, batch.n_targets), 0.0
         losses = self._micro_batches(batch)
+        self._announce_compilation(batch)
         for i, loss in enumerate(losses):
             with accumulating(model, last=i == len(losses) - 1):
                 total = loss()
                 (total / targets).backward()
             nats += total.item()
+        self._compiling = False
         nats, signals = self.ranks.sum(nats, float(self._signal != 0))
         self._any_rank_signalled = signals > 0
         return nats
+
+    def _announce_compilation(self, batch: Batch) -> None:
+        if self.objective.must_compile(batch):
+            log.info("compiling the training step for rows of %s ...", f"{batch.bucket:,}")
+            self._compiling = self.ranks.single
 
     def _micro_batches(self, batch: Batch) -> list[Callable[[], Tensor]]:
         """This rank's rows as micro-batches: functions that compute the summed nats of one each."""
@@ -283,13 +315,15 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """While inside, SIGTERM and Ctrl-C end the run after the current step."""
+        """While inside, SIGTERM and Ctrl-C end the run after the current step, or at once while it compiles."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def remember(number: int, frame: FrameType | None) -> None:
             self._signal = number
+            if self._compiling:
+                raise _CompilationStopped
 
         old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -1,4 +1,4 @@
-"""metrics.jsonl (one object per line), and the same records as log lines.
+"""metrics.jsonl (one object per line), and the sums over steps that its records report.
 
 Rates are means over the steps since the last line, even if the run was stopped and resumed in between. On resume, lines
 after the checkpoint's step are removed, so that the file is that of an uninterrupted run.
@@ -7,7 +7,6 @@ after the checkpoint's step are removed, so that the file is that of an uninterr
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,6 @@ from typing import Any
 from blt.data.batches import Batch
 from blt.files import replace_text
 from blt_runtime import reading
-
-log = logging.getLogger("blt.train")
 
 
 class MetricWindow:
@@ -108,14 +105,14 @@ class MetricWindow:
 
 
 class MetricsFile:
-    """Appends records to metrics.jsonl. `writes` is True on one rank only; the others write and log nothing.
+    """Appends records to metrics.jsonl. `writes` is True on one rank only; the others write nothing.
 
-    `on_record` is called with every record and returns a note for its log line.
+    `on_record` is called with every record.
     """
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes = path, writes
-        self.on_record: Callable[[dict[str, Any]], str] = lambda record: ""
+        self.on_record: Callable[[dict[str, Any]], None] = lambda record: None
 
     def cut(self, step: int) -> None:
         """Removes lines after `step`, and a last line that is incomplete."""
@@ -127,13 +124,12 @@ class MetricsFile:
         replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one record, and logs it."""
+        """Appends one record."""
         if not self.writes:
             return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        note = self.on_record(record)
-        log.info("%s%s", " ".join(f"{key} {_short(value)}" for key, value in record.items()), note)
+        self.on_record(record)
 
 
 def _step_of(line: str) -> float:
@@ -141,9 +137,3 @@ def _step_of(line: str) -> float:
         return float(reading.parse_json(line, finite=False)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ",".join(f"{key}:{_short(item)}" for key, item in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -43,10 +43,18 @@ class Objective:
     ):
         self.model, self.longest_patch, self.bf16 = model, longest_patch, bf16
         self.device = torch.device(device)
+        self._compiled: set[tuple[int, ...]] | None = set() if compile else None
         self._sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = self._loss_sum
         if compile:
             allow_compilations()
             self._sum = torch.compile(self._loss_sum, fullgraph=True, dynamic=False)
+
+    def must_compile(self, batch: Batch) -> bool:
+        """Whether the next call on rows of this shape compiles. True once for each shape."""
+        if self._compiled is None or batch.ids.shape in self._compiled:
+            return False
+        self._compiled.add(batch.ids.shape)
+        return True
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
         """(sum of nats over the unmasked targets, their number)."""

@@ -1,8 +1,8 @@
 """Observers of a run: progress for people, and records for TensorBoard.
 
-Progress is a bar on a terminal, and elsewhere a log line every few seconds. Only rank 0 reports, and nothing is shown
-with -q. The numbers are means since they were last shown: bits per byte, bytes per second, bytes per patch, the share
-of padding, the time left. Not here: metrics.jsonl, which is always written (`blt.train.metrics`).
+Every record is a log line. Between records, progress is a bar on a terminal, and elsewhere a log line every few
+seconds, in the same words and units (`fields`). Only rank 0 reports, and nothing is shown with -q. The numbers are
+means since they were last shown. Not here: metrics.jsonl, which is always written (`blt.train.metrics`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from blt.data.batches import Batch
-from blt.data.quantities import duration
+from blt.data.quantities import amount, duration
 from blt.train.metrics import MetricWindow
 from blt_runtime.errors import MissingExtra
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 log = logging.getLogger("blt.train")
 
@@ -32,6 +32,9 @@ LINE_EVERY_S, BAR_EVERY_S = 5.0, 0.5
 """Seconds between two updates of the numbers."""
 RECENT_STEPS = 200
 """The time left follows the mean duration of so many steps, validation and checkpoints included."""
+TEXTS = ("counter", "numbers")
+BAR_COLUMNS, WIDE = 20, 100
+"""Columns of the bar, and of a terminal that has room for it."""
 TENSORBOARD = "tensorboard"
 """Folder within the run."""
 
@@ -42,9 +45,8 @@ class Observer:
     def step(self, step: int, nats: float, batch: Batch) -> None:
         """Called after each step with its summed loss in nats and the GLOBAL batch."""
 
-    def record(self, record: Mapping[str, Any]) -> str:
-        """Called with every record of metrics.jsonl; returns text to append to its log line."""
-        return ""
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Called with every record of metrics.jsonl."""
 
 
 class Observers(Observer):
@@ -57,8 +59,9 @@ class Observers(Observer):
         for observer in self.observers:
             observer.step(step, nats, batch)
 
-    def record(self, record: Mapping[str, Any]) -> str:
-        return "".join(observer.record(record) for observer in self.observers)
+    def record(self, record: Mapping[str, Any]) -> None:
+        for observer in self.observers:
+            observer.record(record)
 
 
 @contextmanager
@@ -86,7 +89,7 @@ def is_first_rank() -> bool:
 
 
 class ProgressObserver(Observer):
-    """Sums the numbers since they were last shown, and calls `show` every `every` seconds."""
+    """Logs every record. Sums the numbers since they were last shown, and calls `show` every `every` seconds."""
 
     def __init__(self, steps: int, every: float):
         self.steps, self.every = steps, every
@@ -99,13 +102,14 @@ class ProgressObserver(Observer):
         now = time.monotonic()
         self.ends.append(now)
         if now - self.shown >= self.every or step == self.steps:
-            self.show(step, report(self.window.summary(), self.left(step)))
+            self.show(step, fields(self.window.summary(), self.left(step)))
             self.start()
 
-    def record(self, record: Mapping[str, Any]) -> str:
+    def record(self, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        log.info("%s: %s", counter(step, self.steps), ", ".join(fields(record, self.left(step))))
         if "valid_bpb" in record:
             self.start()  # the time of validation is not training time
-        return ""
 
     def start(self) -> None:
         """Starts a new window."""
@@ -118,7 +122,7 @@ class ProgressObserver(Observer):
             return None
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) * (self.steps - step)
 
-    def show(self, step: int, numbers: str) -> None:
+    def show(self, step: int, numbers: list[str]) -> None:
         """Shows the step and its numbers."""
         raise NotImplementedError
 
@@ -129,55 +133,92 @@ class ProgressLines(ProgressObserver):
     def __init__(self, steps: int):
         super().__init__(steps, LINE_EVERY_S)
 
-    def record(self, record: Mapping[str, Any]) -> str:
-        self.start()  # the log line of the record has the same numbers
-        left = self.left(record["step"]) if "loss" in record else None
-        return "" if left is None else f" left {duration(left)}"
+    def record(self, record: Mapping[str, Any]) -> None:
+        super().record(record)
+        self.start()  # the line of the record has the same numbers
 
-    def show(self, step: int, numbers: str) -> None:
+    def show(self, step: int, numbers: list[str]) -> None:
         if step < self.steps:  # the record of the last step follows
-            log.info("step %s of %s: %s", f"{step:,}", f"{self.steps:,}", numbers)
+            log.info("%s: %s", counter(step, self.steps), ", ".join(numbers))
 
 
-def report(summary: Mapping[str, Any], left: float | None) -> str:
-    """A `MetricWindow.summary` as text: `1.912 bits/byte, 12.3 kB/s, 4.51 bytes/patch, ...`."""
-    words = [f"{summary['bpb']:.3f} bits/byte", f"{summary['bytes_per_s'] / 1e3:.3g} kB/s"]
+def counter(step: int, steps: int) -> str:
+    """`step 1,200 of 3,000`."""
+    return f"step {step:,} of {steps:,}"
+
+
+def fields(record: Mapping[str, Any], left: float | None = None) -> list[str]:
+    """A record of metrics.jsonl or a `MetricWindow.summary` in words, the most important first.
+
+    left: seconds to the end of the run, if known.
+    """
+    if "valid_bpb" in record:
+        return [f"validation {record['valid_bpb']:.3f} bits/byte", f"{amount(record['valid_bytes'])} of text"]
+    words = []
+    if "bpb" in record:
+        words.append(f"{record['bpb']:.3f} bits/byte")
     if left is not None:
-        words.append(f"{duration(left)} left")  # early: a narrow terminal cuts off the end
-    if "patch_size" in summary:
-        words.append(f"{summary['patch_size']:.2f} bytes/patch")
-    words.append(f"padding {summary['padding']:.1%}")
-    if "patch_padding" in summary:
-        words[-1] += f" of bytes, {summary['patch_padding']:.1%} of patches"
-    return ", ".join(words)
+        words.append(f"{duration(left)} left")
+    if "bytes_per_s" in record:
+        words.append(f"{amount(record['bytes_per_s'])}/s")
+    if "patch_size" in record:
+        words.append(f"{record['patch_size']:.2f} bytes/patch")
+    if "padding" in record:
+        words.append(f"padding {record['padding']:.1%}")
+    if "patch_padding" in record:
+        words[-1] += f" of bytes, {record['patch_padding']:.1%} of patches"
+    if "lr" in record:
+        words.append(f"learning rate {record['lr']:.3g}")
+        words.append(f"gradient norm {record['norm']:.3g}")
+    if "skipped" in record:
+        words.append(f"{record['skipped']:,} steps skipped")
+    return words
 
 
 class ProgressBar(ProgressObserver):
-    """A line that stays at the bottom of the terminal."""
+    """A line that stays at the bottom of the terminal. A narrow one shows fewer numbers, and no bar; the counter stays.
 
-    def __init__(self, steps: int, progress: Progress, task: TaskID):
+    bar: columns of the bar, 0 without one.
+    """
+
+    def __init__(self, steps: int, progress: Progress, task: TaskID, bar: int):
         super().__init__(steps, BAR_EVERY_S)
-        self.progress, self.task = progress, task
+        self.progress, self.task, self.bar = progress, task, bar
 
-    def show(self, step: int, numbers: str) -> None:
-        self.progress.update(self.task, completed=step, numbers=numbers)
+    def show(self, step: int, numbers: list[str]) -> None:
+        shown = counter(step, self.steps)
+        room = self.progress.console.width - len(shown) - (self.bar + 1 if self.bar else 0) - 1
+        self.progress.update(self.task, completed=step, counter=shown, numbers=fitting(numbers, room))
+
+
+def fitting(numbers: list[str], room: int) -> str:
+    """The first numbers that fit into `room` columns, separated by commas."""
+    found = ""
+    for number in numbers:
+        longer = f"{found}, {number}" if found else number
+        if len(longer) > room:
+            break
+        found = longer
+    return found
 
 
 @contextmanager
 def _progress_bar(steps: int, at: int) -> Iterator[ProgressBar]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(file=sys.stderr, highlight=False)
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}", markup=False))
-    refreshes_per_s = 1 / BAR_EVERY_S
+    width = BAR_COLUMNS if console.width >= WIDE else 0
+    columns: list[ProgressColumn] = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in TEXTS]
+    if width:
+        columns.insert(1, BarColumn(bar_width=width))
     bar = Progress(
-        *columns, console=console, refresh_per_second=refreshes_per_s, redirect_stdout=False, redirect_stderr=False
+        *columns, console=console, refresh_per_second=1 / BAR_EVERY_S, redirect_stdout=False, redirect_stderr=False
     )
     with bar as progress:
-        task = progress.add_task("train", total=steps, completed=at, numbers="")
+        task = progress.add_task("train", total=steps, completed=at, counter=counter(at, steps), numbers="")
         with _logging_above(console):
-            yield ProgressBar(steps, progress, task)
+            yield ProgressBar(steps, progress, task, width)
 
 
 @contextmanager
@@ -214,11 +255,10 @@ class TensorBoardEvents(Observer):
     def __init__(self, writer: Any):
         self.writer = writer
 
-    def record(self, record: Mapping[str, Any]) -> str:
+    def record(self, record: Mapping[str, Any]) -> None:
         for name, value in scalars(record).items():
             self.writer.add_scalar(name, value, record["step"])
         self.writer.flush()  # so that a kill loses nothing that metrics.jsonl has
-        return ""
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

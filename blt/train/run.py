@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,11 +24,17 @@ from blt.train.loop import Trainer
 from blt.train.resume import continued, find_checkpoint
 from blt.train.setup import prepare_run
 from blt_runtime import reading
-from blt_runtime.errors import ConfigError, UsageError
+from blt_runtime.errors import BltError, ConfigError, UsageError
 
 log = logging.getLogger("blt.train")
 CONFIG_FILE = "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Interrupted(BltError):
+    """Ctrl-C before the first step."""
+
+    exit_code = 128 + signal.SIGINT
 
 
 def train(
@@ -68,9 +75,14 @@ def train(
         config = _with_entropy_path(config, entropy_model)
         compiled = config.run.compile if compile is None else compile
         whole_step = compiled and ranks.single  # FSDP's gathers would break the step's graph
-        trainer, finish = ranks.first_then_others(
-            lambda: prepare_run(config, out, data=data, entropy_model=entropy_model, compile=whole_step, device=device)
-        )
+        with _interruptible():
+            trainer, finish = ranks.first_then_others(
+                lambda: prepare_run(
+                    config, out, data=data, entropy_model=entropy_model, compile=whole_step, device=device
+                )
+            )
+        if resume != "auto":
+            trainer.advice = "run the same command without --resume to continue"
         trainer.distribute(ranks, compiled)
         if checkpoint is not None:
             trainer.restore(checkpoint)
@@ -96,6 +108,17 @@ def _log_resumed(trainer: Trainer, steps: int) -> None:
         log.info("resumed at step %s of %s", f"{made:,}", f"{steps:,}")
     else:
         log.info("the run is finished: all %s steps are made (--steps N with a larger N continues it)", f"{steps:,}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Says what Ctrl-C costs before the first step."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted before the first step; what was computed of the data is kept: run the same command to continue"
+        ) from None
 
 
 def _log_warmup(config: RunConfig) -> None:

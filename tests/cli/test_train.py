@@ -70,6 +70,16 @@ def test_train_writes_a_model(blt: Call, config: Path, data: Path, tmp_path: Pat
     assert (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def test_json_has_the_final_numbers(blt: Call, config: Path, data: Path, tmp_path: Path) -> None:
+    result = blt("train", "entropy", "-c", config, "--data", data, "-o", tmp_path / "run", "--json", "-q")
+    report = json.loads(result.text)
+    assert report["schema"] == "blt.train/1"
+    assert report["model"] == str(tmp_path / "run" / "model.pt")
+    assert report["steps"] == 3
+    assert min(report[key] for key in ("bytes", "flops", "seconds", "bpb", "valid_bpb", "best_valid_bpb")) > 0
+    assert result.err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

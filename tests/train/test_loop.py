@@ -164,6 +164,82 @@ def test_sigterm_saves_and_says_143(
     assert checkpoint.step == 7
 
 
+def test_ctrl_c_names_the_step_and_the_way_on(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    step = trainer.train_step
+
+    def interrupted() -> float:
+        if trainer.state.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    trainer.train_step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(Terminated, match="interrupted, saved at step 7; run the same command to continue") as caught:
+        trainer.run(40)
+    assert caught.value.exit_code == 130
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_ctrl_c_while_a_step_compiles_loses_nothing(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, at: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step that was interrupted is made again, with the same batch; the weights are those of a run without."""
+    whole = trainer_of(entropy_config, tmp_path / "whole", data)
+    whole.run(6)
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    total = trainer.objective._sum
+
+    def compiling(*tensors: Any) -> torch.Tensor:
+        if trainer.state.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the signal did not end the compilation")
+        return total(*tensors)
+
+    trainer.objective._sum = compiling
+    for _ in range(at):
+        trainer.train_step()
+    trainer.objective._compiled = set()
+    trainer.advice = "start again"
+    with (
+        caplog.at_level("INFO", "blt.train"),
+        pytest.raises(Terminated, match=f"interrupted, saved at step {at}; start again"),
+    ):
+        trainer.run(6)
+    assert "compiling the training step for rows of 128 ..." in caplog.text
+    again = trainer_of(entropy_config, tmp_path / "run", data)
+    resume(again)
+    assert again.state.step == at
+    again.run(6)
+    assert same_state(again, whole)
+
+
+def test_a_signal_in_the_last_step_still_finishes(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    step = trainer.train_step
+
+    def interrupted() -> float:
+        if trainer.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    trainer.train_step = interrupted  # type: ignore[method-assign]
+    trainer.run(3)
+    assert trainer.state.step == 3
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blt.train.run.prepare_run", interrupted)
+    with pytest.raises(BltError, match=r"interrupted before the first step.*run the same command") as caught:
+        train(entropy_config, tmp_path / "run", data=data)
+    assert caught.value.exit_code == 130
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_run_needs_is_asked_for(
     blt_config: BLTRun, entropy_config: EntropyRun, data: Path, repo: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -61,28 +62,41 @@ def test_a_line_every_few_seconds_with_the_means_since_the_last(clock: Clock, in
         clock.now += 2.0
         lines.step(step, STEP_BYTES * np.log(2) * step, a_batch())
     assert [record.getMessage() for record in info.records] == [
-        "step 3 of 100: 2.000 bits/byte, 0.002 kB/s, 3 min 14 s left, 2.50 bytes/patch, "
+        "step 3 of 100: 2.000 bits/byte, 3 min 14 s left, 2 B/s, 2.50 bytes/patch, "
         "padding 16.7% of bytes, 33.3% of patches",
-        "step 6 of 100: 5.000 bits/byte, 0.002 kB/s, 3 min 08 s left, 2.50 bytes/patch, "
+        "step 6 of 100: 5.000 bits/byte, 3 min 08 s left, 2 B/s, 2.50 bytes/patch, "
         "padding 16.7% of bytes, 33.3% of patches",
     ]
 
 
-def test_a_record_takes_the_place_of_a_line_and_says_what_is_left(clock: Clock, info: Log) -> None:
+def test_a_record_takes_the_place_of_a_line_in_the_same_words(clock: Clock, info: Log) -> None:
     lines = progress.ProgressLines(100)
     for step in range(1, 8):
         clock.now += 2.0
         lines.step(step, 1.0, a_batch())
-        note = lines.record({"step": step, "loss": 1.0}) if step % 2 else ""
-        assert note == (f" left {duration(2.0 * (100 - step))}" if step in (3, 5, 7) else "")
-    assert not info.records
+        if step % 2:
+            lines.record({"step": step, "bpb": 1.0, "bytes_per_s": 12345.0, "lr": 0.001, "norm": 0.5})
+    assert [record.getMessage() for record in info.records] == [
+        f"step {step} of 100: 1.000 bits/byte, {left}12.3 kB/s, learning rate 0.001, gradient norm 0.5"
+        for step, left in ((1, ""), *((step, f"{duration(2.0 * (100 - step))} left, ") for step in (3, 5, 7)))
+    ]
+
+
+def test_records_of_validation_and_of_skipped_steps(info: Log) -> None:
+    lines = progress.ProgressLines(2000)
+    lines.record({"step": 1000, "valid_bpb": 1.5, "valid_bytes": 1_048_600, "bytes": 7, "flops": 1e9})
+    lines.record({"step": 1000, "skipped": 3, "bytes": 7, "flops": 1e9, "seconds": 4.0})
+    assert [record.getMessage() for record in info.records] == [
+        "step 1,000 of 2,000: validation 1.500 bits/byte, 1.05 MB of text",
+        "step 1,000 of 2,000: 3 steps skipped",
+    ]
 
 
 def test_validation_is_not_in_the_speed(clock: Clock) -> None:
     pace = progress.ProgressLines(100)
     pace.step(1, 1.0, a_batch())
     clock.now += 1000.0
-    pace.record({"step": 1, "valid_bpb": 2.0})
+    pace.record({"step": 1, "valid_bpb": 2.0, "valid_bytes": 9})
     clock.now += 2.0
     pace.step(2, 1.0, a_batch())
     assert pace.window.summary()["bytes_per_s"] == STEP_BYTES / 2.0
@@ -119,8 +133,34 @@ def test_a_terminal_has_a_bar_and_log_lines_stay_whole(
     assert handler.stream is terminal
     shown = terminal.getvalue()
     assert "a line of the log with [brackets]\n" in shown
-    assert "2/2" in shown
+    assert "step 2 of 2" in shown
     assert "bits/byte" in shown
+
+
+def at_width(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, width: int) -> list[str]:
+    """What a terminal of so many columns shows of a run at step 1,200 of 3,000, without control sequences."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(logging.getLogger("blt"), "level", logging.INFO)
+    logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
+    with progress.observing(tmp_path, steps=1200, at=1198) as watches:
+        for step in (1199, 1200):
+            watches.step(step, STEP_BYTES * np.log(2) * 2, a_batch())
+    logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
+
+
+@pytest.mark.parametrize(("width", "numbers"), [(40, 1), (60, 2), (90, 3), (160, 5)])
+def test_a_narrow_terminal_keeps_the_counter_and_whole_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, numbers: int
+) -> None:
+    last = [line for line in at_width(monkeypatch, tmp_path, width) if "bits/byte" in line][-1].rstrip()
+    assert last.startswith("step 1,200 of 1,200 ")
+    assert len(last) <= width
+    assert "…" not in last
+    assert last.count(", ") >= numbers - 1
+    assert ("━" in last) == (width >= progress.WIDE)
 
 
 def test_other_ranks_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, info: Log) -> None:
@@ -129,7 +169,7 @@ def test_other_ranks_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for step in range(1, 5):
             clock.now += 10.0
             watches.step(step, 1.0, a_batch())
-        assert watches.record({"step": 4, "loss": 1.0}) == ""
+        watches.record({"step": 4, "loss": 1.0})
     assert not info.records
     assert not list(tmp_path.iterdir())
 

@@ -171,6 +171,14 @@ def _train(config: RunConfig, *, given: TrainOptions, how: options.ModelOptions,
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, only the first prints
         return
     if as_json:
-        console.print_json("blt.train/1", {"model": path})
+        console.print_json("blt.train/1", {"model": path} | _final_numbers(given.out))
     else:
         console.say(str(path))
+
+
+def _final_numbers(out: Path) -> dict[str, object]:
+    """Where the run stands, by its metrics: steps, bytes, FLOPs, seconds, bits per byte."""
+    from blt.figures.metrics import read_run
+
+    summary = read_run(out, out.name).summary()
+    return {key: value for key, value in summary.items() if key not in ("label", "path")}
