@@ -35,7 +35,7 @@ from .speculation.speculate import Speculation, SpeculationStats, Speculator
 from .text import StopMatcher
 
 Overflow = Literal["error", "slide"]
-CHECK_EVERY = 64
+CHECK_EVERY = 16
 """Generated tokens after which the files of the bundle are checked again."""
 BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 
