@@ -163,9 +163,14 @@ _CSS = f"""
 .legend {{ color: {MUTED}; margin-bottom: 1.2rem; }}
 .legend b {{ display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; }}
 .text {{ display: flex; flex-wrap: wrap; align-items: flex-end; row-gap: 14px; }}
+.scale {{ position: relative; width: 30px; height: 84px; margin-bottom: 22px; font-size: 9px; color: {MUTED}; }}
+.scale i {{ position: absolute; right: 4px; transform: translateY(50%); font-style: normal; }}
+.scale i::after {{ content: ""; position: absolute; left: calc(100% + 1px); top: 50%; width: 3px;
+  border-top: 1px solid {MUTED}; }}
 .byte {{ position: relative; width: 15px; }}
 .byte.start {{ box-shadow: -1px 0 0 {EDGE}; }}
-.bars {{ position: relative; height: 84px; border-bottom: 1px solid {EDGE}; }}
+.bars {{ position: relative; height: 84px; border-bottom: 1px solid {EDGE};
+  background: linear-gradient(to top, {EDGE}80 1px, transparent 1px) 0 100% / 100% var(--tick); }}
 .bar {{ position: absolute; bottom: 0; left: 2px; right: 2px; background: {BAR}; border-radius: 1px 1px 0 0; }}
 .start .bar {{ background: {BAR_START}; }}
 .line {{ position: absolute; left: 0; right: 0; border-top: 1px dashed {THRESHOLD}; }}
@@ -187,11 +192,26 @@ def _to_html(figure: Figure) -> bytes:
     legend = f'<b style="background:{BAR_START}"></b>first byte of a patch<b style="background:{BAR}"></b>other bytes'
     if figure.threshold is not None:
         legend += f'<b style="height:0;border-top:1px dashed {THRESHOLD}"></b>threshold {figure.threshold:.4g} nats'
+    tick = _tick(top)
     body = (
         f'<div class="legend">entropy of each byte before it is read, in nats{legend}</div>\n'
-        f'<div class="text">\n{"".join(cells)}</div>'
+        f'<div class="text" style="--tick:{100 * tick / top:.2f}%">\n{_scale(top, tick)}{"".join(cells)}</div>'
     )
     return page.document(figure.title or "Patches", body, _CSS, width="76rem")
+
+
+def _tick(top: float) -> float:
+    """A round number of nats that divides the scale up to `top` into at most six parts."""
+    power = 10.0 ** math.floor(math.log10(top / 6))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= top / 6)
+
+
+def _scale(top: float, tick: float) -> str:
+    """The numbers of the y scale, in nats, before the first byte. Faint lines continue them in every row of bytes."""
+    marks = "".join(
+        f'<i style="bottom:{100 * n * tick / top:.1f}%">{n * tick:g}</i>' for n in range(math.floor(top / tick) + 1)
+    )
+    return f'<div class="scale" title="nats">{marks}</div>\n'
 
 
 def _cell(figure: Figure, t: int, label: str, patch: int, top: float) -> str:

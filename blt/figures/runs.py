@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from blt.figures import page
@@ -30,6 +31,7 @@ MANTISSAS = (
     (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
 )
 FEWEST, MOST = 4, 9  # ticks of an axis
+LETTER, LINE, WIDE, HIGH = 0.06, 0.15, 3.5, 2.2  # inches: a letter and a line of a tick label, the axes of a panel
 MOST_DOTS = 500  # of a line; more are not visible
 
 Point = tuple[float, float]
@@ -124,6 +126,20 @@ def ticks(low: float, high: float) -> list[float]:
     return found[:: -(-len(found) // MOST)]
 
 
+def spaced(at: Sequence[float], ends: Point, sizes: Sequence[float]) -> Sequence[float]:
+    """Every tick, or every second, third, ... of them: the first choice in which no two labels touch.
+
+    at: positions between `ends`, on a logarithmic axis. sizes: of the labels, as shares of the axis' length.
+    """
+    low, length = math.log(ends[0]), math.log(ends[1] / ends[0])
+    places = [(math.log(value) - low) / length for value in at]
+    for stride in range(1, len(at)):
+        kept = range(0, len(at), stride)
+        if all(places[b] - places[a] > (sizes[a] + sizes[b]) / 2 for a, b in pairwise(kept)):
+            return at[::stride]
+    return at[:1]
+
+
 def tick_label(key: str, value: float) -> str:
     """A tick in the unit of its axis: `2 MB`, `1e+13`, `2.5`."""
     if key == "bytes":
@@ -185,6 +201,8 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
             page.hover(dot, f"{line.label}: {y:.4f} at {x:.4g}")
     for axis, key, (low, high) in ((ax.xaxis, panel.x_key, panel.x_range), (ax.yaxis, "", panel.y_range)):
         at = ticks(low, high)
+        along = [LETTER * (2 + len(tick_label(key, value))) for value in at] if axis is ax.xaxis else [LINE] * len(at)
+        at = spaced(at, (low, high), [size / (WIDE if axis is ax.xaxis else HIGH) for size in along])
         axis.set_ticks(at, [tick_label(key, value) for value in at])
         axis.set_minor_formatter(NullFormatter())
     ax.set_xlim(panel.x_range)

@@ -91,6 +91,7 @@ def test_png_and_html(blt: Call, cases: Any, tmp_path: Path) -> None:
         result = blt("patch", text, "--model", cases[0], "--plot", tmp_path / name, "--no-table")
         assert result.code == 0, result.err
         assert (tmp_path / name).read_bytes().startswith(start)
+        assert result.err == f"wrote {tmp_path / name}\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figure.html", "figure.png"]
 
 
@@ -103,6 +104,19 @@ def test_the_page_is_self_contained_and_shows_every_byte() -> None:
     assert "<script" not in page
     assert "http" not in page
     assert "a &lt;title&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("nats", "numbers"), [(0.4, "0 0.1 0.2 0.3 0.4 0.5"), (2.0, "0 0.5 1 1.5 2"), (5.5, "0 1 2 3 4 5")]
+)
+def test_the_page_has_a_y_scale(nats: float, numbers: str) -> None:
+    figure = plot.Figure([1, 70, 71], [nats, nats, 0.0], starts=frozenset({0}), threshold=None)
+    page = plot.render(figure, "html").decode()
+    scale = re.search(r'<div class="scale".*?</div>', page)
+    assert scale is not None
+    assert re.findall(r">([\d.]+)</i>", scale[0]) == numbers.split()
+    (tick,) = re.findall(r"--tick:([\d.]+)%", page)
+    assert f"bottom:{float(tick):.1f}%" in scale[0]
 
 
 def test_bars_are_at_the_byte_that_was_predicted() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,29 @@ def test_the_legend_fits_into_the_width() -> None:
     assert plot_runs.legend_columns(["a", "b", "c", "d"], 8.8) == 3
     assert plot_runs.legend_columns(["x" * 29] * 4, 4.4) == 2
     assert plot_runs.legend_columns(["x" * 200] * 4, 4.4) == 1
+
+
+@pytest.mark.parametrize(
+    ("begin", "factor"),
+    [(1030, 1.33), (0.9e6, 700), (3e7, 1.4), (1e4, 1e5), (2e9, 30)],
+    ids=["kB", "MB", "near", "far", "GB"],
+)
+def test_the_labels_of_ticks_do_not_touch(begin: float, factor: float) -> None:
+    pytest.importorskip("matplotlib")
+    from blt.figures import runs as figures
+    from blt.figures.metrics import Run
+
+    steps = [factor ** (i / 9) for i in range(10)]
+    records = [
+        {"step": i + 1, "bytes": begin * f, "flops": 1e9 * begin * f, "loss": 3 / f**0.1, "bpb": 2 / f}
+        for i, f in enumerate(steps)
+    ]
+    canvas = figures._draw(figures.Figure([Run("a", Path("a"), records, [])]))
+    canvas.draw_without_rendering()
+    for ax in canvas.axes:
+        for axis, side in ((ax.xaxis, 0), (ax.yaxis, 1)):
+            boxes = sorted(
+                label.get_window_extent().extents[[side, side + 2]].tolist() for label in axis.get_ticklabels()
+            )
+            assert len(boxes) >= 2
+            assert all(before[1] + 3 < after[0] for before, after in pairwise(boxes))
