@@ -126,7 +126,7 @@ def ticks(low: float, high: float) -> list[float]:
     return found[:: -(-len(found) // MOST)]
 
 
-def spaced(at: Sequence[float], ends: Point, sizes: Sequence[float]) -> Sequence[float]:
+def spaced(at: list[float], ends: Point, sizes: Sequence[float]) -> list[float]:
     """Every tick, or every second, third, ... of them: the first choice in which no two labels touch.
 
     at: positions between `ends`, on a logarithmic axis. sizes: of the labels, as shares of the axis' length.

@@ -199,8 +199,7 @@ def test_the_labels_of_ticks_do_not_touch(begin: float, factor: float) -> None:
     canvas.draw_without_rendering()
     for ax in canvas.axes:
         for axis, side in ((ax.xaxis, 0), (ax.yaxis, 1)):
-            boxes = sorted(
-                label.get_window_extent().extents[[side, side + 2]].tolist() for label in axis.get_ticklabels()
-            )
+            extents = [label.get_window_extent().extents for label in axis.get_ticklabels()]
+            boxes = sorted((float(box[side]), float(box[side + 2])) for box in extents)
             assert len(boxes) >= 2
             assert all(before[1] + 3 < after[0] for before, after in pairwise(boxes))
