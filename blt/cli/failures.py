@@ -41,7 +41,7 @@ EXTRAS = {
 
 
 def original(error: BaseException) -> BaseException:
-    """The error that typer or rich turned into an exit of its own; any other error unchanged.
+    """The error that typer or rich turned into an exit; any other error unchanged.
 
     Both libraries exit with 1 if stdout is a closed pipe, and typer reports an EOFError as an interruption.
     """

@@ -97,7 +97,7 @@ class ModelOptions:
     precision: Annotated[
         str | None,
         typer.Option(
-            "--precision", help="Refuse a MODEL of another precision: fp32, int8 or int4 (default: accept any)."
+            "--precision", help="Fail unless MODEL has this precision: fp32, int8 or int4 (default: accept any)."
         ),
     ] = None
     entropy_model: Annotated[

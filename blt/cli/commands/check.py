@@ -34,7 +34,10 @@ def check(
         str, typer.Option("--bytes", metavar="SIZE", help="Bytes of text compared under the model's own patch rule.")
     ] = "100k",
     backend: Annotated[
-        str, typer.Option("--backend", metavar="FORMS", help="Cached forms to compare with whole rows.")
+        str,
+        typer.Option(
+            "--backend", metavar="FORMS", help="Cached forms to compare with whole rows: torch, onnx or torch,onnx."
+        ),
     ] = "torch,onnx",
     bundle: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A bundle exported from MODEL (default: a temporary one).")

@@ -37,7 +37,11 @@ def score(
     npz: Annotated[Path, typer.Option("--npz", metavar="OUT", help="The .npz file to write.")],
     patch_lengths: Annotated[
         Path | None,
-        typer.Option("--patch-lengths", metavar="L.npy", help="Lengths of the patches (default: by the model's rule)."),
+        typer.Option(
+            "--patch-lengths",
+            metavar="L.npy",
+            help="Read the patch lengths from this file (default: by the model's rule).",
+        ),
     ] = None,
     *,
     how: options.ModelOptions,
