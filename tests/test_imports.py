@@ -19,7 +19,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGES = {"blt": REPO / "blt", "blt_export": REPO / "export/blt_export", "blt_runtime": REPO / "runtime/blt_runtime"}
 
-# What a package may import at all, beyond the standard library and itself ...
+# Libraries that a package may import, besides the standard library and itself.
 MAY = {
     "blt_runtime": {"numpy"},
     "blt": {"numpy", "torch", "pydantic", "yaml", "zstandard", "matplotlib", "lm_eval", "tqdm", "blt_runtime"},
@@ -32,7 +32,7 @@ MAY = {
         "blt_runtime",
     },
 }  # fmt: skip
-# ... and what may come only inside a function, so that the import of the module stays light.
+# Libraries that it may import only inside functions, so that importing the module stays fast.
 LAZY = {
     "blt_runtime": {"onnxruntime"},
     "blt": {
@@ -175,7 +175,7 @@ def test_no_module_imports_itself_through_others() -> None:
     graphlib.TopologicalSorter(ARROWS).prepare()  # raises CycleError with the circle
 
 
-def test_an_arrow_upward_would_be_found() -> None:
+def test_an_upward_import_is_found() -> None:
     assert upward({"blt.model.layers": {"blt.checkpoint.source"}})
 
 
@@ -196,7 +196,7 @@ def test_heavy_libraries_are_imported_inside_functions() -> None:
     assert not wrong
 
 
-def test_the_runtime_names_a_backends_library_only_in_that_backend() -> None:
+def test_the_runtime_imports_a_backends_library_only_in_that_backend() -> None:
     wrong = [
         str(i)
         for i in ALL_IMPORTS
@@ -211,13 +211,13 @@ def test_only_the_command_line_imports_the_command_line() -> None:
 
 
 def test_the_command_line_loads_only_light_modules_at_the_top() -> None:
-    """blt_runtime's pure parts and itself; everything else of ours inside the command that needs it."""
+    """CLI_MAY_LOAD only; a command imports all other modules of ours inside its function."""
     ours = [i for i in ALL_IMPORTS if package_of(i.file) == "blt.cli" and not i.lazy and i.top in PACKAGES]
     assert not [str(i) for i in ours if not i.module.startswith(CLI_MAY_LOAD)]
 
 
 def loaded_by(code: str, *arguments: str) -> set[str]:
-    """Top-level modules in a fresh interpreter behind `code`."""
+    """Top-level modules that a fresh interpreter has loaded after running `code`."""
     program = (
         f"import sys; sys.path[:0] = {[str(REPO), str(REPO / 'export'), str(REPO / 'runtime')]!r}\n"
         f"{code}\nimport json; print('\\n' + json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
@@ -281,7 +281,7 @@ def test_one_version() -> None:
     assert importlib.import_module("blt").__version__ == project["version"]
 
 
-def test_the_cli_names_an_extra_that_exists() -> None:
+def test_the_extras_that_the_cli_names_exist() -> None:
     from blt.cli.failures import EXTRAS
 
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]

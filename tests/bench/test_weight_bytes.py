@@ -1,4 +1,4 @@
-"""Weight bytes of ONNX files, read without the library onnx and compared with what it says."""
+"""Weight bytes of ONNX files, read without the library onnx and compared with its values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ X, FLOAT = np.float32, 1
 
 
 def write(path: Path, nodes: list[object], external: bool, **tensors: np.ndarray) -> Path:
-    """A graph of `nodes` with these initializers, in the file or beside it."""
+    """A graph of `nodes` with these initializers, in the file or in an external one."""
     inputs = [onnx.helper.make_tensor_value_info("x", FLOAT, [1, "S"])]
     outputs = [onnx.helper.make_tensor_value_info("y", FLOAT, None)]
     weights = [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()]
@@ -72,7 +72,7 @@ def test_a_real_graph_counts_what_onnx_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"graph entropy", b"\x3a\xff\xff\xff\xff\x7f", b"\x3a\x01", b"\x80" * 20, b"\xff" * 400_000]
 )
-def test_what_is_no_graph_is_an_error(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_no_graph_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "graph.onnx").write_bytes(data)
     started = time.thread_time()
     with pytest.raises(BundleError, match=r"graph.onnx is not an ONNX file"):

@@ -15,7 +15,7 @@ def document_entropies(
 ) -> list[Float]:
     """Next-byte entropies in nats of each document's tokens (BOS ... EOS), float32 [length] each.
 
-    Each document must end with an EOS; otherwise the next document would attend to it.
+    Each document must end with an EOS; or the next document would attend to it.
     """
     if not documents:
         return []

@@ -1,4 +1,4 @@
-"""Documents whose token ids name the document and the place."""
+"""Documents whose token ids encode the document and the position."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-STRIDE = 1000  # token ids name document and place: document * STRIDE + place
+STRIDE = 1000  # a token id is document * STRIDE + position
 
 
 @dataclass
 class Numbered:
-    """Documents whose token ids name document and place, with random bytes per token and random patches."""
+    """Documents whose token ids encode document and position, with random bytes per token and random patches."""
 
     sizes: list[int]
     prompts: list[int] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Numbered:
         return self.patches[document]
 
     def compute(self, members: np.ndarray) -> None:
-        """They are there."""
+        """The patches exist already."""
 
     def computed(self, members: np.ndarray) -> bool:
         return True

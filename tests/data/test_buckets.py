@@ -1,4 +1,4 @@
-"""Row lengths chosen on the data: no choice wastes less, and the same choice every time."""
+"""Row lengths chosen on the data: no other choice wastes less, and the choice is deterministic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.data.numbered import Numbered
 
 
 def waste(lengths: np.ndarray, buckets: tuple[int, ...], early: bool) -> int:
-    """Tokens between each row and the nearest bucket, or only the next one; below the first there is no other."""
+    """Tokens between each row and the nearest bucket (early), or the next larger one. Rows below the first use it."""
     total = 0
     for length in lengths.tolist():
         above = min(bucket for bucket in buckets if bucket >= length)
@@ -54,7 +54,7 @@ def test_very_long_rows_need_no_more_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 32 << 20
-    assert found == (499712, 700416, 1 << 20)  # 288 tokens behind the first are less than 1,760 of padding
+    assert found == (499712, 700416, 1 << 20)  # 288 tokens past the first bucket waste less than 1,760 of padding
     assert all(length % 2048 == 0 for length in found)
 
 

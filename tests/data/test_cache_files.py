@@ -35,16 +35,16 @@ def compute(spans: Spans) -> Parts:
 
 def fill(path: Path, begin: int = 0, end: int = LENGTH, how: Callable[[Spans], Parts] = compute) -> Spans:
     """Computes the missing steps of [begin, end); returns the spans that were missing."""
-    array, asked = GrowingArray(path, LENGTH), []
+    array, requested = GrowingArray(path, LENGTH), []
 
     def missing() -> Spans:
         steps = [(at, min(end, at + STEP)) for at in range(begin, end, STEP)]
-        asked.extend([step for step in steps if not array.has(*step)])
-        return asked
+        requested.extend([step for step in steps if not array.has(*step)])
+        return requested
 
     array.fill(missing, how)
     np.testing.assert_array_equal(array[slice(begin, end)], WHOLE[begin:end])
-    return asked
+    return requested
 
 
 def check(path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_part_is_computed_once(tmp_path: Path) -> None:
     assert not GrowingArray(path, LENGTH).has(64, 449)
 
 
-def test_what_is_not_computed_uses_no_disk(tmp_path: Path) -> None:
+def test_missing_parts_use_no_disk(tmp_path: Path) -> None:
     length = 64 << 20
     array = GrowingArray(tmp_path / "a.npy", length)
     array.fill(lambda: [(1 << 20, (1 << 20) + 9)], lambda spans: iter([(1 << 20, WHOLE[:9])]))
@@ -108,7 +108,7 @@ def test_kill_9_loses_nothing_that_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("torn", [1, 60, 130, 131, 128 + 4 * 100, 128 + 4 * LENGTH, 128 + 4 * LENGTH + 9])
 def test_the_unfinished_file_of_an_older_version_is_continued(tmp_path: Path, torn: int) -> None:
-    """It was appended to, so its size told how much was computed; its last value may be torn."""
+    """It was appended to, so its size was the number of computed values; its last value may be torn."""
     path = tmp_path / "a.npy"
     np.save(path, WHOLE)
     whole = path.read_bytes() + b"too much"
@@ -146,13 +146,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["filled", "made"])
-def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+def test_of_two_processes_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     path = tmp_path / "a.npy"
     computing, go_on = threading.Event(), threading.Event()
-    asked: list[Spans] = []
+    requested: list[Spans] = []
 
     def slow(spans: Spans) -> Parts:
-        asked.append(spans)
+        requested.append(spans)
         computing.set()
         assert go_on.wait(60)
         yield from compute(spans)
@@ -179,7 +179,7 @@ def test_of_two_only_one_computes(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         for thread in threads:
             thread.join(60)
     assert "waiting for another process" in caplog.text
-    assert len(asked) == 1
+    assert len(requested) == 1
     check(path)
 
 

@@ -1,4 +1,4 @@
-"""Named corpora: the same text every time, the recipe's rules one by one, packages that are not what they should be."""
+"""Named corpora: text is deterministic, each rule of the recipe holds, and wrong packages are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from blt_runtime.errors import InputError, UsageError
 
 
 def package(path: Path, files: dict[str, bytes], compression: Literal["xz", "zst"] = "xz") -> Package:
-    """A Debian package around these files, and its line of a lock file."""
+    """Writes a Debian package with these files. Returns its line of a lock file."""
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:
         for name, content in files.items():
@@ -138,12 +138,12 @@ def test_long_pages_are_cut_at_paragraphs_and_caps_hold(tmp_path: Path, monkeypa
     monkeypatch.setitem(sources.CAPS, ("lohelp", "*"), 0.1)
     assert (
         len(list(base.texts(tmp_path, lock)[0])) == 2 * 3
-    )  # the page that passes the cap is whole, the next is not begun
+    )  # the page that exceeds the cap is complete; the next one is left out
     monkeypatch.setitem(sources.ENDS, "libreoffice-help-de", 0.01)
     assert len(list(base.texts(tmp_path, lock)[0])) == 3
 
 
-def test_missing_and_other_packages(debs: tuple[Path, list[Package]], tmp_path: Path) -> None:
+def test_missing_and_changed_packages(debs: tuple[Path, list[Package]], tmp_path: Path) -> None:
     folder, lock = debs
     more = [*lock, Package("tcllib", "1.21+dfsg-1", 1, "0"), Package("fortunes", "1:1.99", 1, "0")]
     with pytest.raises(InputError, match=r"2 of 4 packages.*apt-get download tcllib=1.21\+dfsg-1 fortunes=1:1.99"):

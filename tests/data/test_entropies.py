@@ -71,7 +71,7 @@ def test_equal_to_the_plain_form() -> None:
 
 
 def test_equal_to_the_stream_with_ring_caches() -> None:
-    """The step that generation runs, byte for byte what it would have said, over a document of several rings."""
+    """Equal, byte for byte, to the step that generation runs, over a document longer than several rings."""
     model = small_model()
     (ids,) = documents(3000)
     calls, capacity = 100, 8192
@@ -90,7 +90,7 @@ def test_equal_to_the_stream_with_ring_caches() -> None:
     np.testing.assert_allclose(found, np.concatenate(streamed), atol=TOLERANCE)
 
 
-def test_the_chunk_is_no_part_of_the_result() -> None:
+def test_the_result_does_not_depend_on_the_chunk() -> None:
     model = small_model()
     stream = np.concatenate(documents(*LENGTHS))
     runs = [np.concatenate(list(ChunkedPass(model, chunk=chunk).run(stream))) for chunk in (128, 1000, 4096)]
@@ -113,13 +113,13 @@ def test_a_later_start_gives_the_same_bits(done: int) -> None:
 def test_documents_do_not_see_each_other() -> None:
     model = small_model()
     first, second, other = documents(200, 300, 200)
-    _, beside = document_entropies(model, [first, second])
-    _, beside_another = document_entropies(model, [other, second])
-    np.testing.assert_array_equal(beside, beside_another)
+    _, after_first = document_entropies(model, [first, second])
+    _, after_other = document_entropies(model, [other, second])
+    np.testing.assert_array_equal(after_first, after_other)
 
 
 def test_one_graph_serves_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No graph breaks and no second compilation; the code generator itself is not what is tested here."""
+    """No graph breaks and no second compilation. Code generation is not tested here."""
     model = small_model(2)
     ids = documents(300, 900)
     graphs: list[torch.fx.GraphModule] = []
@@ -143,7 +143,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_bfloat16_is_each_document_alone_to_the_bit() -> None:
-    """Its sums depend on where a document begins, so every document is a row; long ones are cut far behind."""
+    """Its sums depend on where a document begins, so every document is a row. Long rows are cut with a long overlap."""
     model = to_bfloat16(small_model(2, 512, dim=64, ffn_dim=64, max_seqlen=4096))
     ids = documents(3, 700, 1, 5000)
     found = document_entropies(model, ids)

@@ -1,4 +1,4 @@
-"""What a file is decides by its first bytes: text of any name is read, and nothing else becomes training text."""
+"""The first bytes of a file decide its kind: text of any name is read, and nothing else becomes training text."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def safetensors() -> bytes:
 
 
 def foreign(folder: Path) -> dict[str, bytes]:
-    """What the message says, and a file of that kind."""
+    """A part of the error message, and a file of that kind."""
     return {
         "a zip archive": made(zipped),
         "tar archive": made(tar),

@@ -46,7 +46,7 @@ SHAPES = [BatchShape(4, (50,)), BatchShape(3, (40, 60, 90), patches=16), BatchSh
 
 
 def row_stream(batches: list[Batch]) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
-    """(block, place) -> inputs and targets of every row that is not blank, padding left out."""
+    """(block, position) -> inputs and targets of every row that is not blank, without padding."""
     rows = {}
     for batch in batches:
         for b in np.flatnonzero(batch.starts >= 0):
@@ -242,7 +242,7 @@ def test_the_first_blocks_of_the_first_epoch_are_smaller(loader: Make, monkeypat
 @settings(max_examples=30, deadline=None)
 @given(batches=st.integers(1, 60), seed=st.integers(0, 9))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_batches_read_only_the_documents_that_were_promised(
+def test_batches_read_only_the_documents_that_were_announced(
     dataset: Dataset, shape: BatchShape, batches: int, seed: int
 ) -> None:
     starts = PatchIndex(dataset, "train").with_rule(RULE) if shape.patches else None

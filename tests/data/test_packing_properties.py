@@ -49,7 +49,7 @@ def same(a: Batch, b: Batch) -> None:
 def test_every_token_is_a_target_once(source: Numbered, shape: BatchShape) -> None:
     batches = list(loader_of(source, shape).one_pass())
     targets = np.concatenate([batch.targets[batch.mask] for batch in batches])
-    np.testing.assert_array_equal(np.sort(targets), source.counted)  # no BOS (place 0) and nothing twice
+    np.testing.assert_array_equal(np.sort(targets), source.counted)  # no BOS (position 0), no duplicates
     assert sum(batch.n_bytes for batch in batches) == source.token_bytes[source.counted].sum()
     for batch in batches:
         inputs = batch.ids[batch.mask]
@@ -82,7 +82,7 @@ def test_patches_are_the_documents_own(source: Numbered, shape: BatchShape) -> N
 @settings(max_examples=100)
 @given(documents, shapes)
 def test_whole_documents_stay_whole(source: Numbered, shape: BatchShape) -> None:
-    """All but those that no row can hold."""
+    """All documents except those that are longer than a row."""
     shape = BatchShape(shape.rows, shape.buckets, shape.patches, "documents")
     rows_of: dict[int, int] = {}
     for batch in loader_of(source, shape).one_pass():
@@ -151,7 +151,7 @@ def test_a_prompt_longer_than_a_row_leaves_no_empty_row() -> None:
         assert sum(batch.n_targets for batch in batches) == 11 + 4
 
 
-def test_whole_documents_leave_little_room() -> None:
+def test_whole_documents_leave_little_padding() -> None:
     """Best fit decreasing: a thousand short documents fill rows of 64 to over 97 %."""
     source = Numbered(np.random.default_rng(0).integers(1, 40, 1000).tolist())
     batches = list(loader_of(source, BatchShape(4, (64,), None, "documents"), block_tokens=1 << 20).one_pass())
@@ -171,14 +171,14 @@ def test_an_error_in_a_worker_reaches_the_step() -> None:
         next(loader_of(Broken([5, 6]), BatchShape(1, (8,)), workers=2))
 
 
-def test_identity_names_the_place_and_the_documents() -> None:
+def test_identity_names_the_position_and_the_documents() -> None:
     """Eight rows of six tokens end in the seventh document."""
     batch = next(loader_of(Numbered([5] * 12), BatchShape(8, (6,)), shuffle=False))
     assert batch.identity == "epoch 0, block 0, batch 0 (documents 0, 1, 2, 3 and 3 others)"
     assert batch.rows(0, 1).identity == "epoch 0, block 0, batch 0 (documents 0)"
 
 
-def test_a_closed_loader_leaves_no_thread_and_can_go_on() -> None:
+def test_a_closed_loader_leaves_no_thread_and_can_continue() -> None:
     source, shape = Numbered([30] * 400), BatchShape(2, (8, 16))
     before = set(threading.enumerate())
     threaded, plain = (loader_of(source, shape, workers=workers) for workers in (3, 0))

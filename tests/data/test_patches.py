@@ -1,4 +1,4 @@
-"""Boundaries ahead of the step: the same as evaluating each document alone, cached, and keyed by what matters."""
+"""Boundaries computed ahead of the step: equal to those of each document alone, cached, with a key of all inputs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_damaged_cache_is_refused(dataset: Dataset) -> None:
 
 
 def test_a_split_is_computed_as_its_documents(dataset: Dataset) -> None:
-    """The stream over the shards is the documents in order, at whatever place a slice begins and ends."""
+    """The stream over the shards has the documents in order, wherever a slice begins and ends."""
     documents = dataset.split("train")
     whole = np.concatenate([documents.ids(i) for i in range(len(documents))])
     assert len(documents.tokens) == len(whole)
@@ -110,7 +110,7 @@ def count_chunks(monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) ->
     return found
 
 
-def test_a_killed_computation_goes_on_where_it_stopped(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_computation_continues_where_it_stopped(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(n_layers=2)
     monkeypatch.setitem(CHUNK, "cpu", 512)
     expected = np.concatenate(document_entropies(model, [dataset.split("train").tokens[:]]))

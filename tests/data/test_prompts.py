@@ -72,12 +72,12 @@ def test_records_of_one_prompt_stay_in_one_split(tmp_path: Path) -> None:
     assert sum(map(len, seen)) == len(set().union(*seen)) == 40
 
 
-def test_dedup_tells_prompts_apart(tmp_path: Path) -> None:
+def test_dedup_distinguishes_prompts(tmp_path: Path) -> None:
     records = [{"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bc"}] * 2
     assert Dataset(prepared(tmp_path, records, dedup=True)).split("train").prompt_lengths.tolist() == [2, 1]
 
 
-def test_shards_are_told_apart_by_their_prompts(tmp_path: Path) -> None:
+def test_shards_are_distinguished_by_their_prompts(tmp_path: Path) -> None:
     found = []
     for i, record in enumerate([{"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bc"}]):
         (tmp_path / str(i)).mkdir()
@@ -99,7 +99,7 @@ def test_damaged_prompts_are_found(tmp_path: Path) -> None:
         Dataset(folder)
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_invalid_options_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="belong together"):
         prepared(tmp_path, completion_field=None)
     with pytest.raises(InputError, match=r"pairs.jsonl:1: no text under the key 'question'.*--prompt-field"):

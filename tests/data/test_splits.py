@@ -59,7 +59,7 @@ def test_a_name_of_two_splits_is_an_error(tmp_path: Path) -> None:
         prepare([tmp_path / "in"], tmp_path / "data")
 
 
-def test_files_beside_each_other_are_their_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_of_one_folder_are_their_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "blt.data")
     paths = write(tmp_path / "in", "train.jsonl", "test.jsonl")
     for inputs in ([tmp_path / "in"], paths):

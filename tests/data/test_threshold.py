@@ -1,4 +1,4 @@
-"""The search for a threshold, against every threshold there is, and on held-out text of a real entropy model."""
+"""The search for a threshold, against an exhaustive search, and on held-out text of a real entropy model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def random_pieces(seed: int, n: int = 6) -> list[Piece]:
 
 
 def all_means(rule: PatchRule, pieces: list[Piece]) -> dict[float, float]:
-    """Threshold to mean for a threshold on each number that could be compared, and one below them all."""
+    """Mean patch size by threshold, for a threshold at each value that is compared, and one below all values."""
     seen = [to_bfloat16(p.entropies) if rule.entropy_dtype == "bfloat16" else p.entropies for p in pieces]
     values = np.concatenate([f(row) for row in seen for f in (np.asarray, np.diff)])
     values = to_bfloat16(values) if rule.entropy_dtype == "bfloat16" else values
@@ -54,10 +54,10 @@ def all_means(rule: PatchRule, pieces: list[Piece]) -> dict[float, float]:
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("seed", range(3))
-def test_no_threshold_comes_closer(name: str, seed: int) -> None:
+def test_no_other_threshold_is_closer(name: str, seed: int) -> None:
     rule, pieces = RULES[name], random_pieces(seed)
     means = sorted(set(all_means(rule, pieces).values()))
-    assert len(means) > 20  # there is something to choose from
+    assert len(means) > 20  # there are many thresholds to choose from
     for wanted in np.linspace(means[0], means[-1], 23).tolist():
         found = mean_patch_size(find_rule(rule, pieces, wanted), pieces)
         assert abs(found - wanted) == pytest.approx(min(abs(mean - wanted) for mean in means), abs=1e-12)
@@ -81,7 +81,7 @@ def test_the_closest_reachable_mean_is_returned(rows: list[tuple[list[float], bo
 
 
 def test_the_mean_never_falls_with_the_threshold() -> None:
-    """What the bisection relies on, longest patches included."""
+    """The bisection relies on this, also with a longest patch."""
     for rule in RULES.values():
         means = list(all_means(rule, random_pieces(7)).values())
         assert means == sorted(means)
@@ -99,12 +99,12 @@ def test_neighbours_without_a_number_between_them() -> None:
     high = np.nextafter(low, np.float32(2))
     pieces = [piece([0.0, float(low), float(high), 0.0, 0.0, 9.0])]
     found = find_rule(GLOBAL, pieces, 2.0)
-    assert found.threshold == 1.0  # strict: it opens at `high` alone
+    assert found.threshold == 1.0  # the comparison is strict: a patch begins only at `high`
     assert mean_patch_size(found, pieces) == 2.0
 
 
 def test_bytes_per_patch_are_counted_as_eval_does() -> None:
-    """BOS is no patch, EOS opens one but is no byte, the virtual next token is nothing."""
+    """BOS is not counted as a patch. EOS begins one but is no byte. The virtual next token is not counted."""
     one = piece([9.0, 0.0, 9.0, 0.0, 9.0, 9.0])  # BOS | x x | x x | EOS
     assert sizes(replace(GLOBAL, threshold=1.0), [one]).lengths.tolist() == [2, 2, 1]
     assert mean_patch_size(replace(GLOBAL, threshold=1.0), [one]) == 4 / 3
@@ -182,4 +182,4 @@ def test_held_out_text_is_within_two_percent(pages: list[Piece], name: str, want
     assert relative_error(mean_patch_size(found, held_out), wanted) < 0.02
     assert found.threshold is not None
     other = replace(found, threshold=found.threshold - 0.3)
-    assert relative_error(mean_patch_size(other, held_out), wanted) > 0.02  # the measure can fail
+    assert relative_error(mean_patch_size(other, held_out), wanted) > 0.02  # the assertion above can fail

@@ -1,4 +1,4 @@
-"""The bench of cached against uncached: the forms pass it, and every fault that it is there for is reported."""
+"""The cache check: all cached forms pass, and each kind of fault that it is meant to find is reported."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_without_an_entropy_model_has_no_entropies_to_compare() -> 
 
 
 def test_bfloat16_entropies_are_the_same_bits_in_every_call() -> None:
-    """Calls of 2 to 7 tokens, which the bench makes and tests of chunks and single steps do not, once failed."""
+    """Calls of 2 to 7 tokens once failed. The cache check makes them; tests of chunks and single steps do not."""
     report = run_torch(tiny().with_entropy_dtype("bfloat16"))
     assert report.ok
     assert {line.entropy_error for line in report.lines} == {0.0}
@@ -98,7 +98,7 @@ def test_rows_hold_every_byte_ends_of_documents_and_runs() -> None:
     assert runs.max() > 3 * CHUNK
 
 
-def test_given_text_is_what_the_rows_hold() -> None:
+def test_rows_hold_the_given_text() -> None:
     checkpoint = tiny("static")
     cases = Cases(
         Uncached(checkpoint),
@@ -112,7 +112,7 @@ def test_given_text_is_what_the_rows_hold() -> None:
     assert {int(token) - 4 for token in text if token >= 4} == set(b"only these words")
 
 
-def test_numbers_that_make_no_sense_are_refused() -> None:
+def test_invalid_numbers_are_refused() -> None:
     checkpoint = tiny("static")
     model = torch_form(checkpoint)
     for models, n_bytes, data in (({}, 10, None), ({"torch": model}, 0, None), ({"torch": model}, 10, b"")):
@@ -120,7 +120,7 @@ def test_numbers_that_make_no_sense_are_refused() -> None:
             check(checkpoint, models, n_bytes, data=data)
 
 
-# Controls: one fault each, in an otherwise sound form.
+# Controls: one fault each, in a form that is correct apart from it.
 
 
 def test_one_wrong_logit_is_a_failure() -> None:
@@ -143,7 +143,7 @@ def test_one_wrong_logit_is_a_failure() -> None:
     assert not line_of(report, "alone against interleaved").failures
 
 
-def test_one_moved_boundary_is_a_failure_and_what_follows_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_moved_boundary_is_a_failure_and_later_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = PatchState.closes
     monkeypatch.setattr(PatchState, "closes", lambda self, id, e: sound(self, id, e) != (self.position == 21))
     report = run_torch(tiny("static"))
@@ -162,7 +162,7 @@ def test_a_form_with_another_patch_rule_is_a_failure() -> None:
     assert "the boundary differs" in str(line_of(report, "prefill").first_failure)
 
 
-def test_state_that_leaks_between_streams_fails_in_company_only() -> None:
+def test_state_that_leaks_between_streams_fails_only_when_interleaved() -> None:
     report = run_torch(tiny(), backend=OneCache)
     assert not line_of(report, "random calls, alone").failures
     assert not line_of(report, "greedy, alone").failures
@@ -179,7 +179,7 @@ def test_a_forgotten_end_of_a_document_is_a_failure(graph: str) -> None:
 
 
 def all_near() -> Checkpoint:
-    """All entropies are equal, and the threshold is that number."""
+    """All entropies are equal to the threshold."""
     checkpoint = tiny()
     assert checkpoint.entropy is not None
     with torch.no_grad():
@@ -189,7 +189,7 @@ def all_near() -> Checkpoint:
 
 
 def test_a_boundary_that_moves_within_the_tolerance_is_counted_and_followed() -> None:
-    """The cached side's entropies are higher by 1e-6."""
+    """Entropies of the cached form are higher by 1e-6."""
     report = run_torch(all_near(), adding("entropy", "entropy", lambda: 1e-6), rules=2)
     assert report.ok
     line = line_of(report, "random calls, interleaved")
@@ -198,18 +198,18 @@ def test_a_boundary_that_moves_within_the_tolerance_is_counted_and_followed() ->
     assert not line_of(report, "random calls, interleaved", rule="bytes").near
 
 
-def test_boundaries_that_fall_otherwise_each_time_are_followed_too() -> None:
-    """The cached side's entropies are off by 1e-6 in either direction, also when a rewind computes them again."""
+def test_boundaries_that_move_at_each_computation_are_followed_too() -> None:
+    """Entropies of the cached form differ by 1e-6 in either direction, also when a rewind computes them again."""
     random = np.random.default_rng(0)
     wrap = adding("entropy", "entropy", lambda: random.choice([-1e-6, 1e-6]))
-    for seed in (0, 2):  # 2: generated ids are taken back over a boundary that then falls otherwise
+    for seed in (0, 2):  # 2: a rollback of generated ids crosses a boundary that then moves
         report = run_torch(all_near(), wrap, seed=seed)
         assert report.ok, [line.first_failure for line in report.lines if line.failures]
         assert line_of(report, "alone against interleaved").moved
 
 
-def test_greedy_text_that_parts_at_a_tie_is_counted() -> None:
-    """All ids have the same logit; the cached side finds that of id 9 higher by 1e-6."""
+def test_greedy_text_that_differs_from_a_tie_on_is_counted() -> None:
+    """All ids have the same logit; in the cached form, that of id 9 is higher by 1e-6."""
     checkpoint = tiny()
     blt, _ = checkpoint.require_blt()
     with torch.no_grad():
@@ -217,12 +217,12 @@ def test_greedy_text_that_parts_at_a_tie_is_counted() -> None:
     report = run_torch(checkpoint, adding("decoder", "logits", lambda: np.eye(260, dtype=np.float32)[9] * 1e-6))
     assert report.ok
     line = line_of(report, "greedy, alone")
-    assert line.parted == 4  # every prompt's
+    assert line.parted == 4  # one per prompt
     assert line.ties == line.positions
 
 
 def test_other_greedy_text_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All logits are right, and the second of them is chosen."""
+    """All logits are correct, and the second largest is chosen."""
     monkeypatch.setattr(Sampler, "__call__", lambda self, logits_V: int(logits_V.argsort()[-2]))
     report = run_torch(tiny())
     failed = {line.how for line in report.lines if line.failures}
@@ -245,7 +245,7 @@ def adding(graph: str, output: str, amount: Callable[[], object]) -> Wrap:
 
 
 class Wrapped:
-    """A backend each of whose calls goes through `wrap`."""
+    """A backend whose calls are wrapped by `wrap`."""
 
     name = "wrapped"
 
@@ -268,7 +268,7 @@ class WrappedSession:
 
 
 class OneCache(Wrapped):
-    """All streams share the caches of one."""
+    """All streams share one set of caches."""
 
     def __init__(self, backend: Backend, wrap: Wrap) -> None:
         super().__init__(backend, wrap)
@@ -287,7 +287,7 @@ class OneCache(Wrapped):
 
 
 class OneDocument(Wrapped):
-    """The graph `graph` never hears of the end of a document."""
+    """The graph `graph` never receives the end of a document."""
 
     def __init__(self, graph: str, backend: Backend, wrap: Wrap) -> None:
         super().__init__(backend, wrap)
@@ -317,7 +317,7 @@ def run_torch(
     seed: int = 0,
     rules: int = 1,
 ) -> Report:
-    """A very short check of the torch form behind a wrapper."""
+    """A very short check of the torch form with wrapped calls."""
     model = torch_form(checkpoint)
     model.backend = backend(model.backend, wrap)
     return check(checkpoint, {"torch": model}, 1, row_bytes=80, greedy=8, seed=seed, rules=["own", "bytes"][:rules])

@@ -1,4 +1,4 @@
-"""The generated questions have one right answer, which only characters tell."""
+"""The generated questions have one correct answer, which depends on the characters only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blt.evaluate.words import WORDS
 
 
 def solve(question: str) -> str:
-    """The answer by another way than the generator's: from the words of the question."""
+    """The answer computed independently of the generator, from the words of the question."""
     word = re.findall(r'"([a-z]+)"', question)[0 if question.startswith("Spell") else -1]
     letters = re.findall(r'"([a-z])"', question)
     if question.endswith("backwards"):
@@ -55,13 +55,13 @@ def test_items_are_complete_and_seeded(task: str) -> None:
         assert len({len(option) for option in item.options}) == 1
 
 
-def test_words_are_different_and_plain() -> None:
+def test_words_are_distinct_and_plain() -> None:
     assert len(WORDS) == len(set(WORDS)) > 400
     assert all(re.fullmatch(r"[a-z]{5,8}", word) for word in WORDS)
 
 
 def knowing(text: bytes, prompt: bytes) -> float:
-    """A model that can do it all."""
+    """A model that answers every question correctly."""
     question = prompt.decode().split("\n")[-1][:-1]
     return 1.0 if text.decode().strip() == solve(question) else 2.0
 
@@ -71,11 +71,11 @@ def test_the_cheapest_option_is_the_choice() -> None:
         assert measure(knowing, task, items(task, 20, 0)).accuracy == 1.0
 
 
-def test_guessing_is_chance_and_a_tie_is_wrong() -> None:
+def test_random_answers_have_the_accuracy_of_chance_and_a_tie_is_wrong() -> None:
     rng = random.Random(0)
     found = items("swapping", 400, 0)
-    guessed = measure(lambda text, prompt: rng.random(), "swapping", found)
-    assert abs(guessed.accuracy - guessed.chance) < 4 * guessed.error
+    answered = measure(lambda text, prompt: rng.random(), "swapping", found)
+    assert abs(answered.accuracy - answered.chance) < 4 * answered.error
     assert measure(lambda text, prompt: 1.0, "swapping", found).right == 0
 
 
@@ -86,7 +86,7 @@ def test_accuracy_has_its_standard_error() -> None:
     assert result.chance == 0.25
 
 
-def test_options_are_scored_behind_the_prompt() -> None:
+def test_options_are_scored_after_the_prompt() -> None:
     seen: list[tuple[bytes, bytes]] = []
 
     def bits(text: bytes, prompt: bytes) -> float:

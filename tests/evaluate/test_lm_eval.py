@@ -30,7 +30,7 @@ Make = Callable[..., Any]
 
 
 class Request:
-    """What the adapter reads of the harness's `Instance`."""
+    """The attributes of the harness's `Instance` that the adapter reads."""
 
     def __init__(self, *args: Any):
         self.args = args
@@ -50,7 +50,7 @@ class StandIn:
 
 @pytest.fixture
 def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, on the real library or on the stand-in."""
+    """The module, with the real library or with the replacement above."""
     if not INSTALLED:
         modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.api")}
         modules |= {f"lm_eval.api.{name}": types.ModuleType(name) for name in ("model", "registry")}
@@ -87,7 +87,7 @@ def test_likelihoods_are_the_scorers(adapter: Any, files: dict[str, Path]) -> No
     assert rolling == pytest.approx(-scorer.bits(b"a whole text") * math.log(2))
 
 
-def test_what_the_model_writes_is_what_it_calls_greedy(adapter: Any, files: dict[str, Path]) -> None:
+def test_generated_text_is_scored_as_greedy(adapter: Any, files: dict[str, Path]) -> None:
     model = adapter.ByteModel(files["model"])
     (written,) = model.generate_until([Request("Once upon", {"until": [], "max_gen_toks": 2})], disable_tqdm=True)
     text = adapter.generate(model.opened.model, b"Once upon", {"max_gen_toks": 2}, seed=0)
@@ -98,9 +98,7 @@ def test_what_the_model_writes_is_what_it_calls_greedy(adapter: Any, files: dict
     assert not adapter.score(scorer, text[:-1] + bytes([text[-1] ^ 1]), b"Once upon").greedy
 
 
-def test_generation_stops_in_front_of_a_stop_string_and_takes_long_contexts(
-    adapter: Any, files: dict[str, Path]
-) -> None:
+def test_generation_stops_before_a_stop_string_and_accepts_long_contexts(adapter: Any, files: dict[str, Path]) -> None:
     model = adapter.ByteModel(files["model"]).opened.model
     text = adapter.generate(model, b"Once upon", {"max_gen_toks": 4}, seed=0)
     stop = text[5:7].decode("latin-1")
@@ -117,22 +115,22 @@ def test_sampling_follows_the_seed(adapter: Any, files: dict[str, Path]) -> None
 
 
 class Counting(Scorer):
-    """A bit for every byte of the text, and a memory of what was asked."""
+    """One bit per byte of text; records the calls."""
 
     unit: Unit = "byte"
     capacity = 10
 
     def __init__(self) -> None:
-        self.asked: list[tuple[bytes, bytes]] = []
+        self.calls: list[tuple[bytes, bytes]] = []
 
     def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
         assert len(text) + len(prompt) <= self.capacity
-        self.asked.append((prompt, text))
+        self.calls.append((prompt, text))
         return Scored(float(len(text)), 1, True)
 
 
 @pytest.mark.parametrize(
-    ("text", "prompt", "asked"),
+    ("text", "prompt", "calls"),
     [
         (b"0123456789", b"", [(b"", b"0123456789")]),
         (b"0123456789abcdefghijkl", b"", [(b"", b"0123456789"), (b"", b"abcdefghij"), (b"cdefghij", b"kl")]),
@@ -141,14 +139,14 @@ class Counting(Scorer):
     ],
 )
 def test_windows_predict_each_byte_once_with_as_much_context_as_fits(
-    adapter: Any, text: bytes, prompt: bytes, asked: list[tuple[bytes, bytes]]
+    adapter: Any, text: bytes, prompt: bytes, calls: list[tuple[bytes, bytes]]
 ) -> None:
     scorer = Counting()
     assert adapter.score(scorer, text, prompt).bits == len(text)
-    assert scorer.asked == asked
+    assert scorer.calls == calls
 
 
-def test_a_byte_level_model_scores_and_does_not_generate(adapter: Any, files: dict[str, Path]) -> None:
+def test_a_byte_level_model_scores_and_cannot_generate(adapter: Any, files: dict[str, Path]) -> None:
     model = adapter.ByteModel(files["byte"])
     assert model.loglikelihood([Request("a", "b")], disable_tqdm=True)[0][0] < 0
     with pytest.raises(UsageError, match="no BLT"):
@@ -217,7 +215,7 @@ def test_the_harness_runs_a_task(task: Path, files: dict[str, Path], tmp_path: P
     assert report["acc,none"] == right / 2
 
 
-def test_mistakes_are_said_before_the_harness_is_loaded(files: dict[str, Path], capsys: Any) -> None:
+def test_usage_errors_are_reported_before_the_harness_is_loaded(files: dict[str, Path], capsys: Any) -> None:
     assert run(["lm-eval", str(files["byte"]), "--model", "hf"]) == 2
     assert run(["lm-eval", "/nowhere/model.pt"]) == 2
     assert "leave it out" in capsys.readouterr().err

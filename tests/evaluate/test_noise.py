@@ -1,4 +1,4 @@
-"""Noise is the paper's, seeded, and measured on the bytes that it is said to be measured on."""
+"""Noise follows the paper's recipes and is seeded; each line sums over the bytes that it names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_half_of_the_letters_change_case_and_nothing_else() -> None:
 
 
 def test_a_fifth_of_the_characters_is_repeated_up_to_four_times() -> None:
-    text = "".join(random.Random(0).sample([chr(c) for c in range(0x4E00, 0x5200)], 500))  # all different
+    text = "".join(random.Random(0).sample([chr(c) for c in range(0x4E00, 0x5200)], 500))  # all distinct
     repeated = noised(text.encode(), "repeat", 1).decode()
     counts = [repeated.count(char) for char in text]
     assert "".join(char * n for char, n in zip(text, counts, strict=True)) == repeated
@@ -57,7 +57,7 @@ def test_any_bytes_can_be_noised_and_the_seed_decides(recipe: str, text: bytes) 
     if recipe == "upper_case" and text.isascii():
         assert once == text.upper()
     elif recipe in ("random_case", "upper_case") and not _is_utf8(text) and len(high) == 1:
-        assert high[0] in once  # what is no UTF-8 has no case
+        assert high[0] in once  # bytes that are not UTF-8 have no case
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -85,14 +85,14 @@ def test_pairs_are_neighbouring_pieces_cut_between_characters(text: str, size: i
     assert data.startswith(b"".join(pair.prompt + pair.completion for pair in found))
 
 
-def test_pairs_of_bytes_that_are_no_text_end() -> None:
+def test_cutting_bytes_that_are_not_text_into_pairs_ends() -> None:
     found = pairs([b"\x80" * 100], 10, 1000)
     assert [len(pair.prompt + pair.completion) for pair in found] == [20] * 5
 
 
 @pytest.mark.parametrize("size", [-1, 0, 3])
 def test_pieces_that_may_hold_no_character_are_refused(size: int) -> None:
-    """Cutting between characters would stand still."""
+    """Cutting between characters would not advance."""
     with pytest.raises(UsageError, match="pieces of 4 bytes or more"):
         pairs(["🚀🚀🚀".encode()], size, 10)
     assert pairs(["🚀🚀🚀".encode()], 4, 10) == [Pair("🚀".encode(), "🚀".encode())]
@@ -104,7 +104,7 @@ def test_fewer_pairs_are_spread_over_all_texts() -> None:
 
 
 def by_zlib(text: bytes, prompt: bytes) -> float:
-    """A model that learns from the prompt: what deflating the text behind it adds."""
+    """A model that uses the prompt: the bits that the text adds when it is deflated after the prompt."""
     return 8.0 * (len(zlib.compress(prompt + text, 9)) - len(zlib.compress(prompt, 9)))
 
 

@@ -62,7 +62,7 @@ def test_the_chain_rule() -> None:
     found = scorers()
     assert {scorer.unit for scorer in found.values()} == {"patch", "byte", "token"}
     for name, scorer in found.items():
-        prompt, text = TEXT[:33], TEXT[33:90]  # behind a space: a token ends there
+        prompt, text = TEXT[:33], TEXT[33:90]  # after a space: a token ends there
         whole = scorer.bits(prompt + text, eos=True)
         assert scorer.bits(prompt) + scorer.bits(text, prompt, eos=True) == pytest.approx(whole, rel=1e-4), name
         assert scorer.bits(text, prompt) < scorer.bits(text, prompt, eos=True)
@@ -71,7 +71,7 @@ def test_the_chain_rule() -> None:
 
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 def test_the_loss_counts_what_eval_counts(pack: Pack, tmp_path: Path) -> None:
-    """Documents in one row are masked from each other, so their nats add up to what each one costs by itself."""
+    """Documents in one row are masked from each other, so the row's nats are the sum of those of each document."""
     model = tiny().entropy
     assert model is not None
     (tmp_path / "text").write_bytes(b"one\0the second\0\xff\xfe\0and the last of them")
@@ -105,7 +105,7 @@ def test_token_bits_by_hand() -> None:
     assert scorer_of(checkpoint).bits(TEXT, eos=True) == pytest.approx(nats.item() / np.log(2), rel=1e-6)
 
 
-def test_a_text_that_is_too_long_is_one_line() -> None:
+def test_a_text_that_is_too_long_is_an_error() -> None:
     for name, scorer in scorers().items():
         if name != "stream":
             assert scorer.capacity is not None
@@ -129,7 +129,7 @@ def test_one_very_long_patch_is_read_by_a_stream(monkeypatch: pytest.MonkeyPatch
 
 
 def test_hash_tables_go_to_the_device_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables that stay in their file serve the CPU only. The device `meta` stands for an accelerator."""
+    """Tables that are mapped from their file work on the CPU only. The device `meta` replaces an accelerator."""
     save(tmp_path / "model.pt", tiny())
     here, there = load_on("cpu", tmp_path / "model.pt"), load_on("meta", tmp_path / "model.pt")
     assert here.blt is not None
@@ -165,7 +165,7 @@ def test_an_incomplete_checkpoint_has_no_scorer() -> None:
         scorer_of(Checkpoint(tiny().blt, None, None))
 
 
-def test_bits_of_certain_and_equal_guesses() -> None:
+def test_bits_of_certain_and_uniform_predictions() -> None:
     ids = np.array([1, 5, 7])
     logits = np.full((3, 260), -1e9, np.float32)
     logits[0, 5], logits[1, 7] = 0, 0

@@ -1,4 +1,4 @@
-"""Text to be measured: limits and pieces, and where a document ends."""
+"""Text to evaluate: limits, pieces, and the ends of documents."""
 
 from __future__ import annotations
 

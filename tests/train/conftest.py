@@ -1,4 +1,4 @@
-"""A little text, prepared once, and tiny runs on it."""
+"""A small prepared text, and tiny runs on it."""
 
 from __future__ import annotations
 

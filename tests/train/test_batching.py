@@ -1,4 +1,4 @@
-"""What the packer's numbers say is what the batches hold, and row lengths are chosen once for a run."""
+"""The packing report agrees with the batches, and row lengths are chosen once for a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_report_counts_what_the_batches_hold(repo: Path, data: Path, tmp_pat
     assert {name: report[name] for name in names} == pytest.approx({name: found[name] for name in names})
 
 
-def test_a_window_goes_on_where_it_stopped(repo: Path, data: Path) -> None:
+def test_a_metric_window_continues_where_it_stopped(repo: Path, data: Path) -> None:
     loader = prepare_inputs(load_config(repo / "configs" / "tiny.yaml", SPACE), data).training
     whole, first = MetricWindow(), MetricWindow()
     for _ in range(3):

@@ -47,8 +47,8 @@ def test_it_learns_and_its_checkpoint_holds_the_tokenizer(bpe_run: Path) -> None
 
 
 def test_validation_is_what_eval_counts(bpe_run: Path, data: Path) -> None:
-    """Bits of every token and EOS of each document over its bytes. Training reads documents behind each other, whose
-    masks keep them apart, but cuts some where a row ends: so nearly, not exactly."""
+    """Bits of every token and EOS of each document, divided by its bytes. Training masks documents in a row from each
+    other, but cuts some where a row ends. So the two numbers agree approximately."""
     lines = [json.loads(line) for line in (bpe_run / "metrics.jsonl").read_text().splitlines()]
     found = next(line for line in reversed(lines) if "valid_bpb" in line)
     documents, scorer = Dataset(data).split("valid"), scorer_of(models.load(bpe_run))
@@ -115,13 +115,13 @@ def test_a_run_from_a_tokenizer_file(bpe_config: BPERun, bpe_run: Path, data: Pa
         ("patching.scheme=space", "unknown key 'patching'"),
     ],
 )
-def test_mistakes_are_named(repo: Path, override: str, message: str) -> None:
+def test_invalid_settings_are_named(repo: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(repo / "configs" / "tiny-bpe.yaml", [override])
     assert "\n" not in str(caught.value)
 
 
-def test_what_it_is_not_for_is_refused(bpe_run: Path, tmp_path: Path) -> None:
+def test_unsupported_uses_are_refused(bpe_run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="token-level baseline"):
         export(bpe_run, tmp_path / "bundle")
     with pytest.raises(CheckpointError, match="token-level baseline"):
@@ -137,7 +137,7 @@ def test_a_checkpoint_with_a_wrong_tokenizer(bpe_run: Path, tmp_path: Path) -> N
             build(open_source(tmp_path / "model.pt"))
 
 
-def test_saved_again_it_is_the_same(bpe_run: Path, tmp_path: Path) -> None:
+def test_a_saved_copy_is_the_same(bpe_run: Path, tmp_path: Path) -> None:
     saved = models.load(bpe_run)
     assert saved.bpe is not None
     models.save(tmp_path / "again.pt", Checkpoint(None, None, None, saved.bpe, saved.vocabulary))

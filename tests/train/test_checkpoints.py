@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked, rotated; a damaged one, a full disk and a foreign run lose nothing."""
+"""Checkpoints: complete or absent, verified, rotated; damage, a full disk or another run's files lose nothing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_newest_few_are_kept(folder: Path) -> None:
     (folder / ".step-00000001.old").mkdir()
     checkpoints.write(folder, 3, tensors(), STATE, keep=2)
     assert names(folder) == ["step-00000002", "step-00000003"]
-    checkpoints.write(folder, 3, tensors(5), STATE, keep=1)  # once more, after a resume from before
+    checkpoints.write(folder, 3, tensors(5), STATE, keep=1)  # written again, after a resume from an earlier step
     assert names(folder) == ["step-00000003"]
     assert checkpoints.read(folder / "step-00000003").step == 3
 
@@ -82,7 +82,7 @@ def test_another_branch_is_hidden_at_once_and_removed_when_there_is_a_new_one(fo
     assert names(folder) == ["step-00000002", "step-00000004"]
 
 
-def test_a_truncated_one_is_none_of_those_kept(folder: Path) -> None:
+def test_a_truncated_one_is_not_among_those_kept(folder: Path) -> None:
     checkpoints.write(folder, 3, tensors(3), STATE, keep=3)
     truncate(next((folder / "step-00000002").glob("shard*")))
     (folder / "step-00000003" / "state.json").unlink()
@@ -140,7 +140,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.json", "shard"])
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
-def test_a_damaged_newest_checkpoint_is_passed_over(
+def test_a_damaged_newest_checkpoint_is_skipped(
     folder: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], None]
 ) -> None:
     (path,) = (folder / "step-00000002").glob(f"{file}*")
@@ -198,7 +198,7 @@ def test_a_manifest_cannot_point_outside(folder: Path) -> None:
 
 
 def killed_at(event: int, folder: Path) -> bool:
-    """Writes step 3 in a child that is killed at its n-th use of the folder; False if it was done before."""
+    """Writes step 3 in a child that is killed at its n-th use of the folder; False if it finished before."""
     child = os.fork()
     if child == 0:
         uses = itertools.count(1)
@@ -215,7 +215,7 @@ def killed_at(event: int, folder: Path) -> bool:
 
 
 def test_killed_anywhere_while_it_writes(folder: Path, tmp_path: Path) -> None:
-    """Before every file that is made, renamed or removed: the newest is step 2 or step 3, whole, and writing works."""
+    """Killed before every creation, rename and removal: the newest is a complete step 2 or 3, and writing works."""
     found, place = [], tmp_path / "copy"
     for event in itertools.count(1):
         shutil.rmtree(place, ignore_errors=True)
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_older_ones(folder: Path, monkeypatch: pytest.Mon
     assert "\n" not in str(caught.value)
     assert names(folder) == before
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoints, "_sync", full)  # as late as it can be
+    monkeypatch.setattr(checkpoints, "_sync", full)  # at the last possible moment
     with pytest.raises(CheckpointError, match="No space"):
         checkpoints.write(folder, 3, tensors(), STATE, keep=1)
     assert names(folder) == before
@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_the_older_ones(folder: Path, monkeypatch: pytest.Mon
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to write files beyond it, as a full disk does."""
+    """The kernel refuses to write larger files, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -283,10 +283,10 @@ def trainer_of(config: EntropyRun, out: Path, data: Path) -> Trainer:
     return prepare_run(config, out, data)[0]
 
 
-def test_a_run_that_could_not_write_goes_on_from_the_older_one(
+def test_a_run_that_could_not_write_continues_from_the_older_one(
     entropy_config: EntropyRun, data: Path, entropy_run: Path, tmp_path: Path
 ) -> None:
-    """The kernel itself refuses; the weights are those of a run that met no full disk."""
+    """The kernel refuses the write. The weights are those of a run without a full disk."""
     out = tmp_path / "run"
     trainer = trainer_of(entropy_config, out, data)
     trainer.run(20)
@@ -332,10 +332,10 @@ def test_one_checkpoint_can_be_named(entropy_config: EntropyRun, entropy_run: Pa
     assert steps == [30, 40, 40]
 
 
-def test_going_on_from_an_older_one_leaves_the_branch_behind(
+def test_resuming_from_an_older_one_abandons_the_later_branch(
     entropy_config: EntropyRun, entropy_run: Path, data: Path, repo: Path, tmp_path: Path
 ) -> None:
-    """20 and 40 are there; the new branch from 20 ends at 25, and is what a resumed run takes."""
+    """20 and 40 are there; the new branch from 20 ends at 25, and a resumed run reads it."""
     out = tmp_path / "run"
     shutil.copytree(entropy_run, out)
     older = out / "checkpoints" / "step-00000020"

@@ -39,7 +39,7 @@ def test_as_many_compilations_as_buckets(repo: Path, data: Path, entropy_run: Pa
 
 
 def test_torch_allows_every_shape_of_a_run(repo: Path, data: Path, tmp_path: Path) -> None:
-    """Torch's own limit, 8, ends a run whose graph must be whole. Nothing is compiled yet."""
+    """Torch's default limit of 8 compilations would end a run that needs a whole graph. Nothing is compiled here."""
     settings = torch._dynamo.config
     with settings.patch(recompile_limit=8, accumulated_recompile_limit=16):
         config = load_config(repo / "configs" / "tiny.yaml", ["patching.scheme=space"])

@@ -78,7 +78,7 @@ def test_overrides(repo: Path) -> None:
         ("model.vocab_size=100", "vocab_size is 100"),
     ],
 )
-def test_mistakes_are_named(repo: Path, override: str, message: str) -> None:
+def test_invalid_settings_are_named(repo: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(repo / "configs" / "tiny.yaml", [override])
     assert "\n" not in str(caught.value)

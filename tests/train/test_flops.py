@@ -53,7 +53,7 @@ def without_windows(path: str) -> Any:
 
 
 def count_blt(config: BLTConfig, n_bytes: int) -> tuple[int, int]:
-    """Of one row that is cut into patches of PATCH bytes behind the first one."""
+    """FLOPs of one row, whose first patch has one byte and whose other patches have PATCH bytes."""
     with torch.device("meta"):
         model = BLT(config)
         ids_BN = torch.zeros(1, n_bytes, dtype=torch.int64)
@@ -88,7 +88,7 @@ def test_blt(name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_option_of_the_architecture(name: str) -> None:
-    """At a width at which products with the few keys of a cross-attention are small beside the others."""
+    """At a width at which products with the few keys of a cross-attention are small compared with the others."""
     small = VARIANTS[name][0]
     wide = {part: widened(getattr(small, part)) for part in ("encoder", "latent", "decoder")}
     config = BLTConfig.model_validate(small.model_dump() | {part: c.model_dump() for part, c in wide.items()})

@@ -1,4 +1,4 @@
-"""Runs that start from a checkpoint or a Llama: what is taken, what is checked, and a fine-tuned model that runs."""
+"""Runs that start from a checkpoint or a Llama: which weights are used, what is checked, and a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_model_rule_and_entropy_model_are_the_checkpoints(blt_run: Path, data: P
     assert all(torch.equal(found.state_dict()[name], weight) for name, weight in wanted.state_dict().items())
 
 
-def test_what_a_section_says_counts(blt_run: Path) -> None:
+def test_settings_of_a_section_override_the_checkpoint(blt_run: Path) -> None:
     rule = open_source(blt_run).patch_rule
     assert rule is not None
     config = tuning(blt_run, model={"encoder": {"window": 16}}, patching={"max_patch_length": 6})
@@ -117,7 +117,7 @@ def test_options_without_weights_may_differ(blt_run: Path, caplog: pytest.LogCap
     assert torch.equal(other.decoder.output.weight, model.decoder.output.weight)
 
 
-def test_an_entropy_run_goes_on(blt_run: Path, data: Path, tmp_path: Path) -> None:
+def test_an_entropy_run_starts_from_an_entropy_model(blt_run: Path, data: Path, tmp_path: Path) -> None:
     """From the entropy model inside a BLT's checkpoint, too."""
     raw = {"kind": "entropy", "init": {"checkpoint": str(blt_run)}, "batch": {"rows": 2, "byte_buckets": [64]}, **SMALL}
     config = parse_config(raw)
@@ -175,7 +175,7 @@ def test_from_the_facebook_format(golden: Path, data: Path, tmp_path: Path) -> N
 
 
 def test_a_resumed_run_keeps_its_parts(blt_run: Path, data: Path, tmp_path: Path) -> None:
-    """Frozen parts and learning rates of their own: the same weights as without a stop, and no others by mistake."""
+    """Frozen parts and separate learning rates: the weights are those of an uninterrupted run."""
     parts = {"freeze": ["encoder.*"], "lr_scale": {"latent.*": 0.1, "decoder.*": 2.0}}
     sections = {"optimizer": parts, "schedule": {"steps": 6, "warmup": 1}}
     run_settings = {"compile": False, "log_every": 10, "checkpoint_every": 3, "keep_checkpoints": 5}
@@ -195,8 +195,8 @@ def test_a_resumed_run_keeps_its_parts(blt_run: Path, data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_fine_tuned_exported_and_asked(blt_run: Path, pairs: Path, tmp_path: Path) -> None:
-    """From a checkpoint to a bundle that answers: completions alone are learned, frozen parts stay."""
+def test_a_fine_tuned_model_is_exported_and_generates(blt_run: Path, pairs: Path, tmp_path: Path) -> None:
+    """From a checkpoint to a bundle: only completions are learned, and frozen parts do not change."""
     optimizer = {"lr": 1e-2, "freeze": ["encoder.*", "latent.layers.0.*"], "lr_scale": {"hash_embedding.*": 0.5}}
     config = tuning(blt_run, optimizer=optimizer, schedule={"steps": 100, "warmup": 5}, patching={"scheme": "space"})
     out = tmp_path / "tuned"

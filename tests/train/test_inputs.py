@@ -1,4 +1,4 @@
-"""What a run reads: a cut validation sees every group, and the same text whatever the run is."""
+"""The text that a run reads: a cut validation covers every group, and is the same for every kind of run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPS = 12
 
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve groups of thirty documents of 40 to 160 bytes for validation, one group behind the other."""
+    """Twelve groups of thirty documents of 40 to 160 bytes for validation, one group after the other."""
     folder = tmp_path_factory.mktemp("grouped")
     random = np.random.default_rng(0)
     for split in ("train", "valid"):
@@ -38,7 +38,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def validation(repo: Path, data: Path, *options: str, n_bytes: int = 1 << 30) -> list[Batch]:
-    """The batches of validation that begin before `n_bytes`, as `Trainer.validate` takes them."""
+    """The batches of validation that begin before `n_bytes`, as `Trainer.validate` reads them."""
     make = prepare_inputs(load_config(repo / "configs" / "tiny-entropy.yaml", list(options)), data).loaders["valid"]
     assert make is not None
     seen = 0

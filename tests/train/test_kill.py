@@ -1,4 +1,4 @@
-"""kill -9 at an arbitrary moment, resume, and the losses are those of a run that nobody touched."""
+"""After kill -9 at an arbitrary moment and a resume, the losses are those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_killed_before_the_first_checkpoint(repo: Path, data: Path, entropy_run:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_next_start_goes_on(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_next_start_continues(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(repo, out, data, entropy_run)
     wait_for_step(process, out, 10)

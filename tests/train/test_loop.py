@@ -1,4 +1,4 @@
-"""The loop: it learns, stops and resumes bit for bit, and says what it did."""
+"""The loop: it learns, stops, resumes bit for bit, and records its metrics."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_entropy_model_learns_and_is_saved(entropy_run: Path) -> None:
     assert saved.entropy.config.dim == 16
 
 
-def test_the_blt_learns_and_carries_all_it_needs(
+def test_the_blt_learns_and_its_checkpoint_is_complete(
     blt_config: BLTRun, data: Path, entropy_run: Path, tmp_path: Path
 ) -> None:
     path = train(blt_config, tmp_path / "run", data=data, entropy_model=entropy_run)
@@ -92,7 +92,7 @@ def test_resume_through_train_gives_the_same_model_and_metrics(
     out = tmp_path / "run"
     stopped = trainer_of(entropy_config, out, data)
     stopped.run(20)
-    with (out / "metrics.jsonl").open("a") as file:  # what a kill between two checkpoints leaves behind
+    with (out / "metrics.jsonl").open("a") as file:  # as after a kill between two checkpoints
         file.write('{"step": 30, "loss": 9.0}\n{"step": 3')
     path = train(entropy_config, out, data=data)
     assert records(out, "step", "loss", "valid_bpb") == records(entropy_run, "step", "loss", "valid_bpb")
@@ -142,7 +142,7 @@ def test_a_folder_that_is_no_run_is_refused(entropy_config: EntropyRun, data: Pa
         train(entropy_config, out / "model.pt", data=data)
 
 
-def test_sigterm_saves_and_says_143(
+def test_sigterm_saves_and_exits_with_143(
     entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
@@ -164,7 +164,7 @@ def test_sigterm_saves_and_says_143(
     assert checkpoint.step == 7
 
 
-def test_ctrl_c_names_the_step_and_the_way_on(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_names_the_step_and_how_to_continue(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
     step = trainer.train_step
 
@@ -183,7 +183,7 @@ def test_ctrl_c_names_the_step_and_the_way_on(entropy_config: EntropyRun, data: 
 def test_ctrl_c_while_a_step_compiles_loses_nothing(
     entropy_config: EntropyRun, data: Path, tmp_path: Path, at: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The step that was interrupted is made again, with the same batch; the weights are those of a run without."""
+    """The interrupted step runs again with the same batch. The weights are those of an uninterrupted run."""
     whole = trainer_of(entropy_config, tmp_path / "whole", data)
     whole.run(6)
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
@@ -240,7 +240,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_run_needs_is_asked_for(
+def test_missing_inputs_of_a_run_are_named(
     blt_config: BLTRun, entropy_config: EntropyRun, data: Path, repo: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="--data"):
@@ -316,15 +316,15 @@ def test_padding_costs_nothing_and_counts_nothing(
 
 def test_golden_training_loss(golden: Path) -> None:
     """The loss of facebookresearch/blt's training batch, by our objective (tests/model checks the gradients)."""
-    truth = json.loads((golden / "a" / "train.json").read_text())
+    expected = json.loads((golden / "a" / "train.json").read_text())
     case = np.load(golden / "a" / "cases.npz")
     blt, _ = models.load(golden / "a" / "blt").require_blt()
     tokens, lengths = case["train_batch/tokens"], case["train_batch/patch_lengths"]
-    real = np.array(truth["mask"]).astype(bool)
-    batch = Batch(tokens, np.array(truth["targets"]), real, lengths, np.zeros(2, np.int64), 0)
+    real = np.array(expected["mask"]).astype(bool)
+    batch = Batch(tokens, np.array(expected["targets"]), real, lengths, np.zeros(2, np.int64), 0)
     total, n = Objective(blt.train(), int(lengths[:, :-1].max()))(batch)
     loss = total / n
-    assert loss.item() == pytest.approx(truth["loss"], rel=1e-5)
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
 
 
 def test_weight_decay_is_on_all_parameters(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_weight_decay_is_on_all_parameters(entropy_config: EntropyRun, data: Pat
 def test_bfloat16_trains_without_a_warning(
     blt_config: BLTRun, data: Path, entropy_run: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """Norms keep float32 weights there, of which torch makes a remark, once a process unless it is told otherwise."""
+    """Norms keep float32 weights in bfloat16 runs. Torch warns about that once per process by default."""
     run = blt_config.run.model_copy(update={"dtype": "bf16"})
     trainer = trainer_of(blt_config.model_copy(update={"run": run}), tmp_path, data, entropy_run)
     always = torch.is_warn_always_enabled()

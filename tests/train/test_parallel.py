@@ -1,4 +1,4 @@
-"""Two real processes under torchrun compute what one does, go on from each other's checkpoints, and survive a kill."""
+"""Two processes under torchrun compute the same as one, resume from each other's checkpoints, and survive a kill."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def two_ranks(
     process = start(repo, out, data, resume, *settings, program=program)
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0
-    assert printed.decode().split() == [str(out / "model.pt")]  # the first rank alone speaks
+    assert printed.decode().split() == [str(out / "model.pt")]  # only the first rank prints
     return out
 
 
@@ -106,7 +106,7 @@ def test_two_ranks_with_sparse_tables_match_one_with_dense(
 
 
 @pytest.mark.slow
-def test_one_rank_goes_on_where_two_stopped(repo: Path, data: Path, both_ranks: Path, tmp_path: Path) -> None:
+def test_one_rank_continues_where_two_stopped(repo: Path, data: Path, both_ranks: Path, tmp_path: Path) -> None:
     half = both_ranks / "checkpoints" / f"step-{HALF:08d}"
     train(config_of(repo), tmp_path / "run", data=data, resume=str(half))
     expected = [record for record in records(both_ranks) if record["step"] > HALF]
@@ -114,7 +114,7 @@ def test_one_rank_goes_on_where_two_stopped(repo: Path, data: Path, both_ranks: 
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_where_one_stopped(repo: Path, data: Path, one_rank: Path, tmp_path: Path) -> None:
+def test_two_ranks_continue_where_one_stopped(repo: Path, data: Path, one_rank: Path, tmp_path: Path) -> None:
     half = one_rank / "checkpoints" / f"step-{HALF:08d}"
     out = two_ranks(repo, tmp_path / "run", data, str(half))
     same_within_rounding(records(out), [record for record in records(one_rank) if record["step"] > HALF])
@@ -136,14 +136,16 @@ def test_two_ranks_killed_and_resumed_are_bit_exact(repo: Path, data: Path, both
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
-    for newer in (out / "checkpoints").glob(f"step-{STEPS:08d}"):  # it was quick; it resumes from the middle anyway
+    for newer in (out / "checkpoints").glob(
+        f"step-{STEPS:08d}"
+    ):  # it finished before the kill; it resumes from the middle in any case
         shutil.rmtree(newer)
     assert records(two_ranks(repo, out, data)) == records(both_ranks)
     ours, theirs = (models.load(run).require_blt()[0].state_dict() for run in (out, both_ranks))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-# Dynamo traces and counts as it always does; generating code, which no test of ours needs here, takes minutes.
+# Dynamo traces and counts as usual. Code generation takes minutes and is not tested here.
 TRACED = """
 import torch
 compile = torch.compile
@@ -159,7 +161,7 @@ LENGTHS = (
 
 @pytest.mark.slow
 def test_two_ranks_compile_each_length_with_and_without_gradients(repo: Path, data: Path, tmp_path: Path) -> None:
-    """More graphs of a block than torch allows unasked (8): lengths x encoder and decoder x training and validation."""
+    """More graphs of a block than torch allows by default (8): lengths x encoder, decoder x training, validation."""
     (tmp_path / "traced.py").write_text(TRACED)
     compiled = (*LENGTHS, "run.compile=true")
     out = two_ranks(repo, tmp_path / "two", data, "none", *compiled, program=[str(tmp_path / "traced.py")])

@@ -1,4 +1,4 @@
-"""Which parameters train and how fast: patterns of names, groups, and what stays as it was."""
+"""Which parameters train, and their learning rates: patterns of names, groups, and frozen parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said about a run while it goes: to a terminal, to a log file, to TensorBoard."""
+"""Progress of a run: in a terminal, in a log file and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEP_BYTES = 4
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -50,7 +50,7 @@ def info(caplog: Log) -> Log:
 
 
 def a_batch() -> Batch:
-    """A row of five ids and one place of padding in two patches, of which four count."""
+    """A row of five ids, four of which count, and one position of padding, in two patches."""
     ids = np.full((1, 6), 70)
     mask = np.array([[True] * STEP_BYTES + [False] * 2])
     return Batch(ids, ids, mask, np.array([[3, 2, 0]]), np.array([0]), block=0, row_tokens=np.array([5]))
@@ -69,7 +69,7 @@ def test_a_line_every_few_seconds_with_the_means_since_the_last(clock: Clock, in
     ]
 
 
-def test_a_record_takes_the_place_of_a_line_in_the_same_words(clock: Clock, info: Log) -> None:
+def test_a_record_replaces_a_line_in_the_same_words(clock: Clock, info: Log) -> None:
     lines = progress.ProgressLines(100)
     for step in range(1, 8):
         clock.now += 2.0
@@ -106,7 +106,7 @@ def test_validation_is_not_in_the_speed(clock: Clock) -> None:
     ("seconds", "words"),
     [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3725, "1 h 02 min"), (3e5, "3 d 11 h")],
 )
-def test_durations_are_for_people(seconds: float, words: str) -> None:
+def test_durations_are_readable(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
@@ -126,10 +126,10 @@ def test_a_terminal_has_a_bar_and_log_lines_stay_whole(
     monkeypatch.setattr(logger, "handlers", [handler])
     request.addfinalizer(partial(logger.setLevel, logger.level))
     logger.setLevel(logging.INFO)
-    with progress.observing(tmp_path, steps=2, at=0) as watches:
-        watches.step(1, 1.0, a_batch())
+    with progress.observing(tmp_path, steps=2, at=0) as observers:
+        observers.step(1, 1.0, a_batch())
         logging.getLogger("blt.train").info("a line of the log with [brackets]")
-        watches.step(2, STEP_BYTES * np.log(2) * 3, a_batch())
+        observers.step(2, STEP_BYTES * np.log(2) * 3, a_batch())
     assert handler.stream is terminal
     shown = terminal.getvalue()
     assert "a line of the log with [brackets]\n" in shown
@@ -138,15 +138,15 @@ def test_a_terminal_has_a_bar_and_log_lines_stay_whole(
 
 
 def at_width(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, width: int) -> list[str]:
-    """What a terminal of so many columns shows of a run at step 1,200 of 3,000, without control sequences."""
+    """Output of a run on a terminal of this width, without control sequences."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(logging.getLogger("blt"), "level", logging.INFO)
     logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
-    with progress.observing(tmp_path, steps=1200, at=1198) as watches:
+    with progress.observing(tmp_path, steps=1200, at=1198) as observers:
         for step in (1199, 1200):
-            watches.step(step, STEP_BYTES * np.log(2) * 2, a_batch())
+            observers.step(step, STEP_BYTES * np.log(2) * 2, a_batch())
     logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
 
@@ -163,13 +163,13 @@ def test_a_narrow_terminal_keeps_the_counter_and_whole_numbers(
     assert ("━" in last) == (width >= progress.WIDE)
 
 
-def test_other_ranks_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, info: Log) -> None:
+def test_other_ranks_print_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, info: Log) -> None:
     monkeypatch.setenv("RANK", "1")
-    with progress.observing(tmp_path, 10, 0, tensorboard=True) as watches:
+    with progress.observing(tmp_path, 10, 0, tensorboard=True) as observers:
         for step in range(1, 5):
             clock.now += 10.0
-            watches.step(step, 1.0, a_batch())
-        watches.record({"step": 4, "loss": 1.0})
+            observers.step(step, 1.0, a_batch())
+        observers.record({"step": 4, "loss": 1.0})
     assert not info.records
     assert not list(tmp_path.iterdir())
 
@@ -181,15 +181,15 @@ def scalars_in(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_has_what_the_metrics_have_also_behind_a_resume(repo: Path, data: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_the_metrics_also_after_a_resume(repo: Path, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     settings = ["run.tensorboard=true", "run.log_every=2", "run.valid_every=4", "run.checkpoint_every=4"]
     config = load_config(repo / "configs" / "tiny-entropy.yaml", settings)
     assert isinstance(config, EntropyRun)
     trainer = prepare_run(config, tmp_path / "run", data)[0]
     trainer.run(8)
-    with progress.observing(tmp_path / "run", 8, at=4, tensorboard=True) as watches:  # killed at 8, gone on from 4
-        watches.record({"step": 6, "loss": 0.5, "buckets": {"64": 2}})
+    with progress.observing(tmp_path / "run", 8, at=4, tensorboard=True) as observers:  # killed at 8, resumed from 4
+        observers.record({"step": 6, "loss": 0.5, "buckets": {"64": 2}})
     found = scalars_in(tmp_path / "run" / progress.TENSORBOARD)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = {r["step"]: r["loss"] for r in records if "loss" in r and r["step"] <= 4}
@@ -199,7 +199,7 @@ def test_tensorboard_has_what_the_metrics_have_also_behind_a_resume(repo: Path, 
     assert found["train/buckets/64"][6] == 2.0
 
 
-def test_a_missing_tensorboard_is_said_before_the_first_step(
+def test_a_missing_tensorboard_is_reported_before_the_first_step(
     repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

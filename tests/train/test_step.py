@@ -1,4 +1,4 @@
-"""One step: micro-batches add up to the batch, and what is not finite stops or is passed over."""
+"""One step: micro-batches add up to the batch, and steps that are not finite stop the run or are skipped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def trainer_of(config: BLTRun | EntropyRun, out: Path, data: Path, entropy: Path
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_non_finite_step_stops_before_it_is_taken(
+def test_a_non_finite_step_stops_before_the_update(
     entropy_config: EntropyRun, data: Path, tmp_path: Path, what: str
 ) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
@@ -49,7 +49,7 @@ def broken_for(trainer: Trainer, steps: range) -> None:
     )
 
 
-def test_a_non_finite_step_is_passed_over(
+def test_a_non_finite_step_is_skipped(
     entropy_config: EntropyRun, data: Path, repo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As if the batch were not there: the weights are those before, the next batch is the next."""
@@ -134,7 +134,7 @@ def test_micro_batches_add_up(
 def test_rows_that_do_not_divide(repo: Path, data: Path, tmp_path: Path, micro_rows: int) -> None:
     config = load_config(repo / "configs" / "tiny-entropy.yaml", [f"batch.micro_rows={micro_rows}"])
     assert isinstance(config, EntropyRun)
-    if micro_rows > config.batch.rows:  # as many as there are
+    if micro_rows > config.batch.rows:  # capped at the rows of a batch
         assert trainer_of(config, tmp_path, data).micro_rows == config.batch.rows
         return
     with pytest.raises(ConfigError, match=r"batch.rows 4 cannot be divided evenly"):
@@ -142,7 +142,7 @@ def test_rows_that_do_not_divide(repo: Path, data: Path, tmp_path: Path, micro_r
 
 
 def saved_bytes(trainer: Trainer) -> int:
-    """Of activations that the backward pass of the next batch keeps."""
+    """Bytes of activations that are kept for the backward pass of the next batch."""
     total = 0
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

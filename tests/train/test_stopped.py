@@ -1,4 +1,4 @@
-"""A run that stopped is a model: that of its newest checkpoint. Where it cannot be one, the error tells how."""
+"""A stopped run is a model: that of its newest checkpoint. If it has none, the error names what to do."""
 
 from __future__ import annotations
 

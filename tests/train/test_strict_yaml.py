@@ -26,7 +26,7 @@ BAD = {
     "a large hexadecimal number": ("a: 0x" + "f" * 5_000, "too large a number"),
     "a large number in a list": ("a: [1, {b: 99999999999999999999999}]", "too large a number"),
     "size": ("a: " + "x" * 70_000, "more than 65,536"),
-    "a wrong truth value": ("a: !!bool maybe", "maybe"),
+    "an invalid boolean": ("a: !!bool maybe", "maybe"),
     "a wrong date": ("a: !!timestamp x", ""),
     "an empty number": ("a: !!int ''", ""),
     "an object": ("a: !!python/object/apply:os.system [echo]", "could not determine a constructor"),

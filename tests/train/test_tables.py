@@ -38,7 +38,7 @@ def tables_of(trainer: Trainer) -> torch.Tensor:
 
 
 def test_sparse_is_dense(repo: Path, data: Path, tmp_path: Path) -> None:
-    """Losses of every step, and tables at the end: rows that wait for many, and rows that nobody touches."""
+    """Losses of every step, and tables at the end: rows without gradients for many steps, and rows never used."""
     sparse, dense = (trainer_of(config_of(repo, f"optimizer.tables={kind}"), tmp_path, data) for kind in KINDS)
     first = tables_of(dense).clone()
     for _ in range(30):
@@ -58,8 +58,8 @@ def test_sparse_is_dense(repo: Path, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("betas", "decay"), [((0.9, 0.95), 0.1), ((0.9, 0.999), 0.0), ((0.0, 0.9), 0.3)])
-def test_what_was_missed_is_adamw_without_gradients(betas: tuple[float, float], decay: float) -> None:
-    """Against the steps one by one, in float64, with other rates in each."""
+def test_missed_updates_are_adamw_without_gradients(betas: tuple[float, float], decay: float) -> None:
+    """Compared with single steps in float64, with a different rate in each."""
     random = np.random.default_rng(0)
     rates = random.uniform(1e-4, 1e-2, 80)
     missed = CatchUp(betas)
@@ -102,7 +102,7 @@ def test_resumed_bit_for_bit(repo: Path, data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in resumed.state_dict().items())
 
 
-def test_their_rate_and_whether_they_train(repo: Path, data: Path, tmp_path: Path) -> None:
+def test_tables_have_a_rate_and_can_be_frozen(repo: Path, data: Path, tmp_path: Path) -> None:
     pattern, sparse = "hash_embedding.*", "optimizer.tables=sparse"
     scaled = trainer_of(config_of(repo, sparse, f"optimizer.lr_scale={{{pattern!r}: 0.5}}"), tmp_path, data)
     assert scaled.state.tables is not None
@@ -113,7 +113,7 @@ def test_their_rate_and_whether_they_train(repo: Path, data: Path, tmp_path: Pat
     assert torch.equal(tables_of(frozen), before)
 
 
-def test_what_cannot_be_sparse(repo: Path, data: Path, tmp_path: Path) -> None:
+def test_settings_that_cannot_be_sparse_are_refused(repo: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no hash tables"):
         trainer_of(config_of(repo, "optimizer.tables=sparse", "model.hash=null"), tmp_path, data)
     with pytest.raises(ConfigError, match="square root"):
