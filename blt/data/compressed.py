@@ -28,7 +28,7 @@ SUFFIXES = {
     ".lz4": "lz4",
 }
 MAX_MEMORY = 256 << 20
-"""The default of --max-memory: bytes that a decompressor's window, or a record, may need."""
+"""The default of --max-memory: bytes that a decompressor's window, or a row of parquet, may need."""
 COMPRESSED_BYTES = 1 << 17
 """Read at a time."""
 EXPANDED_BYTES = 1 << 20

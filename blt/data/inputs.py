@@ -42,8 +42,8 @@ log = logging.getLogger("blt.data")
 class Source:
     """One file to read.
 
-    split: what names say, None if they say nothing.  compression: as `magic.compression_of` names it.  folder: the name
-    that stands for its folder in groups.
+    split: the split that its name or a folder's selects, or None.  compression: as `magic.compression_of` names it.
+    folder: its group if groups are folders.
     """
 
     path: Path
@@ -110,7 +110,7 @@ def find_sources(
 
 
 def _common_parent(paths: Sequence[Path]) -> str | None:
-    """The folder below which names count, if there are several inputs: what they have in common says nothing."""
+    """The parent of all inputs if there are several: only names below it select splits."""
     return os.path.commonpath([path.absolute().parent for path in paths]) if len(paths) > 1 else None
 
 
@@ -170,7 +170,7 @@ def _refusal(refused: Sequence[tuple[Path, Refused]], accepted: int) -> str:
 
 
 def _kind_by_name(name: str) -> tuple[str | None, str, str | None]:
-    """(jsonl, parquet, or None without such an ending; the group; the compression) that a file's name says."""
+    """What a file's name indicates: the kind (jsonl, parquet or None), the group and the compression."""
     compression = SUFFIXES.get(PurePath(name).suffix.lower())
     inner = PurePath(name).with_suffix("") if compression else PurePath(name)
     kind = _KIND_OF.get(inner.suffix.lower())
@@ -191,7 +191,7 @@ def _source(path: Path, place: PurePath, root: Path, format: str, ignore: bool, 
         kind = "txt"
     else:
         if named_compression and compression is None:
-            return Refused(f"not compressed by {named_compression}, which its name says; is the file complete?", True)
+            return Refused(f"not compressed by {named_compression}, unlike its name; is the file complete?", True)
         what = not_text(head)
         kind = (format if format in KINDS else None) or ("parquet" if what == PARQUET else by_name) or "txt"
         if what == PARQUET and kind != "parquet":

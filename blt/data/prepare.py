@@ -119,10 +119,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the data folder `out` and returns its manifest.
 
-    split: shares of train, valid and test (default 98/1/1), for documents whose split no name of a file or folder says.
-    A hash of the seed and the content decides, so equal documents are in one split and the order of the inputs does not
-    matter. If given, it also cuts files named train, but never those named valid or test.  ignore_names: no name says a
-    split.  group_by: see `find_sources`.  dedup: drop exact duplicates. Empty documents are never written.  text_field:
+    split: shares of train, valid and test (default 98/1/1), for documents without a split in the names of their file
+    and its folders. A hash of the seed and the content decides, so equal documents are in one split and the order of
+    the inputs does not matter. If given, it also splits files named train, but never those named valid or test.
+    ignore_names: names select no split.  group_by: see `find_sources`.  dedup: drop exact duplicates. Empty documents are never written.  text_field:
     the key of a record's text, or a path of keys (`meta.text`).  prompt_field, completion_field: a record is a prompt
     and the completion to learn; records with the same prompt are in one split.  strict: a null text, invalid UTF-8 in
     parquet, and entries of folders that cannot be read are errors instead of being counted.  max_memory: bytes that
@@ -184,7 +184,7 @@ def _write(
         writer.close()
     splits = {name: writer.summary() for name, writer in writers.items()}
     if not splits["train"]["documents"]:
-        raise InputError("no document for the train split: the inputs are empty, or names leave it nothing")
+        raise InputError("no document for the train split: the inputs are empty")
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -200,7 +200,7 @@ def _say_if_named(sources: list[Source], ignore_names: bool) -> None:
     if len(sources) == 1 and sources[0].split is None and not ignore_names:
         name = split_by_name(PurePath(sources[0].path.name))
         if name not in (None, "train"):
-            log.info("%s is the only input; its name, which says %s, decides no split", sources[0].path, name)
+            log.info("%s is the only input, so its name selects no split (%s)", sources[0].path, name)
 
 
 def _say_what_was_skipped(notes: Notes) -> None:
@@ -220,7 +220,7 @@ def _say_without_validation(manifest: Mapping[str, Any], sources: Sequence[Sourc
         log.warning("no validation text: there is too little text; training measures no validation loss")
     else:
         log.warning(
-            "no validation text: names say none; training measures no validation loss; --split 98/2/0 cuts some off"
+            "no validation text: no input is named valid; training measures no validation loss; --split 98/2/0 cuts some off"
         )
 
 

@@ -16,11 +16,9 @@ from typing import BinaryIO
 from blt.data.compressed import open_bytes
 from blt.data.inputs import Source
 from blt.data.parquet import read_parquet
-from blt.data.records import Document, Reading, Spilled, read_jsonl
+from blt.data.records import Document, Growing, Reading, read_jsonl
 
 READ_BYTES = 1 << 22
-LONG_BYTES = 1 << 25
-"""A longer document is kept in a file."""
 QUEUED_BYTES, QUEUED_DOCUMENTS = 1 << 22, 10_000
 """Documents that a thread hands over at once."""
 Part = list[Document] | BaseException | None
@@ -107,7 +105,7 @@ def _put(part: Part, queue: Queue[Part], stop: threading.Event) -> None:
 
 def _text(file: BinaryIO, reading: Reading) -> Iterator[Document]:
     """Documents between NUL bytes; a file without NUL is one document."""
-    rest = _Rest(reading)
+    rest = Growing(reading.spill)
     while block := file.read(READ_BYTES):
         first, *others = block.split(b"\0")
         rest.append(first)
@@ -116,32 +114,3 @@ def _text(file: BinaryIO, reading: Reading) -> Iterator[Document]:
             yield from map(Document, others[:-1])
             rest.append(others[-1])
     yield rest.finish()
-
-
-class _Rest:
-    """The document that a block does not end: its blocks, joined once, or a file once they are many."""
-
-    def __init__(self, reading: Reading):
-        self._folder = reading.spill
-        self._blocks: list[bytes] = []
-        self._size = 0
-        self._spilled: Spilled | None = None
-
-    def append(self, block: bytes) -> None:
-        self._blocks.append(block)
-        self._size += len(block)
-        if self._folder is not None and self._size > LONG_BYTES:
-            self._spilled = self._spilled or Spilled(self._folder)
-            for part in self._blocks:
-                self._spilled.append(part)
-            self._blocks, self._size = [], 0
-
-    def finish(self) -> Document:
-        """The document; the next `append` begins another one."""
-        if self._spilled is not None:
-            for part in self._blocks:
-                self._spilled.append(part)
-        content = b"" if self._spilled is not None else b"".join(self._blocks)
-        document = Document(content, spilled=self._spilled)
-        self._blocks, self._size, self._spilled = [], 0, None
-        return document

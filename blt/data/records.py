@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from blt.data.compressed import MAX_MEMORY
+from blt.data.long_lines import LongLine
 from blt_runtime.errors import InputError, UsageError
 
 ONE_PER_LINE = "write one object per line (JSONL), or read the file as text by `blt data prepare --format txt`"
 CHUNK_BYTES = 1 << 20
+LONG_BYTES = 1 << 25
+"""A longer document is kept in a file."""
+LONG_LINE = 1 << 23
+"""A longer line of JSON is read in blocks."""
 
 
 class Spilled:
@@ -69,6 +74,37 @@ class Document(NamedTuple):
             yield from self.spilled.chunks(start, self.size if stop is None else stop)
 
 
+class Growing:
+    """A document that grows block by block: joined once, or in a file of `folder` once it is longer than LONG_BYTES."""
+
+    def __init__(self, folder: Path | None):
+        self._folder = folder
+        self._blocks: list[bytes] = []
+        self._size = 0
+        self._spilled: Spilled | None = None
+
+    def append(self, block: bytes) -> None:
+        self._blocks.append(block)
+        self._size += len(block)
+        if self._folder is not None and self._size > LONG_BYTES:
+            self._spilled = self._spilled or Spilled(self._folder)
+            self._spill()
+
+    def finish(self) -> Document:
+        """The document; the next `append` begins another one."""
+        if self._spilled is not None:
+            self._spill()
+        document = Document(b"".join(self._blocks), spilled=self._spilled)
+        self._blocks, self._size, self._spilled = [], 0, None
+        return document
+
+    def _spill(self) -> None:
+        assert self._spilled is not None
+        for block in self._blocks:
+            self._spilled.append(block)
+        self._blocks, self._size = [], 0
+
+
 @dataclass(frozen=True)
 class Fields:
     """The keys of a record: of its text, or of prompt and completion. `a.b` is the key b of the object under a, unless
@@ -101,6 +137,10 @@ class Fields:
         """The document of the texts under `keys`."""
         return Document(b"".join(texts), len(texts[0]) if len(texts) > 1 else 0)
 
+    def paths(self, key: str) -> tuple[tuple[str, ...], ...]:
+        """Where a key's value may be: under the key itself, or else under its parts."""
+        return ((key,), tuple(key.split("."))) if "." in key else ((key,),)
+
 
 class Notes:
     """Counts of records that were skipped or changed, and the first of each kind. Threads may share it."""
@@ -121,7 +161,7 @@ class Reading:
     """How files are read.
 
     strict: a null text and invalid UTF-8 are errors; otherwise they are counted in `notes`.  max_memory: bytes that a
-    decompressor's window or one record may need.  spill: the folder for documents that are too long for memory; None
+    decompressor's window or a row of parquet may need.  spill: the folder for documents that are too long for memory; None
     keeps all of them in memory.
     """
 
@@ -148,18 +188,44 @@ def read_jsonl(lines: BinaryIO, path: Path, reading: Reading) -> Iterator[Docume
 
     A file with one JSON value over several lines fails at its first line.
     """
-    limit = reading.max_memory // 4  # the line, its characters, the text in it and that text's bytes
     number = 0
-    while line := lines.readline(limit + 1):
+    while line := lines.readline(LONG_LINE + 1):
         number += 1
         where = f"{path}:{number}"
-        if len(line) > limit:
-            raise InputError(f"{where}: longer than {limit:,} bytes; give more memory with --max-memory")
-        if not line.strip():
-            continue
-        texts = _texts(_record(line, where, reading.fields), reading, where)
-        if texts is not None:
-            yield reading.fields.document(texts)
+        if len(line) > LONG_LINE:
+            document = _long_record(line, lines, reading, where)
+            if document is not None:
+                yield document
+        elif line.strip():
+            texts = _texts(_record(line, where, reading.fields), reading, where)
+            if texts is not None:
+                yield reading.fields.document(texts)
+
+
+def _long_record(begin: bytes, lines: BinaryIO, reading: Reading, where: str) -> Document | None:
+    """The document of a line of any length, which begins with `begin`; None if a text is null."""
+    fields = reading.fields
+    paths = [path for key in fields.keys for path in fields.paths(key)]
+    try:
+        found = LongLine(begin, lines).read(paths, lambda: Growing(reading.spill))
+    except ValueError as error:
+        raise InputError(f"{where}: not a JSON object ({error}); {ONE_PER_LINE}") from error
+    texts: list[Document] = []
+    for key in fields.keys:
+        value = next((found[path] for path in fields.paths(key) if path in found), "missing")
+        if value is None:
+            reading.note(NULL, where)
+            return None
+        if not isinstance(value, Growing):
+            raise fields.no_text(key, where)
+        texts.append(value.finish())
+    if len(texts) == 1:
+        return texts[0]
+    whole = Growing(reading.spill)
+    for text in texts:
+        for chunk in text.chunks():
+            whole.append(chunk)
+    return whole.finish()._replace(prompt=texts[0].size)
 
 
 def _record(line: bytes, where: str, fields: Fields) -> Mapping[str, Any]:

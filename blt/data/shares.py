@@ -34,7 +34,7 @@ def assign(
     """The sources with their final splits (None: a hash of each document decides), and the shares for the hash.
 
     split: None leaves files named `train` whole; shares also cut them.  Files named valid or test keep their split
-    unless `ignore_names`. Raises UsageError for bad shares, and InputError if names leave the split of a file open.
+    unless `ignore_names`. Raises UsageError for bad shares, and InputError if the names leave a file's split open.
     """
     shares = check_shares(SHARES if split is None else split)
     if ignore_names:
@@ -51,8 +51,8 @@ def assign(
         )
     if split is None and train and others:
         raise InputError(
-            f"{_some(train)}: the name says train; {_some(others)}: the name says no split, and would be mixed with "
-            "it; name all inputs, give --split 98/1/1 to split everything that is not named valid or test, or "
+            f"{_some(train)}: named train; {_some(others)}: without a split in the name, so it may be held-out text; "
+            "name all inputs, give --split 98/1/1 to split everything that is not named valid or test, or "
             "--ignore-names"
         )
     named = {source.split for source in held_out}

@@ -1,4 +1,4 @@
-"""The splits of a data folder, and which of them the names of files and folders say."""
+"""The splits of a data folder, and how the names of files and folders select them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _SOURCE_CODE = (
     ".js", ".jsx", ".kt", ".lua", ".m", ".md", ".ml", ".php", ".pl", ".ps1", ".py", ".pyi", ".r", ".rb", ".rs", ".rst",
     ".scala", ".scss", ".sh", ".sql", ".swift", ".tcl", ".ts", ".tsx", ".vue", ".yaml", ".yml",
 )  # fmt: skip
-"""Endings of files such as test_x.py, whose own names say what they do and not which split they are."""
+"""Endings of source files such as test_x.py: their own names select no split, those of their folders do."""
 
 
 def split_by_name(place: PurePath) -> str | None:
-    """The split that the words in the names of a file and its folders say; None without such a word.
+    """The split that a word in the names of a file and its folders selects; None without such a word.
 
-    Raises InputError if two of them say different splits.
+    Raises InputError if two words select different splits.
     """
     own = [] if place.suffix.lower() in _SOURCE_CODE else [place.name]
     splits = {split for name in (*place.parts[:-1], *own) for split in splits_in(name)}
@@ -42,7 +42,7 @@ def split_by_name(place: PurePath) -> str | None:
 
 
 def splits_in(name: str) -> set[str]:
-    """The splits that the words of one name say."""
+    """The splits that the words of one name select."""
     return {_SPLIT_OF[word] for word in re.split(r"[\W_\d]+", name.lower()) if word in _SPLIT_OF}
 
 

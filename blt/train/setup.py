@@ -42,6 +42,12 @@ def prepare_run(
     compiled = config.run.compile if compile is None else compile
     inputs = prepare_inputs(config, data, entropy_model=entropy_model, compile=compiled, device=device)
     config = inputs.config
+    if inputs.loaders["valid"] is None:
+        log.warning(
+            "%s has no validation text, so no validation loss is measured; `blt data prepare --split 98/2/0` "
+            "cuts some off",
+            config.data.path if data is None else data,
+        )
     model = _initial_model(config, device, compiled)
     longest = config.patching.longest_patch if isinstance(config, BLTRun) else 0
     objective = Objective(model, longest, bf16=config.run.dtype == "bf16", compile=compiled, device=device)

@@ -216,9 +216,9 @@ def test_a_truncated_or_damaged_file_is_one_error(tmp_path: Path) -> None:
             assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.gz"]
 
 
-def test_a_name_that_promises_a_compression(tmp_path: Path) -> None:
+def test_a_compression_in_the_name_alone_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(b"plain text")
-    with pytest.raises(InputError, match="not compressed by gzip, which its name says"):
+    with pytest.raises(InputError, match="not compressed by gzip, unlike its name"):
         prepare([tmp_path / "a.txt.gz"], tmp_path / "data")
     prepare([tmp_path / "a.txt.gz"], tmp_path / "data", format="txt")
     assert everything(tmp_path / "data") == Counter([b"plain text"])

@@ -171,7 +171,7 @@ def broken_inputs(tmp_path: Path) -> dict[str, Path]:
     names |= {"cut.jsonl.zst: .* complete": "cut.jsonl.zst", "inputs are empty": "nul.bin"}
     names |= {"deep.jsonl:1: .*recursion": "deep.jsonl", "a JSON list, not an object": "list.json"}
     names |= {"pretty.json:1: .*one object per line.*--format txt": "pretty.json"}
-    names |= {"is the file complete": "x.zst", "more.txt: the name says no split": "mixed"}
+    names |= {"is the file complete": "x.zst", "more.txt: without a split in the name": "mixed"}
     return {message: tmp_path / name for message, name in names.items()}
 
 

@@ -68,7 +68,7 @@ def test_files_of_one_folder_are_their_splits(tmp_path: Path, caplog: pytest.Log
         assert files_of(tmp_path / "data", "test") == {"test.jsonl"}
         assert len(Dataset(tmp_path / "data").split("train")) == 30
     assert f"test: 1 file, by name ({tmp_path}/in/test.jsonl)" in caplog.text
-    assert "no validation text: names say none" in caplog.text
+    assert "no validation text: no input is named valid" in caplog.text
 
 
 def test_folders_given_one_by_one_are_their_splits(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_folders_given_one_by_one_are_their_splits(tmp_path: Path) -> None:
 def test_shares_cut_training_text_and_never_held_out_text(tmp_path: Path) -> None:
     write(tmp_path / "in", "train.jsonl", "more.jsonl", "test.jsonl")
     with pytest.raises(
-        InputError, match=r"train.jsonl: the name says train; .*more.jsonl: the name says no split.*--split"
+        InputError, match=r"train.jsonl: named train; .*more.jsonl: without a split in the name.*--split"
     ):
         prepare([tmp_path / "in"], tmp_path / "data")
     prepare([tmp_path / "in"], tmp_path / "data", split=(50, 50, 50))
@@ -116,7 +116,7 @@ def test_a_single_file_is_split_whatever_its_name(tmp_path: Path, caplog: pytest
     write(tmp_path, "test.jsonl")
     prepare([tmp_path / "test.jsonl"], tmp_path / "data")
     assert len(Dataset(tmp_path / "data").split("train")) > 20
-    assert "decides no split" in caplog.text
+    assert "selects no split" in caplog.text
 
 
 @pytest.mark.parametrize("documents", [3, 4, 10, 60])

@@ -18,6 +18,7 @@ from blt.model import EntropyConfig, EntropyModel
 from blt.train import train
 from blt.train.config import load_config
 from blt.train.inputs import prepare_inputs
+from blt.train.setup import prepare_run
 from blt_runtime.errors import CheckpointError
 
 GROUPS = 12
@@ -99,6 +100,14 @@ def test_the_same_bytes_cut_elsewhere_are_other_data(repo: Path, tmp_path: Path)
     train(config, tmp_path / "run", data=tmp_path / "one-data")
     with pytest.raises(CheckpointError, match="data"):
         train(config, tmp_path / "run", data=tmp_path / "other-data")
+
+
+def test_training_without_validation_text_warns(repo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_bytes(b"the cat " * 40)
+    prepare([tmp_path / "a.txt"], tmp_path / "data", split=(1, 0, 0))
+    config = load_config(repo / "configs" / "tiny-entropy.yaml")
+    prepare_run(config, tmp_path / "run", tmp_path / "data")
+    assert f"{tmp_path / 'data'} has no validation text, so no validation loss is measured" in caplog.text
 
 
 @pytest.fixture

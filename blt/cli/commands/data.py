@@ -63,7 +63,7 @@ def prepare(
         bool, typer.Option("--strict", help="Refuse null texts, invalid UTF-8 and entries that cannot be read.")
     ] = False,
     max_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Most memory for one record, and for the window of a compressed file.")
+        str, typer.Option(metavar="SIZE", help="Most memory for the window of a compressed file or a row of parquet.")
     ] = "256M",
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop exact duplicates.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Files read in parallel, one thread each.")] = 1,
