@@ -122,12 +122,12 @@ def prepare(
     split: shares of train, valid and test (default 98/1/1), for documents without a split in the names of their file
     and its folders. A hash of the seed and the content decides, so equal documents are in one split and the order of
     the inputs does not matter. If given, it also splits files named train, but never those named valid or test.
-    ignore_names: names select no split.  group_by: see `find_sources`.  dedup: drop exact duplicates. Empty documents are never written.  text_field:
-    the key of a record's text, or a path of keys (`meta.text`).  prompt_field, completion_field: a record is a prompt
-    and the completion to learn; records with the same prompt are in one split.  strict: a null text, invalid UTF-8 in
-    parquet, and entries of folders that cannot be read are errors instead of being counted.  max_memory: bytes that
-    the window of a compressed file or one record may need.  about: further values for the manifest's options.  force:
-    replace an older data folder.
+    ignore_names: names select no split.  group_by: see `find_sources`.  dedup: drop exact duplicates. Empty documents
+    are never written.  text_field: the key of a record's text, or a path of keys (`meta.text`).  prompt_field,
+    completion_field: a record is a prompt and the completion to learn; records with the same prompt are in one split.
+    strict: a null text, invalid UTF-8 in parquet, and entries of folders that cannot be read are errors instead of
+    being counted.  max_memory: bytes that the window of a compressed file or a row of parquet may need.  about: further
+    values for the manifest's options.  force: replace an older data folder.
 
     Raises InputError for bad input, and UsageError for bad arguments or if `out` is not empty.
     """
@@ -220,7 +220,8 @@ def _say_without_validation(manifest: Mapping[str, Any], sources: Sequence[Sourc
         log.warning("no validation text: there is too little text; training measures no validation loss")
     else:
         log.warning(
-            "no validation text: no input is named valid; training measures no validation loss; --split 98/2/0 cuts some off"
+            "no validation text: no input is named valid; training measures no validation loss; --split 98/2/0 cuts "
+            "some off"
         )
 
 

@@ -161,8 +161,8 @@ class Reading:
     """How files are read.
 
     strict: a null text and invalid UTF-8 are errors; otherwise they are counted in `notes`.  max_memory: bytes that a
-    decompressor's window or a row of parquet may need.  spill: the folder for documents that are too long for memory; None
-    keeps all of them in memory.
+    decompressor's window or a row of parquet may need.  spill: the folder for documents that are too long for
+    memory; None keeps all of them in memory.
     """
 
     fields: Fields = Fields()

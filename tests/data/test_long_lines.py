@@ -122,7 +122,7 @@ def test_long_records_are_documents(tmp_path: Path, caplog: pytest.LogCaptureFix
         "question " * i + "answer " * i for i in kept
     ]
     assert list(documents.prompt_lengths) == [9 * i for i in kept]
-    assert "3: records with null text skipped" in caplog.text
+    assert "3 records of null text: skipped" in caplog.text
     with pytest.raises(InputError, match=r"a.jsonl:1: no text under the key 'texts'"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "wrong", text_field="texts")
     (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"text": "not closed\n')
