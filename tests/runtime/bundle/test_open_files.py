@@ -93,6 +93,19 @@ def test_a_scheduler_refuses_requests_after_a_change(folder: Path, change: str) 
             scheduler.submit("text", 5)
 
 
+def test_a_request_that_runs_ends_with_an_error_after_a_change(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    spec = bundle.manifest.spec
+    model = Model(spec, NullRowBackend(spec), bundle.hash_tables(), files=OpenFiles(bundle))
+    with Scheduler(model, streams=2) as scheduler:
+        request = scheduler.submit("text", spec.capacity_bytes - 5, temperature=0, stop_at_eos=False)
+        pieces = iter(request)
+        next(pieces)
+        overwrite(folder / TABLES)
+        with pytest.raises(BundleError, match="open it again"):
+            list(pieces)
+
+
 def test_a_bundle_that_is_replaced_by_renaming_stays_open(folder: Path) -> None:
     model = Model.open(folder, backend="null")
     before = model.score([1, 70, 71]).logits
