@@ -36,13 +36,14 @@ def read(path: Path) -> Source:
     """Raises CheckpointError."""
     path = inside(path, MODEL_FILE) if path.is_dir() else path
     content = read_tensors(path)
-    if content.get("format") != FORMAT:
+    kind, version = content.get("format"), content.get("version")
+    if not isinstance(kind, str) or kind != FORMAT:
         raise CheckpointError(
             f"{path} is not a {FORMAT} file; for weights of another format give the folder that holds them"
         )
-    if content.get("version") != VERSION:
+    if type(version) is not int or version != VERSION:  # a tensor is equal to no number
         raise CheckpointError(
-            f"{path} has format version {shown(content.get('version'))}, this release reads {VERSION}: upgrade blt-lm"
+            f"{path} has format version {shown(version)}, this release reads {VERSION}: upgrade blt-lm"
         )
     config = content.get("config")
     if not isinstance(config, dict):

@@ -138,7 +138,7 @@ def fit_weights(
         raise CheckpointError(f"{where}: the configuration has {layers} layers, the file only {len(found)} tensors")
     try:
         expected_shapes = shapes(config)
-    except RuntimeError as error:  # the size overflows torch's integers
+    except (RuntimeError, TypeError, OverflowError) as error:  # the size overflows torch's integers
         raise CheckpointError(f"{where}: the configuration cannot be right: {str(error).splitlines()[0]}") from None
     weights: dict[str, StoredTensor] = {}
     missing: list[str] = []

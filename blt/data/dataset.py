@@ -55,7 +55,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if isinstance(version, int) and version > VERSION:
         raise InputError(f"{folder} was made by a newer version (format {version}); upgrade this package")
     shards = [s for split in manifest["splits"].values() for s in split["shards"]] if _fits(manifest, _SHAPE) else None
-    if shards is None or any(Path(s["name"]).name != s["name"] for s in shards):
+    if shards is None or any(Path(s["name"]).name != s["name"] or not _fits(s.get("arrays", {}), dict) for s in shards):
         raise InputError(f"{folder / MANIFEST} is damaged; run `blt data prepare` again")
     return manifest
 

@@ -22,7 +22,7 @@ def read_parquet(path: Path, reading: Reading) -> Iterator[Document]:
     without pyarrow.
     """
     pyarrow, parquet = _libraries(path)
-    damage = (pyarrow.ArrowException, OSError, EOFError)
+    damage = (pyarrow.ArrowException, OSError, EOFError, ValueError)  # ValueError: a name that is not UTF-8
     fields = reading.fields
     try:
         with parquet.ParquetFile(path) as file:

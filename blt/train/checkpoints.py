@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from blt.checkpoint.claims import check_safetensors
-from blt.checkpoint.tensors import UNREADABLE
 from blt.files import replace_folder, write_synced
 from blt.train.parallel import SINGLE, Ranks
 from blt_runtime import reading
@@ -72,7 +71,9 @@ class TrainingCheckpoint:
             self._check_shapes(reader, tensors)
             with _quiet():
                 dcp_load(dict(tensors), storage_reader=reader, process_group=ranks.control, no_dist=ranks.single)
-        except (CheckpointException, *UNREADABLE) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # DCP passes on what its readers raise: there is no common base class
             raise CheckpointError(f"{self.path}: cannot be read ({_cause(error)})") from None
 
     def incomplete(self, error: Exception) -> CheckpointError:
@@ -257,8 +258,14 @@ def _looks_whole(path: Path) -> bool:
 
 def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
     file = folder / name
-    if file.parent != folder or not file.is_file():
-        raise CheckpointError(f"{file} is missing")
+    try:
+        reading.check_plain(reading.in_folder(folder, name))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({reading.reason(error)})") from None
+    if file.parent != folder:
+        raise CheckpointError(f"{file} is not in the checkpoint's folder")
     if file.stat().st_size != size:
         raise CheckpointError(f"{file} is {file.stat().st_size} bytes, not {size}: truncated or changed")
     if _sha256(file) != sha256:

@@ -1,0 +1,1 @@
+"""Fuzzers: a short form in the test suite, a long form as one command each."""
