@@ -25,6 +25,7 @@ _HIDDEN = r"\.{}\.(?:[0-9]+|[0-9a-f]{{16}})\.(?:part|old|tmp)"
 """The hidden names of an output; numbers are those of processes of earlier versions."""
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 log = logging.getLogger("blt.files")
 
 
@@ -37,7 +38,7 @@ def staged(out: Path) -> Iterator[Path]:
     processes are removed first. Raises UsageError if the folder cannot be made.
     """
     out = out.resolve()  # a link stays; its target is replaced
-    with scratch(out) as temporary:
+    with naming(out), scratch(out) as temporary:
         yield temporary
         replace_folder(temporary, out)
 
@@ -105,7 +106,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     _remove_leftovers(path)
     temporary, lock = _claim(path, "part", lambda path: path.touch(exist_ok=False))
     try:
-        with temporary.open("w+b") as file:
+        with naming(path), temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -117,6 +118,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.close(lock)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts `path` into the OSError of a full disk, which names no file, or a hidden one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            error.filename = str(path)
+        raise
+
+
 def check_folder(path: Path) -> None:
     """Raises UsageError if the folder of `path` does not exist: called before the work starts."""
     if not path.parent.is_dir():
@@ -125,7 +137,7 @@ def check_folder(path: Path) -> None:
 
 def write_synced(path: Path, text: str) -> None:
     """Writes a text file and flushes it to the disk."""
-    with path.open("w") as file:
+    with naming(path), path.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -206,8 +206,11 @@ def write_pickled(
     }
 
     with atomic_file(path) as file:
-        with torch.serialization.skip_data():
-            torch.save(_interned({**content, **empty}), file)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(_interned({**content, **empty}), file)
+        except RuntimeError as error:  # torch ends its archive after a failed write, which fails too
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         if any(models.values()):
             _fill(file, models)

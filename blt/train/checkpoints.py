@@ -258,14 +258,14 @@ def _looks_whole(path: Path) -> bool:
 
 def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
     file = folder / name
+    if file.parent != folder:
+        raise CheckpointError(f"{file} is missing")
     try:
         reading.check_plain(reading.in_folder(folder, name))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({reading.reason(error)})") from None
-    if file.parent != folder:
-        raise CheckpointError(f"{file} is not in the checkpoint's folder")
     if file.stat().st_size != size:
         raise CheckpointError(f"{file} is {file.stat().st_size} bytes, not {size}: truncated or changed")
     if _sha256(file) != sha256:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blt.data.batches import Batch
-from blt.files import replace_text
+from blt.files import naming, replace_text
 from blt_runtime import reading
 
 
@@ -127,7 +127,7 @@ class MetricsFile:
         """Appends one record."""
         if not self.writes:
             return
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.on_record(record)
 
