@@ -300,8 +300,7 @@ class Batch:
     def _next_patches(self, row: Row) -> Segment:
         memory, start = row.memory, row.stepped
         documents_P = memory.patch_documents.array[0, start : memory.patches]
-        split = None if self.spec.chunk_crosses_documents else documents_P
-        _, end = next(calls(start, memory.patches, memory.graphs["latent"].spec.cache, self.slice, split))
+        _, end = next(calls(start, memory.patches, memory.graphs["latent"].spec.cache, self.slice, documents_P))
         return Segment(row.index, start, end, int(documents_P[0]))
 
     def _place_patches(self, rows: list[Row], segments: list[Segment]) -> None:

@@ -34,6 +34,19 @@ def test_every_row_matches_the_reference(name: str, share: float) -> None:
         np.testing.assert_array_equal(np.array(seen[i]), expected[prompts[i] - 1 :])
 
 
+@pytest.mark.parametrize("kind", ["ring", "window"])
+@pytest.mark.parametrize("slice", [4, 8])
+def test_patches_of_two_documents_in_one_slice(kind: str, slice: int) -> None:
+    """A patch that an EOS is in the middle of, and the next one, which begins a document, close in the same slice."""
+    spec = null_spec(PatchRule("static", patch_size=2), entropy=False, local_kind=kind)  # type: ignore[arg-type]
+    for at in range(3, 16):
+        ids = random_ids(24, seed=at)
+        ids[1:][ids[1:] == EOS] = 9
+        ids[at] = EOS
+        seen = read_texts(batch_of(spec, rows=1, slice=slice), {0: ids}, {0: 20})
+        np.testing.assert_array_equal(np.array(seen[0]), compute(spec, ids, None).logits[19:].astype(np.float32))
+
+
 ROW_SPECS = {name: spec for name, spec in SPECS.items() if cache_of(spec, "encoder").kind == "window"}
 
 
