@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from blt_runtime.backends.null import NullBackend
 from blt_runtime.bundle.open_files import OpenFiles
 from blt_runtime.errors import BundleError
 from blt_runtime.hashing import HashEmbedding
+from blt_runtime.sampling import Sampler
 from blt_runtime.stream import CHECK_EVERY
 from tests.runtime.bundles import write_bundle
 from tests.runtime.row_backend import NullRowBackend
@@ -93,15 +95,28 @@ def test_a_scheduler_refuses_requests_after_a_change(folder: Path, change: str) 
             scheduler.submit("text", 5)
 
 
+class WaitingSampler(Sampler):
+    """Chooses one id, and the others once the event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        super().__init__(0.0)
+        self.event, self.calls = event, 0
+
+    def __call__(self, logits: np.ndarray) -> int:
+        self.calls += 1
+        return 70 if self.calls == 1 or self.event.wait(30) else 71
+
+
 def test_a_request_that_runs_ends_with_an_error_after_a_change(folder: Path) -> None:
     bundle = Bundle.open(folder)
     spec = bundle.manifest.spec
-    model = Model(spec, NullRowBackend(spec), bundle.hash_tables(), files=OpenFiles(bundle))
+    model, changed = Model(spec, NullRowBackend(spec), bundle.hash_tables(), files=OpenFiles(bundle)), threading.Event()
     with Scheduler(model, streams=2) as scheduler:
-        request = scheduler.submit("text", spec.capacity_bytes - 5, temperature=0, stop_at_eos=False)
+        request = scheduler.submit_ids(np.array([1, 70]), 400, sampler=WaitingSampler(changed), stop_at_eos=False)
         pieces = iter(request)
         next(pieces)
         overwrite(folder / TABLES)
+        changed.set()
         with pytest.raises(BundleError, match="open it again"):
             list(pieces)
 
