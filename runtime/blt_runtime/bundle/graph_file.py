@@ -1,6 +1,6 @@
 """The ONNX files of a bundle: checked before another library parses them.
 
-A matching manifest proves nothing, since whoever wrote a graph wrote its checksum too. So a graph may hold only what
+A matching manifest proves nothing, since the author of a graph also wrote its checksum. So a graph may hold only what
 `blt export` writes: the operators of its flavour, no functions, no subgraphs, no settings of ONNX Runtime. Initializers
 have the size of their shape. Larger ones are in files that the manifest lists, within the size of the file. Integer
 constants are bounded, because shapes are computed from them.
