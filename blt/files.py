@@ -130,9 +130,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def check_folder(path: Path) -> None:
-    """Raises UsageError if the folder of `path` does not exist: called before the work starts."""
+    """Raises UsageError unless a file `path` can be written: called before the work starts."""
     if not path.parent.is_dir():
         raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: the folder {path.parent} is read-only; choose another")
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -194,6 +194,7 @@ def test_lengths_that_were_given_stay() -> None:
 
     usual = Lengths.of(None, None, usual=(512, 128), least_new=2)
     assert [usual.fitting(room) for room in (1000, 640, 100, 3)] == [(512, 128), (512, 128), (80, 20), (1, 2)]
+    assert Lengths.of(None, None, usual=(64, 128), least_new=16).fitting(192) == (64, 128)
     assert Lengths.of("1k", None, usual=(512, 128), least_new=2).fitting(100) == (1024, 128)
     assert Lengths.of(None, "90", usual=(512, 128), least_new=2).fitting(100) == (10, 90)
 

@@ -59,6 +59,9 @@ WRONG = [
     (["score", "{model}", "{text}", "--npz", "out.txt"], 2, ".npz"),
     (["score", "{model}", "no-such-file", "--npz", "{tmp}/o.npz"], 2, "no-such-file"),
     (["score", "{model}", "{ids}", "--npz", "{tmp}/no/folder/o.npz"], 2, "folder"),
+    (["score", "{model}", "{ids}", "--npz", "{folder}"], 2, "is a folder"),
+    (["patch", "x", "--scheme", "byte", "--plot", "{picture}"], 2, "is a folder"),
+    (["plot", "{empty}", "-o", "{picture}"], 2, "is a folder"),
     (["score", "{model}", "{nothing}", "--npz", "{tmp}/o.npz"], 2, "is empty"),
     (["score", "{model}", "-", "--npz", "{tmp}/o.npz"], 2, "standard input is empty"),
     (["score", "{unfinished}", "{text}", "--npz", "{tmp}/o.npz"], 2, "`blt train` command continues it"),
@@ -77,6 +80,7 @@ WRONG = [
     (["eval", "{model}", "{empty}"], 2, "blt data prepare"),
     (["export", "{model}", "-o", "{tmp}/b", "--flavour", "vanilla"], 2, "portable"),
     (["export", "{model}", "-o", "{tmp}/b", "--capacity", "lots"], 2, "--capacity"),
+    (["export", "{model}", "-o", "{tmp}/b", "--capacity", "1"], 2, "--capacity 1: must be at least 2"),
     (["export", "{model}", "-o", "{tmp}/b", "--precision", "int3"], 2, "fp32, int8, int4"),
     (["export", "{model}", "-o", "{tmp}/b", "--precision-of", "int8"], 2, "GRAPH=PRECISION"),
     (["export", "{model}", "-o", "{tmp}/b", "--precision-of", "latnet=int8"], 2, "did you mean 'latent'"),
@@ -106,6 +110,9 @@ def files(tmp_path: Path, golden: Path) -> dict[str, Path]:
     made["garbage"].write_bytes(b"not a checkpoint" * 10)
     made["garbage_npy"].write_bytes(b"not an array")
     made["empty"].mkdir()
+    made |= {"folder": tmp_path / "folder.npz", "picture": tmp_path / "folder.png"}
+    for name in ("folder", "picture"):
+        made[name].mkdir()
     made["nothing"].touch()
     (made["unfinished"] / "checkpoints").mkdir(parents=True)
     made["text"].write_text("some text")

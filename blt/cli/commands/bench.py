@@ -171,7 +171,8 @@ class Lengths:
         usual_prompt, usual_new = self.usual
         new = self.new
         if new is None:
-            new = usual_new if self.prompt is not None else min(usual_new, max(self.least_new, room // 5))
+            share = room * usual_new // (usual_prompt + usual_new)
+            new = usual_new if self.prompt is not None else min(usual_new, max(self.least_new, share))
         prompt = self.prompt if self.prompt is not None else max(1, min(usual_prompt, room - new))
         if (self.prompt is None and prompt < usual_prompt) or (self.new is None and new < usual_new):
             generated = f" and {new:,} new ones" if new else ""

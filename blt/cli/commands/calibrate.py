@@ -146,9 +146,9 @@ def _check_numbers(mean: float, tolerance: float) -> None:
 def _check_out(out: Path | None, force: bool) -> None:
     if out is None:
         return
-    files.check_folder(out)
     if out.is_dir():
         raise UsageError(f"-o {out} is a folder; name the file to write, such as {out / 'model.pt'}")
+    files.check_folder(out)
     if out.exists() and not force:
         raise UsageError(f"{out} exists; --force replaces it")
 

@@ -81,7 +81,7 @@ def export(
     if flavour not in FLAVOURS:
         raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
     overrides = _overrides(precision_of or [])
-    size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=1)
+    size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=2)
     if inputs.is_bundle(model):
         raise UsageError(f"{model} is a bundle already; give the checkpoint it was exported from")
     import blt_export.aot  # first: where PyTorch is missing too, the extra to install is `export`
