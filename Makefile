@@ -36,7 +36,7 @@ $(BUNDLE)/manifest.json: $(MODEL) | $(VENV)/.demo
 # From text to a model that writes, without a network. A second run continues where the first one stopped.
 tour: | $(VENV)/.demo
 	@echo "1 of 6  Text: the library of this Python becomes a data folder, $(TOUR)/data."
-	@test -f $(TOUR)/data/manifest.json || $(BIN)/blt data corpus tiny -o $(TOUR)/data
+	@test -f $(TOUR)/data/manifest.json || $(BIN)/blt data corpus tiny -o $(TOUR)/data -q
 	@echo; echo "2 of 6  A small entropy model learns to predict the next byte; where it is unsure, a patch will begin."
 	@$(BIN)/blt train entropy -c configs/tour-entropy.yaml --data $(TOUR)/data -o $(TOUR)/entropy
 	@echo; echo "3 of 6  The BLT learns on these patches. Its text before the first step is noise; see the last sample."

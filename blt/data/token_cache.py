@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from blt.data.cache_files import create_file, draft_path, writable_folder
 from blt.data.dataset import Dataset, Documents
+from blt.data.quantities import amount, duration
 from blt.files import replace_text
 from blt.model.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from blt_runtime import reading
@@ -131,7 +132,7 @@ def _groups(documents: Documents) -> Iterator[list[int]]:
 def _log_progress(documents: Documents, split: str, last: int, began: float) -> None:
     done = int(documents.lengths[: last + 1].sum())
     rate = done / max(time.monotonic() - began, 1e-9)
-    log.info("tokens of %s: %.0f %%, %.0f bytes/s", split, 100 * done / max(1, documents.n_bytes), rate)
+    log.info("tokens of %s: %s of %s, %s/s", split, amount(done), amount(documents.n_bytes), amount(rate))
 
 
 def vocabulary_for(
@@ -157,7 +158,7 @@ def vocabulary_for(
 def _train(out: BinaryIO, texts: Iterator[bytes], size: int) -> None:
     began = time.monotonic()
     vocabulary = train_vocabulary(texts, size)
-    log.info("vocabulary of %d ids in %.0f s", vocabulary.size, time.monotonic() - began)
+    log.info("vocabulary of %s ids in %s", f"{vocabulary.size:,}", duration(time.monotonic() - began))
     if vocabulary.size < size:
         log.warning(
             "the text has only %d tokens; %d of the vocabulary stay unused", vocabulary.size, size - vocabulary.size

@@ -69,7 +69,9 @@ def _initial_model(config: RunConfig, device: str, compiled: bool) -> Model:
         initial_weights.initialise(model, config.init.checkpoint, config.init.latent)
     choose_attention(model, config.run.attention, device, compiled)
     frozen = freeze(model, config.optimizer.freeze)
-    log.info("%d parameters, %d tensors of them frozen", count_parameters(model), len(frozen))
+    log.info(
+        "%s parameters%s", f"{count_parameters(model):,}", f", {len(frozen):,} tensors of them frozen" if frozen else ""
+    )
     return model.to(device).train()
 
 

@@ -102,14 +102,6 @@ def test_validation_is_not_in_the_speed(clock: Clock) -> None:
     assert pace.window.summary()["bytes_per_s"] == STEP_BYTES / 2.0
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3725, "1 h 02 min"), (3e5, "3 d 11 h")],
-)
-def test_durations_are_readable(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
-
-
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
