@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from blt.data.parquet_pages import pages
 from blt.data.records import NOT_UTF8, NULL, Document, Reading
 from blt_runtime.errors import InputError, MissingExtra
 
@@ -13,6 +15,9 @@ ROWS = 1024
 """Most rows decoded at a time."""
 BATCH_BYTES = 32 << 20
 """Decoded at a time, by the sizes that the file declares."""
+DICTIONARY_BYTES = 32 << 20
+READ_BYTES = 1 << 20
+"""Of a column, read at a time; by default pyarrow reads a whole row group."""
 
 
 def read_parquet(path: Path, reading: Reading) -> Iterator[Document]:
@@ -25,7 +30,7 @@ def read_parquet(path: Path, reading: Reading) -> Iterator[Document]:
     damage = (pyarrow.ArrowException, OSError, EOFError, ValueError)  # ValueError: a name that is not UTF-8
     fields = reading.fields
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, buffer_size=READ_BYTES) as file:
             if not file.metadata.num_rows:
                 return
             paths = [_path(file.schema_arrow, key, reading, path) for key in fields.keys]
@@ -66,21 +71,25 @@ def _width(kind: Any) -> int:
 
 
 def _batch_rows(metadata: Any, paths: list[list[str]], max_memory: int, path: Path) -> int:
-    """Rows to decode at a time, so that batches of average rows have BATCH_BYTES. Raises InputError if one row has more
-    than `max_memory`."""
+    """Rows to decode at a time: batches of average rows have BATCH_BYTES, and those of the longest value that a
+    dictionary may hold DICTIONARY_BYTES. Raises InputError if a row or a page has more than `max_memory`."""
     wanted = {".".join(names) for names in paths}
-    largest = 1
+    largest = longest_value = 1
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         chunks = [group.column(i) for i in range(group.num_columns)]
         n_bytes = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in wanted)
         largest = max(largest, n_bytes // max(1, group.num_rows))
+    for page in pages(path, metadata, wanted):
+        if page.uncompressed > max_memory:
+            raise InputError(f"{path}: a page of {page.uncompressed:,} bytes; give more memory with --max-memory")
+        longest_value = max(longest_value, page.uncompressed if page.dictionary else 1)
     if largest > max_memory:
         raise InputError(f"{path}: rows of {largest:,} bytes; give more memory with --max-memory")
-    return max(1, min(ROWS, BATCH_BYTES // largest))
+    return max(1, min(ROWS, BATCH_BYTES // largest, DICTIONARY_BYTES // longest_value))
 
 
-def _column(batch: Any, names: list[str], before: int, reading: Reading, path: Path) -> list[bytes | None]:
+def _column(batch: Any, names: list[str], before: int, reading: Reading, path: Path) -> Iterator[bytes | None]:
     """The values of one column of a batch, whose first row has the number `before` + 1."""
     import pyarrow
     from pyarrow import compute
@@ -92,28 +101,28 @@ def _column(batch: Any, names: list[str], before: int, reading: Reading, path: P
     if types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if types.is_null(array.type):
-        return [None] * len(array)
+        return repeat(None, len(array))
     text = types.is_string(array.type) or types.is_large_string(array.type)
     if not text and not (types.is_binary(array.type) or types.is_large_binary(array.type)):
         first = next((i for i, valid in enumerate(array.is_valid().to_pylist()) if valid), None)
         if first is None:
-            return [None] * len(array)
+            return repeat(None, len(array))
         raise reading.fields.no_text(".".join(names), f"{path}, row {before + first + 1}")
-    values: list[bytes | None] = array.cast(pyarrow.large_binary()).to_pylist()
+    bytes_of = array.cast(pyarrow.large_binary())
     if text:
-        _check_utf8(array, values, before, reading, path)
-    return values
+        _check_utf8(array, bytes_of, before, reading, path)
+    return (value.as_py() for value in bytes_of)
 
 
-def _check_utf8(array: Any, values: list[bytes | None], before: int, reading: Reading, path: Path) -> None:
+def _check_utf8(strings: Any, bytes_of: Any, before: int, reading: Reading, path: Path) -> None:
     """Counts the strings that are not UTF-8, which no reader of the format checks."""
     import pyarrow
 
     try:
-        array.validate(full=True)
+        strings.validate(full=True)
     except pyarrow.ArrowInvalid:
-        for index, value in enumerate(values):
-            if value is not None and not _is_utf8(value):
+        for index, value in enumerate(bytes_of):
+            if value.is_valid and not _is_utf8(value.as_py()):
                 reading.note(NOT_UTF8, f"{path}, row {before + index + 1}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from blt.data import Dataset, prepare
+from blt.data.parquet_pages import pages
 from blt_runtime.errors import InputError, MissingExtra
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -100,6 +101,39 @@ def test_kinds_of_columns(tmp_path: Path) -> None:
         path = table(tmp_path / f"{name}.parquet", {"text": column})
         prepare([path], tmp_path / name, split=(1, 0, 0))
         assert contents(tmp_path / name) == Counter([b"a", b"b", b"a"])
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "zstd", "gzip"])
+def test_the_sizes_of_all_pages_are_found(tmp_path: Path, version: str, compression: str) -> None:
+    columns = {"text": [f"text {i} " * 50 for i in range(3000)], "few": ["a", "b", "c"] * 1000}
+    path = table(
+        tmp_path / "a.parquet", columns, data_page_size=10_000, compression=compression, data_page_version=version,
+        use_dictionary=["few"], row_group_size=1000, write_page_checksum=version == "1.0",
+        write_batch_size=20,
+    )  # fmt: skip
+    metadata = parquet.read_metadata(path)
+    found = list(pages(path, metadata, {"text"}))
+    assert len(found) > 3 * 30
+    assert not any(page.dictionary for page in found)
+    assert sum(len(text) for text in columns["text"]) <= sum(page.uncompressed for page in found)
+    few = list(pages(path, metadata, {"few"}))
+    assert sum(page.dictionary for page in few) == 3
+    assert len(few) >= 6
+
+
+def test_pages_and_rows_beyond_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = table(tmp_path / "a.parquet", {"text": ["a" * 3_000_000] * 4}, compression="zstd", data_page_size=1 << 25)
+    for dictionary in (False, True):
+        table(path, {"text": ["a" * 3_000_000] * 4}, compression="zstd", use_dictionary=dictionary)
+        with pytest.raises(InputError, match=r"a page of .* bytes; give more memory with --max-memory"):
+            prepare([path], tmp_path / "none", max_memory=1 << 20)
+        prepare([path], tmp_path / "data", max_memory=1 << 24, split=(1, 0, 0), force=True)
+        assert contents(tmp_path / "data") == Counter({b"a" * 3_000_000: 4})
+    monkeypatch.setattr("blt.data.parquet.pages", lambda *_: iter(()))
+    table(path, {"text": ["a" * 3_000_000] * 4}, compression="zstd", use_dictionary=False)
+    with pytest.raises(InputError, match=r"rows of .* bytes"):
+        prepare([path], tmp_path / "rows", max_memory=1 << 20)
 
 
 def test_bad_files(tmp_path: Path) -> None:
