@@ -35,6 +35,7 @@ from blt.generate import reference
 from blt.generate.torch_backend import open_model
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel
 from blt.model.bfloat16 import to_bfloat16
+from blt.model.config import HashConfig, TransformerConfig
 from blt_export import pipeline
 from blt_runtime import Model
 from blt_runtime.engine.batch import Batch
@@ -116,9 +117,9 @@ def draw_model(random: Random) -> tuple[BLTConfig, EntropyConfig]:
     if shared:
         heads["decoder_cross_heads"] = heads["encoder_cross_heads"]
     config = BLTConfig(
-        encoder=encoder,
-        latent=latent,
-        decoder=decoder,
+        encoder=TransformerConfig(**encoder),
+        latent=TransformerConfig(**latent),
+        decoder=TransformerConfig(**decoder),
         cross_k=cross_k,
         encoder_cross_all_layers=bool(random.integers(2)),
         decoder_cross_all_layers=bool(random.integers(2)),
@@ -148,11 +149,11 @@ def draw_stack(random: Random, dim: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def draw_hash(random: Random) -> dict[str, Any] | None:
+def draw_hash(random: Random) -> HashConfig | None:
     if random.random() < 0.3:
         return None
     sizes = sorted({int(size) for size in random.integers(1, 12, int(random.integers(1, 5)))})
-    return {"sizes": sizes, "rows": int(pick(random, 1, 7, 1009)), "functions": int(pick(random, 1, 2, 4))}
+    return HashConfig(sizes=tuple(sizes), rows=int(pick(random, 1, 7, 1009)), functions=int(pick(random, 1, 2, 4)))
 
 
 def draw_text(random: Random) -> Array:
@@ -190,7 +191,7 @@ def draw_rule(random: Random, entropy: EntropyModel, ids: Array) -> PatchRule:
     common: dict[str, Any] = {"max_patch_length": longest, "reset_newlines": newlines, "entropy_dtype": dtype}
     if kind == "rise":
         return PatchRule("entropy", threshold=gap(rises_N), monotonic=True, **common)
-    added = {"threshold_add": gap(rises_N)} if kind == "both" else {}
+    added: dict[str, Any] = {"threshold_add": gap(rises_N)} if kind == "both" else {}
     return PatchRule("entropy", threshold=gap(values_N), **added, **common)
 
 
