@@ -114,8 +114,8 @@ def test_long_records_are_documents(tmp_path: Path, caplog: pytest.LogCaptureFix
         for i in range(1, 20)
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n\n" for record in records))
-    keys = {"prompt_field": "meta.p", "completion_field": "c"}
-    prepare([tmp_path / "a.jsonl"], tmp_path / "data", split=(1, 0, 0), **keys)  # type: ignore[arg-type]
+    keys: dict[str, Any] = {"prompt_field": "meta.p", "completion_field": "c"}
+    prepare([tmp_path / "a.jsonl"], tmp_path / "data", split=(1, 0, 0), **keys)
     documents = Dataset(tmp_path / "data").split("train")
     kept = [i for i in range(1, 20) if i % 5]
     assert [documents.bytes(i).decode() for i in range(len(documents))] == [

@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -116,20 +116,25 @@ class Held(Sampler):
         self._go.set()
 
 
+def close(pieces: Iterator[bytes]) -> None:
+    assert isinstance(pieces, Generator)
+    pieces.close()
+
+
 def dropped(scheduler: Scheduler, request: Request, how: str) -> Work:
-    """Stops reading the request in one of the ways in which nobody can read the rest of its bytes."""
+    """Stops reading the request in one of the ways after which the rest of its bytes cannot be read."""
     work = request._work
     if how == "closed":
         pieces = request.__iter__()
         work.out.put(b"a piece")
         next(pieces)
-        pieces.close()  # type: ignore[attr-defined]
+        close(pieces)
     elif how == "left":
         work.out.put(b"a piece")
         for _ in request:
             break
     elif how == "cycle":
-        request.itself = request  # type: ignore[attr-defined]
+        vars(request)["itself"] = request
     return work
 
 
@@ -176,7 +181,7 @@ def test_an_iterator_that_is_closed_at_the_end_cancels_nothing(scheduler: Schedu
     request = scheduler.submit("abc", 9, seed=1, stop_at_eos=False)
     pieces = request.__iter__()
     whole = b"".join(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    close(pieces)
     assert (whole, request.finish) == (alone("abc", 9, 1), "length")
 
 

@@ -164,7 +164,9 @@ def test_sigterm_saves_and_exits_with_143(
     assert checkpoint.step == 7
 
 
-def test_ctrl_c_names_the_step_and_how_to_continue(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_names_the_step_and_how_to_continue(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
     step = trainer.train_step
 
@@ -173,7 +175,7 @@ def test_ctrl_c_names_the_step_and_how_to_continue(entropy_config: EntropyRun, d
             os.kill(os.getpid(), signal.SIGINT)
         return step()
 
-    trainer.train_step = interrupted  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     with pytest.raises(Terminated, match="interrupted, saved at step 7; run the same command to continue") as caught:
         trainer.run(40)
     assert caught.value.exit_code == 130
@@ -213,7 +215,9 @@ def test_ctrl_c_while_a_step_compiles_loses_nothing(
     assert same_state(again, whole)
 
 
-def test_a_signal_in_the_last_step_still_finishes(entropy_config: EntropyRun, data: Path, tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_still_finishes(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
     step = trainer.train_step
 
@@ -222,7 +226,7 @@ def test_a_signal_in_the_last_step_still_finishes(entropy_config: EntropyRun, da
             os.kill(os.getpid(), signal.SIGTERM)
         return step()
 
-    trainer.train_step = interrupted  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     trainer.run(3)
     assert trainer.state.step == 3
 

@@ -134,12 +134,13 @@ def at_width(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, width: int) -> lis
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr(logging.getLogger("blt"), "level", logging.INFO)
-    logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
+    logger = logging.getLogger("blt")
+    before = logger.level
+    logger.setLevel(logging.INFO)
     with progress.observing(tmp_path, steps=1200, at=1198) as observers:
         for step in (1199, 1200):
             observers.step(step, STEP_BYTES * np.log(2) * 2, a_batch())
-    logging.getLogger("blt.train").manager._clear_cache()  # type: ignore[attr-defined]
+    logger.setLevel(before)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
 
 

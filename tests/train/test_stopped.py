@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from blt.checkpoint import models
 from blt.checkpoint.formats import open_source
 from blt.train import checkpoints
-from blt.train.config import BLTRun, EntropyRun, load_config
+from blt.train.config import BLTRun, EntropyRun, RunConfig, load_config
 from blt.train.run import train
 from blt.train.setup import prepare_run
 from blt_runtime.errors import BltError, CheckpointError
@@ -23,13 +24,13 @@ class Killed(BaseException):
 
 
 def killed_at(
-    monkeypatch: pytest.MonkeyPatch, step: int, config: BLTRun | EntropyRun, out: Path, data: Path, **options: Path
+    monkeypatch: pytest.MonkeyPatch, step: int, config: RunConfig, out: Path, data: Path, **options: Any
 ) -> None:
     """Trains, and dies right after the checkpoint of a step."""
     write = checkpoints.write
 
-    def dying(folder: Path, at: int, *arguments: object, **keywords: object) -> Path:
-        path = write(folder, at, *arguments, **keywords)  # type: ignore[arg-type]
+    def dying(folder: Path, at: int, *arguments: Any, **keywords: Any) -> Path:
+        path = write(folder, at, *arguments, **keywords)
         if at == step:
             raise Killed
         return path
@@ -37,7 +38,7 @@ def killed_at(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "write", dying)
         with pytest.raises(Killed):
-            train(config, out, data=data, **options)  # type: ignore[arg-type]
+            train(config, out, data=data, **options)
     assert not (out / "model.pt").exists()
 
 
@@ -121,7 +122,7 @@ def test_a_stopped_token_run_tells_how_to_get_its_model(
 ) -> None:
     pytest.importorskip("tokenizers")
     config = load_config(repo / "configs" / "tiny-bpe.yaml")
-    killed_at(monkeypatch, 20, config, tmp_path / "run", data)  # type: ignore[arg-type]
+    killed_at(monkeypatch, 20, config, tmp_path / "run", data)
     with pytest.raises(CheckpointError, match=r"with --steps 20 it only writes the model\.pt"):
         open_source(tmp_path / "run")
     train(load_config(repo / "configs" / "tiny-bpe.yaml", ["schedule.steps=20"]), tmp_path / "run", data=data)

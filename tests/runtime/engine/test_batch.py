@@ -7,7 +7,7 @@ import pytest
 
 from blt_runtime import PatchRule
 from blt_runtime.backends.null import NullBackend, null_spec
-from blt_runtime.bundle.spec import ModelSpec
+from blt_runtime.bundle.spec import CacheKind, ModelSpec
 from blt_runtime.engine.batch import Batch, fitted, gather
 from blt_runtime.engine.rows import RowCalls
 from blt_runtime.errors import CapacityError, UsageError
@@ -36,9 +36,9 @@ def test_every_row_matches_the_reference(name: str, share: float) -> None:
 
 @pytest.mark.parametrize("kind", ["ring", "window"])
 @pytest.mark.parametrize("slice", [4, 8])
-def test_patches_of_two_documents_in_one_slice(kind: str, slice: int) -> None:
+def test_patches_of_two_documents_in_one_slice(kind: CacheKind, slice: int) -> None:
     """A patch that an EOS is in the middle of, and the next one, which begins a document, close in the same slice."""
-    spec = null_spec(PatchRule("static", patch_size=2), entropy=False, local_kind=kind)  # type: ignore[arg-type]
+    spec = null_spec(PatchRule("static", patch_size=2), entropy=False, local_kind=kind)
     for at in range(3, 16):
         ids = random_ids(24, seed=at)
         ids[1:][ids[1:] == EOS] = 9
