@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -33,6 +35,7 @@ def read_parquet(path: Path, reading: Reading) -> Iterator[Document]:
         with parquet.ParquetFile(path, buffer_size=READ_BYTES) as file:
             if not file.metadata.num_rows:
                 return
+            _check_metadata(file.metadata, path)
             paths = [_path(file.schema_arrow, key, reading, path) for key in fields.keys]
             rows = _batch_rows(file.metadata, paths, reading.max_memory, path)
             number = 0
@@ -132,6 +135,26 @@ def _is_utf8(value: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _check_metadata(metadata: Any, path: Path) -> None:
+    """Raises InputError if pyarrow ends the process where it reads the sizes of a column, as it does for damaged ones
+    (pyarrow 26). A child process reads them first, in a few milliseconds."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            for index in range(metadata.num_row_groups):
+                group = metadata.row_group(index)
+                for number in range(group.num_columns):
+                    group.column(number)
+        finally:
+            os._exit(0)  # an exception of Python is raised again, in this process
+    if os.waitpid(child, 0)[1]:
+        raise InputError(
+            f"{path}: cannot be read as parquet (the sizes of a column are damaged); is the file complete?"
+        )
 
 
 def _libraries(path: Path) -> tuple[Any, Any]:

@@ -39,11 +39,11 @@ def json_value(rng: random.Random, value: Any, extra: tuple[Any, ...] = ()) -> A
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = list(islice(_places(value), 3000))
         if not places:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         holder, key = rng.choice(places)
         change = rng.randrange(6)
         if change <= 1:
-            holder[key] = rng.choice(VALUES + extra)
+            holder[key] = copy.deepcopy(rng.choice(VALUES + extra))
         elif change == 2:
             del holder[key]
         elif change == 3:
