@@ -75,7 +75,7 @@ def random_weights(config: BLTConfig | EntropyConfig, seed: int) -> dict[str, St
         else:
             name = facebook_name(ours, entropy=entropy)
             sharp = 3.0 if entropy and ours == "output.weight" else 1.0  # so that entropies spread over a nat or more
-            weights[name] = Random(name, shape, seed + i, sharp)
+            weights[name] = Random(name, shape, seed=seed + i, scale=sharp)
     return weights
 
 

@@ -178,11 +178,13 @@ def _blt(args: ModelArguments, tensors: Tensors, path: Path) -> StoredModel[BLTC
     def names_of(ours: str) -> list[str]:
         return [hash_table_name(t) for t in range(n_tables)] if ours == HASH_TABLES else [facebook_name(ours)]
 
-    return fit_weights(config, tensors, names_of, path, UNUSED)
+    return fit_weights(config, tensors, names_of, where=path, unused=UNUSED)
 
 
 def _entropy_model(args: EntropyArguments, tensors: Tensors, path: Path) -> StoredModel[EntropyConfig]:
-    return fit_weights(entropy_config(args, tensors), tensors, lambda n: [facebook_name(n, entropy=True)], path, UNUSED)
+    return fit_weights(
+        entropy_config(args, tensors), tensors, lambda n: [facebook_name(n, entropy=True)], where=path, unused=UNUSED
+    )
 
 
 def _check_forced(args: EntropyArguments, file: Path) -> None:

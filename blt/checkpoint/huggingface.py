@@ -110,10 +110,10 @@ def read(path: Path) -> Source:
     patcher = {name: found.pop(name) for name in list(found) if name.startswith(PATCHER)}
     if blt_config.hash is None:
         found.pop(HASH_TENSOR, None)  # it has no rows
-    blt = fit_weights(blt_config, _ungrouped(blt_config, found), _names, path)
+    blt = fit_weights(blt_config, _ungrouped(blt_config, found), _names, where=path)
     entropy = None
     if patcher and entropy_config is not None:
-        entropy = fit_weights(entropy_config, patcher, _names, path)
+        entropy = fit_weights(entropy_config, patcher, _names, where=path)
     elif patcher:
         log.warning("%s: patch_in_forward is false, so the weights of the patcher are not read", where)
     return Source("huggingface", path, blt=blt, entropy=entropy, patch_rule=rule).check_vocabularies()

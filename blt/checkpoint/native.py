@@ -87,7 +87,7 @@ def _model(kind: type[ModelConfig], key: str, content: dict[str, Any], path: Pat
     config = parse(kind, values, str(path), key)
     weights = content.get(key)
     found = stored_tensors(weights if isinstance(weights, dict) else {}, path)
-    return fit_weights(config, found, lambda name: [name], path)
+    return fit_weights(config, found, lambda name: [name], where=path)
 
 
 def _rule(values: Any, path: Path) -> PatchRule:

@@ -80,7 +80,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _model(kind: Any, config: dict[str, Any], tensors: dict[str, StoredTensor], folder: Path) -> StoredModel[Any]:
     parsed = parse(kind, config.get("model"), str(folder / STATE), "config.model")
-    return fit_weights(parsed, tensors, lambda name: [f"model.{name}"], folder)
+    return fit_weights(parsed, tensors, lambda name: [f"model.{name}"], where=folder)
 
 
 def _rule(extra: Any, folder: Path) -> PatchRule:

@@ -85,4 +85,4 @@ def fit_buckets(
     """
     sample = Loader(documents, shape, starts, seed=seed, subset=subset).plan(0, 0)
     early = shape.pack == "stream"
-    return replace(shape, buckets=choose_buckets(sample.rows.lengths, count, shape.buckets[-1], early))
+    return replace(shape, buckets=choose_buckets(sample.rows.lengths, count, longest=shape.buckets[-1], early=early))

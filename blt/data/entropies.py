@@ -68,7 +68,7 @@ def make_pass(model: EntropyModel, length: int, reset_newlines: bool = False, co
         return BFloat16Pass(model, reset_newlines)
     device = next(model.parameters()).device
     chunk = CHUNK.get(device.type, CHUNK["cuda"])
-    return ChunkedPass(model, reset_newlines, compile, min(chunk, length))
+    return ChunkedPass(model, reset_newlines=reset_newlines, compile=compile, chunk=min(chunk, length))
 
 
 class ChunkedPass:

@@ -79,7 +79,9 @@ class EntropyCache:
 
     @cached_property
     def _pass(self) -> EntropyPass:
-        return make_pass(self.model, len(self.documents.tokens), self.reset_newlines, self.compile)
+        return make_pass(
+            self.model, len(self.documents.tokens), reset_newlines=self.reset_newlines, compile=self.compile
+        )
 
     def _missing(self, members: Int) -> Spans:
         """The missing chunks of these documents, as disjoint spans in ascending order."""

@@ -204,7 +204,7 @@ def _source(path: Path, place: PurePath, root: Path, format: str, ignore: bool, 
             return Refused("not a parquet file, by its first bytes; is the file complete?")
     split = None if ignore or place == PurePath() else split_by_name(_uncompressed(place))
     folder = path.parent.name if path == root else _folder_name(path.relative_to(root), root)
-    return Source(path, group, kind, split, compression, folder)
+    return Source(path, group, format=kind, split=split, compression=compression, folder=folder)
 
 
 def _uncompressed(place: PurePath) -> PurePath:

@@ -164,11 +164,21 @@ class Loader:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         boundaries = np.concatenate([offset + positions for offset, positions in zip(offsets, starts, strict=False)])
         if not whole:
-            rows = cut_rows(int(offsets[-1]), boundaries, patches, cap, self.shape.buckets)
+            rows = cut_rows(int(offsets[-1]), boundaries, patches=patches, cap=cap, buckets=self.shape.buckets)
         counted = self._counted(members, offsets)
         ids = np.concatenate([self.documents.ids(int(index)) for index in members])
         batches = self._group_rows(rows, self._row_order(rows, counted, (self.seed, epoch, block)))
-        return Block(epoch, block, members, offsets, ids, counted, boundaries, rows, batches)
+        return Block(
+            epoch,
+            block,
+            members=members,
+            offsets=offsets,
+            ids=ids,
+            counted=counted,
+            boundaries=boundaries,
+            rows=rows,
+            batches=batches,
+        )
 
     def _starts(self, members: Int) -> list[Int]:
         """The patch boundaries of each document, as positions in it."""
@@ -228,10 +238,10 @@ class Loader:
             first, last = np.searchsorted(block.offsets, (begin, end - 1), side="right")
             documents[b] = block.members[first - 1 : last]
             if P is not None and lengths_BP is not None:
-                lengths_BP[b] = row_patch_lengths(begin, end, block.boundaries, P, bucket)
+                lengths_BP[b] = row_patch_lengths(begin, end, block.boundaries, patches=P, n_bytes=bucket)
         return Batch(
-            ids_BN, targets_BN, mask_BN, lengths_BP, starts_B, block.number, block.epoch, index,
-            tokens_B, bytes_B, tuple(documents),
+            ids_BN, targets_BN, mask_BN, patch_lengths=lengths_BP, starts=starts_B, block=block.number,
+            epoch=block.epoch, index=index, row_tokens=tokens_B, row_bytes=bytes_B, documents=tuple(documents),
         )  # fmt: skip
 
     def _bytes(self, targets: Int) -> int:

@@ -164,7 +164,10 @@ def _write(
     shard_bytes: int,
 ) -> dict[str, Any]:
     group_ids = {group: index for index, group in enumerate(sorted({source.group for source in sources}))}
-    writers = {name: _SplitWriter(folder, name, shard_bytes, reading.fields.prompt is not None) for name in SPLITS}
+    writers = {
+        name: _SplitWriter(folder, name, shard_bytes=shard_bytes, prompts=reading.fields.prompt is not None)
+        for name in SPLITS
+    }
     # With dedup, a document of several splits stays in the held-out one: its text is the scarcest, so it is read first.
     order = sorted(sources, key=lambda source: source.split in (None, "train")) if dedup else sources
     is_new = _duplicate_filter(dedup)

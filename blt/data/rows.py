@@ -103,7 +103,7 @@ def pack_documents(lengths: Int, boundaries: list[Int], patches: int | None, cap
 def _piece(document: int, n_tokens: int, boundaries: Int, patches: int | None, cap: int) -> _Piece:
     if n_tokens <= cap + 1 and (patches is None or len(boundaries) <= patches):
         return _Piece(document, n_tokens, len(boundaries), (0,))
-    rows = cut_rows(n_tokens, boundaries, patches, cap)
+    rows = cut_rows(n_tokens, boundaries, patches=patches, cap=cap)
     last = int(rows.begin[-1])
     n_patches = 2 + len(boundaries) - int(np.searchsorted(boundaries, last + 2))
     return _Piece(document, n_tokens - last, n_patches, tuple(rows.begin.tolist()))

@@ -58,7 +58,7 @@ def scorer_of(checkpoint: Checkpoint, n_ids: int | None = None, device: str = "c
     if checkpoint.blt is None and checkpoint.entropy is not None:
         return ByteRows(checkpoint.entropy, device)
     blt, rule = checkpoint.require_blt()
-    rows = PatchRows(checkpoint, blt, rule, device)
+    rows = PatchRows(checkpoint, blt, rule, device=device)
     if n_ids is None or n_ids <= rows.n_ids:
         return rows
     if device == "cpu":

@@ -55,7 +55,7 @@ def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
         kept = text if limit is None else text[: limit - used[group]]
         used[group] += len(kept)
         if kept:
-            yield Document(group, kept, min(prompt, len(kept)), whole and len(kept) == len(text))
+            yield Document(group, kept, prompt=min(prompt, len(kept)), whole=whole and len(kept) == len(text))
 
 
 def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]:

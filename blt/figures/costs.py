@@ -66,7 +66,7 @@ class Bars:
 
 def render(bars: Bars, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    return page.render(kind, lambda: _draw(bars), bars.title, "Where the time of a byte goes")
+    return page.render(kind, lambda: _draw(bars), title=bars.title, heading="Where the time of a byte goes")
 
 
 def duration(seconds: float) -> str:

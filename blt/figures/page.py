@@ -30,7 +30,7 @@ def check_kind(kind: str) -> None:
         raise UsageError(f"a figure can be png or html, not {kind!r}")
 
 
-def render(kind: str, draw: Callable[[], Figure], title: str, heading: str) -> bytes:
+def render(kind: str, draw: Callable[[], Figure], *, title: str, heading: str) -> bytes:
     """The matplotlib figure made by `draw`, under its title, as the bytes of a file.
 
     kind: "png" or "html". heading: title of a page whose figure has none. Raises UsageError for another kind.
@@ -42,7 +42,7 @@ def render(kind: str, draw: Callable[[], Figure], title: str, heading: str) -> b
         figure = draw()
         if kind == "html":
             width = f"{figure.get_figwidth() * 6.5:.0f}rem"
-            return document(title or heading, _svg(figure), "svg { width: 100%; height: auto; }", width)
+            return document(title or heading, _svg(figure), css="svg { width: 100%; height: auto; }", width=width)
         if title:
             figure.suptitle(printable(title), fontsize=8, color=INK, x=0.012, ha="left")
         return _saved(figure, "png")

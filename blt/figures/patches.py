@@ -94,7 +94,7 @@ def render(figure: Figure, kind: str) -> bytes:
     page.check_kind(kind)
     if kind == "html":
         return _to_html(figure)
-    return page.render("png", lambda: _draw(figure), figure.title, "Patches")
+    return page.render("png", lambda: _draw(figure), title=figure.title, heading="Patches")
 
 
 # --- PNG ---------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def _draw(figure: Figure) -> Canvas:
     axes = canvas.subplots(n_rows, 1, squeeze=False)[:, 0]
     labels, top = glyphs(figure.ids, _in_font()), _top(figure)
     for row, ax in enumerate(axes):
-        _draw_row(ax, figure, labels, range(row * ROW, min(n, (row + 1) * ROW)), width, top)
+        _draw_row(ax, figure, labels, span=range(row * ROW, min(n, (row + 1) * ROW)), width=width, top=top)
     return canvas
 
 
@@ -188,7 +188,7 @@ def _to_html(figure: Figure) -> bytes:
     patch, cells = -1, []
     for t, label in enumerate(labels):
         patch += t in figure.starts
-        cells.append(_cell(figure, t, label, patch, top))
+        cells.append(_cell(figure, t, label=label, patch=patch, top=top))
     legend = f'<b style="background:{BAR_START}"></b>first byte of a patch<b style="background:{BAR}"></b>other bytes'
     if figure.threshold is not None:
         legend += f'<b style="height:0;border-top:1px dashed {THRESHOLD}"></b>threshold {figure.threshold:.4g} nats'

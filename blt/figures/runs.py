@@ -151,7 +151,7 @@ def tick_label(key: str, value: float) -> str:
 
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
-    return page.render(kind, lambda: _draw(figure), figure.title, "Runs")
+    return page.render(kind, lambda: _draw(figure), title=figure.title, heading="Runs")
 
 
 def _draw(figure: Figure) -> Canvas:

@@ -61,7 +61,7 @@ class Tradeoff:
 def render(tradeoff: Tradeoff, kind: str) -> bytes:
     """The figure as the bytes of a file; kind is "png" or "html". Raises UsageError for another."""
     title = "\n".join(text for text in (tradeoff.title, tradeoff.legend) if text)
-    return page.render(kind, lambda: _draw(tradeoff), title, "Patch sizes")
+    return page.render(kind, lambda: _draw(tradeoff), title=title, heading="Patch sizes")
 
 
 def _draw(tradeoff: Tradeoff) -> Figure:

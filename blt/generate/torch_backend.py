@@ -58,7 +58,9 @@ class TorchBackend:
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
         blt, _ = checkpoint.require_blt()
-        steps = make_steps(blt, checkpoint.entropy, spec.capacity_bytes, spec.capacity_patches)
+        steps = make_steps(
+            blt, checkpoint.entropy, capacity_bytes=spec.capacity_bytes, capacity_patches=spec.capacity_patches
+        )
         self._sessions = {name: TorchSession(step, spec.graphs[name]) for name, step in steps.items()}
 
     def session(self, group: str) -> TorchSession:
@@ -94,7 +96,13 @@ def open_model(
     blt, rule = checkpoint.require_blt()
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
     dtype = blt.hash_embedding.stored_as if blt.hash_embedding else "float32"
-    spec = model_spec(blt.config, entropy, rule, Limits.of(blt.config, capacity, patches, chunk), table_dtype=dtype)
+    spec = model_spec(
+        blt.config,
+        entropy,
+        rule,
+        limits=Limits.of(blt.config, capacity=capacity, patches=patches, chunk=chunk),
+        table_dtype=dtype,
+    )
     check_memory(spec)
     return Model(spec, TorchBackend(checkpoint, spec), host_tables(blt))
 

@@ -120,10 +120,10 @@ def model_spec(
     hashed = [_f32("hash_embedding", "B", "S", D)] if config.hash else []
     own_start = [_i64("own_start", "B", "P")] if config.encoder_cross_window > 1 else []
     local = {
-        name: cache_spec(stack, limits.bytes, limits.chunk, layout)
+        name: cache_spec(stack, capacity=limits.bytes, chunk=limits.chunk, layout=layout)
         for name, stack in _byte_stacks(config, entropy).items()
     }
-    latent = cache_spec(config.latent, limits.patches, limits.chunk, layout)
+    latent = cache_spec(config.latent, capacity=limits.patches, chunk=limits.chunk, layout=layout)
     graphs = {
         "encoder": _graph(
             "encoder",

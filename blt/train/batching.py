@@ -20,7 +20,7 @@ Config = TypeVar("Config", bound=BLTRun | BPERun | EntropyRun)
 def batch_shape(config: RunConfig) -> BatchShape:
     """The static shapes of a run's batches."""
     batch = config.batch
-    return BatchShape(batch.rows, batch.byte_buckets, batch.patches, batch.pack)
+    return BatchShape(batch.rows, batch.byte_buckets, patches=batch.patches, pack=batch.pack)
 
 
 def with_buckets(config: Config, documents: TokenSource, members: Int, starts: PatchStarts | None = None) -> Config:
@@ -29,7 +29,12 @@ def with_buckets(config: Config, documents: TokenSource, members: Int, starts: P
     if batch.auto_buckets is None or not len(members):
         return config
     shape = fit_buckets(
-        batch_shape(config), batch.auto_buckets, documents, starts, seed=config.run.seed, subset=members
+        batch_shape(config),
+        batch.auto_buckets,
+        documents=documents,
+        starts=starts,
+        seed=config.run.seed,
+        subset=members,
     )
     log.info("row lengths %s", ", ".join(str(length) for length in shape.buckets))
     chosen = batch.model_copy(update={"byte_buckets": shape.buckets, "auto_buckets": None})

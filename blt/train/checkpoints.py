@@ -219,7 +219,7 @@ def read(path: Path) -> TrainingCheckpoint:
     try:
         step, files = int(manifest["step"]), dict(manifest["files"])
         for name, entry in files.items():
-            _check_file(path, name, entry["size"], entry["sha256"])
+            _check_file(path, name, size=entry["size"], sha256=entry["sha256"])
     except (LookupError, TypeError, ValueError):
         raise CheckpointError(f"{path / MANIFEST} is damaged") from None
     extra = sorted({file.name for file in path.iterdir()} - files.keys() - {MANIFEST})

@@ -97,7 +97,9 @@ def prepare_inputs(
         if config.patching.scheme == "entropy":
             entropy = _frozen_entropy(entropy_model or config.entropy_model, device)
         compiled = config.run.compile if compile is None else compile
-        return _with_patches(config, text, entropy, compiled, config.schedule.steps if steps is None else steps)
+        return _with_patches(
+            config, text, entropy, compiled=compiled, steps=config.schedule.steps if steps is None else steps
+        )
     return _with_tokens(config, text) if isinstance(config, BPERun) else text.inputs(config)
 
 
@@ -114,7 +116,7 @@ class _Text:
         """Chooses the row lengths and makes the loaders."""
         train = self.dataset.split("train")
         source, starts = self.sources.get("train", train), self.starts.get("train")
-        config = with_buckets(config, source, _members(config, train), starts)
+        config = with_buckets(config, source, members=_members(config, train), starts=starts)
         loaders = {split: self._loader(config, split) for split in self.splits}
         same = {"data": train.sha256, "first_block": FIRST_BLOCK_TOKENS, **(extra or {})}
         return RunInputs(config, loaders, same, **models)
@@ -216,7 +218,7 @@ def _rule(config: BLTRun, index: PatchIndex, members: Int) -> PatchRule:
     patching = config.patching
     if not patching.needs_threshold:
         return patching.rule()
-    threshold = choose_threshold(index, patching.rule(0.0), patching.target_patch_size, members)
+    threshold = choose_threshold(index, patching.rule(0.0), target=patching.target_patch_size, members=members)
     log.info("threshold %.6f nats for patches of %.2f bytes", threshold, patching.target_patch_size)
     return patching.rule(threshold)
 

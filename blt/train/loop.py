@@ -86,7 +86,7 @@ class Trainer:
         if config.run.activation_checkpointing:
             recompute_blocks(model)
         tables = sparse_tables(model, config.optimizer)
-        self.state = TrainState(model, make_optimizer(model, config.optimizer), tables, loader)
+        self.state = TrainState(model, optimizer=make_optimizer(model, config.optimizer), tables=tables, loader=loader)
         self.metrics = MetricsFile(out / "metrics.jsonl")
         self.observer = Observer()
         self.extra = extra or {}
@@ -122,7 +122,7 @@ class Trainer:
         """Trains until step `steps`. Raises Terminated after SIGTERM or Ctrl-C, with everything saved."""
         run, state = self.config.run, self.state
         self.out.mkdir(parents=True, exist_ok=True)
-        observing_run = observing(self.out, steps, state.step, run.tensorboard)
+        observing_run = observing(self.out, steps, at=state.step, tensorboard=run.tensorboard)
         kernels = _determinism(run.deterministic)
         with kernels, _ignored_warnings(), self._signals(), closing(state.loader), observing_run as self.observer:
             self.metrics.on_record = self.observer.record

@@ -218,7 +218,7 @@ def _progress_bar(steps: int, at: int) -> Iterator[ProgressBar]:
     with bar as progress:
         task = progress.add_task("train", total=steps, completed=at, counter=counter(at, steps), numbers="")
         with _logging_above(console):
-            yield ProgressBar(steps, progress, task, width)
+            yield ProgressBar(steps, progress=progress, task=task, bar=width)
 
 
 @contextmanager

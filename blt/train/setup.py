@@ -54,7 +54,7 @@ def prepare_run(
     trainer = Trainer(
         config, objective, loader=inputs.training, valid=inputs.loaders["valid"], out=out, extra=inputs.extra,
         flops_per_byte=inputs.flops_per_byte,
-        sample=TextSampler(model, inputs.entropy, inputs.rule, inputs.vocabulary),
+        sample=TextSampler(model, entropy=inputs.entropy, rule=inputs.rule, vocabulary=inputs.vocabulary),
     )  # fmt: skip
     return trainer, lambda: _final_checkpoint(model, inputs, out)
 
@@ -67,7 +67,7 @@ def _initial_model(config: RunConfig, device: str, compiled: bool) -> Model:
     model.init_weights(torch.Generator().manual_seed(config.run.seed))
     if not isinstance(config, BPERun):
         initial_weights.initialise(model, config.init.checkpoint, config.init.latent)
-    choose_attention(model, config.run.attention, device, compiled)
+    choose_attention(model, attention=config.run.attention, device=device, compiled=compiled)
     frozen = freeze(model, config.optimizer.freeze)
     log.info(
         "%s parameters%s", f"{count_parameters(model):,}", f", {len(frozen):,} tensors of them frozen" if frozen else ""

@@ -103,7 +103,13 @@ def compile_graph(
     if dropped:
         raise CheckFailed(f"compile gate: {spec.name} ignores its inputs {', '.join(dropped)}")
     outputs = tuple(network.get_output(i).name for i in range(network.num_outputs))
-    return Compiled(spec.name, network.num_layers, time.perf_counter() - started, plan.nbytes, outputs)
+    return Compiled(
+        spec.name,
+        layers=network.num_layers,
+        seconds=time.perf_counter() - started,
+        plan_bytes=plan.nbytes,
+        outputs=outputs,
+    )
 
 
 def _library() -> ModuleType:

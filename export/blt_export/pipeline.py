@@ -163,7 +163,9 @@ def run(state: ExportState, out: Path, *, force: bool = False, progress: Progres
             log.debug("%s (%.2f s): %s", step.name, reports[-1].seconds, changed)
     assert state.manifest is not None
     nodes = {name: len(model.graph) for name, model in state.graphs.items()}
-    return ExportReport(out, state.manifest, state.parity.near_threshold, nodes, tuple(reports))
+    return ExportReport(
+        out, manifest=state.manifest, near_threshold=state.parity.near_threshold, nodes=nodes, steps=tuple(reports)
+    )
 
 
 def _run_step(step: Step, state: ExportState, before: list[StepReport]) -> str:

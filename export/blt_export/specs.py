@@ -46,16 +46,16 @@ def export_spec(
             "`blt convert --to native --entropy-dtype float32` makes a checkpoint that can be exported"
         )
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
-    limits = Limits.of(blt.config, capacity, patches, chunk)
+    limits = Limits.of(blt.config, capacity=capacity, patches=patches, chunk=chunk)
     if table_dtype is not None and blt.hash_embedding is None:
         raise UsageError(f"table_dtype {table_dtype}: this model has no hash tables; leave it out")
     dtype = table_dtype or (blt.hash_embedding.stored_as if blt.hash_embedding else "float32")
     if flavour == "portable":
-        spec = model_spec(blt.config, entropy, rule, limits, table_dtype=dtype)
+        spec = model_spec(blt.config, entropy, rule, limits=limits, table_dtype=dtype)
         check_memory(spec)
         return spec
     spec = model_spec(
-        blt.config, entropy, rule, limits, layout="window", chunk_crosses_documents=False, table_dtype=dtype
+        blt.config, entropy, rule, limits=limits, layout="window", chunk_crosses_documents=False, table_dtype=dtype
     )
     check_memory(spec)
     return replace(spec, graphs={name: _ring_if_unsupported(graph) for name, graph in spec.graphs.items()})

@@ -59,7 +59,12 @@ def each_with_spec(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[Ex
 
 def make_modules(state: ExportState) -> str:
     blt, _ = state.checkpoint.require_blt()
-    state.modules = make_steps(blt, state.checkpoint.entropy, state.spec.capacity_bytes, state.spec.capacity_patches)
+    state.modules = make_steps(
+        blt,
+        state.checkpoint.entropy,
+        capacity_bytes=state.spec.capacity_bytes,
+        capacity_patches=state.spec.capacity_patches,
+    )
     return ", ".join(state.modules)
 
 

@@ -46,7 +46,7 @@ def test_starts_are_the_rules_and_cached(dataset: Dataset, monkeypatch: pytest.M
         starts = np.flatnonzero(index.starts(i))
         np.testing.assert_array_equal(starts, np.cumsum(lengths) - lengths)
         assert len(index.starts(i)) == documents.lengths[i] + 2
-    monkeypatch.setattr("blt.data.entropy_cache.make_pass", lambda *_: pytest.fail("not taken from the cache"))
+    monkeypatch.setattr("blt.data.entropy_cache.make_pass", lambda *_, **__: pytest.fail("not read from the cache"))
     again = PatchIndex(dataset, "train", small_model()).with_rule(PatchRule(threshold=5.0))
     np.testing.assert_array_equal(again.entropies(3), index.entropies(3))
 

@@ -147,13 +147,13 @@ def _cut(
     if model is None:
         if rule is None or rule.needs_entropy:
             raise UsageError("the entropy rule needs a model: give --model MODEL, or --scheme space, static:N or byte")
-        return Patches(rule, ids, None, patch_lengths(rule, ids))
+        return Patches(rule, ids, entropies=None, lengths=patch_lengths(rule, ids))
     with scorers.open_entropies(model, how) as source:
         entropies = source.entropies(ids)
         rule = _resolve(rule, scheme, source.rule)
         if rule.needs_entropy and how.entropy_dtype is not None:  # an entropy model without a rule does not store it
             rule = replace(rule, entropy_dtype=how.entropy_dtype)
-        return Patches(rule, ids, entropies, patch_lengths(rule, ids, entropies))
+        return Patches(rule, ids, entropies=entropies, lengths=patch_lengths(rule, ids, entropies))
 
 
 def _resolve(given: PatchRule | None, scheme: str | None, own: PatchRule | None) -> PatchRule:

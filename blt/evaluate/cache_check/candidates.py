@@ -48,7 +48,9 @@ class Candidate:
 
     def scripts(self, group: list[Case], random: Random) -> None:
         """Each row's script alone on a new stream, then all of them interleaved on used streams."""
-        alone = [play_alone(self._model, self._recorder, case.row, case.bos, case.script) for case in group]
+        alone = [
+            play_alone(self._model, self._recorder, row=case.row, bos=case.bos, script=case.script) for case in group
+        ]
         if not self._streams:
             self._streams = [self._model.stream(bos=case.bos) for case in group]
         pairs = zip(self._streams, group, strict=True)

@@ -73,6 +73,6 @@ class Report:
         sums: dict[tuple[str, str], Line] = {}
         for line in self.lines:
             key = (line.form, line.how)
-            sums.setdefault(key, Line(line.form, line.how, "all", line.tolerance)).add(line)
+            sums.setdefault(key, Line(line.form, line.how, "all", tolerance=line.tolerance)).add(line)
         forms = list(dict.fromkeys(form for form, _ in sums))
         return sorted(sums.values(), key=lambda line: forms.index(line.form))

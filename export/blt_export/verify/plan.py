@@ -59,7 +59,14 @@ def make_plan(spec: ModelSpec) -> Plan:
     last_N = np.searchsorted(ends_P, np.arange(1, n + 1), side="right") - 1
     row_NW = np.maximum(last_N[:, None] - np.arange(spec.decoder_window)[::-1], -1)
     starts = {"entropy": entropy_N, "encoder": document_N, "decoder": document_N, "latent": patch_document_P}
-    return Plan(ids_N, starts, index_PL, ends_P - first_P, starts_P - first_P, row_NW)
+    return Plan(
+        ids_N,
+        doc_start=starts,
+        byte_index_PL=index_PL,
+        patch_length_P=ends_P - first_P,
+        own_start_P=starts_P - first_P,
+        patch_row_NW=row_NW,
+    )
 
 
 def sequence(n: int) -> Array:
