@@ -125,7 +125,7 @@ def test_an_unfinished_file_of_another_length_is_not_used(tmp_path: Path) -> Non
     check(path)
 
 
-def test_a_full_disk_keeps_what_was_computed(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_computed_parts(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
 
     def full(spans: Spans) -> Parts:

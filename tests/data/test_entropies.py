@@ -138,7 +138,7 @@ def test_one_graph_serves_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_nothing_to_do() -> None:
+def test_no_documents_have_no_entropies() -> None:
     assert document_entropies(small_model(), []) == []
 
 

@@ -129,7 +129,7 @@ def test_a_killed_computation_continues_where_it_stopped(dataset: Dataset, monke
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_entropies_do_not_depend_on_what_was_computed_before(
+def test_entropies_do_not_depend_on_earlier_computations(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bfloat16: bool
 ) -> None:
     model = small_model(n_layers=2)

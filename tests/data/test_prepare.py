@@ -113,7 +113,7 @@ def test_jsonl_plain_and_gzip(tmp_path: Path) -> None:
     assert Dataset(tmp_path / "data").manifest["groups"] == ["a", "b"]
 
 
-def test_a_json_file_is_records_unless_text_is_asked_for(tmp_path: Path) -> None:
+def test_a_json_file_is_records_unless_text_is_requested(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
     prepare([tmp_path / "a.json"], tmp_path / "records")
     assert everything(tmp_path / "records") == Counter([b"one", b"two"])
@@ -234,7 +234,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert everything(tmp_path / "data") == Counter(DOCUMENTS[:5])
 
 
-def test_the_old_folder_comes_back_if_the_new_one_cannot_be_put(
+def test_the_old_folder_is_restored_if_the_new_one_cannot_be_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_text(tmp_path / "a.txt", DOCUMENTS)
@@ -294,7 +294,7 @@ def test_a_damaged_array(tmp_path: Path, part: str) -> None:
             Dataset(tmp_path / "data").split("train")
 
 
-def test_opening_what_is_no_data_folder(tmp_path: Path) -> None:
+def test_opening_a_path_that_is_no_data_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such data folder"):
         info(tmp_path / "missing")
     with pytest.raises(InputError, match="is not a data folder"):

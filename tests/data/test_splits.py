@@ -15,7 +15,7 @@ from blt_runtime.errors import InputError
 
 
 def write(folder: Path, *names: str, documents: int = 30) -> list[Path]:
-    """JSONL files whose documents say their file's name."""
+    """JSONL files whose documents contain the name of their file."""
     paths = [folder / name for name in names]
     for path, name in zip(paths, names, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)

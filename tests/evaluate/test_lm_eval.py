@@ -162,7 +162,7 @@ def test_weights_and_hash_tables_are_on_the_device(adapter: Any, files: dict[str
 
 
 @pytest.mark.slow
-def test_a_bundle_gives_what_its_checkpoint_gives(adapter: Any, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_bundle_gives_the_results_of_its_checkpoint(adapter: Any, files: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     assert run(["export", str(files["model"]), "-o", str(tmp_path / "bundle"), "--no-check", "-q"]) == 0
     bundle, checkpoint = adapter.ByteModel(tmp_path / "bundle"), adapter.ByteModel(files["model"])

@@ -179,7 +179,7 @@ def same_json(a: bytes | bytearray, b: bytes) -> bool:
         return False
 
 
-def test_more_or_other_files_than_the_manifest_says(folder: Path) -> None:
+def test_more_or_other_files_than_in_the_manifest(folder: Path) -> None:
     (folder / "step-00000002" / "shard-00002-model.safetensors").write_bytes(b"more")
     with pytest.raises(CheckpointError, match="does not match its manifest"):
         checkpoints.read(folder / "step-00000002")

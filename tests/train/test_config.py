@@ -91,7 +91,7 @@ def test_costs_of_fixed_patches_use_their_size(repo: Path, patching: str, size: 
     assert dry_run(config)["flops_per_byte"] == config.model.flops_per_byte(size, 128)
 
 
-def test_the_baselines_of_the_demo_cost_what_it_costs(repo: Path) -> None:
+def test_the_baselines_of_the_demo_have_its_flops(repo: Path) -> None:
     """Per byte and with the entropy model; a token of the demo's text is 3.136 bytes."""
     demo, entropy = (load_config(repo / "configs" / f"{name}.yaml") for name in ("demo", "demo-entropy"))
     assert isinstance(entropy, EntropyRun)

@@ -106,7 +106,7 @@ def test_a_run_that_continues_is_that_of_one_call(repo: Path, data: Path, run: P
     assert json.loads(lines[0])["valid_bpb"] == json.loads(lines[1])["valid_bpb"]
 
 
-def test_a_decay_that_is_asked_for_is_announced(repo: Path, data: Path, run: Path, caplog: Log) -> None:
+def test_a_requested_decay_is_announced(repo: Path, data: Path, run: Path, caplog: Log) -> None:
     with caplog.at_level("INFO", "blt.train"):
         train(configured(repo, "schedule={steps: 42, warmup: 5, decay_steps: 80}"), run, data=data)
     assert "the learning rate of step 41 is 0.00597 instead of 0.001" in caplog.text
@@ -129,7 +129,7 @@ def test_fewer_steps_than_planned_do_not_change_the_rate(
     assert rates(tmp_path / "run")[25] == pytest.approx(learning_rate(24, 0.01, schedule))
 
 
-def test_a_finished_run_that_is_started_again_says_so(repo: Path, data: Path, run: Path, caplog: Log) -> None:
+def test_a_finished_run_that_is_started_again_is_reported(repo: Path, data: Path, run: Path, caplog: Log) -> None:
     before = rates(run)
     with caplog.at_level("INFO", "blt.train"):
         train(configured(repo), run, data=data)
