@@ -40,7 +40,7 @@ TENSORBOARD = "tensorboard"
 
 
 class Observer:
-    """Is told of every step and record of a run. This one does nothing."""
+    """Receives every step and every record of a run. This one does nothing."""
 
     def step(self, step: int, nats: float, batch: Batch) -> None:
         """Called after each step with its summed loss in nats and the GLOBAL batch."""
