@@ -110,7 +110,7 @@ def test_a_wanted_patch_size_and_a_given_text(blt: Call, models: dict[str, Path]
 
 
 def test_the_table_shows_the_report(blt: Call, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = blt("bench", "latency", models["bundle"], *SIZES)
+    shown = blt("bench", "latency", models["bundle"], *SIZES, "--repeat", 1)
     assert "floor" not in shown.text  # of weights in the processor's caches it means nothing
     with monkeypatch.context() as patch:
         patch.setattr("blt.bench.measure.CACHES", 0)

@@ -43,7 +43,6 @@ PRINTS = [
     "eval {model} --suite characters --items 1",
     "score {model} {text} --npz {tmp}/out.npz --json",
     CHECK,
-    f"{CHECK} --json",
     "export {model} -o {tmp}/exported --force --no-check -q",
     "convert {model} -o {tmp}/converted --to native --force",
     "generate {model} hello -n 9 --ignore-eos",
