@@ -189,6 +189,8 @@ def read_jsonl(lines: BinaryIO, path: Path, reading: Reading) -> Iterator[Docume
     A file with one JSON value over several lines fails at its first line.
     """
     number = 0
+    names = {name for key in reading.fields.keys for name in (key, *key.split("."))}
+    quoted = [json.dumps(name, ensure_ascii=False).encode() for name in names]
     while line := lines.readline(LONG_LINE + 1):
         number += 1
         where = f"{path}:{number}"
@@ -197,7 +199,10 @@ def read_jsonl(lines: BinaryIO, path: Path, reading: Reading) -> Iterator[Docume
             if document is not None:
                 yield document
         elif line.strip():
-            texts = _texts(_record(line, where, reading.fields), reading, where)
+            record = _record(line, where)
+            if any(line.count(name) > 1 for name in quoted):
+                _check_unique(line, names, where)
+            texts = _texts(record, reading, where)
             if texts is not None:
                 yield reading.fields.document(texts)
 
@@ -228,16 +233,13 @@ def _long_record(begin: bytes, lines: BinaryIO, reading: Reading, where: str) ->
     return whole.finish()._replace(prompt=texts[0].size)
 
 
-def _record(line: bytes, where: str, fields: Fields) -> Mapping[str, Any]:
+def _record(line: bytes, where: str) -> Mapping[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # brackets a thousand deep
         raise InputError(f"{where}: not a JSON object ({error}); {ONE_PER_LINE}") from error
     if not isinstance(record, Mapping):
         raise InputError(f"{where}: a JSON {type(record).__name__}, not an object; {ONE_PER_LINE}")
-    names = {name for key in fields.keys for name in (key, *key.split("."))}
-    if any(line.count(json.dumps(name, ensure_ascii=False).encode()) > 1 for name in names):
-        _check_unique(line, names, where)
     return record
 
 
