@@ -38,7 +38,7 @@ Finish = Literal["length", "stop", "eos", "cancelled", "error"]
 class Work:
     """The scheduler's side of a request. It holds no reference to the `Request`, so that a dropped one is noticed.
 
-    out: the pieces, then None or the error that ended the request. cancelled: nobody waits for the rest.
+    out: the pieces, then None or the error that ended the request. cancelled: no caller can read the rest.
     """
 
     def __init__(

@@ -139,7 +139,7 @@ def dropped(scheduler: Scheduler, request: Request, how: str) -> Work:
 
 
 @pytest.mark.parametrize("how", ["dropped", "closed", "left", "cycle"])
-def test_a_request_that_nobody_reads_is_cancelled_and_its_row_is_free(how: str) -> None:
+def test_an_abandoned_request_is_cancelled_and_its_row_is_free(how: str) -> None:
     with Scheduler(model_of(SPEC), streams=1, slice=4) as scheduler:
         held = Held()
         request = scheduler.submit_ids(encode("a"), 280, sampler=held, stop_at_eos=False)
@@ -153,7 +153,7 @@ def test_a_request_that_nobody_reads_is_cancelled_and_its_row_is_free(how: str) 
         assert (work.finish, held.choices, scheduler.load) == ("cancelled", 1, (0, 0))
 
 
-def test_a_waiting_request_that_nobody_reads_never_runs() -> None:
+def test_an_abandoned_request_that_waits_never_runs() -> None:
     with Scheduler(model_of(SPEC), streams=1, slice=4) as scheduler:
         held, never = Held(), Held()
         running = scheduler.submit_ids(encode("a"), 5, sampler=held, stop_at_eos=False)
