@@ -131,10 +131,11 @@ def _library() -> Any:
 def _open(text: str, where: str) -> Tokenizer:
     try:
         tokenizer: Tokenizer = _library().Tokenizer.from_str(text)
-    except BltError:
+    except (BltError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the library raises bare Exceptions
-        raise ConfigError(f"{where} is not a tokenizer.json of the library `tokenizers` ({error})") from None
+    except BaseException as error:  # the library raises bare Exceptions; a panic of Rust is not even one
+        why = shown(str(error), 200)
+        raise ConfigError(f"{where} is not a tokenizer.json of the library `tokenizers` ({why})") from None
     if not isinstance(tokenizer.model, _library().models.BPE) or tokenizer.normalizer is not None:
         raise ConfigError(f"{where} is not a byte-level BPE vocabulary without a normaliser; give one of that kind")
     tokenizer.no_truncation()

@@ -24,6 +24,7 @@ from blt.checkpoint.tensors import read_safetensors, write_safetensors
 from blt.cli import inputs
 from blt.data import Dataset, prepare
 from blt.figures.metrics import read_runs
+from blt.model.vocabulary import read_vocabulary, train_vocabulary
 from blt.train import checkpoints
 from blt.train.config import load_config
 from blt_runtime import Bundle
@@ -220,6 +221,10 @@ def change_npy(rng: Random, folder: Path) -> None:
     path.write_bytes(mutate.raw(rng, data) if rng.random() < 0.7 else data)
 
 
+def seed_tokenizer(folder: Path) -> None:
+    (folder / "t.json").write_text(train_vocabulary([b"some text, some more text"] * 3, 270).text)
+
+
 # --- data --------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +309,7 @@ KINDS: dict[str, Kind] = {
                           lambda folder, out: load_config(folder / "c.yaml")),
     "metrics": Kind(seed_metrics, change_lines("metrics.jsonl"), lambda folder, out: read_runs([folder])),
     "training state": Kind(seed_state, change_state_files, read_state),
+    "tokenizer": Kind(seed_tokenizer, json_of("t.json"), lambda folder, out: read_vocabulary(folder / "t.json")),
     "npy": Kind(lambda folder: np.save(folder / "ids.npy", np.arange(4)), change_npy,
                 lambda folder, out: inputs.load_ids(folder / "ids.npy", 260)),
     "jsonl": Kind(seed_jsonl, change_lines("t.jsonl"), read_text("t.jsonl")),

@@ -22,7 +22,13 @@ FOUND = {
     "training state": (84, 101, 127, 165),  # a long name; headers that only the library refuses
     "parquet": (182,),  # a name of a column that is not UTF-8
 }
-NEEDED = {"gguf": "gguf", "parquet": "pyarrow", "safetensors": "safetensors", "huggingface": "safetensors"}
+NEEDED = {
+    "gguf": "gguf",
+    "tokenizer": "tokenizers",
+    "parquet": "pyarrow",
+    "safetensors": "safetensors",
+    "huggingface": "safetensors",
+}
 
 
 @pytest.fixture(autouse=True)
