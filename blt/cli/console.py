@@ -104,6 +104,11 @@ def print_json(schema: str, payload: dict[str, Any]) -> None:
     print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
+def snake_case(parts: Mapping[str, float]) -> dict[str, float]:
+    """Names of parts such as "hash tables" as keys of `--json`."""
+    return {part.replace(" ", "_"): value for part, value in parts.items()}
+
+
 def print_tree(report: Mapping[str, Any], indent: int = 0) -> None:
     """Prints nested values on stdout as indented `name  value` lines, numbers as `number` writes them."""
     width = max((len(str(key)) for key in report), default=0)

@@ -40,8 +40,9 @@ def data(tmp_path: Path) -> Path:
 
 def test_dry_run_prints_and_trains_nothing(blt: Call, config: Path) -> None:
     report = json.loads(blt("train", "entropy", "-c", config, "--dry-run", "--json").text)
-    assert report["schema"] == "blt.dry-run/1"
+    assert report["schema"] == "blt.dry-run/2"
     assert report["parameters"] > 0
+    assert report["parameters_by_part"] == {"entropy_model": report["parameters"]}
     assert "flops_per_byte" in blt("train", "entropy", "-c", config, "--dry-run").text
     assert [p.name for p in config.parent.iterdir()] == [config.name]
 

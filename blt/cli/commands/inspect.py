@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -94,9 +93,9 @@ def source_report(source: Source, patch_size: float, context: int) -> dict[str, 
         "stored_bytes": _stored(source),
         "patch_size": patch_size,
         "context": context,
-        "parameters": _snake({**parameters, "total": sum(parameters.values())}),
-        "flops_per_byte": _snake({**flops, "total": sum(flops.values())}),
-        "weight_bytes_per_byte": _snake(source_weight_bytes(source, patch_size)),
+        "parameters": console.snake_case({**parameters, "total": sum(parameters.values())}),
+        "flops_per_byte": console.snake_case({**flops, "total": sum(flops.values())}),
+        "weight_bytes_per_byte": console.snake_case(source_weight_bytes(source, patch_size)),
     }
     if source.patch_rule is not None:
         report["patch_rule"] = _given(source.patch_rule.to_dict())
@@ -118,11 +117,6 @@ def _stored(source: Source) -> dict[str, int]:
 def _tensors(source: Source) -> list[dict[str, Any]]:
     named = [(f"{part}.{name}", t) for part, p in source.models().items() for name, t in p.weights.items()]
     return [{"name": name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in named]
-
-
-def _snake(parts: Mapping[str, float]) -> dict[str, float]:
-    """Names of parts such as "hash tables" as keys of `--json`."""
-    return {part.replace(" ", "_"): value for part, value in parts.items()}
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -203,7 +197,7 @@ def _inspect_bundle(bundle: Bundle, *, patch_size: float, tensors: bool, as_json
             "path": bundle.path,
             "kind": "bundle",
             "patch_size": patch_size,
-            "weight_bytes_per_byte": _snake(bundle_weight_bytes(bundle, patch_size)),
+            "weight_bytes_per_byte": console.snake_case(bundle_weight_bytes(bundle, patch_size)),
             "manifest": bundle.manifest.to_json(),
         }
         console.print_json(SCHEMA, report)

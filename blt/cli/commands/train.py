@@ -146,7 +146,8 @@ def _dry_run(config: RunConfig, data: Path | None, *, how: options.ModelOptions,
         )
         report = inputs.dry_run() | {"packing": packing_report(inputs.training, blocks=1)}
     if as_json:
-        console.print_json("blt.dry-run/1", report)
+        by_part = {key: console.snake_case(report[key]) for key in ("parameters_by_part", "flops_per_byte_by_part")}
+        console.print_json("blt.dry-run/2", report | by_part)
     else:
         console.print_tree(report)
 
