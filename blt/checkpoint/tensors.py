@@ -146,7 +146,7 @@ def stored_tensors(tensors: Mapping[str, Any], path: Path) -> dict[str, StoredTe
 
     Raises CheckpointError if a tensor claims more than the file holds, or if two have one name.
     """
-    found = {name: t for name, t in tensors.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    found = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     claims.check_tensors(found, path)
     mapped = zipfile.is_zipfile(path) and _has_native_byte_order(path)
     return without_wrappers({name: StoredTensor((name,), (t,), mapped) for name, t in found.items()}, path)
