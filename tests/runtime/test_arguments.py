@@ -391,7 +391,9 @@ def test_properties_raise_only_blt_errors(objects: dict[str, Any]) -> None:
                 assert getattr(owner, attribute) is not None or (name, attribute) == ("Model", "hash_tables")
 
 
-@pytest.mark.parametrize("wrong", [7, np.array([1, 2]), [65, 66], memoryview(b"ab"), None, 1.5], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [7, np.array([1, 2]), [65, 66], memoryview(b"ab"), None, 1.5], ids=lambda x: type(x).__name__
+)
 def test_text_is_text_or_bytes(wrong: Any) -> None:
     """`bytes(7)` would be seven NULs, and an array its memory."""
     stream = model_of(SPEC).stream()
