@@ -13,12 +13,13 @@ TOUR   := build/tour
 DEV    := cpu,train,export,hub,plot,bpe,gguf,parquet,tensorboard,dev
 EXTRAS ?= $(DEV)
 
-.PHONY: help demo tour test check format clean
+.PHONY: help demo tour test fuzz check format clean
 
 help:
 	@echo "make demo     install into $(VENV), export the shipped model, generate text with it"
 	@echo "make tour     train a small model on Python's own library, export, evaluate and run it: a few minutes"
 	@echo "make test     run the tests"
+	@echo "make fuzz     run the short form of the fuzzers: a minute"
 	@echo "make check    formatting, lint, types, then the tests"
 	@echo "make format   format the code"
 	@echo "make clean    remove build/ and the caches ($(VENV) stays)"
@@ -51,7 +52,10 @@ tour: | $(VENV)/.demo
 	  echo "  --entropy-model $(TOUR)/entropy -o $(TOUR)/blt --steps 2000"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/fuzz
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 tests/fuzz
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -67,7 +67,7 @@ def test_commands_that_need_a_blt_refuse_a_baseline(blt: Call, data: Path, tmp_p
 
 def test_the_dry_run_of_a_baseline(blt: Call) -> None:
     report = json.loads(blt("train", "bpe", "-c", CONFIGS / "tiny-bpe.yaml", "--dry-run", "--json").text)
-    assert list(report["parameters_by_part"]) == ["token model"]
+    assert list(report["parameters_by_part"]) == ["token_model"]
     assert report["flops_per_byte"] > 0
     wrong = blt("train", "bpe", "-c", CONFIGS / "tiny-entropy.yaml", "--dry-run")
     assert wrong.code == 2
