@@ -68,7 +68,7 @@ def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]
             yield piece[:read], piece[read:], last
 
 
-def choose_split(data: Path, wanted: str | None, order: Sequence[str]) -> str:
+def choose_split(data: Path, wanted: str | None, order: Sequence[str] = ("test", "valid", "train")) -> str:
     """`wanted`, or of a data folder the first split of `order` that holds text; another than the first is logged."""
     if wanted is not None:
         return wanted

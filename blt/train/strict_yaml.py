@@ -50,7 +50,7 @@ def parse(text: str) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int], level: int) -> int:
-    """Values in a node with its aliases replaced. Raises ValueError for too many, or for an alias of its own parent."""
+    """Values in a node with its aliases replaced. Raises ValueError for too many, or a node inside itself."""
     if level > DEEPEST:
         raise ValueError(f"nested more than {DEEPEST} levels deep, or an alias of itself")
     if id(node) not in known:

@@ -1,4 +1,4 @@
-"""What a command left: its exit code and what it wrote."""
+"""What a command left (its exit code and what it wrote), and a small training configuration."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ class Result:
     @property
     def text(self) -> str:
         return self.out.decode()
+
+
+CONFIG = """
+kind: entropy
+model: {dim: 16, n_layers: 1, n_heads: 2, ffn_dim: 32, window: 32, max_seqlen: 128}
+batch: {rows: 2, byte_buckets: [32]}
+schedule: {steps: 3, warmup: 1}
+run: {compile: false, log_every: 1, valid_every: 100, checkpoint_every: 100}
+"""

@@ -14,16 +14,10 @@ import pytest
 
 from blt.checkpoint.models import save
 from blt.cli import STAGES, failures, run
+from tests.cli.calls import CONFIG
 from tests.tiny import tiny
 
 Call = Callable[..., Any]
-CONFIG = """
-kind: entropy
-model: {dim: 16, n_layers: 1, n_heads: 2, ffn_dim: 32, window: 32, max_seqlen: 128}
-batch: {rows: 2, byte_buckets: [32]}
-schedule: {steps: 3, warmup: 1}
-run: {compile: false, log_every: 1, valid_every: 100, checkpoint_every: 100}
-"""
 CHECK = "check {model} --bytes 40 --seed 1 --row-bytes 30 --bundle {bundle}"
 BENCH = "--prompt-bytes 20 --repeat 1 --threads 1"
 PRINTS = [

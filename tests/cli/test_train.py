@@ -13,15 +13,9 @@ import pytest
 
 from blt.checkpoint.models import load
 from blt.cli import console, run
+from tests.cli.calls import CONFIG
 
 Call = Callable[..., Any]
-CONFIG = """
-kind: entropy
-model: {dim: 16, n_layers: 1, n_heads: 2, ffn_dim: 32, window: 32, max_seqlen: 128}
-batch: {rows: 2, byte_buckets: [32]}
-schedule: {steps: 3, warmup: 1}
-run: {compile: false, log_every: 1, valid_every: 100, checkpoint_every: 100}
-"""
 
 
 @pytest.fixture

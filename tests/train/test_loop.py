@@ -142,18 +142,23 @@ def test_a_folder_that_is_no_run_is_refused(entropy_config: EntropyRun, data: Pa
         train(entropy_config, out / "model.pt", data=data)
 
 
-def test_sigterm_saves_and_exits_with_143(
-    entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+def signal_at_step_6(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals) -> None:
+    """The process signals itself at the beginning of step 6."""
     step = trainer.train_step
 
     def interrupted() -> float:
         if trainer.state.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
         return step()
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
+
+
+def test_sigterm_saves_and_exits_with_143(
+    entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(entropy_config, tmp_path / "run", data)
+    signal_at_step_6(trainer, monkeypatch, signal.SIGTERM)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated, match="step 7") as caught:
         trainer.run(40)
@@ -168,14 +173,7 @@ def test_ctrl_c_names_the_step_and_how_to_continue(
     entropy_config: EntropyRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(entropy_config, tmp_path / "run", data)
-    step = trainer.train_step
-
-    def interrupted() -> float:
-        if trainer.state.step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step()
-
-    monkeypatch.setattr(trainer, "train_step", interrupted)
+    signal_at_step_6(trainer, monkeypatch, signal.SIGINT)
     with pytest.raises(Terminated, match="interrupted, saved at step 7; run the same command to continue") as caught:
         trainer.run(40)
     assert caught.value.exit_code == 130

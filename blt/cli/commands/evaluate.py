@@ -28,8 +28,6 @@ from blt_runtime.errors import CheckFailed, UsageError
 if TYPE_CHECKING:
     from blt.evaluate.scoring import Scored, Scorer, Unit
 
-SPLITS = ("test", "valid", "train")
-"""In the order in which one with text is searched."""
 ALL = ""  # key of the sum over all groups; no group has an empty name
 
 
@@ -127,7 +125,7 @@ def evaluate(
     names = _baselines(baseline)
     size = options.parse_size(context, "--context", at_least=1)
     most = None if limit is None else options.parse_size(limit, "--limit", at_least=1)
-    split = "test" if data is None else texts.choose_split(data, split, SPLITS)
+    split = "test" if data is None else texts.choose_split(data, split)
     if suite is not None:
         _only_without_suite({"--by": by, "--baseline": baseline, "--fail-above": fail_above})
         chosen = suites.Chosen(suite=suite, items=items, seed=seed, data=data, split=split, limit=most)

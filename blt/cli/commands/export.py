@@ -163,6 +163,4 @@ def _eval_ids(data: Path, checkpoint: Checkpoint, capacity: int | None) -> list[
     context = min(EVAL_PIECE, Limits.of(checkpoint.require_blt()[0].config, capacity).bytes - 2)
     if context < 1:
         raise UsageError("--eval-data needs a --capacity of at least 3")
-    return texts.spread(
-        data, texts.choose_split(data, None, ("test", "valid", "train")), context=context, most=EVAL_BYTES
-    )
+    return texts.spread(data, texts.choose_split(data, None), context=context, most=EVAL_BYTES)
