@@ -18,9 +18,9 @@ from .errors import BltError
 from .model import Model
 from .options import GenerateOptions
 from .patching import PatchRule
-from .scheduler import Request, Scheduler
+from .requests import Request, Token
+from .scheduler import Scheduler
 from .speculation.drafters import Drafter
-from .speculation.speculate import SpeculationStats
 from .stream import Score, Stream
 
 __all__ = [
@@ -34,6 +34,6 @@ __all__ = [
     "Scheduler",
     "Score",
     "Snapshot",
-    "SpeculationStats",
     "Stream",
+    "Token",
 ]

@@ -19,6 +19,8 @@ BPE: Final = 3
 OFFSET: Final = 4
 VOCAB: Final = 260
 NEWLINE: Final = OFFSET + 0x0A
+BYTES: Final = [b""] * OFFSET + [bytes([value]) for value in range(256)]
+"""The bytes of each id."""
 
 Ids = npt.NDArray[np.int64]
 NOT_IDS: Final = "ids must be a list of whole numbers (append reads text and bytes)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,10 @@ class Sampler:
         total_V = np.cumsum(mass_V)
         drawn = np.searchsorted(total_V, self._random.random() * total_V[-1], side="right")
         return int(order_V[min(int(drawn), len(order_V) - 1)])
+
+    def forced(self) -> Sequence[int]:
+        """Ids that must follow the one just chosen: a subclass may know them. They count as chosen."""
+        return ()
 
     def copy(self) -> Sampler:
         """A sampler that will draw the same random numbers, and does not advance this one."""

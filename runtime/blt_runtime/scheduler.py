@@ -6,135 +6,30 @@ request's bytes are the same whatever else runs in the batch.
 
 from __future__ import annotations
 
-import copy
 import logging
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Literal, Unpack
+from collections.abc import Callable, Hashable
+from typing import Unpack
 
 import numpy as np
 
-from .arguments import instance, number, whole
+from .arguments import flag, instance, number, whole
 from .backends.protocol import Array
 from .engine.batch import SHARE, SLICE, Batch, Counts, Row, fitted, gather
 from .engine.memory import out_of_memory
+from .engine.prefixes import PrefixCache
 from .engine.snapshot import Snapshot
 from .errors import BltError, Cancelled, CapacityError, QueueFull, UsageError, shown
-from .ids import EOS, Ids, checked_ids, encode
+from .ids import VOCAB, Ids, checked_ids, encode
 from .model import Model
-from .options import GenerateKeywords, GenerateOptions, Stop, resolve
+from .options import GenerateKeywords, GenerateOptions, resolve
+from .requests import Details, Finish, Request, Work
 from .sampling import Sampler
-from .stream import BYTES, CHECK_EVERY
-from .text import StopMatcher
+from .stream import CHECK_EVERY
 
 log = logging.getLogger("blt_runtime")
 MOST_STREAMS = 1 << 16
-
-Finish = Literal["length", "stop", "eos", "cancelled", "error"]
-
-
-class Work:
-    """The scheduler's side of a request. It holds no reference to the `Request`, so that a dropped one is noticed.
-
-    out: the pieces, then None or the error that ended the request. cancelled: no caller can read the rest.
-    """
-
-    def __init__(
-        self, ids: Array, n: int, sampler: Sampler, stop: Stop, stop_at_eos: bool, after: Snapshot | None
-    ) -> None:
-        self.ids, self.n, self.after = ids, whole("n", n), after
-        self.read: Snapshot | None = None
-        self.finish: Finish | None = None
-        self.generated = 0
-        self.cancelled = False
-        self.out: queue.SimpleQueue[bytes | BltError | None] = queue.SimpleQueue()
-        self._sampler, self._matcher, self._stop_at_eos = sampler, StopMatcher(stop), stop_at_eos
-
-    def choose(self, logits_V: Array) -> int | Finish:
-        """Chooses the next id, or returns why the text ends here."""
-        id = self._sampler(logits_V)
-        if self._stop_at_eos and id == EOS:
-            return "eos"
-        self.generated += 1
-        if piece := self._matcher.feed(BYTES[id]):
-            self.out.put(piece)
-        if self._matcher.stopped:
-            return "stop"
-        return id if self.generated < self.n else "length"
-
-    def end(self, finish: Finish, error: BltError | None = None) -> None:
-        if self.finish is not None:
-            return
-        rest = self._matcher.flush() if finish in ("length", "eos") else b""
-        self.finish = finish
-        if rest:
-            self.out.put(rest)
-        self.out.put(error)
-
-
-class Request:
-    """A prompt and its continuation. Made by `Scheduler.submit`; iterate over it for the bytes as they are generated.
-
-    A request whose bytes can no longer be read is cancelled, and its row is freed: one that is dropped, and one whose
-    iterator was closed or dropped before its end (a loop that was left by `break`).
-
-    Example:
-        request = scheduler.submit("Once upon a time", 200)
-        for piece in request:
-            sys.stdout.buffer.write(piece)
-        print(request.finish)
-    """
-
-    def __init__(
-        self,
-        ids: Array,
-        n: int,
-        sampler: Sampler,
-        *,
-        stop: Stop = None,
-        stop_at_eos: bool = True,
-        after: Snapshot | None = None,
-    ) -> None:
-        self._work = Work(ids, n, sampler, stop, stop_at_eos, after)
-
-    def __del__(self) -> None:
-        if work := self.__dict__.get("_work"):
-            work.cancelled = True
-
-    @property
-    def finish(self) -> Finish | None:
-        """Why it ended: "length", "stop", "eos", "cancelled" or "error". None while it runs or waits."""
-        return self._work.finish
-
-    @property
-    def generated(self) -> int:
-        """The tokens generated so far."""
-        return self._work.generated
-
-    def cancel(self) -> None:
-        """Ends the request before its next byte, also while its prompt is read or while it waits for a row."""
-        self._work.cancelled = True
-
-    def __iter__(self) -> Iterator[bytes]:
-        """The bytes as they are generated, in pieces that are never empty, until the request ends. Raises the BltError
-        that ended it, Cancelled included."""
-        out = self._work.out
-        try:
-            while (piece := out.get()) is not None:
-                if isinstance(piece, BltError):
-                    out.put(piece)  # for the next caller
-                    raise copy.copy(piece)  # its traceback would keep the caller's frames alive with the request
-                yield piece
-        except GeneratorExit:
-            self.cancel()
-            raise
-        out.put(None)
-
-    def result(self) -> bytes:
-        """Waits for the end and returns all bytes that no iteration has returned yet."""
-        return b"".join(self)
 
 
 class Scheduler:
@@ -143,7 +38,9 @@ class Scheduler:
     streams: requests that run at a time. capacity: bytes of one stream, less than the bundle's to save memory. waiting:
     requests that may wait for a row before `submit` raises QueueFull. slice: bytes of a prompt that are read in one
     round while other rows generate. share: the share of rows that must wait at a boundary before the latent transformer
-    runs (`batch.gather`). Raises UsageError, and OutOfMemory for more streams than fit.
+    runs (`batch.gather`). prefix_bytes: memory for snapshots of prompts, so that a prompt with the same beginning as
+    an earlier one does not read it again; results are bit-identical. Raises UsageError, and OutOfMemory for more
+    streams than fit.
 
     Example:
         with Scheduler(Model.open("bundle", batched=True), streams=16) as scheduler:
@@ -160,16 +57,18 @@ class Scheduler:
         waiting: int = 1024,
         slice: int = SLICE,
         share: float = SHARE,
+        prefix_bytes: int = 0,
     ) -> None:
         instance("model", model, Model, "a Model")
         streams, waiting = whole("streams", streams, 1, MOST_STREAMS), whole("waiting", waiting)
-        slice = whole("slice", slice, 1)
+        slice, prefix_bytes = whole("slice", slice, 1), whole("prefix_bytes", prefix_bytes)
         share = number("share", share, lambda value: 0 <= value <= 1, "a number between 0 and 1")
         spec = fitted(model.spec, capacity)
         try:
             self._batch = Batch(spec, model.backend, model.hash_tables, rows=streams, slice=slice, ready=gather(share))
         except MemoryError as error:
             raise out_of_memory(spec, error) from error
+        self._prefixes = PrefixCache(prefix_bytes, self._batch.slice) if prefix_bytes else None
         self._spec, self._capacity, self._vocab = spec, spec.capacity_bytes, spec.vocab_size
         self._max_waiting, self._streams = waiting, streams
         self._waiting: deque[Work] = deque()
@@ -187,28 +86,37 @@ class Scheduler:
         n: int,
         *,
         after: Snapshot | None = None,
+        tokens: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+        prefix_group: Hashable = None,
         options: GenerateOptions | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Request:
         """A request for up to `n` bytes that continue `prompt`. The prompt follows BOS, or the snapshot `after`, which
         `read` returned.
 
+        tokens: the request's `tokens()` are read instead of its bytes. logprobs: with tokens, each has its logprob and
+        those of this many most likely ids. prompt_logprobs: `Request.prompt` gets the prompt's tokens with logprobs;
+        n may be 0 then. prefix_group: prompts share snapshots within a group only (see `prefix_bytes`).
         options, keywords: see `GenerateOptions`; a keyword replaces a field of `options`. A scheduler does not
         speculate.
 
         Raises UsageError for bad arguments, CapacityError if the bytes do not fit, and QueueFull. A text that needs
         too many patches fails while it runs.
         """
-        return self._submit(encode(prompt, bos=after is None), n, resolve(options, keywords), after=after)
+        details = _details(tokens, logprobs, prompt_logprobs)
+        chosen = resolve(options, keywords)
+        ids = encode(prompt, bos=after is None)
+        return self._submit(ids, n, chosen, chosen.sampler(), after=after, details=details, group=prefix_group)
 
     def read(self, prefix: str | bytes) -> Snapshot:
         """Reads BOS and a prefix that prompts share, such as a system prompt, once. Submit those prompts with the
         returned snapshot as `after`. Raises CapacityError and QueueFull."""
-        request = self._queue(Request(encode(prefix, bos=True), 0, Sampler(0.0)))
-        request.result()
-        snapshot = request._work.read
-        assert snapshot is not None
-        return snapshot
+        work = Work(encode(prefix, bos=True), 0, Sampler(0.0))
+        self._queue(work).result()
+        assert work.read is not None
+        return work.read
 
     def submit_ids(
         self,
@@ -217,6 +125,10 @@ class Scheduler:
         *,
         sampler: Sampler | None = None,
         after: Snapshot | None = None,
+        tokens: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+        prefix_group: Hashable = None,
         options: GenerateOptions | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Request:
@@ -224,27 +136,44 @@ class Scheduler:
 
         sampler: chooses the ids in place of temperature, top_k, top_p, min_p and seed. Everything else as for `submit`.
         """
+        details = _details(tokens, logprobs, prompt_logprobs)
         chosen = resolve(options, keywords, sampler)
-        return self._submit(checked_ids(ids, self._vocab), n, chosen, sampler=sampler, after=after)
+        sampler = sampler or chosen.sampler()
+        found = checked_ids(ids, self._vocab)
+        return self._submit(found, n, chosen, sampler, after=after, details=details, group=prefix_group)
 
     def _submit(
-        self, ids: Ids, n: int, options: GenerateOptions, *, sampler: Sampler | None = None, after: Snapshot | None
+        self,
+        ids: Ids,
+        n: int,
+        options: GenerateOptions,
+        sampler: Sampler,
+        *,
+        after: Snapshot | None,
+        details: Details,
+        group: Hashable,
     ) -> Request:
         if options.speculate != "off":
             raise UsageError("a scheduler does not speculate: leave speculate at 'off'")
-        n = whole("n", n, 1)
+        n = whole("n", n, 0 if details.prompt else 1)
         if len(ids) < 1:
             raise UsageError("a request needs a prompt of at least 1 id")
         if after is not None:
             instance("after", after, Snapshot, "what Scheduler.read returned")
             self._batch.check(after)
-        sampler = sampler or options.sampler()
-        request = Request(ids, n, sampler, stop=options.stop, stop_at_eos=options.stop_at_eos, after=after)
-        return self._queue(request)
+            if details.prompt:
+                raise UsageError("prompt_logprobs needs the whole prompt: leave `after` out")
+        try:
+            hash(group)
+        except (TypeError, RecursionError) as error:
+            raise UsageError("prefix_group must be a name or another hashable value") from error
+        stop, at_eos = options.stop, options.stop_at_eos
+        return self._queue(
+            Work(ids, n, sampler, stop=stop, stop_at_eos=at_eos, after=after, details=details, group=group)
+        )
 
-    def _queue(self, request: Request) -> Request:
+    def _queue(self, work: Work) -> Request:
         self._check_files()
-        work = request._work
         tokens = len(work.ids) + (work.after.position if work.after else 0)
         if tokens + max(0, work.n - 1) > self._capacity:
             raise CapacityError(
@@ -257,12 +186,17 @@ class Scheduler:
                 raise QueueFull(f"{self._max_waiting} requests are already waiting: try again later")
             self._waiting.append(work)
             self._wake.notify()
-        return request
+        return Request(work)
 
     @property
     def counts(self) -> Counts:
         """Counts of calls, tokens and patches so far."""
         return self._batch.counts
+
+    @property
+    def prefix_counts(self) -> tuple[int, int]:
+        """The prompt tokens that were looked up in the prefix cache so far, and those that were found there."""
+        return (self._prefixes.queries, self._prefixes.hits) if self._prefixes else (0, 0)
 
     @property
     def load(self) -> tuple[int, int]:
@@ -333,18 +267,43 @@ class Scheduler:
         """Chooses the next id of a row that has read all its ids, or ends the request."""
         if row.error is not None:
             raise row.error
+        if len(work.rest):
+            return self._read_rest(row, work)
+        work.describe_prompt(row)
         if work.n == 0:
-            work.read = self._batch.snapshot(row)
+            work.read = None if work.details.prompt else self._batch.snapshot(row)
             return self._leave(row, work, "length")
-        chosen = work.choose(row.logits_V)
+        chosen = work.choose(row)
         if isinstance(chosen, str):
             return self._leave(row, work, chosen)
-        return row.feed(np.array([chosen]))
+        return row.feed(np.array(chosen), prompt=False)
 
     def _begin(self, row: Row, work: Work) -> None:
+        work.begin(row)
         if work.after is not None:
             self._batch.restore(row, work.after)
+        elif self._prefixes is not None and not work.details.prompt:
+            return self._begin_after_prefix(row, work, self._prefixes)
         row.feed(work.ids)
+
+    def _begin_after_prefix(self, row: Row, work: Work, prefixes: PrefixCache) -> None:
+        """Restores the longest cached beginning of the prompt, and reads up to the next place for a snapshot."""
+        if (snapshot := prefixes.longest(work.ids, work.group)) is not None:
+            self._batch.restore(row, snapshot)
+            work.reused = snapshot.position
+        work.places = prefixes.places(work.ids, work.reused, work.group)
+        self._feed_to_place(row, work)
+
+    def _feed_to_place(self, row: Row, work: Work) -> None:
+        end = work.places.pop(0) if work.places else len(work.ids)
+        row.feed(work.ids[row.placed : end])
+        work.rest = work.ids[end:]
+
+    def _read_rest(self, row: Row, work: Work) -> None:
+        """Keeps a snapshot of the part of the prompt that was read, and reads on."""
+        assert self._prefixes is not None
+        self._prefixes.add(work.ids[: row.placed], self._batch.snapshot(row), work.group)
+        self._feed_to_place(row, work)
 
     def _admit(self) -> None:
         while self._waiting and (row := self._batch.open()) is not None:
@@ -368,3 +327,14 @@ class Scheduler:
         if self._running.pop(row.index, None) is not None:
             self._batch.close(row)
         work.end(finish, error)
+
+
+def _details(tokens: bool, logprobs: int | None, prompt_logprobs: bool) -> Details:
+    """Raises UsageError for a wrong type or value."""
+    flag("tokens", tokens)
+    flag("prompt_logprobs", prompt_logprobs)
+    if logprobs is not None:
+        logprobs = whole("logprobs", logprobs, 0, VOCAB)
+        if not tokens:
+            raise UsageError("logprobs are part of the tokens: submit with tokens=True")
+    return Details(tokens=tokens, logprobs=logprobs, prompt=prompt_logprobs)

@@ -26,7 +26,7 @@ from .engine.snapshot import Snapshot, put, take
 from .engine.step import StepCalls
 from .errors import Cancelled, CapacityError, ConfigError, InputError, UsageError, shown
 from .hashing import Tables, check_tables
-from .ids import BOS, EOS, OFFSET, Ids, checked_ids, encode
+from .ids import BOS, BYTES, EOS, OFFSET, Ids, checked_ids, encode
 from .options import GenerateKeywords, GenerateOptions, resolve
 from .patching import checked_closes, closes_from_lengths
 from .patching import patch_lengths as rule_lengths
@@ -37,7 +37,6 @@ from .text import StopMatcher
 Overflow = Literal["error", "slide"]
 CHECK_EVERY = 16
 """Generated tokens after which the files of the bundle are checked again."""
-BYTES = [b""] * OFFSET + [bytes([value]) for value in range(256)]
 
 
 @dataclass(frozen=True)

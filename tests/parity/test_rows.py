@@ -11,9 +11,8 @@ from blt_export import pipeline
 from blt_runtime import Model
 from blt_runtime.engine.batch import Batch, gather
 from blt_runtime.errors import BackendError
-from blt_runtime.ids import BOS, OFFSET
+from blt_runtime.ids import BOS, BYTES, OFFSET
 from blt_runtime.scheduler import Scheduler
-from blt_runtime.stream import BYTES
 from tests import exports
 from tests.runtime.engine.batches import read_texts
 from tests.tiny import hard_text, runs_rows
@@ -93,6 +92,22 @@ def test_a_prefix_is_held_while_other_rows_run(bundle: Path) -> None:
         while not again.done:
             alone.round()
     np.testing.assert_array_equal(restored.logits_V, again.logits_V)
+
+
+def test_a_cached_prefix_changes_no_bit(bundle: Path) -> None:
+    """The logprobs of a continuation, bit for bit: with nothing cached, and after the snapshots of other prompts."""
+    ids = hard_text()[:300]
+    others = [ids[:150], np.concatenate([ids[:150], ids[:9]]), np.concatenate([ids[:97], ids[:40]])]
+    prompts = [*others, np.concatenate([ids[:97], ids[50:90]]), ids]
+    model, seen = Model.open(bundle, batched=True), []
+    for prefix_bytes in (0, 1 << 26):
+        with Scheduler(model, streams=2, prefix_bytes=prefix_bytes) as scheduler:
+            requests = []
+            for prompt in prompts:
+                requests.append(scheduler.submit_ids(prompt, 12, temperature=0, tokens=True, logprobs=5))
+                seen.append([(token.id, token.logprob, token.top) for token in requests[-1].tokens()])
+            assert sum(request.reused > 0 for request in requests) == (0 if not prefix_bytes else 3)
+    assert seen[: len(prompts)] == seen[len(prompts) :]
 
 
 @pytest.mark.parametrize("slice", [5, 12])

@@ -6,9 +6,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
-from types import GeneratorType
+from types import CoroutineType, GeneratorType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,13 +24,14 @@ from blt_runtime import (
     Request,
     Scheduler,
     Snapshot,
-    SpeculationStats,
     Stream,
+    Token,
 )
 from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS
 from blt_runtime.options import NAMES
+from blt_runtime.requests import Work
 from blt_runtime.sampling import Sampler
 from tests.runtime.bundles import write_bundle
 from tests.runtime.streams import model_of
@@ -120,6 +121,10 @@ def are_ids(value: Any) -> bool:
     return isinstance(value, list | tuple | range) and all(map(is_whole, value))
 
 
+def is_hashable(value: Any) -> bool:
+    return isinstance(value, Hashable)
+
+
 def is_stop(value: Any) -> bool:
     return is_text(value) or (isinstance(value, Iterable) and not isinstance(value, dict) and value is not CYCLE)
 
@@ -160,6 +165,14 @@ N = Parameter(is_whole, 3)
 PROMPT, IDS = Parameter(is_text, "ab"), Parameter(are_ids, [1, 70, 71])
 STREAM = {"bos": Parameter(is_flag), "seed": Parameter(optional(is_whole)), "overflow": Parameter(nothing)}
 ANY = Parameter(anything)
+SUBMIT = {
+    "after": NONE,
+    "tokens": Parameter(is_flag),
+    "logprobs": NONE,
+    "prompt_logprobs": Parameter(is_flag),
+    "prefix_group": Parameter(is_hashable),
+    **OPTIONS,
+}
 
 
 def is_path(value: Any) -> bool:
@@ -212,16 +225,11 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     },
     "PatchRule.from_dict": {"data": Parameter(nothing, {"scheme": "space"})},
     "PatchRule.to_dict": {},
-    "Request": {
-        "ids": Parameter(anything, np.array([1])),
-        "n": N,
-        "sampler": Parameter(anything, Sampler(0.0)),
-        "stop": Parameter(optional(is_stop)),
-        "stop_at_eos": ANY,
-        "after": ANY,
-    },
+    "Request": {"work": Parameter(nothing, Work(np.array([1]), 3, Sampler(0.0)))},
     "Request.cancel": {},
     "Request.result": {},
+    "Request.result_async": {},
+    "Request.tokens": {},
     "Scheduler": {
         "model": Parameter(nothing, model_of(SPEC)),
         "streams": Parameter(is_whole),
@@ -229,15 +237,15 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "waiting": Parameter(is_whole),
         "slice": Parameter(is_whole),
         "share": Parameter(is_number),
+        "prefix_bytes": Parameter(is_whole),
     },
-    "Scheduler.submit": {"prompt": PROMPT, "n": N, "after": NONE, **OPTIONS},
-    "Scheduler.submit_ids": {"ids": IDS, "n": N, "sampler": NONE, "after": NONE, **OPTIONS},
+    "Scheduler.submit": {"prompt": PROMPT, "n": N, **SUBMIT},
+    "Scheduler.submit_ids": {"ids": IDS, "n": N, "sampler": NONE, **SUBMIT},
     "Scheduler.read": {"prefix": PROMPT},
     "Scheduler.close": {},
     "Score": {name: Parameter(anything, None) for name in ("ids", "entropies", "patch_lengths", "logits")},
     "Snapshot": {name: Parameter(anything, None) for name in Snapshot.__dataclass_fields__},
     "Snapshot.is_of": {"spec": Parameter(anything, SPEC), "owner": Parameter(anything, None)},
-    "SpeculationStats": {name: Parameter(anything, 0) for name in SpeculationStats.__dataclass_fields__},
     "Stream": {
         "spec": Parameter(nothing, SPEC),
         "backend": Parameter(nothing, NullBackend(SPEC)),
@@ -254,6 +262,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     "Stream.rewind": {"n_tokens": Parameter(is_whole, 1)},
     "Stream.score_ids": {"ids": IDS, "patch_lengths": Parameter(optional(are_ids))},
     "Stream.snapshot": {},
+    "Token": {name: Parameter(anything, None) for name in Token.__dataclass_fields__},
 }
 """Every public method, and the constructor of every public name."""
 
@@ -273,7 +282,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     stream = model.stream()
     stream.append("ab cd")
     with Scheduler(model, streams=1) as scheduler:
-        request = scheduler.submit("ab", 2, stop_at_eos=False)
+        request = scheduler.submit("ab", 2, stop_at_eos=False, prompt_logprobs=True, tokens=True)
         request.result()
         yield {
             "BltError": BltError("x"),
@@ -286,8 +295,8 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
             "Scheduler": scheduler,
             "Score": model.score([1, 5]),
             "Snapshot": stream.snapshot(),
-            "SpeculationStats": SpeculationStats(),
             "Stream": stream,
+            "Token": Token(None, b"", None, (), 0.0, False),
         }
 
 
@@ -337,7 +346,7 @@ def use(result: Any) -> None:
     """Reads the beginning of what a generator yields, and ends what goes on."""
     if isinstance(result, GeneratorType):
         list(itertools.islice(result, 3))
-    elif isinstance(result, Scheduler):
+    elif isinstance(result, CoroutineType | Scheduler):
         result.close()
     elif isinstance(result, Request):
         result.cancel()

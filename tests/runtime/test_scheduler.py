@@ -16,8 +16,8 @@ from blt_runtime.backends.null import NullBackend, NullSession, null_spec
 from blt_runtime.backends.protocol import Buffer, Call
 from blt_runtime.errors import BackendError, BltError, Cancelled, CapacityError, QueueFull, UsageError
 from blt_runtime.ids import encode
+from blt_runtime.requests import Work
 from blt_runtime.sampling import Sampler
-from blt_runtime.scheduler import Work
 from blt_runtime.text import StopMatcher
 from tests.runtime.streams import model_of
 
@@ -236,7 +236,7 @@ def test_a_callers_sampler_or_matcher_fails_only_its_own_request(
 
     beside = [scheduler.submit("abc", 30, seed=i, stop_at_eos=False) for i in range(2)]
     if fault != "sampler":
-        monkeypatch.setattr("blt_runtime.scheduler.StopMatcher", Matcher)
+        monkeypatch.setattr("blt_runtime.requests.StopMatcher", Matcher)
     sampler = Wrong(0.0) if fault == "sampler" else Sampler(0.0)
     broken = scheduler.submit_ids(encode("abc"), 5, sampler=sampler, stop="\0", stop_at_eos=False)
     monkeypatch.undo()

@@ -58,6 +58,7 @@ class Counts:
 class Row:
     """One stream of a batch. When all tokens up to `placed` are read, `logits_V` are the next-byte logits.
 
+    on_logits: called for each segment with the ids that follow its tokens [S or S - 1] and its logits [S, V] (a view).
     The encoder has read positions up to `memory.position`, the decoder up to `decoded`. Patches up to `memory.patches`
     are complete. The latent transformer has run over those up to `stepped`.
     """
@@ -66,19 +67,22 @@ class Row:
         self.index, self.memory = index, memory
         self.logits_V: Array = np.zeros(vocab, dtype=np.float32)
         self.error: BltError | None = None
+        self.on_logits: Callable[[Ids, Array], None] | None = None
         self.begin()
 
     def begin(self) -> None:
         self.memory.clear()
-        self.error = None
+        self.error, self.on_logits, self._prompt = None, None, True
         self.placed = self.decoded = self.stepped = self.turn = 0
         self.complete_S: Ids = np.empty(0, dtype=np.int64)
 
-    def feed(self, ids_S: Ids) -> None:
-        """Appends ids to the tokens to read. Raises CapacityError (nothing changed) if they do not fit."""
+    def feed(self, ids_S: Ids, prompt: bool = True) -> None:
+        """Appends ids to the tokens to read. prompt: False for generated ids, which no other row's prompt delays.
+        Raises CapacityError (nothing changed) if they do not fit."""
         self.memory.check_room(self.placed - self.memory.position + len(ids_S))
         self.memory.place(ids_S, self.placed)
         self.placed += len(ids_S)
+        self._prompt = prompt
 
     @property
     def encoded(self) -> Segment:
@@ -88,8 +92,8 @@ class Row:
 
     @property
     def reads(self) -> bool:
-        """Whether the row reads a prompt: more than one token is left to read."""
-        return self.placed - self.memory.position > 1
+        """Whether the row reads a prompt: more than one token of it is left to read."""
+        return self._prompt and self.placed - self.memory.position > 1
 
     @property
     def waits(self) -> bool:
@@ -330,8 +334,14 @@ class Batch:
             staging["patch_row"][part] = np.where(patch_SW >= 0, row.index * ring + patch_SW % ring, -1)
         staging["patch_row"][part.stop : part.stop + 1] = -1
         self._calls.run("decoder", [segment for _, segment in todo])
-        for row, _, end, part in _packed(todo):
-            row.logits_V[:] = staging["logits"][part.stop - 1]
+        for row, start, end, part in _packed(todo):
+            logits_SV = staging["logits"][part]
+            if row.on_logits is not None:
+                row.on_logits(
+                    row.memory.ids.array[0, row.memory.pad + start + 1 : row.memory.pad + min(end + 1, row.placed)],
+                    logits_SV,
+                )
+            row.logits_V[:] = logits_SV[-1]
             row.decoded = end
 
 
