@@ -53,7 +53,8 @@ LAZY = {
 ROOMS = (
     "blt_runtime.errors", "blt_runtime.arguments", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.records",
     "blt_runtime.hashing",
-    "blt_runtime.patching", "blt_runtime.sampling", "blt_runtime.text", "blt_runtime.bundle", "blt_runtime.backends",
+    "blt_runtime.patching", "blt_runtime.sampling", "blt_runtime.text", "blt_runtime.chat",
+    "blt_runtime.bundle", "blt_runtime.backends",
     "blt_runtime.engine", "blt_runtime.speculation", "blt_runtime.options", "blt_runtime.stream", "blt_runtime.model",
     "blt_runtime.requests", "blt_runtime.scheduler", "blt_runtime",
     "blt.files", "blt.model", "blt.checkpoint", "blt", "blt.generate", "blt.data", "blt.evaluate", "blt.figures",
