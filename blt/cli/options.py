@@ -15,13 +15,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Unpack, get_type_hints
 
 import typer
 
 from blt.cli import console, devices, inputs
 from blt_runtime import patching
 from blt_runtime.errors import UsageError
+from blt_runtime.options import GenerateKeywords, GenerateOptions, resolve
 
 BACKENDS = ("auto", "torch", "onnx")
 _UNITS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -78,6 +79,53 @@ Speculate = Annotated[
         help="Speculative decoding: off, or its drafter (auto, lookup, decoder, lookup+decoder, entropy).",
     ),
 ]
+
+Overflow = Annotated[
+    str,
+    typer.Option(
+        "--overflow", help="When the text exceeds the model's capacity: error, or slide (forget the older half)."
+    ),
+]
+
+
+# --- options of commands that generate ---------------------------------------------------------------------
+
+DEFAULTS = GenerateOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How bytes are drawn. Raises UsageError for a value out of range."""
+
+    temperature: Temperature = DEFAULTS.temperature
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Sample from the K most likely bytes (default: all).")
+    ] = DEFAULTS.top_k
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p", help="Sample from the fewest bytes that together have this probability (default: all)."
+        ),
+    ] = DEFAULTS.top_p
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p", help="Drop bytes with less than this share of the highest probability (default: none)."
+        ),
+    ] = DEFAULTS.min_p
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of the sampling (default: another in each run).")
+    ] = DEFAULTS.seed
+
+    def __post_init__(self) -> None:
+        self.generate_options()
+
+    def generate_options(self, **more: Unpack[GenerateKeywords]) -> GenerateOptions:
+        """These options, and `more` fields of `GenerateOptions`, which replace theirs."""
+        own = GenerateOptions(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed
+        )
+        return resolve(own, more)
 
 
 # --- options of commands that open a model -----------------------------------------------------------------
