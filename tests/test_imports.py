@@ -58,7 +58,7 @@ ROOMS = (
     "blt_runtime.engine", "blt_runtime.speculation", "blt_runtime.options", "blt_runtime.stream", "blt_runtime.model",
     "blt_runtime.requests", "blt_runtime.scheduler", "blt_runtime",
     "blt.files", "blt.model", "blt.checkpoint", "blt", "blt.generate", "blt.data", "blt.evaluate", "blt.figures",
-    "blt.train", "blt.bench",
+    "blt.train", "blt.bench", "blt.share",
     "blt_export.capture", "blt_export.rewrite", "blt_export.rules", "blt_export.lower", "blt_export.passes",
     "blt_export.quantize", "blt_export.specs", "blt_export.verify", "blt_export.state", "blt_export.bundle",
     "blt_export.aot",
