@@ -53,9 +53,11 @@ LAZY = {
 ROOMS = (
     "blt_runtime.errors", "blt_runtime.arguments", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.records",
     "blt_runtime.hashing",
+    "blt_runtime.patching", "blt_runtime.sampling", "blt_runtime.text", "blt_runtime.chat",
+    "blt_runtime.bundle", "blt_runtime.backends",
     "blt_runtime.engine", "blt_runtime.speculation", "blt_runtime.grammar_compiler", "blt_runtime.grammar",
     "blt_runtime.options", "blt_runtime.stream", "blt_runtime.model",
-    "blt_runtime.requests", "blt_runtime.scheduler", "blt_runtime.chat", "blt_runtime",
+    "blt_runtime.requests", "blt_runtime.scheduler", "blt_runtime",
     "blt.files", "blt.model", "blt.checkpoint", "blt", "blt.generate", "blt.data", "blt.evaluate", "blt.figures",
     "blt.train", "blt.bench", "blt.share",
     "blt_export.capture", "blt_export.rewrite", "blt_export.rules", "blt_export.lower", "blt_export.passes",

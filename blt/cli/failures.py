@@ -23,6 +23,7 @@ TEXT_COMMANDS = ("generate", "patch")
 EXTRAS = {
     "gguf": "gguf",
     "huggingface_hub": "hub",
+    "llguidance": "grammar",
     "lm_eval": "lm-eval",
     "matplotlib": "plot",
     "onnx": "export",

@@ -8,13 +8,14 @@ Letters: V vocabulary, A allowed ids, N tokens so far.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from .grammar_compiler import Source
 from .ids import EOS, OFFSET, VOCAB, Ids
 from .sampling import Array, Sampler
 from .speculation.drafters import Drafter
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 Whitespace = Literal["fixed", "flexible"]
 MOST_CHARACTERS = 1 << 17
@@ -80,11 +84,25 @@ class Grammar:
         source = Source(kinds[0], _text_of(kinds[0], given[kinds[0]]), whitespace == "flexible")
         if importlib.util.find_spec("llguidance") is None:
             raise MissingExtra("llguidance", "grammar")
-        found = None if flag("trusted", trusted) else _tried(source)
-        matcher = found or grammar_compiler.compiled(source)
-        if isinstance(matcher, str):
-            raise InputError(f"{KINDS[source.kind]} cannot be used: {_reason(matcher)}")
-        self._matcher = matcher
+        if reason := None if flag("trusted", trusted) else _tried(source):
+            raise _unusable(source, reason)
+        self._source = source
+        self._start = self._compile()
+
+    def _compile(self) -> LLMatcher:
+        found = grammar_compiler.compiled(self._source)
+        if isinstance(found, str):
+            raise _unusable(self._source, found)
+        return found
+
+    def _start_after(self, failed: LLMatcher | None) -> LLMatcher:
+        """A matcher at the beginning of a text that shares no state with `failed`.
+
+        The copies of a matcher share the states of its lexer, and with them the limit that one text may have reached.
+        """
+        if self._start is failed:
+            self._start = self._compile()
+        return self._start
 
     def sampler(
         self,
@@ -107,10 +125,14 @@ class GrammarText:
     """One text under a grammar: the ids so far, and those that may follow."""
 
     def __init__(self, grammar: Grammar) -> None:
-        self._start = grammar._matcher
+        self._grammar, self._renewed = grammar, False
         self.ids: list[int] = []
-        self._matcher = self._start.deep_copy()
+        self._begin(None)
         self._make_buffer()
+
+    def _begin(self, failed: LLMatcher | None) -> None:
+        self._start = self._grammar._start_after(failed)
+        self._matcher = self._start.deep_copy()
 
     def _make_buffer(self) -> None:
         self._bits = np.zeros((VOCAB + 31) // 32, dtype=np.int32)
@@ -119,8 +141,8 @@ class GrammarText:
 
     def copy(self) -> GrammarText:
         """The same text, to be continued apart from this one."""
-        made = object.__new__(GrammarText)
-        made._start, made.ids, made._matcher = self._start, self.ids.copy(), self._matcher.deep_copy()
+        made = copy.copy(self)
+        made.ids, made._matcher = self.ids.copy(), self._matcher.deep_copy()
         made._make_buffer()
         return made
 
@@ -141,18 +163,34 @@ class GrammarText:
         """
         if self.ended:
             raise UsageError("this text has ended: rewind it, or begin another one with another sampler")
-        self._matcher.unsafe_compute_mask_ptr(self._address, self._bits.nbytes)
-        self._bits[0] &= ~NEVER
-        ids_A: Array = np.flatnonzero(np.unpackbits(self._bytes, count=VOCAB, bitorder="little"))
+        ids_A = self._mask()
+        if not len(ids_A) and self._read_again():
+            ids_A = self._mask()
         if not len(ids_A):
             raise self._failure()
         return ids_A
 
+    def _mask(self) -> Array:
+        """The ids that may follow [A]; none in a failed matcher, which allows EOS."""
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._bits.nbytes)
+        self._bits[0] &= ~NEVER
+        ids_A: Array = np.flatnonzero(np.unpackbits(self._bytes, count=VOCAB, bitorder="little"))
+        return ids_A[:0] if self._matcher.is_error() else ids_A
+
     def take(self, id: int) -> None:
-        """Continues with an id that is allowed."""
-        if id != EOS and not self._matcher.consume_token(id):
+        """Continues with an id that is allowed. Raises InputError where the grammar has become too complex."""
+        taken = id == EOS or self._matcher.consume_token(id)
+        if not taken and not (self._read_again() and self._matcher.consume_token(id)):
             raise self._failure()
         self.ids.append(id)
+
+    def _read_again(self) -> bool:
+        """Reads the text with a new matcher, once, since other texts may have used up a limit. False if that fails."""
+        if self._renewed:
+            return False
+        self._begin(self._start)
+        self._renewed = True
+        return bool(self._matcher.consume_tokens(self.ids))
 
     def _failure(self) -> InputError:
         return InputError(f"the grammar allows no byte after {len(self.ids)}: {_reason(self._matcher.get_error())}")
@@ -168,7 +206,8 @@ class GrammarText:
         kept = min(len(self.ids), len(ids)) if same is None else same
         drop = len(self.ids) - kept - self.ended
         if self._matcher.is_error() or (drop > 0 and not self._matcher.rollback(drop)):
-            self._matcher, kept = self._start.deep_copy(), 0
+            self._begin(self._start)
+            kept = 0
         del self.ids[kept:]
         rest = ids[kept:]
         ends = rest[-1:] == [EOS]
@@ -202,8 +241,7 @@ class GrammarSampler(Sampler):
 
     def _make_chooser(self) -> Sampler:
         """Chooses from the logits of the allowed ids alone, with this sampler's random numbers."""
-        options = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
-        return Sampler(self.temperature, **options, seed=self._random)
+        return Sampler(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self._random)
 
     @property
     def complete(self) -> bool:
@@ -284,6 +322,10 @@ class _ForcedDrafter(Drafter):
             self._start = len(ids_N) - 1
         ids: list[int] = ids_N[self._start :].tolist()
         return self._text.forced()[:limit] if self._text.become(ids) else ()
+
+
+def _unusable(source: Source, reason: str) -> InputError:
+    return InputError(f"{KINDS[source.kind]} cannot be used: {_reason(reason)}")
 
 
 def _text_of(kind: str, value: object) -> str:
