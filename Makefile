@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 MODEL  := configs/demo/model.pt
 BUNDLE := build/demo
 TOUR   := build/tour
-DEV    := cpu,train,export,hub,plot,bpe,gguf,parquet,tensorboard,dev
+DEV    := cpu,train,export,hub,plot,bpe,gguf,parquet,tensorboard,serve,dev
 EXTRAS ?= $(DEV)
 
 .PHONY: help demo tour test fuzz check format clean

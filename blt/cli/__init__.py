@@ -32,9 +32,8 @@ from blt.cli.commands import (
     lm_eval,
     patch,
     plot,
-    pull,
-    push,
     score,
+    serve,
     train,
 )
 from blt.cli.options import Command
@@ -47,7 +46,7 @@ STAGES: dict[str, dict[str, Command | typer.Typer]] = {
     "Evaluate": {"eval": evaluate.evaluate, "lm-eval": lm_eval.lm_eval, "score": score.score, "check": check.check},
     "Export": {"export": export.export, "convert": convert.convert},
     "Generate": {"generate": generate.generate},
-    "Share": {"push": push.push, "pull": pull.pull},
+    "Serve": {"serve": serve.serve},
     "Tools": {"bench": bench.app, "inspect": inspect.inspect, "plot": plot.plot, "env": env.env},
 }
 """The panels of `blt --help` and their commands, in the order of the way from text to a running model."""

@@ -203,6 +203,11 @@ class Scheduler:
         """The number of requests that run, and of those that wait."""
         return len(self._running), len(self._waiting)
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests can run: it is not closed, and its thread has not failed."""
+        return not self._closed and self._thread.is_alive()
+
     def close(self) -> None:
         """Cancels everything and ends the thread."""
         with self._wake:

@@ -103,7 +103,7 @@ def patch(
         typer.Option(
             "--model",
             metavar="MODEL",
-            callback=options.model_or_bundle,
+            callback=options.existing_model,
             help="Model that computes the entropies; only the entropy rule needs one (default: none).",
         ),
     ] = None,

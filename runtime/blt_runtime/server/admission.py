@@ -1,0 +1,85 @@
+"""Which requests run: the count of open ones, the answer to those that find no room, deadlines, and draining."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+from ..errors import Cancelled
+from .errors import RequestError
+from .parts import Choice
+
+LONGEST_WAIT = 60
+"""Most seconds of a Retry-After."""
+
+
+class Admission:
+    """Counts the open requests of a server. streams: requests that the scheduler runs at a time."""
+
+    def __init__(self, streams: int) -> None:
+        self._streams, self._open, self._seconds = streams, 0, 1.0
+        self.draining = False
+        self._idle = asyncio.Event()
+
+    @property
+    def open(self) -> int:
+        """Requests that are not answered yet."""
+        return self._open
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Around one request. Raises RequestError while the server drains."""
+        if self.draining:
+            raise RequestError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
+        self._open += 1
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
+            if self._open == 0:
+                self._idle.set()
+
+    def full(self, waiting: int) -> RequestError:
+        """The answer to a request that finds the queue full. Retry-After is when a row should be free: the number that
+        waits, times the mean seconds of recent requests, divided by the streams."""
+        seconds = math.ceil(max(1.0, min(LONGEST_WAIT, waiting * self._seconds / self._streams)))
+        message = f"{waiting} requests are waiting: try again in {seconds} s"
+        return RequestError(message, status=429, code="queue_full", retry_after=seconds)
+
+    async def drained(self, limit: float) -> bool:
+        """Refuses new requests and waits up to `limit` seconds for the open ones. Whether all of them ended."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                while self._open:
+                    self._idle.clear()
+                    await self._idle.wait()
+        return self._open == 0
+
+
+@contextlib.asynccontextmanager
+async def ends_by(deadline: float, choices: Sequence[Choice]) -> AsyncIterator[None]:
+    """Cancels the choices `deadline` seconds from now; their Cancelled then becomes a RequestError."""
+    late = False
+
+    def end() -> None:
+        nonlocal late
+        late = True
+        for choice in choices:
+            choice.cancel()
+
+    timer = asyncio.get_running_loop().call_later(deadline, end)
+    try:
+        yield
+    except Cancelled as error:
+        if not late:
+            raise
+        message = f"the request did not end within {deadline:g} s: ask for fewer bytes"
+        raise RequestError(message, status=503, code="deadline_exceeded") from error
+    finally:
+        timer.cancel()
