@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -84,6 +85,15 @@ def _methods() -> dict[str, Callable[[Piece], Any]]:
         return found
     memchr.argtypes, memchr.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
     return {**found, "memchr": lambda piece: memchr(piece.ctypes.data, 0, piece.nbytes)}
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it; empty if it gives none."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()
 
 
 def available_cores() -> int:

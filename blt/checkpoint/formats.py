@@ -24,7 +24,7 @@ def open_source(path: str | Path, entropy_model: str | Path | None = None) -> So
     entropy_model: the same, for formats that store the entropy model separately; by default it is searched for inside
     and next to the folder.
 
-    Raises CheckpointError, and MissingExtra for a hub name without huggingface_hub.
+    Raises CheckpointError, and for a hub name HubError, or MissingExtra without huggingface_hub.
     """
     source = _read(path)
     if entropy_model is None and source.lacks_entropy_model:

@@ -32,6 +32,8 @@ from blt.cli.commands import (
     lm_eval,
     patch,
     plot,
+    pull,
+    push,
     score,
     serve,
     train,
@@ -47,6 +49,7 @@ STAGES: dict[str, dict[str, Command | typer.Typer]] = {
     "Export": {"export": export.export, "convert": convert.convert},
     "Generate": {"generate": generate.generate},
     "Serve": {"serve": serve.serve},
+    "Share": {"push": push.push, "pull": pull.pull},
     "Tools": {"bench": bench.app, "inspect": inspect.inspect, "plot": plot.plot, "env": env.env},
 }
 """The panels of `blt --help` and their commands, in the order of the way from text to a running model."""

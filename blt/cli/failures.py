@@ -24,6 +24,7 @@ EXTRAS = {
     "gguf": "gguf",
     "huggingface_hub": "hub",
     "jinja2": "serve",
+    "llguidance": "grammar",
     "lm_eval": "lm-eval",
     "matplotlib": "plot",
     "onnx": "export",

@@ -71,6 +71,18 @@ def existing_model(path: Path) -> Path:
     return path
 
 
+def bundle_of_name(path: Path) -> Path:
+    """For a name on the hub whose repository holds a bundle, the bundle's folder in the hub's cache; else `path`.
+
+    Raises HubError, and MissingExtra without huggingface_hub.
+    """
+    from blt.checkpoint import hub
+
+    if path.exists() or not hub.is_name(path):
+        return path
+    return hub.find_bundle(str(path)) or path
+
+
 def _why_no_model(folder: Path) -> str:
     inside = sorted({file.parent.name for name in MODEL_FILES for file in folder.glob(f"*/{name}")})
     if inside:

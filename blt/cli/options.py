@@ -52,12 +52,18 @@ def existing_model(context: typer.Context, path: Path | None) -> Path | None:
     return path if path is None or context.resilient_parsing else inputs.existing_model(path)
 
 
+def model_or_bundle(context: typer.Context, path: Path | None) -> Path | None:
+    """The same of options that accept a bundle, which a name on the hub may have."""
+    found = existing_model(context, path)
+    return found if found is None or context.resilient_parsing else inputs.bundle_of_name(found)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ModelPath = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        callback=existing_model,
+        callback=model_or_bundle,
         help="A bundle, model.pt, a run folder, a folder in the facebook or Hugging Face format, or a hub name.",
     ),
 ]

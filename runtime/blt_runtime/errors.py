@@ -9,6 +9,7 @@
     ├── BundleError            1   missing, changed, truncated or outward-pointing file
     │   ├── ManifestError      1   manifest.json is broken, incomplete or has unknown keys
     │   └── VersionError       1   made by a newer version of the format
+    ├── HubError               1   the hub cannot be reached, or refuses a download or an upload
     ├── CapacityError          1   the stream is full
     ├── OutOfMemory            1   memory that could not be allocated
     ├── QueueFull              1   a scheduler has too many requests
@@ -87,6 +88,10 @@ class ManifestError(BundleError):
 
 class VersionError(BundleError):
     """A bundle written in a newer version of the format."""
+
+
+class HubError(BltError):
+    """A hub that cannot be reached, or that refuses a download or an upload."""
 
 
 class CapacityError(BltError):

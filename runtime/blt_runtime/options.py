@@ -14,13 +14,14 @@ import numpy as np
 
 from .arguments import choice, flag, instance, whole
 from .errors import UsageError, nearest
+from .grammar import Grammar
 from .sampling import Sampler, check_sampling
 from .speculation.drafters import Drafter
 from .speculation.speculate import Speculate
 from .text import StopMatcher, listed_stops
 
 Stop = Iterable[str | bytes] | str | bytes | None
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "grammar")
 """The options that a `Sampler` replaces."""
 
 
@@ -36,6 +37,7 @@ class GenerateKeywords(TypedDict, total=False):
     stop_at_eos: bool
     speculate: Speculate | Drafter
     draft: int
+    grammar: Grammar | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class GenerateOptions:
     speculate: "off", or the drafter of speculative decoding: "auto" (adaptive drafting), "lookup", "decoder",
     "lookup+decoder", "entropy", or a `Drafter`. draft: ids that are drafted for one pass at most. A scheduler does not
     speculate.
+    grammar: what the text must match (`blt_runtime.grammar.Grammar`). The text ends where the grammar is complete; one
+    that the limit or a stop string ends is a prefix of a match. It needs stop_at_eos.
 
     Example:
         careful = GenerateOptions(temperature=0.3, top_p=0.9, stop=["\\n\\n"])
@@ -70,6 +74,7 @@ class GenerateOptions:
     stop_at_eos: bool = True
     speculate: Speculate | Drafter = "off"
     draft: int = 16
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed)
@@ -80,11 +85,16 @@ class GenerateOptions:
         if not isinstance(self.speculate, Drafter):
             choice("speculate", self.speculate, get_args(Speculate))
         whole("draft", self.draft, 1)
+        if self.grammar is not None:
+            instance("grammar", self.grammar, Grammar, "a Grammar (blt_runtime.grammar)")
+            if not self.stop_at_eos:
+                raise UsageError("a text under a grammar ends at EOS: leave stop_at_eos at True, or grammar out")
 
     def sampler(self, random: np.random.Generator | None = None) -> Sampler:
         """A sampler with these options. random: the generator to draw from where no seed is set."""
         seed = random if self.seed is None else self.seed
-        return Sampler(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=seed)
+        make = Sampler if self.grammar is None else self.grammar.sampler
+        return make(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=seed)
 
 
 NAMES = tuple(field.name for field in fields(GenerateOptions))
@@ -104,4 +114,7 @@ def resolve(
             raise UsageError(f"unknown option {name!r} of generation: {nearest(name, NAMES)}")
         if sampler is not None and name in SAMPLING:
             raise UsageError(f"{name} has no effect beside a sampler: leave out one of them")
-    return replace(options or GenerateOptions(), **keywords)
+    chosen = replace(options or GenerateOptions(), **keywords)
+    if sampler is not None and chosen.grammar is not None:
+        raise UsageError("the grammar of the options has no effect beside a sampler: make the sampler with it")
+    return chosen

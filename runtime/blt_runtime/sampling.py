@@ -56,6 +56,10 @@ class Sampler:
         made._random = copy.deepcopy(self._random)
         return made
 
+    def follow(self, ids_N: Array, forgotten: int = 0) -> None:
+        """Before this sampler continues in a stream: the ids [N] that are there since it began, without the first
+        `forgotten` that the stream no longer holds. A subclass that remembers its choices follows a rewind."""
+
     def skip(self) -> None:
         """Discards the random number of one id."""
         if self.temperature > 0:

@@ -8,6 +8,7 @@ a step allocates nothing.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .engine.prefill import Cancel, Prefill
 from .engine.snapshot import Snapshot, put, take
 from .engine.step import StepCalls
 from .errors import Cancelled, CapacityError, ConfigError, InputError, UsageError, shown
+from .grammar import GrammarSampler
 from .hashing import Tables, check_tables
 from .ids import BOS, BYTES, EOS, OFFSET, Ids, checked_ids, encode
 from .options import GenerateKeywords, GenerateOptions, resolve
@@ -112,6 +114,7 @@ class Stream:
         self._speculator = Speculator(self._memory, self._calls)
         self._uses = 0
         self._forgotten = 0
+        self._began: weakref.WeakKeyDictionary[Sampler, int] = weakref.WeakKeyDictionary()
         self._with_entropy = spec.patch_rule.needs_entropy
         self._lock = threading.Lock()
         self._damaged = False
@@ -174,11 +177,15 @@ class Stream:
         """Forgets everything and begins again, with BOS if the stream was opened with it."""
         with self._exclusive(repair=True):
             self._start()
+            self._began.clear()
 
     def rewind(self, n_tokens: int) -> None:
         """Removes the last `n_tokens` of the tokens held; the state is exactly that of a stream that never read them.
 
-        It replays the tokens from the last boundary on if the caches still reach back there, and else all tokens.
+        It replays the tokens from the last boundary on if the caches still reach back there, and else all tokens. A
+        sampler with a grammar that continues afterwards continues from what is left of its text; if the rewind went
+        further back than its beginning, it begins again.
+
         Raises UsageError (nothing changed) for more tokens than the stream holds.
         """
         n_tokens = whole("n_tokens", n_tokens, wanted="a whole number of tokens from 0 up")
@@ -188,6 +195,9 @@ class Stream:
         with self._exclusive():
             if n_tokens:
                 self._return_to(self.position - n_tokens)
+                end = self.position + self._forgotten
+                for sampler in [sampler for sampler, began in self._began.items() if end < began]:
+                    del self._began[sampler]
 
     def snapshot(self) -> Snapshot:
         """A copy of the state. `restore` puts it into this or another stream of the same model without reading the text
@@ -196,7 +206,8 @@ class Stream:
             return take(self._memory, self._owner, self._calls.logits_V, self._forgotten)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Sets the state to that of `snapshot`, to the last bit.
+        """Sets the state to that of `snapshot`, to the last bit. A sampler with a grammar that continues afterwards
+        begins its text again.
 
         Raises UsageError (nothing changed) for a snapshot of another model.
         """
@@ -206,16 +217,24 @@ class Stream:
         with self._exclusive(repair=True):
             put(snapshot, self._memory, self._calls.logits_V)
             self._forgotten = snapshot.forgotten
+            self._began.clear()
             self._calls.read_patches()
 
     def generate(
-        self, n: int, *, options: GenerateOptions | None = None, **keywords: Unpack[GenerateKeywords]
+        self,
+        n: int,
+        *,
+        sampler: Sampler | None = None,
+        options: GenerateOptions | None = None,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Iterator[bytes]:
         """Generates up to `n` tokens and yields the bytes of each: b"" for a special id, or while bytes are held back
         because they may begin a stop string. The stream has read every token before its bytes come out, also those of
         a stop string; it does not read an EOS that ends the text.
 
-        options, keywords: see `GenerateOptions`; a keyword replaces a field of `options`.
+        sampler: chooses the ids in place of temperature, top_k, top_p, min_p, seed and grammar. options, keywords: see
+        `GenerateOptions`; a keyword replaces a field of `options`. With a grammar, bytes that it forces are drafted,
+        unless `speculate` says otherwise.
 
         Raises UsageError for a bad option, an empty stream or a drafter that the model cannot use, and CapacityError
         when the stream is full and does not slide.
@@ -223,8 +242,8 @@ class Stream:
             for piece in stream.generate(200, temperature=0.7, stop="\n"):
                 sys.stdout.buffer.write(piece)
         """
-        chosen = resolve(options, keywords)
-        ids = self._start_generating(n, chosen, chosen.sampler(self._random))
+        chosen = resolve(options, keywords, sampler)
+        ids = self._start_generating(n, chosen, sampler or chosen.sampler(self._random))
         return self._generate_bytes(ids, StopMatcher(chosen.stop))
 
     def generate_ids(
@@ -237,8 +256,7 @@ class Stream:
     ) -> Iterator[int]:
         """Generates up to `n` ids. The stream has read each when it is yielded.
 
-        sampler: chooses the ids in place of temperature, top_k, top_p, min_p and seed. options, keywords: as for
-        `generate`, but for `stop`, which applies to bytes.
+        sampler, options, keywords: as for `generate`, but for `stop`, which applies to bytes.
 
         Raises UsageError and CapacityError as `generate` does.
         """
@@ -250,10 +268,12 @@ class Stream:
     def _start_generating(self, n: int, options: GenerateOptions, sampler: Sampler) -> Iterator[int]:
         n = whole("n", n, wanted="a whole number that is not negative")
         _ = self.logits
-        speculation = None
-        if options.speculate != "off":
+        speculation, speculate = None, options.speculate
+        if speculate == "off" and isinstance(sampler, GrammarSampler):
+            speculate = sampler.drafter()
+        if speculate != "off":
             with self._exclusive(changes=False):
-                speculation = self._speculator.start(options.speculate, options.draft, sampler)
+                speculation = self._speculator.start(speculate, options.draft, sampler)
         return self._generate_ids(n, sampler, options.stop_at_eos, speculation)
 
     def score_ids(self, ids: npt.ArrayLike, patch_lengths: npt.ArrayLike | None = None) -> Score:
@@ -286,6 +306,7 @@ class Stream:
                 return Score(ids_N, entropies_N, patch_lengths=self.patch_lengths, logits=logits_NV)
             finally:
                 self._start()
+                self._began.clear()
 
     def _start(self) -> None:
         self._clear()
@@ -303,14 +324,23 @@ class Stream:
         uses = -1
         for done in range(n):
             with self._exclusive(check=done % CHECK_EVERY == 0):
-                if speculation is not None and self._uses != uses + 1:
-                    speculation.drop()  # another call has used the stream since
+                if self._uses != uses + 1:  # another call has used the stream since
+                    self._follow(sampler)
+                    if speculation is not None:
+                        speculation.drop()
                 uses = self._uses
                 id = sampler(self._calls.logits_V) if speculation is None else speculation.choose()
                 if stop_at_eos and id == EOS:
                     return
                 self._read_generated(id, speculation)
             yield id
+
+    def _follow(self, sampler: Sampler) -> None:
+        """Tells a sampler that begins or continues what its text is now."""
+        began = self._began.setdefault(sampler, self.position + self._forgotten)
+        first = int(self._bos and self._forgotten > 0)  # a BOS that a slide has put there
+        at = began - self._forgotten
+        sampler.follow(self._memory.ids_N[max(at, first) :], max(0, first - at))
 
     def _generate_bytes(self, ids: Iterator[int], matcher: StopMatcher) -> Iterator[bytes]:
         for id in ids:

@@ -10,7 +10,7 @@ import pytest
 
 from blt.checkpoint import hub
 from blt.checkpoint.models import load, save
-from blt_runtime.errors import CheckpointError, MissingExtra
+from blt_runtime.errors import CheckpointError, HubError, MissingExtra
 from tests.checkpoint.facebook import forced_window, write_facebook
 from tests.tiny import tiny
 
@@ -34,7 +34,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, download: Callable[..., str]) -> None
 def test_a_name_and_the_entropy_model_of_the_same_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     downloaded = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], **_: object) -> str:
         downloaded.append(name)
         assert "*.safetensors" in allow_patterns
         assert not any(pattern.endswith((".pt", ".pth", ".bin", ".py")) for pattern in allow_patterns)
@@ -68,7 +68,7 @@ def test_a_failed_download_is_one_clear_error(name: str, monkeypatch: pytest.Mon
         raise raised
 
     serve(monkeypatch, download)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(HubError, match=message) as caught:
         load("facebook/blt-1b")
     assert "\n" not in str(caught.value)
 
@@ -81,7 +81,7 @@ def test_a_broken_connection_is_the_same_error(monkeypatch: pytest.MonkeyPatch) 
         raise RemoteProtocolError("peer closed connection\nfor more information ...")
 
     serve(monkeypatch, download)
-    with pytest.raises(CheckpointError, match=r"the hub cannot be reached: peer closed connection$"):
+    with pytest.raises(HubError, match=r"the hub cannot be reached: peer closed connection$"):
         load("facebook/blt-1b")
 
 

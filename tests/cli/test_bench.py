@@ -19,11 +19,11 @@ from tests.tiny import runs_rows, tiny
 Call = Callable[..., Any]
 SIZES = ["--prompt-bytes", "24", "--new-bytes", "17", "--repeat", "2", "--threads", "1"]
 KEYS = {
-    "schema", "kind", "model", "backend", "precision", "patch_rule", "open_s", "threads", "prompt_bytes", "new_bytes",
-    "repeat", "load_average", "bytes_per_s", "bytes_per_s_of_runs", "time_to_first_byte_s", "gap_p50_s", "gap_p95_s",
-    "prefill_bytes_per_s", "mean_patch_bytes", "weight_bytes_per_byte", "read_bandwidth", "floor_bytes_per_s",
-    "share_of_floor", "peak_bytes", "resident_hash_table_bytes", "seconds_per_byte", "latent_call_s",
-    "calls_per_byte", "speculation",
+    "schema", "kind", "model", "backend", "precision", "cpu", "patch_rule", "open_s", "threads", "prompt_bytes",
+    "new_bytes", "repeat", "load_average", "bytes_per_s", "bytes_per_s_of_runs", "time_to_first_byte_s", "gap_p50_s",
+    "gap_p95_s", "prefill_bytes_per_s", "mean_patch_bytes", "weight_bytes_per_byte", "read_bandwidth",
+    "floor_bytes_per_s", "share_of_floor", "peak_bytes", "resident_hash_table_bytes", "seconds_per_byte",
+    "latent_call_s", "calls_per_byte", "speculation",
 }  # fmt: skip
 
 

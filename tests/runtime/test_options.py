@@ -63,6 +63,7 @@ def test_defaults() -> None:
         "stop_at_eos": True,
         "speculate": "off",
         "draft": 16,
+        "grammar": None,
     }
 
 

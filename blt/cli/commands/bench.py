@@ -215,12 +215,15 @@ def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
 
 
 def setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
-    """What was measured: the first keys of every `blt.bench/1`."""
+    """What was measured, and where: the first keys of every `blt.bench/1`."""
+    from blt.bench.machine import cpu_name
+
     return {
         "kind": kind,
         "model": path,
         "backend": opened.backend.name,
         "precision": precision_text(opened.manifest) if opened.manifest else "fp32",
+        "cpu": cpu_name() or None,
         "patch_rule": {k: v for k, v in opened.spec.patch_rule.to_dict().items() if v not in (None, False)},
     }
 

@@ -26,7 +26,7 @@ def throughput(
         Path,
         typer.Argument(
             metavar="BUNDLE",
-            callback=options.existing_model,
+            callback=options.model_or_bundle,
             help="A bundle; its batched graphs need ONNX Runtime 1.32.",
         ),
     ],

@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,14 +33,6 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        return platform.processor()
-
-
 def _onnxruntime() -> dict[str, Any] | None:
     """Version and providers of the installed build; the import takes 0.1 s."""
     try:
@@ -66,13 +57,15 @@ def env(
     as_json: options.Json = False,
 ) -> None:
     """Print versions, providers and devices as JSON (also without --json), for bug reports."""
+    from blt.bench.machine import cpu_name
+
     found = {name: _version(name) for name in PACKAGES}
     report: dict[str, Any] = {
         "blt": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": _memory_bytes(),
         "packages": {name.replace("-", "_"): version for name, version in found.items() if version is not None},

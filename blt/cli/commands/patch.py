@@ -103,7 +103,7 @@ def patch(
         typer.Option(
             "--model",
             metavar="MODEL",
-            callback=options.existing_model,
+            callback=options.model_or_bundle,
             help="Model that computes the entropies; only the entropy rule needs one (default: none).",
         ),
     ] = None,
