@@ -149,7 +149,7 @@ def _reason(error: Exception) -> str:
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return f"the disk is full ({cause.filename or 'the cache of the hub'}): free some space, or set HF_HOME"
         if isinstance(cause, ValueError) and "README.md" in str(cause):
-            return f"the hub refuses the model card: {_line(cause)}"
+            return f"the hub refuses the model card: {' '.join(str(cause).split())}"
     return f"the hub cannot be reached: {_line(causes[-1])}"
 
 

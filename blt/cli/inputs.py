@@ -71,16 +71,17 @@ def existing_model(path: Path) -> Path:
     return path
 
 
-def bundle_of_name(path: Path) -> Path:
-    """For a name on the hub whose repository holds a bundle, the bundle's folder in the hub's cache; else `path`.
+def prefer_bundle(path: Path) -> Path:
+    """The bundle in the folder `onnx` of a folder or of a repository on the hub, downloaded; else `path`.
 
     Raises HubError, and MissingExtra without huggingface_hub.
     """
     from blt.checkpoint import hub
 
-    if path.exists() or not hub.is_name(path):
-        return path
-    return hub.find_bundle(str(path)) or path
+    if path.exists():
+        inside = path / hub.BUNDLE
+        return inside if is_bundle(inside) and not is_bundle(path) else path
+    return hub.find_bundle(str(path)) or path if hub.is_name(path) else path
 
 
 def _why_no_model(folder: Path) -> str:

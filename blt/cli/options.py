@@ -53,9 +53,10 @@ def existing_model(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def model_or_bundle(context: typer.Context, path: Path | None) -> Path | None:
-    """The same of options that accept a bundle, which a name on the hub may have."""
-    found = existing_model(context, path)
-    return found if found is None or context.resilient_parsing else inputs.bundle_of_name(found)
+    """The same of options that accept a bundle, which a folder of `blt pull` or a name on the hub may have."""
+    if path is None or context.resilient_parsing:
+        return path
+    return inputs.existing_model(inputs.prefer_bundle(path))
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -13,6 +13,8 @@ from blt.share.facts import CONTEXT, Facts, Score, Speed
 from blt_runtime.errors import UsageError
 
 FILE = "README.md"
+MARK = "<!-- written by blt push -->"
+"""In a card that nobody has edited: the next upload replaces it."""
 MOST_ROWS = 20
 """Most groups and shards that a table lists."""
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
@@ -46,7 +48,7 @@ def render(name: str, facts: Facts, license: str | None = None) -> str:
         "another rule cuts the bytes into patches, and the large latent transformer runs once per patch."
     )
     body = "\n\n".join("\n".join((f"## {heading}", "", *lines)) for heading, lines in sections)
-    return f"---\n{metadata}---\n\n# {title}\n\n{intro}\n\n{body}\n"
+    return f"---\n{metadata}---\n\n{MARK}\n# {title}\n\n{intro}\n\n{body}\n"
 
 
 def _metadata(title: str, facts: Facts, license: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A model from the hub: downloaded into the hub's cache, where an interrupted download continues, and compared."""
+"""A model from the hub: downloaded into the hub's cache, which keeps complete files, and compared."""
 
 from __future__ import annotations
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from blt.checkpoint import hub
+from blt.share import card
 from blt.share.contents import Item
+from blt_runtime import reading
 from blt_runtime.errors import HubError, UsageError
 
+log = logging.getLogger("blt.share")
 _CHECKPOINT = re.compile(r"(model|model-\d+-of-\d+)\.safetensors|model\.safetensors\.index\.json|model\.pt")
 """Weights in the root of a repository: those of an earlier upload, which a reader might prefer to the new ones."""
 
@@ -38,7 +43,9 @@ def upload(
 
     Weights or bundle files of an earlier upload that are not among `items` are deleted in the same commit, where new
     ones replace them.  private: a repository that is made here is private; one that exists must be.  revision: a
-    branch, made if it does not exist. Raises HubError.
+    branch, made if it does not exist. A card that was written by hand on the hub is kept if the new one was not.
+
+    Raises HubError.
     """
     library = hub.library("uploading needs huggingface_hub, which")
     api = library.HfApi()
@@ -49,10 +56,22 @@ def upload(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(name, branch=revision, exist_ok=True)
         there = api.list_repo_files(name, revision=revision)
+        if card.FILE in there and _is_written(items) and not _is_written_there(api, name, revision):
+            log.info("the card of %s was written by hand and is kept; --card FILE replaces it", name)
+            items = [item for item in items if item.name != card.FILE]
         adds = [library.CommitOperationAdd(item.name, item.source) for item in items]
         deletes = [library.CommitOperationDelete(old) for old in outdated(there, [item.name for item in items])]
         done = api.create_commit(name, [*adds, *deletes], commit_message=message, revision=revision)
     return str(done.commit_url)
+
+
+def _is_written(items: Sequence[Item]) -> bool:
+    """Whether the card among `items` is one of `card.render`."""
+    return any(isinstance(item.source, bytes) and card.MARK.encode() in item.source for item in items)
+
+
+def _is_written_there(api: Any, name: str, revision: str | None) -> bool:
+    return card.MARK in reading.read_text(api.hf_hub_download(name, card.FILE, revision=revision))
 
 
 def outdated(there: Sequence[str], new: Sequence[str]) -> list[str]:

@@ -66,7 +66,8 @@ def hub(server: Hub, tmp_path: Path) -> Iterator[Hub]:
     server.objects.clear()
     server.answers.clear()
     server.requests.clear()
-    server.damaged = ""
+    server.ranges.clear()
+    server.damaged = server.cut = server.card_error = ""
     with local_hub.used(server, tmp_path / "cache"):
         yield server
 
@@ -175,6 +176,43 @@ def test_a_card_that_is_there_is_kept(blt: Call, hub: Hub, run: Path, tmp_path: 
     (tmp_path / "other.md").write_text("Other.\n")
     done(blt("push", tmp_path / "run", NAME, "--card", tmp_path / "other.md"))
     assert hub.repositories[NAME].files()["README.md"] == b"Other.\n"
+
+
+def test_a_card_that_was_edited_on_the_hub_is_kept(blt: Call, hub: Hub, run: Path, tmp_path: Path) -> None:
+    done(blt("push", run, NAME))
+    done(blt("push", run, NAME, "--license", "mit"))
+    assert card(hub)[0]["license"] == "mit"
+    repository = hub.repositories[NAME]
+    repository.commit("main", {**repository.files(), "README.md": b"By hand.\n"}, "edited")
+    done(blt("push", run, NAME))
+    assert repository.files()["README.md"] == b"By hand.\n"
+    (tmp_path / "card.md").write_text("Another.\n")
+    done(blt("push", run, NAME, "--card", tmp_path / "card.md"))
+    assert repository.files()["README.md"] == b"Another.\n"
+
+
+def test_a_card_that_the_hub_refuses_is_one_line(blt: Call, hub: Hub, run: Path) -> None:
+    hub.card_error = '"license" must be one of these'
+    assert '"license" must be one of these' in failed(blt("push", run, NAME))
+    assert hub.repositories[NAME].messages == ["initial commit"]
+
+
+def test_a_connection_that_breaks_within_a_file_continues_there(blt: Call, hub: Hub, bundle: Path, tmp_path: Path) -> None:
+    done(blt("push", bundle, NAME))
+    hub.cut = "onnx/latent.weights"
+    done(blt("pull", NAME, "-o", tmp_path / "out"))
+    half = (bundle / "latent.weights").stat().st_size // 2
+    assert f"bytes={half}-" in hub.ranges
+    assert (tmp_path / "out" / "onnx" / "latent.weights").read_bytes() == (bundle / "latent.weights").read_bytes()
+
+
+def test_a_pulled_folder_opens_as_its_bundle(blt: Call, hub: Hub, run: Path, bundle: Path, tmp_path: Path) -> None:
+    done(blt("push", run, NAME, "--bundle", bundle))
+    done(blt("pull", NAME, "-o", tmp_path / "both"))
+    arguments = ("Once", "-n", "8", "--temperature", "0")
+    assert done(blt("generate", tmp_path / "both", *arguments)) == done(blt("generate", bundle, *arguments))
+    assert json.loads(done(blt("inspect", tmp_path / "both", "--json")))["kind"] == "bundle"
+    done(blt("convert", tmp_path / "both", "-o", tmp_path / "native.pt", "--to", "native"))
 
 
 def test_a_dry_run_uses_no_network(blt: Call, hub: Hub, run: Path, bundle: Path) -> None:

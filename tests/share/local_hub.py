@@ -58,6 +58,11 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     answers: dict[tuple[str, str], int] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    card_error: str = ""
+    """What the hub finds wrong in every model card."""
+    cut: str = ""
+    """A file of which only the first half arrives, once."""
     damaged: str = ""
     """A file whose last byte changes on its way to the client."""
 
@@ -112,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         routes = (
             (r"/api/repos/create", self._create),
-            (r"/api/validate-yaml", lambda _: self._json({})),
+            (r"/api/validate-yaml", self._validate),
             (r"/api/models/(?P<name>[^/]+/[^/]+)(/revision/(?P<revision>.+))?", self._info),
             (r"/api/models/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>.+)", self._tree),
             (r"/api/models/(?P<name>[^/]+/[^/]+)/branch/(?P<revision>.+)", self._branch),
@@ -168,6 +173,10 @@ class _Handler(BaseHTTPRequestHandler):
         repository.commit("main", {".gitattributes": b""}, "initial commit")
         self.hub.repositories[name] = repository
         self._json({"url": f"{self.hub.url}/{name}"})
+
+    def _validate(self, _: object) -> None:
+        wrong = self.hub.card_error
+        self._send(400 if wrong else 200, json.dumps({"errors": [{"message": wrong}] if wrong else []}).encode())
 
     def _at(self, named: dict[str, str | None]) -> tuple[str, dict[str, bytes]] | None:
         oid = self.repository.at(named.get("revision") or "main")
@@ -249,6 +258,12 @@ class _Handler(BaseHTTPRequestHandler):
         if named["file"] == self.hub.damaged:
             data = data[:-1] + bytes([data[-1] ^ 1])
         headers = {"X_Repo_Commit": oid, "ETag": f'"{etag}"'}
+        if named["file"] == self.hub.cut and self.command == "GET":
+            self.hub.cut = ""
+            self.close_connection = True
+            self._send(200, data[: len(data) // 2], Content_Length=str(len(data)), **headers)
+            return
+        self.hub.ranges.append(self.headers.get("Range") or "")
         if begin := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             first = int(begin[1])
             where = f"bytes {first}-{len(data) - 1}/{len(data)}"
@@ -286,6 +301,7 @@ def used(hub: Hub, cache: Path, token: str | None = TOKEN, *, offline: bool = Fa
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 14)  # so that half of a small file is kept
         patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
         patch.delenv("HF_TOKEN", raising=False)
         if token is not None:

@@ -30,7 +30,7 @@ def pull(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing model in DIR.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Download OWNER/NAME and print the folder. An interrupted download continues where it ended."""
+    """Download OWNER/NAME and print the folder. After an interruption, only missing files are downloaded."""
     from blt.data.quantities import amount
     from blt.share import download, upload
 
