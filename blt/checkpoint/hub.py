@@ -84,6 +84,16 @@ def find_bundle(name: str) -> Path | None:
     return root / BUNDLE
 
 
+def name_of(folder: Path) -> str | None:
+    """The repository whose bundle a folder of the hub's cache holds; None for any other folder.
+
+    Example:
+        hub.name_of(Path("hub/models--owner--name/snapshots/0a1b/onnx"))  # "owner/name"
+    """
+    found = re.fullmatch(r".*/models--([^/]+)--([^/]+)/snapshots/[^/]+/" + BUNDLE, folder.absolute().as_posix())
+    return None if found is None else f"{found[1]}/{found[2]}"
+
+
 def _no_file(name: str) -> str:
     return f"{name} is no local file or folder, and "
 

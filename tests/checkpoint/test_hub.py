@@ -96,3 +96,10 @@ def test_an_entropy_model_is_searched_for_only_if_the_rule_needs_one(tmp_path: P
     save(tmp_path / "space.pt", tiny("no_hash_space_causal_latent"))
     assert load(tmp_path / "space.pt").entropy is None
     assert load(tmp_path / "blt").entropy is not None
+
+
+def test_a_bundle_in_the_cache_has_the_name_of_its_repository(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--a-name" / "snapshots" / "0a1b"
+    assert hub.name_of(snapshot / "onnx") == "owner/a-name"
+    assert hub.name_of(snapshot) is None
+    assert hub.name_of(tmp_path / "onnx") is None

@@ -197,7 +197,9 @@ def test_a_card_that_the_hub_refuses_is_one_line(blt: Call, hub: Hub, run: Path)
     assert hub.repositories[NAME].messages == ["initial commit"]
 
 
-def test_a_connection_that_breaks_within_a_file_continues_there(blt: Call, hub: Hub, bundle: Path, tmp_path: Path) -> None:
+def test_a_connection_that_breaks_within_a_file_continues_there(
+    blt: Call, hub: Hub, bundle: Path, tmp_path: Path
+) -> None:
     done(blt("push", bundle, NAME))
     hub.cut = "onnx/latent.weights"
     done(blt("pull", NAME, "-o", tmp_path / "out"))

@@ -239,7 +239,8 @@ def test_the_help_lists_commands_by_stage_in_the_order_of_the_way(blt: Call) -> 
 
     shown = blt("--help").text
     panels = re.findall(r"^╭─ ([\w ]+?) ─", shown, re.MULTILINE)
-    assert panels == ["Options", "Data and patches", "Train", "Evaluate", "Export", "Generate", "Share", "Tools"]
+    stages = ["Data and patches", "Train", "Evaluate", "Export", "Generate", "Serve", "Share", "Tools"]
+    assert panels == ["Options", *stages]
     assert panels[1:] == list(STAGES)
     listed = [line.split()[1] for line in shown.splitlines() if re.match(r"│ [a-z]", line)]
     in_order = [name for commands in STAGES.values() for name in commands]

@@ -36,7 +36,9 @@ def _read(path: Path, option: str) -> str:
 def serve(
     model: Annotated[
         Path,
-        typer.Argument(metavar="BUNDLE", callback=options.existing_model, help="A bundle with batched graphs."),
+        typer.Argument(
+            metavar="BUNDLE", callback=options.model_or_bundle, help="A bundle with batched graphs, or a hub name."
+        ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
@@ -54,7 +56,8 @@ def serve(
         ),
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name in requests (default: the folder's name).")
+        str | None,
+        typer.Option(metavar="NAME", help="The model's name in requests (default: the folder's or the hub's)."),
     ] = None,
     isolate_keys: Annotated[
         bool, typer.Option("--isolate-keys", help="Requests with different keys share no beginnings of prompts.")
@@ -83,10 +86,11 @@ def serve(
     """Serve BUNDLE over HTTP: completions and chat completions, as OpenAI's and vLLM's clients expect them."""
     if log_format not in LOG_FORMATS:
         raise UsageError(f"--log-format {log_format}: choose one of {', '.join(LOG_FORMATS)}")
+    from blt.checkpoint import hub
     from blt_runtime.server import Settings, create_app, logs, run
 
     settings = Settings(
-        name=served_model_name or model.resolve().name,
+        name=served_model_name or hub.name_of(model) or model.resolve().name,
         streams=streams,
         max_queue=max_queue,
         capacity=None if capacity is None else options.parse_size(capacity, "--capacity", at_least=2),
