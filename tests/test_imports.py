@@ -71,7 +71,8 @@ ROOMS = (
 )  # fmt: skip
 CLI_MAY_LOAD = (
     "blt.__version__", "blt.cli", "blt.files", "blt.figures", "blt.evaluate",
-    "blt_runtime.errors", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.options", "blt_runtime.patching",
+    "blt_runtime.errors", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.grammar", "blt_runtime.options",
+    "blt_runtime.patching",
 )  # fmt: skip
 
 

@@ -27,6 +27,15 @@ def file_or_text(argument: str) -> bytes:
     return Path(argument).read_bytes() if _names_a_file(argument) else text_bytes(argument)
 
 
+def file_or_string(argument: str) -> str:
+    """The text of the file that `argument` names, else the argument itself. Raises InputError for a file that is no
+    UTF-8."""
+    try:
+        return Path(argument).read_text(encoding="utf-8") if _names_a_file(argument) else argument
+    except UnicodeDecodeError as error:
+        raise InputError(f"{argument} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
 def _names_a_file(argument: str) -> bool:
     try:
         return argument != "-" and Path(argument).is_file()

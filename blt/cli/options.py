@@ -21,7 +21,8 @@ import typer
 
 from blt.cli import console, devices, inputs
 from blt_runtime import patching
-from blt_runtime.errors import UsageError
+from blt_runtime.errors import UsageError, shown
+from blt_runtime.grammar import Grammar
 from blt_runtime.options import GenerateKeywords, GenerateOptions, resolve
 
 BACKENDS = ("auto", "torch", "onnx")
@@ -133,6 +134,40 @@ class SamplingOptions:
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed
         )
         return resolve(own, more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrammarOptions:
+    """What the text must match. Raises UsageError for more than one."""
+
+    schema: Annotated[
+        str | None,
+        typer.Option("--schema", metavar="FILE|JSON", help="Write one JSON value that matches this JSON schema."),
+    ] = None
+    regex: Annotated[
+        str | None,
+        typer.Option("--regex", metavar="REGEX", help="Write text that this regular expression matches as a whole."),
+    ] = None
+    grammar: Annotated[
+        str | None,
+        typer.Option("--grammar", metavar="FILE|LARK", help="Write text that matches this Lark grammar."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"--{given[0]} and --{given[1]}: a text matches one grammar; leave out one of them")
+
+    def compiled(self) -> Grammar | None:
+        """The grammar; None without one. Raises InputError for one that cannot be used, and MissingExtra."""
+        if self.schema is not None:
+            schema = inputs.file_or_string(self.schema)
+            if schema is self.schema and not schema.lstrip().startswith("{"):
+                raise UsageError(f"--schema {shown(schema)}: neither a file nor a JSON object")
+            return Grammar(schema=schema)
+        if self.grammar is not None:
+            return Grammar(lark=inputs.file_or_string(self.grammar))
+        return None if self.regex is None else Grammar(regex=self.regex)
 
 
 # --- options of commands that open a model -----------------------------------------------------------------

@@ -347,14 +347,14 @@ def _json_of(schema: Mapping[str, Any]) -> str:
     try:
         return json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the JSON schema has no JSON: {shown(str(error), 200)}") from error
+        raise InputError(f"the JSON schema has no JSON: {_reason(str(error))}") from error
 
 
 def _check_object(text: str) -> None:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the JSON schema is no JSON: {shown(str(error), 200)}") from error
+        raise InputError(f"the JSON schema is no JSON: {_reason(str(error))}") from error
     if not isinstance(schema, dict):
         raise InputError(f"the JSON schema must be an object, not {shown(schema)}")
 
@@ -384,7 +384,7 @@ def _tried(source: Source) -> str | None:
 
 def _no_trial(reason: str) -> BackendError:
     return BackendError(
-        f"the trial of the grammar in a process of its own failed ({shown(reason, 200)}): for a grammar of your own, "
+        f"the trial of the grammar in a process of its own failed ({_reason(reason)}): for a grammar of your own, "
         "pass trusted=True"
     )
 

@@ -11,8 +11,8 @@ import typer
 from blt.cli import app
 
 OFF = {  # options that do nothing unless they are given
-    "--baseline", "--by", "--debs", "--eval-data", "--fail-above", "--file", "--out", "--plot", "--set", "--stop",
-    "--suite",
+    "--baseline", "--by", "--debs", "--eval-data", "--fail-above", "--file", "--grammar", "--out", "--plot", "--regex",
+    "--schema", "--set", "--stop", "--suite",
 }  # fmt: skip
 WITHOUT_BUNDLES = ("calibrate", "check", "export", "convert")
 

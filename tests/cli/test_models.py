@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,54 @@ def test_stats_and_json(blt: Call, model: Path) -> None:
     assert report["mean_patch_bytes"] > 0
     assert "bytes/s" in result.err
     assert "mean patch" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (["--schema", '{"enum": ["ja", {"größe": 1}]}'], r'"ja"|\{"größe": 1\}'),
+        (["--schema", "schema.json"], r'\{"größe": (1|2\.5)\}'),
+        (["--regex", "[a-z]{3,9} = [0-9]{2}"], "[a-z]{3,9} = [0-9]{2}"),
+        (["--grammar", "numbers.lark"], "x[0-9]{1,3}"),
+    ],
+)
+def test_generate_under_a_grammar(
+    blt: Call, model: Path, options: list[str], pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = {"type": "object", "properties": {"größe": {"enum": [1, 2.5]}}, "required": ["größe"]}
+    (tmp_path / "schema.json").write_text(json.dumps({**schema, "additionalProperties": False}))
+    (tmp_path / "numbers.lark").write_text('start: "x" /[0-9]{1,3}/\n')
+    monkeypatch.chdir(tmp_path)
+    done = blt("generate", model, TEXT, *options, "--seed", 1, "--json")
+    report = json.loads(done.text)
+    assert re.fullmatch(pattern, report["text"])
+    assert report["complete"] is True
+    assert done.err == ""
+
+
+def test_a_text_that_the_limit_ends_within_its_grammar_is_a_warning(blt: Call, bundle: Path) -> None:
+    done = blt("generate", bundle, TEXT, "--regex", "[a-z]{30}", "-n", 10)
+    assert (done.code, len(done.out)) == (0, 10)
+    assert done.err == "the text ended before it matched the grammar: it is a prefix of a match (-n 10)\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--regex", "(("], "the regular expression cannot be used: unclosed group"),
+        (["--schema", "nowhere.json"], "--schema 'nowhere.json': neither a file nor a JSON object"),
+        (["--schema", '{"type": "x"}'], "the JSON schema cannot be used: Invalid type: x"),
+        (["--grammar", "nowhere"], "the Lark grammar cannot be used: "),
+        (["--regex", "a", "--schema", "{}"], "--schema and --regex: a text matches one grammar"),
+        (["--regex", "a", "--ignore-eos"], "--ignore-eos: a text ends where its grammar does"),
+    ],
+    ids=range(6),
+)
+def test_a_grammar_that_cannot_be_used(blt: Call, bundle: Path, options: list[str], message: str) -> None:
+    done = blt("generate", bundle, TEXT, *options)
+    assert (done.code, done.out) == (2, b"")
+    assert done.err.startswith(f"blt: error: {message}")
+    assert len(done.err.splitlines()) == 1
 
 
 def test_stop(blt: Call, bundle: Path) -> None:

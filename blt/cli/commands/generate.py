@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -11,11 +12,14 @@ import typer
 
 from blt.cli import console, generation, inputs, models, options
 from blt_runtime.errors import CapacityError, UsageError
+from blt_runtime.grammar import GrammarSampler
+from blt_runtime.options import resolve
 
 if TYPE_CHECKING:
     from blt_runtime.speculation.speculate import Speculate
     from blt_runtime.stream import Overflow
 
+log = logging.getLogger("blt.cli")
 SLIDE = "--overflow slide"
 
 
@@ -63,6 +67,7 @@ def _write(pieces: Iterable[bytes], raw: bool, stream_out: bool) -> None:
 
 @options.verbosity
 @options.takes(options.SamplingOptions)
+@options.takes(options.GrammarOptions)
 @options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "threads")
 def generate(
     model: options.ModelPath,
@@ -72,6 +77,7 @@ def generate(
     n: Annotated[str, typer.Option("-n", "--new-bytes", metavar="SIZE", help="Bytes to generate.")] = "256",
     *,
     sampling: options.SamplingOptions,
+    constraint: options.GrammarOptions,
     file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from this file.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the end of a document.")] = False,
@@ -94,6 +100,10 @@ def generate(
         speculate=cast("Speculate", speculate),
     )
     given = _prompt_bytes(prompt, file, unconditional)
+    grammar = constraint.compiled()
+    if grammar is not None and ignore_eos:
+        raise UsageError("--ignore-eos: a text ends where its grammar does; leave it out")
+    sampler = resolve(chosen, {"grammar": grammar}).sampler()
     with models.open_model(model, how) as opened:
         stream = opened.stream(bos=True, seed=sampling.seed, overflow=cast("Overflow", overflow))
         if overflow == "error":
@@ -101,13 +111,17 @@ def generate(
         timing = generation.Timing(len(given))
         try:
             stream.append(given)
-            pieces = timing.timed(stream.generate(size, options=chosen))
+            pieces = timing.timed(stream.generate(size, sampler=sampler, options=chosen))
             if as_json:
                 text = "".join(generation.texts(pieces))
-                console.print_json("blt.generate/1", {"text": text, **timing.summary(stream)})
+                complete = sampler.complete if isinstance(sampler, GrammarSampler) else None
+                report = {"text": text, "complete": complete, **timing.summary(stream)}
+                console.print_json("blt.generate/1", report)
             else:
                 _write(pieces, raw, not no_stream)
         except CapacityError as error:  # too many patches, which is known only when the text is there
             raise CapacityError(f"{error}, or add {SLIDE}") from error
+    if isinstance(sampler, GrammarSampler) and not sampler.complete:
+        log.warning("the text ended before it matched the grammar: it is a prefix of a match (-n %s)", n)
     if stats:
         console.to_stderr(generation.stats_line(timing.summary(stream)))
