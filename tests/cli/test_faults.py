@@ -76,7 +76,7 @@ def test_a_full_stream_names_options_of_the_command_line(
     for size in (50, 80):  # too many patches, too many bytes
         full = blt(*words, stdin=b"x" * size)
         assert full.code == 1
-        assert "--capacity" in full.err
+        assert "export with a larger --capacity" in full.err or "export with a larger --patches" in full.err
         assert "reset" not in full.err
         assert ("--overflow slide" in full.err) == (words[0] == "generate")
         assert full.out == b""

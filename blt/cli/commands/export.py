@@ -63,6 +63,10 @@ def export(
     capacity: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes that a stream can hold (default: the trained length).")
     ] = None,
+    patches: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Patches that a stream can hold (default: the trained length, or --capacity)."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare the graphs with PyTorch, and fail beyond the tolerance.")
     ] = True,
@@ -82,6 +86,7 @@ def export(
         raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
     overrides = _overrides(precision_of or [])
     size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=2)
+    most_patches = None if patches is None else options.parse_size(patches, "--patches", at_least=2)
     if inputs.is_bundle(model):
         raise UsageError(f"{model} is a bundle already; give the checkpoint it was exported from")
     import blt_export.aot  # first: where PyTorch is missing too, the extra to install is `export`
@@ -100,6 +105,7 @@ def export(
             flavour=flavour,
             precision=precision,
             capacity=size,
+            patches=most_patches,
             check=check,
             force=force,
             table_dtype=table_dtype,

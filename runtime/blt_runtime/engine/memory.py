@@ -192,7 +192,7 @@ class Memory:
         if patches > self.spec.capacity_patches:
             raise CapacityError(
                 f"the text needs more than the capacity of {self.spec.capacity_patches:,} patches: "
-                "give a shorter text, or export with a larger --capacity"
+                "give a shorter text, or export with a larger --patches"
             )
 
     def keep_entropy(self) -> Callable[[], None]:
