@@ -84,14 +84,18 @@ def find_bundle(name: str) -> Path | None:
     return root / BUNDLE
 
 
-def name_of(folder: Path) -> str | None:
-    """The repository whose bundle a folder of the hub's cache holds; None for any other folder.
+def model_name(folder: Path) -> str:
+    """What to call the bundle in a folder: its repository in the hub's cache, else the folder's name, not `onnx`.
 
     Example:
-        hub.name_of(Path("hub/models--owner--name/snapshots/0a1b/onnx"))  # "owner/name"
+        hub.model_name(Path("hub/models--owner--name/snapshots/0a1b/onnx"))  # "owner/name"
     """
-    found = re.fullmatch(r".*/models--([^/]+)--([^/]+)/snapshots/[^/]+/" + BUNDLE, folder.absolute().as_posix())
-    return None if found is None else f"{found[1]}/{found[2]}"
+    path = folder.absolute()
+    found = re.fullmatch(r".*/models--([^/]+)--([^/]+)/snapshots/[^/]+/" + BUNDLE, path.as_posix())
+    if found is not None:
+        return f"{found[1]}/{found[2]}"
+    path = path.resolve()
+    return path.parent.name if path.name == BUNDLE else path.name
 
 
 def _no_file(name: str) -> str:

@@ -98,8 +98,8 @@ def test_an_entropy_model_is_searched_for_only_if_the_rule_needs_one(tmp_path: P
     assert load(tmp_path / "blt").entropy is not None
 
 
-def test_a_bundle_in_the_cache_has_the_name_of_its_repository(tmp_path: Path) -> None:
+def test_a_bundle_in_the_cache_has_the_name_of_its_repository_and_others_that_of_their_folder(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--owner--a-name" / "snapshots" / "0a1b"
-    assert hub.name_of(snapshot / "onnx") == "owner/a-name"
-    assert hub.name_of(snapshot) is None
-    assert hub.name_of(tmp_path / "onnx") is None
+    assert hub.model_name(snapshot / "onnx") == "owner/a-name"
+    assert hub.model_name(tmp_path / "pulled" / "onnx") == "pulled"
+    assert hub.model_name(tmp_path / "bundle") == "bundle"

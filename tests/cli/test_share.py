@@ -202,7 +202,9 @@ def test_a_connection_that_breaks_within_a_file_continues_there(
 ) -> None:
     done(blt("push", bundle, NAME))
     hub.cut = "onnx/latent.weights"
-    done(blt("pull", NAME, "-o", tmp_path / "out"))
+    if blt("pull", NAME, "-o", tmp_path / "out").code:  # older versions of huggingface_hub do not try again themselves
+        assert not (tmp_path / "out").exists()
+        done(blt("pull", NAME, "-o", tmp_path / "out"))
     half = (bundle / "latent.weights").stat().st_size // 2
     assert f"bytes={half}-" in hub.ranges
     assert (tmp_path / "out" / "onnx" / "latent.weights").read_bytes() == (bundle / "latent.weights").read_bytes()

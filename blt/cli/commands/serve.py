@@ -90,7 +90,7 @@ def serve(
     from blt_runtime.server import Settings, create_app, logs, run
 
     settings = Settings(
-        name=served_model_name or hub.name_of(model) or model.resolve().name,
+        name=served_model_name or hub.model_name(model),
         streams=streams,
         max_queue=max_queue,
         capacity=None if capacity is None else options.parse_size(capacity, "--capacity", at_least=2),
