@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,20 @@ def test_a_bundle_in_the_cache_has_the_name_of_its_repository_and_others_that_of
     assert hub.model_name(snapshot / "onnx") == "owner/a-name"
     assert hub.model_name(tmp_path / "pulled" / "onnx") == "pulled"
     assert hub.model_name(tmp_path / "bundle") == "bundle"
+
+
+def test_a_full_disk_is_named_also_as_the_cause_of_another_error() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/cache/blob")
+    wrapped = RuntimeError("Error while downloading")
+    wrapped.__cause__ = full
+    for error in (full, wrapped):
+        with (
+            pytest.raises(HubError, match=r"^a/b: the disk is full \(/cache/blob\): free some space"),
+            hub.failures("a/b: "),
+        ):
+            raise error
+
+
+def test_the_projects_own_errors_pass_unchanged() -> None:
+    with pytest.raises(CheckpointError, match=r"^mine$"), hub.failures("a/b: "):
+        raise CheckpointError("mine")
