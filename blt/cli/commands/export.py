@@ -65,7 +65,9 @@ def export(
     ] = None,
     patches: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Patches that a stream can hold (default: the trained length, or --capacity)."),
+        typer.Option(
+            metavar="SIZE", help="Patches that a stream can hold (default: the trained length, or --capacity)."
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare the graphs with PyTorch, and fail beyond the tolerance.")
