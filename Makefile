@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 MODEL  := configs/demo/model.pt
 BUNDLE := build/demo
 TOUR   := build/tour
-DEV    := cpu,train,export,hub,plot,bpe,gguf,parquet,tensorboard,serve,dev
+DEV    := cpu,serve,grammar,train,export,hub,plot,bpe,gguf,parquet,tensorboard,dev
 EXTRAS ?= $(DEV)
 
 .PHONY: help demo tour test fuzz check format clean
@@ -71,14 +71,14 @@ clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps: a second run installs nothing. torch goes first, so that its version is pinned for what follows.
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
+$(VENV)/.demo: pyproject.toml runtime/pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,train,export,plot]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ./runtime -e ".[cpu,train,export,plot]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml runtime/pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ./runtime -e ".[$(EXTRAS)]"
 	@touch $@ $(VENV)/.demo
 
 $(BIN)/python:

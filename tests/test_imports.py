@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -287,13 +288,33 @@ def test_packages_are_typed(package: str) -> None:
     assert (PACKAGES[package] / "py.typed").is_file()
 
 
+def distribution(folder: str) -> dict[str, Any]:
+    """[project] of a distribution: "." is blt-lm, "runtime" is blt-runtime."""
+    project: dict[str, Any] = tomllib.loads((REPO / folder / "pyproject.toml").read_text())["project"]
+    return project
+
+
 def test_one_version() -> None:
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    assert importlib.import_module("blt").__version__ == project["version"]
+    tools, runtime = distribution("."), distribution("runtime")
+    versions = {importlib.import_module(name).__version__ for name in ("blt", "blt_runtime")}
+    assert versions == {tools["version"], runtime["version"]}
+    assert f"blt-runtime=={runtime['version']}" in tools["dependencies"]
+
+
+def test_the_two_distributions_agree() -> None:
+    tools, runtime = distribution("."), distribution("runtime")
+    assert tools["requires-python"] == runtime["requires-python"]
+    for extra in runtime["optional-dependencies"]:
+        assert tools["optional-dependencies"][extra] == [f"blt-runtime[{extra}]"]
+    assert (REPO / "LICENSE").read_text() == (REPO / "runtime/LICENSE").read_text()
+
+
+def test_the_runtime_has_at_most_a_dozen_public_names() -> None:
+    assert len(importlib.import_module("blt_runtime").__all__) <= 12
 
 
 def test_the_extras_that_the_cli_names_exist() -> None:
     from blt.cli.failures import EXTRAS
 
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    project = distribution(".")
     assert set(EXTRAS.values()) <= set(project["optional-dependencies"])

@@ -11,7 +11,7 @@ import sys
 import traceback
 
 from blt.cli.console import verbose
-from blt_runtime.errors import printable
+from blt_runtime.errors import install_command, printable
 
 OK, FAILED, USAGE, MISSING, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 130, 141
 SHOWN = 300  # characters of an unexpected error shown from its beginning, and from its end
@@ -98,7 +98,7 @@ def _missing_module(error: ModuleNotFoundError) -> tuple[str, int]:
     extra = EXTRAS.get(module)
     if extra is None:
         return f"the module {error.name!r} is missing; reinstall blt-lm", FAILED
-    return f"{module} is not installed; run: pip install 'blt-lm[{extra}]'", MISSING
+    return f"{module} is not installed; run: {install_command(extra)}", MISSING
 
 
 def one_line(error: object) -> str:

@@ -214,7 +214,7 @@ def write_manifest(state: ExportState) -> str:
 def producer() -> dict[str, str]:
     """Versions of the packages that made the bundle."""
     found = {}
-    for name in ("blt-lm", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime"):
+    for name in ("blt-lm", "blt-runtime", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -23,6 +23,8 @@ from .scheduler import Scheduler
 from .speculation.drafters import Drafter
 from .stream import Score, Stream
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BltError",
     "Bundle",

@@ -116,11 +116,26 @@ class BackendError(BltError):
     exit_code = 4
 
 
+RUNTIME_EXTRAS = ("cpu", "gpu", "serve", "grammar")
+"""The extras of the distribution blt-runtime. All others are extras of blt-lm."""
+
+
+def install_command(extra: str) -> str:
+    """What installs an extra.
+
+    Example:
+        install_command("cpu")  # "pip install 'blt-runtime[cpu]'"
+        install_command("plot")  # "pip install 'blt-lm[plot]'"
+    """
+    distribution = "blt-runtime" if extra in RUNTIME_EXTRAS else "blt-lm"
+    return f"pip install '{distribution}[{extra}]'"
+
+
 class MissingExtra(BackendError):
     """A library that is not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} is not installed: pip install 'blt-lm[{extra}]'")
+        super().__init__(f"{what} is not installed: {install_command(extra)}")
         self.what, self.extra = what, extra
 
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Continue a text with an exported bundle: python embed.py BUNDLE "Once upon a time"
 
-Needs `pip install 'blt-lm[cpu]'`; no torch.
+Needs `pip install 'blt-runtime[cpu]'`; no torch.
 """
 
 from __future__ import annotations

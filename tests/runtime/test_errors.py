@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from blt_runtime import errors
-from blt_runtime.errors import BltError, MissingExtra
+from blt_runtime.errors import RUNTIME_EXTRAS, BltError, MissingExtra
 
 PLAIN = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, BltError)]
 
@@ -22,3 +24,13 @@ def test_a_missing_extra_survives_pickling() -> None:
     error = MissingExtra("tensorboard", "tensorboard")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.exit_code) == (MissingExtra, str(error), 4)
+
+
+def test_a_missing_extra_names_its_distribution() -> None:
+    assert str(MissingExtra("uvicorn", "serve")) == "uvicorn is not installed: pip install 'blt-runtime[serve]'"
+    assert str(MissingExtra("gguf", "gguf")) == "gguf is not installed: pip install 'blt-lm[gguf]'"
+
+
+def test_the_runtimes_extras_are_those_of_its_distribution(repo: Path) -> None:
+    project = tomllib.loads((repo / "runtime/pyproject.toml").read_text())["project"]
+    assert set(RUNTIME_EXTRAS) == set(project["optional-dependencies"])

@@ -14,8 +14,9 @@ from blt import __version__
 from blt.cli import console, options
 
 PACKAGES = (
-    "numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx",
-    "pydantic", "pyyaml", "rich", "typer", "matplotlib",
+    "blt-runtime", "numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+    "tensorrt-rtx", "pydantic", "pyyaml", "rich", "typer", "matplotlib", "starlette", "uvicorn", "prometheus-client",
+    "jinja2", "llguidance",
 )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def load_library(minimum: str) -> Any:
     if _version(onnxruntime.__version__) < _version(minimum):
         raise BackendError(
             f"the bundle needs onnxruntime {minimum} or newer, but {onnxruntime.__version__} is installed: "
-            "pip install --upgrade 'blt-lm[cpu]'"
+            "pip install --upgrade 'blt-runtime[cpu]'"
         )
     return onnxruntime
 

@@ -153,7 +153,7 @@ def _check_version(data: Mapping[str, Any]) -> None:
         raise ManifestError("manifest.json has no valid version number")
     if version > VERSION:
         raise VersionError(
-            f"the bundle has format version {version}, this program reads versions up to {VERSION}: upgrade blt-lm"
+            f"the bundle has format version {version}, this program reads versions up to {VERSION}: upgrade blt-runtime"
         )
 
 

@@ -238,7 +238,7 @@ def test_bad_threads(bundle: Bundle) -> None:
 
 def test_onnxruntime_is_not_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'blt-lm\[cpu\]'") as error:
+    with pytest.raises(MissingExtra, match=r"pip install 'blt-runtime\[cpu\]'") as error:
         OnnxBackend(bundle)
     assert error.value.exit_code == 4
 
