@@ -359,6 +359,7 @@ def test_large_files_are_hard_links_where_that_is_possible(tmp_path: Path, monke
     assert not (tmp_path / "out" / "a").samefile(tmp_path / "cache" / "a")
 
 
+PATHS = ":".join(str(Path(__file__).resolve().parents[2] / part) for part in ("", "export", "runtime"))
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from blt.cli import run; sys.exit(run(sys.argv[1:]))"
 
 
@@ -371,14 +372,23 @@ def test_a_bundle_on_the_hub_generates_without_torch_also_offline(
     for key, value in local_hub.environment(hub, tmp_path / "new").items():
         monkeypatch.setenv(key, value)
     command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
-    root = Path(__file__).resolve().parents[2]
-    monkeypatch.setenv("PYTHONPATH", ":".join(str(root / part) for part in ("", "export", "runtime")))
+    monkeypatch.setenv("PYTHONPATH", PATHS)
     online = subprocess.run(command, capture_output=True)
     assert (online.returncode, online.stdout) == (0, expected), online.stderr
     hub.answers["GET", ""] = hub.answers["HEAD", ""] = 500
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     offline = subprocess.run(command, capture_output=True)
     assert (offline.returncode, offline.stdout) == (0, expected), offline.stderr
+
+
+def test_a_bundle_alone_is_pushed_without_torch(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", PATHS)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "push", str(bundle), NAME, "--dry-run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "onnx/manifest.json" in done.stdout
+    assert "parameters and FLOPs are not stated" in done.stderr
 
 
 def test_a_checkpoint_on_the_hub_opens_as_before(blt: Call, hub: Hub, run: Path) -> None:
