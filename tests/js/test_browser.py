@@ -11,18 +11,12 @@ from typing import Any
 
 import pytest
 
+from tests import browser as browser_tests
 from tests.js import bundles
 from tests.js.bundles import DEMO_CASES, DRIVER, MODULE, TINY_CASES, assert_equal, demo_bundle, expected, tiny_bundle
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 bundles.demand_packages("onnxruntime-web")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-if not CHROMIUM.exists():
-    pytest.skip(f"{CHROMIUM} is not installed", allow_module_level=True)
+browser_tests.demand()
 
 LIBRARY = "node_modules/onnxruntime-web/dist"
 TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
@@ -70,10 +64,8 @@ def site(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield chromium
-        chromium.close()
+    with browser_tests.chromium() as started:
+        yield started
 
 
 @pytest.fixture

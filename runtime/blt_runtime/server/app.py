@@ -26,7 +26,7 @@ from ..errors import BltError
 from ..ids import decode
 from ..model import Model
 from ..scheduler import Scheduler
-from . import logs
+from . import logs, page
 from .admission import Admission
 from .answers import Answer, ChatAnswer, CompletionAnswer, Json
 from .bodies import read_body
@@ -109,7 +109,7 @@ class Service:
 
     def _card(self) -> Json:
         facts = {"id": self.settings.name, "object": "model", "created": self.created, "owned_by": "blt"}
-        return {**facts, "max_model_len": self.capacity}
+        return {**facts, "max_model_len": self.capacity, "patch_rule": self.model.spec.patch_rule.to_dict()}
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.settings.name):
@@ -278,6 +278,7 @@ def create_app(model: Model, settings: Settings | None = None) -> Starlette:
         Route("/version", service.version, methods=get),
         Route("/metrics", service.metrics_text, methods=get),
     ]
+    routes += page.routes()
     middleware = [Middleware(Surroundings)]
     if settings.cors:
         origins, methods = list(settings.cors), ["GET", "POST"]
