@@ -85,11 +85,12 @@ def prefer_bundle(path: Path) -> Path:
 
     Raises HubError, and MissingExtra without huggingface_hub.
     """
+    if path.is_file() or is_bundle(path):
+        return path
     from blt.checkpoint import hub
 
     if path.exists():
-        inside = path / hub.BUNDLE
-        return inside if is_bundle(inside) and not is_bundle(path) else path
+        return path / hub.BUNDLE if is_bundle(path / hub.BUNDLE) else path
     return hub.find_bundle(str(path)) or path if hub.is_name(path) else path
 
 

@@ -49,12 +49,14 @@ PRINTS = [
     "inspect {model} --tensors",
     "inspect {bundle}",
     "inspect {bundle} --tensors --json",
+    "push {model} owner/name --dry-run",
+    "push {model} owner/name --dry-run --json",
     "plot {run}",
     "plot {run} --json",
     "env",
 ]
-PRINTS_ELSEWHERE = {"lm-eval"}
-"""Printed by lm-evaluation-harness."""
+PRINTS_ELSEWHERE = {"lm-eval", "pull", "serve"}
+"""lm-evaluation-harness prints; pull needs a hub (tests/share); serve writes to stderr only."""
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,7 @@ GENERATION = {
     "stop_at_eos": Parameter(is_flag),
     "speculate": Parameter(nothing),
     "draft": Parameter(is_whole),
+    "grammar": Parameter(lambda value: value is None),
 }
 OPTIONS = {"options": Parameter(lambda value: value is None), **GENERATION}
 NONE = Parameter(lambda value: value is None)
@@ -255,7 +256,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     },
     "Stream.append": {"text": PROMPT, "cancelled": Parameter(optional(callable))},
     "Stream.append_ids": {"ids": IDS, "cancelled": Parameter(optional(callable))},
-    "Stream.generate": {"n": N, **OPTIONS},
+    "Stream.generate": {"n": N, "sampler": NONE, **OPTIONS},
     "Stream.generate_ids": {"n": N, "sampler": NONE, **OPTIONS},
     "Stream.reset": {},
     "Stream.restore": {"snapshot": Parameter(nothing, None)},

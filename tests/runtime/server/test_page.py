@@ -121,6 +121,7 @@ def test_markup_is_shown_as_text(opened: Open) -> None:
 
 def test_errors_of_the_server_are_shown(opened: Open) -> None:
     page = opened(allowed="the browser logs the status")
+    page.locator("#model", has_text="tiny").wait_for()  # the page sets `max` when it knows the model
     page.evaluate("() => document.getElementById('max_tokens').removeAttribute('max')")
     generate(page, 10_000)
     page.get_by_role("alert").filter(has_text="exceed").wait_for()
