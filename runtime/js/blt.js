@@ -17,6 +17,7 @@ export { BackendError, BltError, BundleError, Cancelled, CapacityError, InputErr
 
 const HASH_WHOLE_BUNDLE = 2 ** 30, GATHER_BYTES = 16 << 20;
 const SLOTS = 64; // of a cache of free length at first; it is doubled when it is full
+const SLICE = 12; // ms between two pauses
 
 // ---- one graph with its caches
 
@@ -64,8 +65,10 @@ class Graph {
     const found = await this.session.run(inputs, fetches).catch((cause) => {
       throw new BackendError(`the graph ${this.name} failed: ${firstLine(cause)}`, { cause });
     });
-    if (!this.inPlace)
+    if (!this.inPlace) {
       for (const [output, input] of Object.entries(this.spec.aliases)) this.caches[input] = found[output];
+      await pause();
+    }
     return found[wanted];
   }
   /** A function that puts the caches back as they are now. */
@@ -75,6 +78,19 @@ class Graph {
     return () => Object.assign(this, { slots, caches: Object.fromEntries(caches) });
   }
 }
+
+/** WebAssembly keeps the page's thread. A pause lets the page draw, and lets a signal arrive. */
+async function pause() {
+  if (performance.now() - paused < SLICE) return;
+  await new Promise((done) => {
+    if (globalThis.setImmediate) return setImmediate(done);
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => (port1.close(), done());
+    port2.postMessage(null);
+  });
+  paused = performance.now();
+}
+let paused = 0;
 
 // ---- one text
 

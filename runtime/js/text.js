@@ -241,7 +241,8 @@ const DEFAULTS = { temperature: 0.8, topK: null, topP: null, minP: null, seed: n
 
 /** Options with their defaults. Throws UsageError for an unknown one and for a value out of range. */
 export function checkOptions(given = {}) {
-  const options = { ...DEFAULTS, ...given };
+  const set = Object.entries(given).filter(([, value]) => value !== undefined);
+  const options = { ...DEFAULTS, ...Object.fromEntries(set) };
   const demand = (holds, name, wanted) => {
     if (!holds) throw new UsageError(`${name} must be ${wanted}, not ${shown(options[name])}`);
   };

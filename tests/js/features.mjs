@@ -197,6 +197,11 @@ test("options out of range and unknown ones are UsageErrors", async () => {
   for (const n of [-1, 1.5, NaN, "3"]) await assert.rejects(text("a", n), UsageError);
 });
 
+test("an option that is undefined has its default", async () => {
+  const unset = { topK: undefined, topP: undefined, minP: undefined, seed: undefined, stop: undefined, signal: undefined };
+  assert.equal(await text("The ", 20, { ...greedy, ...unset }), await text("The ", 20, greedy));
+});
+
 test("ids outside the vocabulary are InputErrors, and what is no text a UsageError", async () => {
   const stream = await model.stream();
   for (const ids of [[260], [-1], [1.5], ["1"]]) await assert.rejects(stream.appendIds(ids), InputError);

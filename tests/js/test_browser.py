@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ bundles.demand_packages("onnxruntime-web")
 browser_tests.demand()
 
 LIBRARY = "node_modules/onnxruntime-web/dist"
-TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
 RUN = """async ({ bundle, cases }) => {
   const blt = await import("/js/blt.js"), ort = await import("/js/LIBRARY/ort.wasm.min.mjs");
   const { drive } = await import("/tests/drive.mjs");
@@ -32,15 +28,6 @@ RUN = """async ({ bundle, cases }) => {
 }""".replace("LIBRARY", LIBRARY)
 
 
-class Files(SimpleHTTPRequestHandler):
-    """Serves a folder quietly, with the types that browsers demand."""
-
-    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **TYPES}  # noqa: RUF012
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundles.shared_folder(tmp_path_factory)
@@ -48,18 +35,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server: /js is runtime/js, /bundles the bundles, /page the demo page with the shipped model."""
+    """The address of a server: /js is runtime/js, /bundles the bundles."""
     root = tmp_path_factory.mktemp("site")
     for name, target in (("js", MODULE.parent), ("tests", DRIVER), ("bundles", folder)):
         (root / name).symlink_to(target)
     (root / "index.html").write_text("<!doctype html><input type=file webkitdirectory>")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=str(root)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with browser_tests.static_files(root) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +89,16 @@ def test_a_chosen_folder_that_is_no_bundle_is_one_clear_error(page: Any, tmp_pat
     page.locator("input").set_input_files(tmp_path)
     found = page.evaluate(RUN, {"bundle": None, "cases": []})
     assert found.startswith("BundleError: manifest.json is missing")
+
+
+def test_a_signal_stops_an_append_and_the_page_stays_alive(page: Any, folder: Path) -> None:
+    run = """async (bundle) => {
+      const { Model } = await import("/js/blt.js"), ort = await import("/js/LIBRARY/ort.wasm.min.mjs");
+      const stream = await (await Model.open(bundle, { ort })).stream(), controller = new AbortController();
+      let ticks = 0;
+      const timer = setInterval(() => ++ticks === 5 && controller.abort(), 1);
+      const error = await stream.append("x ".repeat(3000), { signal: controller.signal }).catch((error) => error);
+      clearInterval(timer);
+      return [error?.name, ticks, stream.position];
+    }""".replace("LIBRARY", LIBRARY)
+    assert page.evaluate(run, f"/bundles/{demo_bundle(folder).name}") == ["AbortError", 5, 1]

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+FILES = ("index.html", "page.css", "page.js", "drawing.js", "controls.js")
 TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
 HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self'; style-src 'self'; img-src data:; "
@@ -21,7 +21,7 @@ HEADERS = {
 
 def routes() -> list[Route]:
     """The routes of the page's files, which are read once."""
-    return [_route(path, name) for path, name in FILES.items()]
+    return [_route("/" if name == "index.html" else f"/{name}", name) for name in FILES]
 
 
 def _route(path: str, name: str) -> Route:
