@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from blt_runtime.ids import BOS, BYTES, OFFSET
 from blt_runtime.scheduler import Scheduler
 from tests import exports
 from tests.runtime.engine.batches import read_texts
+from tests.runtime.server.servers import answering, children, python
 from tests.tiny import hard_text, runs_rows
 
 pytestmark = pytest.mark.skipif(
@@ -133,3 +136,20 @@ def test_heads_that_the_attention_does_not_support_have_no_batched_graphs(tmp_pa
         stream = Model.open(made.path).stream(bos=False)
         stream.append_ids(hard_text()[:40])
         assert text.result() == b"".join(BYTES[id] for id in stream.generate_ids(20, temperature=0, stop_at_eos=False))
+
+
+@pytest.mark.parametrize("bundle", [("plain", "fp32")], indirect=True, ids=["plain"])
+def test_workers_share_a_bundle_and_answer_as_a_scheduler_does(bundle: Path) -> None:
+    with Scheduler(Model.open(bundle, threads=1, batched=True), streams=1) as scheduler:
+        expected = scheduler.submit("abc", 20, seed=1, temperature=0.7, stop_at_eos=False).result()
+    options = ("--workers", "2", "--threads", "1", "--port", "0")
+    with python("-m", "blt.cli", "serve", str(bundle), *options) as process:
+        assert process.stderr is not None
+        url = re.findall("http://[^ ]+", process.stderr.readline())[0]
+        for worker in children(process.pid):
+            with answering(worker, process.pid):
+                body = {"prompt": "abc", "max_tokens": 20, "seed": 1, "temperature": 0.7, "ignore_eos": True}
+                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+                assert answer["choices"][0]["text"] == expected.decode(errors="replace")
+        process.terminate()
+        assert process.wait(60) == 143

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blt.cli import console, models, options
 from blt_runtime import reading
 from blt_runtime.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 LOG_FORMATS = ("text", "json")
 LARGEST_KEYS = 1 << 20
@@ -76,7 +80,12 @@ def serve(
             metavar="ORIGIN", help="Web pages of this origin may call; * for all; repeatable (default: none)."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that share the address; --streams and --max-queue are of each.")
+    ] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each worker (default: the cores, divided by the workers).")
+    ] = None,
     log_format: Annotated[str, typer.Option(help="text, or json: one object a line.")] = "text",
     chat_template: Annotated[
         Path | None,
@@ -88,6 +97,7 @@ def serve(
         raise UsageError(f"--log-format {log_format}: choose one of {', '.join(LOG_FORMATS)}")
     from blt.checkpoint import hub
     from blt_runtime.server import Settings, create_app, logs, run
+    from blt_runtime.server import workers as processes
 
     settings = Settings(
         name=served_model_name or hub.model_name(model),
@@ -102,13 +112,21 @@ def serve(
         cors=tuple(cors or ()),
         chat_template=None if chat_template is None else _read(chat_template, "--chat-template"),
     )
-    models.check_batched(model)
+    if workers == 1:  # several open the bundle themselves: a process with a session has threads and must not fork
+        models.check_batched(model)
     sock = run.bind(host, port)
     logs.start("json" if log_format == "json" else "text")
-    app = create_app(models.open_batched(model, threads), settings)
+
+    def made() -> Starlette:
+        share = threads if threads or workers == 1 else max(1, len(os.sched_getaffinity(0)) // workers)
+        return create_app(models.open_batched(model, share), settings)
 
     def ready() -> None:
-        console.to_stderr(f"{settings.name} is ready at {run.url(sock)} (Ctrl-C ends it)")
+        among = "" if workers == 1 else f" with {workers} workers"
+        console.to_stderr(f"{settings.name} is ready at {run.url(sock)}{among} (Ctrl-C ends it)")
 
-    number = run.serve(app, sock, drain=drain, ready=ready)
+    if workers == 1:
+        number = run.serve(made(), sock, drain=drain, ready=ready)
+    else:
+        number = processes.serve(made, sock, workers=workers, drain=drain, ready=ready)
     raise typer.Exit(128 + number if number else 0)

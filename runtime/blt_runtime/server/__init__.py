@@ -5,7 +5,7 @@
 
     app = create_app(Model.open("bundle", batched=True), Settings(name="demo"))  # an ASGI application
 
-`blt serve BUNDLE` runs it in uvicorn.
+`blt serve BUNDLE` runs it in uvicorn (`run`), in one process or in several (`workers`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from ..errors import MissingExtra
 
 try:
-    from . import logs, run
+    from . import logs, run, workers
     from .app import Service, create_app
     from .settings import Settings
 except ModuleNotFoundError as error:
@@ -21,4 +21,4 @@ except ModuleNotFoundError as error:
         raise
     raise MissingExtra(error.name.partition(".")[0], "serve") from error
 
-__all__ = ["Service", "Settings", "create_app", "logs", "run"]
+__all__ = ["Service", "Settings", "create_app", "logs", "run", "workers"]

@@ -261,7 +261,8 @@ def create_app(model: Model, settings: Settings | None = None) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
+        async with service.metrics.refreshed(service.scheduler):
+            yield
         await asyncio.to_thread(service.scheduler.close)
 
     post, get = ["POST"], ["GET"]

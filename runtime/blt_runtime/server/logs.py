@@ -44,7 +44,7 @@ class _Text(logging.Formatter):
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        found = {"time": f"{moment}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+        found = {"time": f"{moment}.{int(record.msecs):03d}Z", "level": record.levelname.lower(), "pid": record.process}
         facts = getattr(record, "facts", None)
         found |= {"event": "request", **facts} if facts else {"event": "log", "message": record.getMessage()}
         if record.exc_info:

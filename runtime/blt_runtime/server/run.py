@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
@@ -27,6 +27,7 @@ UNREAD_SECONDS = 60
 """After which a connection is closed whose client reads nothing, or is no longer there."""
 CLOSING_SECONDS = 2
 BACKLOG = 1024
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -94,16 +95,40 @@ class _Server(uvicorn.Server):
         yield
 
 
+Stop = Callable[[float], None]
+"""Ends a server: new requests are refused, the others have so many seconds. A later call can only shorten them."""
+
+
 def serve(app: Starlette, sock: socket.socket, *, drain: float, ready: Callable[[], None]) -> int:
     """Serves until SIGTERM or Ctrl-C, and returns the signal's number. ready: called once requests are accepted.
 
     At SIGTERM the server refuses new requests (503, also `/ready`), waits up to `drain` seconds for the others, and
     ends. Ctrl-C, or a second signal, ends it at once.
     """
-    return asyncio.run(_serve(app, sock, drain, ready))
+    received: list[int] = []
+
+    def obey(stop: Stop) -> None:
+        def signalled(number: int) -> None:
+            received.append(number)
+            stop(seconds_to_end(received, drain))
+
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, signalled, number)
+
+    asyncio.run(serving(app, sock, BACKLOG, ready, obey))
+    return received[0] if received else 0
 
 
-async def _serve(app: Starlette, sock: socket.socket, drain: float, ready: Callable[[], None]) -> int:
+def seconds_to_end(received: Sequence[int], drain: float) -> float:
+    """How long running requests have after these signals: `drain` after one SIGTERM, else no time."""
+    return drain if received == [signal.SIGTERM] else 0.0
+
+
+async def serving(
+    app: Starlette, sock: socket.socket, backlog: int, ready: Callable[[], None], obey: Callable[[Stop], None]
+) -> None:
+    """Serves until stopped. obey: called first, in the event loop, with what stops the server. backlog: connections
+    that wait, and how many are accepted at a time."""
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -115,28 +140,18 @@ async def _serve(app: Starlette, sock: socket.socket, drain: float, ready: Calla
         h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=CLOSING_SECONDS,
-        backlog=BACKLOG,
+        backlog=backlog,
     )
     server, service = _Server(config), app.state.service
     assert isinstance(service, Service)
-    received: list[int] = []
     ending: list[asyncio.Task[None]] = []
-
-    def stop(number: int) -> None:
-        received.append(number)
-        limit = drain if received == [signal.SIGTERM] else 0.0
-        ending.append(asyncio.create_task(_end(server, service, limit)))
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
+    obey(lambda limit: ending.append(asyncio.create_task(_end(server, service, limit))))
     running = asyncio.create_task(server.serve([sock]))
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
     if server.started:
         ready()
     await running
-    return received[0] if received else 0
 
 
 async def _end(server: uvicorn.Server, service: Service, limit: float) -> None:
