@@ -17,6 +17,7 @@ export { BackendError, BltError, BundleError, Cancelled, CapacityError, InputErr
 
 const HASH_WHOLE_BUNDLE = 2 ** 30, GATHER_BYTES = 16 << 20;
 const SLOTS = 64; // of a cache of free length at first; it is doubled when it is full
+const WEB_CHUNK = 64; // tokens of a call with WebAssembly, whose attention is slower with more
 const SLICE = 12; // ms between two pauses
 
 // ---- one graph with its caches
@@ -195,8 +196,8 @@ export class Stream {
 
   /** Reads ids, all or nothing: first the entropy model over all, which finds the patches; then chunk by chunk. */
   async #read(ids, signal) {
-    const { capacity_bytes: most, capacity_patches: mostPatches, chunk } = this.#spec, start = this.position;
-    const end = start + ids.length, before = this.#state.starts.length - 1;
+    const { capacity_bytes: most, capacity_patches: mostPatches } = this.#spec, start = this.position;
+    const { chunk } = this.#model, end = start + ids.length, before = this.#state.starts.length - 1;
     if (end > most)
       throw new CapacityError(`${end} tokens exceed the capacity of ${most}: give a shorter text, or export with a ` +
         "larger --capacity");
@@ -242,8 +243,8 @@ export class Stream {
   }
 
   #calls(name, start, end, documents) {
-    const { chunk, chunk_crosses_documents: crosses, graphs } = this.#spec;
-    return cut(start, end, graphs[name].cache, chunk, crosses ? null : documents);
+    const { chunk_crosses_documents: crosses, graphs } = this.#spec;
+    return cut(start, end, graphs[name].cache, this.#model.chunk, crosses ? null : documents);
   }
   #clock(a, b, documents) {
     return { positions: int64(range(a, b), 1, b - a), doc_start: int64(documents.slice(a, b), 1, b - a) };
@@ -377,6 +378,7 @@ export class Model {
         "is installed: npm install onnxruntime-node@latest (or onnxruntime-web@latest)");
     /** onnxruntime-node updates caches in place; onnxruntime-web copies them into its memory and back. */
     this.inPlace = Boolean(found.node);
+    this.chunk = this.inPlace ? this.spec.chunk : Math.min(this.spec.chunk, WEB_CHUNK);
     this.threads = threads;
     if (threads && !this.inPlace) this.ort.env.wasm.numThreads = threads;
     this.kvShape = this.spec.graphs.decoder.inputs.find((tensor) => tensor.name === "patch_kv").shape.slice(1);
@@ -412,7 +414,7 @@ export class Model {
   async #session(name, content, options) {
     const spec = this.spec.graphs[name], { file } = this.manifest.graphs[name];
     const precision = this.manifest.precisions?.[name] ?? this.manifest.precision;
-    const threads = this.inPlace ? { intraOpNumThreads: this.threads, interOpNumThreads: 1 } : {};
+    const threads = this.inPlace && this.threads ? { intraOpNumThreads: this.threads, interOpNumThreads: 1 } : {};
     const provider = this.inPlace ? "cpu" : "wasm";
     const session = await this.ort.InferenceSession.create(content, { executionProviders: [provider],
       logSeverityLevel: 3, ...threads, ...options }).catch((cause) => {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,20 +112,47 @@ def test_equal_seeds_draw_the_ids_of_the_python_runtime(folder: Path) -> None:
     assert_equal(run(NODE, [(bundle, cases)])[0], expected(bundle, cases))
 
 
-def test_the_declarations_name_what_the_module_exports() -> None:
-    declared = re.findall(
-        r"^export class (\w+)", (MODULE.parent / "blt.d.ts").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    script = "import(process.argv[1]).then((m) => console.log(JSON.stringify(Object.keys(m))))"
-    done = subprocess.run(["node", "-e", script, str(MODULE)], capture_output=True, text=True, check=True)
-    assert {*declared, "Stream"} == set(json.loads(done.stdout))
+@pytest.fixture
+def project(folder: Path, tmp_path: Path) -> Path:
+    """A folder where the package is installed, with a bundle and the example in TypeScript."""
+    (tmp_path / "node_modules").mkdir()
+    (tmp_path / "node_modules" / "blt-runtime").symlink_to(MODULE.parent)
+    (tmp_path / "bundle").symlink_to(demo_bundle(folder))
+    for name in ("types.ts", "tsconfig.json"):
+        shutil.copy(DRIVER / name, tmp_path)
+    return tmp_path
+
+
+DECLARATIONS = (MODULE.parent / "blt.d.ts").read_text(encoding="utf-8")
+
+
+def test_the_declarations_name_what_the_package_exports(project: Path) -> None:
+    script = "import('blt-runtime').then((m) => console.log(JSON.stringify(Object.keys(m))))"
+    done = subprocess.run(["node", "-e", script], cwd=project, capture_output=True, text=True, check=True)
+    assert {*re.findall(r"^export class (\w+)", DECLARATIONS, re.MULTILINE), "Stream"} == set(json.loads(done.stdout))
 
 
 @pytest.mark.skipif(not (PACKAGES / "typescript").is_dir(), reason="typescript is not installed")
-def test_a_program_in_typescript_compiles() -> None:
+def test_a_program_in_typescript_compiles(project: Path) -> None:
     compiler = PACKAGES / "typescript" / "bin" / "tsc"
-    done = subprocess.run(["node", str(compiler), "-p", str(DRIVER)], capture_output=True, text=True)
+    done = subprocess.run(["node", str(compiler), "-p", str(project)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_program_in_typescript_uses_every_declaration() -> None:
+    members = re.findall(r"^  (?:static |readonly )*(\w+)\??[(:]", DECLARATIONS, re.MULTILINE)
+    names = {*members, *re.findall(r"^export \w+ (\w+)", DECLARATIONS, re.MULTILINE)}
+    assert len(names) > 35
+    program = (DRIVER / "types.ts").read_text(encoding="utf-8")
+    assert {name for name in names if not re.search(rf"\b{name}\b", program)} == set()
+
+
+def test_the_example_of_the_readme_runs(project: Path) -> None:
+    readme = (MODULE.parent / "README.md").read_text(encoding="utf-8")
+    (project / "example.mjs").write_text(readme.split("```js\n")[1].split("```")[0], encoding="utf-8")
+    done = subprocess.run(["node", "example.mjs"], cwd=project, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "startsPatch: true" in done.stdout
 
 
 FEATURES = re.findall(r'^test\("(.+?)"', (DRIVER / "features.mjs").read_text(encoding="utf-8"), re.MULTILINE)
