@@ -25,6 +25,7 @@ MAY = {
     "blt_runtime": {"numpy"},
     "blt_runtime.server": {"numpy", "jinja2", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
     "blt": {"numpy", "torch", "pydantic", "yaml", "zstandard", "matplotlib", "lm_eval", "tqdm", "blt_runtime"},
+    "blt.triton": {"numpy", "triton_python_backend_utils", "blt_runtime"},
     "blt_export": {
         "numpy", "torch", "pydantic", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt_rtx", "ml_dtypes",
         "blt", "blt_runtime",
@@ -49,6 +50,7 @@ LAZY = {
         "tokenizers",
         "zstandard",
     },
+    "blt.triton": set(),
     "blt_export": {"tensorrt_rtx", "onnxruntime"},
     "blt.cli": {"torch", "onnx", "onnxruntime", "matplotlib", "pyppmd", "pydantic", "lm_eval", "blt_export"},
 }
@@ -63,7 +65,7 @@ ROOMS = (
     "blt_runtime.requests", "blt_runtime.scheduler", "blt_runtime",
     "blt_runtime.server",
     "blt.files", "blt.model", "blt.checkpoint", "blt", "blt.generate", "blt.data", "blt.evaluate", "blt.figures",
-    "blt.train", "blt.bench", "blt.share",
+    "blt.train", "blt.bench", "blt.share", "blt.triton",
     "blt_export.capture", "blt_export.rewrite", "blt_export.rules", "blt_export.lower", "blt_export.passes",
     "blt_export.quantize", "blt_export.specs", "blt_export.verify", "blt_export.state", "blt_export.bundle",
     "blt_export.aot",

@@ -1,8 +1,14 @@
-"""What a command left (its exit code and what it wrote), and a small training configuration."""
+"""What a command left (its exit code and what it wrote), commands without PyTorch, a small training configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+PATHS = ":".join(str(Path(__file__).resolve().parents[2] / part) for part in ("", "export", "runtime"))
+"""PYTHONPATH of a fresh interpreter."""
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from blt.cli import run; sys.exit(run(sys.argv[1:]))"
+"""The command line where PyTorch is not installed: `python -c WITHOUT_TORCH COMMAND ...`."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from blt.cli import app
 
 OFF = {  # options that do nothing unless they are given
     "--baseline", "--by", "--debs", "--eval-data", "--fail-above", "--file", "--grammar", "--out", "--plot", "--regex",
-    "--schema", "--set", "--stop", "--suite",
+    "--schema", "--set", "--stop", "--suite", "--triton",
 }  # fmt: skip
-WITHOUT_BUNDLES = ("calibrate", "check", "export", "convert")
+WITHOUT_BUNDLES = ("calibrate", "check", "convert")
 
 
 def commands(group: Any, *names: str) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from blt.checkpoint.models import Checkpoint, save
 from blt.cli import run
 from blt.cli.commands import evaluate
 from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, HashConfig, TransformerConfig
+from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import CheckFailed
 from blt_runtime.patching import PatchRule
 
@@ -45,9 +46,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path) -> Path:
-    """The same model exported by the command line."""
-    out = checkpoint.parent / "bundle"
-    assert run(["export", str(checkpoint), "-o", str(out), "-q"]) == 0
+    """The same model exported by the command line, also into the Triton repository `models` next to it."""
+    out, models = checkpoint.parent / "bundle", checkpoint.parent / "models"
+    assert run(["export", str(checkpoint), "-o", str(out), "--triton", str(models), "-q"]) == 0
     return out
 
 
@@ -354,6 +355,12 @@ def test_a_quantised_graph_is_evaluated_and_shown(blt: Call, checkpoint: Path, t
         assert "bits per byte" in text
         assert "0 lost, 0 new" in text
     assert blt("generate", out, TEXT, "-n", 5, "--raw", "--ignore-eos").code == 0
+
+
+def test_the_exported_bundle_is_also_in_the_triton_repository(bundle: Path) -> None:
+    model = bundle.parent / "models/bundle"
+    assert (model / "config.pbtxt").is_file()
+    assert Bundle.open(model / "1/bundle", "full").manifest == Bundle.open(bundle).manifest
 
 
 def test_export_refuses_a_folder_that_is_not_empty(blt: Call, checkpoint: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from blt.checkpoint.models import save
 from blt.share import download
 from blt_export import pipeline
 from tests import exports
-from tests.cli.calls import Result
+from tests.cli.calls import PATHS, WITHOUT_TORCH, Result
 from tests.share import local_hub
 from tests.share.local_hub import Hub
 from tests.tiny import tiny
@@ -357,10 +357,6 @@ def test_large_files_are_hard_links_where_that_is_possible(tmp_path: Path, monke
     download.copy(download.Pulled(tmp_path / "cache", "c", ("a", "large")), tmp_path / "out")
     assert (tmp_path / "out" / "large").samefile(tmp_path / "cache" / "large")
     assert not (tmp_path / "out" / "a").samefile(tmp_path / "cache" / "a")
-
-
-PATHS = ":".join(str(Path(__file__).resolve().parents[2] / part) for part in ("", "export", "runtime"))
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from blt.cli import run; sys.exit(run(sys.argv[1:]))"
 
 
 def test_a_bundle_on_the_hub_generates_without_torch_also_offline(

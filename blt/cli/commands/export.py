@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,8 +32,19 @@ EVAL_PIECE = 4096
 @options.verbosity
 @options.takes(options.ModelOptions, "entropy_model")
 def export(
-    model: options.CheckpointPath,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write the bundle to.")],
+    context: typer.Context,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            callback=options.existing_model,
+            help="A checkpoint: model.pt, a run folder, a folder in the facebook or Hugging Face format, or a hub "
+            "name. With --triton also a bundle.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write the bundle to.")
+    ] = None,
     flavour: Annotated[
         str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (standard operators, also for TensorRT).")
     ] = "ort",
@@ -78,19 +89,43 @@ def export(
             "--check-aot", help="Also compile the graphs with TensorRT-RTX (needs --flavour portable; extra aot)."
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write the bundle as a model of this repository of NVIDIA Triton Inference Server."
+        ),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy/--no-copy", help="Copy the bundle into --triton's DIR, or refer to it by its path.")
+    ] = True,
+    served_model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name in Triton (default: the bundle folder's).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle, and a model in Triton.")] = False,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Write MODEL as a bundle: ONNX graphs with all that the runtime needs, compared with PyTorch."""
+    """Write MODEL as a bundle: ONNX graphs with all that the runtime needs, compared with PyTorch.
+
+    With --triton, the bundle also becomes a model for NVIDIA Triton Inference Server; MODEL may be a bundle then.
+    """
     if flavour not in FLAVOURS:
         raise UsageError(f"--flavour {flavour}: choose one of {', '.join(FLAVOURS)}")
     overrides = _overrides(precision_of or [])
     size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=2)
     most_patches = None if patches is None else options.parse_size(patches, "--patches", at_least=2)
+    for_triton = None if triton is None else _Triton(triton, served_model_name, copy, force)
     if inputs.is_bundle(model):
-        raise UsageError(f"{model} is a bundle already; give the checkpoint it was exported from")
+        if for_triton is None:
+            raise UsageError(f"{model} is a bundle already; give the checkpoint it was exported from, or --triton DIR")
+        _refuse_options_of_the_export(context, model)
+        _add_to_triton(for_triton, model, as_json)
+        return
+    if out is None:
+        raise UsageError("-o DIR is missing: the folder to write the bundle to")
+    if for_triton is None and (served_model_name is not None or not copy):
+        raise UsageError("--served-model-name and --no-copy have no effect without --triton DIR")
     import blt_export.aot  # first: where PyTorch is missing too, the extra to install is `export`
     from blt.checkpoint.models import load
 
@@ -98,6 +133,8 @@ def export(
     if check_aot:
         blt_export.aot.check_arguments(flavour)
     blt_export.bundle.check_target(out, force)  # before minutes of work
+    if for_triton is not None:
+        for_triton.check(out)
     loaded = load(model, entropy_model=how.entropy_model, generates=True)
     eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)
     with console.named_steps("export", len(blt_export.pipeline.STEPS)) as begin:
@@ -116,9 +153,11 @@ def export(
             progress=begin,
         )
     compiled = blt_export.aot.compile_bundle(out, report.manifest) if check_aot else ()
+    served = None if for_triton is None else for_triton.write(out)
     if as_json:
         gate = {"aot": [asdict(attempt) for attempt in compiled]} if check_aot else {}
-        payload = {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json(), **gate}
+        also = {} if served is None else {"triton": served}
+        payload = {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json(), **gate, **also}
         console.print_json("blt.export/1", payload)
         _demand_compiled(compiled)
         return
@@ -133,7 +172,54 @@ def export(
         print()
     console.stdout_console().print(size_table(report.manifest))
     console.say(f"\n{out}: {flavour}, {precision_text(report.manifest)}, written in {report.seconds:.1f} s")
+    if served is not None:
+        console.say(f"{served}: a model of Triton's Python backend")
     _demand_compiled(compiled)
+
+
+@dataclass(frozen=True)
+class _Triton:
+    """What the options say about the model repository."""
+
+    repository: Path
+    name: str | None
+    copy: bool
+    force: bool
+
+    def _name(self, bundle: Path) -> str:
+        from blt.checkpoint import hub
+
+        return self.name or hub.model_name(bundle).rsplit("/")[-1]
+
+    def check(self, bundle: Path) -> None:
+        """Raises UsageError if the model cannot be written for the bundle that will be in this folder."""
+        from blt.triton import repository
+
+        repository.check_target(self.repository, self._name(bundle), self.force)
+
+    def write(self, bundle: Path) -> Path:
+        from blt.triton import repository
+
+        return repository.write(bundle, self.repository, self._name(bundle), copy=self.copy, force=self.force)
+
+
+def _add_to_triton(for_triton: _Triton, bundle: Path, as_json: bool) -> None:
+    served = for_triton.write(bundle)
+    if as_json:
+        console.print_json("blt.export/1", {"bundle": bundle, "triton": served})
+    else:
+        console.say(f"{served}: a model of Triton's Python backend")
+
+
+FOR_BUNDLES = ("model", "triton", "copy", "served_model_name", "force", "as_json", "quiet", "verbose")
+
+
+def _refuse_options_of_the_export(context: typer.Context, model: Path) -> None:
+    """Raises UsageError for an option that has no effect on a bundle."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name not in FOR_BUNDLES and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{option.opts[-1]} has no effect: {model} is a bundle already")
 
 
 def _compile_table(attempts: Sequence[Attempt]) -> Table:
