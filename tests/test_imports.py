@@ -37,7 +37,7 @@ MAY = {
 }  # fmt: skip
 # Libraries that it may import only inside functions, so that importing the module stays fast.
 LAZY = {
-    "blt_runtime": {"onnxruntime", "llguidance"},
+    "blt_runtime": {"onnxruntime", "onnxruntime_ep_webgpu", "llguidance"},
     "blt_runtime.server": set(),
     "blt": {
         "gguf",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from blt.bench.runs import Forced, Text, run, with_changes
 from blt_runtime import Model
-from blt_runtime.backends.protocol import Backend, Buffer, Call, Session
+from blt_runtime.backends.protocol import Backend, Buffer, Call, Place, Session
 from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.speculation.speculate import Speculate
 
@@ -56,8 +56,8 @@ class ClockedBackend:
     def session(self, group: str) -> ClockedSession:
         return ClockedSession(self._backend.session(group), self._clock)
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        return self._backend.buffer(dtype, shape)
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
+        return self._backend.buffer(dtype, shape, place)
 
 
 class ClockedSession:

@@ -61,10 +61,13 @@ def open_checkpoint(checkpoint: Checkpoint, how: ModelOptions, capacity: int | N
 
         with tempfile.TemporaryDirectory(prefix="blt-bundle-") as folder:
             bundle = Path(folder) / "bundle"
+            flavour = "ort" if how.provider == "cpu" else "cuda"
             with console.named_steps("export", len(STEPS)) as begin:
-                export(checkpoint, bundle, capacity=capacity, check=False, progress=begin)
+                export(checkpoint, bundle, flavour=flavour, capacity=capacity, check=False, progress=begin)
             yield _open_bundle(bundle, replace(how, entropy_model=None, precision=None))
     else:
+        if how.provider != "cpu":
+            raise UsageError(f"--provider {how.provider} is ONNX Runtime's: give a bundle, or add --backend onnx")
         from blt.generate.torch_backend import open_model as open_torch
 
         device = "cpu" if how.device == "auto" else devices.torch_device(how.device)
@@ -95,7 +98,7 @@ def _open_bundle(path: Path, how: ModelOptions) -> Model:
     if how.entropy_model is not None:
         raise UsageError(f"{path} is a bundle and holds its entropy model; leave --entropy-model out")
     if how.device.startswith("cuda"):
-        raise BackendError(f"--device {how.device}: this version runs bundles on the CPU only; leave --device out")
+        raise BackendError(f"--device {how.device} is for checkpoints: a bundle has --provider cuda")
     from blt_runtime import Model
 
-    return Model.open(path, backend="onnx", threads=how.threads, precision=how.precision)
+    return Model.open(path, backend="onnx", provider=how.provider, threads=how.threads, precision=how.precision)

@@ -177,8 +177,8 @@ class GrammarOptions:
 class ModelOptions:
     """How a model is opened. `device` and `threads` count for every backend; the rest depends on the model's format.
 
-    precision: what the model must run at. entropy_model: where the model's format stores it separately.
-    Raises UsageError for an unknown backend or device name.
+    provider: of ONNX Runtime, which runs a bundle. precision: what the model must run at. entropy_model: where the
+    model's format stores it separately. Raises UsageError for an unknown backend, provider or device name.
     """
 
     backend: Annotated[
@@ -210,9 +210,17 @@ class ModelOptions:
     device: Annotated[
         str, typer.Option("--device", help="Device of a checkpoint: cpu, cuda[:n], or auto, which is cpu.")
     ] = "auto"
+    provider: Annotated[
+        str,
+        typer.Option("--provider", help="ONNX Runtime's provider: cpu; or cuda or webgpu, for the flavour cuda."),
+    ] = "cpu"
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")] = None
 
     def __post_init__(self) -> None:
+        from blt_runtime.arguments import choice
+        from blt_runtime.backends.providers import PROVIDERS
+
+        choice("--provider", self.provider, PROVIDERS)
         if self.backend not in BACKENDS:
             raise UsageError(f"--backend {self.backend}: choose one of {', '.join(BACKENDS)}")
         devices.check_name(self.device)

@@ -4,15 +4,15 @@
 entropy model, `Loader` cuts the documents into rows and batches of a few fixed shapes.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from blt.data.batches import Batch, BatchShape, PatchStarts, TokenSource
+from blt.data.dataset import Dataset, Documents, info
+from blt.data.packing import Loader
+from blt.data.prepare import prepare
+
 if TYPE_CHECKING:
-    from blt.data.batches import Batch, BatchShape, PatchStarts, TokenSource
-    from blt.data.dataset import Dataset, Documents, info
-    from blt.data.packing import Loader
     from blt.data.patches import PatchIndex, choose_threshold
-    from blt.data.prepare import prepare
 
 __all__ = [
     "Batch",
@@ -27,18 +27,12 @@ __all__ = [
     "info",
     "prepare",
 ]
-_MODULES = {
-    "batches": ("Batch", "BatchShape", "PatchStarts", "TokenSource"),
-    "dataset": ("Dataset", "Documents", "info"),
-    "packing": ("Loader",),
-    "patches": ("PatchIndex", "choose_threshold"),
-    "prepare": ("prepare",),
-}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name's module on first use: `patches` loads torch, and a bundle needs none of them."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Imports `patches` on first use: it loads torch, which data preparation must not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from blt.data import patches
+
+    return getattr(patches, name)

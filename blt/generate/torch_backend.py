@@ -20,7 +20,7 @@ from blt.model.graphs import CHUNK, Limits, check_memory, model_spec
 from blt.model.steps import StepModule, make_steps
 from blt_runtime import Model
 from blt_runtime.arguments import whole
-from blt_runtime.backends.protocol import Buffer, Call, HostBuffer
+from blt_runtime.backends.protocol import Buffer, Call, HostBuffer, Place
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec
 from blt_runtime.errors import BackendError, shown
 from blt_runtime.model import MOST_THREADS
@@ -66,7 +66,7 @@ class TorchBackend:
     def session(self, group: str) -> TorchSession:
         return self._sessions[group]
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> HostBuffer:
         return HostBuffer(dtype, shape)
 
 

@@ -21,7 +21,8 @@ CHUNK = 128
 """Bytes per prefill call: large enough that arithmetic dominates, small enough that a ring of window + chunk slots is
 hardly slower to read than a ring of window slots."""
 ALIGN = 64
-WindowLayout = Literal["ring", "window"]
+WindowLayout = Literal["ring", "window", "linear"]
+"""ring, window: the newest positions only (`CacheSpec`). linear: all positions, the window is an attention mask."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def check_memory(spec: ModelSpec) -> None:
 
 def cache_spec(config: TransformerConfig, capacity: int, chunk: int, layout: WindowLayout) -> CacheSpec:
     """A ring cache (or a window cache) for windowed layers, a plain buffer of `capacity` positions for others."""
-    if config.window is None or config.window + chunk >= capacity:
+    if config.window is None or config.window + chunk >= capacity or layout == "linear":
         return CacheSpec("linear", capacity, config.window, config.n_layers)
     slots = ALIGN * -(-(config.window - 1 + chunk) // ALIGN)
     return CacheSpec(layout, slots, config.window, config.n_layers)

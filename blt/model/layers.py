@@ -41,11 +41,12 @@ class RotaryTable(nn.Module):
         self._made_of = rows, head_size, theta
         self.make_buffers()
 
-    def make_buffers(self) -> None:
-        """Called again after the module was built on the meta device."""
+    def make_buffers(self, dtype: torch.dtype = torch.float32) -> None:
+        """Called again after the module was built on the meta device. dtype: of the angles; the frequencies are those
+        of float32."""
         rows, head_size, theta = self._made_of
         frequency_K = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-        angle_NK = torch.outer(torch.arange(rows, dtype=torch.float32), frequency_K)
+        angle_NK = torch.outer(torch.arange(rows, dtype=dtype), frequency_K.to(dtype))
         self.register_buffer("cos", angle_NK.cos(), persistent=False)
         self.register_buffer("sin", angle_NK.sin(), persistent=False)
 

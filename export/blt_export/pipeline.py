@@ -2,7 +2,7 @@
 
 `STEPS` runs from top to bottom on one `ExportState`. Each step returns what it changed; the log shows it with the
 seconds.
-Up to "lower" both flavours are the same. Only "quantise" changes numerics; it does nothing unless asked for.
+Up to "lower" all flavours are the same. Only "quantise" changes numerics; it does nothing unless asked for.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from blt_runtime.errors import BltError, UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype
 
 from . import bundle, steps
+from .lower import cuda
 from .passes import (
     cleanup,
     fix_capacity,
     fold_constants,
     fold_weights,
-    free_capacity,
     gather_once,
     name_io,
     pack_heads,
@@ -40,6 +40,9 @@ from .specs import FLAVOURS, Flavour, export_spec
 from .state import ExportReport, ExportState, Step, StepReport
 from .steps import each, each_with_spec
 
+CONTRIB_FLAVOURS: tuple[Flavour, ...] = ("ort", "cuda")
+"""Attention is GroupQueryAttention of ONNX Runtime."""
+
 STEPS = (
     Step("make the step modules", steps.make_modules),
     Step("capture", steps.capture_graphs),
@@ -52,12 +55,13 @@ STEPS = (
     Step("simplify reshapes", each(simplify_reshapes.run)),
     Step("clean up", each(cleanup.run)),
     Step("lower", steps.lower),
-    Step("pack heads", each(pack_heads.run, flavour="ort")),
-    Step("read slices by one attention", each(read_slices.run, flavour="ort")),
+    Step("pack heads", each(pack_heads.run, flavours=CONTRIB_FLAVOURS)),
+    Step("read slices by one attention", each(read_slices.run, flavours=CONTRIB_FLAVOURS)),
     Step("join products", steps.join),
-    Step("rotate inside the attention", each(rotate_inside.run, flavour="ort")),
+    Step("rotate inside the attention", each(rotate_inside.run, flavours=CONTRIB_FLAVOURS)),
+    Step("keep nodes on the device", each(cuda.finish, flavours=("cuda",))),
     Step("clean up again", each(cleanup.run)),
-    Step("free the caches' capacity", each_with_spec(free_capacity.run)),
+    Step("free the caches' capacity", steps.free_capacity),
     Step("quantise", steps.quantise),
     Step("write graphs", steps.write_graphs),
     Step("write batched graphs", steps.write_batched_graphs),
@@ -92,7 +96,8 @@ def export(
 ) -> ExportReport:
     """Write a checkpoint as a bundle in the folder `out_dir`, which appears only if every step succeeds.
 
-    flavour: "ort" (fastest on ONNX Runtime) or "portable" (standard operators: ONNX Runtime and TensorRT).
+    flavour: "ort" (fastest on CPUs), "cuda" (ONNX Runtime on GPUs, CUDA and WebGPU) or "portable" (standard
+    operators: ONNX Runtime and TensorRT).
     capacity, patches: bytes and patches that one stream can hold. chunk: most bytes per call.
     check: compare every graph with PyTorch. force: replace an existing bundle. progress: called with each step's name.
     table_dtype: of the hash tables: "float32", "float16", "bfloat16" or "int8" (default: as in the checkpoint).
@@ -133,7 +138,7 @@ def prepare(
 ) -> ExportState:
     """Check the arguments of an export and load the checkpoint. Arguments and errors are those of `export`."""
     check_arguments(flavour, precision, table_dtype=table_dtype, precision_of=precision_of)
-    known: Flavour = "ort" if flavour == "ort" else "portable"
+    known = cast(Flavour, flavour)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint, generates=True)
     dtype = cast(TableDtype | None, table_dtype)
     spec = export_spec(loaded, known, capacity=capacity, patches=patches, chunk=chunk, table_dtype=dtype)

@@ -1,6 +1,7 @@
 """Specifications of the exported graphs: those of `blt.model.graphs`, with the cache layout of the flavour.
 
 portable    windowed layers: ring, slots addressed by absolute position; a call may span documents
+cuda        windowed layers: a linear cache, restarted with each document; a call must stay within a document
 ort         windowed layers: the evicting cache of GroupQueryAttention; a call must stay within a document
             (a graph with heads that the operator does not support keeps the ring)
 """
@@ -11,15 +12,15 @@ from dataclasses import replace
 from typing import Literal
 
 from blt.checkpoint.models import Checkpoint
-from blt.model.graphs import Limits, check_memory, model_spec
+from blt.model.graphs import Limits, WindowLayout, check_memory, model_spec
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TableDtype
 
 from .lower import ort
 
-Flavour = Literal["ort", "portable"]
-FLAVOURS: tuple[Flavour, ...] = ("ort", "portable")
+Flavour = Literal["ort", "cuda", "portable"]
+FLAVOURS: tuple[Flavour, ...] = ("ort", "cuda", "portable")
 
 
 def export_spec(
@@ -54,10 +55,19 @@ def export_spec(
         spec = model_spec(blt.config, entropy, rule, limits=limits, table_dtype=dtype)
         check_memory(spec)
         return spec
+    layout: WindowLayout = "window" if flavour == "ort" else "linear"
     spec = model_spec(
-        blt.config, entropy, rule, limits=limits, layout="window", chunk_crosses_documents=False, table_dtype=dtype
+        blt.config, entropy, rule, limits=limits, layout=layout, chunk_crosses_documents=False, table_dtype=dtype
     )
     check_memory(spec)
+    if flavour == "cuda":
+        unsupported = [name for name, graph in spec.graphs.items() if not ort.supports(graph)]
+        if unsupported:
+            raise UsageError(
+                f"the flavour cuda needs heads of a size that is a multiple of 8, and {unsupported[0]} has others: "
+                "export the flavour portable"
+            )
+        return spec
     return replace(spec, graphs={name: _ring_if_unsupported(graph) for name, graph in spec.graphs.items()})
 
 

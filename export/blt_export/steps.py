@@ -22,22 +22,25 @@ from blt_runtime.errors import BackendError, BundleError, UsageError
 
 from . import bundle
 from .capture import trace
-from .lower import ort, portable
+from .lower import cuda, ort, portable
 from .passes import batch_rows, join_products
+from .passes import free_capacity as free_capacities
 from .quantize import matrices
 from .rewrite import diff, op_counts
 from .rules import GRAPH
-from .specs import Flavour
+from .specs import FLAVOURS, Flavour
 from .state import ExportState
 from .verify import batched, parity, text
 
 log = logging.getLogger("blt_export")
 
 
-def each(run: Callable[[ir.Model], object], *, flavour: Flavour | None = None) -> Callable[[ExportState], str]:
-    """A step that runs a pass over every graph and returns how the operators changed. flavour: skip any other one."""
+def each(
+    run: Callable[[ir.Model], object], *, flavours: tuple[Flavour, ...] = FLAVOURS
+) -> Callable[[ExportState], str]:
+    """A step that runs a pass over every graph and returns how the operators changed. flavours: skip any other one."""
     over_all = each_with_spec(lambda model, _: run(model))
-    return lambda state: over_all(state) if flavour in (None, state.flavour) else "not in this flavour"
+    return lambda state: over_all(state) if state.flavour in flavours else "not in this flavour"
 
 
 def each_with_spec(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[ExportState], str]:
@@ -81,7 +84,12 @@ def capture_graphs(state: ExportState) -> str:
 
 
 def lower(state: ExportState) -> str:
-    return each_with_spec({"portable": portable.lower, "ort": ort.lower}[state.flavour])(state)
+    return each_with_spec({"portable": portable.lower, "ort": ort.lower, "cuda": cuda.lower}[state.flavour])(state)
+
+
+def free_capacity(state: ExportState) -> str:
+    """Not in the flavour cuda, whose graphs hold the capacity as a constant."""
+    return "not in this flavour" if state.flavour == "cuda" else each_with_spec(free_capacities.run)(state)
 
 
 def join(state: ExportState) -> str:
@@ -119,6 +127,8 @@ def write_graphs(state: ExportState) -> str:
 
 def write_batched_graphs(state: ExportState) -> str:
     """The batched graphs, on the weights that were just written."""
+    if state.flavour == "cuda":
+        return "not in this flavour"
     written = {name: ir.load(path) for name, path in state.files.items()}
     refused = [name for name, model in written.items() if not batch_rows.supports(model, state.spec.graphs[name])]
     if refused:

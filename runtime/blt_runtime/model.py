@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from .arguments import choice, flag, instance, whole
 from .backends.protocol import Backend
+from .backends.providers import PROVIDERS
 from .bundle.bundle import Bundle, Verify
 from .bundle.manifest import Manifest, check_precision
 from .bundle.open_files import OpenFiles
@@ -63,7 +64,7 @@ class Model:
         backend: str = "onnx",
         *,
         threads: int | None = None,
-        providers: Sequence[str] | None = None,
+        provider: str = "cpu",
         verify: Verify = "auto",
         precision: str | None = None,
         batched: bool = False,
@@ -73,24 +74,24 @@ class Model:
         """Opens the bundle folder `path`.
 
         backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: for one call; None lets the
-        backend choose. providers: ONNX Runtime's execution providers; any but the CPU's is an error so far.
-        verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32",
-        "int8", "int4"); None accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no
-        single streams. prepack: see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several
-        tokens (`speculate`). many: the former name of `batched`, which warns.
+        backend choose. provider: ONNX Runtime's, "cpu", "cuda" or "webgpu"; the last two run bundles of the flavour
+        cuda. verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32", "int8",
+        "int4"); None accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no single
+        streams. prepack: see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several tokens
+        (`speculate`). many: the former name of `batched`, which warns.
 
         Raises UsageError, BundleError, BackendError, OutOfMemory or MissingExtra.
         """
         if many is not None:
             warnings.warn("Model.open(many=...) is now batched=...", DeprecationWarning, stacklevel=2)
             batched = many
-        _check_open(backend, threads, providers, precision, batched, prepack)
+        _check_open(backend, threads, provider, precision, batched, prepack)
         try:
             bundle = Bundle.open(path, verify)
             if precision is not None:
                 check_precision(bundle.manifest, precision, str(path))
             files = OpenFiles(bundle)
-            made = _backend(backend, bundle, threads=threads, providers=providers, batched=batched, prepack=prepack)
+            made = _backend(backend, bundle, threads=threads, provider=provider, batched=batched, prepack=prepack)
             tables = bundle.hash_tables()
             files.check_names()
             return cls(bundle.manifest.spec, made, tables, manifest=bundle.manifest, files=files)
@@ -153,7 +154,7 @@ def _as_text(pieces: Iterator[bytes]) -> Iterator[str]:
 def _check_open(
     backend: str,
     threads: int | None,
-    providers: Sequence[str] | None,
+    provider: str,
     precision: str | None,
     batched: bool,
     prepack: bool | None,
@@ -163,10 +164,7 @@ def _check_open(
         raise UsageError(f"backend {shown(backend)} is unknown; known: onnx, null")
     if threads is not None:
         whole("threads", threads, 1, MOST_THREADS)
-    if providers is not None and (
-        not isinstance(providers, list | tuple) or not all(isinstance(provider, str) for provider in providers)
-    ):
-        raise UsageError("providers must be a list of names of ONNX Runtime's execution providers")
+    choice("provider", provider, tuple(PROVIDERS))
     if precision is not None:
         choice("precision", precision, ("fp32", "int8", "int4"))
     flag("batched", batched)
@@ -179,14 +177,14 @@ def _backend(
     bundle: Bundle,
     *,
     threads: int | None,
-    providers: Sequence[str] | None,
+    provider: str,
     batched: bool,
     prepack: bool | None,
 ) -> Backend:
     if name == "onnx":
         from .backends.onnx import OnnxBackend, OnnxRowBackend
 
-        return (OnnxRowBackend if batched else OnnxBackend)(bundle, threads, providers, prepack=prepack)
+        return (OnnxRowBackend if batched else OnnxBackend)(bundle, threads, provider, prepack=prepack)
     from .backends.null import NullBackend
 
     return NullBackend(bundle.manifest.spec)

@@ -18,7 +18,7 @@ from blt.evaluate.cache_check.uncached import Uncached
 from blt.generate.torch_backend import open_model
 from blt_export import export
 from blt_runtime import Model
-from blt_runtime.backends.protocol import Backend, Buffer, Call, HostBuffer, Session
+from blt_runtime.backends.protocol import Backend, Buffer, Call, HostBuffer, Place, Session
 from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import BOS, EOS
@@ -255,8 +255,8 @@ class Wrapped:
     def session(self, group: str) -> Session:
         return WrappedSession(self._backend.session(group), self._wrap)
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        return self._backend.buffer(dtype, shape)
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
+        return self._backend.buffer(dtype, shape, place)
 
 
 class WrappedSession:
@@ -277,11 +277,11 @@ class OneCache(Wrapped):
         self._caches: list[Buffer] = []
         self._given = 0
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
         if shape not in self._shapes:
-            return super().buffer(dtype, shape)
+            return super().buffer(dtype, shape, place)
         if len(self._caches) < len(self._shapes):
-            self._caches.append(super().buffer(dtype, shape))
+            self._caches.append(super().buffer(dtype, shape, place))
         self._given += 1
         return self._caches[(self._given - 1) % len(self._shapes)]
 

@@ -204,7 +204,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "path": Parameter(is_path, "BUNDLE"),
         "backend": Parameter(nothing, "null"),
         "threads": Parameter(optional(is_whole)),
-        "providers": Parameter(lambda value: value is None or isinstance(value, list | tuple)),
+        "provider": Parameter(nothing),
         "verify": Parameter(nothing),
         "precision": NONE,
         "batched": Parameter(is_flag),

@@ -13,7 +13,7 @@ import pytest
 
 from blt_runtime import Model, PatchRule, Stream
 from blt_runtime.backends.null import NullBackend, NullSession, null_spec
-from blt_runtime.backends.protocol import Array, Buffer, Call, HostBuffer
+from blt_runtime.backends.protocol import Array, Buffer, Call, HostBuffer, Place
 from blt_runtime.bundle.spec import GRAPHS, ModelSpec
 from blt_runtime.errors import BackendError, BltError, BundleError, Cancelled, CapacityError, OutOfMemory, UsageError
 from blt_runtime.sampling import Sampler
@@ -290,7 +290,7 @@ class Scarce(NullBackend):
         super().__init__(spec)
         self.left = 1 << 30
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> HostBuffer:
         self.left -= 1
         if self.left < 0:
             raise MemoryError(f"no room for {shape}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from blt.checkpoint.models import Checkpoint
     from blt_export.aot import Attempt
 
-FLAVOURS = ("ort", "portable")
+FLAVOURS = ("ort", "cuda", "portable")
 EVAL_BYTES = 1 << 18
 """Bytes of --eval-data that are evaluated, in pieces spread over it. With the demo model, PyTorch and the bundle take
 half a minute each."""
@@ -46,7 +46,7 @@ def export(
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write the bundle to.")
     ] = None,
     flavour: Annotated[
-        str, typer.Option(help="ort (fastest on ONNX Runtime) or portable (standard operators, also for TensorRT).")
+        str, typer.Option(help="ort (fastest on CPUs), cuda (GPUs: CUDA and WebGPU) or portable (standard operators).")
     ] = "ort",
     precision: Annotated[
         str, typer.Option(help="Precision of the weight matrices: fp32, int8 or int4 (the last two need ort).")

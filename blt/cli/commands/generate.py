@@ -68,7 +68,7 @@ def _write(pieces: Iterable[bytes], raw: bool, stream_out: bool) -> None:
 @options.verbosity
 @options.takes(options.SamplingOptions)
 @options.takes(options.GrammarOptions)
-@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "threads")
+@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "provider", "threads")
 def generate(
     model: options.ModelPath,
     prompt: Annotated[

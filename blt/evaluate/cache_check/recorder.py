@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blt_runtime import Model
-from blt_runtime.backends.protocol import Backend, Buffer, Call, Session
+from blt_runtime.backends.protocol import Backend, Buffer, Call, Place, Session
 from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.ids import Ids
 
@@ -50,8 +50,8 @@ class Recorder:
         session = self._backend.session(group)
         return RecordedSession(session, self, RECORDED[group]) if group in RECORDED else session
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        return self._backend.buffer(dtype, shape)
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
+        return self._backend.buffer(dtype, shape, place)
 
     @contextmanager
     def into(self, recording: Recording) -> Iterator[None]:

@@ -21,6 +21,7 @@ Letters: B rows, S positions of this call, H heads, G key/value heads, K head si
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +36,7 @@ from .common import check_lowered, lower_norms, lower_ropes
 log = logging.getLogger("blt_export")
 
 CONTRIB = "com.microsoft"
+Lengths = Callable[[Builder, ir.Value, ir.Value], tuple[ir.Value, ir.Value]]
 SWAP_HEADS = [0, 2, 1, 3]
 
 
@@ -49,27 +51,28 @@ def lower(model: ir.Model, spec: GraphSpec) -> int:
     if not supports(spec):
         log.info("%s: head size no multiple of 8, GroupQueryAttention needs one: lowered as portable", spec.name)
         return portable.lower(model, spec)
-    model.graph.opset_imports[CONTRIB] = 1
-    lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]] = {}
-    attentions = nodes(model, "CachedAttention", DOMAIN)
-    for node in attentions:
-        _lower_attention(model.graph, node, spec, lengths, attentions[0])
-    count = len(attentions) + lower_norms(model) + lower_ropes(model)
+    count = lower_attentions(model, spec, _lengths) + lower_norms(model) + lower_ropes(model)
     check_lowered(model, spec)
     return count
 
 
-def _lower_attention(
-    graph: ir.Graph,
-    node: ir.Node,
-    spec: GraphSpec,
-    lengths: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]],
-    first: ir.Node,
-) -> None:
-    q, k, v, past_key, past_value, positions, doc_start = (required(value) for value in node.inputs)
-    key = (positions.name, doc_start.name)
-    if key not in lengths:
-        lengths[key] = _lengths(Builder(graph, first), positions, doc_start)
+def lower_attentions(model: ir.Model, spec: GraphSpec, lengths: Lengths) -> int:
+    """Replace every CachedAttention. lengths: makes seqlens_k [B] and total_sequence_length from positions and
+    doc_start, once for equal ones."""
+    model.graph.opset_imports[CONTRIB] = 1
+    made: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value]] = {}
+    attentions = nodes(model, "CachedAttention", DOMAIN)
+    for node in attentions:
+        positions, doc_start = (required(value) for value in node.inputs[5:7])
+        key = (positions.name, doc_start.name)
+        if key not in made:
+            made[key] = lengths(Builder(model.graph, attentions[0]), positions, doc_start)
+        _lower_attention(model.graph, node, spec, made[key])
+    return len(attentions)
+
+
+def _lower_attention(graph: ir.Graph, node: ir.Node, spec: GraphSpec, lengths: tuple[ir.Value, ir.Value]) -> None:
+    q, k, v, past_key, past_value = (required(value) for value in node.inputs[:5])
     b = Builder(graph, node)
     packed_out, present_key, present_value = b.op(
         "GroupQueryAttention",
@@ -78,7 +81,7 @@ def _lower_attention(
         _packed(b, v),
         past_key,
         past_value,
-        *lengths[key],
+        *lengths,
         domain=CONTRIB,
         outputs=3,
         num_heads=static(q, 1),
@@ -99,10 +102,16 @@ def _window(node: ir.Node, spec: GraphSpec) -> dict[str, int]:
 
 def _lengths(b: Builder, positions_BS: ir.Value, doc_start_BS: ir.Value) -> tuple[ir.Value, ir.Value]:
     """seqlens_k int32 [B] and total_sequence_length int32 scalar."""
-    age_BS = b.op("Sub", positions_BS, doc_start_BS)
-    last_B = b.op("Cast", b.op("Gather", age_BS, b.const(-1), axis=1), to=ir.DataType.INT32)
+    last_B = last_entries(b, positions_BS, doc_start_BS)
     longest = b.op("ReduceMax", last_B, keepdims=0)
     return last_B, b.op("Add", longest, b.const(1, np.int32))
+
+
+def last_entries(b: Builder, positions_BS: ir.Value, doc_start_BS: ir.Value) -> ir.Value:
+    """seqlens_k int32 [B]: entries of the document after this call, less one."""
+    age_BS = b.op("Sub", positions_BS, doc_start_BS)
+    last_B: ir.Value = b.op("Cast", b.op("Gather", age_BS, b.const(-1), axis=1), to=ir.DataType.INT32)
+    return last_B
 
 
 def _packed(b: Builder, x_BHSK: ir.Value) -> ir.Value:

@@ -41,6 +41,7 @@ import torch
 from torch import nn
 
 from blt.checkpoint.models import Checkpoint
+from blt.model.layers import RotaryTable
 from blt_runtime.backends.onnx import load_library
 from blt_runtime.bundle.manifest import Parity
 from blt_runtime.bundle.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
@@ -143,8 +144,12 @@ def following(row: Parity, noise: float) -> Parity:
 
 
 def _noise(step: nn.Module, graph: GraphSpec, inputs: Arrays, want: Arrays) -> dict[str, float]:
-    """The error of the PyTorch module in float32 (`want`) against the same module in float64, by output."""
+    """The error of the PyTorch module in float32 (`want`) against the same module in float64, by output. Rotary angles
+    are part of it: at position p, float32 rounds them by up to p * 2^-24."""
     exact = copy.deepcopy(step).double()
+    for module in exact.modules():
+        if isinstance(module, RotaryTable):
+            module.make_buffers(torch.float64)
     doubles = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
     found = _reference(exact, graph, doubles, torch.float64)
     return {name: _error(want[name].astype(np.float64), value.astype(np.float64)) for name, value in found.items()}

@@ -19,7 +19,7 @@ from ..bundle.spec import CacheKind, CacheSpec, GraphSpec, HashSpec, ModelSpec, 
 from ..errors import BackendError
 from ..ids import VOCAB
 from ..patching import PatchRule
-from .protocol import Array, Buffer, Call, HostBuffer
+from .protocol import Array, Buffer, Call, HostBuffer, Place
 
 MODULUS = 251
 WIDTH = 4
@@ -41,7 +41,7 @@ class NullBackend:
     def session(self, group: str) -> NullSession:
         return self._sessions[group]
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> HostBuffer:
         return HostBuffer(dtype, shape)
 
 

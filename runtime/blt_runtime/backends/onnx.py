@@ -12,18 +12,20 @@ in place. Two settings were measured on shape M of benchmarks/generation.py, on 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..arguments import choice
 from ..bundle.bundle import Bundle
 from ..bundle.graph_file import read_graph
 from ..bundle.spec import GraphSpec, row_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
-from .protocol import Buffer, Call, HostBuffer
+from .device import DeviceBuffer, Transfers
+from .protocol import Buffer, Call, HostBuffer, Place
+from .providers import PROVIDERS, check_available, check_flavour, check_placement, open_session
 
-CPU = "CPUExecutionProvider"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -60,12 +62,13 @@ _BUILD_LACKS = ("NotImplemented", "EPFail")
 class OnnxBackend:
     """Runs a bundle's graphs with ONNX Runtime.
 
-    threads: threads per operator; None is ONNX Runtime's choice (one per core). providers: ONNX
-    Runtime's execution providers; BackendError is raised for any but the CPU's, which is the default. spin:
-    idle threads wait busily for the next operator. prepack: copy weights into the kernels' own layout (15 % faster
-    at half a billion weights); False keeps them memory-mapped and shared by processes, and opens 6 GB in a second
-    instead of 15. None packs up to PREPACK_UP_TO bytes. Quantised graphs are always packed: unpacked, their products
-    take a thousand times as long (1024 x 1024 at 8 bits: 25 ms instead of 25 us).
+    threads: threads per operator; None is ONNX Runtime's choice (one per core). provider: "cpu", "cuda" or "webgpu"
+    (`backends.providers`). There is no fallback: BackendError is raised if it is missing, if it does not run the
+    bundle's flavour, and if it leaves a node to the CPU. spin: idle threads wait busily for the next operator. prepack:
+    copy weights into the kernels' own layout (15 % faster at half a billion weights); False keeps them memory-mapped
+    and shared by processes, and opens 6 GB in a second instead of 15. None packs up to PREPACK_UP_TO bytes. Quantised
+    graphs are always packed: unpacked, their products take a thousand times as long (1024 x 1024 at 8 bits: 25 ms
+    instead of 25 us).
     """
 
     name = "onnx"
@@ -74,24 +77,17 @@ class OnnxBackend:
         self,
         bundle: Bundle,
         threads: int | None = None,
-        providers: Sequence[str] | None = None,
+        provider: str = "cpu",
         spin: bool = True,
         prepack: bool | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError("threads must be at least 1")
         self._ort = load_library(bundle.manifest.min_onnxruntime)
-        self._providers = list(providers or [CPU])
-        missing = set(self._providers) - set(self._ort.get_available_providers())
-        if missing:
-            raise BackendError(
-                f"the installed onnxruntime has no {', '.join(sorted(missing))}: "
-                f"it has {', '.join(self._ort.get_available_providers())}"
-            )
-        if self._providers != [CPU]:
-            # Buffers are bound once and written in place. Another provider copies them at bind time: its inputs would
-            # go stale and its results be wrong without an error.
-            raise BackendError(f"only {CPU} runs bundles so far, not {', '.join(self._providers)}: leave providers out")
+        choice("provider", provider, tuple(PROVIDERS))
+        self._provider = PROVIDERS[provider]
+        check_flavour(self._provider, bundle.manifest.flavour, bundle.path)
+        check_available(self._ort, self._provider)
         if prepack is None:
             prepack = self._packs(bundle)
         packed = {name: prepack or bundle.manifest.precision_of(name) != "fp32" for name in bundle.manifest.graphs}
@@ -109,8 +105,10 @@ class OnnxBackend:
     def session(self, group: str) -> OnnxSession:
         return self._sessions[group]
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
-        return HostBuffer(dtype, shape)
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
+        if place == "host" or self._provider.device is None:
+            return HostBuffer(dtype, shape)
+        return DeviceBuffer(self._ort, self._provider.device, dtype, shape)
 
     def _options(self, threads: int | None, spin: bool, prepack: bool) -> Any:
         options = self._ort.SessionOptions()
@@ -135,10 +133,13 @@ class OnnxBackend:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path.absolute()))
         source = str(path) if path.is_symlink() else content
         try:
-            session = self._ort.InferenceSession(source, options, providers=self._providers)
+            session = open_session(self._ort, self._provider, source, options)
         except Exception as error:  # onnxruntime's own classes share no public base
             raise _load_failure(path, error) from error
-        return OnnxSession(session, spec)
+        if self._provider.device is None:
+            return OnnxSession(session, spec)
+        check_placement(session, self._provider, spec.name)
+        return DeviceSession(session, spec, Transfers(self._ort, self._provider.device, session, spec))
 
 
 def check_rows(bundle: Bundle) -> None:
@@ -188,16 +189,22 @@ class OnnxSession:
             if set(found) != {t.name for t in listed}:
                 raise BundleError(f"graph {spec.name!r} has other {kind} than the manifest lists: export again")
 
+    def _check_bound(self, buffers: Mapping[str, Buffer]) -> None:
+        """Raises BackendError unless a contiguous buffer is there for each tensor."""
+        for name in (*self._inputs, *self._outputs):
+            if name not in buffers:
+                raise BackendError(f"graph {self.spec.name!r}: nothing is bound to {name!r}")
+            buffer = buffers[name]
+            if isinstance(buffer, HostBuffer) and not buffer.array.flags.c_contiguous:
+                raise BackendError(f"graph {self.spec.name!r}: {name!r} is not contiguous")
+
     def bind(self, buffers: Mapping[str, Buffer]) -> Call:
         """A call on exactly these buffers, by address; it keeps them alive."""
+        self._check_bound(buffers)
         binding = self._session.io_binding()
         for names, bind in ((self._inputs, binding.bind_input), (self._outputs, binding.bind_output)):
             for name in names:
-                if name not in buffers:
-                    raise BackendError(f"graph {self.spec.name!r}: nothing is bound to {name!r}")
                 array = buffers[name].array
-                if not array.flags.c_contiguous:
-                    raise BackendError(f"graph {self.spec.name!r}: {name!r} is not contiguous")
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         run, kept = self._session.run_with_iobinding, dict(buffers)
 
@@ -207,6 +214,30 @@ class OnnxSession:
             except Exception as error:
                 raise _failure(f"graph {self.spec.name!r} failed", error) from error
             assert kept  # the addresses in `binding` belong to these buffers
+
+        return call
+
+
+class DeviceSession(OnnxSession):
+    """A graph on a device: a call copies what the host wrote, runs, and copies what the host reads."""
+
+    def __init__(self, session: Any, spec: GraphSpec, transfers: Transfers) -> None:
+        super().__init__(session, spec)
+        self._transfers = transfers
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+        self._check_bound(buffers)
+        binding, before, after = self._transfers.bind(buffers)
+        run, kept = self._session.run_with_iobinding, dict(buffers)
+
+        def call() -> None:
+            try:
+                before()
+                run(binding)
+                after()
+            except Exception as error:
+                raise _failure(f"graph {self.spec.name!r} failed", error) from error
+            assert kept
 
         return call
 

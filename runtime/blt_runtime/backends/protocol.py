@@ -3,6 +3,10 @@
 A stream owns buffers; a session is shared and read-only. `bind` is called once per shape, and the callable
 that it returns once per byte, so expensive work belongs in `bind`. Outputs that a GraphSpec aliases to an
 input are bound to the same buffer.
+
+A buffer has a place. "host": numpy reads and writes it. A device copies it in before a call that reads it, and out
+after a call that writes it. "device": only graphs read and write it, so it never leaves the device. On the CPU both are
+main memory.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +23,9 @@ from ..bundle.spec import GraphSpec
 
 Array = npt.NDArray[Any]
 Call = Callable[[], None]
+Place = Literal["host", "device"]
+Part = tuple[slice, ...]
+"""A part of a buffer: one slice for each of its first dimensions."""
 ALIGNMENT = 64
 MAPPED_FROM = 1 << 20
 """Bytes of the smallest array that is mapped separately."""
@@ -35,11 +42,21 @@ class Buffer(Protocol):
 
     @property
     def array(self) -> Array:
-        """Host view of the memory: the next call reads what is written here, and writes its results here."""
+        """Host view of the memory: the next call reads what is written here, and writes its results here. Raises
+        BackendError for memory of a device."""
         ...
 
     def part(self, start: int, shape: tuple[int, ...]) -> Buffer:
-        """A buffer of another shape over the same memory, from element `start` on."""
+        """A buffer of another shape over the same memory, from element `start` on. Raises BackendError for memory of a
+        device."""
+        ...
+
+    def read(self, part: Part = ()) -> Array:
+        """A copy on the host."""
+        ...
+
+    def write(self, array: Array, part: Part = ()) -> None:
+        """Replaces a part of the contents."""
         ...
 
 
@@ -68,7 +85,7 @@ class Backend(Protocol):
         """The session of the graph "entropy", "encoder", "latent" or "decoder"; the same one every time."""
         ...
 
-    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
         """New memory, zeroed. Raises MemoryError."""
         ...
 
@@ -100,6 +117,12 @@ class HostBuffer:
         other = HostBuffer.__new__(HostBuffer)
         other.array = self.array.reshape(-1)[start : start + math.prod(shape)].reshape(shape)
         return other
+
+    def read(self, part: Part = ()) -> Array:
+        return self.array[part].copy()
+
+    def write(self, array: Array, part: Part = ()) -> None:
+        self.array[part] = array
 
 
 def aligned_zeros(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

@@ -28,9 +28,11 @@ STANDARD = frozenset(
 """Operators of ONNX that every flavour uses."""
 ORT = frozenset(("GatherND", "Split"))
 """Further operators of ONNX in the flavour ort: batched graphs scatter and gather; joined products are split."""
+CUDA = frozenset(("Log", "Split"))
+"""Further operators of ONNX in the flavour cuda."""
 CONTRIB = "com.microsoft"
-"""The domain of ONNX Runtime's own operators, in the flavour ort: GroupQueryAttention, and in 8 and 4 bits
-MatMulNBits."""
+"""The domain of ONNX Runtime's own operators, in the flavours ort and cuda: GroupQueryAttention; in ort, in 8 and
+4 bits, MatMulNBits; in cuda MultiHeadAttention."""
 
 LARGEST_FILE = 32 << 20
 """Most bytes of an .onnx file. That of the released 1B has less than 1 MiB: weights are in another file."""
@@ -68,8 +70,11 @@ _UNWRITTEN = {  # fields of ONNX that a message above lacks, by their names in a
 
 def operators(flavour: str, quantised: bool) -> frozenset[tuple[str, str]]:
     """(domain, name) of every operator that `blt export` writes for a flavour."""
-    if flavour != "ort":
+    if flavour == "portable":
         return frozenset(("", name) for name in STANDARD)
+    if flavour == "cuda":
+        attention = ("GroupQueryAttention", "MultiHeadAttention")
+        return frozenset([*(("", name) for name in STANDARD | CUDA), *((CONTRIB, name) for name in attention)])
     contrib = ("GroupQueryAttention", "MatMulNBits") if quantised else ("GroupQueryAttention",)
     return frozenset([*(("", name) for name in STANDARD | ORT), *((CONTRIB, name) for name in contrib)])
 

@@ -74,7 +74,7 @@ class Manifest:
     """
 
     producer: dict[str, Any]
-    flavour: Literal["ort", "portable"]
+    flavour: Literal["ort", "cuda", "portable"]
     precision: str
     opset: int
     min_onnxruntime: str

@@ -43,7 +43,7 @@ class Graph:
         self._caches = caches or {}
         for output, source in spec.aliases.items() if caches is None else ():
             tensor = spec.tensor(source)
-            buffer = backend.buffer(tensor.dtype, tensor.resolve(B=1))
+            buffer = backend.buffer(tensor.dtype, tensor.resolve(B=1), "device")
             self._caches[source] = self._caches[output] = buffer
 
     def new(self, tensor: str, **sizes: int) -> Buffer:
@@ -198,12 +198,12 @@ class Memory:
     def keep_entropy(self) -> Callable[[], None]:
         """Copies the entropy model's caches, and returns the function that puts the copies back. The entropy model has
         to read a text before it is known whether its patches fit; a refused text must leave no trace."""
-        caches = [buffer.array for buffer in self.graphs["entropy"].caches().values()]
-        kept = [array.copy() for array in caches]
+        caches = list(self.graphs["entropy"].caches().values())
+        kept = [buffer.read() for buffer in caches]
 
         def put_back() -> None:
-            for array, before in zip(caches, kept, strict=True):
-                array[...] = before
+            for buffer, before in zip(caches, kept, strict=True):
+                buffer.write(before)
 
         return put_back
 

@@ -19,6 +19,7 @@ Letters: T tokens of the call, Q rows, M most tokens of one row, L bytes of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -69,13 +70,13 @@ class Arena:
         """The same of one row: [1, heads, C, size]."""
         found = {}
         for name, buffer in self._caches[group].items():
-            size = buffer.array[0].size
+            size = math.prod(buffer.shape[1:])
             found[name] = buffer.part(row * size, (1, *buffer.shape[1:]))
         return found
 
     def row_ring(self, row: int) -> Buffer:
         """The newest patch vectors of one row [ring, ...]."""
-        size = self.patch_kv.array[0].size
+        size = math.prod(self.patch_kv.shape[1:])
         return self.patch_kv.part(row * self.ring * size, (self.ring, *self.patch_kv.shape[1:]))
 
 
@@ -83,7 +84,7 @@ def _row_caches(graph: GraphSpec, backend: Backend, rows: int, slots: int) -> di
     caches: dict[str, Buffer] = {}
     for output, source in row_spec(graph).aliases.items():
         tensor = row_spec(graph).tensor(source)
-        caches[output] = caches[source] = backend.buffer(tensor.dtype, tensor.resolve(Q=rows, C=slots))
+        caches[output] = caches[source] = backend.buffer(tensor.dtype, tensor.resolve(Q=rows, C=slots), "device")
     return caches
 
 

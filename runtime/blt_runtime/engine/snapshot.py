@@ -12,11 +12,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-from ..backends.protocol import Array
+from ..backends.protocol import Array, Buffer, Part
 from ..bundle.spec import ModelSpec
 from ..patching import PatchState
 from .caches import CacheTrack
-from .memory import Graph, Mark, Memory
+from .memory import Mark, Memory
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def take(memory: Memory, owner: object, logits_V: Array, forgotten: int) -> Snap
     the stream no longer holds."""
     memory.note_writes()
     arrays = {name: view.copy() for name, view in _views(memory, logits_V).items()}
+    arrays |= {name: buffer.read(part) for name, (buffer, part) in _caches(memory).items()}
     arrays["pool"] = memory.pool.buffer.array[: memory.position - memory.pool.base].copy()
     for array in arrays.values():
         array.flags.writeable = False
@@ -89,12 +90,14 @@ def put(snapshot: Snapshot, memory: Memory, logits_V: Array) -> None:
     memory.pool.base = snapshot.pool_base
     for name, view in _views(memory, logits_V).items():
         view[...] = snapshot.arrays[name]
+    for name, (buffer, part) in _caches(memory).items():
+        buffer.write(snapshot.arrays[name], part)
 
 
 def _views(memory: Memory, logits_V: Array) -> dict[str, Array]:
-    """The parts of a memory that are in use, by name; their sizes follow from position and patches."""
+    """The parts of the history that are in use, by name; their sizes follow from position and patches."""
     n, p = memory.position, memory.patches
-    views = {
+    return {
         "logits": logits_V,
         "ids": memory.ids.array[0, : memory.pad + n],
         "documents": memory.documents.array[0, : n + 1],
@@ -104,13 +107,15 @@ def _views(memory: Memory, logits_V: Array) -> dict[str, Array]:
         "patch_documents": memory.patch_documents.array[0, : p + 1],
         "kv_ring": memory.kv_ring.array,
     }
+
+
+def _caches(memory: Memory) -> dict[str, tuple[Buffer, Part]]:
+    """Each cache [1, G, C, K] and the slots of it that are in use: all of a cache with a window, else those of the
+    tokens read."""
+    found: dict[str, tuple[Buffer, Part]] = {}
     for graph in memory.graphs.values():
-        views |= _cache_views(graph, p if graph.spec.name == "latent" else n)
-    return views
-
-
-def _cache_views(graph: Graph, tokens: int) -> dict[str, Array]:
-    """[1, G, used, K] of each cache: all slots of a cache with a window, else the slots of the tokens read."""
-    spec = graph.spec.cache
-    used = tokens if spec is not None and spec.window is None else None
-    return {f"{graph.spec.name}.{name}": buffer.array[:, :, :used] for name, buffer in graph.caches().items()}
+        spec, tokens = graph.spec.cache, memory.patches if graph.spec.name == "latent" else memory.position
+        used = tokens if spec is not None and spec.window is None else None
+        for name, buffer in graph.caches().items():
+            found[f"{graph.spec.name}.{name}"] = buffer, (slice(None), slice(None), slice(used))
+    return found

@@ -189,7 +189,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BundleError], str]] = {
     "unknown key": (lambda f: edit(f, flavor="ort"), ManifestError, "did you mean 'flavour'"),
     "missing key": (lambda f: edit(f, drop=["spec"]), ManifestError, "lacks the key 'spec'"),
     "wrong type": (lambda f: edit(f, opset="24"), ManifestError, "opset must be int"),
-    "wrong choice": (lambda f: edit(f, flavour="fast"), ManifestError, "'ort' or 'portable'"),
+    "wrong choice": (lambda f: edit(f, flavour="fast"), ManifestError, "'ort' or 'cuda' or 'portable'"),
     "unlisted file": (lambda f: edit(f, files={}), ManifestError, "does not list"),
     "no tables": (lambda f: edit(f, hash_tables=None), ManifestError, "hash"),
     "precision of no graph": (

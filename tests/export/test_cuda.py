@@ -1,0 +1,70 @@
+"""The flavour cuda: its graphs agree with PyTorch on the CPU, and hold what GPU providers have kernels for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from blt_export import pipeline
+from blt_export.rewrite import constant, nodes, op_counts
+from blt_runtime.bundle import graph_file
+from blt_runtime.errors import UsageError
+from tests.export.variants import VARIANTS, BundleOf
+from tests.exports import prepare
+
+VARIANT = VARIANTS[1]
+LACKING = {"LogSoftmax", "Or", "Attention", "TensorScatter"}
+"""Operators without a kernel in WebGPU."""
+
+
+def test_every_output_agrees_with_pytorch(bundle_of: BundleOf) -> None:
+    manifest = bundle_of(VARIANT, "cuda").manifest
+    assert {row.output.split(".")[0] for row in manifest.parity} == {"hash_embedding", *manifest.spec.graphs}
+    for row in manifest.parity:
+        assert row.max_abs_error <= row.tolerance == 2e-5
+    assert not manifest.row_graphs
+
+
+def test_caches_are_linear_and_as_long_as_the_capacity(bundle_of: BundleOf) -> None:
+    spec = bundle_of(VARIANT, "cuda").manifest.spec
+    assert not spec.chunk_crosses_documents
+    for name, graph in spec.graphs.items():
+        assert graph.cache is not None
+        assert graph.cache.kind == "linear"
+        assert graph.cache.capacity == (spec.capacity_patches if name == "latent" else spec.capacity_bytes)
+
+
+def test_operators_have_kernels_on_gpus(bundle_of: BundleOf) -> None:
+    allowed = graph_file.operators("cuda", quantised=False)
+    for path in bundle_of(VARIANT, "cuda").path.glob("*.onnx"):
+        graph = ir.load(path).graph
+        assert {(node.domain, node.op_type) for node in graph} <= allowed
+        assert not LACKING & {node.op_type for node in graph}
+
+
+def test_attention_has_a_constant_length_and_no_position_ids(bundle_of: BundleOf) -> None:
+    report = bundle_of(VARIANT, "cuda")
+    for name, spec in report.manifest.spec.graphs.items():
+        assert spec.cache is not None
+        found = nodes(ir.load(report.path / f"{name}.onnx"), "GroupQueryAttention", "com.microsoft")
+        assert len(found) == spec.cache.layers
+        for node in found:
+            length = constant(node.inputs[6])
+            assert length is not None
+            assert int(length) == spec.cache.capacity
+            assert len(node.inputs) <= 9 or node.inputs[9] is None
+            assert "sliding_window_cache" not in node.attributes
+            assert ("local_window_size" in node.attributes) == (spec.cache.window is not None)
+
+
+def test_slices_are_read_by_one_attention_a_layer(tmp_path: Path) -> None:
+    report = pipeline.run(prepare("plain", "cuda"), tmp_path / "bundle")
+    counts = op_counts(ir.load(report.path / "decoder.onnx"))
+    assert counts["com.microsoft.MultiHeadAttention"] == 2
+
+
+def test_heads_that_the_operator_does_not_take_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"the flavour cuda needs heads .* multiple of 8, and latent .* portable"):
+        prepare("all_layers_gqa_projection", "cuda")

@@ -1,0 +1,69 @@
+"""Streams on a device with memory of its own: the engine holds no view of what stays there, and copies the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from blt_runtime import Model, Scheduler
+from blt_runtime.errors import BackendError, CapacityError
+from tests.runtime.device_backend import FarBackend
+from tests.runtime.streams import SPECS, assert_matches_reference, random_ids, tables_for
+
+IDS = random_ids(150)
+
+
+def far(name: str) -> Model:
+    spec = SPECS[name]
+    return Model(spec, FarBackend(spec), tables_for(spec))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_text_in_pieces_and_steps(name: str) -> None:
+    stream = far(name).stream(bos=False)
+    for start, end in ((0, 1), (1, 40), (40, 41), (41, 42), (42, 150)):
+        stream.append_ids(IDS[start:end])
+        assert_matches_reference(stream, IDS[:end])
+
+
+@pytest.mark.parametrize("name", ["hash", "window", "linear", "all windows"])
+def test_rewinds_snapshots_and_a_second_stream(name: str) -> None:
+    model = far(name)
+    stream, other = model.stream(bos=False), model.stream(bos=False)
+    stream.append_ids(IDS[:90])
+    other.append_ids(IDS[::-1])
+    kept = stream.snapshot()
+    stream.rewind(20)
+    assert_matches_reference(stream, IDS[:70])
+    other.restore(kept)
+    assert_matches_reference(other, IDS[:90])
+    other.append_ids(IDS[90:])
+    assert_matches_reference(other, IDS)
+    stream.append_ids(IDS[70:])
+    np.testing.assert_array_equal(stream.logits, other.logits)
+
+
+def test_speculation_drafts_and_rolls_back() -> None:
+    stream, plain = far("linear").stream(), far("linear").stream()
+    for some in (stream, plain):
+        some.append(b"abcabcabc" * 5)
+    want = list(plain.generate_ids(60, temperature=0.0))
+    assert list(stream.generate_ids(60, temperature=0.0, speculate="lookup", draft=5)) == want
+
+
+def test_a_text_with_too_many_patches_leaves_no_trace() -> None:
+    spec = SPECS["linear"]
+    model = Model(spec, FarBackend(spec), tables_for(spec))
+    stream = model.stream(bos=False)
+    stream.append_ids(IDS[:30])
+    before = stream.snapshot()
+    with pytest.raises(CapacityError):
+        stream.append_ids(random_ids(spec.capacity_bytes))
+    after = stream.snapshot()
+    for name, array in before.arrays.items():
+        np.testing.assert_array_equal(array, after.arrays[name], err_msg=name)
+
+
+def test_batched_streams_are_refused() -> None:
+    with pytest.raises(BackendError, match="no parts"):
+        Scheduler(far("window"), streams=2)
