@@ -3,8 +3,8 @@
 The parent binds the socket and forks before anything opens the bundle, so that a replacement starts from the same
 state: the parent has no session of ONNX Runtime, no model and no thread. The workers share the socket, and with it the
 queue of connections that no worker has accepted yet. A connection in it survives the end of a worker, which
-SO_REUSEPORT would not give: there each worker has its own queue. A worker accepts one connection at a time, since one
-that took all of the queue would leave none to the others.
+SO_REUSEPORT would not give: there each worker has its own queue, which the system fills by chance. A worker with more
+connections than another leaves the next one to that (`Listener`).
 
 A worker obeys its parent and no signals, because a terminal and systemd send theirs to all processes of a service. It
 ends at once when the parent is gone.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from starlette.applications import Starlette
 
@@ -44,6 +46,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 KILL_SECONDS = 10.0
 """How long workers that should have ended are waited for before they are killed."""
 WATCH_SECONDS = 1.0
+LEAVE_TIMES = 20
+_NONE = 1 << 30
+"""Connections of a place without a worker: more than any worker has."""
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -66,7 +71,8 @@ def serve(
         tempfile.TemporaryDirectory(prefix="blt-metrics-", ignore_cleanup_errors=True) as folder,
         _signals() as arrived,
     ):
-        parent = _Parent(_Job(make, sock, drain, folder), workers, arrived, ready)
+        open_W = memoryview(mmap.mmap(-1, 4 * workers)).cast("i")
+        parent = _Parent(_Job(make, sock, open_W, drain, folder), workers, arrived, ready)
         try:
             parent.run()
         finally:
@@ -80,8 +86,10 @@ def serve(
 class _Job:
     """What each worker does."""
 
-    def __init__(self, make: Callable[[], Starlette], sock: socket.socket, drain: float, folder: str) -> None:
-        self.make, self.sock, self.drain, self.folder = make, sock, drain, folder
+    def __init__(
+        self, make: Callable[[], Starlette], sock: socket.socket, open_W: memoryview[int], drain: float, folder: str
+    ) -> None:
+        self.make, self.sock, self.open_W, self.drain, self.folder = make, sock, open_W, drain, folder
 
     def run(self, number: int, parent: Connection) -> None:
         """Serves, as worker `number` of the parent at the other end of the connection."""
@@ -110,16 +118,52 @@ class _Job:
             orders.obey(order)
             watches.append(asyncio.create_task(watch(stop)))
 
-        sock = _Shared(fileno=self.sock.detach())
+        self.open_W[number] = 0
+        sock = Listener(self.sock.detach(), self.open_W, number)
         asyncio.run(serving(app, sock, 1, lambda: parent.send(None), obey))
 
 
-class _Shared(socket.socket):
-    """A listening socket of several processes. asyncio accepts as many connections at a time as it lets wait: the one
-    number is the server's, the other is set here."""
+class Listener(socket.socket):
+    """A worker's listening socket, of the same file as those of the other workers.
+
+    open_W: the open connections of each worker, in memory that all share. `accept` raises BlockingIOError, as if
+    another worker had been faster, if this one has more than the least. It does so for LEAVE_TIMES milliseconds, after
+    which it takes the connection that the others did not.
+    """
+
+    def __init__(self, fileno: int, open_W: memoryview[int], number: int) -> None:
+        super().__init__(fileno=fileno)
+        self._open_W, self._number, self._left = open_W, number, 0
 
     def listen(self, backlog: int = BACKLOG, /) -> None:
+        """Lets BACKLOG connections wait. asyncio passes how many it accepts at a time."""
         super().listen(BACKLOG)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self._open_W[self._number] > min(self._open_W) and self._left < LEAVE_TIMES:
+            self._left += 1
+            time.sleep(0.001)
+            raise BlockingIOError
+        self._left = 0
+        accepted, address = super().accept()
+        self._count(1)
+        return _Accepted(accepted.detach(), lambda: self._count(-1)), address
+
+    def _count(self, more: int) -> None:
+        self._open_W[self._number] += more
+
+
+class _Accepted(socket.socket):
+    """Calls `closed` when it is closed."""
+
+    def __init__(self, fileno: int, closed: Callable[[], None]) -> None:
+        super().__init__(fileno=fileno)
+        self._closed_now = closed
+
+    def close(self) -> None:
+        if self.fileno() >= 0:
+            self._closed_now()
+        super().close()
 
 
 class _Orders:
@@ -169,6 +213,8 @@ class _Parent:
     def __init__(self, job: _Job, workers: int, arrived: socket.socket, ready: Callable[[], None]) -> None:
         self._job, self._arrived, self._ready = job, arrived, ready
         self._places = [_Place(number) for number in range(workers)]
+        for place in self._places:
+            job.open_W[place.number] = _NONE
         self._announced = False
         self._kill_at: float | None = None  # set when the workers must end
         self.error: BaseException | None = None
@@ -278,6 +324,7 @@ class _Parent:
         place.process.close()
         place.connection.close()
         place.process = place.connection = None
+        self._job.open_W[place.number] = _NONE
         metrics.forget(self._job.folder, place.number)
         return code
 

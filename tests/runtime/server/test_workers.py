@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from blt_runtime.server import run
+from blt_runtime.server.workers import LEAVE_TIMES, Listener
 from tests.runtime.bundles import write_bundle
 from tests.runtime.server.clients import error_of, events_of, null_model, text_of
 from tests.runtime.server.servers import Process, answering, children, eventually, metric, python, runs, served
@@ -118,6 +120,30 @@ def test_a_worker_without_its_scheduler_is_replaced(server: Server) -> None:
         assert httpx.post(f"{url}/v1/completions", json=asked(2)).status_code == 503
     eventually(lambda: len(children(process.pid) - {failed}) == 2)
     assert kept in children(process.pid)
+
+
+def test_a_connection_is_left_to_the_worker_with_fewer() -> None:
+    sock = run.bind("127.0.0.1", 0)
+    open_W = memoryview(bytearray(8)).cast("i")
+    more, fewer = (Listener(sock.dup().detach(), open_W, number) for number in (0, 1))
+    open_W[0] = 1
+    with contextlib.ExitStack() as stack:
+        for opened in (sock, more, fewer):
+            stack.enter_context(opened)
+        more.listen(1)  # of any socket: they are one file
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(sock.getsockname()))
+        with pytest.raises(BlockingIOError):
+            more.accept()
+        with fewer.accept()[0]:
+            assert list(open_W) == [1, 1]
+        assert list(open_W) == [1, 0]
+        for _ in range(LEAVE_TIMES - 1):
+            with pytest.raises(BlockingIOError):
+                more.accept()
+        with more.accept()[0]:  # the other one does not take it
+            assert list(open_W) == [2, 0]
+        assert list(open_W) == [1, 0]
 
 
 def test_sigterm_drains_all_workers_and_frees_the_port() -> None:
