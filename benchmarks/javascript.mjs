@@ -4,22 +4,17 @@
 
 export async function measure({ Model }, options, { bundle, prompts, bytes, runs }) {
   const began = performance.now(), model = await Model.open(bundle, options), opened = performance.now() - began;
-  const found = { opening: opened / 1e3, texts: [], reading: [], writing: [] };
-  for (let run = -1; run < runs; run++) // the first one is a warm-up
+  const found = { opening: [opened / 1e3], texts: [], reading: prompts.map(() => []), writing: prompts.map(() => []) };
+  for (let run = 0; run < runs; run++)
     for (const [i, prompt] of prompts.entries()) {
       const stream = await model.stream(), start = performance.now(), text = [];
       await stream.append(prompt);
       const read = performance.now();
       for await (const { id } of stream.tokens(bytes, { temperature: 0.8, seed: 1, stopAtEos: false })) text.push(id);
       const written = performance.now();
-      if (run < 0) {
-        found.texts.push(text);
-        found.reading.push([]);
-        found.writing.push([]);
-      } else {
-        found.reading[i].push((read - start) / 1e3);
-        found.writing[i].push((written - read) / 1e3);
-      }
+      found.texts[i] = text;
+      found.reading[i].push((read - start) / 1e3);
+      found.writing[i].push((written - read) / 1e3);
     }
   return found;
 }

@@ -1,12 +1,13 @@
 """A bundle in Python, in node, and with WebAssembly in node and in Chromium: bytes per second of one stream.
 
     python benchmarks/javascript.py BUNDLE...                  # all runtimes
-    python benchmarks/javascript.py BUNDLE --full-caches       # also a copy whose latent caches have no free length
+    python benchmarks/javascript.py BUNDLE --full-caches       # also a copy of the first without free lengths
 
 Every runtime has one thread, reads the same prompts (text of this repository) and draws the same bytes with the same
-seed; a line says where they differ. WebAssembly copies caches into its memory and back in each call: with
---full-caches always the full capacity, otherwise as much as the text needs. The packages of runtime/js are needed
-(`npm ci --prefix runtime/js --ignore-scripts`), and for the browser playwright and Chromium.
+seed; a line says where they differ. Runtimes take turns, and the fastest run of each is printed, since slower ones
+measure the machine's other work. WebAssembly copies caches into its memory and back in each call: with --full-caches
+always the full capacity, otherwise as much as the text needs. The packages of runtime/js are needed (`npm ci --prefix
+runtime/js --ignore-scripts`), and for the browser playwright and Chromium.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import shutil
-import statistics
 import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -42,39 +44,52 @@ Found = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
-    parser.add_argument("--full-caches", action="store_true", help="also measure copies without a free length")
+    parser.add_argument(
+        "--full-caches",
+        action="store_true",
+        help="also measure a copy of the first bundle whose latent caches have no free length",
+    )
     parser.add_argument("--prompt-bytes", type=int, nargs="+", default=[64, 2048])
     parser.add_argument("--bytes", type=int, default=200, help="to generate")
-    parser.add_argument("--runs", type=int, default=3, help="of which the median is printed")
+    parser.add_argument("--rounds", type=int, default=3, help="of two runs of each runtime; the fastest is printed")
     parser.add_argument("--chromium", type=Path, default=Path("/usr/bin/chromium"))
     options = parser.parse_args()
     text = TEXT.read_text()
     prompts = [text[:size] for size in options.prompt_bytes]
-    sizes = options.prompt_bytes
-    print(f"prompts of {sizes} bytes, {options.bytes} new bytes, median of {options.runs} runs, one thread")
-    columns = "".join(f"{f'after {size}':>12}" for size in sizes)
-    print(f"{'bundle':<20} {'runtime':<22} {'opening':>8}{columns}{f'prompt of {sizes[-1]}':>17}")
+    runtimes: dict[str, Callable[[Found], Found]] = {
+        "Python": in_python,
+        "onnxruntime-node": functools.partial(in_node, NODE),
+        "WebAssembly, node": functools.partial(in_node, WEB),
+        "WebAssembly, Chromium": functools.partial(in_browser, options.chromium),
+    }
+    results: dict[tuple[str, str], Found] = {}
     with tempfile.TemporaryDirectory() as folder:
-        copies = [with_full_caches(bundle, Path(folder)) for bundle in options.bundles if options.full_caches]
-        for bundle in (*options.bundles, *copies):
-            job = {"bundle": str(bundle.resolve()), "prompts": prompts, "bytes": options.bytes, "runs": options.runs}
-            wanted = in_python(job)
-            show(bundle.name, "Python", wanted, job)
-            for name, found in (
-                ("onnxruntime-node", in_node(NODE, job)),
-                ("WebAssembly, node", in_node(WEB, job)),
-                ("WebAssembly, Chromium", in_browser(options.chromium, job)),
-            ):
-                show(bundle.name, name, found, job)
-                if found["texts"] != wanted["texts"]:
-                    print(f"{name} draws other bytes than Python")
+        copies = [with_full_caches(options.bundles[0], Path(folder))] if options.full_caches else []
+        for _ in range(options.rounds):
+            for bundle, name in itertools.product((*options.bundles, *copies), runtimes):
+                job = {"bundle": str(bundle.resolve()), "prompts": prompts, "bytes": options.bytes, "runs": 2}
+                found = runtimes[name](job)
+                if found["texts"] != results.get((bundle.name, "Python"), found)["texts"]:
+                    print(f"{bundle.name}: {name} draws other bytes than Python")
+                add(results.setdefault((bundle.name, name), found), found)
+    show(results, options.prompt_bytes, options.bytes)
 
 
-def show(bundle: str, runtime: str, found: Found, job: Found) -> None:
-    written = [job["bytes"] / statistics.median(seconds) for seconds in found["writing"]]
-    read = len(job["prompts"][-1]) / statistics.median(found["reading"][-1])
-    speeds = "".join(f"{speed:>12,.0f}" for speed in written)
-    print(f"{bundle:<20} {runtime:<22} {found['opening']:6.2f} s{speeds}{read:>17,.0f}", flush=True)
+def add(total: Found, found: Found) -> None:
+    """Keeps the fastest of each."""
+    total["opening"] = [min(total["opening"] + found["opening"])]
+    for key in ("reading", "writing"):
+        total[key] = [[min(old + new)] for old, new in zip(total[key], found[key], strict=True)]
+
+
+def show(results: dict[tuple[str, str], Found], sizes: list[int], written: int) -> None:
+    columns = "".join(f"{f'after {size}':>12}" for size in sizes)
+    print(f"bytes/s of {written} new bytes after prompts of {sizes} bytes, and of reading the last prompt; one thread")
+    print(f"{'bundle':<20} {'runtime':<22} {'opening':>8}{columns}{f'prompt of {sizes[-1]}':>17}")
+    for (bundle, name), found in results.items():
+        speeds = "".join(f"{written / best:>12,.0f}" for (best,) in found["writing"])
+        read = sizes[-1] / found["reading"][-1][0]
+        print(f"{bundle:<20} {name:<22} {found['opening'][0]:6.2f} s{speeds}{read:>17,.0f}")
 
 
 def with_full_caches(bundle: Path, folder: Path) -> Path:
@@ -97,26 +112,18 @@ def with_full_caches(bundle: Path, folder: Path) -> Path:
 def in_python(job: Found) -> Found:
     began = time.perf_counter()
     model = Model.open(job["bundle"], threads=1)
-    prompts = job["prompts"]
-    found: Found = {
-        "opening": time.perf_counter() - began,
-        "texts": [],
-        "reading": [[] for _ in prompts],
-        "writing": [[] for _ in prompts],
-    }
-    for run in range(-1, job["runs"]):  # the first one is a warm-up
-        for i, prompt in enumerate(prompts):
-            stream, start = model.stream(), time.perf_counter()
-            stream.append(prompt)
-            read = time.perf_counter()
-            text = list(stream.generate_ids(job["bytes"], temperature=0.8, seed=1, stop_at_eos=False))
-            written = time.perf_counter()
-            if run < 0:
-                found["texts"].append(text)
-            else:
-                found["reading"][i].append(read - start)
-                found["writing"][i].append(written - read)
-    return found
+    found: Found = {"opening": [time.perf_counter() - began], "texts": [], "reading": [], "writing": []}
+    for run, prompt in itertools.product(range(job["runs"]), job["prompts"]):
+        stream, start = model.stream(), time.perf_counter()
+        stream.append(prompt)
+        read = time.perf_counter()
+        text = list(stream.generate_ids(job["bytes"], temperature=0.8, seed=1, stop_at_eos=False))
+        found["reading"].append(read - start)
+        found["writing"].append(time.perf_counter() - read)
+        if run == 0:
+            found["texts"].append(text)
+    size = len(job["prompts"])
+    return found | {key: [found[key][i::size] for i in range(size)] for key in ("reading", "writing")}
 
 
 def in_node(library: str, job: Found) -> Found:
