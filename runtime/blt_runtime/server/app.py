@@ -32,6 +32,7 @@ from .answers import Answer, ChatAnswer, CompletionAnswer, Json
 from .bodies import read_body
 from .chat import Template
 from .errors import RequestError, refusal
+from .grammars import Grammars
 from .keys import Keys
 from .metrics import CONTENT_TYPE, Metrics
 from .plan import Plan, plan_chat, plan_completion
@@ -56,6 +57,7 @@ class Service:
         self.settings, self.model = settings, model
         self.capacity = fitted(model.spec, settings.capacity).capacity_bytes
         self.template = Template(settings.chat_template)
+        self.grammars = Grammars()
         self.keys = Keys(settings.api_keys)
         self.admission = Admission(settings.streams)
         self.metrics = Metrics(settings.name, self.capacity, settings.streams)
@@ -74,7 +76,7 @@ class Service:
         """POST /v1/completions"""
         body = parse(CompletionRequest, await read_body(request, self.settings.max_body))
         self._check_model(body.model)
-        plan = plan_completion(body)
+        plan = plan_completion(body, await self.grammars.of(body))
         answer = CompletionAnswer(self.settings.name, logprobs=plan.logprobs, patches=plan.patches)
         return await self._answered(request, body, plan, answer)
 
@@ -83,7 +85,7 @@ class Service:
         body = parse(ChatRequest, await read_body(request, self.settings.max_body))
         self._check_model(body.model)
         prompt = self.template.render(body.messages, body.add_generation_prompt is not False)
-        plan = plan_chat(body, prompt, self.template.stop)
+        plan = plan_chat(body, prompt, self.template.stop, await self.grammars.of(body))
         answer = ChatAnswer(self.settings.name, logprobs=plan.logprobs, patches=plan.patches)
         return await self._answered(request, body, plan, answer)
 
@@ -263,6 +265,7 @@ def create_app(model: Model, settings: Settings | None = None) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with service.metrics.refreshed(service.scheduler):
             yield
+        service.grammars.close()
         await asyncio.to_thread(service.scheduler.close)
 
     post, get = ["POST"], ["GET"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import BltError, QueueFull
+from ..grammar import Grammar
 from ..options import GenerateOptions
 from ..requests import Request
 from ..scheduler import Scheduler
@@ -78,33 +79,39 @@ class Plan:
         )
 
 
-def plan_completion(body: CompletionRequest) -> Plan:
-    """Raises RequestError."""
+def plan_completion(body: CompletionRequest, grammar: Grammar | None = None) -> Plan:
+    """grammar: what the text must match. Raises RequestError."""
     new, echo = _new(body, COMPLETION_TOKENS), bool(body.echo)
     if new == 0 and not echo:
         raise RequestError("max_tokens: 0 needs echo", param="max_tokens")
-    return _plan(body, prompts_of(body.prompt, body.prompt_base64), new=new, echo=echo, logprobs=body.logprobs)
+    prompts = prompts_of(body.prompt, body.prompt_base64)
+    return _plan(body, prompts, new=new, echo=echo, logprobs=body.logprobs, grammar=grammar)
 
 
-def plan_chat(body: ChatRequest, prompt: bytes, stop: Sequence[str | bytes]) -> Plan:
-    """prompt: of the rendered messages. stop: strings that end an answer, beside those of the body. Raises
-    RequestError."""
+def plan_chat(body: ChatRequest, prompt: bytes, stop: Sequence[str | bytes], grammar: Grammar | None = None) -> Plan:
+    """prompt: of the rendered messages. stop: strings that end a free answer, beside those of the body. grammar: what
+    the answer must match. Raises RequestError."""
     new = _new(body, None)
     if new == 0:
         raise RequestError("max_tokens must be at least 1", param="max_tokens")
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    plan = _plan(body, [Prompt.of(prompt)], new=new, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    return replace(plan, options=replace(plan.options, stop=[*body.stop, *stop])) if stop else plan
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    plan = _plan(body, [Prompt.of(prompt)], new=new, logprobs=logprobs, grammar=grammar)
+    if grammar is not None or not stop:
+        return plan
+    return replace(plan, options=replace(plan.options, stop=[*body.stop, *stop]))
 
 
 def _plan(
-    body: Generation, prompts: list[Prompt], *, new: int | None, logprobs: int | None, echo: bool = False
+    body: Generation,
+    prompts: list[Prompt],
+    *,
+    new: int | None,
+    logprobs: int | None,
+    echo: bool = False,
+    grammar: Grammar | None = None,
 ) -> Plan:
-    for name in ("regex", "grammar", "response_format"):
-        given = getattr(body, name)
-        if given is not None and getattr(given, "type", None) != "text":
-            raise RequestError(f"{name}: this server does not constrain its answers", param=name)
     n = body.n or 1
     if len(prompts) * n > MOST_CHOICES:
         raise RequestError(f"prompts times n must be at most {MOST_CHOICES:,}, not {len(prompts) * n:,}", param="n")
@@ -118,6 +125,7 @@ def _plan(
         seed=body.seed,
         stop=body.stop,
         stop_at_eos=not body.ignore_eos,
+        grammar=grammar,
     )
     patches = bool(body.return_patches)
     return Plan(prompts=prompts, new=new, n=n, options=options, logprobs=logprobs, echo=echo, patches=patches)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from tests.runtime.server.clients import error_of, events_of
@@ -57,6 +58,17 @@ def test_openais_client_chats(client: openai.OpenAI) -> None:
     assert "".join(event.choices[0].delta.content or "" for event in events) == whole.message.content
     assert whole.logprobs is not None
     assert whole.logprobs.content
+
+
+class Person(pydantic.BaseModel):
+    name: Literal["Ada", "Bob"]
+    old: bool
+
+
+def test_openais_client_parses_a_constrained_answer(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Who?"}]
+    answer = client.chat.completions.parse(model="tiny", messages=messages, response_format=Person, max_tokens=80)
+    assert isinstance(answer.choices[0].message.parsed, Person)
 
 
 def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
