@@ -3,6 +3,7 @@
     python benchmarks/serving.py BUNDLE                                    # all stages, five minutes of load
     python benchmarks/serving.py BUNDLE --stages cancel,gap --rounds 100
     python benchmarks/serving.py BUNDLE --stages load --connections 200 --seconds 300
+    python benchmarks/serving.py --stages load BUNDLE -- --workers 2       # options of blt serve are last
 
 The script starts `blt serve BUNDLE` on a free port of the loopback device and measures from outside, with plain
 sockets. Stages:
