@@ -7,11 +7,12 @@ interpreter of the Python backend needs `pip install 'blt-runtime[cpu]'`.
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,21 @@ from blt_runtime.ids import BOS, encode
 SETTINGS = {"bundle": "", "streams": "16", "max_queue": "256", "capacity": "", "threads": "", "prefix_bytes": "0"}
 """The parameters of config.pbtxt, and what they are if left out. bundle: the folder next to this file."""
 MAX_TOKENS = 256
+SERVER = threading.Lock()
+"""Held in every call of the Python backend: it crashes when several threads send responses and set metrics at once."""
 POLL = 0.05
 """Seconds between two looks at which requests were cancelled."""
 DRAIN = 25.0
 """Seconds that running requests have when the model is unloaded."""
+LAST = 5.0
+"""Seconds to send the last responses after that."""
 
 
 class TritonPythonModel:
-    """The model, for as long as the server has it loaded."""
+    """The model, for as long as the server has it loaded.
+
+    `execute` submits requests; one thread, with an event loop, sends all responses. What calls the server holds SERVER.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         try:
@@ -51,60 +59,64 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from error
         self._metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
         self._calls: set[Call] = set()
-        self._ending = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="blt-cancellation", daemon=True)
-        self._watcher.start()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="blt-responses", daemon=True)
+        self._thread.start()
+        self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
     def execute(self, requests: list[Any]) -> None:
-        """Begins the requests and returns; each is answered in a thread of its own."""
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._begin(request, sender)
-            except Exception as error:  # of this request; the others go on
-                sender.send(_failure(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        """Begins the requests and returns."""
+        with SERVER:
+            for request in requests:
+                sender = request.get_response_sender()
+                try:
+                    call = self._submit(request, sender)
+                except Exception as error:  # of this request; the others go on
+                    sender.send(_failure(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                else:
+                    self._calls.add(call)
+                    asyncio.run_coroutine_threadsafe(self._answer(call), self._loop)
 
     def finalize(self) -> None:
         """Waits for the running requests, then ends what still runs."""
-        until = time.monotonic() + DRAIN
+        self._wait(DRAIN)
+        self._scheduler.close()
+        self._wait(LAST)
+        self._watcher.cancel()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while self._calls and time.monotonic() < until:
             time.sleep(POLL)
-        self._scheduler.close()
-        self._ending.set()
-        self._watcher.join()
 
-    def _begin(self, request: Any, sender: Any) -> None:
+    def _submit(self, request: Any, sender: Any) -> Call:
         prompt = _prompt(request)
         ids = np.array(prompt if prompt[:1] == [BOS] else [BOS, *prompt], np.int64)
         n = _scalar(request, "MAX_TOKENS")
         submitted = self._scheduler.submit_ids(ids, MAX_TOKENS if n is None else n, **_options(request))
-        call = Call(submitted, sender, len(prompt), streams=bool(_scalar(request, "STREAM")))
-        self._calls.add(call)
-        try:
-            threading.Thread(target=self._answer, args=(call,), name="blt-answer", daemon=True).start()
-        except RuntimeError:  # the system has no more threads
-            self._calls.discard(call)
-            call.cancel()
-            raise
-        self._metrics.add("vllm:prompt_tokens_total", len(prompt))
+        return Call(submitted, sender, len(prompt), streams=bool(_scalar(request, "STREAM")))
 
-    def _answer(self, call: Call) -> None:
+    async def _answer(self, call: Call) -> None:
         try:
-            call.answer()
+            await call.answer()
         except Exception as error:
-            _quietly(call.send, _failure(error), True)
+            call.fail(error)
         finally:
             call.cancel()
-            self._calls.discard(call)
+            self._metrics.add("vllm:prompt_tokens_total", call.prompt_tokens)
             self._metrics.add("vllm:generation_tokens_total", call.generated)
-            if call.succeeded:
-                self._metrics.add("vllm:request_success_total", 1)
+            self._metrics.add("vllm:request_success_total", call.succeeded)
+            self._calls.discard(call)
 
-    def _watch(self) -> None:
+    async def _watch(self) -> None:
         """Cancels the requests that their clients have cancelled, and keeps the gauges."""
-        while not self._ending.wait(POLL):
+        while True:
+            await asyncio.sleep(POLL)
             for call in list(self._calls):
-                _quietly(call.look)
+                call.look()
             running, waiting = self._scheduler.load
             self._metrics.set("vllm:num_requests_running", running)
             self._metrics.set("vllm:num_requests_waiting", waiting)
@@ -113,12 +125,13 @@ class TritonPythonModel:
 
 
 class Call:
-    """One request between Triton and the scheduler. Nothing is asked of Triton after its last response: the server has
-    forgotten the request then."""
+    """One request between Triton and the scheduler. All methods run in the thread that sends responses. Nothing is
+    asked of Triton after the last response: the server has forgotten the request then."""
 
     def __init__(self, request: Request, sender: Any, prompt_tokens: int, *, streams: bool) -> None:
-        self._request, self._sender, self._prompt_tokens, self._streams = request, sender, prompt_tokens, streams
-        self._lock, self._ended = threading.Lock(), False
+        self._request, self._sender, self._streams = request, sender, streams
+        self.prompt_tokens = prompt_tokens
+        self._held, self._posting, self._ended = b"", False, False
 
     @property
     def generated(self) -> int:
@@ -128,26 +141,25 @@ class Call:
     def succeeded(self) -> bool:
         return self._request.finish in ("stop", "eos", "length")
 
-    def answer(self) -> None:
+    async def answer(self) -> None:
         """Sends the text: as it is generated, or in one response. Raises the BltError that ended the request."""
-        held = b""
-        for data in whole_characters(self._request):
-            if self._streams:
-                self.send(self._response(data))
-            else:
-                held += data
-        self.send(self._response(held, "length" if self._request.finish == "length" else "stop"), final=True)
+        loop, characters = asyncio.get_running_loop(), Characters()
+        async for piece in self._request:
+            self._held += characters.feed(piece)
+            if self._streams and self._held and not self._posting:
+                self._posting = True
+                loop.call_soon(self._post)  # after all pieces that are there already: a slow server gets longer ones
+        self._held += characters.flush()
+        finish = "length" if self._request.finish == "length" else "stop"
+        self._send(lambda: self._response(finish), final=True)
 
-    def send(self, response: Any, final: bool = False) -> None:
-        with self._lock:
-            if self._ended:
-                return
-            self._ended = final
-            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+    def fail(self, error: Exception) -> None:
+        """Sends the error as the last response."""
+        _quietly(self._send, lambda: _failure(error), True)
 
     def look(self) -> None:
         """Cancels the request if its client has."""
-        with self._lock:
+        with SERVER:
             if not self._ended and self._sender.is_cancelled():
                 self._request.cancel()
 
@@ -155,30 +167,54 @@ class Call:
         """Frees the row, if the request still has one."""
         self._request.cancel()
 
-    def _response(self, data: bytes, finish: str = "") -> Any:
+    def _post(self) -> None:
+        """Sends what there is."""
+        self._posting = False
+        try:
+            if self._held:
+                self._send(self._response)
+        except Exception:
+            self.cancel()
+            raise
+
+    def _send(self, make: Callable[[], Any], final: bool = False) -> None:
+        with SERVER:
+            if not self._ended:
+                self._ended = final
+                self._sender.send(make(), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+
+    def _response(self, finish: str = "") -> Any:
+        data, self._held = self._held, b""
         text = np.array([data.decode(errors="replace").encode()], np.object_)
         return pb_utils.InferenceResponse(
             output_tensors=[
                 pb_utils.Tensor("TEXT", text),
                 pb_utils.Tensor("OUTPUT_IDS", encode(data, bos=False).astype(np.int32)),
                 pb_utils.Tensor("FINISH_REASON", np.array([finish.encode()], np.object_)),
-                pb_utils.Tensor("PROMPT_TOKENS", np.array([self._prompt_tokens], np.int32)),
+                pb_utils.Tensor("PROMPT_TOKENS", np.array([self.prompt_tokens], np.int32)),
                 pb_utils.Tensor("COMPLETION_TOKENS", np.array([self.generated], np.int32)),
             ]
         )
 
 
-def whole_characters(pieces: Request | Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces that end no character half-way, unless the last one does."""
-    decoder, held = codecs.getincrementaldecoder("utf-8")(errors="replace"), b""
-    for piece in pieces:
-        held += piece
-        decoder.decode(piece)
-        if size := len(held) - len(decoder.getstate()[0]):
-            yield held[:size]
-            held = held[size:]
-    if held:
-        yield held
+class Characters:
+    """Holds back bytes that begin a character, until it is complete or cannot be one."""
+
+    def __init__(self) -> None:
+        self._decoder, self._held = codecs.getincrementaldecoder("utf-8")(errors="replace"), b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """The bytes up to the end of the last whole character."""
+        self._held += piece
+        self._decoder.decode(piece)
+        size = len(self._held) - len(self._decoder.getstate()[0])
+        whole, self._held = self._held[:size], self._held[size:]
+        return whole
+
+    def flush(self) -> bytes:
+        """The bytes held back."""
+        rest, self._held = self._held, b""
+        return rest
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------
@@ -293,8 +329,10 @@ class Metrics:
 
     def add(self, name: str, value: float) -> None:
         if (metric := self._metrics.get(name)) is not None:
-            _quietly(metric.increment, value)
+            with SERVER:
+                _quietly(metric.increment, value)
 
     def set(self, name: str, value: float) -> None:
         if (metric := self._metrics.get(name)) is not None:
-            _quietly(metric.set, value)
+            with SERVER:
+                _quietly(metric.set, value)

@@ -6,8 +6,10 @@ import importlib.util
 import json
 import queue
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,25 @@ KINDS = {
     "TOP_K": np.int32, "MIN_P": np.float32, "SEED": np.int64, "STOP": np.object_, "IGNORE_EOS": np.bool_,
     "STREAM": np.bool_,
 }  # fmt: skip
+
+
+misused: list[str] = []
+"""What a server would not have survived: calls at the same time, and calls about a request after its last response."""
+_inside = threading.Lock()
+
+
+@contextmanager
+def entered(call: str) -> Iterator[None]:
+    """The server during a call, which takes a moment."""
+    if not _inside.acquire(blocking=False):
+        misused.append(f"{call} during another call")
+        yield
+        return
+    try:
+        time.sleep(0.0001)
+        yield
+    finally:
+        _inside.release()
 
 
 class TritonModelException(Exception):
@@ -66,17 +87,21 @@ class InferenceResponse:
 
 class Metric:
     def __init__(self, labels: dict[str, str]) -> None:
-        self.labels, self.value = labels, 0.0
+        self.labels, self.value, self.ended = labels, 0.0, False
 
     def increment(self, value: float) -> None:
-        self.value += value
+        with entered("increment"):
+            assert not self.ended
+            self.value += value
 
     def set(self, value: float) -> None:
-        self.value = value
+        with entered("set"):
+            assert not self.ended
+            self.value = value
 
 
 class MetricFamily:
-    """Metrics by their names in `all`. As in the server, they end with their family."""
+    """The newest metrics by their names in `all`. As in the server, they end with their family."""
 
     COUNTER, GAUGE = 0, 1
     all: dict[str, Metric] = {}  # noqa: RUF012
@@ -85,40 +110,44 @@ class MetricFamily:
     def __init__(self, name: str, description: str, kind: int) -> None:
         if self.off:
             raise TritonModelException("metrics are off")
-        self.name = name
+        self.name, self.made = name, list[Metric]()
 
     def Metric(self, labels: dict[str, str]) -> Metric:
         self.all[self.name] = made = Metric(labels)
+        self.made.append(made)
         return made
 
     def __del__(self) -> None:
-        self.all.pop(self.__dict__.get("name", ""), None)
+        for metric in self.__dict__.get("made", ()):
+            metric.ended = True
 
 
 class Sender:
-    """Responses in the order in which they were sent. After the last one the server knows the request no more: what is
-    asked of it then is in `misused`."""
-
-    misused: list[str] = []  # noqa: RUF012
+    """Responses in the order in which they were sent. seconds: how long the server takes for one."""
 
     def __init__(self) -> None:
         self.sent: queue.Queue[tuple[InferenceResponse, int]] = queue.Queue()
         self.cancelled = self.ended = self.gone = False
+        self.seconds = 0.0
 
     def send(self, response: InferenceResponse, flags: int = 0) -> None:
-        self._check("send")
-        self.ended = flags == FINAL
-        if self.gone:
-            raise TritonModelException("the client is gone")
-        self.sent.put((response, flags))
+        with self._known("send"):
+            time.sleep(self.seconds)
+            self.ended = flags == FINAL
+            if self.gone:
+                raise TritonModelException("the client is gone")
+            self.sent.put((response, flags))
 
     def is_cancelled(self) -> bool:
-        self._check("is_cancelled")
-        return self.cancelled
+        with self._known("is_cancelled"):
+            return self.cancelled
 
-    def _check(self, call: str) -> None:
+    @contextmanager
+    def _known(self, call: str) -> Iterator[None]:
         if self.ended:
-            self.misused.append(call)
+            misused.append(f"{call} after the last response")
+        with entered(call):
+            yield
 
 
 @dataclass
@@ -138,7 +167,8 @@ class Request:
         return cls(made)
 
     def get_response_sender(self) -> Sender:
-        return self.sender
+        with entered("get_response_sender"):
+            return self.sender
 
     def responses(self) -> list[InferenceResponse]:
         """All responses; waits for the last one."""
