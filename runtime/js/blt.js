@@ -445,6 +445,7 @@ export class Model {
 
 async function library() {
   const names = isNode ? ["onnxruntime-node", "onnxruntime-web"] : ["onnxruntime-web"];
+  if (isNode) process.env.ORT_DISABLE_TELEMETRY ??= "1"; // read once, when the module is loaded
   for (const name of names) {
     try {
       return await import(/* @vite-ignore */ /* webpackIgnore: true */ name);

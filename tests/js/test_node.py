@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -153,6 +154,16 @@ def test_the_example_of_the_readme_runs(project: Path) -> None:
     done = subprocess.run(["node", "example.mjs"], cwd=project, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "startsPatch: true" in done.stdout
+
+
+def test_no_telemetry_is_kept_or_sent(folder: Path, tmp_path: Path) -> None:
+    """onnxruntime-node would write an identifier of the machine and its events below the home folder."""
+    program = 'const { Model } = await import(process.argv[1]); await Model.open(process.argv[2]); console.log("open");'
+    command = ["node", "--input-type=module", "-e", program, str(MODULE), str(demo_bundle(folder))]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "open\n"
+    assert list(tmp_path.rglob("*")) == []
 
 
 FEATURES = re.findall(r'^test\("(.+?)"', (DRIVER / "features.mjs").read_text(encoding="utf-8"), re.MULTILINE)

@@ -36,8 +36,10 @@ def _memory_bytes() -> int | None:
 
 def _onnxruntime() -> dict[str, Any] | None:
     """Version and providers of the installed build; the import takes 0.1 s."""
+    from blt_runtime.backends.onnx import import_library
+
     try:
-        import onnxruntime
+        onnxruntime = import_library()
     except ImportError as error:
         return None if isinstance(error, ModuleNotFoundError) else {"error": str(error)}
     return {"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}

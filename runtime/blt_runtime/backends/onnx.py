@@ -11,6 +11,7 @@ in place. Two settings were measured on shape M of benchmarks/generation.py, on 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +30,19 @@ from .providers import PROVIDERS, check_available, check_flavour, check_placemen
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
+def import_library() -> Any:
+    """The module onnxruntime. It sends no telemetry, and keeps no identifier of this machine, unless the variable
+    ORT_DISABLE_TELEMETRY is already 0. Raises ImportError."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when the module is loaded
+    import onnxruntime
+
+    return onnxruntime
+
+
 def load_library(minimum: str) -> Any:
     """The module onnxruntime. Raises MissingExtra, or BackendError if it is older than `minimum`."""
     try:
-        import onnxruntime
+        onnxruntime = import_library()
     except ImportError as error:
         raise MissingExtra("onnxruntime", "cpu") from error
     if _version(onnxruntime.__version__) < _version(minimum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -246,3 +247,12 @@ def test_onnxruntime_is_too_old(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=r"needs onnxruntime 99\.0"):
         OnnxBackend(opened(bundle.path))
     load_library("1.30")
+
+
+def test_no_telemetry_is_kept_or_sent(repo: Path, tmp_path: Path) -> None:
+    """onnxruntime would write an identifier of the machine and its events below the home folder once it is loaded."""
+    code = "from blt_runtime.backends.onnx import load_library; print(load_library('1.0').get_available_providers())"
+    environment = {"PYTHONPATH": str(repo / "runtime"), "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "CPUExecutionProvider" in done.stdout
+    assert list(tmp_path.rglob("*")) == []
