@@ -1,1 +1,2 @@
-"""The two PyTorch forms of generation that the runtime is compared with: the slow reference and the cached steps."""
+"""Generation: the two PyTorch forms that the runtime is compared with (the slow reference and the cached steps), and
+conversations on a stream."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -42,6 +43,7 @@ PRINTS = [
     "generate {model} hello -n 9 --ignore-eos",
     "generate {model} hello -n 9 --ignore-eos --raw --no-stream",
     "generate {model} hello -n 9 --ignore-eos --json",
+    "chat {model} -n 9",
     f"bench latency {{bundle}} {BENCH} --new-bytes 9",
     f"bench patch {{bundle}} {BENCH}",
     f"bench throughput {{bundle}} {BENCH} --new-bytes 16 --batch 1",
@@ -96,6 +98,7 @@ def test_a_closed_pipe_is_exit_code_141(
 ) -> None:
     read, write = os.pipe()
     os.close(read)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
     with stdout_to(write, monkeypatch):
         code = run([word.format(**paths) for word in line.split()])
     os.close(write)
