@@ -37,7 +37,7 @@ MAY = {
 }  # fmt: skip
 # Libraries that it may import only inside functions, so that importing the module stays fast.
 LAZY = {
-    "blt_runtime": {"onnxruntime", "onnxruntime_ep_webgpu", "llguidance"},
+    "blt_runtime": {"onnxruntime", "onnxruntime_ep_webgpu", "llguidance", "jinja2"},
     "blt_runtime.server": set(),
     "blt": {
         "gguf",
@@ -59,7 +59,7 @@ ROOMS = (
     "blt_runtime.errors", "blt_runtime.arguments", "blt_runtime.reading", "blt_runtime.ids", "blt_runtime.records",
     "blt_runtime.hashing",
     "blt_runtime.patching", "blt_runtime.sampling", "blt_runtime.text", "blt_runtime.chat",
-    "blt_runtime.bundle", "blt_runtime.backends",
+    "blt_runtime.bundle", "blt_runtime.chat_template", "blt_runtime.backends",
     "blt_runtime.engine", "blt_runtime.speculation", "blt_runtime.grammar_compiler", "blt_runtime.grammar",
     "blt_runtime.options", "blt_runtime.stream", "blt_runtime.model",
     "blt_runtime.requests", "blt_runtime.scheduler", "blt_runtime",

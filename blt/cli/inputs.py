@@ -15,6 +15,8 @@ from blt_runtime.errors import InputError, UsageError
 
 MODEL_FILES = ("manifest.json", "model.pt", "params.json", "config.json")
 """One of them is in every folder that holds a model; `blt.checkpoint.formats` looks into them."""
+LARGEST_OPTION = 1 << 20
+"""Bytes of a file that an option names."""
 
 
 def text_bytes(text: str) -> bytes:
@@ -34,6 +36,16 @@ def file_or_string(argument: str) -> str:
         return Path(argument).read_text(encoding="utf-8") if _names_a_file(argument) else argument
     except UnicodeDecodeError as error:
         raise InputError(f"{argument} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def text_file(path: Path, option: str) -> str:
+    """The text of a small file that an option names. Raises InputError."""
+    from blt_runtime import reading
+
+    try:
+        return reading.read_text(path, LARGEST_OPTION)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option}: cannot read {path}: {reading.reason(error)}") from error
 
 
 def _names_a_file(argument: str) -> bool:

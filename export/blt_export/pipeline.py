@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blt.checkpoint.models import Checkpoint, load
+from blt_runtime.chat_template import ChatTemplate
 from blt_runtime.errors import BltError, UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype
 
@@ -93,6 +95,7 @@ def export(
     table_dtype: str | None = None,
     precision_of: Mapping[str, str] | None = None,
     eval_ids: Sequence[npt.NDArray[np.int64]] = (),
+    chat_template: str | None = None,
 ) -> ExportReport:
     """Write a checkpoint as a bundle in the folder `out_dir`, which appears only if every step succeeds.
 
@@ -104,6 +107,7 @@ def export(
     precision: of the matrices, "fp32", "int8" or "int4" (the latter two only in the flavour "ort").
     precision_of: another precision for single graphs ("entropy", "encoder", "latent", "decoder").
     eval_ids: pieces of a text, ids [N] that begin with BOS; the manifest then holds the bundle's bits per byte on them.
+    chat_template: Jinja source that makes a prompt of a chat's messages.
 
     Raises UsageError (arguments, target folder), CheckpointError, CheckFailed (parity), BltError (a model that the
     lowering cannot express).
@@ -119,6 +123,7 @@ def export(
         table_dtype=table_dtype,
         precision_of=precision_of,
         eval_ids=eval_ids,
+        chat_template=chat_template,
     )
     return run(state, Path(out_dir), force=force, progress=progress)
 
@@ -135,15 +140,19 @@ def prepare(
     table_dtype: str | None = None,
     precision_of: Mapping[str, str] | None = None,
     eval_ids: Sequence[npt.NDArray[np.int64]] = (),
+    chat_template: str | None = None,
 ) -> ExportState:
     """Check the arguments of an export and load the checkpoint. Arguments and errors are those of `export`."""
     check_arguments(flavour, precision, table_dtype=table_dtype, precision_of=precision_of)
     known = cast(Flavour, flavour)
+    if chat_template is not None:
+        ChatTemplate(chat_template)  # raises if it is none
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint, generates=True)
     dtype = cast(TableDtype | None, table_dtype)
     spec = export_spec(loaded, known, capacity=capacity, patches=patches, chunk=chunk, table_dtype=dtype)
     precisions = matrices.choose(precision, precision_of or {}, spec.graphs)
-    return ExportState(loaded, spec, known, precision=precision, check=check, precisions=precisions, eval_ids=eval_ids)
+    state = ExportState(loaded, spec, known, precision=precision, check=check, precisions=precisions, eval_ids=eval_ids)
+    return replace(state, chat_template=chat_template)
 
 
 def check_arguments(

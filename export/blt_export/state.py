@@ -69,6 +69,7 @@ class ExportState:
     check: bool
     precisions: dict[str, str] = field(default_factory=dict)
     eval_ids: Sequence[npt.NDArray[np.int64]] = ()
+    chat_template: str | None = None
     folder: Path = Path()
     modules: dict[str, StepModule] = field(default_factory=dict)
     captured: dict[str, ir.Model] = field(default_factory=dict)

@@ -181,6 +181,7 @@ def make_manifest(state: ExportState) -> str:
         parity=state.parity.rows,
         precisions=state.precisions,
         row_graphs={name: FileRef(path.name) for name, path in state.row_files.items()},
+        chat_template=state.chat_template,
     )
     for refs in (state.manifest.graphs, state.manifest.row_graphs):
         for name, ref in refs.items():

@@ -391,6 +391,21 @@ def test_a_bundle_runs_without_torch_and_onnx(blt_process: Call, bundle: Path) -
     assert not {"torch", "onnx", "blt.checkpoint"} & loaded
 
 
+def test_an_export_stores_a_chat_template(blt: Call, checkpoint: Path, tmp_path: Path) -> None:
+    template, out = tmp_path / "chat.jinja", tmp_path / "bundle"
+    template.write_text("{% for m in messages %}")
+    command = ("export", checkpoint, "-o", out, "-q", "--no-check", "--chat-template", template)
+    refused = blt(*command)
+    assert refused.code == 2
+    assert "the chat template is not valid" in refused.err
+    template.write_text("{{ messages[0].content }}")
+    assert blt(*command).code == 0
+    assert json.loads(blt("inspect", out, "--json").text)["manifest"]["chat_template"] == template.read_text()
+    assert "25 characters" in blt("inspect", out).text
+    missing = blt("export", checkpoint, "-o", out, "--force", "--chat-template", tmp_path / "none")
+    assert "--chat-template: cannot read" in missing.err
+
+
 def test_a_closed_pipe_is_silent(bundle: Path) -> None:
     program = f"{sys.executable} -m blt.cli generate {bundle} x -n 200 --raw --ignore-eos | head -c 1"
     path = os.pathsep.join(str(REPO / part) for part in ("", "export", "runtime"))

@@ -80,6 +80,10 @@ def export(
             metavar="SIZE", help="Patches that a stream can hold (default: the trained length, or --capacity)."
         ),
     ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja template of chats, stored for `blt serve` (default: none)."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare the graphs with PyTorch, and fail beyond the tolerance.")
     ] = True,
@@ -128,6 +132,7 @@ def export(
         raise UsageError("--served-model-name and --no-copy have no effect without --triton DIR")
     import blt_export.aot  # first: where PyTorch is missing too, the extra to install is `export`
     from blt.checkpoint.models import load
+    from blt_runtime.chat_template import ChatTemplate
 
     blt_export.pipeline.check_arguments(flavour, precision, table_dtype=table_dtype, precision_of=overrides)
     if check_aot:
@@ -135,6 +140,9 @@ def export(
     blt_export.bundle.check_target(out, force)  # before minutes of work
     if for_triton is not None:
         for_triton.check(out)
+    template = None if chat_template is None else inputs.text_file(chat_template, "--chat-template")
+    if template is not None:
+        ChatTemplate(template)  # raises if it is none
     loaded = load(model, entropy_model=how.entropy_model, generates=True)
     eval_ids = () if eval_data is None else _eval_ids(eval_data, loaded, size)
     with console.named_steps("export", len(blt_export.pipeline.STEPS)) as begin:
@@ -150,6 +158,7 @@ def export(
             table_dtype=table_dtype,
             precision_of=overrides,
             eval_ids=eval_ids,
+            chat_template=template,
             progress=begin,
         )
     compiled = blt_export.aot.compile_bundle(out, report.manifest) if check_aot else ()

@@ -203,7 +203,7 @@ def _inspect_bundle(bundle: Bundle, *, patch_size: float, tensors: bool, as_json
         console.print_json(SCHEMA, report)
         return
     manifest, spec, read = bundle.manifest, bundle.manifest.spec, bundle_weight_bytes(bundle, patch_size)
-    out = console.stdout_console()
+    out, template = console.stdout_console(), manifest.chat_template
     console.print_tree(
         {
             "bundle": bundle.path,
@@ -215,6 +215,7 @@ def _inspect_bundle(bundle: Bundle, *, patch_size: float, tensors: bool, as_json
             "caches": f"{amount(sum(g.cache_bytes() for g in spec.graphs.values()))} a stream",
             f"weights read per byte (patches of {patch_size:g})": {part: amount(n) for part, n in read.items()},
             "patch rule": _given(spec.patch_rule.to_dict()),
+            **({} if template is None else {"chat template": f"{len(template):,} characters"}),
             "made with": manifest.producer,
         }
     )

@@ -8,32 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blt.cli import console, models, options
-from blt_runtime import reading
-from blt_runtime.errors import InputError, UsageError
+from blt.cli import console, inputs, models, options
+from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 LOG_FORMATS = ("text", "json")
-LARGEST_KEYS = 1 << 20
 
 
 def _api_keys(given: list[str]) -> tuple[str, ...]:
     """The keys, those of files (`@FILE`, one a line) in their place. Raises UsageError."""
     found: list[str] = []
     for key in given:
-        found += _read(Path(key[1:]), "--api-key").split() if key.startswith("@") else [key]
+        found += inputs.text_file(Path(key[1:]), "--api-key").split() if key.startswith("@") else [key]
     if given and not found:
         raise UsageError("--api-key: the file holds no key; write one a line")
     return tuple(found)
-
-
-def _read(path: Path, option: str) -> str:
-    try:
-        return reading.read_text(path, LARGEST_KEYS)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option}: cannot read {path}: {reading.reason(error)}") from error
 
 
 @options.verbosity
@@ -110,7 +101,7 @@ def serve(
         deadline=deadline,
         max_body=options.parse_size(max_body, "--max-body", at_least=1),
         cors=tuple(cors or ()),
-        chat_template=None if chat_template is None else _read(chat_template, "--chat-template"),
+        chat_template=None if chat_template is None else inputs.text_file(chat_template, "--chat-template"),
     )
     if workers == 1:  # several open the bundle themselves: a process with a session has threads and must not fork
         models.check_batched(model)

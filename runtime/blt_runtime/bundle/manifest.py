@@ -64,6 +64,10 @@ class Judged:
     boundaries_new: int
 
 
+LONGEST_TEMPLATE = 1 << 16
+"""Most characters of a chat template."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A bundle's description of itself. `config` and `producer` are for people; no code computes from them.
@@ -71,6 +75,7 @@ class Manifest:
     `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is the
     export's setting, `precisions` that of each graph's matrices ("fp32", "int8", "int4"), by default
     `precision`. `row_graphs` are the batched graphs (`spec.row_spec`) on the same weights; empty if there are none.
+    `chat_template` is the Jinja source for chats.
     """
 
     producer: dict[str, Any]
@@ -87,6 +92,7 @@ class Manifest:
     precisions: dict[str, str] = field(default_factory=dict)
     judged: Judged | None = None
     row_graphs: dict[str, FileRef] = field(default_factory=dict)
+    chat_template: str | None = None
 
     def precision_of(self, graph: str) -> str:
         """The precision of a graph's matrices; everything else is float32."""
@@ -124,6 +130,8 @@ class Manifest:
             raise ManifestError("manifest.json names graphs under 'precisions' that it does not have")
         if (self.hash_tables is None) != (self.spec.hash is None):
             raise ManifestError("manifest.json must name hash tables exactly when 'spec' has a hash")
+        if self.chat_template is not None and len(self.chat_template) > LONGEST_TEMPLATE:
+            raise ManifestError(f"manifest.json has a 'chat_template' of over {LONGEST_TEMPLATE:,} characters")
 
     def references(self) -> list[FileRef]:
         return [*self.graphs.values(), *self.row_graphs.values(), *([self.hash_tables] if self.hash_tables else [])]

@@ -56,7 +56,8 @@ class Service:
     def __init__(self, model: Model, settings: Settings) -> None:
         self.settings, self.model = settings, model
         self.capacity = fitted(model.spec, settings.capacity).capacity_bytes
-        self.template = Template(settings.chat_template)
+        stored = None if model.manifest is None else model.manifest.chat_template
+        self.template = Template(stored if settings.chat_template is None else settings.chat_template)
         self.grammars = Grammars()
         self.keys = Keys(settings.api_keys)
         self.admission = Admission(settings.streams)
