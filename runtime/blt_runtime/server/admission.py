@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 
 from ..errors import Cancelled
 from .errors import RequestError
@@ -62,9 +63,34 @@ class Admission:
         return self._open == 0
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """A request ends `seconds` after it arrived. arrived: by the event loop's clock."""
+
+    seconds: float
+    arrived: float
+
+    @property
+    def end(self) -> float:
+        return self.arrived + self.seconds
+
+    def exceeded(self, reason: str) -> RequestError:
+        message = f"the request did not end within {self.seconds:g} s: {reason}"
+        return RequestError(message, status=503, code="deadline_exceeded")
+
+    @contextlib.asynccontextmanager
+    async def around(self) -> AsyncIterator[None]:
+        """Around what a request waits for before it is submitted. Raises RequestError."""
+        try:
+            async with asyncio.timeout_at(self.end):
+                yield
+        except TimeoutError as error:
+            raise self.exceeded("what it needs was not ready") from error
+
+
 @contextlib.asynccontextmanager
-async def ends_by(deadline: float, choices: Sequence[Choice]) -> AsyncIterator[None]:
-    """Cancels the choices `deadline` seconds from now; their Cancelled then becomes a RequestError."""
+async def ends_by(deadline: Deadline, choices: Sequence[Choice]) -> AsyncIterator[None]:
+    """Cancels the choices at the deadline; their Cancelled then becomes a RequestError."""
     late = False
 
     def end() -> None:
@@ -73,13 +99,12 @@ async def ends_by(deadline: float, choices: Sequence[Choice]) -> AsyncIterator[N
         for choice in choices:
             choice.cancel()
 
-    timer = asyncio.get_running_loop().call_later(deadline, end)
+    timer = asyncio.get_running_loop().call_at(deadline.end, end)
     try:
         yield
     except Cancelled as error:
         if not late:
             raise
-        message = f"the request did not end within {deadline:g} s: ask for fewer bytes"
-        raise RequestError(message, status=503, code="deadline_exceeded") from error
+        raise deadline.exceeded("ask for fewer bytes") from error
     finally:
         timer.cancel()

@@ -23,11 +23,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine.batch import fitted
 from ..errors import BltError
+from ..grammar import Grammar
 from ..ids import decode
 from ..model import Model
 from ..scheduler import Scheduler
 from . import logs, page
-from .admission import Admission
+from .admission import Admission, Deadline
 from .answers import Answer, ChatAnswer, CompletionAnswer, Json
 from .bodies import read_body
 from .chat import Template
@@ -77,7 +78,7 @@ class Service:
         """POST /v1/completions"""
         body = parse(CompletionRequest, await read_body(request, self.settings.max_body))
         self._check_model(body.model)
-        plan = plan_completion(body, await self.grammars.of(body))
+        plan = plan_completion(body, await self._matched(request, body))
         answer = CompletionAnswer(self.settings.name, logprobs=plan.logprobs, patches=plan.patches)
         return await self._answered(request, body, plan, answer)
 
@@ -86,12 +87,20 @@ class Service:
         body = parse(ChatRequest, await read_body(request, self.settings.max_body))
         self._check_model(body.model)
         prompt = self.template.render(body.messages, body.add_generation_prompt is not False)
-        plan = plan_chat(body, prompt, self.template.stop, await self.grammars.of(body))
+        plan = plan_chat(body, prompt, self.template.stop, await self._matched(request, body))
         answer = ChatAnswer(self.settings.name, logprobs=plan.logprobs, patches=plan.patches)
         return await self._answered(request, body, plan, answer)
 
+    async def _matched(self, request: Request, body: Generation) -> Grammar | None:
+        """What the answer must match."""
+        async with self._deadline(request).around():
+            return await self.grammars.of(body)
+
+    def _deadline(self, request: Request) -> Deadline:
+        return Deadline(self.settings.deadline, request.state.arrived)
+
     async def _answered(self, request: Request, body: Generation, plan: Plan, answer: Answer) -> Response:
-        facts, deadline = request.state.facts, self.settings.deadline
+        facts, deadline = request.state.facts, self._deadline(request)
         run = Run(self.admission, self.metrics, self.scheduler, answer, deadline=deadline, facts=facts)
         holder = self.keys.holder(request) if self.settings.isolate_keys else None
         run.submit(plan, self.capacity, holder)
@@ -188,7 +197,7 @@ class Surroundings:
             return await self._app(scope, receive, send)
         started, status, begun = time.perf_counter(), 500, False
         facts: dict[str, Any] = {}
-        scope.setdefault("state", {})["facts"] = facts
+        scope.setdefault("state", {}).update(facts=facts, arrived=asyncio.get_running_loop().time())
         number = _request_id(Headers(scope=scope).get("x-request-id"))
 
         async def sent(message: Message) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ..errors import InputError, MissingExtra, UsageError
 from ..grammar import Grammar
+from ..grammar_compiler import TRIAL_SECONDS
 from .errors import RequestError
 from .schema import Generation, ResponseFormat
 
@@ -17,6 +19,8 @@ KEPT = 64
 """Compiled grammars that later requests may use again."""
 AT_ONCE = 2
 """Grammars that compile at a time, each in a process with limits of its own."""
+MOST_OPEN = 34
+"""Grammars that compile or wait for it before another one is refused."""
 Key = tuple[str, str]
 """An argument of `Grammar`, and its value."""
 
@@ -27,6 +31,7 @@ class Grammars:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(AT_ONCE, "grammar")
         self._made: OrderedDict[Key, Future[Grammar]] = OrderedDict()
+        self._open = set[Future[Grammar]]()
 
     async def of(self, body: Generation) -> Grammar | None:
         """What the answer must match; None if it is free. Raises RequestError, which names the field."""
@@ -45,7 +50,8 @@ class Grammars:
         key = given[fields[0]]
         assert key is not None
         try:
-            return await asyncio.wrap_future(self._compile(key))
+            # Other requests may wait for the same grammar, so one that goes away does not cancel it.
+            return await asyncio.shield(asyncio.wrap_future(self._compile(key)))
         except (UsageError, InputError, MissingExtra) as error:
             raise RequestError(f"{fields[0]}: {error}", param=fields[0]) from error
 
@@ -53,12 +59,22 @@ class Grammars:
         if key in self._made:
             self._made.move_to_end(key)
             return self._made[key]
+        if len(self._open) >= MOST_OPEN:
+            seconds = math.ceil(len(self._open) * TRIAL_SECONDS / AT_ONCE)
+            message = f"{len(self._open)} grammars are compiled or wait for it: try again in {seconds} s"
+            raise RequestError(message, status=429, code="queue_full", retry_after=seconds)
         argument, text = key
         made = self._made[key] = self._threads.submit(lambda: Grammar(**{argument: text}))  # type: ignore[arg-type]
-        made.add_done_callback(lambda done: done.exception() and self._made.pop(key, None))
+        self._open.add(made)
+        made.add_done_callback(lambda done: self._ended(key, done))
         while len(self._made) > KEPT:
             self._made.popitem(last=False)
         return made
+
+    def _ended(self, key: Key, made: Future[Grammar]) -> None:
+        self._open.discard(made)
+        if made.cancelled() or made.exception():
+            self._made.pop(key, None)
 
     def close(self) -> None:
         """Ends the threads; a compilation that has begun is waited for by nobody."""

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..errors import BltError, Cancelled, QueueFull
 from ..scheduler import Scheduler
-from .admission import Admission, ends_by
+from .admission import Admission, Deadline, ends_by
 from .answers import Answer, Json, usage
 from .errors import RequestError, refusal
 from .metrics import Metrics
@@ -36,7 +36,7 @@ class Run:
         scheduler: Scheduler,
         answer: Answer,
         *,
-        deadline: float,
+        deadline: Deadline,
         facts: dict[str, Any],
     ) -> None:
         self._admission, self._metrics, self._scheduler = admission, metrics, scheduler

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,8 +15,8 @@ import jsonschema
 import pytest
 
 from blt_runtime.grammar import Grammar
-from blt_runtime.server import grammars
-from tests.runtime.server.clients import Client, Json
+from blt_runtime.server import Settings, create_app, grammars
+from tests.runtime.server.clients import Client, Json, error_of, null_model
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -98,11 +101,66 @@ def test_a_grammar_is_compiled_once(client: Client, monkeypatch: pytest.MonkeyPa
     body = {"prompt": "x", "max_tokens": 20, "regex": "once(,once){2}"}
 
     async def ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://test") as many:
+        async with requests_to(client) as many:
             return await asyncio.gather(*(many.post(COMPLETION, json=body) for _ in range(8)))
 
     assert [text_of(answer.json()) for answer in asyncio.run(ask())] == ["once,once,once"] * 8
     assert made == ["once(,once){2}"]
+
+
+@contextlib.asynccontextmanager
+async def requests_to(client: Client) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://test") as many:
+        yield many
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Grammars are compiled once this is set."""
+    event = threading.Event()
+
+    def later(**source: str) -> Grammar:
+        event.wait()
+        return Grammar(**source)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(grammars, "Grammar", later)
+    return event
+
+
+def test_too_many_grammars_are_429_and_hold_up_no_other_request(
+    client: Client, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.app.state.service.grammars._made.clear()
+    monkeypatch.setattr(grammars, "MOST_OPEN", 3)
+
+    async def ask() -> list[httpx.Response]:
+        async with requests_to(client) as many:
+
+            async def of(**body: Any) -> httpx.Response:
+                return await many.post(COMPLETION, json={"prompt": "x", "max_tokens": 9, **body})
+
+            waiting = [asyncio.create_task(of(regex=text)) for text in ("aa", "bb", "cc", "aa")]
+            await asyncio.sleep(0)
+            refused = await of(regex="dd")
+            free = await of()
+            assert not any(task.done() for task in waiting)
+            held.set()
+            return [refused, free, await of(regex="aa"), *[await task for task in waiting]]
+
+    refused, free, *constrained = asyncio.run(ask())
+    assert error_of(refused, 429)["code"] == "queue_full"
+    assert int(refused.headers["retry-after"]) == 3
+    assert free.status_code == 200
+    assert [text_of(answer.json()) for answer in constrained] == ["aa", "aa", "bb", "cc", "aa"]
+
+
+def test_the_deadline_holds_while_a_grammar_compiles(held: threading.Event) -> None:
+    app = create_app(null_model(), Settings(name="tiny", deadline=0.05))
+    client, body = Client(app), {"prompt": "x", "regex": "late"}
+    assert client.error(COMPLETION, 503, body)["code"] == "deadline_exceeded"
+    held.set()
+    app.state.service.grammars._made["regex", "late"].result()  # no request waits for it, and it is kept
+    app.state.service.scheduler.close()
 
 
 def of_schema(schema: Json) -> Json:
