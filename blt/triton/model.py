@@ -59,6 +59,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from error
         self._metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
         self._calls: set[Call] = set()
+        self._ending = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blt-responses", daemon=True)
         self._thread.start()
@@ -82,10 +83,12 @@ class TritonPythonModel:
         self._wait(DRAIN)
         self._scheduler.close()
         self._wait(LAST)
-        self._watcher.cancel()
+        self._ending = True
+        self._watcher.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._metrics.close()
 
     def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -113,7 +116,7 @@ class TritonPythonModel:
 
     async def _watch(self) -> None:
         """Cancels the requests that their clients have cancelled, and keeps the gauges."""
-        while True:
+        while not self._ending:
             await asyncio.sleep(POLL)
             for call in list(self._calls):
                 call.look()
@@ -305,7 +308,7 @@ def _quietly(call: Callable[..., object], *arguments: object) -> None:
 
 class Metrics:
     """Metrics of the server, under the names of those of `blt serve`; none where the server has metrics off. Families
-    are kept: a metric ends with its family."""
+    are kept, since a metric ends with its family, and end after their metrics: the backend crashes otherwise."""
 
     def __init__(self, labels: dict[str, str]) -> None:
         counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
@@ -317,15 +320,13 @@ class Metrics:
             "vllm:num_requests_waiting": ("Requests that wait for a row.", gauge),
             "blt:bytes_per_patch": ("Mean bytes of a patch so far.", gauge),
         }
+        self._families, self._metrics = dict[str, Any](), dict[str, Any]()
         try:
-            self._families = {
-                name: pb_utils.MetricFamily(name=name, description=text, kind=kind)
-                for name, (text, kind) in described.items()
-            }
-            self._metrics = {name: family.Metric(labels=labels) for name, family in self._families.items()}
+            for name, (text, kind) in described.items():
+                self._families[name] = pb_utils.MetricFamily(name=name, description=text, kind=kind)
+                self._metrics[name] = self._families[name].Metric(labels=labels)
         except pb_utils.TritonModelException as error:
             pb_utils.Logger.log_warn(f"blt: no metrics: {error}")
-            self._metrics = {}
 
     def add(self, name: str, value: float) -> None:
         if (metric := self._metrics.get(name)) is not None:
@@ -336,3 +337,8 @@ class Metrics:
         if (metric := self._metrics.get(name)) is not None:
             with SERVER:
                 _quietly(metric.set, value)
+
+    def close(self) -> None:
+        with SERVER:
+            self._metrics.clear()
+            self._families.clear()

@@ -8,12 +8,13 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -89,6 +90,10 @@ class Metric:
     def __init__(self, labels: dict[str, str]) -> None:
         self.labels, self.value, self.ended = labels, 0.0, False
 
+    def __del__(self) -> None:
+        if self.ended:
+            misused.append("a family ended before its metric")
+
     def increment(self, value: float) -> None:
         with entered("increment"):
             assert not self.ended
@@ -104,17 +109,17 @@ class MetricFamily:
     """The newest metrics by their names in `all`. As in the server, they end with their family."""
 
     COUNTER, GAUGE = 0, 1
-    all: dict[str, Metric] = {}  # noqa: RUF012
+    all: ClassVar[weakref.WeakValueDictionary[str, Metric]] = weakref.WeakValueDictionary()
     off = False
 
     def __init__(self, name: str, description: str, kind: int) -> None:
         if self.off:
             raise TritonModelException("metrics are off")
-        self.name, self.made = name, list[Metric]()
+        self.name, self.made = name, weakref.WeakSet[Metric]()
 
     def Metric(self, labels: dict[str, str]) -> Metric:
         self.all[self.name] = made = Metric(labels)
-        self.made.append(made)
+        self.made.add(made)
         return made
 
     def __del__(self) -> None:
@@ -195,7 +200,7 @@ class Request:
 
 
 class Logger:
-    lines: list[str] = []  # noqa: RUF012
+    lines: ClassVar[list[str]] = []
     log_error = log_warn = log_verbose = lines.append
 
 

@@ -283,6 +283,14 @@ def test_metrics_count_tokens_and_requests(model: Any) -> None:
     assert found["vllm:num_requests_running"].labels == {"model": "tiny", "version": "1"}
 
 
+def test_metrics_end_before_their_families(load: Load) -> None:
+    model = load()
+    assert len(MetricFamily.all) == 6
+    model.finalize()
+    assert not MetricFamily.all
+    assert not fake.misused
+
+
 def test_a_server_without_metrics_serves(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MetricFamily, "off", True)
     assert ask(load(), PROMPT="a", MAX_TOKENS=9, SEED=1).ids() == alone("a", 9, seed=1)
