@@ -14,7 +14,7 @@ import pytest
 
 from blt_runtime import Model, Scheduler, Stream
 from blt_runtime.backends.null import null_spec
-from blt_runtime.backends.protocol import Buffer
+from blt_runtime.backends.protocol import Buffer, Place
 from blt_runtime.errors import BackendError, Cancelled, CapacityError, OutOfMemory
 from tests.runtime.leaks import assert_no_growth, assert_streams_leave_nothing, use
 from tests.runtime.streams import HASH, model_of, random_ids
@@ -76,10 +76,10 @@ def test_a_stream_that_could_not_be_made_leaves_nothing(monkeypatch: pytest.Monk
     model, made = model_of(null_spec()), list[weakref.ref[Any]]()
     buffer = model.backend.buffer
 
-    def few(dtype: str, shape: tuple[int, ...]) -> Buffer:
+    def few(dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
         if len(made) == 20:
             raise MemoryError("enough")
-        given = buffer(dtype, shape)
+        given = buffer(dtype, shape, place)
         made.append(weakref.ref(given.array))
         return given
 
