@@ -19,7 +19,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -127,6 +127,55 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     if _HALF_PAIR.search(text):
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
+
+
+def refused_place(text: str | bytes) -> str | None:
+    """The path of the first value in a JSON object that `parse_json` refuses for itself, such as `messages.0.content`;
+    None if the text is refused as a whole."""
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        if sum(map(text.count, "[{,")) > MOST_VALUES:
+            return None
+        value = json.loads(
+            text, parse_int=_marked(_whole), parse_float=_marked(_finite), parse_constant=_marked(_finite)
+        )
+    except (ValueError, RecursionError):
+        return None
+    path = next(_refused(value, ()), ())
+    return ".".join(map(str, path)) if path else None
+
+
+_REFUSED = object()
+
+
+def _marked(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read`, with a mark in place of an error."""
+
+    def hook(digits: str) -> Any:
+        try:
+            return read(digits)
+        except ValueError:
+            return _REFUSED
+
+    return hook
+
+
+def _refused(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
+    if value is _REFUSED or (isinstance(value, str) and not _encodable(value)):
+        yield path
+    elif isinstance(value, dict | list) and len(path) < DEEPEST:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str) and not _encodable(key):
+                yield path
+            yield from _refused(item, (*path, key))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

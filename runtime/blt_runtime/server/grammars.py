@@ -35,23 +35,17 @@ class Grammars:
 
     async def of(self, body: Generation) -> Grammar | None:
         """What the answer must match; None if it is free. Raises RequestError, which names the field."""
-        given = {
-            "response_format": _schema_of(body.response_format),
-            "regex": None if body.regex is None else ("regex", body.regex),
-            "grammar": None if body.grammar is None else ("lark", body.grammar),
-        }
-        fields = [name for name, key in given.items() if key is not None]
+        given = constraints(body)
+        fields = list(given)
         if not fields:
             return None
         if len(fields) > 1:
             raise RequestError(f"{fields[0]} and {fields[1]}: an answer matches one of them", param=fields[1])
         if body.ignore_eos:
             raise RequestError(f"ignore_eos: an answer ends where its {fields[0]} does", param="ignore_eos")
-        key = given[fields[0]]
-        assert key is not None
         try:
             # Other requests may wait for the same grammar, so one that goes away does not cancel it.
-            return await asyncio.shield(asyncio.wrap_future(self._compile(key)))
+            return await asyncio.shield(asyncio.wrap_future(self._compile(given[fields[0]])))
         except (UsageError, InputError, MissingExtra) as error:
             raise RequestError(f"{fields[0]}: {error}", param=fields[0]) from error
 
@@ -79,6 +73,16 @@ class Grammars:
     def close(self) -> None:
         """Ends the threads; a compilation that has begun is waited for by nobody."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def constraints(body: Generation) -> dict[str, Key]:
+    """The fields that say what the answer must match. Raises RequestError."""
+    given = {
+        "response_format": _schema_of(body.response_format),
+        "regex": None if body.regex is None else ("regex", body.regex),
+        "grammar": None if body.grammar is None else ("lark", body.grammar),
+    }
+    return {name: key for name, key in given.items() if key is not None}
 
 
 def _schema_of(wanted: ResponseFormat | None) -> Key | None:

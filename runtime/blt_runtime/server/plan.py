@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from ..errors import BltError, QueueFull
+from ..errors import BltError, CapacityError, QueueFull
 from ..grammar import Grammar
 from ..options import GenerateOptions
 from ..requests import Request
 from ..scheduler import Scheduler
 from .errors import RequestError, refusal
+from .grammars import constraints
 from .parts import Choice
 from .prompts import Prompt, prompts_of
 from .schema import ChatRequest, CompletionRequest, Generation
@@ -24,7 +24,8 @@ MOST_CHOICES = 1024
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """new: bytes to generate; None is as many as fit. n: choices a prompt. logprobs: most likely tokens that are
-    listed; None without logprobs."""
+    listed; None without logprobs. source, limit, matched: the fields of the prompt, of `new` and
+    of the grammar, for errors."""
 
     prompts: list[Prompt]
     new: int | None
@@ -33,6 +34,9 @@ class Plan:
     logprobs: int | None = None
     echo: bool = False
     patches: bool = False
+    source: str = "prompt"
+    limit: str = "max_tokens"
+    matched: str | None = None
 
     @property
     def scored(self) -> bool:
@@ -57,6 +61,10 @@ class Plan:
         except BaseException as error:
             for choice in choices:
                 choice.cancel()
+            if isinstance(error, CapacityError):
+                long = self.new is None or len(prompt.ids) > capacity
+                param = self.source if long else self.limit
+                raise RequestError(str(error), param=param, code="context_length_exceeded") from error
             if isinstance(error, BltError) and not isinstance(error, QueueFull):
                 raise refusal(error) from error
             raise
@@ -83,9 +91,10 @@ def plan_completion(body: CompletionRequest, grammar: Grammar | None = None) -> 
     """grammar: what the text must match. Raises RequestError."""
     new, echo = _new(body, COMPLETION_TOKENS), bool(body.echo)
     if new == 0 and not echo:
-        raise RequestError("max_tokens: 0 needs echo", param="max_tokens")
+        raise RequestError(f"{_limit(body)}: 0 needs echo", param=_limit(body))
     prompts = prompts_of(body.prompt, body.prompt_base64)
-    return _plan(body, prompts, new=new, echo=echo, logprobs=body.logprobs, grammar=grammar)
+    source = "prompt" if body.prompt_base64 is None else "prompt_base64"
+    return _plan(body, prompts, new=new, source=source, echo=echo, logprobs=body.logprobs, grammar=grammar)
 
 
 def plan_chat(body: ChatRequest, prompt: bytes, stop: Sequence[str | bytes], grammar: Grammar | None = None) -> Plan:
@@ -93,11 +102,11 @@ def plan_chat(body: ChatRequest, prompt: bytes, stop: Sequence[str | bytes], gra
     the answer must match. Raises RequestError."""
     new = _new(body, None)
     if new == 0:
-        raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        raise RequestError(f"{_limit(body)} must be at least 1", param=_limit(body))
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    plan = _plan(body, [Prompt.of(prompt)], new=new, logprobs=logprobs, grammar=grammar)
+    plan = _plan(body, [Prompt.of(prompt)], new=new, source="messages", logprobs=logprobs, grammar=grammar)
     if grammar is not None or not stop:
         return plan
     return replace(plan, options=replace(plan.options, stop=[*body.stop, *stop]))
@@ -108,6 +117,7 @@ def _plan(
     prompts: list[Prompt],
     *,
     new: int | None,
+    source: str,
     logprobs: int | None,
     echo: bool = False,
     grammar: Grammar | None = None,
@@ -128,10 +138,26 @@ def _plan(
         grammar=grammar,
     )
     patches = bool(body.return_patches)
-    return Plan(prompts=prompts, new=new, n=n, options=options, logprobs=logprobs, echo=echo, patches=patches)
+    return Plan(
+        prompts=prompts,
+        new=new,
+        n=n,
+        options=options,
+        logprobs=logprobs,
+        echo=echo,
+        patches=patches,
+        source=source,
+        limit=_limit(body),
+        matched=next(iter(constraints(body)), None),
+    )
 
 
 def _new(body: Generation, default: int | None) -> int | None:
     """max_completion_tokens counts before max_tokens, which is its older name."""
-    given: Any = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    return default if given is None else int(given)
+    given: int | None = getattr(body, _limit(body))
+    return default if given is None else given
+
+
+def _limit(body: Generation) -> str:
+    """The field that limits the answer."""
+    return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..errors import BltError, Cancelled, QueueFull
+from ..errors import BltError, Cancelled, InputError, QueueFull
 from ..scheduler import Scheduler
 from .admission import Admission, Deadline, ends_by
 from .answers import Answer, Json, usage
@@ -45,6 +45,7 @@ class Run:
         self.facts = facts
         facts["id"] = answer.id
         self._asked: list[int] = []
+        self._matched: str | None = None
 
     def submit(self, plan: Plan, capacity: int, group: Hashable) -> None:
         """Hands the plan to the scheduler. Raises RequestError; nothing is left open then."""
@@ -57,6 +58,7 @@ class Run:
             for choice in self.choices:
                 choice.watch = self._metrics.begin(len(choice.prompt.sent))
                 stack.callback(choice.close)
+            self._matched = plan.matched
             self._asked = [len(prompt.sent) for prompt in plan.prompts]
             self._metrics.update(self._scheduler)
             self._stack = stack.pop_all()
@@ -81,7 +83,7 @@ class Run:
             except BltError as error:
                 if client.gone:
                     return Response(status_code=CLOSED)
-                raise _failed(error) from error
+                raise self.failed(error) from error
             return JSONResponse(self.answer.whole(list(zip(self.choices, parts, strict=True)), self._usage()))
 
     async def events(self, include_usage: bool) -> AsyncGenerator[Json, None]:
@@ -98,6 +100,14 @@ class Run:
                     yield self.answer.chunk(choice, part) | extra
         if include_usage:
             yield self.answer.last(self._usage())
+
+    def failed(self, error: BltError) -> RequestError:
+        """The error of a request that did not end by itself."""
+        if isinstance(error, Cancelled):
+            return RequestError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
+        if isinstance(error, InputError) and self._matched is not None:  # a grammar that became too complex
+            return RequestError(f"{self._matched}: {error}", param=self._matched)
+        return refusal(error)
 
     def _usage(self) -> Json:
         return usage(self._asked, self.choices)
@@ -125,7 +135,7 @@ class EventResponse(Response):
                     async for event in found:
                         await write(_event(event))
             except BltError as error:
-                failed = _failed(error)
+                failed = run.failed(error)
                 run.facts.update({"status": CLOSED} if client.gone else {"error": str(failed)})
                 await write(_event(failed.body()))
             await write(b"data: [DONE]\n\n", more=False)
@@ -133,13 +143,6 @@ class EventResponse(Response):
 
 def _event(found: Json) -> bytes:
     return b"data: " + json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _failed(error: BltError) -> RequestError:
-    """The error of a request that did not end by itself."""
-    if isinstance(error, Cancelled):
-        return RequestError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
-    return refusal(error)
 
 
 class Client:

@@ -40,11 +40,12 @@ def parse(kind: type[Body], body: bytes) -> Body:
     except ValidationError as error:
         raise _refused(kind, error.errors(include_url=False)[0]) from error
     except ValueError as error:  # also UnicodeDecodeError
-        raise RequestError(f"the body must be JSON: {error}", code="invalid_json") from error
+        place = reading.refused_place(body)
+        raise RequestError(f"{place or 'the body'} must be JSON: {error}", param=place, code="invalid_json") from error
 
 
 def _refused(kind: type[Strict], error: ErrorDetails) -> RequestError:
-    param = ".".join(map(str, error["loc"])) or None
+    param = ".".join(map(str, error["loc"])) if error["loc"] else None
     if error["type"] == "extra_forbidden":
         known = [field.alias or name for name, field in kind.model_fields.items()] if len(error["loc"]) == 1 else []
         hint = f": {nearest(str(error['loc'][-1]), known)}" if known else ""

@@ -167,13 +167,11 @@ def of_schema(schema: Json) -> Json:
     return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
 
 
-SLOW = "start: T\nT: " + " & ".join(f"/.*w{i}.*/" for i in range(100))
 REFUSED: dict[str, tuple[Json, str, str]] = {
     "open bracket": ({"regex": "a("}, "regex", "cannot be used"),
     "look-ahead": ({"regex": "(?=a)b"}, "regex", "cannot be used"),
     "missing rule": ({"grammar": "start: missing"}, "grammar", "cannot be used"),
     "empty": ({"grammar": ""}, "grammar", "cannot be used"),
-    "exploding": ({"grammar": SLOW}, "grammar", "too complex"),
     "two": ({"regex": "a", "grammar": LARK}, "grammar", "one of them"),
     "no end": ({"regex": "a", "ignore_eos": True}, "ignore_eos", "ends where its regex does"),
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
