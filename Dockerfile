@@ -18,10 +18,10 @@ RUN python -m venv /opt/blt && \
 FROM python:${PYTHON}-slim
 RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin blt
 COPY --from=build /opt/blt /opt/blt
-ENV PATH=/opt/blt/bin:$PATH
+ENV PATH=/opt/blt/bin:$PATH BLT_PORT=8000
 USER 10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-ENTRYPOINT ["blt", "serve", "/bundle", "--host", "0.0.0.0", "--port", "8000"]
+    CMD ["python", "-c", "import os, urllib.request as web; web.urlopen(\"http://127.0.0.1:%s/health\" % os.environ[\"BLT_PORT\"], timeout=4)"]
+ENTRYPOINT ["blt", "serve", "/bundle", "--host", "0.0.0.0"]

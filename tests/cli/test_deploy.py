@@ -61,6 +61,7 @@ def instruction(name: str) -> list[str]:
 
 
 ENTRYPOINT = instruction("ENTRYPOINT")
+(PORT,) = re.findall(r"^ENV .*\bBLT_PORT=(\d+)$", DOCKERFILE, re.MULTILINE)
 DOCKER_RUNS = [
     shlex.split(line) for line in DOCS.replace("\\\n", "").splitlines() if line.startswith("docker run")
 ]  # options of the server follow the image's name
@@ -88,9 +89,12 @@ def test_options_are_those_of_blt_serve(name: str, blt: Call, tmp_path: Path, mo
     assert words[0].rpartition("/")[2] == "blt"
     assert words[1:3] in (["serve", "/bundle"], ["serve", "/srv/blt/bundle"])
     host = "127.0.0.1" if name == "unit" else "0.0.0.0"
+    if name != "unit":
+        assert "--port" not in words
+        monkeypatch.setenv("BLT_PORT", "8123")
     shown = blt("serve", tmp_path / "bundle", *words[3:])
     assert shown.code == 2
-    assert f"it would listen on {host}, port 8000\n" in shown.err
+    assert f"it would listen on {host}, port {8000 if name == 'unit' else 8123}\n" in shown.err
 
 
 def test_there_are_commands_to_check() -> None:
@@ -120,17 +124,17 @@ def test_the_image_needs_what_the_wheels_are_built_from_and_no_torch() -> None:
         assert {str(folder / name) for name in named} <= kept
 
 
-def test_the_health_check_passes_while_the_server_answers() -> None:
+def test_the_health_check_passes_while_the_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     program = instruction("CMD")
     assert program[:2] == ["python", "-c"]
+    check = compile(program[2], "HEALTHCHECK", "exec")
     with served() as (url, process):
-        code = program[2].replace("http://127.0.0.1:8000", url)
-        assert code != program[2]
-        exec(compile(code, "HEALTHCHECK", "exec"), {})
+        monkeypatch.setenv("BLT_PORT", url.rpartition(":")[2])
+        exec(check, {})
         process.kill()
         process.wait()
         with pytest.raises(OSError, match="refused"):
-            exec(compile(code, "HEALTHCHECK", "exec"), {})
+            exec(check, {})
 
 
 def test_probes_ask_addresses_that_answer() -> None:
@@ -143,9 +147,8 @@ def test_probes_ask_addresses_that_answer() -> None:
         "liveness": "/health",
         "readiness": "/ready",
     }
-    port = ENTRYPOINT[ENTRYPOINT.index("--port") + 1]
-    assert {str(probe["port"]) for probe in probes.values()} == {port}
-    assert f"EXPOSE {port}\n" in DOCKERFILE
+    assert {str(probe["port"]) for probe in probes.values()} == {PORT}
+    assert f"EXPOSE {PORT}\n" in DOCKERFILE
     assert {client.get(probe["path"]).status_code for probe in probes.values()} == {200}
     app.state.service.scheduler.close()
 

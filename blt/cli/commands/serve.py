@@ -36,7 +36,7 @@ def serve(
         ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, envvar="BLT_PORT", help="Port; 0 chooses a free one.")] = 8000,
     streams: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait before one is refused (429).")] = 256,
     capacity: Annotated[
