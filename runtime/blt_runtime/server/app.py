@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import time
@@ -27,7 +28,7 @@ from ..grammar import Grammar
 from ..ids import decode
 from ..model import Model
 from ..scheduler import Scheduler
-from . import logs, page
+from . import logs, openapi, page
 from .admission import Admission, Deadline
 from .answers import Answer, ChatAnswer, CompletionAnswer, Json
 from .bodies import read_body
@@ -181,6 +182,14 @@ class Service:
         """GET /version"""
         return JSONResponse({"version": _version()})
 
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json"""
+        return JSONResponse(self._document)
+
+    @functools.cached_property
+    def _document(self) -> Json:
+        return openapi.document(_version(), keys=bool(self.settings.api_keys))
+
     async def metrics_text(self, request: Request) -> Response:
         """GET /metrics"""
         return PlainTextResponse(self.metrics.text(self.scheduler), headers={"content-type": CONTENT_TYPE})
@@ -291,6 +300,7 @@ def create_app(model: Model, settings: Settings | None = None) -> Starlette:
         Route("/ready", service.ready, methods=get),
         Route("/version", service.version, methods=get),
         Route("/metrics", service.metrics_text, methods=get),
+        Route("/openapi.json", service.openapi, methods=get),
     ]
     routes += page.routes()
     middleware = [Middleware(Surroundings)]

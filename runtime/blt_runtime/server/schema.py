@@ -124,6 +124,7 @@ Name = Annotated[str, Field(max_length=LONGEST_NAME)]
 Tokens = Annotated[int, Field(ge=0, le=LARGEST)]
 Top = Annotated[int, Field(ge=0, le=MOST_TOP)]
 Grammar = Annotated[str, Field(max_length=LONGEST_GRAMMAR)]
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 259}}
 Prompt = Annotated[
     Any,
     WithJsonSchema(
@@ -131,15 +132,16 @@ Prompt = Annotated[
             "description": "Text, ids (byte + 4, as /tokenize gives them), or a list of either.",
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 259}},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+                _IDS,
+                {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}, "minItems": 1},
+                {"type": "null"},
             ],
         }
     ),
 ]
-_TEXTS = {"type": "array", "items": {"type": "string"}}
-Stops = Annotated[Any, Checked(_stops, {"anyOf": [{"type": "string"}, _TEXTS, {"type": "null"}]})]
+_STOP = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+_STOPS = {"type": "array", "items": _STOP, "maxItems": MOST_STOPS}
+Stops = Annotated[Any, Checked(_stops, {"anyOf": [_STOP, _STOPS, {"type": "null"}]})]
 _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -223,7 +225,14 @@ class CompletionRequest(Generation):
     prompt_base64: Annotated[
         Any,
         WithJsonSchema(
-            {"description": "Raw bytes in base64, or a list of them.", "anyOf": [{"type": "string"}, {"type": "array"}]}
+            {
+                "description": "Raw bytes in base64, or a list of them.",
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                    {"type": "null"},
+                ],
+            }
         ),
     ] = None
     echo: bool | None = None
@@ -283,6 +292,4 @@ class DetokenizeRequest(Strict):
     """The body of POST /detokenize."""
 
     model: Name | None = None
-    tokens: Annotated[
-        Any, WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 259}})
-    ]
+    tokens: Annotated[Any, WithJsonSchema(_IDS)]
