@@ -87,7 +87,7 @@ class Service:
         """POST /v1/chat/completions"""
         body = parse(ChatRequest, await read_body(request, self.settings.max_body))
         self._check_model(body.model)
-        prompt = self.template.render(body.messages, body.add_generation_prompt is not False)
+        prompt = await self._rendered(request, body)
         plan = plan_chat(body, prompt, self.template.stop, await self._matched(request, body))
         answer = ChatAnswer(self.settings.name, logprobs=plan.logprobs, patches=plan.patches)
         return await self._answered(request, body, plan, answer)
@@ -96,6 +96,11 @@ class Service:
         """What the answer must match."""
         async with self._deadline(request).around():
             return await self.grammars.of(body)
+
+    async def _rendered(self, request: Request, body: ChatRequest | TokenizeRequest) -> bytes:
+        """The messages of a chat as a prompt."""
+        async with self._deadline(request).around():
+            return await self.template.render(body.messages or [], body.add_generation_prompt is not False)
 
     def _deadline(self, request: Request) -> Deadline:
         return Deadline(self.settings.deadline, request.state.arrived)
@@ -136,7 +141,7 @@ class Service:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give prompt or messages, and not both", param="prompt")
         if body.messages is not None:
-            text = self.template.render(body.messages, body.add_generation_prompt is not False)
+            text = await self._rendered(request, body)
         else:
             text = (body.prompt or "").encode()
         prompt = Prompt.of(text)
@@ -285,6 +290,7 @@ def create_app(model: Model, settings: Settings | None = None) -> Starlette:
         async with service.metrics.refreshed(service.scheduler):
             yield
         service.grammars.close()
+        service.template.close()
         await asyncio.to_thread(service.scheduler.close)
 
     post, get = ["POST"], ["GET"]

@@ -20,7 +20,7 @@ ERRORS = {
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not announced as application/json.",
-    429: "The queue is full.",
+    429: "The queue of requests, or of grammars, is full.",
     500: "The server failed: see its log.",
     503: "The deadline passed, the server is shutting down, or there is no memory.",
 }
@@ -60,7 +60,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/v1/models", "get"): Operation(summary="The models, of which there is one", answer=answers.Models),
     ("/v1/models/{name}", "get"): Operation(summary="One model", answer=answers.ModelCard, errors=(404,)),
     ("/tokenize", "post"): Operation(
-        summary="The ids of a prompt or of a chat", body=TokenizeRequest, answer=answers.Tokenized, errors=OF_BODIES
+        summary="The ids of a prompt or of a chat",
+        body=TokenizeRequest,
+        answer=answers.Tokenized,
+        errors=(*OF_BODIES, 503),
     ),
     ("/detokenize", "post"): Operation(
         summary="The text of ids", body=DetokenizeRequest, answer=answers.Detokenized, errors=OF_BODIES
