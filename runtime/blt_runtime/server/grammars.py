@@ -58,7 +58,13 @@ class Grammars:
             message = f"{len(self._open)} grammars are compiled or wait for it: try again in {seconds} s"
             raise RequestError(message, status=429, code="queue_full", retry_after=seconds)
         argument, text = key
-        made = self._made[key] = self._threads.submit(lambda: Grammar(**{argument: text}))  # type: ignore[arg-type]
+        try:
+            made = self._threads.submit(lambda: Grammar(**{argument: text}))  # type: ignore[arg-type]
+        except RuntimeError as error:  # after `close`
+            raise RequestError(
+                "the server is shutting down", status=503, code="shutting_down", retry_after=5
+            ) from error
+        self._made[key] = made
         self._open.add(made)
         made.add_done_callback(lambda done: self._ended(key, done))
         while len(self._made) > KEPT:

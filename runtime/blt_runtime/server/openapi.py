@@ -148,7 +148,7 @@ def _answer(operation: Operation) -> Json:
         content["application/json"] = {"schema": _reference(operation.answer)}
     if operation.events is not None:
         text = f"With stream: true. Each line `data: ...` holds a {operation.events.__name__} or an Error, the last one"
-        schema = {"type": "string", "description": f"{text} [DONE]."}
+        schema = {"description": f"{text} [DONE]."}  # without a type: tools disagree on what a stream of events is
         content["text/event-stream"] = {"schema": schema, "x-event-schema": _reference(operation.events)}
     return {"description": operation.summary} | ({"content": content} if content else {})
 
