@@ -60,8 +60,9 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def document() -> Iterator[schemathesis.BaseSchema]:
+    """Of an application of its own: schemathesis shuts it down at the end of a test."""
     app = create_app(null_model(), Settings(name="tiny", streams=4, max_queue=64))
     yield schemathesis.openapi.from_asgi("/openapi.json", app)
     app.state.service.scheduler.close()
