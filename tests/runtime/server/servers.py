@@ -1,4 +1,4 @@
-"""A real server of the null backend in processes of its own, and what it reports. A round takes 5 ms."""
+"""A real server of the null backend in processes of its own, and what it reports. A round takes 5 ms by default."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from blt_runtime.engine.batch import Batch
 from blt_runtime.errors import UsageError
 from blt_runtime.server import Settings, create_app, logs, run, workers
 from tests.runtime.server.clients import null_model
-drain, count, fails, *keys = sys.argv[1:]
+drain, count, fails, seconds, *keys = sys.argv[1:]
 plain = Batch.round
 def slow(self):
-    time.sleep(0.005)
+    time.sleep(float(seconds))
     return plain(self)
 Batch.round = slow
 def lost(number, frame):
@@ -48,14 +48,18 @@ except UsageError as error:
     sys.exit(f"error: {error}")
 sys.exit(128 + number)
 """
-"""Arguments: seconds of the drain, workers, a file whose presence lets a start fail, and API keys."""
+"""Arguments: seconds of the drain, workers, a file whose presence lets a start fail, seconds of a round, and API
+keys."""
 Process = subprocess.Popen[str]
 
 
 @contextlib.contextmanager
-def served(drain: float = 60.0, *keys: str, workers: int = 1, fails: Path | str = "") -> Iterator[tuple[str, Process]]:
-    """The address of a server, and its process. SIGUSR1 makes the scheduler of a worker end at its next round."""
-    with python("-c", PROGRAM, str(drain), str(workers), str(fails), *keys) as process:
+def served(
+    drain: float = 60.0, *keys: str, workers: int = 1, fails: Path | str = "", seconds: float = 0.005
+) -> Iterator[tuple[str, Process]]:
+    """The address of a server whose rounds take so many seconds, and its process. SIGUSR1 makes the scheduler of a
+    worker end at its next round."""
+    with python("-c", PROGRAM, str(drain), str(workers), str(fails), str(seconds), *keys) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip(), process
 

@@ -30,6 +30,13 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture
+def slow_url() -> Iterator[str]:
+    """Of a server that takes 15 s for its longest answer, so that a busy machine stops it in time."""
+    with served(seconds=0.05) as (found, _):
+        yield found
+
+
+@pytest.fixture
 def opened(browser: Any, url: str) -> Iterator[Open]:
     """Opens the page. At the end nothing was logged, and nothing was asked of another origin."""
     contexts, wrong = [], []
@@ -98,26 +105,26 @@ def test_the_text_its_patches_and_entropies_are_those_of_the_server(opened: Open
     assert page.locator("#bytes").text_content() == str(len(expected["bytes"]))
 
 
-def test_stop_frees_the_row(opened: Open, url: str) -> None:
-    page = opened()
+def test_stop_frees_the_row(opened: Open, slow_url: str) -> None:
+    page = opened(slow_url)
     generate(page, 290, seed=3)
     page.evaluate(CLICK_STOP)
     page.get_by_text("stopped").wait_for()
-    eventually(lambda: idle(url))
+    eventually(lambda: idle(slow_url))
     assert page.locator(".cell").count() < 290
     assert page.locator("#generate").is_enabled()
 
 
-def test_the_keyboard_generates_and_stops(opened: Open, url: str) -> None:
-    before = metric(url, "vllm:prompt_tokens_total")
-    page = opened()
+def test_the_keyboard_generates_and_stops(opened: Open, slow_url: str) -> None:
+    before = metric(slow_url, "vllm:prompt_tokens_total")
+    page = opened(slow_url)
     page.fill("#max_tokens", "290")
     page.press("#prompt", "Control+Enter")
     page.locator(".cell").first.wait_for()
     page.press("#prompt", "Escape")
     page.get_by_text("stopped").wait_for()
-    assert metric(url, "vllm:prompt_tokens_total") > before
-    eventually(lambda: idle(url))
+    assert metric(slow_url, "vllm:prompt_tokens_total") > before
+    eventually(lambda: idle(slow_url))
 
 
 def test_markup_is_shown_as_text(opened: Open) -> None:
