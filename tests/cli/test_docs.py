@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,26 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z]+)`", README)) <= targets
     assert {"demo", "test", "check", "format"} <= targets
+
+
+def test_extras_of_installations_exist() -> None:
+    """In every page and example: `blt-lm[cpu]` and `.[cpu]`, `blt-runtime[cpu]` and `./runtime[cpu]`."""
+    extras = {
+        name: set(tomllib.loads((REPO / folder / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+        for name, folder in (("blt-lm", "."), (".", "."), ("blt-runtime", "runtime"), ("./runtime", "runtime"))
+    }
+    files = [
+        file for folder in ("", "docs/", "export/", "runtime/", "runtime/examples/") for file in REPO.glob(f"{folder}*")
+    ]
+    pages = [file for file in files if file.suffix in (".md", ".py", ".ipynb")]
+    found = [
+        (name, extra)
+        for page in pages
+        for name, listed in re.findall(r"(blt-lm|blt-runtime|\./runtime|(?<=')\.)\[([\w,-]+)\]", page.read_text())
+        for extra in listed.split(",")
+    ]
+    assert {name for name, _ in found} == set(extras)
+    assert [(name, extra) for name, extra in found if extra not in extras[name]] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))])
