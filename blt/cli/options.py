@@ -160,14 +160,19 @@ class GrammarOptions:
 
     def compiled(self) -> Grammar | None:
         """The grammar; None without one. Raises InputError for one that cannot be used, and MissingExtra."""
+        texts = self.texts()
+        return Grammar(schema=texts.get("schema"), regex=texts.get("regex"), lark=texts.get("lark")) if texts else None
+
+    def texts(self) -> dict[str, str]:
+        """The text of the schema, regular expression or Lark grammar by its name in `Grammar`; empty without one."""
         if self.schema is not None:
             schema = inputs.file_or_string(self.schema)
             if schema is self.schema and not schema.lstrip().startswith("{"):
                 raise UsageError(f"--schema {shown(schema)}: neither a file nor a JSON object")
-            return Grammar(schema=schema)
+            return {"schema": schema}
         if self.grammar is not None:
-            return Grammar(lark=inputs.file_or_string(self.grammar))
-        return None if self.regex is None else Grammar(regex=self.regex)
+            return {"lark": inputs.file_or_string(self.grammar)}
+        return {} if self.regex is None else {"regex": self.regex}
 
 
 # --- options of commands that open a model -----------------------------------------------------------------

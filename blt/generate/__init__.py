@@ -1,2 +1,2 @@
-"""Generation: the two PyTorch forms that the runtime is compared with (the slow reference and the cached steps), and
-conversations on a stream."""
+"""Generation: the two PyTorch forms that the runtime is compared with (the slow reference and the cached steps),
+conversations on a stream, and the prompts of a file in a batch."""

@@ -43,6 +43,7 @@ PRINTS = [
     "generate {model} hello -n 9 --ignore-eos",
     "generate {model} hello -n 9 --ignore-eos --raw --no-stream",
     "generate {model} hello -n 9 --ignore-eos --json",
+    "generate {bundle} --jsonl {prompts} -o - -n 9",
     "chat {model} -n 9",
     f"bench latency {{bundle}} {BENCH} --new-bytes 9",
     f"bench patch {{bundle}} {BENCH}",
@@ -69,6 +70,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save(folder / "model.pt", tiny())
     export(tiny(), folder / "bundle", capacity=256, check=False)
     (folder / "text").write_bytes(b"All work and no play makes a dull text.\0" * 4)
+    (folder / "prompts").write_text('{"prompt": "hello"}\n')
     (folder / "config").write_text(CONFIG)
     (folder / "run").mkdir()
     (folder / "run/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "bpb": 3.0, "bytes": 5}) + "\n")

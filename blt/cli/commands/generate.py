@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from blt.cli import console, generation, inputs, models, options
+from blt.cli.commands import generate_batch
 from blt_runtime.errors import CapacityError, UsageError
 from blt_runtime.grammar import GrammarSampler
 from blt_runtime.options import resolve
@@ -34,6 +35,17 @@ def _prompt_bytes(prompt: str | None, file: str | None, unconditional: bool) -> 
     if not given and not unconditional:
         raise UsageError("the prompt is empty; give some text, - for standard input, --file FILE, or --unconditional")
     return given
+
+
+def _check_batched(alone: Mapping[str, object], how: options.ModelOptions) -> None:
+    """Raises UsageError for options that --jsonl does not have. alone: those of a single prompt, with their values."""
+    usual = options.ModelOptions()
+    of_model = {"--entropy-model": "entropy_model", "--entropy-dtype": "entropy_dtype", "--device": "device"}
+    of_model |= {"--provider": "provider"}
+    other = {option: getattr(how, name) != getattr(usual, name) for option, name in of_model.items()}
+    for option, given in {**alone, "--backend torch": how.backend == "torch", **other}.items():
+        if given:
+            raise UsageError(f"{option} is for a single prompt: leave it out, or leave --jsonl out")
 
 
 def _check_room(prompt: int, new: int, capacity: int) -> None:
@@ -68,6 +80,7 @@ def _write(pieces: Iterable[bytes], raw: bool, stream_out: bool) -> None:
 @options.verbosity
 @options.takes(options.SamplingOptions)
 @options.takes(options.GrammarOptions)
+@options.takes(generate_batch.BatchOptions)
 @options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "provider", "threads")
 def generate(
     model: options.ModelPath,
@@ -87,10 +100,11 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and mean patch size on stderr.")] = False,
     speculate: options.Speculate = "off",
     overflow: options.Overflow = "error",
+    files: generate_batch.BatchOptions,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Continue PROMPT with a model. Only the new text is written to stdout."""
+    """Continue PROMPT with a model. Only the new text is written to stdout. --jsonl continues many prompts."""
     size = options.parse_size(n, "-n")
     if raw and as_json:
         raise UsageError("--raw writes bytes and --json writes text; leave one of them out")
@@ -99,6 +113,16 @@ def generate(
         stop_at_eos=not ignore_eos,
         speculate=cast("Speculate", speculate),
     )
+    if files.jsonl is not None:
+        alone = {"PROMPT": prompt, "--file": file, "--unconditional": unconditional, "--raw": raw, "--stats": stats}
+        alone |= {"--no-stream": no_stream, "--json": as_json, "--overflow": overflow != "error"}
+        _check_batched(alone | {"--speculate": speculate != "off"}, how)
+        generate_batch.run(
+            generate_batch.Batch(
+                model=model, files=files, n=size, chosen=chosen, constraint=constraint, threads=how.threads
+            )
+        )
+        return
     given = _prompt_bytes(prompt, file, unconditional)
     grammar = constraint.compiled()
     if grammar is not None and ignore_eos:
