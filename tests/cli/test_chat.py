@@ -139,11 +139,11 @@ def test_a_message_that_never_fits_is_refused_and_the_next_is_answered(chat: Cha
 
 
 TERMINAL = """
-import sys
-import time
+import signal
 from blt.cli import main, models
 from tests.cli.test_chat import open_null
 models.open_model = open_null
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 main()
 """
 
@@ -169,10 +169,13 @@ class Terminal:
     def end_by(self, act: Callable[[], object]) -> int:
         """The exit code, after `act`. It is repeated, since it may come before the terminal is ready for it."""
         time.sleep(0.2)
-        while self.process.poll() is None:
+        for _ in range(24):
+            if self.process.poll() is not None:
+                break
             act()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
+        self.process.kill()
         os.close(self.keys)
         return self.process.returncode
 
