@@ -42,7 +42,7 @@ def refused(path: Path, read: Callable[[Path], Any]) -> str:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     with pytest.raises(CheckpointError) as error:
         read(path)
-    assert time.thread_time() - start < 1
+    assert time.thread_time() - start < 3  # under a second on an idle core
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
     assert len(str(error.value)) < 1000
     assert str(error.value).isprintable()

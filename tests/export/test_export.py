@@ -200,7 +200,7 @@ def test_bad_arguments() -> None:
         blt_export.export(checkpoint, "unused", precision="bf16")
     with pytest.raises(UsageError, match="precision 'fp31'"):
         blt_export.export(checkpoint, "unused", precision="fp31")
-    with pytest.raises(UsageError, match="choose one of ort, portable"):
+    with pytest.raises(UsageError, match="choose one of ort, cuda, portable"):
         blt_export.export(checkpoint, "unused", flavour="onnx")
     with pytest.raises(UsageError, match="table_dtype 'int4'"):
         blt_export.export(checkpoint, "unused", table_dtype="int4")
