@@ -1,6 +1,6 @@
 """A conversation in one stream: each message and its answer are appended to what the stream holds.
 
-The text is the plain format of `blt_runtime.chat`; a bundle stores no chat template.
+Where a chat template writes earlier messages differently than before, the stream is rewound to the first difference.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Literal
 
 import numpy as np
 
+from blt.generate.chat_format import PLAIN, ChatFormat
 from blt_runtime import GenerateOptions, Stream
-from blt_runtime.chat import STOPS, Message, plain
+from blt_runtime.chat import Message
 from blt_runtime.engine.prefill import Cancel
-from blt_runtime.errors import CapacityError, UsageError
-from blt_runtime.ids import BYTES, EOS, OFFSET, to_bytes
+from blt_runtime.errors import Cancelled, CapacityError, UsageError
+from blt_runtime.ids import BYTES, EOS, OFFSET, decode, to_bytes
 from blt_runtime.text import StopMatcher, listed_stops
 
 Finish = Literal["eos", "stop", "length", "full"]
@@ -25,7 +26,7 @@ Finish = Literal["eos", "stop", "length", "full"]
 class Exchange:
     """A message and its answer so far.
 
-    start: tokens that the stream held before the message. begun: those that it held when the answer began.
+    start: tokens of the stream before the text that this exchange added. begun: tokens when the answer began.
     finish: why the answer ended. "full": the model's capacity. None: it is being written, or its reader left it.
     """
 
@@ -37,10 +38,10 @@ class Exchange:
 
 
 class Conversation:
-    """Messages and answers, and the stream that holds exactly their text.
+    """Messages and answers, and the stream that holds their text.
 
-    stream: a new one. system: the text of a first message with that role. seed: makes the draws repeatable. The draws
-    of an answer depend on the seed and on the number of exchanges before it.
+    stream: a new one. system: the text of a first message with that role. format: how messages become text. seed: makes
+    the draws repeatable. The draws of an answer depend on the seed and on the number of exchanges before it.
 
     Example:
         conversation = Conversation(model.stream(), "Be brief.")
@@ -48,15 +49,23 @@ class Conversation:
             sys.stdout.buffer.write(piece)
         conversation.rewind()
 
-    Raises CapacityError if no message fits after the system message.
+    Raises CapacityError if no message fits after the system message, and InputError where the template refuses it.
     """
 
-    def __init__(self, stream: Stream, system: str | bytes | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        system: str | bytes | None = None,
+        *,
+        format: ChatFormat = PLAIN,
+        seed: int | None = None,
+    ) -> None:
         self.exchanges: list[Exchange] = []
-        self._stream, self._seed = stream, seed
+        self._stream, self._format, self._seed = stream, format, seed
         self._system = [] if system is None else [Message("system", system)]
         self._origin = stream.position
-        self._check_room(len(plain([*self._system, Message("user", b"")])), "the system message")
+        if system is not None:
+            self._check_room(len(format.render([*self._system, Message("user", b"?")])), "the system message")
 
     @property
     def messages(self) -> list[Message]:
@@ -88,20 +97,25 @@ class Conversation:
         byte: what was yielded is the answer then.
         options: of generation; their seed is not used. cancelled: called while the message is read; see
         `Stream.append_ids`.
-        Raises CapacityError if the message and one byte of an answer do not fit, and Cancelled. Nothing has changed
-        then.
+        Raises CapacityError if the message and one byte of an answer do not fit, InputError where the template refuses
+        it, and Cancelled. The conversation has not changed then.
         """
         self._settle()
-        stream, start = self._stream, self._stream.position
-        text = plain([*self.messages, Message("user", message)])[start - self._origin :]
-        self._check_room(len(text), "the message")
+        text, held = self._format.render([*self.messages, Message("user", message)]), self._text()
+        kept = _common(text, held)
+        self._check_room(len(text) - len(held), "the message")
+        self._stream.rewind(len(held) - kept)
+        start = self._stream.position
         try:
-            stream.append(text, cancelled)
-        except CapacityError as error:
+            self._stream.append(text[kept:], cancelled)
+        except (CapacityError, Cancelled) as error:
+            self._stream.append(held[kept:])
+            if isinstance(error, Cancelled):
+                raise
             raise CapacityError(f"the message does not fit: {error}") from error
-        self.exchanges.append(Exchange(to_bytes(message), start, stream.position))
+        self.exchanges.append(Exchange(to_bytes(message), start, self._stream.position))
         options = options or GenerateOptions()
-        matcher = StopMatcher([*STOPS, *listed_stops(options.stop)])
+        matcher = StopMatcher([*self._format.stops, *listed_stops(options.stop)])
         return self._answer(self.exchanges[-1], self._ids(n, options), matcher)
 
     def rewind(self) -> Exchange:
@@ -124,7 +138,7 @@ class Conversation:
         left = self._stream.spec.capacity_bytes - self._stream.position
         if needed + 1 > left:
             raise CapacityError(
-                f"{what} does not fit: with its role it needs {needed:,} bytes and one for an answer, and {left:,} of "
+                f"{what} does not fit: it needs {needed:,} bytes and one for an answer, and {left:,} of "
                 f"the model's {self.capacity:,} are left"
             )
 
@@ -132,7 +146,11 @@ class Conversation:
         """Removes tokens after the last answer from the stream: a stop string, a special id, bytes held back."""
         if self.exchanges:
             last = self.exchanges[-1]
-            self._stream.rewind(self._stream.position - last.begun - len(last.answer))
+            self._stream.rewind(max(0, self._stream.position - last.begun - len(last.answer)))
+
+    def _text(self) -> bytes:
+        """What the stream holds."""
+        return decode(self._stream.ids[self._origin :])
 
     def _answer(self, exchange: Exchange, ids: Iterator[int], matcher: StopMatcher) -> Iterator[bytes]:
         finish: Finish | None = None
@@ -165,3 +183,9 @@ class Conversation:
             yield id
         if done < n:
             yield EOS
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """The length of the longest beginning of both."""
+    ends = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(ends, min(len(one), len(other)))

@@ -10,9 +10,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from blt.generate.chat_format import PLAIN, ChatFormat
 from blt_runtime import GenerateOptions, reading
 from blt_runtime.arguments import instance, whole
-from blt_runtime.chat import STOPS, Message, plain
+from blt_runtime.chat import Message
 from blt_runtime.errors import InputError, UsageError, nearest, shown
 from blt_runtime.text import listed_stops
 
@@ -43,11 +44,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What counts for a line without an option of its own. seed: of all lines; see `line_seed`."""
+    """What counts for a line without an option of its own. seed: of all lines; see `line_seed`. format: of messages."""
 
     n: int
     options: GenerateOptions
     seed: int
+    format: ChatFormat = PLAIN
 
 
 def read_lines(file: BinaryIO) -> Iterator[Line]:
@@ -83,7 +85,10 @@ def parse(line: Line) -> dict[str, Any]:
 
 
 def prompt_of(record: Mapping[str, Any], index: int, defaults: Defaults) -> Prompt:
-    """What an object asks for. Raises UsageError for an unknown key or a bad value."""
+    """What an object asks for.
+
+    Raises UsageError for an unknown key or a bad value, and InputError where the chat template refuses the messages.
+    """
     for key in record:
         if key not in KEYS:
             raise UsageError(f"unknown key {shown(key)}: {nearest(key, KEYS)}")
@@ -95,10 +100,12 @@ def prompt_of(record: Mapping[str, Any], index: int, defaults: Defaults) -> Prom
     own = {key: record[key] for key in OPTIONS if key in record}
     seed = record["seed"] if "seed" in record else line_seed(defaults.seed, index)
     options = replace(defaults.options, **own, seed=whole("seed", seed))
-    if given == ["messages"]:
-        options = replace(options, stop=[*listed_stops(options.stop), *STOPS])
-    n = record.get("n", record.get("max_bytes", defaults.n))
-    return Prompt(_TEXTS[given[0]](record[given[0]]), whole("n", n, 1), options)
+    n = whole("n", record.get("n", record.get("max_bytes", defaults.n)), 1)
+    if "messages" in record:
+        options = replace(options, stop=[*listed_stops(options.stop), *defaults.format.stops])
+        return Prompt(defaults.format.render(_messages(record["messages"])), n, options)
+    text = _plain_text(record["prompt"]) if "prompt" in record else _decoded(record["prompt_base64"])
+    return Prompt(text, n, options)
 
 
 def id_of(record: Mapping[str, Any]) -> str | int | float | None:
@@ -122,7 +129,7 @@ def _decoded(value: Any) -> bytes:
         raise UsageError(f"prompt_base64 is not valid: {error}") from error
 
 
-def _conversation(value: Any) -> bytes:
+def _messages(value: Any) -> list[Message]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise UsageError(f"messages must be a list of objects with role and content, not {shown(value)}")
     for message in value:
@@ -130,7 +137,4 @@ def _conversation(value: Any) -> bytes:
             raise UsageError(
                 f"a message must have a role and a text as its content, and nothing else: {shown(message)}"
             )
-    return plain([Message(**message) for message in value])
-
-
-_TEXTS = {"prompt": _plain_text, "prompt_base64": _decoded, "messages": _conversation}
+    return [Message(**message) for message in value]

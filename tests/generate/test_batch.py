@@ -6,11 +6,13 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from blt.generate.batch import run, window
+from blt.generate.chat_format import ChatFormat
 from blt.generate.prompts import LONGEST, Defaults, Line, line_seed, read_lines
 from blt_runtime import GenerateOptions, Scheduler
 from blt_runtime.backends.null import null_spec
@@ -81,6 +83,13 @@ def test_a_prompt_may_be_bytes_or_a_conversation() -> None:
     found = results(lines({"prompt_base64": "/wA="}, {**chat, "stop": "a"}))
     assert data_of(found[0]) == alone(b"\xff\0", 9, seed=line_seed(7, 0))
     assert data_of(found[1]) == alone(prompt, 9, seed=line_seed(7, 1), stop=["a", *STOPS])
+
+
+def test_messages_have_the_format_of_the_model() -> None:
+    shouted = ChatFormat(lambda messages: b"".join(str(m.content).upper().encode() for m in messages), (b"!",))
+    defaults = replace(DEFAULTS, format=shouted)
+    found = results(lines({"messages": [{"role": "user", "content": "hi"}], "n": 20}), defaults)
+    assert data_of(found[0]) == alone(b"HI", 20, seed=line_seed(7, 0), stop="!")
 
 
 def test_text_that_is_not_utf8_is_in_base64_too() -> None:

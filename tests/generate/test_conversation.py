@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 
+from blt.generate.chat_format import PLAIN, ChatFormat, format_of
 from blt.generate.conversation import Conversation
-from blt_runtime import GenerateOptions, Stream
+from blt_runtime import GenerateOptions, Model, PatchRule, Stream
 from blt_runtime.backends.null import null_spec
 from blt_runtime.chat import Message, plain
-from blt_runtime.errors import Cancelled, CapacityError, UsageError
+from blt_runtime.errors import Cancelled, CapacityError, InputError, UsageError
 from blt_runtime.ids import BOE, BOS, EOS, decode, encode
 from blt_runtime.sampling import Sampler
+from tests.runtime.bundles import edit, write_bundle
 from tests.runtime.streams import model_of
 
 Says = Callable[..., None]
@@ -42,9 +46,20 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Says:
     return script
 
 
-def conversation(system: str | None = None, seed: int | None = 3, capacity: int = 512) -> tuple[Conversation, Stream]:
+def conversation(
+    system: str | None = None, seed: int | None = 3, capacity: int = 512, template: str | None = None
+) -> tuple[Conversation, Stream]:
     stream = model_of(null_spec(capacity_bytes=capacity)).stream()
-    return Conversation(stream, system, seed), stream
+    format = PLAIN if template is None else of_template(template)
+    return Conversation(stream, system, format=format, seed=seed), stream
+
+
+def of_template(source: str) -> ChatFormat:
+    """The format of a bundle with this chat template."""
+    with TemporaryDirectory() as folder:
+        write_bundle(Path(folder) / "bundle", null_spec())
+        edit(Path(folder) / "bundle", chat_template=source)
+        return format_of(Model.open(Path(folder) / "bundle", "null"))
 
 
 def ask(talk: Conversation, message: str = QUESTION, n: int = 20) -> bytes:
@@ -222,3 +237,60 @@ def test_a_message_that_is_cancelled_while_it_is_read_leaves_nothing() -> None:
         talk.ask(NEXT * 3, 20, cancelled=lambda: next(calls))
     assert stream.ids.tolist() == held.tolist()
     assert len(talk.exchanges) == 1
+
+
+BRACKETS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}[assistant]"
+NEWEST = "{{ messages[-1].content }}|"
+
+
+def test_a_bundles_template_writes_the_messages_and_an_answer_ends_at_eos(says: Says) -> None:
+    says("Eight\nuser: bits", "No")
+    talk, stream = conversation("Be brief.", template=BRACKETS)
+    assert ask(talk) == b"Eight\nuser: bits"
+    assert decode(stream.ids) == f"[system]Be brief.[user]{QUESTION}[assistant]Eight\nuser: bits".encode()
+    ask(talk, NEXT)
+    assert decode(stream.ids).endswith(f"user: bits[user]{NEXT}[assistant]No".encode())
+
+
+@pytest.mark.parametrize(("template", "text"), [(BRACKETS, f"[user]{QUESTION}[assistant]Yes[user]{NEXT}[assistant]No"),
+                                                (NEWEST, f"{NEXT}|No")])  # fmt: skip
+def test_what_a_template_writes_differently_than_before_is_read_again(says: Says, template: str, text: str) -> None:
+    says("Yes  ", "No")
+    talk, stream = conversation(template=template)
+    ask(talk), ask(talk, NEXT)
+    assert decode(stream.ids) == text.encode()
+    read_at_once = model_of(stream.spec).stream()
+    read_at_once.append(text)
+    assert_same_state(stream, read_at_once)
+
+
+@pytest.mark.parametrize("template", [BRACKETS, NEWEST])
+def test_a_rewound_exchange_of_a_template_was_never_said(says: Says, template: str) -> None:
+    says("Yes  ", "Never ", "No", "Yes  ", "No")
+    talk, stream = conversation(template=template)
+    never, other = conversation(template=template)
+    ask(talk), ask(talk, "And this is taken back?"), talk.rewind(), ask(talk, NEXT)
+    ask(never), ask(never, NEXT)
+    assert talk.messages == never.messages
+    assert_same_state(stream, other)
+
+
+@pytest.mark.parametrize("fails", ["full", "cancelled", "refused"])
+def test_a_message_that_fails_after_a_template_has_changed_the_text_leaves_it(says: Says, fails: str) -> None:
+    says("Yes  ")
+    refuses = "{% if 'x' in messages[-1].content %}{{ raise_exception('no') }}{% endif %}"
+    stream = model_of(null_spec(PatchRule("static", patch_size=8), capacity_patches=12)).stream()
+    talk = Conversation(stream, format=of_template(refuses * (fails == "refused") + BRACKETS))
+    ask(talk, "a")
+    held, calls = stream.ids, iter([False, True])
+    with pytest.raises({"full": CapacityError, "cancelled": Cancelled, "refused": InputError}[fails]):
+        talk.ask("x b " * (60 if fails == "full" else 4), 5, cancelled=lambda: fails == "cancelled" and next(calls))
+    assert stream.ids.tolist() == held.tolist()
+    assert [message.content for message in talk.messages] == [b"a", b"Yes  "]
+
+
+def test_an_answer_that_is_not_utf8_is_shown_to_a_template_with_replacements(says: Says) -> None:
+    says([4 + 0xFF], "No")
+    talk, stream = conversation(template=BRACKETS)
+    ask(talk), ask(talk, NEXT)
+    assert decode(stream.ids).decode() == f"[user]{QUESTION}[assistant]\ufffd[user]{NEXT}[assistant]No"

@@ -160,11 +160,13 @@ def chat(
     """Talk with a model: each line is a message, each answer is written to stdout. /help lists the commands."""
     size = options.parse_size(n, "-n", at_least=1)
     chosen = sampling.generate_options(speculate=cast("Speculate", speculate))
+    from blt.generate.chat_format import format_of
     from blt.generate.conversation import Conversation
 
     with models.open_model(model, how) as opened:
         text = None if system is None else os.fsencode(system)
-        chat = _Chat(Conversation(opened.stream(), text, sampling.seed), size, chosen)
+        conversation = Conversation(opened.stream(), text, format=format_of(opened), seed=sampling.seed)
+        chat = _Chat(conversation, size, chosen)
         if sys.stdin.isatty():
             log.info("/help lists the commands, Ctrl-D ends")
         chat.run(_lines())

@@ -80,6 +80,7 @@ class Batch:
 def run(batch: Batch) -> None:
     """Writes a record for each line. Raises BltError (exit code 1) if some of them have an error."""
     from blt.generate import batch as batches
+    from blt.generate.chat_format import format_of
     from blt.generate.prompts import Defaults, read_lines
     from blt_runtime import Scheduler
 
@@ -89,14 +90,14 @@ def run(batch: Batch) -> None:
     most = batches.window(streams)
     with (
         _opened(batch) as file,
-        Scheduler(models.open_batched(batch.model, batch.threads), streams=streams, waiting=most) as scheduler,
+        Scheduler(model := models.open_batched(batch.model, batch.threads), streams=streams, waiting=most) as scheduler,
         _output(batch, file) as out,
     ):
         lines = read_lines(file)
         read = sum(line.size for line in islice(lines, out.done))
         if out.done:
             log.info("%s holds %s records already", batch.files.out, f"{out.done:,}")
-        defaults = Defaults(batch.n, chosen, out.state["seed"])
+        defaults = Defaults(batch.n, chosen, out.state["seed"], format_of(model))
         done, failed, new_bytes, started = out.done, out.failed, 0, time.perf_counter()
         with _progress(batch, file, read) as advance:
             for record in batches.run(scheduler, lines, defaults, most=most, first=out.done):
