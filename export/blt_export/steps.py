@@ -24,7 +24,6 @@ from . import bundle
 from .capture import trace
 from .lower import cuda, ort, portable
 from .passes import batch_rows, join_products
-from .passes import free_capacity as free_capacities
 from .quantize import matrices
 from .rewrite import diff, op_counts
 from .rules import GRAPH
@@ -39,14 +38,17 @@ def each(
     run: Callable[[ir.Model], object], *, flavours: tuple[Flavour, ...] = FLAVOURS
 ) -> Callable[[ExportState], str]:
     """A step that runs a pass over every graph and returns how the operators changed. flavours: skip any other one."""
-    over_all = each_with_spec(lambda model, _: run(model))
-    return lambda state: over_all(state) if state.flavour in flavours else "not in this flavour"
+    return each_with_spec(lambda model, _: run(model), flavours=flavours)
 
 
-def each_with_spec(run: Callable[[ir.Model, GraphSpec], object]) -> Callable[[ExportState], str]:
+def each_with_spec(
+    run: Callable[[ir.Model, GraphSpec], object], *, flavours: tuple[Flavour, ...] = FLAVOURS
+) -> Callable[[ExportState], str]:
     """The same for a pass that also reads the graph's specification."""
 
     def over_all(state: ExportState) -> str:
+        if state.flavour not in flavours:
+            return "not in this flavour"
         changes = []
         for name, model in state.graphs.items():
             before = op_counts(model)
@@ -85,11 +87,6 @@ def capture_graphs(state: ExportState) -> str:
 
 def lower(state: ExportState) -> str:
     return each_with_spec({"portable": portable.lower, "ort": ort.lower, "cuda": cuda.lower}[state.flavour])(state)
-
-
-def free_capacity(state: ExportState) -> str:
-    """Not in the flavour cuda, whose graphs hold the capacity as a constant."""
-    return "not in this flavour" if state.flavour == "cuda" else each_with_spec(free_capacities.run)(state)
 
 
 def join(state: ExportState) -> str:

@@ -9,6 +9,8 @@ Rules
 2. Other graphs keep static caches: a window's cache evicts when it is full, and elsewhere masks are computed from the
    capacity.
 
+The flavour cuda leaves this pass out: its graphs hold the capacity as a constant.
+
 Requires: attention lowered. Ensures: only the shapes of inputs and outputs change.
 """
 

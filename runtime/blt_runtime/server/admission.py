@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import Cancelled
-from .errors import RequestError
+from .errors import RequestError, shutting_down
 from .parts import Choice
 
 LONGEST_WAIT = 60
@@ -34,7 +34,7 @@ class Admission:
     def admitted(self) -> Iterator[None]:
         """Around one request. Raises RequestError while the server drains."""
         if self.draining:
-            raise RequestError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
+            raise shutting_down()
         self._open += 1
         started = time.monotonic()
         try:

@@ -40,6 +40,11 @@ class RequestError(BltError):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
+def shutting_down() -> RequestError:
+    """The error of a request that a server which ends does not answer."""
+    return RequestError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
+
+
 def refusal(error: BltError) -> RequestError:
     """The error of a request for an error of the runtime."""
     if isinstance(error, RequestError):

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import InputError, MissingExtra, UsageError
 from ..grammar import Grammar
 from ..grammar_compiler import TRIAL_SECONDS
-from .errors import RequestError
+from .errors import RequestError, shutting_down
 from .schema import Generation, ResponseFormat
 
 KEPT = 64
@@ -61,9 +61,7 @@ class Grammars:
         try:
             made = self._threads.submit(lambda: Grammar(**{argument: text}))  # type: ignore[arg-type]
         except RuntimeError as error:  # after `close`
-            raise RequestError(
-                "the server is shutting down", status=503, code="shutting_down", retry_after=5
-            ) from error
+            raise shutting_down() from error
         self._made[key] = made
         self._open.add(made)
         made.add_done_callback(lambda done: self._ended(key, done))

@@ -16,7 +16,7 @@ from ..errors import BltError, Cancelled, InputError, QueueFull
 from ..scheduler import Scheduler
 from .admission import Admission, Deadline, ends_by
 from .answers import Answer, Json, usage
-from .errors import RequestError, refusal
+from .errors import RequestError, refusal, shutting_down
 from .metrics import Metrics
 from .parts import Choice, Part
 from .plan import Plan
@@ -104,7 +104,7 @@ class Run:
     def failed(self, error: BltError) -> RequestError:
         """The error of a request that did not end by itself."""
         if isinstance(error, Cancelled):
-            return RequestError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
+            return shutting_down()
         if isinstance(error, InputError) and self._matched is not None:  # a grammar that became too complex
             return RequestError(f"{self._matched}: {error}", param=self._matched)
         return refusal(error)
