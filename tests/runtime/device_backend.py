@@ -37,7 +37,7 @@ class FarBackend(NullBackend):
         return FarSession(self, self.spec.graphs[group])
 
     def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:  # type: ignore[override]
-        return HostBuffer(dtype, shape) if place == "host" else FarBuffer(dtype, shape)
+        return FarBuffer(dtype, shape) if place == "device" else HostBuffer(dtype, shape)
 
 
 class FarSession(NullSession):

@@ -116,7 +116,7 @@ class OnnxBackend:
         return self._sessions[group]
 
     def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
-        if place == "host" or self._provider.device is None:
+        if place != "device" or self._provider.device is None:
             return HostBuffer(dtype, shape)
         return DeviceBuffer(self._ort, self._provider.device, dtype, shape)
 

@@ -5,15 +5,16 @@ that it returns once per byte, so expensive work belongs in `bind`. Outputs that
 input are bound to the same buffer.
 
 A buffer has a place. "host": numpy reads and writes it. A device copies it in before a call that reads it, and out
-after a call that writes it. "device": only graphs read and write it, so it never leaves the device. On the CPU both are
-main memory.
+after a call that writes it. "step": the same for the small inputs and results of a decode step. A device keeps those of
+a stream together, so that one transfer moves all of them. "device": only graphs read and write it, so it never leaves
+the device. On the CPU all are main memory.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..bundle.spec import GraphSpec
 
 Array = npt.NDArray[Any]
 Call = Callable[[], None]
-Place = Literal["host", "device"]
+Place = Literal["host", "step", "device"]
 Part = tuple[slice, ...]
 """A part of a buffer: one slice for each of its first dimensions."""
 ALIGNMENT = 64
@@ -96,6 +97,16 @@ class RowBackend(Backend, Protocol):
 
     def row_session(self, group: str) -> Session:
         """The session of a batched graph (`spec.row_spec`); the same one every time."""
+        ...
+
+
+@runtime_checkable
+class ComposingBackend(Backend, Protocol):
+    """A backend that runs bound calls of one stream beside each other."""
+
+    def compose(self, chains: Sequence[Sequence[Call]]) -> Call:
+        """One call that runs the chains beside each other, and the calls of a chain in order. When it returns, the
+        results of all are there. Only calls bound by this backend's sessions are accepted (BackendError)."""
         ...
 
 
