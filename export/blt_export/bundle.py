@@ -3,6 +3,7 @@
 manifest.json
 entropy.onnx  entropy.weights      one pair per graph; weights at page-aligned offsets, so that they can be mapped
 entropy.rows.onnx                  the batched graph, on the same weights
+entropy.device.onnx                the graph that keeps byte states and patch vectors, on the same weights
 hash_tables.npy                    [tables * rows, stored width], written a block of rows at a time
 """
 
@@ -76,9 +77,9 @@ def remove_notes(model: ir.Model) -> None:
         noted.doc_string = None
 
 
-def write_batched_graph(model: ir.Model, folder: Path, name: str) -> Path:
-    """`name.rows.onnx`; its initializers are in `name.weights` already."""
-    path = folder / f"{name}.rows.onnx"
+def write_variant(model: ir.Model, folder: Path, name: str, variant: str) -> Path:
+    """`name.variant.onnx`; its initializers are in `name.weights` already."""
+    path = folder / f"{name}.{variant}.onnx"
     ir.save(model, path)
     return path
 

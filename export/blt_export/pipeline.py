@@ -68,6 +68,7 @@ STEPS = (
     Step("quantise", steps.quantise),
     Step("write graphs", steps.write_graphs),
     Step("write batched graphs", steps.write_batched_graphs),
+    Step("write graphs for devices", steps.write_resident_graphs),
     Step("write hash tables", steps.write_hash_tables),
     Step("parity", steps.check_parity),
     Step("make the manifest", steps.make_manifest),

@@ -77,6 +77,7 @@ class ExportState:
     quantised: dict[str, matrices.Outcome] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     row_files: dict[str, Path] = field(default_factory=dict)
+    resident_files: dict[str, Path] = field(default_factory=dict)
     parity: ParityReport = field(default_factory=lambda: ParityReport((), ()))
     manifest: Manifest | None = None
 

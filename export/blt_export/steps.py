@@ -17,13 +17,13 @@ from blt_runtime.bundle import graph_file
 from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import FileRef, Manifest
-from blt_runtime.bundle.spec import GraphSpec
+from blt_runtime.bundle.spec import GraphSpec, resident_spec
 from blt_runtime.errors import BackendError, BundleError, UsageError
 
 from . import bundle
 from .capture import trace
 from .lower import cuda, ort, portable
-from .passes import batch_rows, join_products
+from .passes import batch_rows, join_products, keep_states
 from .quantize import matrices
 from .rewrite import diff, op_counts
 from .rules import GRAPH
@@ -131,7 +131,19 @@ def write_batched_graphs(state: ExportState) -> str:
     if refused:
         return f"not possible: attention of {', '.join(refused)} is not GroupQueryAttention"
     made = {name: batch_rows.run(model, state.spec.graphs[name]) for name, model in written.items()}
-    state.row_files = {name: bundle.write_batched_graph(model, state.folder, name) for name, model in made.items()}
+    state.row_files = {name: bundle.write_variant(model, state.folder, name, "rows") for name, model in made.items()}
+    return _node_counts(made)
+
+
+def write_resident_graphs(state: ExportState) -> str:
+    """For devices: the graphs that keep byte states and patch vectors, on the weights that were just written."""
+    if state.flavour != "cuda":
+        return "not in this flavour"
+    wanted = resident_spec(state.spec).graphs
+    made = {name: keep_states.run(ir.load(state.files[name]), wanted[name]) for name in state.files}
+    state.resident_files = {
+        name: bundle.write_variant(model, state.folder, name, "device") for name, model in made.items()
+    }
     return _node_counts(made)
 
 
@@ -178,9 +190,10 @@ def make_manifest(state: ExportState) -> str:
         parity=state.parity.rows,
         precisions=state.precisions,
         row_graphs={name: FileRef(path.name) for name, path in state.row_files.items()},
+        resident_graphs={name: FileRef(path.name) for name, path in state.resident_files.items()},
         chat_template=state.chat_template,
     )
-    for refs in (state.manifest.graphs, state.manifest.row_graphs):
+    for refs in (state.manifest.graphs, state.manifest.row_graphs, state.manifest.resident_graphs):
         for name, ref in refs.items():
             try:
                 graph_file.read_graph(state.folder, ref.file, state.manifest, state.manifest.precision_of(name))

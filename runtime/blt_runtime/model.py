@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy.typing as npt
 
@@ -21,6 +21,10 @@ from .hashing import Tables
 from .options import GenerateKeywords, GenerateOptions, resolve
 from .stream import Overflow, Score, Stream, check_model
 from .text import Utf8Stream
+
+if TYPE_CHECKING:
+    from .backends.null import NullBackend
+    from .backends.onnx import OnnxBackend
 
 MOST_THREADS = 1024
 
@@ -94,7 +98,7 @@ class Model:
             made = _backend(backend, bundle, threads=threads, provider=provider, batched=batched, prepack=prepack)
             tables = bundle.hash_tables()
             files.check_names()
-            return cls(bundle.manifest.spec, made, tables, manifest=bundle.manifest, files=files)
+            return cls(made.spec, made, tables, manifest=bundle.manifest, files=files)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "start new thread" not in str(error):  # no memory for its stack
                 raise
@@ -180,7 +184,7 @@ def _backend(
     provider: str,
     batched: bool,
     prepack: bool | None,
-) -> Backend:
+) -> OnnxBackend | NullBackend:
     if name == "onnx":
         from .backends.onnx import OnnxBackend, OnnxRowBackend
 

@@ -1,6 +1,6 @@
 /** The bundle of `blt export`: its files from a folder, a URL or a list of `File`, its manifest, and the errors. */
 
-const FORMAT = "blt-bundle", VERSION = 3;
+const FORMAT = "blt-bundle", VERSION = 4;
 const LARGEST_MANIFEST = 16 << 20;
 export const MANIFEST = "manifest.json";
 export const isNode = typeof process === "object" && Boolean(process.versions?.node);

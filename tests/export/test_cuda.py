@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
 from blt_export import pipeline
 from blt_export.rewrite import constant, nodes, op_counts
+from blt_runtime import Model
+from blt_runtime.backends.onnx import OnnxBackend
 from blt_runtime.bundle import graph_file
+from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import UsageError
+from blt_runtime.ids import EOS
 from tests.export.variants import VARIANTS, BundleOf
 from tests.exports import prepare
 
@@ -68,3 +73,23 @@ def test_slices_are_read_by_one_attention_a_layer(tmp_path: Path) -> None:
 def test_heads_that_the_operator_does_not_take_are_refused() -> None:
     with pytest.raises(UsageError, match=r"the flavour cuda needs heads .* multiple of 8, and latent .* portable"):
         prepare("all_layers_gqa_projection", "cuda")
+
+
+def test_byte_states_and_patch_vectors_stay_in_memory_of_the_graphs(bundle_of: BundleOf) -> None:
+    """Bit for bit the results of the graphs that were compared with PyTorch; no result but entropies and logits."""
+    report = bundle_of(VARIANT, "cuda")
+    bundle = Bundle.open(report.path)
+    resident = OnnxBackend(bundle, resident=True)
+    outputs = {t.name for g in resident.spec.graphs.values() for t in g.outputs if t.name not in g.aliases}
+    assert outputs == {"entropy", "logits"}
+    streams = [
+        Model(backend.spec, backend, bundle.hash_tables()).stream() for backend in (OnnxBackend(bundle), resident)
+    ]
+    text = "Grüße\naus 東京 " * 12
+    for stream in streams:
+        stream.append(text)
+        stream.append_ids([EOS])
+        stream.append(text[:40])
+    made = [list(stream.generate_ids(20, temperature=0.0, stop_at_eos=False)) for stream in streams]
+    assert made[0] == made[1]
+    np.testing.assert_array_equal(streams[0].logits, streams[1].logits)

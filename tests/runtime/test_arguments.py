@@ -186,6 +186,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     "Bundle.open": {"path": Parameter(is_path, "BUNDLE"), "verify": Parameter(nothing)},
     "Bundle.graph_file": {"group": Parameter(nothing, "encoder")},
     "Bundle.row_graph_file": {"group": Parameter(nothing, "encoder")},
+    "Bundle.resident_graph_file": {"group": Parameter(nothing, "encoder")},
     "Bundle.hash_tables": {},
     "Drafter": {},
     "Drafter.propose": {"ids_N": Parameter(anything, [1]), "limit": Parameter(anything, 1)},

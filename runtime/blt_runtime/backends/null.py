@@ -11,6 +11,7 @@ Letters: S tokens of the call, C cache slots, P patches, L longest patch, W patc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ class NullSession:
             raise BackendError(f"graph {self.spec.name!r}: bound {sorted(buffers)}, has {sorted(tensors)}")
         arrays = {name: buffer.array for name, buffer in buffers.items()}
         body = _BODIES[self.spec.name]
+        if self._backend.spec.resident:
+            body = partial(_in_memory, self.spec.name)
 
         def call() -> None:
             self._backend.calls[self.spec.name] += 1
@@ -160,6 +163,27 @@ def _decoder(arrays: Mapping[str, Array], attend: Any) -> None:
 def _peaks(value_S: Array) -> Array:
     """Logits with one highest id per token, falling off on both sides."""
     return np.asarray(-np.abs(np.arange(VOCAB) - (value_S % VOCAB)[:, None]) / 8)
+
+
+def _in_memory(name: str, arrays: Mapping[str, Array], attend: Any) -> None:
+    """A graph of `resident_spec`, by the body of the other form: what that returns is written to the memory."""
+    local = dict(arrays)
+    if name == "encoder":
+        position_S = arrays["positions"][0]
+        local["byte_states"] = np.empty((1, len(position_S), 1, WIDTH), np.float32)
+        _encoder(local, attend)
+        arrays["byte_states"][position_S] = local["byte_states"].reshape(-1, WIDTH)
+    elif name == "latent":
+        row_P = arrays["patch_row"][0]
+        local["byte_states"] = arrays["byte_states"].reshape(-1, 1, WIDTH)
+        local["patch_kv"] = np.empty((1, len(row_P), 1, 2, SLICES, WIDTH), np.float32)
+        _latent(local, attend)
+        arrays["patch_kv"][row_P] = local["patch_kv"].reshape(len(row_P), -1)
+    elif name == "decoder":
+        local["byte_states"] = arrays["byte_states"][arrays["positions"]].reshape(1, -1, 1, WIDTH)
+        _decoder(local, attend)
+    else:
+        _entropy(local, attend)
 
 
 _BODIES = {"entropy": _entropy, "encoder": _encoder, "latent": _latent, "decoder": _decoder}

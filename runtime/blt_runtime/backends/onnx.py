@@ -21,7 +21,7 @@ from typing import Any
 from ..arguments import choice
 from ..bundle.bundle import Bundle
 from ..bundle.graph_file import read_graph
-from ..bundle.spec import GraphSpec, row_spec
+from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
 from .device import DeviceBuffer, Transfers
 from .protocol import Buffer, Call, HostBuffer, Place
@@ -78,7 +78,8 @@ class OnnxBackend:
     copy weights into the kernels' own layout (15 % faster at half a billion weights); False keeps them memory-mapped
     and shared by processes, and opens 6 GB in a second instead of 15. None packs up to PREPACK_UP_TO bytes. Quantised
     graphs are always packed: unpacked, their products take a thousand times as long (1024 x 1024 at 8 bits: 25 ms
-    instead of 25 us).
+    instead of 25 us). resident: run the graphs that keep byte states and patch vectors (`spec.resident_spec`); None
+    runs them on devices. `spec` describes the graphs that run.
     """
 
     name = "onnx"
@@ -90,6 +91,7 @@ class OnnxBackend:
         provider: str = "cpu",
         spin: bool = True,
         prepack: bool | None = None,
+        resident: bool | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError("threads must be at least 1")
@@ -98,13 +100,16 @@ class OnnxBackend:
         self._provider = PROVIDERS[provider]
         check_flavour(self._provider, bundle.manifest.flavour, bundle.path)
         check_available(self._ort, self._provider)
+        if resident is None:
+            resident = self._provider.device is not None and bool(bundle.manifest.resident_graphs)
+        self.spec = resident_spec(bundle.manifest.spec) if resident else bundle.manifest.spec
         if prepack is None:
             prepack = self._packs(bundle)
         packed = {name: prepack or bundle.manifest.precision_of(name) != "fp32" for name in bundle.manifest.graphs}
         with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
             opening = {
                 name: pool.submit(self._open, bundle, graph, self._options(threads, spin, packed[name]))
-                for name, graph in _largest_first(bundle)
+                for name, graph in _largest_first(bundle, self.spec)
             }
             self._sessions = {name: opening[name].result() for name in bundle.manifest.spec.graphs}
 
@@ -131,7 +136,8 @@ class OnnxBackend:
         return options
 
     def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
-        return self._session(bundle, bundle.graph_file(spec.name), spec, options)
+        path = bundle.resident_graph_file(spec.name) if self.spec.resident else bundle.graph_file(spec.name)
+        return self._session(bundle, path, spec, options)
 
     def _session(self, bundle: Bundle, path: Path, spec: GraphSpec, options: Any) -> OnnxSession:
         """A session on the bytes that were checked: the file may change afterwards.
@@ -252,8 +258,8 @@ class DeviceSession(OnnxSession):
         return call
 
 
-def _largest_first(bundle: Bundle) -> list[tuple[str, GraphSpec]]:
-    files, graphs = bundle.manifest.files, bundle.manifest.spec.graphs
+def _largest_first(bundle: Bundle, spec: ModelSpec) -> list[tuple[str, GraphSpec]]:
+    files, graphs = bundle.manifest.files, spec.graphs
     weights = {name: files.get(bundle.graph_file(name).with_suffix(".weights").name) for name in graphs}
     size = {name: 0 if entry is None else entry.bytes for name, entry in weights.items()}
     return sorted(graphs.items(), key=lambda item: -size[item[0]])

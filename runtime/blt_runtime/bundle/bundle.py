@@ -84,6 +84,10 @@ class Bundle:
         """Path of a batched graph's ONNX file. Raises UsageError if the bundle has none."""
         return self._file("batched graph", group, self.manifest.row_graphs)
 
+    def resident_graph_file(self, group: str) -> Path:
+        """Path of a graph's ONNX file for devices. Raises UsageError if the bundle has none."""
+        return self._file("graph for devices", group, self.manifest.resident_graphs)
+
     def _file(self, kind: str, group: str, graphs: Mapping[str, FileRef]) -> Path:
         if not isinstance(group, str) or group not in graphs:
             raise UsageError(f"the bundle has no {kind} {shown(group)}; it has: {', '.join(graphs) or 'none'}")

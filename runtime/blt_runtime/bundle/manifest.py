@@ -18,9 +18,9 @@ from ..records import from_dict, to_dict
 from .spec import ModelSpec
 
 FORMAT = "blt-bundle"
-VERSION = 3
+VERSION = 4
 """2: added the types of hash tables and of a rule's entropies, and each graph's precision; 1 is read as float32.
-3: added batched graphs, and hash tables of 8 bits."""
+3: added batched graphs, and hash tables of 8 bits. 4: added resident graphs, and half precision."""
 FILE_NAME = "manifest.json"
 
 
@@ -75,7 +75,8 @@ class Manifest:
     `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is the
     export's setting, `precisions` that of each graph's matrices ("fp32", "int8", "int4"), by default
     `precision`. `row_graphs` are the batched graphs (`spec.row_spec`) on the same weights; empty if there are none.
-    `chat_template` is the Jinja source for chats.
+    `resident_graphs` are those for devices (`spec.resident_spec`), also on the same weights. `chat_template` is the
+    Jinja source for chats.
     """
 
     producer: dict[str, Any]
@@ -92,6 +93,7 @@ class Manifest:
     precisions: dict[str, str] = field(default_factory=dict)
     judged: Judged | None = None
     row_graphs: dict[str, FileRef] = field(default_factory=dict)
+    resident_graphs: dict[str, FileRef] = field(default_factory=dict)
     chat_template: str | None = None
 
     def precision_of(self, graph: str) -> str:
@@ -124,8 +126,9 @@ class Manifest:
                 raise ManifestError(f"manifest.json uses {shown(ref.file)} but does not list it under 'files'")
         if set(self.graphs) != set(self.spec.graphs):
             raise ManifestError("manifest.json names different graphs under 'graphs' and 'spec'")
-        if self.row_graphs and set(self.row_graphs) != set(self.graphs):
-            raise ManifestError("manifest.json names different graphs under 'graphs' and 'row_graphs'")
+        for key, graphs in (("row_graphs", self.row_graphs), ("resident_graphs", self.resident_graphs)):
+            if graphs and set(graphs) != set(self.graphs):
+                raise ManifestError(f"manifest.json names different graphs under 'graphs' and {key!r}")
         if not set(self.precisions) <= set(self.graphs):
             raise ManifestError("manifest.json names graphs under 'precisions' that it does not have")
         if (self.hash_tables is None) != (self.spec.hash is None):
@@ -134,7 +137,8 @@ class Manifest:
             raise ManifestError(f"manifest.json has a 'chat_template' of over {LONGEST_TEMPLATE:,} characters")
 
     def references(self) -> list[FileRef]:
-        return [*self.graphs.values(), *self.row_graphs.values(), *([self.hash_tables] if self.hash_tables else [])]
+        graphs = [*self.graphs.values(), *self.row_graphs.values(), *self.resident_graphs.values()]
+        return [*graphs, *([self.hash_tables] if self.hash_tables else [])]
 
 
 def check_precision(manifest: Manifest, wanted: str, path: str) -> None:

@@ -25,6 +25,12 @@ CacheKind = Literal["ring", "window", "linear"]
 Shape = tuple[int | str | None, ...]
 """Letters and numbers; None is any number."""
 SIZES = ("vocab_size", "chunk", "capacity_bytes", "capacity_patches", "encoder_window", "decoder_window")
+MARKS = 16
+"""Patch boundaries that a rewind can return to without replaying everything."""
+AHEAD = 16
+"""Patches that a speculative pass may compute beyond those of the stream; rejected ones are dropped again."""
+RESIDENT = {"encoder": ("past_states", "byte_states"), "latent": ("past_patches", "patch_kv")}
+"""Input and output of the memory that resident graphs write (`resident_spec`), by graph."""
 LONGEST_HASH = 1024
 """Most ids of a hash window; the released models have 8."""
 _INTEGERS = {"ids", "positions", "doc_start", "byte_index", "patch_length", "own_start", "patch_row"}
@@ -162,6 +168,11 @@ class ModelSpec:
     latent_document_mask: bool
     graphs: dict[str, GraphSpec]
 
+    @property
+    def resident(self) -> bool:
+        """Whether byte states and patch vectors stay in memory of the graphs (`resident_spec`)."""
+        return "encoder" in self.graphs and self.graphs["encoder"].has_input(RESIDENT["encoder"][0])
+
     def __post_init__(self) -> None:
         for name, graph in self.graphs.items():
             if name != graph.name:
@@ -185,6 +196,42 @@ class ModelSpec:
             _check_tensors(graph, "input", graph.inputs, inputs)
             _check_tensors(graph, "output", graph.outputs, outputs)
             _check_cache(graph, "capacity_patches" if name == "latent" else "capacity_bytes", self)
+
+
+def resident_spec(spec: ModelSpec, *, cached: bool = False) -> ModelSpec:
+    """The form of a model whose byte states and patch vectors never leave the graphs' memory: a host that cannot see
+    this memory then moves ids, positions and logits only. Of one stream (B is 1).
+
+    encoder: byte_states becomes an output that shares its memory with the input past_states [N, X*D]; row p holds
+    position p. latent: the same for patch_kv and past_patches [R, Y*2*k*D]; its input patch_row [B, P] says which row
+    each patch is written to. The latent graph and the decoder read byte_states [N, X*D], the decoder patch_kv
+    [R, Y*2*k*D]. N is the capacity in bytes, R has room for the patches of a chunk and for those before it.
+    cached: the memory is [1, 1, N, ...], as TensorRT's caches are.
+    """
+    graphs, lead = dict(spec.graphs), (1, 1) if cached else ()
+    patches = spec.chunk + spec.decoder_window + MARKS + AHEAD
+    memory = {}
+    for name, rows in (("encoder", spec.capacity_bytes), ("latent", patches)):
+        past, output = RESIDENT[name]
+        tensor = graphs[name].tensor(output)
+        width = math.prod(size for size in tensor.shape[2:] if isinstance(size, int))
+        memory[output] = TensorSpec(output, tensor.dtype, (*lead, rows, width))
+        graphs[name] = _with_memory(graphs[name], replace(memory[output], name=past), memory[output])
+    latent = graphs["latent"]
+    at = next(i for i, tensor in enumerate(latent.inputs) if tensor.name == "positions")
+    written = TensorSpec("patch_row", "int64", ("B", "P"))
+    graphs["latent"] = replace(latent, inputs=(*latent.inputs[:at], written, *latent.inputs[at:]))
+    for name in ("latent", "decoder"):
+        inputs = tuple(memory.get(t.name, t) for t in graphs[name].inputs)
+        graphs[name] = replace(graphs[name], inputs=inputs)
+    return replace(spec, graphs=graphs)
+
+
+def _with_memory(graph: GraphSpec, past: TensorSpec, output: TensorSpec) -> GraphSpec:
+    """The graph with an output that shares its memory with the further input `past`."""
+    outputs = tuple(output if t.name == output.name else t for t in graph.outputs)
+    aliases = {output.name: past.name, **graph.aliases}
+    return replace(graph, inputs=(*graph.inputs, past), outputs=outputs, aliases=aliases)
 
 
 def row_spec(graph: GraphSpec) -> GraphSpec:
@@ -222,6 +269,18 @@ def _interface(spec: ModelSpec) -> dict[str, tuple[dict[str, Shape], dict[str, S
     states: Shape = (*byte, None, None)
     pool: dict[str, Shape] = {"byte_states": ("N", None, None), "byte_index": (*patch, "L"), "patch_length": patch}
     patches: dict[str, Shape] = {"patch_kv": ("R", *kv), "patch_row": (*byte, spec.decoder_window)}
+    if spec.resident:
+        memory: Shape = (None,) * len(spec.graphs["encoder"].tensor("past_states").shape)
+        pool |= {"byte_states": memory, "patch_row": patch}
+        return {
+            "entropy": ({"ids": byte, **byte_clock}, {"entropy": byte, "logits": (*byte, None)}),
+            "encoder": ({"ids": byte, **hashed, **byte_clock}, {}),
+            "latent": ({**pool, **own_start, **patch_clock}, {}),
+            "decoder": (
+                {**patches, "byte_states": memory, "patch_kv": memory, **byte_clock},
+                {"logits": (*byte, spec.vocab_size)},
+            ),
+        }
     return {
         "entropy": ({"ids": byte, **byte_clock}, {"entropy": byte, "logits": (*byte, None)}),
         "encoder": ({"ids": byte, **hashed, **byte_clock}, {"byte_states": states}),
@@ -261,7 +320,8 @@ def _check_cache(graph: GraphSpec, limit: str, spec: ModelSpec) -> None:
         return
     for output, source in graph.aliases.items():
         past, present = graph.tensor(source), graph.tensor(output)
-        if not _fits(past.shape, ("B", None, cache.capacity, None)):
+        resident = RESIDENT.get(graph.name) == (source, output)
+        if not resident and not _fits(past.shape, ("B", None, cache.capacity, None)):
             raise ConfigError(f"graph {graph.name!r}: {source!r} must be [B, heads, {cache.capacity}, head size]")
         if (past.shape, past.dtype) != (present.shape, present.dtype):
             raise ConfigError(f"graph {graph.name!r}: {output!r} and {source!r} differ in shape or type")

@@ -233,7 +233,7 @@ class Batch:
                 row.memory.hash.many(row.memory.window(start, end), staging["hash_embedding"][part])
         self._calls.run("encoder", [segment for _, segment in fitting])
         for row, start, end, part in _packed(fitting):
-            row.memory.pool.rows_of(start, end).array[0] = staging["byte_states"][part]
+            row.memory.pool.keep(start, staging["byte_states"][part])
             self.counts.tokens += end - start
 
     def _next(self, row: Row) -> Segment:
@@ -297,7 +297,7 @@ class Batch:
             memory = row.memory
             patches += memory.patches - row.stepped
             longest = max(longest, memory.position - memory.first_byte(row.stepped))
-            if i and patches * longest * memory.pool.buffer.array[0].nbytes > GATHER_BYTES:
+            if i and patches * longest * memory.pool.state_bytes > GATHER_BYTES:
                 return rows[:i]
         return rows
 
@@ -319,8 +319,7 @@ class Batch:
         inputs = LatentInputs(index_PL, staging["patch_length"], own_P)
         for i, ((memory, p), first, length) in enumerate(zip(patches, firsts, lengths, strict=True)):
             inputs.set(i, at, length, int(memory.starts_P[p]) - first)
-            row = first - memory.pool.base
-            states[at : at + length] = memory.pool.buffer.array[row : row + length]
+            states[at : at + length] = memory.pool.states(first, first + length)
             at += length
         if count < len(index_PL):  # padding to an even number of patches
             inputs.set(count, 0, 1, 0)
@@ -329,7 +328,7 @@ class Batch:
         """The decoder over tokens whose patches are computed."""
         staging, ring, width = self._staging["decoder"], self._arena.ring, self.spec.decoder_window
         for row, start, end, part in _packed(todo):
-            staging["byte_states"][part] = row.memory.pool.rows_of(start, end).array[0]
+            staging["byte_states"][part] = row.memory.pool.states(start, end)
             patch_SW = row.complete_S[:, None] - width + np.arange(width)
             staging["patch_row"][part] = np.where(patch_SW >= 0, row.index * ring + patch_SW % ring, -1)
         staging["patch_row"][part.stop : part.stop + 1] = -1

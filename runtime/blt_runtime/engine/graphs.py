@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from ..backends.protocol import Array, Buffer, Call
+from ..backends.protocol import Array, Buffer, Call, Place
 from ..ids import Ids
 from .memory import Memory
 
@@ -69,6 +70,7 @@ class Graphs:
     def __init__(self, memory: Memory, longest: int, kept: bool, note: Note | None = None) -> None:
         self.memory, self.longest = memory, longest
         self._kept, self._note = kept, note
+        self._staging_place: Place = "step" if kept else "host"
         self._bound: dict[tuple[str, int], Call] = {}
         self._latent_bound: dict[tuple[int, int], tuple[LatentInputs, Call]] = {}
         self._latent_pool = memory.pool.buffer
@@ -77,12 +79,16 @@ class Graphs:
 
     def _stage(self, memory: Memory) -> None:
         """Staging buffers [1, `longest`, ...]. The byte graphs share ids, positions, documents and byte states."""
+        self._whole: dict[str, dict[str, Buffer]] = {name: {} for name in memory.graphs}
+        if memory.spec.resident:
+            self._whole["decoder"]["byte_states"] = memory.pool.buffer
         encoder = self._new("encoder")
         decoder = self._new("decoder", encoder)
         self._staging = {"encoder": encoder, "decoder": decoder, "latent": self._new("latent")}
-        self.ids_S, self.position_S, self.document_S, self.states_SXD = (
-            encoder[name].array[0] for name in ("ids", "positions", "doc_start", "byte_states")
+        self.ids_S, self.position_S, self.document_S = (
+            encoder[name].array[0] for name in ("ids", "positions", "doc_start")
         )
+        self.states_SXD: Array | None = None if memory.spec.resident else encoder["byte_states"].array[0]
         self.hash_SD: Array | None = None if memory.hash is None else encoder["hash_embedding"].array[0]
         self.patch_row_SW, self.logits_SV = (decoder[name].array[0] for name in ("patch_row", "logits"))
         self._latent_P = {name: buffer.array[0] for name, buffer in self._staging["latent"].items()}
@@ -95,10 +101,11 @@ class Graphs:
 
     def _new(self, graph: str, shared: Mapping[str, Buffer] | None = None) -> dict[str, Buffer]:
         """Staging buffers of a graph, `shared` ones included. Its caches and the inputs in _WHOLE have none."""
-        found, bound = self.memory.graphs[graph], _WHOLE[graph]
+        found, bound = self.memory.graphs[graph], (*_WHOLE[graph], *self._whole[graph])
         names = [name for name in found.tensors() if name not in bound]
         kept = shared or {}
-        return {n: kept[n] if n in kept else found.new(n, S=self.longest, P=self.longest) for n in names}
+        new = partial(found.new, place=self._staging_place, S=self.longest, P=self.longest)
+        return {n: kept[n] if n in kept else new(n) for n in names}
 
     def entropy(self, a: int, b: int) -> Array:
         """The entropy model over positions a..b: their entropies go into the history. Returns its logits [S, V],
@@ -122,13 +129,17 @@ class Graphs:
         if self.hash_SD is not None:
             self._embed(a, b, self.hash_SD)
         call()
-        pool.reserve(a, b, keep=memory.first_byte(memory.patches))
-        pool.buffer.array[a - pool.base : b - pool.base] = self.states_SXD[:n]
+        if self.states_SXD is not None:
+            pool.reserve(a, b, keep=memory.first_byte(memory.patches))
+            pool.keep(a, self.states_SXD[:n])
         self._report("encoder", n, began)
 
     def latent(self, p: int, q: int, into: PatchRows | None = None) -> None:
         """The latent transformer over complete patches p..q. Their vectors go into the memory's ring or `into`."""
         memory, n = self.memory, q - p
+        if memory.spec.resident and (wrap := (p // memory.kv_rows + 1) * memory.kv_rows) < q:
+            self.latent(p, wrap)  # a call writes consecutive rows
+            return self.latent(wrap, q)
         reach = [memory.first_byte(patch) for patch in range(p, q)]
         ends = memory.starts_P[p + 1 : q + 1].tolist()
         lengths = [end - first for first, end in zip(reach, ends, strict=True)]
@@ -138,15 +149,21 @@ class Graphs:
             inputs.set(i, first - base, length, start - first)
         self._latent_P["positions"][:n] = memory.positions.array[0, p:q]
         self._latent_P["doc_start"][:n] = memory.patch_documents.array[0, p:q]
+        if memory.spec.resident:
+            self._latent_P["patch_row"][:n] = memory.positions.array[0, p % memory.kv_rows :][:n]
         call()
-        vectors = self._latent_P["patch_kv"][:n]
+        if not memory.spec.resident:
+            self._keep_vectors(p, q, into)
+        return self._report("latent", n, began)
+
+    def _keep_vectors(self, p: int, q: int, into: PatchRows | None) -> None:
+        memory, vectors = self.memory, self._latent_P["patch_kv"][: q - p]
         if into is not None:
             into.buffer.array[p - into.first : q - into.first] = vectors
-        elif n == 1:
+        elif q - p == 1:
             memory.kv_ring.array[p % memory.kv_rows] = vectors[0]
         else:
             memory.kv_ring.array[np.arange(p, q) % memory.kv_rows] = vectors
-        self._report("latent", n, began)
 
     def decode(self, a: int, b: int, complete_S: Ids, patches: PatchRows | None = None) -> Array:
         """The decoder over positions a..b, each of which reads the last W of its complete patches: those before
@@ -157,7 +174,8 @@ class Graphs:
         began = time.perf_counter()
         self.position_S[:n] = memory.positions.array[0, a:b]
         self.document_S[:n] = memory.documents.array[0, a:b]
-        self.states_SXD[:n] = pool.buffer.array[a - pool.base : b - pool.base]
+        if self.states_SXD is not None:
+            self.states_SXD[:n] = pool.states(a, b)
         patch_SW = complete_S[:, None] + self._width_W
         row_SW = patch_SW % memory.kv_rows if patches is None else patch_SW - patches.first
         self.patch_row_SW[:n] = np.where(patch_SW >= 0, row_SW, -1)
@@ -171,7 +189,7 @@ class Graphs:
         return self._bound.get((graph, n)) or self._bind(graph, n, self.memory.kv_ring)
 
     def _bind(self, name: str, n: int, patch_kv: Buffer) -> Call:
-        buffers = _first(self._staging[name], n)
+        buffers = _first(self._staging[name], n) | self._whole[name]
         if name == "decoder":
             buffers["patch_kv"] = patch_kv
         call = self.memory.graphs[name].bind(**buffers)
@@ -189,7 +207,7 @@ class Graphs:
 
     def _bind_latent(self, patches: int, size: int) -> tuple[LatentInputs, Call]:
         graph = self.memory.graphs["latent"]
-        index = graph.new("byte_index", P=patches, L=size)
+        index = graph.new("byte_index", self._staging_place, P=patches, L=size)
         rows = _first(self._staging["latent"], patches)
         inputs = LatentInputs(index.array[0], self._latent_P["patch_length"], self._latent_P.get("own_start"))
         bound = inputs, graph.bind(**rows, byte_states=self._latent_pool, byte_index=index)

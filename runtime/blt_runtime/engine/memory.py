@@ -10,6 +10,7 @@ reads.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,18 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..backends.protocol import Array, Backend, Buffer, Call
-from ..bundle.spec import GraphSpec, ModelSpec
-from ..errors import CapacityError, OutOfMemory
+from ..backends.protocol import Array, Backend, Buffer, Call, Place
+from ..bundle.spec import AHEAD, MARKS, RESIDENT, GraphSpec, ModelSpec
+from ..errors import BackendError, CapacityError, OutOfMemory
 from ..hashing import HashEmbedding, Tables
 from ..ids import EOS, NEWLINE, Ids
 from ..patching import PatchState
 from .caches import CacheTrack
-
-MARKS = 16
-"""Patch boundaries that a rewind can return to without replaying everything."""
-AHEAD = 16
-"""Patches that a speculative pass may compute beyond `Memory.patches`; rejected ones are dropped again."""
 
 
 class Graph:
@@ -46,10 +42,10 @@ class Graph:
             buffer = backend.buffer(tensor.dtype, tensor.resolve(B=1), "device")
             self._caches[source] = self._caches[output] = buffer
 
-    def new(self, tensor: str, **sizes: int) -> Buffer:
+    def new(self, tensor: str, place: Place = "host", **sizes: int) -> Buffer:
         """Memory for an input or output, letters replaced by sizes (B is 1)."""
         found = self.spec.tensor(tensor)
-        return self._backend.buffer(found.dtype, found.resolve(B=1, **sizes))
+        return self._backend.buffer(found.dtype, found.resolve(B=1, **sizes), place)
 
     def tensors(self) -> list[str]:
         """Its inputs and outputs but for the caches."""
@@ -80,10 +76,22 @@ class StatePool:
     def rows(self) -> int:
         return self.buffer.shape[0]
 
-    def rows_of(self, start: int, end: int) -> Buffer:
-        """The states of positions start..end as one call's [1, S, X, D]."""
-        width = self.buffer.shape[1:]
-        return self.buffer.part((start - self.base) * width[0] * width[1], (1, end - start, *width))
+    @property
+    def state_bytes(self) -> int:
+        return math.prod(self.buffer.shape[1:]) * self.buffer.dtype.itemsize
+
+    def keep(self, start: int, states_SXD: Array) -> None:
+        """Stores the states of the positions from `start` on, for which there is room."""
+        self.buffer.array[start - self.base : start - self.base + len(states_SXD)] = states_SXD
+
+    def begin(self, position: int) -> None:
+        """Forgets the states before `position`, which is where the next one goes."""
+        self.base = position
+
+    def states(self, start: int, end: int) -> Array:
+        """The states of positions start..end [S, X, D], a view."""
+        states_SXD: Array = self.buffer.array[start - self.base : end - self.base]
+        return states_SXD
 
     def reserve(self, position: int, end: int, keep: int) -> None:
         """Makes room up to `end`, dropping the states before `keep`. If the pool must grow, `buffer` is replaced."""
@@ -96,6 +104,29 @@ class StatePool:
         target = self.buffer if rows == self.rows else self._new(rows)
         target.array[: len(kept)] = kept.copy()
         self.buffer, self.base = target, keep
+
+
+class ResidentStates:
+    """Byte states in memory of the graphs (`spec.resident_spec`): the encoder writes them, row p holds position p."""
+
+    base = 0
+
+    def __init__(self, encoder: Graph) -> None:
+        self.buffer = encoder.caches()[RESIDENT["encoder"][0]]
+        self.rows, width = self.buffer.shape[-2:]
+        self.state_bytes = width * self.buffer.dtype.itemsize
+
+    def reserve(self, position: int, end: int, keep: int) -> None:
+        """There is room for the whole capacity."""
+
+    def keep(self, start: int, states_SXD: Array) -> None:
+        """The encoder has stored them."""
+
+    def states(self, start: int, end: int) -> Array:
+        raise BackendError("byte states are in memory of the graphs, which the host cannot see")
+
+    def begin(self, position: int) -> None:
+        """Rows do not move."""
 
 
 class Mark(NamedTuple):
@@ -132,11 +163,17 @@ class Memory:
         self.hash: HashEmbedding | None = None
         if spec.hash is not None and tables is not None:
             self.hash = HashEmbedding(tables, spec.hash.sizes, spec.hash.functions, spec.hash.rows)
-        self.pool = StatePool(self.graphs["encoder"], 2 * spec.chunk)
-        if kv_ring is None:
-            made = self.graphs["latent"].new("patch_kv", P=MARKS + AHEAD + spec.decoder_window)
-            kv_ring = made.part(0, made.shape[1:])
-        self.kv_ring, self.kv_rows = kv_ring, kv_ring.shape[0]
+        self.pool: StatePool | ResidentStates
+        if spec.resident:
+            self.pool = ResidentStates(self.graphs["encoder"])
+            kv_ring = self.graphs["latent"].caches()[RESIDENT["latent"][0]]
+            self.kv_ring, self.kv_rows = kv_ring, kv_ring.shape[-2]
+        else:
+            self.pool = StatePool(self.graphs["encoder"], 2 * spec.chunk)
+            if kv_ring is None:
+                made = self.graphs["latent"].new("patch_kv", P=MARKS + AHEAD + spec.decoder_window)
+                kv_ring = made.part(0, made.shape[1:])
+            self.kv_ring, self.kv_rows = kv_ring, kv_ring.shape[0]
         self.clear()
 
     def _make_history(self, backend: Backend) -> None:
@@ -158,7 +195,7 @@ class Memory:
         self.position = self.patches = 0
         self.rule = PatchState(self.spec.patch_rule)
         self.marks: deque[Mark] = deque(maxlen=MARKS)
-        self.pool.base = 0
+        self.pool.begin(0)
         self.entropies.array[...] = np.nan
         for graph in self.graphs.values():
             graph.track.clear()
@@ -255,7 +292,7 @@ class Memory:
         mark = self.marks[-1]
         self.position, self.patches, self.rule = mark.position, mark.patches, mark.rule.copy()
         if self.first_byte(self.patches) == self.position:
-            self.pool.base = self.position
+            self.pool.begin(self.position)
         return True
 
     def note_writes(self, entropy_end: int | None = None) -> None:

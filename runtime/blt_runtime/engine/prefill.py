@@ -126,9 +126,13 @@ class Prefill:
         for start, end in self._calls("decoder", a, b, documents):
             logits_SV[start - a : end - a] = self._graphs.decode(start, end, complete_S[start - a : end - a], patches)
 
-    def _run_latent(self, first: int, end: int) -> PatchRows:
-        """Vectors of patches first..end, after those of the W patches before them."""
+    def _run_latent(self, first: int, end: int) -> PatchRows | None:
+        """Vectors of patches first..end, after those of the W patches before them. None: all are in the ring."""
         memory, width = self._memory, self._memory.spec.decoder_window
+        if memory.spec.resident:
+            for a, b in self._latent_calls(first, end):
+                self._graphs.latent(a, b)
+            return None
         rows = self._patch_rows.part(0, (width + end - first, *self._patch_rows.shape[1:]))
         before_W = np.arange(first - width, first)
         rows.array[:width] = memory.kv_ring.array[before_W % memory.kv_rows]  # no graph reads rows before patch 0
@@ -142,7 +146,7 @@ class Prefill:
     def _latent_calls(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """Cuts patches first..end so that no call gathers more than GATHER_BYTES."""
         memory = self._memory
-        per_state = memory.pool.buffer.array[0].nbytes
+        per_state = memory.pool.state_bytes
         for start, stop in self._calls("latent", first, end, memory.patch_documents):
             a, longest = start, 0
             for p in range(start, stop):

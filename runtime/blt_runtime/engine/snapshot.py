@@ -13,7 +13,7 @@ import copy
 from dataclasses import dataclass
 
 from ..backends.protocol import Array, Buffer, Part
-from ..bundle.spec import ModelSpec
+from ..bundle.spec import RESIDENT, ModelSpec
 from ..patching import PatchState
 from .caches import CacheTrack
 from .memory import Mark, Memory
@@ -57,7 +57,8 @@ def take(memory: Memory, owner: object, logits_V: Array, forgotten: int) -> Snap
     memory.note_writes()
     arrays = {name: view.copy() for name, view in _views(memory, logits_V).items()}
     arrays |= {name: buffer.read(part) for name, (buffer, part) in _caches(memory).items()}
-    arrays["pool"] = memory.pool.buffer.array[: memory.position - memory.pool.base].copy()
+    if not memory.spec.resident:
+        arrays["pool"] = memory.pool.buffer.array[: memory.position - memory.pool.base].copy()
     for array in arrays.values():
         array.flags.writeable = False
     tracks = {name: copy.copy(graph.track) for name, graph in memory.graphs.items()}
@@ -83,11 +84,11 @@ def put(snapshot: Snapshot, memory: Memory, logits_V: Array) -> None:
     memory.marks.extend(snapshot.marks)
     for name, graph in memory.graphs.items():
         graph.track = copy.copy(snapshot.tracks[name])
-    states = snapshot.arrays["pool"]
-    memory.pool.base = 0
-    memory.pool.reserve(0, len(states), keep=0)
-    memory.pool.buffer.array[: len(states)] = states
-    memory.pool.base = snapshot.pool_base
+    if not memory.spec.resident:
+        states = snapshot.arrays["pool"]
+        memory.pool.reserve(0, len(states), keep=0)
+        memory.pool.keep(0, states)
+        memory.pool.begin(snapshot.pool_base)
     for name, view in _views(memory, logits_V).items():
         view[...] = snapshot.arrays[name]
     for name, (buffer, part) in _caches(memory).items():
@@ -97,6 +98,7 @@ def put(snapshot: Snapshot, memory: Memory, logits_V: Array) -> None:
 def _views(memory: Memory, logits_V: Array) -> dict[str, Array]:
     """The parts of the history that are in use, by name; their sizes follow from position and patches."""
     n, p = memory.position, memory.patches
+    ring = {} if memory.spec.resident else {"kv_ring": memory.kv_ring.array}
     return {
         "logits": logits_V,
         "ids": memory.ids.array[0, : memory.pad + n],
@@ -105,17 +107,25 @@ def _views(memory: Memory, logits_V: Array) -> dict[str, Array]:
         "entropies": memory.entropies.array[0, :n],
         "starts": memory.starts_P[: p + 1],
         "patch_documents": memory.patch_documents.array[0, : p + 1],
-        "kv_ring": memory.kv_ring.array,
+        **ring,
     }
 
 
 def _caches(memory: Memory) -> dict[str, tuple[Buffer, Part]]:
     """Each cache [1, G, C, K] and the slots of it that are in use: all of a cache with a window, else those of the
-    tokens read."""
+    tokens read. Byte states in memory of the graphs are a cache without a window, patch vectors one with a window."""
     found: dict[str, tuple[Buffer, Part]] = {}
     for graph in memory.graphs.values():
         spec, tokens = graph.spec.cache, memory.patches if graph.spec.name == "latent" else memory.position
         used = tokens if spec is not None and spec.window is None else None
+        slots = dict.fromkeys(graph.caches(), used) | _resident_slots(memory, graph.spec.name)
         for name, buffer in graph.caches().items():
-            found[f"{graph.spec.name}.{name}"] = buffer, (slice(None), slice(None), slice(used))
+            axes = [slice(None)] * (len(buffer.shape) - 2)
+            found[f"{graph.spec.name}.{name}"] = buffer, (*axes, slice(slots[name]))
     return found
+
+
+def _resident_slots(memory: Memory, graph: str) -> dict[str, int | None]:
+    if not memory.spec.resident or graph not in RESIDENT:
+        return {}
+    return {RESIDENT[graph][0]: memory.position if graph == "encoder" else None}

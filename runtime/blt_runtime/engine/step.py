@@ -22,7 +22,7 @@ class StepCalls:
         self._capacity_patches = memory.spec.capacity_patches
         self._graphs = graphs = Graphs(memory, 1, kept=True)
         self._id, self._position, self._document = graphs.ids_S, graphs.position_S, graphs.document_S
-        self._state, self._patch_row_W = graphs.states_SXD[0], graphs.patch_row_SW[0]
+        self._states_1XD, self._patch_row_W = graphs.states_SXD, graphs.patch_row_SW[0]
         self.logits_V: Array = graphs.logits_SV[0]
         self._hash_D: Array | None = None if graphs.hash_SD is None else graphs.hash_SD[0]
         self._entropy_document = self._document
@@ -81,11 +81,13 @@ class StepCalls:
         entropy_documents_N[t + 1] = t + 1 if id in (EOS, NEWLINE) else entropy_documents_N[t]
 
     def _keep_state(self, t: int) -> None:
-        """Copies the newest byte state into the pool, at position t."""
+        """Copies the newest byte state into the pool, at position t, unless the encoder stored it."""
+        if self._states_1XD is None:
+            return
         pool = self._memory.pool
         if t - pool.base >= pool.rows:
             pool.reserve(t, t + 1, keep=self._memory.first_byte(self._memory.patches))
-        pool.buffer.array[t - pool.base] = self._state
+        pool.buffer.array[t - pool.base] = self._states_1XD[0]
 
     def read_patches(self) -> None:
         """Points the decoder at the last W complete patches."""

@@ -30,8 +30,9 @@ from typing import Literal
 import numpy as np
 
 from ..backends.protocol import Array
+from ..bundle.spec import AHEAD
 from ..engine.graphs import Graphs, longest_pass
-from ..engine.memory import AHEAD, Memory
+from ..engine.memory import Memory
 from ..engine.step import StepCalls
 from ..errors import UsageError
 from ..ids import Ids

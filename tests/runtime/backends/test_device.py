@@ -1,4 +1,7 @@
-"""Streams on a device with memory of its own: the engine holds no view of what stays there, and copies the rest."""
+"""Streams on a device with memory of its own: the engine holds no view of what stays there, and copies the rest.
+
+Byte states and patch vectors are copied to the host and back, or stay on the device (`resident`).
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,36 @@ import numpy as np
 import pytest
 
 from blt_runtime import Model, Scheduler
+from blt_runtime.bundle.spec import resident_spec
 from blt_runtime.errors import BackendError, CapacityError
+from blt_runtime.speculation.speculate import Speculate
 from tests.runtime.device_backend import FarBackend
 from tests.runtime.streams import SPECS, assert_matches_reference, random_ids, tables_for
 
 IDS = random_ids(150)
 
 
-def far(name: str) -> Model:
-    spec = SPECS[name]
+RESIDENT = pytest.mark.parametrize("resident", [False, True], ids=["copied", "resident"])
+
+
+def far(name: str, resident: bool = False) -> Model:
+    spec = resident_spec(SPECS[name]) if resident else SPECS[name]
     return Model(spec, FarBackend(spec), tables_for(spec))
 
 
+@RESIDENT
 @pytest.mark.parametrize("name", SPECS)
-def test_text_in_pieces_and_steps(name: str) -> None:
-    stream = far(name).stream(bos=False)
+def test_text_in_pieces_and_steps(name: str, resident: bool) -> None:
+    stream = far(name, resident).stream(bos=False)
     for start, end in ((0, 1), (1, 40), (40, 41), (41, 42), (42, 150)):
         stream.append_ids(IDS[start:end])
         assert_matches_reference(stream, IDS[:end])
 
 
+@RESIDENT
 @pytest.mark.parametrize("name", ["hash", "window", "linear", "all windows"])
-def test_rewinds_snapshots_and_a_second_stream(name: str) -> None:
-    model = far(name)
+def test_rewinds_snapshots_and_a_second_stream(name: str, resident: bool) -> None:
+    model = far(name, resident)
     stream, other = model.stream(bos=False), model.stream(bos=False)
     stream.append_ids(IDS[:90])
     other.append_ids(IDS[::-1])
@@ -43,12 +53,14 @@ def test_rewinds_snapshots_and_a_second_stream(name: str) -> None:
     np.testing.assert_array_equal(stream.logits, other.logits)
 
 
-def test_speculation_drafts_and_rolls_back() -> None:
-    stream, plain = far("linear").stream(), far("linear").stream()
+@RESIDENT
+@pytest.mark.parametrize("speculate", ["lookup", "decoder", "entropy"])
+def test_speculation_drafts_and_rolls_back(speculate: Speculate, resident: bool) -> None:
+    stream, plain = far("linear", resident).stream(), far("linear").stream()
     for some in (stream, plain):
         some.append(b"abcabcabc" * 5)
-    want = list(plain.generate_ids(60, temperature=0.0))
-    assert list(stream.generate_ids(60, temperature=0.0, speculate="lookup", draft=5)) == want
+    want = list(plain.generate_ids(200, temperature=0.0))
+    assert list(stream.generate_ids(200, temperature=0.0, speculate=speculate, draft=5)) == want
 
 
 def test_a_text_with_too_many_patches_leaves_no_trace() -> None:

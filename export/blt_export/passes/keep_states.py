@@ -1,0 +1,102 @@
+"""Byte states and patch vectors in memory of the graphs (`spec.resident_spec`), for hosts that cannot see it.
+
+Without it, each step copies the byte state of the encoder, and the patch vector of the latent transformer, to the host
+and back.
+
+Rules, S positions and P patches of one call, of one stream (B is 1)
+1. encoder: the output byte_states [1, S, X, D] is written to the rows `positions` of the input past_states.
+2. latent: the output patch_kv [1, P, ...] is written to the rows of the new input patch_row [1, P] of past_patches.
+3. latent, decoder: the pools byte_states [N, X, D] and patch_kv [R, ...] are views of this memory.
+4. decoder: the input byte_states [1, S, X, D] is read from the rows `positions` of the memory.
+
+Memory [N, ...] is written by ScatterND, at any rows. Memory [1, 1, N, ...] is written by TensorScatter, which TensorRT
+does in place; a call's rows are then consecutive.
+
+Requires: a lowered graph whose inputs and outputs are those of the specification. Ensures: those of `resident_spec`;
+weights have the names and file offsets of the original graph's, so both graphs share one file.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from blt_runtime.bundle.spec import RESIDENT, GraphSpec, TensorSpec
+
+from ..rewrite import Builder, dims, static
+from . import cleanup
+
+
+def run(model: ir.Model, wanted: GraphSpec) -> ir.Model:
+    """A copy of the graph with the interface `wanted`; initializers are shared with `model`."""
+    made = model.clone()
+    graph = made.graph
+    inputs = {str(value.name): value for value in graph.inputs}
+    for tensor in wanted.inputs:
+        if tensor.name not in inputs:
+            inputs[tensor.name] = _input(tensor)
+    first = Builder(graph, graph[0])
+    if wanted.name in RESIDENT:
+        past, output = RESIDENT[wanted.name]
+        rows = inputs["positions" if wanted.name == "encoder" else "patch_row"]
+        _write(graph, output, inputs[past], rows)
+    if wanted.name == "decoder":
+        _read_states(inputs, wanted, first)
+        _view(inputs, "patch_kv", wanted, first)
+    if wanted.name == "latent":
+        _view(inputs, "byte_states", wanted, first)
+    graph.inputs.clear()
+    graph.inputs.extend(inputs[tensor.name] for tensor in wanted.inputs)
+    outputs = {str(value.name): value for value in graph.outputs}
+    graph.outputs.clear()
+    graph.outputs.extend(outputs[tensor.name] for tensor in wanted.outputs)
+    cleanup.run(made)
+    return made
+
+
+def _input(tensor: TensorSpec) -> ir.Value:
+    dtype = ir.DataType[{"float32": "FLOAT"}.get(tensor.dtype, tensor.dtype.upper())]
+    return ir.Value(name=tensor.name, type=ir.TensorType(dtype), shape=ir.Shape(list(tensor.shape)))
+
+
+def _write(graph: ir.Graph, output: str, past: ir.Value, rows: ir.Value) -> None:
+    """Replace the output by `past` with this call's vectors in `rows` [1, S]."""
+    old = next(value for value in graph.outputs if value.name == output)
+    sizes = dims(past)
+    assert sizes is not None
+    lead, width = [1] * (len(sizes) - 2), sizes[-1]
+    b = Builder(graph, None)
+    vectors = b.op("Reshape", old, b.const([*lead, -1, width]))
+    if lead:
+        first = b.op("Gather", rows, b.const(0), axis=1)
+        new = b.op("TensorScatter", past, vectors, first, axis=-2, mode="linear")
+    else:
+        new = b.op("ScatterND", past, b.op("Reshape", rows, b.const([-1, 1])), vectors)
+    new.type, new.shape = past.type, past.shape
+    at = graph.outputs.index(old)
+    graph.outputs[at] = new
+    old.name, new.name = f"{output}_of_call", output
+
+
+def _view(inputs: dict[str, ir.Value], name: str, wanted: GraphSpec, b: Builder) -> None:
+    """Replace the pool `name` [N, ...] by a view of the memory that has its name now."""
+    old, memory = inputs[name], _input(wanted.tensor(name))
+    sizes = dims(old)
+    assert sizes is not None
+    view = b.op("Reshape", memory, b.const([-1, *sizes[1:]]))
+    _take_over(inputs, name, memory, view)
+
+
+def _read_states(inputs: dict[str, ir.Value], wanted: GraphSpec, b: Builder) -> None:
+    old, memory = inputs["byte_states"], _input(wanted.tensor("byte_states"))
+    layers, width = static(old, 2), static(old, 3)
+    rows = b.op("Reshape", memory, b.const([-1, layers * width]))
+    states = b.op("Gather", rows, inputs["positions"], axis=0)
+    _take_over(inputs, "byte_states", memory, b.op("Reshape", states, b.const([0, 0, layers, width])))
+
+
+def _take_over(inputs: dict[str, ir.Value], name: str, memory: ir.Value, value: ir.Value) -> None:
+    """All readers of the old input read `value`, which is computed from the new one."""
+    old = inputs[name]
+    value.type, value.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, value)
+    old.name, inputs[name] = None, memory
