@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from blt_runtime.backends.null import NullBackend, NullSession
 from blt_runtime.backends.protocol import Array, Buffer, Call, HostBuffer, Part, Place
@@ -41,23 +42,51 @@ class FarBackend(NullBackend):
 
 
 class FarSession(NullSession):
-    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+    def bind(self, buffers: Mapping[str, Buffer]) -> FarCall:
         near = {name: buffer for name, buffer in buffers.items() if isinstance(buffer, HostBuffer)}
         far = {name: buffer.far for name, buffer in buffers.items() if isinstance(buffer, FarBuffer)}
         cached = {*self.spec.aliases, *self.spec.aliases.values()}
         kept = {"byte_states", "patch_kv"} & set(buffers) if self._backend.spec.resident else set()
         assert set(far) == cached | kept
         copies = {name: HostBuffer(buffer.dtype, buffer.shape) for name, buffer in near.items()}
-        run = super().bind({**copies, **far})
         inputs = {tensor.name for tensor in self.spec.inputs}
+        return FarCall(
+            [(near[name], copy) for name, copy in copies.items() if name in inputs],
+            super().bind({**copies, **far}),
+            [(copy, near[name]) for name, copy in copies.items() if name not in inputs],
+        )
 
-        def call() -> None:
-            for name, copy in copies.items():
-                if name in inputs:
-                    copy.write(near[name].array)
-            run()
-            for name, copy in copies.items():
-                if name not in inputs:
-                    near[name].write(copy.array)
 
-        return call
+class FarCall:
+    """Inputs go up, the graph runs, results come down."""
+
+    def __init__(self, up: list[tuple[Buffer, Buffer]], run: Call, down: list[tuple[Buffer, Buffer]]) -> None:
+        self.up, self.run, self.down = up, run, down
+
+    def __call__(self) -> None:
+        _copy(self.up)
+        self.run()
+        _copy(self.down)
+
+
+def _copy(pairs: list[tuple[Buffer, Buffer]]) -> None:
+    for source, target in pairs:
+        target.write(source.array)
+
+
+class ComposingFarBackend(FarBackend):
+    """Also runs chains of calls: their inputs go up before all of them, and their results come down after all. The last
+    chain runs first, since nothing may depend on the order of chains."""
+
+    def compose(self, chains: Sequence[Sequence[Call]]) -> Call:
+        calls = [cast(FarCall, call) for chain in reversed(chains) for call in chain]
+
+        def run() -> None:
+            for call in calls:
+                _copy(call.up)
+            for call in calls:
+                call.run()
+            for call in calls:
+                _copy(call.down)
+
+        return run

@@ -136,25 +136,31 @@ class Graphs:
 
     def latent(self, p: int, q: int, into: PatchRows | None = None) -> None:
         """The latent transformer over complete patches p..q. Their vectors go into the memory's ring or `into`."""
-        memory, n = self.memory, q - p
+        memory = self.memory
         if memory.spec.resident and (wrap := (p // memory.kv_rows + 1) * memory.kv_rows) < q:
             self.latent(p, wrap)  # a call writes consecutive rows
             return self.latent(wrap, q)
+        call, began = self.latent_call(p, q), time.perf_counter()
+        call()
+        if not memory.spec.resident:
+            self._keep_vectors(p, q, into)
+        return self._report("latent", q - p, began)
+
+    def latent_call(self, p: int, q: int) -> Call:
+        """The bound call over complete patches p..q, whose inputs are set."""
+        memory, n = self.memory, q - p
         reach = [memory.first_byte(patch) for patch in range(p, q)]
         ends = memory.starts_P[p + 1 : q + 1].tolist()
         lengths = [end - first for first, end in zip(reach, ends, strict=True)]
-        inputs, call = self._latent_call(n, max(lengths))
-        began, base = time.perf_counter(), memory.pool.base
+        inputs, call = self._latent_bound_for(n, max(lengths))
+        base = memory.pool.base
         for i, (first, length, start) in enumerate(zip(reach, lengths, memory.starts_P[p:q].tolist(), strict=True)):
             inputs.set(i, first - base, length, start - first)
         self._latent_P["positions"][:n] = memory.positions.array[0, p:q]
         self._latent_P["doc_start"][:n] = memory.patch_documents.array[0, p:q]
         if memory.spec.resident:
             self._latent_P["patch_row"][:n] = memory.positions.array[0, p % memory.kv_rows :][:n]
-        call()
-        if not memory.spec.resident:
-            self._keep_vectors(p, q, into)
-        return self._report("latent", n, began)
+        return call
 
     def _keep_vectors(self, p: int, q: int, into: PatchRows | None) -> None:
         memory, vectors = self.memory, self._latent_P["patch_kv"][: q - p]
@@ -197,7 +203,7 @@ class Graphs:
             self._bound[name, n] = call
         return call
 
-    def _latent_call(self, patches: int, length: int) -> tuple[LatentInputs, Call]:
+    def _latent_bound_for(self, patches: int, length: int) -> tuple[LatentInputs, Call]:
         """The call over that many patches of up to `length` bytes. Bound again if the pool's buffer was replaced."""
         if self._latent_pool is not self.memory.pool.buffer:
             self._latent_pool = self.memory.pool.buffer

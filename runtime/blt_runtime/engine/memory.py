@@ -154,7 +154,7 @@ class Memory:
     ) -> None:
         if stream_bytes(spec) > sys.maxsize:
             raise MemoryError("more than the address space")
-        self.spec = spec
+        self.spec, self.backend = spec, backend
         self.graphs = {
             name: Graph(backend, graph, spec.chunk_crosses_documents, caches[name] if caches else None)
             for name, graph in spec.graphs.items()

@@ -2,11 +2,16 @@
 
 `Graphs` does the same for any number of tokens. This form stores single numbers instead of copying arrays, so that a
 step allocates nothing.
+
+On a device that composes calls, the step forks. The entropy model only tells whether the token closes its patch, so the
+encoder and the decoder run beside it, and the decoder reads the last patch complete before the token. Usually that is
+right, and one wait is enough. If the token closes its patch, the latent transformer and the decoder run: the second
+run of the decoder overwrites what the first wrote at this position, so the results are those of the plain order.
 """
 
 from __future__ import annotations
 
-from ..backends.protocol import Array
+from ..backends.protocol import Array, Call, ComposingBackend
 from ..ids import EOS, NEWLINE
 from .graphs import Graphs
 from .memory import Memory
@@ -30,6 +35,7 @@ class StepCalls:
         if "entropy" in memory.graphs:
             self.entropy = graphs.call("entropy", 1)
             self._entropy_document, self._entropy_value = graphs.entropy_document_S, graphs.entropy_S
+        self._fork = _Fork(self, memory, graphs) if _Fork.is_exact(memory) else None
 
     def read(self, id: int) -> None:
         """Reads one token and computes everything that the next byte depends on. Raises CapacityError (nothing
@@ -40,19 +46,26 @@ class StepCalls:
             self._check_last_patch(id)
         t = memory.position
         self.set_token(id, t)
+        if self._hash_D is not None:
+            memory.hash.one(memory.window(t, t + 1), self._hash_D)  # type: ignore[union-attr]
+        if self._fork is not None:
+            return self._fork.read(id, t)
         entropy = 0.0
         if self._with_entropy:
             self.entropy()
-            entropy = self._entropy_value.item()
-            memory.entropies.array[0, t] = entropy
-        if self._hash_D is not None:
-            memory.hash.one(memory.window(t, t + 1), self._hash_D)  # type: ignore[union-attr]
+            entropy = self.keep_entropy(t)
         self.encoder()
         self._keep_state(t)
         if memory.advance(id, entropy):
             self._graphs.latent(memory.patches - 1, memory.patches)
             self.read_patches()
         self.decoder()
+
+    def keep_entropy(self, t: int) -> float:
+        """Stores the entropy that the entropy model computed at position t."""
+        entropy: float = self._entropy_value.item()
+        self._memory.entropies.array[0, t] = entropy
+        return entropy
 
     def _check_last_patch(self, id: int) -> None:
         """The capacity in patches is used up: raises CapacityError if the token would close the open patch."""
@@ -96,3 +109,34 @@ class StepCalls:
         for w in range(width):
             patch = memory.patches - width + w
             rows_W[w] = patch % memory.kv_rows if patch >= 0 else -1
+
+
+class _Fork:
+    """The forked step over composed calls: one for a token, and one for a patch of each size."""
+
+    def __init__(self, steps: StepCalls, memory: Memory, graphs: Graphs) -> None:
+        assert isinstance(memory.backend, ComposingBackend)
+        self._steps, self._memory, self._graphs, self._compose = steps, memory, graphs, memory.backend.compose
+        self._token = self._compose([[steps.entropy], [steps.encoder, steps.decoder]])
+        self._patches: dict[Call, Call] = {}
+
+    @staticmethod
+    def is_exact(memory: Memory) -> bool:
+        """Whether the backend composes calls, boundaries depend on entropies, and a position can be written twice:
+        not in a cache that evicts, and only where the encoder passes its states to the decoder without the host."""
+        spec = memory.spec
+        evicts = any(graph.cache is not None and graph.cache.kind == "window" for graph in spec.graphs.values())
+        known = isinstance(memory.backend, ComposingBackend) and spec.patch_rule.needs_entropy
+        return known and spec.resident and not evicts
+
+    def read(self, id: int, t: int) -> None:
+        """The rest of `StepCalls.read` after the inputs of the token are set."""
+        memory = self._memory
+        self._token()
+        if memory.advance(id, self._steps.keep_entropy(t)):
+            latent = self._graphs.latent_call(memory.patches - 1, memory.patches)
+            self._steps.read_patches()
+            call = self._patches.get(latent)
+            if call is None:
+                call = self._patches[latent] = self._compose([[latent, self._steps.decoder]])
+            call()
