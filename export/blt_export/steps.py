@@ -17,7 +17,7 @@ from blt_runtime.bundle import graph_file
 from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import FileRef, Manifest
-from blt_runtime.bundle.spec import GraphSpec, resident_spec
+from blt_runtime.bundle.spec import GraphSpec, resident_spec, row_spec
 from blt_runtime.errors import BackendError, BundleError, UsageError
 
 from . import bundle
@@ -123,14 +123,17 @@ def write_graphs(state: ExportState) -> str:
 
 
 def write_batched_graphs(state: ExportState) -> str:
-    """The batched graphs, on the weights that were just written."""
-    if state.flavour == "cuda":
+    """The batched graphs, on the weights that were just written. Those for devices keep byte states too."""
+    if state.flavour == "portable":
         return "not in this flavour"
     written = {name: ir.load(path) for name, path in state.files.items()}
     refused = [name for name, model in written.items() if not batch_rows.supports(model, state.spec.graphs[name])]
     if refused:
         return f"not possible: attention of {', '.join(refused)} is not GroupQueryAttention"
     made = {name: batch_rows.run(model, state.spec.graphs[name]) for name, model in written.items()}
+    if state.flavour == "cuda":
+        wanted = resident_spec(state.spec).graphs
+        made = {name: keep_states.run(model, row_spec(wanted[name])) for name, model in made.items()}
     state.row_files = {name: bundle.write_variant(model, state.folder, name, "rows") for name, model in made.items()}
     return _node_counts(made)
 
@@ -140,7 +143,7 @@ def write_resident_graphs(state: ExportState) -> str:
     if state.flavour != "cuda":
         return "not in this flavour"
     wanted = resident_spec(state.spec).graphs
-    made = {name: keep_states.run(ir.load(state.files[name]), wanted[name]) for name in state.files}
+    made = {name: keep_states.run(ir.load(path), wanted[name]) for name, path in state.files.items()}
     state.resident_files = {
         name: bundle.write_variant(model, state.folder, name, "device") for name, model in made.items()
     }

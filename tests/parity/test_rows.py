@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -11,11 +12,15 @@ import pytest
 
 from blt_export import pipeline
 from blt_runtime import Model
+from blt_runtime.backends.onnx import OnnxRowBackend, OnnxSession
+from blt_runtime.backends.protocol import Buffer, Call, Place
+from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.engine.batch import Batch, gather
 from blt_runtime.errors import BackendError
 from blt_runtime.ids import BOS, BYTES, OFFSET
 from blt_runtime.scheduler import Scheduler
 from tests import exports
+from tests.runtime.device_backend import FarBuffer
 from tests.runtime.engine.batches import read_texts
 from tests.runtime.server.servers import answering, children, python
 from tests.tiny import hard_text, runs_rows
@@ -27,10 +32,13 @@ pytestmark = pytest.mark.skipif(
 VARIANTS = ("plain", "cross_windows_own_heads_newlines", "no_hash_space_causal_latent", "max_patch_length")
 
 
-@pytest.fixture(scope="module", params=[*((v, "fp32") for v in VARIANTS), ("plain", "int8")], ids=lambda p: "-".join(p))
+CASES = [*((v, "ort", "fp32") for v in VARIANTS), ("plain", "ort", "int8"), (VARIANTS[1], "cuda", "fp32")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    variant, precision = request.param
-    state = exports.prepare(variant, precision=precision, check=False)
+    variant, flavour, precision = request.param
+    state = exports.prepare(variant, flavour, precision=precision, check=False)
     return pipeline.run(state, tmp_path_factory.mktemp("rows") / "bundle").path
 
 
@@ -113,6 +121,48 @@ def test_a_cached_prefix_changes_no_bit(bundle: Path) -> None:
     assert seen[: len(prompts)] == seen[len(prompts) :]
 
 
+class FarRows(OnnxRowBackend):
+    """The batched graphs of a device: the host has no view of caches, byte states and patch vectors."""
+
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
+        return FarBuffer(dtype, shape) if place == "device" else super().buffer(dtype, shape, place)
+
+    def row_session(self, group: str) -> FarRowSession:  # type: ignore[override]
+        return FarRowSession(super().row_session(group))
+
+
+class FarRowSession:
+    def __init__(self, session: OnnxSession) -> None:
+        self._session, self.spec = session, session.spec
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+        return self._session.bind({n: b.far if isinstance(b, FarBuffer) else b for n, b in buffers.items()})
+
+
+@pytest.mark.parametrize("bundle", [CASES[-1]], indirect=True, ids=["cuda"])
+def test_rows_of_a_device_are_copied_by_reads_and_writes_only(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    backend = FarRows(opened)
+    batch = Batch(backend.spec, backend, opened.hash_tables(), rows=3, slice=16)
+    chosen, prompts = texts(0), {0: 60, 1: 40}
+    seen = read_texts(batch, chosen, prompts)
+    want = read_texts(batch_of(bundle, 3), chosen, prompts)
+    for i in chosen:
+        np.testing.assert_array_equal(np.array(seen[i]), np.array(want[i]))
+    first, other = batch.open(), batch.open()
+    assert first is not None
+    assert other is not None
+    first.feed(hard_text()[:70])
+    while not first.done:
+        batch.round()
+    batch.restore(other, batch.snapshot(first))
+    for row in (first, other):
+        row.feed(hard_text()[70:90])
+    while not (first.done and other.done):
+        batch.round()
+    np.testing.assert_array_equal(other.logits_V, first.logits_V)
+
+
 @pytest.mark.parametrize("slice", [5, 12])
 def test_streams_end_at_their_capacity(tmp_path: Path, slice: int) -> None:
     """Rows that are full and idle leave the others room."""
@@ -138,7 +188,7 @@ def test_heads_that_the_attention_does_not_support_have_no_batched_graphs(tmp_pa
         assert text.result() == b"".join(BYTES[id] for id in stream.generate_ids(20, temperature=0, stop_at_eos=False))
 
 
-@pytest.mark.parametrize("bundle", [("plain", "fp32")], indirect=True, ids=["plain"])
+@pytest.mark.parametrize("bundle", [CASES[0]], indirect=True, ids=["plain"])
 def test_workers_share_a_bundle_and_answer_as_a_scheduler_does(bundle: Path) -> None:
     with Scheduler(Model.open(bundle, threads=1, batched=True), streams=1) as scheduler:
         expected = scheduler.submit("abc", 20, seed=1, temperature=0.7, stop_at_eos=False).result()

@@ -13,7 +13,8 @@ Rules
    back [1, S, 2]    (row, m) of each token
    lengths [Q]       entries of each row's cache after this call, in its document (at least 1)
    counts [Q]        tokens of each row in this call
-3. Caches are [Q, G, C, K]. The runtime chooses Q when it makes them, and C of caches that never evict.
+3. A constant total_sequence_length stays: the host of a device does not see the lengths.
+4. Caches are [Q, G, C, K]. The runtime chooses Q when it makes them, and C of caches that never evict.
 
 Not a `Rule`: every GroupQueryAttention must be replaced, and one that cannot be is an error.
 
@@ -32,9 +33,10 @@ from blt_runtime.bundle.spec import GraphSpec, TensorSpec, row_spec
 from blt_runtime.errors import UsageError
 
 from ..lower.ort import CONTRIB
-from ..rewrite import Builder, nodes, replace
+from ..rewrite import Builder, constant, nodes, replace, required
 from . import cleanup
 
+_TOTAL = 6
 _PAST, _ROTARY, _OTHERS = slice(3, 5), slice(7, 10), slice(10, None)
 
 
@@ -54,9 +56,12 @@ def run(model: ir.Model, spec: GraphSpec) -> ir.Model:
     rows.graph.inputs.extend(added.values())
     first = Builder(rows.graph, rows.graph[0])
     slots, back = added["slots"], added["back"]
-    routing = (slots, back, *_lengths(first, added["lengths"], slots), _int32(first, added["counts"]))
-    for node in nodes(rows, "GroupQueryAttention", CONTRIB):
-        _route(rows.graph, node, *routing)
+    attentions = nodes(rows, "GroupQueryAttention", CONTRIB)
+    ends, longest = _lengths(first, added["lengths"], slots)
+    if constant(attentions[0].inputs[_TOTAL]) is not None:
+        longest = required(attentions[0].inputs[_TOTAL])
+    for node in attentions:
+        _route(rows.graph, node, slots, back, ends, longest, _int32(first, added["counts"]))
     cleanup.run(rows)
     _order_inputs(rows.graph, wanted)
     return rows

@@ -3,11 +3,12 @@
 Without it, each step copies the byte state of the encoder, and the patch vector of the latent transformer, to the host
 and back.
 
-Rules, S positions and P patches of one call, of one stream (B is 1)
+Rules, S positions and P patches of one call (B is 1)
 1. encoder: the output byte_states [1, S, X, D] is written to the rows `positions` of the input past_states.
 2. latent: the output patch_kv [1, P, ...] is written to the rows of the new input patch_row [1, P] of past_patches.
 3. latent, decoder: the pools byte_states [N, X, D] and patch_kv [R, ...] are views of this memory.
 4. decoder: the input byte_states [1, S, X, D] is read from the rows `positions` of the memory.
+Of a batched graph (`batch_rows`), the rows are the new input state_row instead of `positions`.
 
 Memory [N, ...] is written by ScatterND, at any rows. Memory [1, 1, N, ...] is written by TensorScatter, which TensorRT
 does in place; a call's rows are then consecutive.
@@ -37,8 +38,7 @@ def run(model: ir.Model, wanted: GraphSpec) -> ir.Model:
     first = Builder(graph, graph[0])
     if wanted.name in RESIDENT:
         past, output = RESIDENT[wanted.name]
-        rows = inputs["positions" if wanted.name == "encoder" else "patch_row"]
-        _write(graph, output, inputs[past], rows)
+        _write(graph, output, inputs[past], inputs["patch_row"] if wanted.name == "latent" else _state_rows(inputs))
     if wanted.name == "decoder":
         _read_states(inputs, wanted, first)
         _view(inputs, "patch_kv", wanted, first)
@@ -90,8 +90,12 @@ def _read_states(inputs: dict[str, ir.Value], wanted: GraphSpec, b: Builder) -> 
     old, memory = inputs["byte_states"], _input(wanted.tensor("byte_states"))
     layers, width = static(old, 2), static(old, 3)
     rows = b.op("Reshape", memory, b.const([-1, layers * width]))
-    states = b.op("Gather", rows, inputs["positions"], axis=0)
+    states = b.op("Gather", rows, _state_rows(inputs), axis=0)
     _take_over(inputs, "byte_states", memory, b.op("Reshape", states, b.const([0, 0, layers, width])))
+
+
+def _state_rows(inputs: dict[str, ir.Value]) -> ir.Value:
+    return inputs["state_row"] if "state_row" in inputs else inputs["positions"]
 
 
 def _take_over(inputs: dict[str, ir.Value], name: str, memory: ir.Value, value: ir.Value) -> None:

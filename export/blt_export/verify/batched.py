@@ -23,6 +23,7 @@ from blt_runtime.patching import PatchRule
 from .parity import TOLERANCE, demand, following
 
 ROWS, TOKENS, PROMPT, PATCH = 3, 45, 26, 4
+RULE = PatchRule("static", patch_size=PATCH)
 Array = npt.NDArray[np.float32]
 
 
@@ -33,14 +34,14 @@ def check(bundle: Bundle) -> tuple[Parity, ...]:
     step, so they have a larger tolerance. Weights stay mapped where possible: a packed copy and PyTorch's weights would
     not fit.
     """
-    spec = replace(bundle.manifest.spec, patch_rule=PatchRule("static", patch_size=PATCH))
+    spec = replace(bundle.manifest.spec, patch_rule=RULE)
     tokens = max(1, min(TOKENS, spec.capacity_bytes, PATCH * (spec.capacity_patches - 1)))
     text = np.random.default_rng(0).integers(OFFSET, spec.vocab_size, (ROWS, tokens))
     text[:, 0], text[:, tokens // 3] = BOS, EOS
     single = Model(spec, OnnxBackend(bundle, prepack=False), bundle.hash_tables())
     scores = [single.score(ids) for ids in text]
     del single
-    logits, entropies = _rows(spec, bundle, text)
+    logits, entropies = _rows(bundle, text)
     pairs = {"batched.logits": (logits, np.array([score.logits[min(PROMPT, tokens) - 1 :] for score in scores]))}
     if entropies is not None:
         pairs["batched.entropy"] = (entropies, np.array([score.entropies for score in scores]))
@@ -75,9 +76,10 @@ def _noises(spec: ModelSpec, bundle: Bundle, text: npt.NDArray[np.int64], scores
     return found
 
 
-def _rows(spec: ModelSpec, bundle: Bundle, text: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
+def _rows(bundle: Bundle, text: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
     """Logits [ROWS, tokens after the prompt, V], and entropies [ROWS, tokens] if there is an entropy model."""
     backend = OnnxRowBackend(bundle, prepack=False)
+    spec = replace(backend.spec, patch_rule=RULE)
     batch = Batch(spec, backend, bundle.hash_tables(), ROWS, with_entropy="entropy" in spec.graphs)
     rows: list[Row] = [row for row in (batch.open() for _ in text) if row is not None]
     prompt, tokens = min(PROMPT, text.shape[1]), text.shape[1]

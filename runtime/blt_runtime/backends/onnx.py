@@ -101,7 +101,7 @@ class OnnxBackend:
         check_flavour(self._provider, bundle.manifest.flavour, bundle.path)
         check_available(self._ort, self._provider)
         if resident is None:
-            resident = self._provider.device is not None and bool(bundle.manifest.resident_graphs)
+            resident = self._keeps_states(bundle)
         self.spec = resident_spec(bundle.manifest.spec) if resident else bundle.manifest.spec
         if prepack is None:
             prepack = self._packs(bundle)
@@ -112,6 +112,9 @@ class OnnxBackend:
                 for name, graph in _largest_first(bundle, self.spec)
             }
             self._sessions = {name: opening[name].result() for name in bundle.manifest.spec.graphs}
+
+    def _keeps_states(self, bundle: Bundle) -> bool:
+        return self._provider.device is not None and bool(bundle.manifest.resident_graphs)
 
     @staticmethod
     def _packs(bundle: Bundle) -> bool:
@@ -162,7 +165,7 @@ def check_rows(bundle: Bundle) -> None:
     """Raises BackendError unless the bundle has batched graphs and the installed onnxruntime can run them."""
     if not bundle.manifest.row_graphs:
         raise BackendError(
-            f"{bundle.path} has no batched graphs: `blt export` writes them in the flavour ort, "
+            f"{bundle.path} has no batched graphs: `blt export` writes them in the flavours ort and cuda, "
             "for attention heads of size 8, 16, ..."
         )
     load_library(ROWS_MINIMUM)
@@ -174,6 +177,9 @@ class OnnxRowBackend(OnnxBackend):
     Weights are packed unless prepack is False, because products over several tokens pack unpacked weights in each call.
     Raises BackendError for a bundle without batched graphs, and for an onnxruntime before ROWS_MINIMUM.
     """
+
+    def _keeps_states(self, bundle: Bundle) -> bool:
+        return bool(bundle.manifest.resident_graphs)
 
     @staticmethod
     def _packs(bundle: Bundle) -> bool:

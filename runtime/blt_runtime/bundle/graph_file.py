@@ -28,7 +28,7 @@ STANDARD = frozenset(
 """Operators of ONNX that every flavour uses."""
 ORT = frozenset(("GatherND", "Split"))
 """Further operators of ONNX in the flavour ort: batched graphs scatter and gather; joined products are split."""
-CUDA = frozenset(("Log", "ScatterND", "Split"))
+CUDA = frozenset(("GatherND", "Log", "ScatterND", "Split"))
 """Further operators of ONNX in the flavour cuda."""
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators, in the flavours ort and cuda: GroupQueryAttention; in ort, in 8 and

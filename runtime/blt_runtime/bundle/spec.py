@@ -240,17 +240,28 @@ def row_spec(graph: GraphSpec) -> GraphSpec:
     slots [Q, M, 2]: (0, token) in each place of a row. back [B, S or P, 2]: (row, place) of each token. lengths [Q]:
     entries of each row's cache after the call, in its document, at least 1. counts [Q]: tokens of each row.
     B is 1. C is any number of at least the longest length plus M; a window's cache keeps its capacity.
+
+    Of `resident_spec`: memory of byte states has N rows, that of patch vectors R, for all rows of the batch together.
+    state_row [B, S]: where the encoder writes the state of each byte, and where the decoder reads it.
     """
     clock = graph.tensor("positions").shape
-    routing = tuple(
-        TensorSpec(name, "int64", shape)
-        for name, shape in (("slots", ("Q", "M", 2)), ("back", (*clock, 2)), ("lengths", ("Q",)), ("counts", ("Q",)))
-    )
+    shapes = {"slots": ("Q", "M", 2), "back": (*clock, 2), "lengths": ("Q",), "counts": ("Q",)}
+    if graph.name in ("encoder", "decoder") and _is_memory(graph.tensor("byte_states")):
+        shapes["state_row"] = clock
+    routing = tuple(TensorSpec(name, "int64", shape) for name, shape in shapes.items())
     kept = tuple(_in_rows(graph, t) for t in graph.inputs if t.name != "doc_start")
     return replace(graph, inputs=(*kept, *routing), outputs=tuple(_in_rows(graph, t) for t in graph.outputs))
 
 
+def _is_memory(tensor: TensorSpec) -> bool:
+    """Whether the tensor is the memory of `resident_spec`: no other form has fixed sizes only."""
+    names = {name for pair in RESIDENT.values() for name in pair}
+    return tensor.name in names and all(isinstance(size, int) for size in tensor.shape)
+
+
 def _in_rows(graph: GraphSpec, tensor: TensorSpec) -> TensorSpec:
+    if _is_memory(tensor):
+        return replace(tensor, shape=("N" if "states" in tensor.name else "R", tensor.shape[-1]))
     if tensor.name not in graph.aliases and tensor.name not in graph.aliases.values():
         return tensor
     _, heads, slots, size = tensor.shape

@@ -131,7 +131,9 @@ class Batch:
         self._ready = ready or gather()
         tokens = rows * self.slice + rows * self.slice % 2
         self._arena = Arena(spec, backend, rows, self.slice)
-        self._staging = {name: Staging(graph, backend, tokens) for name, graph in spec.graphs.items()}
+        self._staging = {
+            name: Staging(graph, backend, tokens, self._arena.memory(name)) for name, graph in spec.graphs.items()
+        }
         self._calls: Calls
         if isinstance(backend, RowBackend):
             self._calls = RowCalls(self._arena, backend, self._staging, tokens, self.slice)
@@ -231,10 +233,19 @@ class Batch:
                 row.memory.hash.one(row.memory.window(start, end), staging["hash_embedding"][part.start])
             elif row.memory.hash is not None:
                 row.memory.hash.many(row.memory.window(start, end), staging["hash_embedding"][part])
+        self._set_state_rows(staging, fitting)
         self._calls.run("encoder", [segment for _, segment in fitting])
         for row, start, end, part in _packed(fitting):
-            row.memory.pool.keep(start, staging["byte_states"][part])
+            if not self._arena.resident:
+                row.memory.pool.keep(start, staging["byte_states"][part])
             self.counts.tokens += end - start
+
+    def _set_state_rows(self, staging: Staging, todo: list[tuple[Row, Segment]]) -> None:
+        """Of resident graphs: where the byte states of the tokens are."""
+        if self._arena.resident:
+            for row, start, end, part in _packed(todo):
+                staging["state_row"][part] = self._arena.state_rows(row.index, start, end)
+            staging["state_row"][part.stop : part.stop + 1] = self._arena.padding[0]
 
     def _next(self, row: Row) -> Segment:
         """The next tokens of a row: up to the end of its slice or its document, or the limit of its caches."""
@@ -281,9 +292,10 @@ class Batch:
             segments = [self._next_patches(row) for row in some]
             self._place_patches(some, segments)
             self._calls.run("latent", segments)
-            made, ring = self._staging["latent"]["patch_kv"], self._arena.ring
             for row, start, end, part in _packed(zip(some, segments, strict=True)):
-                row.memory.kv_ring.array[np.arange(start, end) % ring] = made[part]
+                if not self._arena.resident:
+                    made = self._staging["latent"]["patch_kv"][part]
+                    row.memory.kv_ring.array[np.arange(start, end) % self._arena.ring] = made
                 row.stepped = end
                 self.counts.patches += end - start
             self.counts.latent_calls += 1
@@ -308,29 +320,48 @@ class Batch:
         return Segment(row.index, start, end, int(documents_P[0]))
 
     def _place_patches(self, rows: list[Row], segments: list[Segment]) -> None:
-        """Copies the patches' byte states into the staging, one patch after another, and sets each patch's indices."""
-        staging = self._staging["latent"]
-        patches = [(row.memory, p) for row, s in zip(rows, segments, strict=True) for p in range(s.start, s.end)]
-        firsts = [memory.first_byte(p) for memory, p in patches]
-        lengths = [int(memory.starts_P[p + 1]) - first for (memory, p), first in zip(patches, firsts, strict=True)]
-        count, at = len(patches), 0
-        states, index_PL = staging.states(sum(lengths)), staging.longest(max(lengths))
+        """Copies the patches' byte states into the staging, one patch after another, and sets each patch's indices.
+        Resident graphs have the byte states, and are told where the patches' vectors go."""
+        staging, arena = self._staging["latent"], self._arena
+        patches = [(row, p) for row, s in zip(rows, segments, strict=True) for p in range(s.start, s.end)]
+        firsts = [row.memory.first_byte(p) for row, p in patches]
+        lengths = [int(row.memory.starts_P[p + 1]) - first for (row, p), first in zip(patches, firsts, strict=True)]
+        count, index_PL = len(patches), staging.longest(max(lengths))
         own_P = staging["own_start"] if "own_start" in staging.buffers else None
         inputs = LatentInputs(index_PL, staging["patch_length"], own_P)
-        for i, ((memory, p), first, length) in enumerate(zip(patches, firsts, lengths, strict=True)):
-            inputs.set(i, at, length, int(memory.starts_P[p]) - first)
-            states[at : at + length] = memory.pool.states(first, first + length)
-            at += length
+        rows_P = (
+            self._copy_states(patches, firsts, lengths)
+            if not arena.resident
+            else [row.index * arena.states + first for (row, _), first in zip(patches, firsts, strict=True)]
+        )
+        for i, ((row, p), first, length) in enumerate(zip(patches, firsts, lengths, strict=True)):
+            inputs.set(i, rows_P[i], length, int(row.memory.starts_P[p]) - first)
+            if arena.resident:
+                staging["patch_row"][i] = arena.patch_rows(row.index, np.array(p))
         if count < len(index_PL):  # padding to an even number of patches
             inputs.set(count, 0, 1, 0)
+            if arena.resident:
+                staging["patch_row"][count] = arena.padding[1]
+
+    def _copy_states(self, patches: list[tuple[Row, int]], firsts: list[int], lengths: list[int]) -> list[int]:
+        """Copies the patches' byte states into the staging. Returns the row where each patch begins."""
+        states, at = self._staging["latent"].states(sum(lengths)), 0
+        rows_P = []
+        for (row, _), first, length in zip(patches, firsts, lengths, strict=True):
+            states[at : at + length] = row.memory.pool.states(first, first + length)
+            rows_P.append(at)
+            at += length
+        return rows_P
 
     def _decode(self, todo: list[tuple[Row, Segment]]) -> None:
         """The decoder over tokens whose patches are computed."""
-        staging, ring, width = self._staging["decoder"], self._arena.ring, self.spec.decoder_window
+        staging, width = self._staging["decoder"], self.spec.decoder_window
+        self._set_state_rows(staging, todo)
         for row, start, end, part in _packed(todo):
-            staging["byte_states"][part] = row.memory.pool.states(start, end)
+            if not self._arena.resident:
+                staging["byte_states"][part] = row.memory.pool.states(start, end)
             patch_SW = row.complete_S[:, None] - width + np.arange(width)
-            staging["patch_row"][part] = np.where(patch_SW >= 0, row.index * ring + patch_SW % ring, -1)
+            staging["patch_row"][part] = self._arena.patch_rows(row.index, patch_SW)
         staging["patch_row"][part.stop : part.stop + 1] = -1
         self._calls.run("decoder", [segment for _, segment in todo])
         for row, start, end, part in _packed(todo):

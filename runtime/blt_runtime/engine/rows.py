@@ -20,13 +20,14 @@ Letters: T tokens of the call, Q rows, M most tokens of one row, L bytes of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..backends.protocol import Array, Backend, Buffer, Call, RowBackend
-from ..bundle.spec import GraphSpec, ModelSpec, row_spec
+from ..backends.protocol import Array, Backend, Buffer, Call, Part, RowBackend
+from ..bundle.spec import RESIDENT, GraphSpec, ModelSpec, row_spec
+from ..errors import BackendError
 from .graphs import entries
 
 Key = tuple[str, int, int, tuple[int, ...]]
@@ -48,18 +49,28 @@ class Arena:
     row in a call.
 
     Batched graphs accept any number of slots. They need as many unused ones as a call has room for tokens of a row.
+    Resident graphs have the byte states and patch vectors of all rows in one memory each, one row's after another's.
+    The last row of each takes what a call's padding writes.
     """
 
     def __init__(self, spec: ModelSpec, backend: Backend, rows: int, longest: int) -> None:
         self.rows, longest = rows, room(longest, "latent")
+        self.resident, self.states, self.ring = spec.resident, spec.capacity_bytes, longest + spec.decoder_window
+        if self.resident and not isinstance(backend, RowBackend):
+            raise BackendError("batched streams on a device need batched graphs: open the model with batched=True")
         self._caches: dict[str, dict[str, Buffer]] = {}
         for name, graph in spec.graphs.items():
             slots = spec.capacity_patches if name == "latent" else spec.capacity_bytes
-            if not isinstance(backend, RowBackend) and graph.cache is not None:
+            if graph.cache is not None and self.resident:  # a constant of the graphs
+                slots = graph.cache.capacity
+            elif graph.cache is not None and not isinstance(backend, RowBackend):
                 slots = graph.cache.capacity - longest
-            self._caches[name] = _row_caches(graph, backend, rows, slots + longest)
+            sizes = {"Q": rows, "C": slots + longest, "N": rows * self.states + 1, "R": rows * self.ring + 1}
+            self._caches[name] = _row_caches(graph, backend, sizes)
+        if self.resident:
+            self.patch_kv = self._caches["latent"]["patch_kv"]
+            return
         patch_kv = spec.graphs["latent"].tensor("patch_kv")
-        self.ring = longest + spec.decoder_window
         self.patch_kv = backend.buffer(patch_kv.dtype, (rows * self.ring, *patch_kv.resolve(B=1, P=1)[2:]))
 
     def caches(self, group: str) -> dict[str, Buffer]:
@@ -67,41 +78,100 @@ class Arena:
         return self._caches[group]
 
     def row_caches(self, group: str, row: int) -> dict[str, Buffer]:
-        """The same of one row: [1, heads, C, size]."""
-        found = {}
+        """The same of one row: [1, heads, C, size]. Of resident graphs also its byte states and patch vectors."""
+        if self.resident:
+            counts = dict.fromkeys(RESIDENT["encoder"], self.states) | dict.fromkeys(RESIDENT["latent"], self.ring)
+            return {
+                name: RowBuffer(buffer, row * counts.get(name, 1), counts.get(name, 1))
+                for name, buffer in self._caches[group].items()
+            }
+        found: dict[str, Buffer] = {}
         for name, buffer in self._caches[group].items():
             size = math.prod(buffer.shape[1:])
             found[name] = buffer.part(row * size, (1, *buffer.shape[1:]))
         return found
 
-    def row_ring(self, row: int) -> Buffer:
-        """The newest patch vectors of one row [ring, ...]."""
+    def memory(self, group: str) -> dict[str, Buffer]:
+        """Inputs of a graph that are memory of all rows and belong to another graph."""
+        if group == "decoder":
+            states = {"byte_states": self._caches["encoder"]["byte_states"]} if self.resident else {}
+            return {"patch_kv": self.patch_kv, **states}
+        return {"byte_states": self._caches["encoder"]["byte_states"]} if group == "latent" and self.resident else {}
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows of byte states and of patch vectors that no row of the batch uses."""
+        return self.rows * self.states, self.rows * self.ring
+
+    def state_rows(self, row: int, start: int, end: int) -> Array:
+        """Rows of the byte states of positions start..end of a batch's row."""
+        return np.arange(row * self.states + start, row * self.states + end)
+
+    def patch_rows(self, row: int, patches: Array) -> Array:
+        """Rows of the patch vectors of a batch's row; -1 for patches below 0."""
+        rows: Array = np.where(patches >= 0, row * self.ring + patches % self.ring, -1)
+        return rows
+
+    def row_ring(self, row: int) -> Buffer | None:
+        """The newest patch vectors of one row [ring, ...]; None if they are among its caches."""
+        if self.resident:
+            return None
         size = math.prod(self.patch_kv.shape[1:])
         return self.patch_kv.part(row * self.ring * size, (self.ring, *self.patch_kv.shape[1:]))
 
 
-def _row_caches(graph: GraphSpec, backend: Backend, rows: int, slots: int) -> dict[str, Buffer]:
+class RowBuffer:
+    """Entries first..first + count of a buffer along its first axis: one row of a batch, for copies."""
+
+    def __init__(self, whole: Buffer, first: int, count: int) -> None:
+        self.shape, self.dtype = (count, *whole.shape[1:]), whole.dtype
+        self._whole, self._first = whole, first
+
+    @property
+    def array(self) -> Array:
+        view: Array = self._whole.array[self._first : self._first + self.shape[0]]
+        return view
+
+    def part(self, start: int, shape: tuple[int, ...]) -> Buffer:
+        raise BackendError("one row of a batch has no parts")
+
+    def read(self, part: Part = ()) -> Array:
+        return self._whole.read(self._of_whole(part))
+
+    def write(self, array: Array, part: Part = ()) -> None:
+        self._whole.write(array, self._of_whole(part))
+
+    def _of_whole(self, part: Part) -> Part:
+        first, *rest = part or (slice(None),)
+        start, stop, _ = first.indices(self.shape[0])
+        return (slice(self._first + start, self._first + stop), *rest)
+
+
+def _row_caches(graph: GraphSpec, backend: Backend, sizes: Mapping[str, int]) -> dict[str, Buffer]:
     caches: dict[str, Buffer] = {}
     for output, source in row_spec(graph).aliases.items():
         tensor = row_spec(graph).tensor(source)
-        caches[output] = caches[source] = backend.buffer(tensor.dtype, tensor.resolve(Q=rows, C=slots), "device")
+        caches[output] = caches[source] = backend.buffer(tensor.dtype, tensor.resolve(**sizes), "device")
     return caches
 
 
 class Staging:
-    """Inputs and outputs of one graph for up to T tokens: [1, T, ...] each."""
+    """Inputs and outputs of one graph for up to T tokens: [1, T, ...] each. `memory` names inputs that are bound
+    elsewhere."""
 
-    def __init__(self, graph: GraphSpec, backend: Backend, tokens: int) -> None:
+    def __init__(self, graph: GraphSpec, backend: Backend, tokens: int, memory: Collection[str] = ()) -> None:
         self.graph, self._backend = graph, backend
         self._sizes = {"B": 1, "S": tokens, "P": tokens, "N": 0}
-        cached = {*graph.aliases, *graph.aliases.values()}
+        cached = {*graph.aliases, *graph.aliases.values(), *memory}
         names = [t for t in (*graph.inputs, *graph.outputs) if t.name not in cached]
         self.buffers = {t.name: self._new(t.name) for t in names if not {"R", "L"} & set(t.shape)}
+        if row_spec(graph).has_input("state_row"):
+            self.buffers["state_row"] = backend.buffer("int64", (1, tokens), "step")
         self._indexes: dict[int, Buffer] = {}
 
     def _new(self, name: str) -> Buffer:
         tensor = self.graph.tensor(name)
-        return self._backend.buffer(tensor.dtype, tensor.resolve(**self._sizes))
+        return self._backend.buffer(tensor.dtype, tensor.resolve(**self._sizes), "step")
 
     def __getitem__(self, name: str) -> Array:
         """[T, ...] of an input or output; byte states of the latent graph [N, ...]."""
@@ -133,7 +203,7 @@ class Staging:
         }
 
     def _is_pool(self, name: str) -> bool:
-        return self.graph.tensor(name).shape[0] == "N"
+        return self.graph.name == "latent" and name == "byte_states"
 
 
 class Calls(Protocol):
@@ -159,8 +229,7 @@ class LoopedCalls:
             staging["positions"][first : first + count] = np.arange(start, end)
             staging["doc_start"][first : first + count] = document
             buffers = staging.tokens(first, count) | self._arena.row_caches(group, row)
-            if group == "decoder":
-                buffers["patch_kv"] = self._arena.patch_kv
+            buffers |= self._arena.memory(group)
             self._backend.session(group).bind(buffers)()
             first += count
 
@@ -195,9 +264,7 @@ class RowCalls:
         group, tokens, longest, _ = key
         buffers = self._staging[group].tokens(0, tokens) | self._arena.caches(group)
         buffers.pop("doc_start", None)
-        buffers |= self._routes[group].buffers(tokens, longest)
-        if group == "decoder":
-            buffers["patch_kv"] = self._arena.patch_kv
+        buffers |= self._routes[group].buffers(tokens, longest) | self._arena.memory(group)
         self._bound[key] = self._backend.row_session(group).bind(buffers)
         return self._bound[key]
 
