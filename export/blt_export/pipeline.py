@@ -2,7 +2,7 @@
 
 `STEPS` runs from top to bottom on one `ExportState`. Each step returns what it changed; the log shows it with the
 seconds.
-Up to "lower" all flavours are the same. Only "quantise" changes numerics; it does nothing unless asked for.
+Up to "lower" all flavours are the same. Only "quantise" and "halve" change numerics; they do nothing unless asked for.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ STEPS = (
     Step("clean up again", each(cleanup.run)),
     Step("free the caches' capacity", each_with_spec(free_capacity.run, flavours=("ort", "portable"))),
     Step("quantise", steps.quantise),
+    Step("halve", steps.halve_graphs),
     Step("write graphs", steps.write_graphs),
     Step("write batched graphs", steps.write_batched_graphs),
     Step("write graphs for devices", steps.write_resident_graphs),
@@ -106,7 +107,8 @@ def export(
     capacity, patches: bytes and patches that one stream can hold. chunk: most bytes per call.
     check: compare every graph with PyTorch. force: replace an existing bundle. progress: called with each step's name.
     table_dtype: of the hash tables: "float32", "float16", "bfloat16" or "int8" (default: as in the checkpoint).
-    precision: of the matrices, "fp32", "int8" or "int4" (the latter two only in the flavour "ort").
+    precision: "fp32", "fp16" or "bf16" (the last not in the flavour "ort"); or "int8" or "int4", of the matrices only
+    (only in the flavour "ort").
     precision_of: another precision for single graphs ("entropy", "encoder", "latent", "decoder").
     eval_ids: pieces of a text, ids [N] that begin with BOS; the manifest then holds the bundle's bits per byte on them.
     chat_template: Jinja source that makes a prompt of a chat's messages.

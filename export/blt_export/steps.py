@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -17,19 +21,19 @@ from blt_runtime.bundle import graph_file
 from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import FileRef, Manifest
-from blt_runtime.bundle.spec import GraphSpec, resident_spec, row_spec
+from blt_runtime.bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec
 from blt_runtime.errors import BackendError, BundleError, UsageError
 
 from . import bundle
 from .capture import trace
 from .lower import cuda, ort, portable
-from .passes import batch_rows, join_products, keep_states
+from .passes import batch_rows, halve, join_products, keep_states
 from .quantize import matrices
 from .rewrite import diff, op_counts
 from .rules import GRAPH
 from .specs import FLAVOURS, Flavour
 from .state import ExportState
-from .verify import batched, parity, text
+from .verify import batched, emulate, parity, text
 
 log = logging.getLogger("blt_export")
 
@@ -91,15 +95,15 @@ def lower(state: ExportState) -> str:
 
 def join(state: ExportState) -> str:
     """Only in graphs that are quantised next."""
-    blocks = {name: matrices.FORMATS[p].block for name, p in state.precisions.items() if p != "fp32"}
+    blocks = {name: matrices.FORMATS[p].block for name, p in state.precisions.items() if p in matrices.FORMATS}
     joined = {name: join_products.run(state.graphs[name], block) for name, block in blocks.items()}
     return ", ".join(f"{name}: -{count} MatMul" for name, count in joined.items()) or "nothing is quantised"
 
 
 def quantise(state: ExportState) -> str:
-    """Graphs with a precision other than float32. One without a matrix that fits stays float32, with a warning. Raises
+    """Graphs with a precision of 8 or 4 bits. One without a matrix that fits stays float32, with a warning. Raises
     UsageError if no graph has one, since the bundle would name a precision that it does not have."""
-    wanted = {name: p for name, p in state.precisions.items() if p != "fp32"}
+    wanted = {name: p for name, p in state.precisions.items() if p in matrices.FORMATS}
     for name, precision in wanted.items():
         outcome = state.quantised[name] = matrices.run(state.graphs[name], precision)
         if not outcome.packed:
@@ -114,6 +118,14 @@ def quantise(state: ExportState) -> str:
             "export at fp32"
         )
     return ". ".join(f"{name}, {wanted[name]}: {state.quantised[name]}" for name in wanted) or "not asked for"
+
+
+def halve_graphs(state: ExportState) -> str:
+    """Graphs of half precision. The specification then has half caches."""
+    wanted = {name: p for name, p in state.precisions.items() if p in halve.HALVES}
+    state.float_spec, state.spec = state.spec, halve.half_spec(state.spec, state.precisions)
+    changed = {name: halve.run(state.graphs[name], precision) for name, precision in wanted.items()}
+    return ", ".join(f"{name}: {count} constants" for name, count in changed.items()) or "not asked for"
 
 
 def write_graphs(state: ExportState) -> str:
@@ -161,19 +173,33 @@ def write_hash_tables(state: ExportState) -> str:
 def check_parity(state: ExportState) -> str:
     if not state.check:
         return "not asked for"
-    state.parity = parity.check_parity(
-        state.checkpoint,
-        state.modules,
-        state.spec,
-        files=state.files,
-        hash_tables=state.folder / bundle.HASH_TABLES,
-        precisions=state.precisions,
-        packed={name: outcome.packed for name, outcome in state.quantised.items()},
-    )
+    with _runnable(state) as (folder, spec):
+        state.parity = parity.check_parity(
+            state.checkpoint,
+            state.modules,
+            spec,
+            files={name: folder / path.name for name, path in state.files.items()},
+            hash_tables=state.folder / bundle.HASH_TABLES,
+            precisions=state.precisions,
+            packed={name: outcome.packed for name, outcome in state.quantised.items()},
+        )
     near = len(state.parity.near_threshold)
     if near:
         log.warning("%d of the checked positions have an entropy within tolerance of the threshold", near)
     return ", ".join(f"{row.output} {row.max_abs_error:.1e}" for row in state.parity.rows)
+
+
+@contextlib.contextmanager
+def _runnable(state: ExportState) -> Iterator[tuple[Path, ModelSpec]]:
+    """The folder of the written graphs, and their specification; in bfloat16, that of emulations in float32."""
+    if "bf16" not in state.precisions.values():
+        yield state.folder, state.spec
+        return
+    with tempfile.TemporaryDirectory(dir=state.folder.parent) as name:
+        folder = Path(name)
+        for graph, path in state.files.items():
+            bundle.write_graph(emulate.run(ir.load(path)), folder, graph)
+        yield folder, state.float_spec
 
 
 def make_manifest(state: ExportState) -> str:
@@ -209,6 +235,8 @@ def check_batched_parity(state: ExportState) -> str:
     assert state.manifest is not None
     if not state.check or not state.row_files:
         return "nothing to check"
+    if "bf16" in state.precisions.values():
+        return "not possible here: bfloat16 has no kernels on CPUs"
     try:
         load_library(ROWS_MINIMUM)
     except BackendError as error:
@@ -224,7 +252,14 @@ def evaluate_on_text(state: ExportState) -> str:
     assert state.manifest is not None
     if not state.eval_ids:
         return "no text was given"
-    found = text.evaluate(state.checkpoint, Bundle(state.folder, state.manifest), state.eval_ids)
+    with _runnable(state) as (folder, spec):
+        runnable = Bundle(folder, state.manifest)
+        if folder != state.folder:
+            shutil.copyfile(state.folder / bundle.HASH_TABLES, folder / bundle.HASH_TABLES)
+            files = bundle.entries(folder)
+            fp32 = dict.fromkeys(state.precisions, "fp32")
+            runnable = Bundle(folder, replace(state.manifest, spec=spec, files=files, precisions=fp32))
+        found = text.evaluate(state.checkpoint, runnable, state.eval_ids)
     state.manifest = replace(state.manifest, judged=found)
     return f"{found.float_bits_per_byte:.4f} bits per byte in float32, {found.bits_per_byte:.4f} in the bundle"
 

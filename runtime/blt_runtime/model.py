@@ -13,7 +13,7 @@ from .arguments import choice, flag, instance, whole
 from .backends.protocol import Backend
 from .backends.providers import PROVIDERS
 from .bundle.bundle import Bundle, Verify
-from .bundle.manifest import Manifest, check_precision
+from .bundle.manifest import PRECISIONS, Manifest, check_precision
 from .bundle.open_files import OpenFiles
 from .bundle.spec import ModelSpec
 from .errors import OutOfMemory, UsageError, shown
@@ -79,10 +79,10 @@ class Model:
 
         backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: for one call; None lets the
         backend choose. provider: ONNX Runtime's, "cpu", "cuda" or "webgpu"; the last two run bundles of the flavour
-        cuda. verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32", "int8",
-        "int4"); None accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no single
-        streams. prepack: see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several tokens
-        (`speculate`). many: the former name of `batched`, which warns.
+        cuda. verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32", "fp16",
+        "bf16", "int8", "int4"); None accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has
+        no single streams. prepack: see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several
+        tokens (`speculate`). many: the former name of `batched`, which warns.
 
         Raises UsageError, BundleError, BackendError, OutOfMemory or MissingExtra.
         """
@@ -170,7 +170,7 @@ def _check_open(
         whole("threads", threads, 1, MOST_THREADS)
     choice("provider", provider, tuple(PROVIDERS))
     if precision is not None:
-        choice("precision", precision, ("fp32", "int8", "int4"))
+        choice("precision", precision, PRECISIONS)
     flag("batched", batched)
     if prepack is not None:
         flag("prepack", prepack)

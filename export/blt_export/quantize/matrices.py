@@ -30,12 +30,12 @@ import onnx_ir as ir
 
 from blt_runtime.errors import UsageError, nearest
 
+from ..passes.halve import HALVES
 from ..rewrite import Builder, nodes, replace, required
 from .blockwise import Blocks, Floats, Format, block_error, dequantise, quantise
 
 FORMATS = {"int8": Format(8, 128), "int4": Format(4, 32, shrink=(0.95, 0.9, 0.85, 0.8, 0.75))}
-PRECISIONS = ("fp32", *FORMATS)
-LATER = ("fp16", "bf16")
+PRECISIONS = ("fp32", *HALVES, *FORMATS)
 DOMAIN, OPERATOR, ACCURACY_LEVEL = "com.microsoft", "MatMulNBits", 4
 
 
@@ -81,14 +81,14 @@ class Outcome:
 def check(flavour: str, precision: str, precision_of: Mapping[str, str]) -> None:
     """Raises UsageError for a precision that is unknown or not supported (yet, or in this flavour)."""
     for value in (precision, *precision_of.values()):
-        if value in LATER:
-            raise UsageError(f"precision {value} is not supported yet; choose one of {', '.join(PRECISIONS)}")
         if value not in PRECISIONS:
             raise UsageError(f"precision {value!r}: choose one of {', '.join(PRECISIONS)}")
         if value in FORMATS and flavour != "ort":
             raise UsageError(
-                f"precision {value} is not supported yet in the flavour {flavour}: use fp32, or the flavour ort"
+                f"precision {value} is not supported yet in the flavour {flavour}: use fp16 or bf16, or the flavour ort"
             )
+        if value == "bf16" and flavour == "ort":
+            raise UsageError("precision bf16 runs on GPUs: choose the flavour cuda or portable, or fp16")
 
 
 def choose(precision: str, precision_of: Mapping[str, str], graphs: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,10 @@ are within half of its noise, and one matrix in error by 1 % is at 2,000 times t
 
 Hash tables in 8 bits: max |got - want| relative to the largest error that rounding can cause, half a step of each row.
 
+Half precision differs from float32 by design: the error of an output is its relative root mean square, as below. The
+tolerances are those of one rounding, 2^-11 and 2^-8, with room for ten and more that add up over the layers. bfloat16
+has no kernels on CPUs, so the graph is emulated there (`verify.emulate`).
+
 Quantised graphs differ from float32 by design, so they are checked in two ways (and by `verify.text`):
 - `<graph>.weights`: the weights that the written codes represent against the float weights, the worst block
   (`blockwise.block_error`). The largest error of rounding is known. So one wrong scale, one block with swapped halves
@@ -48,10 +52,10 @@ from blt_runtime.bundle.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, hash_ids
 
-from ..quantize.matrices import Packed, read_error
+from ..quantize.matrices import FORMATS, Packed, read_error
 from .plan import Plan, graph_calls, make_plan
 
-TOLERANCE = {"fp32": 2e-5, "int8": 0.1, "int4": 0.6}
+TOLERANCE = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.1, "int4": 0.6}
 NOISES = 4.0
 """Tolerance in multiples of the measured noise: graph and PyTorch each have it, and their roundings differ."""
 LARGEST_NOISE = 5e-4
@@ -111,7 +115,7 @@ def check_parity(
         if packed.get(name):
             rows.append(_weights_row(name, files[name], packed[name]))
         want = _reference(steps[name], graph, inputs[name])
-        got = _exported(files[name], graph, spec, inputs[name], precision != "fp32")
+        got = _exported(files[name], graph, spec, inputs[name], precision in FORMATS)
         found = []
         for tensor in _plain(graph.outputs, graph):
             measure = _error if precision == "fp32" else _relative_rms
@@ -122,9 +126,11 @@ def check_parity(
             noises |= {f"{name}.{output}": noise for output, noise in of_graph.items()}
             found = [following(row, noises[row.output]) for row in found]
         rows += found
-        if name == "entropy" and precision == "fp32":
+        if name == "entropy" and precision not in FORMATS:
             entropy_N = want["entropy"][0]
             tolerance_of_entropy = next(row.tolerance for row in found if row.output == "entropy.entropy")
+            if precision != "fp32":  # twice the largest error
+                tolerance_of_entropy = 2 * _error(got["entropy"], want["entropy"])
         _pass_on(inputs, name, want)
     demand(rows, noises=noises)
     return ParityReport(tuple(rows), _near(entropy_N, spec, tolerance_of_entropy))
@@ -248,9 +254,9 @@ def _exported(path: Path, graph: GraphSpec, spec: ModelSpec, inputs: Arrays, qua
     pieces: dict[str, list[npt.NDArray[Any]]] = {t.name: [] for t in _plain(graph.outputs, graph)}
     start_N = inputs["doc_start"][0]
     for a, b in graph_calls(len(start_N), graph, spec, start_N):
-        given = {t.name: _positions(inputs[t.name], t, a, b) for t in _plain(graph.inputs, graph)}
+        given = {t.name: _positions(inputs[t.name], t, a, b).astype(t.dtype) for t in _plain(graph.inputs, graph)}
         for name, value in run(given).items():
-            pieces[name].append(value)
+            pieces[name].append(value.astype(np.float32))
     return {name: np.concatenate(values, 1) for name, values in pieces.items()}
 
 

@@ -16,16 +16,19 @@ import numpy as np
 
 from ..bundle.spec import GraphSpec
 from ..errors import BackendError
-from .protocol import Array, Buffer, Call, HostBuffer, Part
+from .protocol import Array, Buffer, Call, HostBuffer, Part, storage
+
+BFLOAT16 = 16
+"""The element type's number in ONNX; numpy has none."""
 
 
 class DeviceBuffer:
     """Memory of a device that only graphs read and write. `value` is its OrtValue."""
 
     def __init__(self, library: Any, device: str, dtype: str, shape: tuple[int, ...]) -> None:
-        self.shape, self.dtype = shape, np.dtype(dtype)
-        self._library, self._device = library, device
-        self.value = new_value(library, device, self.dtype, shape)
+        self.shape, self.dtype = shape, storage(dtype)
+        self._library, self._device, self.element = library, device, element_type(dtype)
+        self.value = new_value(library, device, self.element, shape)
         self.write(np.zeros(shape, self.dtype))
 
     @property
@@ -36,23 +39,38 @@ class DeviceBuffer:
         raise BackendError(f"batched streams run on the CPU only: memory of the device {self._device} has no parts")
 
     def read(self, part: Part = ()) -> Array:
-        return np.array(self.value.numpy()[part])
+        whole = np.empty(self.shape, self.dtype)
+        self._library.copy_tensors([self.value], [host_value(self._library, whole, self.element)])
+        return whole[part].copy() if part else whole
 
     def write(self, array: Array, part: Part = ()) -> None:
         whole = array
         if part or array.shape != self.shape:
             whole = self.read()
             whole[part] = array
-        source = self._library.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(whole, self.dtype))
-        self._library.copy_tensors([source], [self.value])
+        source = np.ascontiguousarray(whole, self.dtype)
+        self._library.copy_tensors([host_value(self._library, source, self.element)], [self.value])
 
 
-def new_value(library: Any, device: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+def element_type(dtype: str) -> Any:
+    """An element type as ONNX Runtime's bindings take it: numpy's, or the number of ONNX for bfloat16."""
+    return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
+
+
+def new_value(library: Any, device: str, element: Any, shape: tuple[int, ...]) -> Any:
     """An OrtValue on the device, with undefined contents. Raises MemoryError."""
     try:
-        return library.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype.type, device, 0)
+        return library.OrtValue.ortvalue_from_shape_and_type(list(shape), element, device, 0)
     except Exception as error:  # onnxruntime's own classes share no public base
-        raise MemoryError(f"no {math.prod(shape) * dtype.itemsize:,} bytes on the device {device}") from error
+        size = math.prod(shape) * (2 if element == BFLOAT16 else np.dtype(element).itemsize)
+        raise MemoryError(f"no {size:,} bytes on the device {device}") from error
+
+
+def host_value(library: Any, array: Array, element: Any) -> Any:
+    """An OrtValue over the memory of an array."""
+    if element == BFLOAT16:
+        return library.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+    return library.OrtValue.ortvalue_from_numpy(array)
 
 
 class Transfers:
@@ -73,23 +91,26 @@ class Transfers:
                 binding.bind_ortvalue_input(name, self._value(name, buffer, up.to_device))
             else:
                 array = self._host_array(name, buffer)
-                binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+                binding.bind_input(name, "cpu", 0, self._element(name), array.shape, array.ctypes.data)
         for name, on_device in self._outputs.items():
             buffer = buffers[name]
             if on_device or isinstance(buffer, DeviceBuffer):
                 binding.bind_ortvalue_output(name, self._value(name, buffer, down.to_host))
             else:
                 array = self._host_array(name, buffer)
-                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+                binding.bind_output(name, "cpu", 0, self._element(name), array.shape, array.ctypes.data)
         return binding, up.run, down.run
 
     def _value(self, name: str, buffer: Buffer, copied: Any) -> Any:
         """The OrtValue to bind. That of a host buffer is new, and copied with each call."""
         if isinstance(buffer, DeviceBuffer):
             return buffer.value
-        value = new_value(self._library, self._device, buffer.dtype, buffer.shape)
-        copied(self._host_array(name, buffer), value)
+        value = new_value(self._library, self._device, self._element(name), buffer.shape)
+        copied(host_value(self._library, self._host_array(name, buffer), self._element(name)), value)
         return value
+
+    def _element(self, name: str) -> Any:
+        return element_type(self._spec.tensor(name).dtype)
 
     def _host_array(self, name: str, buffer: Buffer) -> Array:
         if not isinstance(buffer, HostBuffer):
@@ -105,13 +126,13 @@ class _Copies:
         self._sources: list[Any] = []
         self._targets: list[Any] = []
 
-    def to_device(self, array: Array, value: Any) -> None:
-        self._sources.append(self._library.OrtValue.ortvalue_from_numpy(array))
+    def to_device(self, host: Any, value: Any) -> None:
+        self._sources.append(host)
         self._targets.append(value)
 
-    def to_host(self, array: Array, value: Any) -> None:
+    def to_host(self, host: Any, value: Any) -> None:
         self._sources.append(value)
-        self._targets.append(self._library.OrtValue.ortvalue_from_numpy(array))
+        self._targets.append(host)
 
     def run(self) -> None:
         if self._sources:

@@ -21,9 +21,10 @@ from typing import Any
 from ..arguments import choice
 from ..bundle.bundle import Bundle
 from ..bundle.graph_file import read_graph
+from ..bundle.manifest import QUANTISED
 from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
-from .device import DeviceBuffer, Transfers
+from .device import DeviceBuffer, Transfers, element_type
 from .protocol import Buffer, Call, HostBuffer, Place
 from .providers import PROVIDERS, check_available, check_flavour, check_placement, open_session
 
@@ -100,12 +101,14 @@ class OnnxBackend:
         self._provider = PROVIDERS[provider]
         check_flavour(self._provider, bundle.manifest.flavour, bundle.path)
         check_available(self._ort, self._provider)
+        if self._provider.device is None and "bf16" in map(bundle.manifest.precision_of, bundle.manifest.graphs):
+            raise BackendError(f"{bundle.path} is of bf16, which has no kernels on CPUs: export at fp16 or fp32")
         if resident is None:
             resident = self._keeps_states(bundle)
         self.spec = resident_spec(bundle.manifest.spec) if resident else bundle.manifest.spec
         if prepack is None:
             prepack = self._packs(bundle)
-        packed = {name: prepack or bundle.manifest.precision_of(name) != "fp32" for name in bundle.manifest.graphs}
+        packed = {name: prepack or bundle.manifest.precision_of(name) in QUANTISED for name in bundle.manifest.graphs}
         with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
             opening = {
                 name: pool.submit(self._open, bundle, graph, self._options(threads, spin, packed[name]))
@@ -226,8 +229,8 @@ class OnnxSession:
         binding = self._session.io_binding()
         for names, bind in ((self._inputs, binding.bind_input), (self._outputs, binding.bind_output)):
             for name in names:
-                array = buffers[name].array
-                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+                array, element = buffers[name].array, element_type(self.spec.tensor(name).dtype)
+                bind(name, "cpu", 0, element, array.shape, array.ctypes.data)
         run, kept = self._session.run_with_iobinding, dict(buffers)
 
         def call() -> None:

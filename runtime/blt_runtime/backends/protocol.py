@@ -114,7 +114,7 @@ class HostBuffer:
     """A Buffer in main memory: a numpy array at an aligned address."""
 
     def __init__(self, dtype: str | np.dtype[Any], shape: tuple[int, ...]) -> None:
-        self.array = aligned_zeros(np.dtype(dtype), shape)
+        self.array = aligned_zeros(storage(dtype), shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,6 +134,11 @@ class HostBuffer:
 
     def write(self, array: Array, part: Part = ()) -> None:
         self.array[part] = array
+
+
+def storage(dtype: str | np.dtype[Any]) -> np.dtype[Any]:
+    """numpy's type for an element type; bfloat16 is stored as uint16."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def aligned_zeros(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BundleError
-from .manifest import FileEntry, Manifest
+from .manifest import QUANTISED, FileEntry, Manifest
 from .protobuf import BYTES, FIXED32, VARINT, Malformed, Reader, Unexpected, signed
 
 STANDARD = frozenset(
@@ -43,7 +43,8 @@ LARGEST_INTEGER = 1 << 24
 MOST_FIELDS = 400_000
 """Most fields of an .onnx file; a graph of 400 nodes has 20,000."""
 _UNLIMITED = ((1 << 63) - 1, -(1 << 63))  # the ends of a Slice or Shape that has none
-_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1}  # float32, uint8, int8, int32, int64, bool
+_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2}
+"""Of float32, uint8, int8, int32, int64, bool, float16, bfloat16."""
 _INTEGERS = {6: "<i", 7: "<q"}
 _DIMENSIONS = 8
 
@@ -93,7 +94,7 @@ def read_graph(folder: Path, name: str, manifest: Manifest, precision: str) -> b
     try:
         if size > LARGEST_FILE:
             raise _Foreign(f"it has {size:,} bytes")
-        _Check(operators(manifest.flavour, precision != "fp32"), manifest).model(content)
+        _Check(operators(manifest.flavour, precision in QUANTISED), manifest).model(content)
     except _Foreign as error:
         raise BundleError(
             f"cannot load {name} in {folder}: {error}, which `blt export` never writes: export the bundle again"

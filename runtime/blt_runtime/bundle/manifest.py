@@ -22,6 +22,9 @@ VERSION = 4
 """2: added the types of hash tables and of a rule's entropies, and each graph's precision; 1 is read as float32.
 3: added batched graphs, and hash tables of 8 bits. 4: added resident graphs, and half precision."""
 FILE_NAME = "manifest.json"
+QUANTISED = ("int8", "int4")
+"""Precisions of matrices only; the rest is float32."""
+PRECISIONS = ("fp32", "fp16", "bf16", *QUANTISED)
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ class Manifest:
     """A bundle's description of itself. `config` and `producer` are for people; no code computes from them.
 
     `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is the
-    export's setting, `precisions` that of each graph's matrices ("fp32", "int8", "int4"), by default
-    `precision`. `row_graphs` are the batched graphs (`spec.row_spec`) on the same weights; empty if there are none.
-    `resident_graphs` are those for devices (`spec.resident_spec`), also on the same weights. `chat_template` is the
-    Jinja source for chats.
+    export's setting, `precisions` that of each graph ("fp32", "fp16", "bf16"; of its matrices only, "int8" or "int4"),
+    by default `precision`. `row_graphs` are the batched graphs (`spec.row_spec`) on the same weights; empty if there
+    are none. `resident_graphs` are those for devices (`spec.resident_spec`), also on the same weights. `chat_template`
+    is the Jinja source for chats.
     """
 
     producer: dict[str, Any]
@@ -97,7 +100,7 @@ class Manifest:
     chat_template: str | None = None
 
     def precision_of(self, graph: str) -> str:
-        """The precision of a graph's matrices; everything else is float32."""
+        """The precision of a graph, one of PRECISIONS."""
         return self.precisions.get(graph, self.precision)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Half precision on a processor without its kernels: float32 arithmetic, rounded to half after each node.
+
+ONNX Runtime's CPU kernels have no bfloat16. So parity of a bfloat16 graph, and its bits per byte, are measured with a
+copy in which every half value is a float32 value that was rounded to half: constants, caches, and the results of every
+node. This is what a GPU computes, but for the order of its additions. It is also the slow reference of float16 kernels.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ..passes.halve import HALVES
+from ..rewrite import Builder
+
+_HALF = {half for _, half in HALVES.values()}
+
+
+def run(model: ir.Model) -> ir.Model:
+    """A float32 copy of a half graph whose values are rounded as in the original."""
+    made = model.clone()
+    graph = made.graph
+    for name in list(graph.initializers):
+        value = graph.initializers[name]
+        if value.dtype in _HALF:
+            _widen(value)
+    nodes = list(graph)
+    for node in nodes:
+        target = node.attributes.get("to")
+        if node.op_type == "Cast" and target is not None and ir.DataType(target.as_int()) in _HALF:
+            continue
+        for value in node.outputs:
+            if value.dtype in _HALF:
+                _round(graph, node, value)
+    for node in nodes:
+        target = node.attributes.get("to")
+        if node.op_type == "Cast" and target is not None and ir.DataType(target.as_int()) in _HALF:
+            _widen_after(graph, node, node.outputs[0])
+    for value in graph.inputs:
+        if value.dtype in _HALF:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    return made
+
+
+def _widen(value: ir.Value) -> None:
+    tensor = value.const_value
+    assert tensor is not None
+    value.const_value = ir.LazyTensor(
+        lambda: ir.Tensor(tensor.numpy().astype("float32"), name=value.name),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=value.name,
+    )
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """All readers of a node's result, and the graph's output, read it rounded."""
+    half = value.dtype
+    assert half is not None
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    b = Builder(graph, _next(graph, node))
+    rounded = b.op("Cast", value, to=half, dtype=half)
+    _replace(graph, value, b.op("Cast", rounded, to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT), rounded.producer())
+
+
+def _widen_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    b = Builder(graph, _next(graph, node))
+    wide = b.op("Cast", value, to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT)
+    _replace(graph, value, wide, wide.producer())
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value, keeps: ir.Node | None) -> None:
+    new.shape = old.shape
+    for reader, index in list(old.uses()):
+        if reader is not keeps:
+            reader.replace_input_with(index, new)
+    if old.is_graph_output():
+        graph.outputs[list(graph.outputs).index(old)] = new
+        old.name, new.name = f"{old.name}.exact", old.name
+
+
+def _next(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    nodes = list(graph)
+    at = nodes.index(node) + 1
+    return nodes[at] if at < len(nodes) else None
