@@ -192,7 +192,8 @@ class ModelOptions:
     precision: Annotated[
         str | None,
         typer.Option(
-            "--precision", help="Fail unless MODEL has this precision: fp32, int8 or int4 (default: accept any)."
+            "--precision",
+            help="Fail unless MODEL has this precision: fp32, fp16, bf16, int8 or int4 (default: accept any).",
         ),
     ] = None
     entropy_model: Annotated[

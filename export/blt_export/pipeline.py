@@ -31,6 +31,7 @@ from .passes import (
     fold_weights,
     free_capacity,
     gather_once,
+    halve,
     name_io,
     pack_heads,
     read_slices,
@@ -155,6 +156,7 @@ def prepare(
     dtype = cast(TableDtype | None, table_dtype)
     spec = export_spec(loaded, known, capacity=capacity, patches=patches, chunk=chunk, table_dtype=dtype)
     precisions = matrices.choose(precision, precision_of or {}, spec.graphs)
+    halve.half_spec(spec, precisions)  # raises if graphs would not fit each other
     state = ExportState(loaded, spec, known, precision=precision, check=check, precisions=precisions, eval_ids=eval_ids)
     return replace(state, chat_template=chat_template)
 

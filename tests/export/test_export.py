@@ -196,7 +196,7 @@ def test_a_folder_that_is_not_a_bundle_is_never_replaced(tmp_path: Path) -> None
 
 def test_bad_arguments() -> None:
     checkpoint = tiny(VARIANTS[0])
-    with pytest.raises(UsageError, match="bf16 is not supported yet"):
+    with pytest.raises(UsageError, match="bf16 runs on GPUs"):
         blt_export.export(checkpoint, "unused", precision="bf16")
     with pytest.raises(UsageError, match="precision 'fp31'"):
         blt_export.export(checkpoint, "unused", precision="fp31")

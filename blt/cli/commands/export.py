@@ -49,7 +49,8 @@ def export(
         str, typer.Option(help="ort (fastest on CPUs), cuda (GPUs: CUDA and WebGPU) or portable (standard operators).")
     ] = "ort",
     precision: Annotated[
-        str, typer.Option(help="Precision of the weight matrices: fp32, int8 or int4 (the last two need ort).")
+        str,
+        typer.Option(help="fp32; fp16, or bf16 for GPUs; or, of the weight matrices only and in ort, int8 or int4."),
     ] = "fp32",
     precision_of: Annotated[
         list[str] | None,

@@ -81,9 +81,9 @@ class _Halving:
             self._kinds[value] = "constant" if value.dtype is ir.DataType.FLOAT else "other"
         for node in list(self._graph):
             self._convert(node)
-        for value in self._graph.outputs:
-            if value.dtype is not None and value.name in KEPT:
-                value.type = ir.TensorType(ir.DataType.FLOAT)
+        for value in self._constants:
+            if not value.uses():
+                self._graph.initializers.pop(str(value.name))
         return len(self._constants)
 
     def _set_input(self, value: ir.Value) -> None:

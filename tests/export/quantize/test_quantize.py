@@ -262,7 +262,7 @@ def test_a_graph_without_any_such_matrix_stays_float_with_a_warning(
 
 def test_bad_precisions() -> None:
     checkpoint = tinies.tiny("static")
-    with pytest.raises(UsageError, match="fp16 is not supported yet"):
+    with pytest.raises(UsageError, match="give all three the same precision"):
         blt_export.export(checkpoint, "unused", precision_of={"latent": "fp16"})
     with pytest.raises(UsageError, match="precision 'int7'"):
         blt_export.export(checkpoint, "unused", precision="int7")

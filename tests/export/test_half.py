@@ -1,0 +1,143 @@
+"""Half precision: what becomes half, that the graphs agree with PyTorch, and with their emulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from blt_export import ExportReport, pipeline
+from blt_export.bundle import write_graph
+from blt_export.passes.halve import half_spec
+from blt_export.verify import emulate
+from blt_export.verify.parity import TOLERANCE, GraphRun
+from blt_runtime import Model
+from blt_runtime.backends.onnx import OnnxBackend
+from blt_runtime.bundle.bundle import Bundle
+from blt_runtime.errors import BackendError, UsageError
+from blt_runtime.ids import EOS
+from tests.exports import prepare
+from tests.tiny import tiny
+
+VARIANTS = ("cross_windows_own_heads_newlines", "no_hash_space_causal_latent")
+CASES = [(f, p) for f in ("ort", "cuda", "portable") for p in ("fp16", "bf16") if (f, p) != ("ort", "bf16")]
+Export = Callable[[str, str, str], ExportReport]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """(variant, flavour, precision) -> its report, exported once."""
+    done: dict[tuple[str, str, str], ExportReport] = {}
+
+    def run(variant: str, flavour: str, precision: str) -> ExportReport:
+        key = (variant, flavour, precision)
+        if key not in done:
+            done[key] = pipeline.run(prepare(variant, flavour, precision=precision), tmp_path_factory.mktemp("h") / "b")
+        return done[key]
+
+    return run
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("flavour", "precision"), CASES)
+def test_every_output_agrees_with_pytorch(export: Export, variant: str, flavour: str, precision: str) -> None:
+    manifest = export(variant, flavour, precision).manifest
+    rows = [row for row in manifest.parity if row.output != "hash_embedding"]
+    assert {row.output.split(".")[0] for row in rows} - {"batched"} == set(manifest.spec.graphs)
+    for row in rows:
+        assert row.max_abs_error <= row.tolerance == TOLERANCE[precision]
+
+
+@pytest.mark.parametrize(("flavour", "precision"), CASES)
+def test_what_graphs_pass_to_each_other_is_half_and_the_rest_is_not(
+    export: Export, flavour: str, precision: str
+) -> None:
+    report = export(VARIANTS[0], flavour, precision)
+    half = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    kept = {"hash_embedding": "float32", "entropy": "float32", "logits": "float32"}
+    for name, spec in report.manifest.spec.graphs.items():
+        for tensor in (*spec.inputs, *spec.outputs):
+            assert tensor.dtype == kept.get(tensor.name, tensor.dtype if tensor.dtype == "int64" else half)
+        for path in report.path.glob(f"{name}*.onnx"):
+            graph = ir.load(path).graph
+            assert all(value.dtype is not ir.DataType.FLOAT or value.name in kept for value in graph.inputs)
+            weights = [value for value in graph.initializers.values() if value.const_value is not None]
+            large = [value for value in weights if np.prod(value.shape.numpy()) > 8 and value.dtype.is_floating_point()]  # type: ignore[union-attr]
+            assert large
+            assert {value.dtype.name.lower() for value in large} == {half}  # type: ignore[union-attr]
+    weights_of = [path.stat().st_size for path in report.path.glob("*.weights")]
+    floats = [path.stat().st_size for path in export(VARIANTS[0], flavour, "fp16").path.glob("*.weights")]
+    assert sum(weights_of) == sum(floats)
+
+
+def test_float16_kernels_compute_what_the_emulation_computes(export: Export, tmp_path: Path) -> None:
+    """Within one rounding of the largest value, in the encoder: the other graphs read what it computes."""
+    report = export(VARIANTS[0], "cuda", "fp16")
+    spec = report.manifest.spec.graphs["encoder"]
+    floats = prepare(VARIANTS[0], "cuda").spec.graphs["encoder"]
+    path = write_graph(emulate.run(ir.load(report.path / "encoder.onnx")), tmp_path, "encoder")
+    rng = np.random.default_rng(0)
+    real, emulated = GraphRun(report.path / "encoder.onnx", spec), GraphRun(path, floats)
+    for start, end in ((0, 1), (1, 20), (20, 21)):
+        n = end - start
+        given: dict[str, np.ndarray] = {
+            "ids": rng.integers(4, 260, (1, n)),
+            "positions": np.arange(start, end)[None],
+            "doc_start": np.zeros((1, n), np.int64),
+            "hash_embedding": rng.normal(0, 0.1, (1, n, report.manifest.spec.hash.dim)).astype(np.float32),  # type: ignore[union-attr]
+        }
+        got, want = real(given)["byte_states"], emulated(given)["byte_states"]
+        assert got.dtype == np.float16
+        assert want.dtype == np.float32
+        np.testing.assert_array_equal(want, want.astype(np.float16))  # rounded to half
+        assert np.abs(got.astype(np.float32) - want).max() <= 4 * 2.0**-11 * np.abs(want).max()
+
+
+def test_streams_of_float16_are_resident_or_not_the_same(export: Export) -> None:
+    report = export(VARIANTS[0], "cuda", "fp16")
+    bundle = Bundle.open(report.path)
+    streams = []
+    for resident in (False, True):
+        backend = OnnxBackend(bundle, resident=resident)
+        stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+        stream.append("Grüße\naus 東京 " * 5)
+        stream.append_ids([EOS])
+        kept = stream.snapshot()
+        first = list(stream.generate_ids(20, temperature=0.0, stop_at_eos=False))
+        stream.restore(kept)
+        assert list(stream.generate_ids(20, temperature=0.0, stop_at_eos=False)) == first
+        streams.append(stream)
+    np.testing.assert_array_equal(streams[0].ids, streams[1].ids)
+    np.testing.assert_array_equal(streams[0].logits, streams[1].logits)
+
+
+def test_bfloat16_is_refused_on_a_cpu_when_it_is_opened(export: Export) -> None:
+    with pytest.raises(BackendError, match="is of bf16, which has no kernels on CPUs"):
+        Model.open(export(VARIANTS[1], "portable", "bf16").path)
+
+
+def test_text_is_evaluated_in_bfloat16(tmp_path: Path) -> None:
+    ids = np.arange(4, 120)
+    ids[0] = 1
+    report = pipeline.run(prepare(VARIANTS[0], "cuda", precision="bf16", eval_ids=[ids]), tmp_path / "b")
+    judged = report.manifest.judged
+    assert judged is not None
+    assert 0 < abs(judged.bits_per_byte - judged.float_bits_per_byte) < 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
+
+
+def test_graphs_that_pass_vectors_to_each_other_have_one_precision() -> None:
+    spec = prepare(VARIANTS[0], "cuda").spec
+    with pytest.raises(UsageError, match="give all three the same precision"):
+        half_spec(spec, {"encoder": "fp16", "latent": "bf16", "decoder": "fp16"})
+    entropy = half_spec(spec, {"entropy": "fp16", "encoder": "fp32", "latent": "fp32", "decoder": "fp32"}).graphs
+    assert entropy["entropy"].tensor("past_key.0").dtype == "float16"
+    assert entropy["latent"] == spec.graphs["latent"]
+
+
+def test_bfloat16_in_the_flavour_of_cpus_is_refused() -> None:
+    with pytest.raises(UsageError, match="bf16 runs on GPUs"):
+        pipeline.export(tiny(VARIANTS[1]), "unused", precision="bf16")
