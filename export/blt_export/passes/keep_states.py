@@ -8,6 +8,10 @@ Rules, S positions and P patches of one call (B is 1)
 2. latent: the output patch_kv [1, P, ...] is written to the rows of the new input patch_row [1, P] of past_patches.
 3. latent, decoder: the pools byte_states [N, X, D] and patch_kv [R, ...] are views of this memory.
 4. decoder: the input byte_states [1, S, X, D] is read from the rows `positions` of the memory.
+5. latent: the number of an entry in its patch, Range(L), is byte_index less the first of the patch. The host fills the
+   entries after a patch with the row after it, so that they count as too late. This and 6 leave no node that a device
+   would leave to the host, so that calls can be captured.
+6. The shape of a value [B, S, ...] is [1, -1, ...].
 Of a batched graph (`batch_rows`), the rows are the new input state_row instead of `positions`.
 
 Memory [N, ...] is written by ScatterND, at any rows. Memory [1, 1, N, ...] is written by TensorScatter, which TensorRT
@@ -23,7 +27,7 @@ import onnx_ir as ir
 
 from blt_runtime.bundle.spec import RESIDENT, GraphSpec, TensorSpec
 
-from ..rewrite import Builder, dims, static
+from ..rewrite import Builder, dims, nodes, static
 from . import cleanup
 
 
@@ -44,6 +48,8 @@ def run(model: ir.Model, wanted: GraphSpec) -> ir.Model:
         _view(inputs, "patch_kv", wanted, first)
     if wanted.name == "latent":
         _view(inputs, "byte_states", wanted, first)
+        _count_entries(made, inputs["byte_index"])
+    _fix_shapes(made)
     graph.inputs.clear()
     graph.inputs.extend(inputs[tensor.name] for tensor in wanted.inputs)
     outputs = {str(value.name): value for value in graph.outputs}
@@ -92,6 +98,24 @@ def _read_states(inputs: dict[str, ir.Value], wanted: GraphSpec, b: Builder) -> 
     rows = b.op("Reshape", memory, b.const([-1, layers * width]))
     states = b.op("Gather", rows, _state_rows(inputs), axis=0)
     _take_over(inputs, "byte_states", memory, b.op("Reshape", states, b.const([0, 0, layers, width])))
+
+
+def _count_entries(model: ir.Model, index_BPL: ir.Value) -> None:
+    for node in nodes(model, "Range"):
+        b = Builder(model.graph, node)
+        entry = b.op("Sub", index_BPL, b.op("Gather", index_BPL, b.const([0]), axis=2), dtype=ir.DataType.INT64)
+        entry.shape = index_BPL.shape
+        ir.convenience.replace_all_uses_with(node.outputs[0], entry)
+
+
+def _fix_shapes(model: ir.Model) -> None:
+    for node in nodes(model, "Shape"):
+        sizes = dims(node.inputs[0])
+        if sizes is None or node.attributes or sizes[0] != "B":
+            continue
+        fixed = [1, *(size if isinstance(size, int) else -1 for size in sizes[1:])]
+        if fixed.count(-1) <= 1 and all(user.op_type == "Reshape" for user in node.outputs[0].consumers()):
+            ir.convenience.replace_all_uses_with(node.outputs[0], Builder(model.graph, node).const(fixed))
 
 
 def _state_rows(inputs: dict[str, ir.Value]) -> ir.Value:

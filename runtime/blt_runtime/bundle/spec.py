@@ -205,13 +205,14 @@ def resident_spec(spec: ModelSpec, *, cached: bool = False) -> ModelSpec:
     encoder: byte_states becomes an output that shares its memory with the input past_states [N, X*D]; row p holds
     position p. latent: the same for patch_kv and past_patches [R, Y*2*k*D]; its input patch_row [B, P] says which row
     each patch is written to. The latent graph and the decoder read byte_states [N, X*D], the decoder patch_kv
-    [R, Y*2*k*D]. N is the capacity in bytes, R has room for the patches of a chunk and for those before it.
+    [R, Y*2*k*D]. N is the capacity in bytes and one more: entries of byte_index after the end of a patch name the row
+    after it. R has room for the patches of a chunk and for those before it.
     cached: the memory is [1, 1, N, ...], as TensorRT's caches are.
     """
     graphs, lead = dict(spec.graphs), (1, 1) if cached else ()
     patches = spec.chunk + spec.decoder_window + MARKS + AHEAD
     memory = {}
-    for name, rows in (("encoder", spec.capacity_bytes), ("latent", patches)):
+    for name, rows in (("encoder", spec.capacity_bytes + 1), ("latent", patches)):
         past, output = RESIDENT[name]
         tensor = graphs[name].tensor(output)
         width = math.prod(size for size in tensor.shape[2:] if isinstance(size, int))

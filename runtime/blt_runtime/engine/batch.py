@@ -328,7 +328,7 @@ class Batch:
         lengths = [int(row.memory.starts_P[p + 1]) - first for (row, p), first in zip(patches, firsts, strict=True)]
         count, index_PL = len(patches), staging.longest(max(lengths))
         own_P = staging["own_start"] if "own_start" in staging.buffers else None
-        inputs = LatentInputs(index_PL, staging["patch_length"], own_P)
+        inputs = LatentInputs(index_PL, staging["patch_length"], own_P, arena.resident)
         rows_P = (
             self._copy_states(patches, firsts, lengths)
             if not arena.resident

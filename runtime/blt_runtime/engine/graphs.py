@@ -36,16 +36,17 @@ def entries(length: int) -> int:
 
 
 class LatentInputs:
-    """Where each patch of a latent call finds its byte states. own_P: None for a graph without `own_start`."""
+    """Where each patch of a latent call finds its byte states. own_P: None for a graph without `own_start`. resident:
+    unused entries name the row after the patch (`spec.resident_spec`), else row 0."""
 
-    def __init__(self, index_PL: Array, length_P: Array, own_P: Array | None) -> None:
-        self.index_PL, self.length_P, self.own_P = index_PL, length_P, own_P
+    def __init__(self, index_PL: Array, length_P: Array, own_P: Array | None, resident: bool = False) -> None:
+        self.index_PL, self.length_P, self.own_P, self._resident = index_PL, length_P, own_P, resident
         self._range_L = np.arange(index_PL.shape[1])
 
     def set(self, i: int, row: int, length: int, own: int) -> None:
         """Patch i reads `length` rows of the byte states from `row` on; its own bytes begin at the `own`-th."""
         row_L = self.index_PL[i]
-        row_L.fill(0)
+        row_L.fill(row + length if self._resident else 0)
         np.add(self._range_L[:length], row, out=row_L[:length])
         self.length_P[i] = length
         if self.own_P is not None:
@@ -215,7 +216,12 @@ class Graphs:
         graph = self.memory.graphs["latent"]
         index = graph.new("byte_index", self._staging_place, P=patches, L=size)
         rows = _first(self._staging["latent"], patches)
-        inputs = LatentInputs(index.array[0], self._latent_P["patch_length"], self._latent_P.get("own_start"))
+        inputs = LatentInputs(
+            index.array[0],
+            self._latent_P["patch_length"],
+            self._latent_P.get("own_start"),
+            resident=self.memory.spec.resident,
+        )
         bound = inputs, graph.bind(**rows, byte_states=self._latent_pool, byte_index=index)
         if self._kept:
             self._latent_bound[patches, size] = bound

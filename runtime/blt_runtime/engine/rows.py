@@ -55,7 +55,7 @@ class Arena:
 
     def __init__(self, spec: ModelSpec, backend: Backend, rows: int, longest: int) -> None:
         self.rows, longest = rows, room(longest, "latent")
-        self.resident, self.states, self.ring = spec.resident, spec.capacity_bytes, longest + spec.decoder_window
+        self.resident, self.states, self.ring = spec.resident, spec.capacity_bytes + 1, longest + spec.decoder_window
         if self.resident and not isinstance(backend, RowBackend):
             raise BackendError("batched streams on a device need batched graphs: open the model with batched=True")
         self._caches: dict[str, dict[str, Buffer]] = {}
