@@ -11,17 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from blt_export import pipeline
 from blt_runtime import Model
-from blt_runtime.backends.onnx import load_library
-from blt_runtime.backends.providers import PROVIDERS, check_available
+from blt_runtime.backends.device import StepBuffer, Transfers
+from blt_runtime.backends.onnx import DeviceSession, OnnxBackend, load_library
+from blt_runtime.backends.providers import PROVIDERS, check_available, open_session
+from blt_runtime.bundle.bundle import Bundle as Files
+from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 from blt_runtime.errors import BackendError
 from blt_runtime.ids import EOS, encode
 from tests.exports import prepare
 
 DRIVER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
 VARIANTS = ("cross_windows_own_heads_newlines", "no_hash_space_causal_latent")
+WEIGHT = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
 IDS = np.concatenate([encode("Grüße\naus 東京", bos=True), [EOS], encode("def f(x):\n  return", bos=False)])
 Bundle = Callable[[str, str], Path]
 
@@ -54,6 +59,55 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         except BackendError as error:
             pytest.skip(str(error))
     return name
+
+
+@pytest.mark.parametrize("provider", ["webgpu"], indirect=True)
+class TestCaptures:
+    """Calls of decode steps, captured and replayed. WebGPU ignores windows then, so it captures only on request."""
+
+    def test_replays_compute_what_the_cpu_computes(self, bundle: Bundle, provider: str) -> None:
+        opened = Files.open(bundle("bytes_no_window", "cuda"))
+        backends = OnnxBackend(opened, resident=True), OnnxBackend(opened, provider=provider, capture=True)
+        want, stream = (Model(backend.spec, backend, opened.hash_tables()).stream(bos=False) for backend in backends)
+        for some in (want, stream):
+            some.append_ids(IDS[:9])
+        for end in range(10, 30):
+            for some in (want, stream):
+                some.append_ids(IDS[end - 1 : end])
+            np.testing.assert_allclose(stream.logits, want.logits, atol=2e-5)
+        sessions = [backends[1].session(name) for name in backends[1].spec.graphs]
+        assert all(session.captured >= 1 for session in sessions if isinstance(session, DeviceSession))
+
+    def test_a_replay_of_something_else_is_found(self, provider: str, caplog: pytest.LogCaptureFixture) -> None:
+        """A graph that ends in Unsqueeze repeats its first output for ever: no call of it is captured."""
+        session = _ending_in_unsqueeze(provider)
+        x, y = (StepBuffer(tensor.dtype, tensor.resolve()) for tensor in (*session.spec.inputs, *session.spec.outputs))
+        call = session.bind({"x": x, "y": y})
+        assert "graph 'encoder' replays wrongly on this device: its calls are not captured" in caplog.text
+        assert session.captured == 0
+        for number in (1.0, 2.0):
+            x.array[:] = number
+            call()
+            np.testing.assert_allclose(y.array[0], x.array @ WEIGHT, rtol=1e-5)
+
+    def test_windows_are_refused(self, bundle: Bundle, provider: str) -> None:
+        with pytest.raises(BackendError, match=r"webgpu ignores attention windows .* 'e\w+' has one"):
+            OnnxBackend(Files.open(bundle(VARIANTS[0], "cuda")), provider=provider, capture=True)
+        with pytest.raises(BackendError, match="provider cpu captures no calls"):
+            OnnxBackend(Files.open(bundle(VARIANTS[0], "cuda")), capture=True)
+
+
+def _ending_in_unsqueeze(provider: str) -> DeviceSession:
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 64]), ("y", [1, 1, 64])))
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Unsqueeze", ["m", "axes"], ["y"])]
+    constants = [numpy_helper.from_array(WEIGHT, "w"), numpy_helper.from_array(np.array([1]), "axes")]
+    graph = helper.make_graph(nodes, "graph", [x], [y], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    library, known = load_library("1.32"), PROVIDERS[provider]
+    session = open_session(library, known, model.SerializeToString(), library.SessionOptions(), capture=True)
+    tensors = TensorSpec("x", "float32", (1, 64)), TensorSpec("y", "float32", (1, 1, 64))
+    spec = GraphSpec("encoder", tensors[:1], tensors[1:], {}, None)
+    return DeviceSession(session, spec, Transfers(library, str(known.device), session, spec), captures=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -18,6 +18,7 @@ from ..bundle.spec import GraphSpec
 from ..errors import BackendError
 from .protocol import Array, Buffer, Call, HostBuffer, Part, storage
 
+NO_CAPTURE = -1
 BFLOAT16 = 16
 """The element type's number in ONNX; numpy has none."""
 
@@ -73,6 +74,10 @@ def host_value(library: Any, array: Array, element: Any) -> Any:
     return library.OrtValue.ortvalue_from_numpy(array)
 
 
+class StepBuffer(HostBuffer):
+    """A host buffer of a decode step: calls on such buffers alone are made again and again, so they are captured."""
+
+
 class Transfers:
     """Binds the tensors of one call, and copies those that the host writes or reads."""
 
@@ -80,6 +85,23 @@ class Transfers:
         self._library, self._device, self._session, self._spec = library, device, session, spec
         self._inputs = _places(session.get_inputs(), session.get_input_memory_infos())
         self._outputs = _places(session.get_outputs(), session.get_output_memory_infos())
+
+    def twins(self, buffers: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        """New buffers of the same places and shapes. Names that share a buffer share its twin."""
+        made: dict[int, Buffer] = {}
+        for name, buffer in buffers.items():
+            dtype = self._spec.tensor(name).dtype
+            if id(buffer) not in made and isinstance(buffer, DeviceBuffer):
+                made[id(buffer)] = DeviceBuffer(self._library, self._device, dtype, buffer.shape)
+            elif id(buffer) not in made:
+                made[id(buffer)] = HostBuffer(dtype, buffer.shape)
+        return {name: made[id(buffer)] for name, buffer in buffers.items()}
+
+    def run_options(self, capture: int) -> Any:
+        """Options of a run: the number of its captured graph, or NO_CAPTURE."""
+        options = self._library.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(capture))
+        return options
 
     def bind(self, buffers: Mapping[str, Buffer]) -> tuple[Any, Call, Call]:
         """The binding, and what to do before and after a call."""

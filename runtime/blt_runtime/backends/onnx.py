@@ -11,6 +11,8 @@ in place. Two settings were measured on shape M of benchmarks/generation.py, on 
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -18,16 +20,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..arguments import choice
 from ..bundle.bundle import Bundle
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import QUANTISED
 from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
-from .device import DeviceBuffer, Transfers, element_type
-from .protocol import Buffer, Call, HostBuffer, Place
-from .providers import PROVIDERS, check_available, check_flavour, check_placement, open_session
+from ..hashing import widen
+from .device import NO_CAPTURE, DeviceBuffer, StepBuffer, Transfers, element_type
+from .protocol import Array, Buffer, Call, HostBuffer, Place
+from .providers import PROVIDERS, check_available, check_capture, check_flavour, check_placement, open_session
 
+log = logging.getLogger("blt_runtime")
+PROBES = 3
+"""Inputs of a probe: the first call captures, later ones replay."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -80,7 +88,8 @@ class OnnxBackend:
     and shared by processes, and opens 6 GB in a second instead of 15. None packs up to PREPACK_UP_TO bytes. Quantised
     graphs are always packed: unpacked, their products take a thousand times as long (1024 x 1024 at 8 bits: 25 ms
     instead of 25 us). resident: run the graphs that keep byte states and patch vectors (`spec.resident_spec`); None
-    runs them on devices. `spec` describes the graphs that run.
+    runs them on devices. `spec` describes the graphs that run. capture: capture the calls of decode steps of resident
+    graphs (`DeviceSession`); None captures them where the provider computes the same then.
     """
 
     name = "onnx"
@@ -93,6 +102,7 @@ class OnnxBackend:
         spin: bool = True,
         prepack: bool | None = None,
         resident: bool | None = None,
+        capture: bool | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError("threads must be at least 1")
@@ -106,6 +116,11 @@ class OnnxBackend:
         if resident is None:
             resident = self._keeps_states(bundle)
         self.spec = resident_spec(bundle.manifest.spec) if resident else bundle.manifest.spec
+        if capture:
+            check_capture(self._provider, self.spec.graphs)
+        elif capture is None:
+            capture = self._provider.capture is not None and self._provider.captures_windows
+        self._captures = capture and self.spec.resident
         if prepack is None:
             prepack = self._packs(bundle)
         packed = {name: prepack or bundle.manifest.precision_of(name) in QUANTISED for name in bundle.manifest.graphs}
@@ -127,8 +142,10 @@ class OnnxBackend:
         return self._sessions[group]
 
     def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
-        if place != "device" or self._provider.device is None:
+        if self._provider.device is None or place == "host":
             return HostBuffer(dtype, shape)
+        if place == "step":
+            return StepBuffer(dtype, shape)
         return DeviceBuffer(self._ort, self._provider.device, dtype, shape)
 
     def _options(self, threads: int | None, spin: bool, prepack: bool) -> Any:
@@ -155,13 +172,14 @@ class OnnxBackend:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path.absolute()))
         source = str(path) if path.is_symlink() else content
         try:
-            session = open_session(self._ort, self._provider, source, options)
+            session = open_session(self._ort, self._provider, source, options, self._captures)
         except Exception as error:  # onnxruntime's own classes share no public base
             raise _load_failure(path, error) from error
         if self._provider.device is None:
             return OnnxSession(session, spec)
         check_placement(session, self._provider, spec.name)
-        return DeviceSession(session, spec, Transfers(self._ort, self._provider.device, session, spec))
+        transfers = Transfers(self._ort, self._provider.device, session, spec)
+        return DeviceSession(session, spec, transfers, self._captures)
 
 
 def check_rows(bundle: Bundle) -> None:
@@ -244,27 +262,99 @@ class OnnxSession:
 
 
 class DeviceSession(OnnxSession):
-    """A graph on a device: a call copies what the host wrote, runs, and copies what the host reads."""
+    """A graph on a device: a call copies what the host wrote, runs, and copies what the host reads.
 
-    def __init__(self, session: Any, spec: GraphSpec, transfers: Transfers) -> None:
+    captures: calls on buffers of decode steps are captured: the device then replays all kernels at one request. Some
+    graphs replay wrongly without an error (on WebGPU one that ended in Unsqueeze repeated its first output for ever).
+    So the first call of each shape is probed: on other buffers, two inputs run captured and uncaptured. If results
+    differ, calls of this shape are not captured, with a warning. `captured` counts the calls that are.
+    """
+
+    def __init__(self, session: Any, spec: GraphSpec, transfers: Transfers, captures: bool = False) -> None:
         super().__init__(session, spec)
-        self._transfers = transfers
+        self._transfers, self._captures, self.captured = transfers, captures, 0
+        self._numbers, self._replays_well = itertools.count(), dict[tuple[tuple[int, ...], ...], bool]()
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Call:
         self._check_bound(buffers)
+        capture = self._captures and self._is_step(buffers) and self._probed(buffers)
+        self.captured += capture
+        return self._bind(buffers, capture)
+
+    def _bind(self, buffers: Mapping[str, Buffer], capture: bool) -> Call:
         binding, before, after = self._transfers.bind(buffers)
+        number = next(self._numbers) if capture else NO_CAPTURE
+        options = self._transfers.run_options(number) if self._captures else None
         run, kept = self._session.run_with_iobinding, dict(buffers)
 
         def call() -> None:
             try:
                 before()
-                run(binding)
+                run(binding, options)
                 after()
             except Exception as error:
                 raise _failure(f"graph {self.spec.name!r} failed", error) from error
             assert kept
 
         return call
+
+    @staticmethod
+    def _is_step(buffers: Mapping[str, Buffer]) -> bool:
+        return all(isinstance(buffer, StepBuffer) for buffer in buffers.values() if isinstance(buffer, HostBuffer))
+
+    def _probed(self, buffers: Mapping[str, Buffer]) -> bool:
+        """Whether calls of these shapes replay what they compute."""
+        shapes = tuple(buffer.shape for buffer in buffers.values())
+        if shapes not in self._replays_well:
+            self._replays_well[shapes] = self._replays(buffers)
+            if not self._replays_well[shapes]:
+                log.warning("graph %r replays wrongly on this device: its calls are not captured", self.spec.name)
+        return self._replays_well[shapes]
+
+    def _replays(self, buffers: Mapping[str, Buffer]) -> bool:
+        both = [self._transfers.twins(buffers) for _ in range(2)]
+        calls = [self._bind(twins, capture) for twins, capture in zip(both, (False, True), strict=True)]
+        random = np.random.default_rng(0)
+        self._fill_memory(both, random)
+        for number in range(PROBES):
+            self._set_inputs(both, number, random)
+            for call in calls:
+                call()
+            plain, replayed = ([twins[tensor.name].read() for tensor in self.spec.outputs] for twins in both)
+            if any(_differ(*pair) for pair in zip(plain, replayed, strict=True)):
+                return False
+        return True
+
+    def _fill_memory(self, both: list[dict[str, Buffer]], random: np.random.Generator) -> None:
+        """The same caches for both, with the last positions of a document to come."""
+        for name in set(self.spec.aliases.values()):
+            values = random.normal(0, 1, both[0][name].shape).astype(np.float32)
+            stored = both[0][name].dtype
+            if self.spec.tensor(name).dtype == "bfloat16":
+                values = (values.view(np.uint32) >> 16).astype(np.uint16)
+            for twins in both:
+                twins[name].write(values.astype(stored))
+
+    def _set_inputs(self, both: list[dict[str, Buffer]], number: int, random: np.random.Generator) -> None:
+        """The same inputs for both. The positions are the last of the cache. Other whole numbers are 1, 2, ..., which
+        any index may be."""
+        memory = {*self.spec.aliases, *self.spec.aliases.values()}
+        last = 0 if self.spec.cache is None else max(0, self.spec.cache.capacity - PROBES)
+        special = {"positions": last + number, "doc_start": 0}
+        for tensor in self.spec.inputs:
+            buffer = both[0][tensor.name]
+            if tensor.name in memory or tensor.dtype not in ("int64", "float32"):
+                continue
+            whole = special.get(tensor.name, number + 1)
+            values = np.full(buffer.shape, whole) if tensor.dtype == "int64" else random.normal(0, 0.1, buffer.shape)
+            for twins in both:
+                twins[tensor.name].write(values.astype(buffer.dtype))
+
+
+def _differ(a: Array, b: Array) -> bool:
+    """Whether two results differ by more than the order of additions explains. uint16 is bfloat16."""
+    x, y = (widen(array).astype(np.float32) for array in (a, b))
+    return not np.abs(x - y).max(initial=0.0) <= 1e-2 * np.abs(x).max(initial=0.0)
 
 
 def _largest_first(bundle: Bundle, spec: ModelSpec) -> list[tuple[str, GraphSpec]]:

@@ -125,7 +125,7 @@ class HostBuffer:
         return self.array.dtype
 
     def part(self, start: int, shape: tuple[int, ...]) -> HostBuffer:
-        other = HostBuffer.__new__(HostBuffer)
+        other = type(self).__new__(type(self))
         other.array = self.array.reshape(-1)[start : start + math.prod(shape)].reshape(shape)
         return other
 

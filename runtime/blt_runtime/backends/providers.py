@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..bundle.spec import GraphSpec
 from ..errors import BackendError, MissingExtra, install_command
 
 CPU = "CPUExecutionProvider"
@@ -22,13 +24,30 @@ class Provider:
     execution: str
     device: str | None
     flavours: tuple[str, ...]
+    capture: str | None = None
+    """The option of sessions whose calls can be captured, and replayed as one."""
+    captures_windows: bool = True
+    """Whether such a session obeys attention windows. WebGPU's does not: after as many positions as the window, results
+    are wrong without an error, captured or not (onnxruntime-ep-webgpu 0.4.0). So it captures only when asked to."""
 
 
 PROVIDERS = {
     "cpu": Provider("cpu", CPU, None, ("ort", "portable", "cuda")),
-    "cuda": Provider("cuda", "CUDAExecutionProvider", "cuda", ("cuda",)),
-    "webgpu": Provider("webgpu", "WebGpuExecutionProvider", "gpu", ("cuda",)),
+    "cuda": Provider("cuda", "CUDAExecutionProvider", "cuda", ("cuda",), "enable_cuda_graph"),
+    "webgpu": Provider("webgpu", "WebGpuExecutionProvider", "gpu", ("cuda",), "enableGraphCapture", False),
 }
+
+
+def check_capture(provider: Provider, graphs: Mapping[str, GraphSpec]) -> None:
+    """Raises BackendError if captured calls would be wrong, or if the provider captures none."""
+    if provider.capture is None:
+        raise BackendError(f"provider {provider.name} captures no calls")
+    windows = [name for name, graph in graphs.items() if graph.cache is not None and graph.cache.window is not None]
+    if windows and not provider.captures_windows:
+        raise BackendError(
+            f"provider {provider.name} ignores attention windows where calls are captured, and the graph "
+            f"{windows[0]!r} has one: open the model without capture"
+        )
 
 
 def check_flavour(provider: Provider, flavour: str, path: object) -> None:
@@ -53,15 +72,16 @@ def check_available(library: Any, provider: Provider) -> None:
         )
 
 
-def open_session(library: Any, provider: Provider, source: str | bytes, options: Any) -> Any:
-    """An InferenceSession on the provider. Raises onnxruntime's errors."""
+def open_session(library: Any, provider: Provider, source: str | bytes, options: Any, capture: bool = False) -> Any:
+    """An InferenceSession on the provider. capture: its calls can be captured. Raises onnxruntime's errors."""
+    captured = {str(provider.capture): "1"} if capture else {}
     if provider.name == "webgpu":
         options.add_session_config_entry(_RECORD, "1")
-        options.add_provider_for_devices(_webgpu_devices(library)[:1], {"enableInt64": "1"})
+        options.add_provider_for_devices(_webgpu_devices(library)[:1], {"enableInt64": "1", **captured})
         return library.InferenceSession(source, options)
     if provider.name == "cuda":
         options.add_session_config_entry(_RECORD, "1")
-        cuda = (provider.execution, {"use_tf32": "0"})
+        cuda = (provider.execution, {"use_tf32": "0", **captured})
         return library.InferenceSession(source, options, providers=[cuda, CPU])
     return library.InferenceSession(source, options, providers=[CPU])
 
