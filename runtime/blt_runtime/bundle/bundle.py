@@ -34,6 +34,9 @@ Verify = Literal["auto", "full", "sizes"]
 HASH_WHOLE_BUNDLE = 1 << 30
 HASH_FILE = 16 << 20
 HASH_AT_ONCE = 2
+ENGINES_FILE = "engines.json"
+"""In a folder of engines (`bundle.engines`), beside the manifest of its bundle."""
+_AGAIN = "copy or export the bundle again"
 _LINK = "{} in {} is a link out of the bundle: replace it by the file (cp -rL copies a folder without links)"
 
 
@@ -70,6 +73,8 @@ class Bundle:
             raise BundleError(f"{folder} is not a bundle: {reason}")
         if not os.path.lexists(folder / manifests.FILE_NAME):
             raise BundleError(f"{folder} is not a bundle: it has no {manifests.FILE_NAME}")
+        if os.path.lexists(folder / ENGINES_FILE):
+            raise BundleError(f"{folder} holds TensorRT engines: give the bundle that they were built from")
         check_plain(folder / manifests.FILE_NAME)
         bundle = cls(folder, manifests.read(folder / manifests.FILE_NAME))
         bundle._verify(verify)
@@ -126,14 +131,14 @@ class Bundle:
             if path.is_symlink() and not in_hub_cache(path):  # also an unlisted one: a graph may name it
                 raise BundleError(_LINK.format(path.name, self.path))
         for name, entry in entries.items():
-            _check_file(self.path / name, entry)
+            check_file(self.path / name, entry)
         if verify == "sizes":
             return
         everything = verify == "full" or sum(e.bytes for e in entries.values()) <= HASH_WHOLE_BUNDLE
         checked = [(self.path / name, e) for name, e in entries.items() if everything or e.bytes <= HASH_FILE]
         checked.sort(key=lambda item: -item[1].bytes)  # the largest first: both threads finish at about the same time
         with ThreadPoolExecutor(HASH_AT_ONCE) as pool:
-            for _ in pool.map(lambda item: _check_content(*item), checked):
+            for _ in pool.map(lambda item: check_content(*item), checked):
                 pass
 
 
@@ -144,6 +149,8 @@ def entry_of(path: Path) -> FileEntry:
 
 def is_bundle(folder: Path) -> bool:
     """Whether the folder's manifest.json is a bundle's; other folders of the project have a manifest.json too."""
+    if os.path.lexists(folder / ENGINES_FILE):
+        return False
     try:
         check_plain(folder / manifests.FILE_NAME)
         return manifests.is_bundle_manifest(folder / manifests.FILE_NAME)
@@ -166,17 +173,17 @@ def check_plain(path: Path) -> os.stat_result:
     return info
 
 
-def _check_file(path: Path, entry: FileEntry) -> None:
+def check_file(path: Path, entry: FileEntry, advice: str = _AGAIN) -> None:
+    """Raises BundleError unless `path` is a plain file of the listed size. advice: the end of the message."""
     info = check_plain(path)
     if info.st_size != entry.bytes:
-        raise BundleError(
-            f"{path.name} has {info.st_size} bytes instead of {entry.bytes}: copy or export the bundle again"
-        )
+        raise BundleError(f"{path.name} has {info.st_size} bytes instead of {entry.bytes}: {advice}")
 
 
-def _check_content(path: Path, entry: FileEntry) -> None:
+def check_content(path: Path, entry: FileEntry, advice: str = _AGAIN) -> None:
+    """Raises BundleError unless the file has the listed sha256. advice: the end of the message."""
     if _sha256(path) != entry.sha256:
-        raise BundleError(f"{path.name} was changed (its sha256 differs): copy or export the bundle again")
+        raise BundleError(f"{path.name} was changed (its sha256 differs): {advice}")
 
 
 def _sha256(path: Path) -> str:

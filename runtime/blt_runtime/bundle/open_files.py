@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterable
 
 from ..errors import BundleError
 from .bundle import Bundle
@@ -18,15 +19,16 @@ from .bundle import Bundle
 class OpenFiles:
     """The weights and hash tables of a bundle, each held open; they are closed with the object.
 
-    `check` costs one system call for each file, 4 us in all. Raises BundleError if a file cannot be opened.
+    names: the files to hold; None holds all but the graphs. `check` costs one system call for each file, 4 us in all.
+    Raises BundleError if a file cannot be opened.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, names: Iterable[str] | None = None) -> None:
         graphs = {ref.file for refs in (bundle.manifest.graphs, bundle.manifest.row_graphs) for ref in refs.values()}
         self._folder = bundle.path
         self._held: list[tuple[str, int, tuple[int, int]]] = []
         self._close = weakref.finalize(self, _close, self._held)
-        for name in sorted(set(bundle.manifest.files) - graphs):
+        for name in sorted(set(bundle.manifest.files) - graphs if names is None else names):
             path = bundle.path / name
             try:
                 descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
