@@ -28,14 +28,12 @@ from ..bundle.graph_file import read_graph
 from ..bundle.manifest import QUANTISED
 from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
-from ..hashing import widen
 from .device import NO_CAPTURE, DeviceBuffer, StepBuffer, Transfers, element_type
-from .protocol import Array, Buffer, Call, HostBuffer, Place
+from .probe import PROBES, differ, input_values, memory_values
+from .protocol import Buffer, Call, HostBuffer, Place
 from .providers import PROVIDERS, check_available, check_capture, check_flavour, check_placement, open_session
 
 log = logging.getLogger("blt_runtime")
-PROBES = 3
-"""Inputs of a probe: the first call captures, later ones replay."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -144,7 +142,7 @@ class OnnxBackend:
     def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
         if self._provider.device is None or place == "host":
             return HostBuffer(dtype, shape)
-        if place == "step":
+        if place != "device":
             return StepBuffer(dtype, shape)
         return DeviceBuffer(self._ort, self._provider.device, dtype, shape)
 
@@ -315,46 +313,19 @@ class DeviceSession(OnnxSession):
         both = [self._transfers.twins(buffers) for _ in range(2)]
         calls = [self._bind(twins, capture) for twins, capture in zip(both, (False, True), strict=True)]
         random = np.random.default_rng(0)
-        self._fill_memory(both, random)
+        for name, values in memory_values(self.spec, random).items():
+            for twins in both:
+                twins[name].write(values)
         for number in range(PROBES):
-            self._set_inputs(both, number, random)
+            for name, values in input_values(self.spec, buffers, number, random).items():
+                for twins in both:
+                    twins[name].write(values)
             for call in calls:
                 call()
             plain, replayed = ([twins[tensor.name].read() for tensor in self.spec.outputs] for twins in both)
-            if any(_differ(*pair) for pair in zip(plain, replayed, strict=True)):
+            if any(differ(*pair) for pair in zip(plain, replayed, strict=True)):
                 return False
         return True
-
-    def _fill_memory(self, both: list[dict[str, Buffer]], random: np.random.Generator) -> None:
-        """The same caches for both, with the last positions of a document to come."""
-        for name in set(self.spec.aliases.values()):
-            values = random.normal(0, 1, both[0][name].shape).astype(np.float32)
-            stored = both[0][name].dtype
-            if self.spec.tensor(name).dtype == "bfloat16":
-                values = (values.view(np.uint32) >> 16).astype(np.uint16)
-            for twins in both:
-                twins[name].write(values.astype(stored))
-
-    def _set_inputs(self, both: list[dict[str, Buffer]], number: int, random: np.random.Generator) -> None:
-        """The same inputs for both. The positions are the last of the cache. Other whole numbers are 1, 2, ..., which
-        any index may be."""
-        memory = {*self.spec.aliases, *self.spec.aliases.values()}
-        last = 0 if self.spec.cache is None else max(0, self.spec.cache.capacity - PROBES)
-        special = {"positions": last + number, "doc_start": 0}
-        for tensor in self.spec.inputs:
-            buffer = both[0][tensor.name]
-            if tensor.name in memory or tensor.dtype not in ("int64", "float32"):
-                continue
-            whole = special.get(tensor.name, number + 1)
-            values = np.full(buffer.shape, whole) if tensor.dtype == "int64" else random.normal(0, 0.1, buffer.shape)
-            for twins in both:
-                twins[tensor.name].write(values.astype(buffer.dtype))
-
-
-def _differ(a: Array, b: Array) -> bool:
-    """Whether two results differ by more than the order of additions explains. uint16 is bfloat16."""
-    x, y = (widen(array).astype(np.float32) for array in (a, b))
-    return not np.abs(x - y).max(initial=0.0) <= 1e-2 * np.abs(x).max(initial=0.0)
 
 
 def _largest_first(bundle: Bundle, spec: ModelSpec) -> list[tuple[str, GraphSpec]]:

@@ -5,9 +5,9 @@ that it returns once per byte, so expensive work belongs in `bind`. Outputs that
 input are bound to the same buffer.
 
 A buffer has a place. "host": numpy reads and writes it. A device copies it in before a call that reads it, and out
-after a call that writes it. "step": the same for the small inputs and results of a decode step. A device keeps those of
-a stream together, so that one transfer moves all of them. "device": only graphs read and write it, so it never leaves
-the device. On the CPU all are main memory.
+after a call that writes it. "step" and "result": the same for the small inputs and for the results of a decode step. A
+device keeps those of a stream together, so that one transfer moves all of them. "device": only graphs read and write
+it, so it never leaves the device. On the CPU all are main memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..bundle.spec import GraphSpec
 
 Array = npt.NDArray[Any]
 Call = Callable[[], None]
-Place = Literal["host", "step", "device"]
+Place = Literal["host", "step", "result", "device"]
 Part = tuple[slice, ...]
 """A part of a buffer: one slice for each of its first dimensions."""
 ALIGNMENT = 64

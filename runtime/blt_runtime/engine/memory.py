@@ -45,6 +45,8 @@ class Graph:
     def new(self, tensor: str, place: Place = "host", **sizes: int) -> Buffer:
         """Memory for an input or output, letters replaced by sizes (B is 1)."""
         found = self.spec.tensor(tensor)
+        if place == "step" and found in self.spec.outputs:
+            place = "result"
         return self._backend.buffer(found.dtype, found.resolve(B=1, **sizes), place)
 
     def tensors(self) -> list[str]:

@@ -1,0 +1,400 @@
+"""TensorRT engines: one for each graph, on buffers bound by address.
+
+Nothing here imports TensorRT or CUDA: both come as arguments (`trt`, `device`), so that tests run everything on a
+stand-in.
+
+A call sets shapes and addresses of a context, requests the upload of its inputs, the engine and the download of its
+results on one stream, and waits once. Buffers of decode steps are parts of two blocks of pinned memory, inputs and
+results, with a twin on the device, so that each call moves one range up and one down. A composition (`compose`) is one
+captured graph over several calls.
+
+Contexts: calls share one context for each profile, under a lock, since only one of them is on the way at a time.
+A captured call has a context of its own, because a captured graph is undefined once its context has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..bundle.spec import GraphSpec, ModelSpec
+from ..errors import BackendError
+from .cuda_device import Device
+from .probe import PROBES, differ, input_values
+from .protocol import Array, Buffer, Call, HostBuffer, Part, Place, storage
+
+log = logging.getLogger("blt_runtime")
+BLOCK = 1 << 16
+"""Bytes of the blocks that buffers of decode steps are parts of."""
+ALIGNMENT = 256
+
+
+class DeviceMemory:
+    """Memory of the device that only graphs read and write; zeroed. Freed with this object."""
+
+    def __init__(self, owner: TensorRtBackend, dtype: str, shape: tuple[int, ...]) -> None:
+        self.shape, self.dtype, self._owner = shape, storage(dtype), owner
+        self.address = _alloc(owner.device, self, math.prod(shape) * self.dtype.itemsize)
+        self.write(np.zeros(shape, self.dtype))
+
+    @property
+    def array(self) -> Array:
+        raise BackendError(f"memory of the device {self._owner.device.name} has no view on the host")
+
+    def part(self, start: int, shape: tuple[int, ...]) -> Buffer:
+        raise BackendError(f"memory of the device {self._owner.device.name} has no parts")
+
+    def read(self, part: Part = ()) -> Array:
+        whole = np.empty(self.shape, self.dtype)
+        with self._owner.lock:
+            self._owner.device.download(whole, self.address, self._owner.stream)
+            self._owner.device.wait(self._owner.stream)
+        return whole[part].copy() if part else whole
+
+    def write(self, array: Array, part: Part = ()) -> None:
+        whole = array
+        if part or array.shape != self.shape:
+            whole = self.read()
+            whole[part] = array
+        with self._owner.lock:
+            self._owner.device.upload(self.address, np.ascontiguousarray(whole, self.dtype), self._owner.stream)
+            self._owner.device.wait(self._owner.stream)
+
+
+class Block:
+    """Pinned memory and its twin on the device, which buffers of decode steps are parts of."""
+
+    def __init__(self, device: Device, stream: Any, size: int) -> None:
+        self.bytes, self._used = device.pinned(size), 0
+        weakref.finalize(self, device.unpin, self.bytes)
+        self.address = _alloc(device, self, size)
+        device.upload(self.address, self.bytes, stream)
+        device.wait(stream)
+
+    def take(self, size: int) -> int | None:
+        """The offset of `size` free bytes, if there are as many."""
+        if self._used + size > len(self.bytes):
+            return None
+        offset, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
+        return offset
+
+
+class BlockBuffer(HostBuffer):
+    """A part of a block."""
+
+    def __init__(self, block: Block, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self.block, self.offset = block, offset
+        size = math.prod(shape) * dtype.itemsize
+        self.array = block.bytes[offset : offset + size].view(dtype).reshape(shape)
+
+    def part(self, start: int, shape: tuple[int, ...]) -> BlockBuffer:
+        return BlockBuffer(self.block, self.offset + start * self.dtype.itemsize, self.dtype, shape)
+
+    @property
+    def address(self) -> int:
+        return self.block.address + self.offset
+
+
+class TensorRtBackend:
+    """Runs the engines of a model.
+
+    plans: serialised engines by graph, built for this version of TensorRT and this device. trt: the module tensorrt.
+    strict: raise BackendError instead of a warning where a captured call does not replay what it computes.
+
+    Raises BackendError for a plan that TensorRT refuses, and for an engine whose tensors or caches are not those of
+    the specification.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self, spec: ModelSpec, plans: Mapping[str, bytes], trt: Any, device: Device, *, strict: bool = False
+    ) -> None:
+        self.spec, self.trt, self.device, self.strict = spec, trt, device, strict
+        self.lock, self.stream = threading.RLock(), device.stream()
+        self._blocks: dict[Place, weakref.ref[Block]] = {}
+        runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        self._sessions = {name: EngineSession(self, graph, runtime, plans[name]) for name, graph in spec.graphs.items()}
+
+    def session(self, group: str) -> EngineSession:
+        return self._sessions[group]
+
+    def buffer(self, dtype: str, shape: tuple[int, ...], place: Place = "host") -> Buffer:
+        if place == "host":
+            return HostBuffer(dtype, shape)
+        if place == "device":
+            return DeviceMemory(self, dtype, shape)
+        kind = storage(dtype)
+        size, known = math.prod(shape) * kind.itemsize, self._blocks.get(place)
+        block = known() if known is not None else None
+        offset = None if block is None else block.take(size)
+        if block is None or offset is None:
+            with self.lock:
+                block = Block(self.device, self.stream, max(BLOCK, size))
+            self._blocks[place], offset = weakref.ref(block), block.take(size)
+        assert offset is not None
+        return BlockBuffer(block, offset, kind, shape)
+
+    def compose(self, chains: Sequence[Sequence[Call]]) -> Call:
+        calls = [[call for call in chain if isinstance(call, EngineCall)] for chain in chains]
+        if sum(map(len, calls)) != sum(map(len, chains)) or not all(calls):
+            raise BackendError("only calls of TensorRT engines can be composed")
+        return Composition(self, calls)
+
+
+class EngineSession:
+    """One engine, checked against its specification when it is opened."""
+
+    def __init__(self, backend: TensorRtBackend, spec: GraphSpec, runtime: Any, plan: bytes) -> None:
+        self.spec, self.backend = spec, backend
+        self.engine = runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise BackendError(
+                f"TensorRT {getattr(backend.trt, '__version__', '?')} refuses the engine of the graph {spec.name!r}: "
+                "it was built by another version or for another GPU; run blt build"
+            )
+        self._shared: dict[int, Any] = {}
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        engine, spec, trt = self.engine, self.spec, self.backend.trt
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        wanted = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+        if missing := sorted(set(wanted) ^ set(names)):
+            raise BackendError(f"the engine of the graph {spec.name!r} has other tensors: {', '.join(missing[:4])}")
+        types = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+        for name, tensor in wanted.items():
+            found = engine.get_tensor_dtype(name)
+            if found != getattr(trt.DataType, types[tensor.dtype]):
+                raise BackendError(f"the engine of the graph {spec.name!r} has {name!r} as {found}, not {tensor.dtype}")
+            source = engine.get_aliased_input_tensor(name) if name not in {t.name for t in spec.inputs} else None
+            if (source or None) != spec.aliases.get(name):
+                raise BackendError(
+                    f"the engine of the graph {spec.name!r} does not write {name!r} into {spec.aliases.get(name)!r}"
+                )
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> EngineCall:
+        return EngineCall(self, buffers)
+
+    def profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The first profile that takes the shapes. Raises BackendError."""
+        for number in range(self.engine.num_optimization_profiles):
+            ranges = {name: self.engine.get_tensor_profile_shape(name, number) for name in shapes}
+            if all(_within(shape, ranges[name]) for name, shape in shapes.items()):
+                return number
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if name in self._varying())
+        raise BackendError(f"the engine of the graph {self.spec.name!r} has no profile for {listed}: run blt build")
+
+    def _varying(self) -> set[str]:
+        return {t.name for t in self.spec.inputs if not all(isinstance(size, int) for size in t.shape)}
+
+    def shared_context(self, profile: int) -> Any:
+        if profile not in self._shared:
+            self._shared[profile] = self.new_context(profile)
+        return self._shared[profile]
+
+    def new_context(self, profile: int) -> Any:
+        context = self.engine.create_execution_context()
+        if context is None:
+            raise MemoryError(f"no memory for a context of the graph {self.spec.name!r}")
+        if not context.set_optimization_profile_async(profile, self.backend.stream):
+            raise BackendError(f"TensorRT cannot select profile {profile} of the graph {self.spec.name!r}")
+        return context
+
+
+class EngineCall:
+    """A graph on exactly these buffers."""
+
+    def __init__(self, session: EngineSession, buffers: Mapping[str, Buffer]) -> None:
+        self.session, self.buffers = session, dict(buffers)
+        self._twins: dict[int, DeviceMemory] = {}
+        spec = session.spec
+        for tensor in (*spec.inputs, *spec.outputs):
+            if tensor.name not in buffers:
+                raise BackendError(f"graph {spec.name!r}: nothing is bound to {tensor.name!r}")
+        self._shapes = {t.name: buffers[t.name].shape for t in spec.inputs}
+        self.profile = session.profile(self._shapes)
+        inputs = [buffers[t.name] for t in spec.inputs]
+        outputs = [buffers[t.name] for t in spec.outputs if t.name not in spec.aliases]
+        self._addresses = {name: self._address(name, buffer) for name, buffer in buffers.items()}
+        self.ups, self.downs = self._transfers(inputs), self._transfers(outputs)
+
+    def _address(self, name: str, buffer: Buffer) -> int:
+        """Where the engine reads or writes the tensor. A host buffer has a twin, made here."""
+        if isinstance(buffer, DeviceMemory | BlockBuffer):
+            return buffer.address
+        if id(buffer) not in self._twins:
+            dtype = self.session.spec.tensor(name).dtype
+            self._twins[id(buffer)] = DeviceMemory(self.session.backend, dtype, buffer.shape)
+        return self._twins[id(buffer)].address
+
+    def _transfers(self, buffers: Iterable[Buffer]) -> list[tuple[Array, int]]:
+        """Host arrays and addresses of their twins: each host buffer, and one range of each block."""
+        pairs, of_blocks = [], dict[int, list[BlockBuffer]]()
+        for buffer in buffers:
+            if isinstance(buffer, BlockBuffer):
+                of_blocks.setdefault(id(buffer.block), []).append(buffer)
+            elif isinstance(buffer, HostBuffer):
+                pairs.append((buffer.array, self._twins[id(buffer)].address))
+        return pairs + [_range(parts) for parts in of_blocks.values()]
+
+    def enqueue(self, context: Any, stream: Any) -> None:
+        """Requests the engine alone."""
+        name = self.session.spec.name
+        for tensor, shape in self._shapes.items():
+            if not context.set_input_shape(tensor, shape):
+                raise BackendError(f"the engine of the graph {name!r} refuses {tensor!r} of the shape {list(shape)}")
+        for tensor, address in self._addresses.items():
+            if not context.set_tensor_address(tensor, address):
+                raise BackendError(f"the engine of the graph {name!r} refuses the address of {tensor!r}")
+        if not context.execute_async_v3(stream):
+            raise BackendError(f"the engine of the graph {name!r} did not start")
+
+    def __call__(self) -> None:
+        backend = self.session.backend
+        device, stream = backend.device, backend.stream
+        with backend.lock:
+            for array, address in self.ups:
+                device.upload(address, array, stream)
+            self.enqueue(self.session.shared_context(self.profile), stream)
+            for array, address in self.downs:
+                device.download(array, address, stream)
+            device.wait(stream)
+
+
+class Composition:
+    """Chains of calls as one captured graph: uploads, the chains beside each other, downloads. One wait."""
+
+    def __init__(self, backend: TensorRtBackend, chains: Sequence[Sequence[EngineCall]]) -> None:
+        self._backend, self._chains = backend, chains
+        self._calls = [call for chain in chains for call in chain]
+        device = backend.device
+        self._streams = [backend.stream, *(device.stream() for _ in chains[1:])]
+        self._begin, self._ends = device.event(), [device.event() for _ in chains[1:]]
+        for thing in (*self._streams[1:], self._begin, *self._ends):
+            weakref.finalize(self, device.release, thing)
+        self._contexts = {id(call): call.session.new_context(call.profile) for call in self._calls}
+        self._ups, self._downs = _merged(call.ups for call in self._calls), _merged(call.downs for call in self._calls)
+        self._graph: Any = None
+        with backend.lock:
+            kept = self._keep()
+            try:
+                self._graph = self._captured()
+            finally:
+                self._put_back(kept)
+
+    def __call__(self) -> None:
+        device, stream = self._backend.device, self._backend.stream
+        with self._backend.lock:
+            if self._graph is None:
+                self._enqueue()
+            else:
+                device.launch(self._graph, stream)
+            device.wait(stream)
+
+    def _enqueue(self) -> None:
+        device, main = self._backend.device, self._backend.stream
+        for array, address in self._ups:
+            device.upload(address, array, main)
+        device.record(self._begin, main)
+        for chain, stream in zip(self._chains, self._streams, strict=True):
+            if stream is not main:
+                device.follow(stream, self._begin)
+            for call in chain:
+                call.enqueue(self._contexts[id(call)], stream)
+        for stream, end in zip(self._streams[1:], self._ends, strict=True):
+            device.record(end, stream)
+            device.follow(main, end)
+        for array, address in self._downs:
+            device.download(array, address, main)
+
+    def _captured(self) -> Any:
+        """The graph, if it replays what the calls compute; else None, with a warning."""
+        self._enqueue()  # engines prepare themselves in their first run
+        self._backend.device.wait(self._backend.stream)
+        graph = self._backend.device.capture(self._backend.stream, self._enqueue)
+        weakref.finalize(self, self._backend.device.release, graph)
+        random = np.random.default_rng(0)
+        for number in range(PROBES):
+            values = [
+                (call.buffers[name], array)
+                for call in self._calls
+                for name, array in input_values(call.session.spec, call.buffers, number, random).items()
+            ]
+            plain, replayed = (self._results(run, values) for run in (self._enqueue, lambda: self._launch(graph)))
+            if any(differ(*pair) for pair in zip(plain, replayed, strict=True)):
+                names = ", ".join(dict.fromkeys(call.session.spec.name for call in self._calls))
+                text = f"the graphs {names} replay wrongly on the device {self._backend.device.name}"
+                if self._backend.strict:
+                    raise BackendError(text)
+                log.warning("%s: their calls are not captured", text)
+                return None
+        return graph
+
+    def _launch(self, graph: Any) -> None:
+        self._backend.device.launch(graph, self._backend.stream)
+
+    def _results(self, run: Callable[[], None], values: Sequence[tuple[Buffer, Array]]) -> list[Array]:
+        """All outputs of the calls on these inputs. Outputs are overwritten before, caches are zeroed."""
+        for buffer in self._outputs():
+            buffer.write(np.zeros(buffer.shape, buffer.dtype))
+        for buffer, array in values:
+            buffer.write(array)
+        run()
+        self._backend.device.wait(self._backend.stream)
+        return [buffer.read() for buffer in self._outputs()]
+
+    def _outputs(self) -> list[Buffer]:
+        found = [call.buffers[t.name] for call in self._calls for t in call.session.spec.outputs]
+        return list({id(buffer): buffer for buffer in found}.values())
+
+    def _keep(self) -> list[tuple[Buffer, Array]]:
+        used = {id(buffer): buffer for call in self._calls for buffer in call.buffers.values()}
+        return [(buffer, buffer.read()) for buffer in used.values()]
+
+    @staticmethod
+    def _put_back(kept: Sequence[tuple[Buffer, Array]]) -> None:
+        for buffer, array in kept:
+            buffer.write(array)
+
+
+def _alloc(device: Device, owner: object, size: int) -> int:
+    """Memory of the device that is freed with `owner`."""
+    address = device.alloc(size)
+    weakref.finalize(owner, device.free, address)
+    return address
+
+
+def _range(parts: Sequence[BlockBuffer]) -> tuple[Array, int]:
+    """The bytes of a block from the first to the last of its parts."""
+    block = parts[0].block
+    first = min(part.offset for part in parts)
+    last = max(part.offset + part.array.nbytes for part in parts)
+    return block.bytes[first:last], block.address + first
+
+
+def _merged(transfers: Iterable[Sequence[tuple[Array, int]]]) -> list[tuple[Array, int]]:
+    """The transfers of several calls, each range once, and ranges of one block as one."""
+    spans: dict[tuple[int, int], tuple[Array, int, int, int]] = {}
+    for array, address in (pair for pairs in transfers for pair in pairs):
+        base = array.base if isinstance(array.base, np.ndarray) and array.base.dtype == np.uint8 else array
+        offset = array.ctypes.data - base.ctypes.data
+        start = address - offset
+        _, _, first, last = spans.get((id(base), start), (base, start, offset, offset + array.nbytes))
+        spans[id(base), start] = base, start, min(first, offset), max(last, offset + array.nbytes)
+    return [(_bytes(base)[first:last], start + first) for base, start, first, last in spans.values()]
+
+
+def _bytes(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _within(shape: tuple[int, ...], limits: Any) -> bool:
+    least, _, most = (tuple(limit) for limit in limits)
+    return len(shape) == len(least) and all(a <= size <= b for a, size, b in zip(least, shape, most, strict=True))

@@ -1,0 +1,223 @@
+"""TensorRT engines, on a stand-in for TensorRT and a device in main memory: the results of ONNX Runtime's CPU."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from blt_export import bundle as bundles
+from blt_export import pipeline
+from blt_export.passes import keep_states
+from blt_runtime import Model
+from blt_runtime.backends.tensorrt import TensorRtBackend
+from blt_runtime.bundle.bundle import Bundle
+from blt_runtime.bundle.spec import ModelSpec, resident_spec
+from blt_runtime.errors import BackendError, OutOfMemory
+from blt_runtime.ids import EOS, encode
+from tests import fake_tensorrt
+from tests.exports import prepare
+from tests.host_device import HostDevice
+
+IDS = np.concatenate([encode("Grüße\naus 東京", bos=True), [EOS], encode("def f(x):\n  return", bos=False)])
+MOST = {"B": 1, "S": 32, "P": 32, "L": 64, "N": 4096, "R": 4096}
+Plans = dict[str, bytes]
+
+
+def profiles(spec: ModelSpec, most: Mapping[str, int] = MOST) -> dict[str, list[dict[str, Any]]]:
+    """One profile a graph, which takes everything up to `most`."""
+    least = dict.fromkeys(most, 1)
+    return {
+        name: [{t.name: (t.resolve(**least), t.resolve(**least), t.resolve(**most)) for t in graph.inputs}]
+        for name, graph in spec.graphs.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    state = prepare("cross_windows_own_heads_newlines", "portable", capacity=192, check=False)
+    return Bundle.open(pipeline.run(state, tmp_path_factory.mktemp("trt") / "bundle").path)
+
+
+@pytest.fixture(scope="module", params=["resident", "plain"])
+def built(
+    request: pytest.FixtureRequest, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelSpec, Plans]:
+    """The specification, and a plan for each graph."""
+    spec, folder = bundle.manifest.spec, tmp_path_factory.mktemp("plans")
+    if request.param == "resident":
+        spec = resident_spec(spec, cached=True)
+    return spec, plans_of(bundle, spec, folder)
+
+
+def plans_of(bundle: Bundle, spec: ModelSpec, folder: Path) -> Plans:
+    plans = {}
+    for name, graph in spec.graphs.items():
+        model = ir.load(bundle.graph_file(name))
+        path = bundles.write_graph(keep_states.run(model, graph) if spec.resident else model, folder, name)
+        plans[name] = fake_tensorrt.plan_of(onnx.load(path), profiles(spec)[name])
+    return plans
+
+
+def backend_of(built: tuple[ModelSpec, Plans], device: HostDevice | None = None, **options: Any) -> TensorRtBackend:
+    device = device or HostDevice()
+    return TensorRtBackend(*built, fake_tensorrt.module(device), device, **options)
+
+
+def test_streams_equal_those_of_the_cpu(bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
+    backend = backend_of(built)
+    model = Model(backend.spec, backend, bundle.hash_tables())
+    want = Model.open(bundle.path).stream(bos=False)
+    stream, other = model.stream(bos=False), model.stream(bos=False)
+    for ids in (IDS[:1], IDS[1:20], IDS[20:21], IDS[21:]):
+        for some in (want, stream):
+            some.append_ids(ids)
+        np.testing.assert_allclose(stream.logits, want.logits, atol=2e-5)
+    np.testing.assert_array_equal(stream.patch_lengths, want.patch_lengths)
+    kept = stream.snapshot()
+    made = list(want.generate_ids(30, temperature=0.0, stop_at_eos=False))
+    assert list(stream.generate_ids(30, temperature=0.0, stop_at_eos=False)) == made
+    stream.rewind(30)
+    assert list(stream.generate_ids(30, temperature=0.0, stop_at_eos=False, speculate="lookup")) == made
+    other.restore(kept)
+    assert list(other.generate_ids(30, temperature=0.0, stop_at_eos=False)) == made
+    np.testing.assert_allclose(other.logits, want.logits, atol=2e-5)
+
+
+class TestForkedSteps:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def resident(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Plans]:
+        spec = resident_spec(bundle.manifest.spec, cached=True)
+        return spec, plans_of(bundle, spec, tmp_path_factory.mktemp("plans"))
+
+    def test_a_byte_is_one_launch_one_wait_and_two_copies(
+        self, bundle: Bundle, resident: tuple[ModelSpec, Plans]
+    ) -> None:
+        device = HostDevice()
+        backend = backend_of(resident, device)
+        stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+        stream.append("The first bytes make all calls that there are, of short patches and long ones.")
+        list(stream.generate_ids(40, temperature=0.0, stop_at_eos=False))
+        waits, launches, copies, patches = device.waits, device.launches, device.copies, len(stream.patch_lengths)
+        list(stream.generate_ids(20, temperature=0.0, stop_at_eos=False))
+        closed = device.launches - launches - 20
+        assert closed >= len(stream.patch_lengths) - patches - 1
+        assert device.waits - waits == 20 + closed
+        assert device.copies - copies == 2 * (20 + closed)
+
+    def test_a_capture_that_replays_something_else_is_found(
+        self, bundle: Bundle, resident: tuple[ModelSpec, Plans], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """This device forgets the last copy of a captured graph."""
+
+        class Forgetful(HostDevice):
+            def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
+                graph = super().capture(stream, enqueue)
+                del graph.requests[-1]
+                return graph
+
+        backend = backend_of(resident, Forgetful())
+        stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+        assert "the graphs entropy, encoder, decoder replay wrongly on the device host:0" in caplog.text
+        want = Model.open(bundle.path).stream()
+        for some in (stream, want):
+            some.append_ids(IDS[1:2])
+        np.testing.assert_allclose(stream.logits, want.logits, atol=2e-5)
+        with pytest.raises(BackendError, match="replay wrongly"):
+            Model(backend.spec, backend_of(resident, Forgetful(), strict=True), bundle.hash_tables()).stream()
+
+    def test_calls_of_another_backend_are_refused(self, bundle: Bundle, resident: tuple[ModelSpec, Plans]) -> None:
+        with pytest.raises(BackendError, match="only calls of TensorRT engines"):
+            backend_of(resident).compose([[lambda: None]])
+
+
+def test_memory_is_freed_with_the_streams_and_the_backend(bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
+    device = HostDevice()
+    backend = backend_of(built, device)
+    for _ in range(2):
+        stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+        stream.append("abc")
+        del stream
+        gc.collect()
+        assert not device.live
+        assert device.pinned_bytes == 0
+    assert device.things == 1  # the backend's stream
+
+
+class TestErrors:
+    """Each is one line that names the graph."""
+
+    @pytest.fixture
+    def plans(self, built: tuple[ModelSpec, Plans]) -> Plans:
+        return dict(built[1])
+
+    def fails(self, built: tuple[ModelSpec, Plans], plans: Plans, text: str) -> None:
+        with pytest.raises(BackendError, match=text) as caught:
+            backend_of((built[0], plans))
+        assert "\n" not in str(caught.value)
+
+    def edited(self, built: tuple[ModelSpec, Plans], name: str, edit: Callable[[onnx.ModelProto], None]) -> bytes:
+        head = int.from_bytes(built[1][name][8:12], "little")
+        model = onnx.load_from_string(built[1][name][12 + head :])
+        edit(model)
+        return fake_tensorrt.plan_of(model, profiles(built[0])[name])
+
+    def test_a_plan_of_another_version(self, built: tuple[ModelSpec, Plans]) -> None:
+        device = HostDevice()
+        with pytest.raises(BackendError, match=r"TensorRT 11\.0 refuses the engine of .* run blt build"):
+            TensorRtBackend(*built, fake_tensorrt.module(device, version="11.0"), device)
+
+    def test_a_plan_that_is_none(self, built: tuple[ModelSpec, Plans], plans: Plans) -> None:
+        plans["latent"] = b"\0" * 64
+        self.fails(built, plans, "refuses the engine of the graph 'latent'")
+
+    def test_an_input_that_was_dropped(self, built: tuple[ModelSpec, Plans], plans: Plans) -> None:
+        plans["encoder"], plans["entropy"] = plans["entropy"], plans["encoder"]
+        self.fails(built, plans, "has other tensors")
+
+    def test_a_cache_that_is_not_written_in_place(self, built: tuple[ModelSpec, Plans], plans: Plans) -> None:
+        def copied(model: onnx.ModelProto) -> None:
+            node = next(node for node in model.graph.node if "present_key.0" in node.output)
+            node.output[0] = "copied"
+            model.graph.node.append(onnx.helper.make_node("Identity", ["copied"], ["present_key.0"]))
+
+        plans["entropy"] = self.edited(built, "entropy", copied)
+        self.fails(built, plans, "'entropy' does not write 'present_key.0' into 'past_key.0'")
+
+    def test_a_shape_outside_all_profiles(self, bundle: Bundle, built: tuple[ModelSpec, Plans], plans: Plans) -> None:
+        head = int.from_bytes(plans["encoder"][8:12], "little")
+        model = onnx.load_from_string(plans["encoder"][12 + head :])
+        plans["encoder"] = fake_tensorrt.plan_of(model, profiles(built[0], {**MOST, "S": 4})["encoder"])
+        backend = backend_of((built[0], plans))
+        stream = Model(backend.spec, backend, bundle.hash_tables()).stream(bos=False)
+        with pytest.raises(BackendError, match=r"'encoder' has no profile for ids \[1, \d+\], .*: run blt build"):
+            stream.append_ids(IDS[:20])
+
+    def test_a_device_that_is_full(self, bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
+        device = HostDevice()
+        backend = backend_of(built, device)
+        device.room = 1000
+        with pytest.raises(OutOfMemory, match=r"no [0-9,]+ bytes on the device host:0"):
+            Model(backend.spec, backend, bundle.hash_tables()).stream()
+        gc.collect()
+        assert not device.live
+
+    def test_a_tensor_without_a_buffer(self, built: tuple[ModelSpec, Plans]) -> None:
+        with pytest.raises(BackendError, match="graph 'encoder': nothing is bound to"):
+            backend_of(built).session("encoder").bind({})
+
+    def test_memory_of_the_device_has_no_view(self, built: tuple[ModelSpec, Plans]) -> None:
+        buffer = backend_of(built).buffer("float32", (2, 3), "device")
+        buffer.write(np.ones((1, 3), np.float32), (slice(1, 2),))
+        assert buffer.read((slice(0, 2), slice(0, 1))).tolist() == [[0], [1]]
+        with pytest.raises(BackendError, match="no view"):
+            _ = buffer.array
+        with pytest.raises(BackendError, match="no parts"):
+            buffer.part(0, (1, 3))
