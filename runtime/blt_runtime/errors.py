@@ -116,7 +116,7 @@ class BackendError(BltError):
     exit_code = 4
 
 
-RUNTIME_EXTRAS = ("cpu", "gpu", "webgpu", "serve", "grammar")
+RUNTIME_EXTRAS = ("cpu", "gpu", "tensorrt", "ort-trt", "webgpu", "serve", "grammar")
 """The extras of the distribution blt-runtime. All others are extras of blt-lm."""
 
 
