@@ -137,7 +137,7 @@ class Work:
         self.out = Outbox()
         self._submitted = time.perf_counter()
         self._scores: list[Score] = []
-        self._sampler, self._matcher, self._stop_at_eos = sampler, StopMatcher(stop), stop_at_eos
+        self.sampler, self._matcher, self._stop_at_eos = sampler, StopMatcher(stop), stop_at_eos
 
     def begin(self, row: Row) -> None:
         """The row begins to read the prompt."""
@@ -162,11 +162,15 @@ class Work:
             for position, (id, score) in enumerate(zip(self.ids.tolist(), scores, strict=True))
         ]
 
-    def choose(self, row: Row) -> list[int] | Finish:
-        """Chooses the next id and those that the sampler forces after it, or returns why the text ends here."""
-        ids = [self._sampler(row.logits_V)]
+    def chooses(self, row: Row) -> bool:
+        """Whether the row has read all there is to read, and the next id is to be chosen."""
+        return row.error is None and not len(self.rest) and self.n > 0
+
+    def choose(self, row: Row, id: int) -> list[int] | Finish:
+        """Takes the id that the sampler chose and those that it forces after it, or returns why the text ends here."""
+        ids = [id]
         if not self.details.tokens:
-            ids += self._sampler.forced()
+            ids += self.sampler.forced()
         for id in ids:
             if self._stop_at_eos and id == EOS:
                 return "eos"

@@ -46,6 +46,10 @@ class Sampler:
         drawn = np.searchsorted(total_V, self._random.random() * total_V[-1], side="right")
         return int(order_V[min(int(drawn), len(order_V) - 1)])
 
+    def draw(self) -> float:
+        """A random number in [0, 1)."""
+        return self._random.random()
+
     def forced(self) -> Sequence[int]:
         """Ids that must follow the one just chosen: a subclass may know them. They count as chosen."""
         return ()
@@ -109,6 +113,53 @@ class Sampler:
         total_V = np.cumsum(mass_V)
         drawn = int(np.searchsorted(total_V, self._random.random() * total_V[-1], side="right"))
         return min(drawn, int(np.flatnonzero(mass_V)[-1]))
+
+
+TOGETHER = 4
+"""Samplers of one kind from which on they choose in one call of numpy."""
+
+
+def choose_all(samplers: Sequence[Sampler], logits: Sequence[Array]) -> list[int]:
+    """The choice of each sampler from its logits [V]: that of `sampler(logits_V)`, bit for bit, and each sampler draws
+    its own random number. Samplers of one kind choose in one call; a subclass is called by itself."""
+    chosen = [-1] * len(samplers)
+    kinds: dict[tuple[bool, int | None] | None, list[int]] = {}
+    for i, sampler in enumerate(samplers):
+        plain = type(sampler) is Sampler
+        kinds.setdefault((sampler.temperature == 0, sampler.top_k) if plain else None, []).append(i)
+    for kind, members in kinds.items():
+        if kind is None or len(members) < TOGETHER:
+            ids = [samplers[i](logits[i]) for i in members]
+        else:
+            some, logits_QV = [samplers[i] for i in members], np.stack([logits[i] for i in members])
+            ids = logits_QV.argmax(axis=1).tolist() if kind[0] else _draw_all(some, logits_QV)
+        for i, id in zip(members, ids, strict=True):
+            chosen[i] = id
+    return chosen
+
+
+def _draw_all(samplers: Sequence[Sampler], logits_QV: Array) -> list[int]:
+    """The same steps as `Sampler.candidates` and `Sampler.__call__`, for rows with equal top_k."""
+    temperature_Q = np.array([max(sampler.temperature, 1e-6) for sampler in samplers])
+    scaled_QV = logits_QV.astype(np.float64) / temperature_Q[:, None]
+    order_QK = np.argsort(-scaled_QV, axis=1, kind="stable")[:, : samplers[0].top_k]
+    kept_QK = np.take_along_axis(scaled_QV, order_QK, axis=1)
+    mass_QK = np.exp(kept_QK - kept_QK[:, :1])
+    mass_QK /= mass_QK.sum(axis=1, keepdims=True)
+    total_QK = np.cumsum(mass_QK, axis=1)
+    size = mass_QK.shape[1]
+    keep_Q = np.full(len(samplers), size)
+    for q, sampler in enumerate(samplers):
+        if sampler.top_p is not None:
+            keep_Q[q] = min(keep_Q[q], int(np.searchsorted(total_QK[q], sampler.top_p)) + 1)
+        if sampler.min_p is not None:
+            keep_Q[q] = min(keep_Q[q], int((mass_QK[q] >= sampler.min_p * mass_QK[q, 0]).sum()))
+    random_Q = np.array([sampler.draw() for sampler in samplers])
+    row_Q = np.arange(len(samplers))
+    limit_Q = random_Q * total_QK[row_Q, keep_Q - 1]
+    drawn_Q = np.minimum((total_QK <= limit_Q[:, None]).sum(axis=1), keep_Q - 1)
+    ids: list[int] = order_QK[row_Q, drawn_Q].tolist()
+    return ids
 
 
 def check_sampling(

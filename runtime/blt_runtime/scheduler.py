@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Unpack
 
 import numpy as np
@@ -25,7 +26,7 @@ from .ids import VOCAB, Ids, checked_ids, encode
 from .model import Model
 from .options import GenerateKeywords, GenerateOptions, resolve
 from .requests import Details, Finish, Request, Work
-from .sampling import Sampler
+from .sampling import Sampler, choose_all
 from .stream import CHECK_EVERY
 
 log = logging.getLogger("blt_runtime")
@@ -258,8 +259,13 @@ class Scheduler:
             self._check_files()
         self._drop_cancelled()
         self._admit()
-        for row in self._batch.round():
-            self._guarded(row, self._running[row.index][1], self._next)
+        ready = [self._running[row.index] for row in self._batch.round()]
+        choosing = [(row, work) for row, work in ready if work.chooses(row)]
+        plain = [(row, work) for row, work in choosing if type(work.sampler) is Sampler]
+        ids = choose_all([work.sampler for _, work in plain], [row.logits_V for row, _ in plain])
+        chosen = {row.index: id for (row, _), id in zip(plain, ids, strict=True)}
+        for row, work in ready:
+            self._guarded(row, work, partial(self._next, chosen.get(row.index)))
 
     def _guarded(self, row: Row, work: Work, do: Callable[[Row, Work], None]) -> None:
         """Runs one request's share of a round. An error there (a full row, the caller's sampler) ends only this one."""
@@ -268,8 +274,8 @@ class Scheduler:
         except Exception as error:
             self._leave(row, work, "error", self._failure(error))
 
-    def _next(self, row: Row, work: Work) -> None:
-        """Chooses the next id of a row that has read all its ids, or ends the request."""
+    def _next(self, id: int | None, row: Row, work: Work) -> None:
+        """Chooses the next id of a row that has read all its ids (unless it was chosen: `id`), or ends the request."""
         if row.error is not None:
             raise row.error
         if len(work.rest):
@@ -278,7 +284,7 @@ class Scheduler:
         if work.n == 0:
             work.read = None if work.details.prompt else self._batch.snapshot(row)
             return self._leave(row, work, "length")
-        chosen = work.choose(row)
+        chosen = work.choose(row, work.sampler(row.logits_V) if id is None else id)
         if isinstance(chosen, str):
             return self._leave(row, work, chosen)
         return row.feed(np.array(chosen), prompt=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from blt_runtime.errors import UsageError
-from blt_runtime.sampling import Sampler
+from blt_runtime.sampling import Sampler, choose_all
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
 
@@ -40,6 +40,34 @@ def test_frequencies() -> None:
     cold = Sampler(temperature=0.5, seed=0)
     counts = np.bincount([cold(LOGITS) for _ in range(20_000)], minlength=4) / 20_000
     np.testing.assert_allclose(counts, np.exp(2 * LOGITS) / np.exp(2 * LOGITS).sum(), atol=0.015)
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0, 40.0])
+@pytest.mark.parametrize("width", [4, 260])
+def test_samplers_choose_together_what_each_chooses_alone(scale: float, width: int) -> None:
+    """Bit for bit, with the random numbers of each; one of a subclass is among them."""
+
+    class Last(Sampler):
+        def __call__(self, logits_V: np.ndarray) -> int:
+            return len(logits_V) - 1
+
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1e-9},
+        {"temperature": 0.7, "top_k": 3},
+        {"temperature": 1.3, "top_k": 3, "top_p": 0.5},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0, "top_p": 1.0, "min_p": 0.2},
+    ]
+    options = [dict(kind, seed=seed) for seed in range(9) for kind in kinds]
+    together, alone = ([*(Sampler(**some) for some in options), Last(1.0)] for _ in range(2))
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        logits = list(random.normal(0, scale, (len(together), width)).astype(np.float32))
+        logits[7][:] = 0.0  # ties
+        assert choose_all(together, logits) == [sampler(row) for sampler, row in zip(alone, logits, strict=True)]
+    assert choose_all([], []) == []
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
