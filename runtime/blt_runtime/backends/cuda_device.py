@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import math
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
@@ -17,9 +17,13 @@ import numpy as np
 from ..errors import BackendError, MissingExtra
 from .protocol import Array
 
-DEAD = ("cudaErrorIllegalAddress", "cudaErrorLaunchFailure", "cudaErrorHardwareStackError",
-        "cudaErrorIllegalInstruction", "cudaErrorMisalignedAddress", "cudaErrorECCUncorrectable",
-        "cudaErrorAssert", "cudaErrorDevicesUnavailable", "cudaErrorContextIsDestroyed")  # fmt: skip
+DEAD = frozenset(
+    f"cudaError{name}"
+    for name in ("Assert", "Contained", "ContextIsDestroyed", "DevicesUnavailable", "ECCUncorrectable",
+                 "ExternalDevice", "HardwareStackError", "IllegalAddress", "IllegalInstruction", "InvalidAddressSpace",
+                 "InvalidPc", "LaunchFailure", "LaunchTimeout", "MisalignedAddress", "MpsClientTerminated",
+                 "TensorMemoryLeak")
+)  # fmt: skip
 """Errors after which every call of the process fails."""
 _DESTROY = {
     "cudaStream_t": "cudaStreamDestroy",
@@ -84,15 +88,16 @@ class CudaDevice:
     """A CUDA device through `cuda.bindings.runtime`. runtime: that module, given by tests."""
 
     def __init__(self, index: int = 0, runtime: ModuleType | Any | None = None) -> None:
-        self.name, self._dead = f"cuda:{index}", ""
+        self.name, self._index, self._dead = f"cuda:{index}", index, ""
         self._cuda = _bindings() if runtime is None else runtime
-        self._do("cudaSetDevice", index)
+        self._threads = threading.local()  # CUDA has a current device for each thread
+        self._do("cudaGetDevice")
 
     def alloc(self, size: int) -> int:
         return int(self._do("cudaMalloc", max(1, size)))
 
     def free(self, address: int) -> None:
-        self._do("cudaFree", address)
+        self._give_back("cudaFree", address)
 
     def pinned(self, size: int) -> Array:
         address = int(self._do("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
@@ -101,10 +106,10 @@ class CudaDevice:
         return array
 
     def unpin(self, array: Array) -> None:
-        self._do("cudaFreeHost", array.ctypes.data)
+        self._give_back("cudaFreeHost", array.ctypes.data)
 
     def release(self, thing: Any) -> None:
-        self._do(_DESTROY[type(thing).__name__], thing)
+        self._give_back(_DESTROY[type(thing).__name__], thing)
 
     def stream(self) -> Any:
         return self._do("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
@@ -127,16 +132,17 @@ class CudaDevice:
         self._do("cudaStreamWaitEvent", stream, event, 0)
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
-        self._do("cudaStreamBeginCapture", stream, self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        self._do("cudaStreamBeginCapture", stream, self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
         try:
             enqueue()
         except BaseException:
             self._cuda.cudaStreamEndCapture(stream)
             raise
         captured = self._do("cudaStreamEndCapture", stream)
-        graph = self._do("cudaGraphInstantiate", captured, 0)
-        self._do("cudaGraphDestroy", captured)
-        return graph
+        try:
+            return self._do("cudaGraphInstantiate", captured, 0)
+        finally:
+            self._give_back("cudaGraphDestroy", captured)
 
     def launch(self, graph: Any, stream: Any) -> None:
         self._do("cudaGraphLaunch", graph, stream)
@@ -153,16 +159,24 @@ class CudaDevice:
         """Calls a function of CUDA's runtime. Returns its results without the error code."""
         if self._dead:
             raise BackendError(f"the device {self.name} has failed ({self._dead}): start the process again")
+        if not hasattr(self._threads, "ready"):
+            self._threads.ready = True
+            self._do("cudaSetDevice", self._index)
         error, *results = getattr(self._cuda, name)(*arguments)
         if error != self._cuda.cudaError_t.cudaSuccess:
             raise self._failure(name, error, arguments)
         return results[0] if len(results) == 1 else tuple(results)
 
+    def _give_back(self, name: str, what: Any) -> None:
+        """Frees something. A device that has failed frees nothing."""
+        if not self._dead:
+            self._do(name, what)
+
     def _failure(self, name: str, error: Any, arguments: tuple[Any, ...]) -> Exception:
         code = getattr(error, "name", str(error))
         if code == "cudaErrorMemoryAllocation":
-            sizes = [value for value in arguments if isinstance(value, int)]
-            return MemoryError(f"no {math.prod(sizes[:1]):,} bytes on the device {self.name}")
+            size = f"{arguments[0]:,} bytes" if name in ("cudaMalloc", "cudaHostAlloc") else f"room for {name}"
+            return MemoryError(f"no {size} on the device {self.name}")
         if code in DEAD:
             self._dead = code
         return BackendError(f"{name} failed on the device {self.name}: {code}")

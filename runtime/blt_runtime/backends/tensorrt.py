@@ -18,7 +18,7 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,7 @@ class TensorRtBackend:
         self.spec, self.trt, self.device, self.strict = spec, trt, device, strict
         self.lock, self.stream = threading.RLock(), device.stream()
         self._blocks: dict[Place, weakref.ref[Block]] = {}
+        self.replays_well: dict[Hashable, bool] = {}
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self._sessions = {name: EngineSession(self, graph, runtime, plans[name]) for name, graph in spec.graphs.items()}
 
@@ -131,13 +132,14 @@ class TensorRtBackend:
         if place == "device":
             return DeviceMemory(self, dtype, shape)
         kind = storage(dtype)
-        size, known = math.prod(shape) * kind.itemsize, self._blocks.get(place)
-        block = known() if known is not None else None
-        offset = None if block is None else block.take(size)
-        if block is None or offset is None:
-            with self.lock:
+        size = math.prod(shape) * kind.itemsize
+        with self.lock:
+            known = self._blocks.get(place)
+            block = known() if known is not None else None
+            offset = None if block is None else block.take(size)
+            if block is None or offset is None:
                 block = Block(self.device, self.stream, max(BLOCK, size))
-            self._blocks[place], offset = weakref.ref(block), block.take(size)
+                self._blocks[place], offset = weakref.ref(block), block.take(size)
         assert offset is not None
         return BlockBuffer(block, offset, kind, shape)
 
@@ -145,6 +147,8 @@ class TensorRtBackend:
         calls = [[call for call in chain if isinstance(call, EngineCall)] for chain in chains]
         if sum(map(len, calls)) != sum(map(len, chains)) or not all(calls):
             raise BackendError("only calls of TensorRT engines can be composed")
+        if any(call.has_twins for chain in calls for call in chain):
+            raise BackendError("calls on host buffers cannot be composed: each has a copy of its own on the device")
         return Composition(self, calls)
 
 
@@ -215,15 +219,22 @@ class EngineCall:
         self.session, self.buffers = session, dict(buffers)
         self._twins: dict[int, DeviceMemory] = {}
         spec = session.spec
-        for tensor in (*spec.inputs, *spec.outputs):
-            if tensor.name not in buffers:
-                raise BackendError(f"graph {spec.name!r}: nothing is bound to {tensor.name!r}")
+        _check_bound(spec, buffers)
         self._shapes = {t.name: buffers[t.name].shape for t in spec.inputs}
         self.profile = session.profile(self._shapes)
         inputs = [buffers[t.name] for t in spec.inputs]
         outputs = [buffers[t.name] for t in spec.outputs if t.name not in spec.aliases]
         self._addresses = {name: self._address(name, buffer) for name, buffer in buffers.items()}
         self.ups, self.downs = self._transfers(inputs), self._transfers(outputs)
+
+    @property
+    def has_twins(self) -> bool:
+        return bool(self._twins)
+
+    @property
+    def shapes(self) -> Hashable:
+        """The graph and the shapes of its inputs."""
+        return self.session.spec.name, tuple(self._shapes.items())
 
     def _address(self, name: str, buffer: Buffer) -> int:
         """Where the engine reads or writes the tensor. A host buffer has a twin, made here."""
@@ -281,13 +292,16 @@ class Composition:
             weakref.finalize(self, device.release, thing)
         self._contexts = {id(call): call.session.new_context(call.profile) for call in self._calls}
         self._ups, self._downs = _merged(call.ups for call in self._calls), _merged(call.downs for call in self._calls)
-        self._graph: Any = None
+        key = tuple(tuple(call.shapes for call in chain) for chain in chains)
         with backend.lock:
-            kept = self._keep()
-            try:
-                self._graph = self._captured()
-            finally:
-                self._put_back(kept)
+            self._enqueue()  # engines prepare themselves in their first run
+            device.wait(backend.stream)
+            self._graph = device.capture(backend.stream, self._enqueue)
+            weakref.finalize(self, device.release, self._graph)
+            if key not in backend.replays_well:
+                backend.replays_well[key] = self._probed()
+            if not backend.replays_well[key]:
+                self._graph = None
 
     def __call__(self) -> None:
         device, stream = self._backend.device, self._backend.stream
@@ -314,12 +328,23 @@ class Composition:
         for array, address in self._downs:
             device.download(array, address, main)
 
-    def _captured(self) -> Any:
-        """The graph, if it replays what the calls compute; else None, with a warning."""
-        self._enqueue()  # engines prepare themselves in their first run
-        self._backend.device.wait(self._backend.stream)
-        graph = self._backend.device.capture(self._backend.stream, self._enqueue)
-        weakref.finalize(self, self._backend.device.release, graph)
+    def _probed(self) -> bool:
+        """Whether the captured graph replays what the calls compute; if not, there is a warning. All memory is as
+        before. The graph runs first: where it lacks a copy, it must not find what the calls left."""
+        kept = self._keep()
+        try:
+            well = self._replays()
+        finally:
+            self._put_back(kept)
+        if not well:
+            names = ", ".join(dict.fromkeys(call.session.spec.name for call in self._calls))
+            text = f"the graphs {names} replay wrongly on the device {self._backend.device.name}"
+            if self._backend.strict:
+                raise BackendError(text)
+            log.warning("%s: their calls are not captured", text)
+        return well
+
+    def _replays(self) -> bool:
         random = np.random.default_rng(0)
         for number in range(PROBES):
             values = [
@@ -327,18 +352,13 @@ class Composition:
                 for call in self._calls
                 for name, array in input_values(call.session.spec, call.buffers, number, random).items()
             ]
-            plain, replayed = (self._results(run, values) for run in (self._enqueue, lambda: self._launch(graph)))
+            replayed, plain = (self._results(run, values) for run in (self._launch, self._enqueue))
             if any(differ(*pair) for pair in zip(plain, replayed, strict=True)):
-                names = ", ".join(dict.fromkeys(call.session.spec.name for call in self._calls))
-                text = f"the graphs {names} replay wrongly on the device {self._backend.device.name}"
-                if self._backend.strict:
-                    raise BackendError(text)
-                log.warning("%s: their calls are not captured", text)
-                return None
-        return graph
+                return False
+        return True
 
-    def _launch(self, graph: Any) -> None:
-        self._backend.device.launch(graph, self._backend.stream)
+    def _launch(self) -> None:
+        self._backend.device.launch(self._graph, self._backend.stream)
 
     def _results(self, run: Callable[[], None], values: Sequence[tuple[Buffer, Array]]) -> list[Array]:
         """All outputs of the calls on these inputs. Outputs are overwritten before, caches are zeroed."""
@@ -362,6 +382,29 @@ class Composition:
     def _put_back(kept: Sequence[tuple[Buffer, Array]]) -> None:
         for buffer, array in kept:
             buffer.write(array)
+
+
+def _check_bound(spec: GraphSpec, buffers: Mapping[str, Buffer]) -> None:
+    """Raises BackendError unless there is a buffer of the right type and shape for each tensor, and no other."""
+    tensors, sizes = (*spec.inputs, *spec.outputs), dict[str, int]()
+    if others := sorted(set(buffers) - {tensor.name for tensor in tensors}):
+        raise BackendError(f"graph {spec.name!r} has no {others[0]!r}")
+    for tensor in tensors:
+        buffer = buffers.get(tensor.name)
+        if buffer is None:
+            raise BackendError(f"graph {spec.name!r}: nothing is bound to {tensor.name!r}")
+        fits = len(buffer.shape) == len(tensor.shape) and all(
+            size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
+            for size, wanted in zip(buffer.shape, tensor.shape, strict=True)
+        )
+        if not fits or buffer.dtype != storage(tensor.dtype):
+            raise BackendError(
+                f"graph {spec.name!r}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, and a buffer of "
+                f"{buffer.dtype} {list(buffer.shape)} is bound to it"
+            )
+    for output, source in spec.aliases.items():
+        if buffers[output] is not buffers[source]:
+            raise BackendError(f"graph {spec.name!r}: {output!r} must be bound to the buffer of {source!r}")
 
 
 def _alloc(device: Device, owner: object, size: int) -> int:

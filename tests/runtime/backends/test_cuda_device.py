@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class Runtime:
         cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost = "up", "down"
 
     class cudaStreamCaptureMode:
-        cudaStreamCaptureModeThreadLocal = 1
+        cudaStreamCaptureModeRelaxed = 1
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -61,6 +62,7 @@ def test_copies_name_their_direction_and_size(runtime: Runtime) -> None:
     host = array.ctypes.data
     assert runtime.calls == [
         ("cudaSetDevice", 1),
+        ("cudaGetDevice",),
         ("cudaMalloc", 12),
         ("cudaMemcpyAsync", 4096, host, 12, "up", "stream"),
         ("cudaMemcpyAsync", host, 4096, 12, "down", "stream"),
@@ -72,7 +74,7 @@ def test_a_capture_ends_also_when_a_request_fails(runtime: Runtime) -> None:
     device = CudaDevice(0, runtime)
     with pytest.raises(ZeroDivisionError):
         device.capture("stream", lambda: 1 / 0)  # type: ignore[arg-type]
-    assert [name for name, *_ in runtime.calls][1:] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+    assert [name for name, *_ in runtime.calls][2:] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
     device.capture("stream", lambda: None)
     assert [name for name, *_ in runtime.calls][-2:] == ["cudaGraphInstantiate", "cudaGraphDestroy"]
 
@@ -102,6 +104,18 @@ def test_a_device_that_failed_stays_failed(runtime: Runtime) -> None:
     runtime.errors.clear()
     with pytest.raises(BackendError, match=r"the device cuda:0 has failed \(cudaErrorIllegalAddress\): start"):
         device.alloc(1)
+    before = len(runtime.calls)
+    device.free(4096)  # by finalizers, which must not fail
+    assert len(runtime.calls) == before
+
+
+def test_each_thread_uses_this_device(runtime: Runtime) -> None:
+    device = CudaDevice(3, runtime)
+    thread = threading.Thread(target=device.alloc, args=(8,))
+    thread.start()
+    thread.join()
+    device.alloc(9)
+    assert runtime.calls[-3:] == [("cudaSetDevice", 3), ("cudaMalloc", 8), ("cudaMalloc", 9)]
 
 
 def test_all_names_exist_in_the_bindings() -> None:

@@ -19,6 +19,8 @@ from blt_runtime import Model
 from blt_runtime.backends.tensorrt import TensorRtBackend
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.spec import ModelSpec, resident_spec
+from blt_runtime.engine.graphs import Graphs
+from blt_runtime.engine.memory import Memory
 from blt_runtime.errors import BackendError, OutOfMemory
 from blt_runtime.ids import EOS, encode
 from tests import fake_tensorrt
@@ -112,15 +114,17 @@ class TestForkedSteps:
         assert device.waits - waits == 20 + closed
         assert device.copies - copies == 2 * (20 + closed)
 
-    def test_a_capture_that_replays_something_else_is_found(
-        self, bundle: Bundle, resident: tuple[ModelSpec, Plans], caplog: pytest.LogCaptureFixture
+    @pytest.mark.parametrize("lost", range(9))
+    def test_a_capture_that_lacks_any_request_is_found(
+        self, bundle: Bundle, resident: tuple[ModelSpec, Plans], caplog: pytest.LogCaptureFixture, lost: int
     ) -> None:
-        """This device forgets the last copy of a captured graph."""
+        """An upload, a download, an event or an engine that a captured graph forgets."""
 
         class Forgetful(HostDevice):
             def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
                 graph = super().capture(stream, enqueue)
-                del graph.requests[-1]
+                if len(graph.requests) == 9:  # of a token, not of a patch
+                    del graph.requests[lost]
                 return graph
 
         backend = backend_of(resident, Forgetful())
@@ -130,12 +134,27 @@ class TestForkedSteps:
         for some in (stream, want):
             some.append_ids(IDS[1:2])
         np.testing.assert_allclose(stream.logits, want.logits, atol=2e-5)
-        with pytest.raises(BackendError, match="replay wrongly"):
-            Model(backend.spec, backend_of(resident, Forgetful(), strict=True), bundle.hash_tables()).stream()
+        if lost == 0:
+            with pytest.raises(BackendError, match="replay wrongly"):
+                Model(backend.spec, backend_of(resident, Forgetful(), strict=True), bundle.hash_tables()).stream()
+
+    def test_a_second_stream_is_not_probed(self, bundle: Bundle, resident: tuple[ModelSpec, Plans]) -> None:
+        device = HostDevice()
+        backend = backend_of(resident, device)
+        waits = []
+        for _ in range(2):
+            before = device.waits
+            Model(backend.spec, backend, bundle.hash_tables()).stream(bos=False)
+            waits.append(device.waits - before)
+        assert waits[1] < waits[0] / 2
 
     def test_calls_of_another_backend_are_refused(self, bundle: Bundle, resident: tuple[ModelSpec, Plans]) -> None:
         with pytest.raises(BackendError, match="only calls of TensorRT engines"):
             backend_of(resident).compose([[lambda: None]])
+        backend = backend_of(resident)
+        memory = Memory(backend.spec, backend, bundle.hash_tables())
+        with pytest.raises(BackendError, match="calls on host buffers cannot be composed"):
+            backend.compose([[Graphs(memory, 1, kept=False).call("entropy", 1)]])
 
 
 def test_memory_is_freed_with_the_streams_and_the_backend(bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
@@ -212,6 +231,24 @@ class TestErrors:
     def test_a_tensor_without_a_buffer(self, built: tuple[ModelSpec, Plans]) -> None:
         with pytest.raises(BackendError, match="graph 'encoder': nothing is bound to"):
             backend_of(built).session("encoder").bind({})
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype"), [((1, 2), "int64"), ((1, 1, 1), "int64"), ((1, 1), "int32"), ((1, 1), "float32")]
+    )
+    def test_buffers_that_do_not_fit(
+        self, bundle: Bundle, built: tuple[ModelSpec, Plans], shape: tuple[int, ...], dtype: str
+    ) -> None:
+        backend = backend_of(built)
+        found = Memory(backend.spec, backend, bundle.hash_tables()).graphs["entropy"]
+        good = {name: found.new(name, S=1) for name in found.tensors()}
+        found.bind(**good)
+        with pytest.raises(BackendError, match=r"graph 'entropy': '\w+' is int64 \['B', 'S'\], and a buffer of"):
+            found.bind(**{**good, "positions": backend.buffer(dtype, shape)})
+        with pytest.raises(BackendError, match="graph 'entropy' has no 'spam'"):
+            found.bind(**good, spam=good["ids"])
+        other = backend.buffer("float32", found.caches()["past_key.0"].shape, "device")
+        with pytest.raises(BackendError, match=r"'present_key.0' must be bound to the buffer of 'past_key.0'"):
+            backend.session("entropy").bind({**good, **found._caches, "present_key.0": other})
 
     def test_memory_of_the_device_has_no_view(self, built: tuple[ModelSpec, Plans]) -> None:
         buffer = backend_of(built).buffer("float32", (2, 3), "device")
