@@ -255,7 +255,8 @@ def evaluate_on_text(state: ExportState) -> str:
     with _runnable(state) as (folder, spec):
         runnable = Bundle(folder, state.manifest)
         if folder != state.folder:
-            shutil.copyfile(state.folder / bundle.HASH_TABLES, folder / bundle.HASH_TABLES)
+            if state.spec.hash is not None:
+                shutil.copyfile(state.folder / bundle.HASH_TABLES, folder / bundle.HASH_TABLES)
             files = bundle.entries(folder)
             fp32 = dict.fromkeys(state.precisions, "fp32")
             runnable = Bundle(folder, replace(state.manifest, spec=spec, files=files, precisions=fp32))

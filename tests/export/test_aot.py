@@ -12,10 +12,13 @@ import pytest
 
 from blt.checkpoint.models import save
 from blt.cli import run
-from blt_export import aot
-from blt_runtime.bundle.spec import GraphSpec, TensorSpec
+from blt_export import ExportReport, aot, pipeline
+from blt_export.bundle import write_graph
+from blt_export.passes import keep_states
+from blt_runtime.bundle.spec import GraphSpec, TensorSpec, resident_spec
 from blt_runtime.errors import CheckFailed, MissingExtra
 from tests.export.variants import VARIANTS, BundleOf
+from tests.exports import prepare
 from tests.tiny import tiny
 
 needs_tensorrt = pytest.mark.skipif(
@@ -32,6 +35,25 @@ def test_portable_graphs_compile(bundle_of: BundleOf, variant: str, graph: str) 
     compiled = aot.compile_graph(report.path / f"{graph}.onnx", spec)
     assert set(compiled.outputs) == {t.name for t in spec.outputs}
     assert compiled.plan_bytes > 0
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def half(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    state = prepare("cross_windows_own_heads_newlines", "portable", precision=request.param, check=False)
+    return pipeline.run(state, tmp_path_factory.mktemp("half") / "b")
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("graph", ["entropy", "encoder", "latent", "decoder"])
+@pytest.mark.parametrize("form", ["plain", "resident"])
+def test_portable_graphs_of_half_precision_compile(half: ExportReport, form: str, graph: str, tmp_path: Path) -> None:
+    """Plain, and with byte states and patch vectors in memory of the graphs."""
+    path, spec = half.path / f"{graph}.onnx", half.manifest.spec
+    if form == "resident":
+        spec = resident_spec(spec, cached=True)
+        path = write_graph(keep_states.run(ir.load(path), spec.graphs[graph]), tmp_path, graph)
+    compiled = aot.compile_graph(path, spec.graphs[graph])
+    assert set(compiled.outputs) == {t.name for t in spec.graphs[graph].outputs}
 
 
 def _one_node(path: Path, op_type: str, *, unused: bool = False) -> GraphSpec:

@@ -119,10 +119,12 @@ def test_bfloat16_is_refused_on_a_cpu_when_it_is_opened(export: Export) -> None:
         Model.open(export(VARIANTS[1], "portable", "bf16").path)
 
 
-def test_text_is_evaluated_in_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_text_is_evaluated_in_bfloat16(tmp_path: Path, variant: str) -> None:
+    """With hash tables and without."""
     ids = np.arange(4, 120)
     ids[0] = 1
-    report = pipeline.run(prepare(VARIANTS[0], "cuda", precision="bf16", eval_ids=[ids]), tmp_path / "b")
+    report = pipeline.run(prepare(variant, "cuda", precision="bf16", eval_ids=[ids]), tmp_path / "b")
     judged = report.manifest.judged
     assert judged is not None
     assert 0 < abs(judged.bits_per_byte - judged.float_bits_per_byte) < 0.1
