@@ -3,6 +3,7 @@
 manifest.json
 entropy.onnx  entropy.weights      one pair per graph; weights at page-aligned offsets, so that they can be mapped
 entropy.rows.onnx                  the batched graph, on the same weights
+encoder.tables.onnx                the batched encoder that gathers from hash tables in memory of a device
 entropy.device.onnx                the graph that keeps byte states and patch vectors, on the same weights
 hash_tables.npy                    [tables * rows, stored width], written a block of rows at a time
 """

@@ -79,6 +79,7 @@ class ExportState:
     files: dict[str, Path] = field(default_factory=dict)
     row_files: dict[str, Path] = field(default_factory=dict)
     resident_files: dict[str, Path] = field(default_factory=dict)
+    table_file: Path | None = None
     parity: ParityReport = field(default_factory=lambda: ParityReport((), ()))
     manifest: Manifest | None = None
 

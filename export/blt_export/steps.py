@@ -21,13 +21,13 @@ from blt_runtime.bundle import graph_file
 from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import FileRef, Manifest
-from blt_runtime.bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec
+from blt_runtime.bundle.spec import TABLES_OF_DEVICES, GraphSpec, ModelSpec, resident_spec, row_spec, table_spec
 from blt_runtime.errors import BackendError, BundleError, UsageError
 
 from . import bundle
 from .capture import trace
 from .lower import cuda, ort, portable
-from .passes import batch_rows, halve, join_products, keep_states
+from .passes import batch_rows, gather_tables, halve, join_products, keep_states
 from .quantize import matrices
 from .rewrite import diff, op_counts
 from .rules import GRAPH
@@ -146,6 +146,10 @@ def write_batched_graphs(state: ExportState) -> str:
     if state.flavour == "cuda":
         wanted = resident_spec(state.spec).graphs
         made = {name: keep_states.run(model, row_spec(wanted[name])) for name, model in made.items()}
+        if state.spec.hash is not None and state.spec.hash.dtype in TABLES_OF_DEVICES:
+            gathering = table_spec(row_spec(wanted["encoder"]), state.spec.hash)
+            model = gather_tables.run(made["encoder"], gathering)
+            state.table_file = bundle.write_variant(model, state.folder, "encoder", "tables")
     state.row_files = {name: bundle.write_variant(model, state.folder, name, "rows") for name, model in made.items()}
     return _node_counts(made)
 
@@ -220,9 +224,11 @@ def make_manifest(state: ExportState) -> str:
         precisions=state.precisions,
         row_graphs={name: FileRef(path.name) for name, path in state.row_files.items()},
         resident_graphs={name: FileRef(path.name) for name, path in state.resident_files.items()},
+        table_graph=FileRef(state.table_file.name) if state.table_file else None,
         chat_template=state.chat_template,
     )
-    for refs in (state.manifest.graphs, state.manifest.row_graphs, state.manifest.resident_graphs):
+    tables = {"encoder": state.manifest.table_graph} if state.manifest.table_graph else {}
+    for refs in (state.manifest.graphs, state.manifest.row_graphs, state.manifest.resident_graphs, tables):
         for name, ref in refs.items():
             try:
                 graph_file.read_graph(state.folder, ref.file, state.manifest, state.manifest.precision_of(name))

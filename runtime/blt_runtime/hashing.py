@@ -152,6 +152,10 @@ class HashEmbedding:
         np.remainder(row_T, self._rows, out=row_T)
         return np.add(row_T, self._first_row_T, out=row_T)
 
+    def locate_many(self, padded: Ids) -> Ids:
+        """Row of each table [N, T] for N ids that follow their G - 1 predecessors."""
+        return hash_windows(padded, self._coefficients_TG, self._rows) + self._first_row_T
+
     def one(self, window_G: Ids, out_D: Array) -> None:
         """Embedding of the newest of the last G ids (zeros before the start) into out_D float32."""
         self.locate(window_G)
@@ -168,7 +172,7 @@ class HashEmbedding:
 
     def many(self, padded: Ids, out_ND: Array) -> None:
         """Embeddings of N ids that follow their G - 1 predecessors, into out_ND float32."""
-        row_NT = hash_windows(padded, self._coefficients_TG, self._rows) + self._first_row_T
+        row_NT = self.locate_many(padded)
         self._check_size()
         out_ND[...] = widen(self._tables[0][row_NT[:, 0]])
         for t in range(1, row_NT.shape[1]):

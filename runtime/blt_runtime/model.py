@@ -73,6 +73,7 @@ class Model:
         precision: str | None = None,
         batched: bool = False,
         prepack: bool | None = None,
+        hash_tables: str = "auto",
         many: bool | None = None,
     ) -> Model:
         """Opens the bundle folder `path`.
@@ -82,7 +83,8 @@ class Model:
         cuda. verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32", "fp16",
         "bf16", "int8", "int4"); None accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has
         no single streams. prepack: see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several
-        tokens (`speculate`). many: the former name of `batched`, which warns.
+        tokens (`speculate`). hash_tables: of a batched model, where hash embeddings are computed, "host", "device" or
+        "auto" (`OnnxRowBackend`). many: the former name of `batched`, which warns.
 
         Raises UsageError, BundleError, BackendError, OutOfMemory or MissingExtra.
         """
@@ -95,7 +97,11 @@ class Model:
             if precision is not None:
                 check_precision(bundle.manifest, precision, str(path))
             files = OpenFiles(bundle)
-            made = _backend(backend, bundle, threads=threads, provider=provider, batched=batched, prepack=prepack)
+            choice("hash_tables", hash_tables, ("auto", "host", "device"))
+            place = hash_tables if batched else "host"
+            made = _backend(
+                backend, bundle, threads=threads, provider=provider, batched=batched, prepack=prepack, hash_tables=place
+            )
             tables = bundle.hash_tables()
             files.check_names()
             return cls(made.spec, made, tables, manifest=bundle.manifest, files=files)
@@ -184,11 +190,14 @@ def _backend(
     provider: str,
     batched: bool,
     prepack: bool | None,
+    hash_tables: str,
 ) -> OnnxBackend | NullBackend:
     if name == "onnx":
         from .backends.onnx import OnnxBackend, OnnxRowBackend
 
-        return (OnnxRowBackend if batched else OnnxBackend)(bundle, threads, provider, prepack=prepack)
+        if batched:
+            return OnnxRowBackend(bundle, threads, provider, prepack=prepack, hash_tables=hash_tables)
+        return OnnxBackend(bundle, threads, provider, prepack=prepack)
     from .backends.null import NullBackend
 
     return NullBackend(bundle.manifest.spec)

@@ -16,7 +16,7 @@ from blt_runtime.backends.onnx import OnnxRowBackend, OnnxSession
 from blt_runtime.backends.protocol import Buffer, Call, Place
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.engine.batch import Batch, gather
-from blt_runtime.errors import BackendError
+from blt_runtime.errors import BackendError, UsageError
 from blt_runtime.ids import BOS, BYTES, OFFSET
 from blt_runtime.scheduler import Scheduler
 from tests import exports
@@ -161,6 +161,31 @@ def test_rows_of_a_device_are_copied_by_reads_and_writes_only(bundle: Path) -> N
     while not (first.done and other.done):
         batch.round()
     np.testing.assert_array_equal(other.logits_V, first.logits_V)
+
+
+@pytest.mark.parametrize("bundle", [CASES[-1]], indirect=True, ids=["cuda"])
+def test_hash_tables_on_the_device_are_gathered_by_the_graph(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    chosen, prompts, seen = texts(1), {0: 1, 1: 60, 2: 40}, []
+    for place in ("host", "device"):
+        backend = OnnxRowBackend(opened, hash_tables=place)
+        batch = Batch(backend.spec, backend, opened.hash_tables(), rows=3, slice=16)
+        assert (batch._arena.tables is not None) == (place == "device")
+        seen.append(read_texts(batch, chosen, prompts))
+    for i in chosen:
+        np.testing.assert_allclose(np.array(seen[1][i]), np.array(seen[0][i]), atol=2e-5)
+    with Scheduler(Model.open(bundle, batched=True, hash_tables="device"), streams=2) as scheduler:
+        made = scheduler.submit("abc", 20, temperature=0.0, stop_at_eos=False).result()
+    with Scheduler(Model.open(bundle, batched=True), streams=2) as scheduler:
+        assert scheduler.submit("abc", 20, temperature=0.0, stop_at_eos=False).result() == made
+
+
+@pytest.mark.parametrize("bundle", [CASES[0]], indirect=True, ids=["ort"])
+def test_hash_tables_on_the_device_need_a_graph_for_it(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="has no graph for hash tables on a device: export the flavour cuda"):
+        Model.open(bundle, batched=True, hash_tables="device")
+    with pytest.raises(UsageError, match="hash_tables"):
+        Model.open(bundle, batched=True, hash_tables="spam")
 
 
 @pytest.mark.parametrize("slice", [5, 12])

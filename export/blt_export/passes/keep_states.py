@@ -38,7 +38,7 @@ def run(model: ir.Model, wanted: GraphSpec) -> ir.Model:
     inputs = {str(value.name): value for value in graph.inputs}
     for tensor in wanted.inputs:
         if tensor.name not in inputs:
-            inputs[tensor.name] = _input(tensor)
+            inputs[tensor.name] = new_input(tensor)
     first = Builder(graph, graph[0])
     if wanted.name in RESIDENT:
         past, output = RESIDENT[wanted.name]
@@ -59,7 +59,8 @@ def run(model: ir.Model, wanted: GraphSpec) -> ir.Model:
     return made
 
 
-def _input(tensor: TensorSpec) -> ir.Value:
+def new_input(tensor: TensorSpec) -> ir.Value:
+    """An input that a graph does not have yet."""
     dtype = ir.DataType[{"float32": "FLOAT"}.get(tensor.dtype, tensor.dtype.upper())]
     return ir.Value(name=tensor.name, type=ir.TensorType(dtype), shape=ir.Shape(list(tensor.shape)))
 
@@ -85,7 +86,7 @@ def _write(graph: ir.Graph, output: str, past: ir.Value, rows: ir.Value) -> None
 
 def _view(inputs: dict[str, ir.Value], name: str, wanted: GraphSpec, b: Builder) -> None:
     """Replace the pool `name` [N, ...] by a view of the memory that has its name now."""
-    old, memory = inputs[name], _input(wanted.tensor(name))
+    old, memory = inputs[name], new_input(wanted.tensor(name))
     sizes = dims(old)
     assert sizes is not None
     view = b.op("Reshape", memory, b.const([-1, *sizes[1:]]))
@@ -93,7 +94,7 @@ def _view(inputs: dict[str, ir.Value], name: str, wanted: GraphSpec, b: Builder)
 
 
 def _read_states(inputs: dict[str, ir.Value], wanted: GraphSpec, b: Builder) -> None:
-    old, memory = inputs["byte_states"], _input(wanted.tensor("byte_states"))
+    old, memory = inputs["byte_states"], new_input(wanted.tensor("byte_states"))
     layers, width = static(old, 2), static(old, 3)
     rows = b.op("Reshape", memory, b.const([-1, layers * width]))
     states = b.op("Gather", rows, _state_rows(inputs), axis=0)

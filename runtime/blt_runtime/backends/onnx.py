@@ -26,9 +26,10 @@ from ..arguments import choice
 from ..bundle.bundle import Bundle
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import QUANTISED
-from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec
+from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec, table_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
 from .device import NO_CAPTURE, DeviceBuffer, StepBuffer, Transfers, element_type
+from .nvidia import probe
 from .probe import PROBES, differ, input_values, memory_values
 from .protocol import Buffer, Call, HostBuffer, Place
 from .providers import PROVIDERS, check_available, check_capture, check_flavour, check_placement, open_session
@@ -190,12 +191,43 @@ def check_rows(bundle: Bundle) -> None:
     load_library(ROWS_MINIMUM)
 
 
+TABLE_PLACES = ("auto", "host", "device")
+"""Where hash embeddings of batched streams are computed."""
+
+
+def _fit_device(bundle: Bundle, provider: str) -> bool:
+    """Whether the GPU has four times the memory of the hash tables."""
+    tables = bundle.manifest.hash_tables
+    if provider != "cuda" or tables is None or bundle.manifest.table_graph is None:
+        return False
+    return 4 * bundle.manifest.files[tables.file].bytes <= probe().gpus[0].memory
+
+
 class OnnxRowBackend(OnnxBackend):
     """Runs the batched graphs (`RowBackend`), and only those: `session` raises UsageError.
 
     Weights are packed unless prepack is False, because products over several tokens pack unpacked weights in each call.
-    Raises BackendError for a bundle without batched graphs, and for an onnxruntime before ROWS_MINIMUM.
+    hash_tables: "host" computes hash embeddings there, one row after another; "device" copies the tables to the device,
+    where the encoder gathers from them; "auto" does so on CUDA if they take at most a quarter of the GPU's memory.
+    Raises BackendError for a bundle without batched graphs, and for an onnxruntime before ROWS_MINIMUM; UsageError for
+    "device" where the bundle has no graph for it.
     """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        provider: str = "cpu",
+        *,
+        prepack: bool | None = None,
+        hash_tables: str = "host",
+    ) -> None:
+        choice("hash_tables", hash_tables, TABLE_PLACES)
+        check_rows(bundle)
+        self._gathers = hash_tables == "device" or (hash_tables == "auto" and _fit_device(bundle, provider))
+        if self._gathers:
+            bundle.table_graph_file()  # raises if there is none
+        super().__init__(bundle, threads, provider, prepack=prepack)
 
     def _keeps_states(self, bundle: Bundle) -> bool:
         return bool(bundle.manifest.resident_graphs)
@@ -205,8 +237,10 @@ class OnnxRowBackend(OnnxBackend):
         return True
 
     def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
-        check_rows(bundle)
-        return self._session(bundle, bundle.row_graph_file(spec.name), row_spec(spec), options)
+        wanted, hash = row_spec(spec), bundle.manifest.spec.hash
+        if self._gathers and spec.name == "encoder" and hash is not None:
+            return self._session(bundle, bundle.table_graph_file(), table_spec(wanted, hash), options)
+        return self._session(bundle, bundle.row_graph_file(spec.name), wanted, options)
 
     def row_session(self, group: str) -> OnnxSession:
         return self._sessions[group]

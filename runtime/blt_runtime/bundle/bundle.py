@@ -93,6 +93,15 @@ class Bundle:
         """Path of a graph's ONNX file for devices. Raises UsageError if the bundle has none."""
         return self._file("graph for devices", group, self.manifest.resident_graphs)
 
+    def table_graph_file(self) -> Path:
+        """Path of the encoder that gathers from hash tables on a device. Raises UsageError if the bundle has none."""
+        if self.manifest.table_graph is None:
+            raise UsageError(
+                f"{self.path} has no graph for hash tables on a device: export the flavour cuda, with hash tables of "
+                "float32, float16 or bfloat16"
+            )
+        return self.path / self.manifest.table_graph.file
+
     def _file(self, kind: str, group: str, graphs: Mapping[str, FileRef]) -> Path:
         if not isinstance(group, str) or group not in graphs:
             raise UsageError(f"the bundle has no {kind} {shown(group)}; it has: {', '.join(graphs) or 'none'}")

@@ -78,8 +78,9 @@ class Manifest:
     `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is the
     export's setting, `precisions` that of each graph ("fp32", "fp16", "bf16"; of its matrices only, "int8" or "int4"),
     by default `precision`. `row_graphs` are the batched graphs (`spec.row_spec`) on the same weights; empty if there
-    are none. `resident_graphs` are those for devices (`spec.resident_spec`), also on the same weights. `chat_template`
-    is the Jinja source for chats.
+    are none. `resident_graphs` are those for devices (`spec.resident_spec`), `table_graph` is the batched encoder that
+    gathers from hash tables in memory of a device (`spec.table_spec`), also on the same weights. `chat_template` is the
+    Jinja source for chats.
     """
 
     producer: dict[str, Any]
@@ -97,6 +98,7 @@ class Manifest:
     judged: Judged | None = None
     row_graphs: dict[str, FileRef] = field(default_factory=dict)
     resident_graphs: dict[str, FileRef] = field(default_factory=dict)
+    table_graph: FileRef | None = None
     chat_template: str | None = None
 
     def precision_of(self, graph: str) -> str:
@@ -141,6 +143,7 @@ class Manifest:
 
     def references(self) -> list[FileRef]:
         graphs = [*self.graphs.values(), *self.row_graphs.values(), *self.resident_graphs.values()]
+        graphs += [self.table_graph] if self.table_graph else []
         return [*graphs, *([self.hash_tables] if self.hash_tables else [])]
 
 

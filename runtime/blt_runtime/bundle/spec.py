@@ -33,6 +33,8 @@ RESIDENT = {"encoder": ("past_states", "byte_states"), "latent": ("past_patches"
 """Input and output of the memory that resident graphs write (`resident_spec`), by graph."""
 LONGEST_HASH = 1024
 """Most ids of a hash window; the released models have 8."""
+TABLES_OF_DEVICES = ("float32", "float16", "bfloat16")
+"""Types of hash tables that graphs can gather from (`table_spec`)."""
 _INTEGERS = {"ids", "positions", "doc_start", "byte_index", "patch_length", "own_start", "patch_row"}
 
 
@@ -252,6 +254,16 @@ def row_spec(graph: GraphSpec) -> GraphSpec:
     routing = tuple(TensorSpec(name, "int64", shape) for name, shape in shapes.items())
     kept = tuple(_in_rows(graph, t) for t in graph.inputs if t.name != "doc_start")
     return replace(graph, inputs=(*kept, *routing), outputs=tuple(_in_rows(graph, t) for t in graph.outputs))
+
+
+def table_spec(graph: GraphSpec, hash: HashSpec) -> GraphSpec:
+    """The form of the encoder that gathers from hash tables in memory of a device: hash_rows [B, S, T] (rows of all
+    tables, counted from the first) and hash_tables [T * rows, D] in place of hash_embedding."""
+    clock = graph.tensor("positions").shape
+    rows = TensorSpec("hash_rows", "int64", (*clock, hash.tables))
+    tables = TensorSpec("hash_tables", hash.dtype, (hash.tables * hash.rows, hash.dim))
+    kept = tuple(tensor for tensor in graph.inputs if tensor.name != "hash_embedding")
+    return replace(graph, inputs=(*kept, rows, tables))
 
 
 def _is_memory(tensor: TensorSpec) -> bool:

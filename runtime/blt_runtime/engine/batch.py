@@ -22,7 +22,7 @@ from ..arguments import is_whole
 from ..backends.protocol import Array, Backend, RowBackend
 from ..bundle.spec import ModelSpec
 from ..errors import BltError, UsageError
-from ..hashing import Tables
+from ..hashing import HashEmbedding, Tables
 from ..ids import Ids
 from .caches import calls
 from .graphs import LatentInputs
@@ -130,9 +130,11 @@ class Batch:
         self.counts, self._turn, self._owner = Counts(), 0, object()
         self._ready = ready or gather()
         tokens = rows * self.slice + rows * self.slice % 2
-        self._arena = Arena(spec, backend, rows, self.slice)
+        self._arena = Arena(spec, backend, rows, self.slice, hash_tables)
+        gathered = {"encoder": spec.hash.tables} if spec.hash is not None and self._arena.tables is not None else {}
         self._staging = {
-            name: Staging(graph, backend, tokens, self._arena.memory(name)) for name, graph in spec.graphs.items()
+            name: Staging(graph, backend, tokens, self._arena.memory(name), gathered.get(name, 0))
+            for name, graph in spec.graphs.items()
         }
         self._calls: Calls
         if isinstance(backend, RowBackend):
@@ -229,16 +231,24 @@ class Batch:
         staging = self._staging["encoder"]
         for row, start, end, part in _packed(fitting):
             staging["ids"][part] = row.memory.history(row.memory.ids, start, end).array[0]
-            if row.memory.hash is not None and end == start + 1:
-                row.memory.hash.one(row.memory.window(start, end), staging["hash_embedding"][part.start])
-            elif row.memory.hash is not None:
-                row.memory.hash.many(row.memory.window(start, end), staging["hash_embedding"][part])
+            if row.memory.hash is not None:
+                self._embed(row.memory.hash, row.memory.window(start, end), staging, part)
         self._set_state_rows(staging, fitting)
         self._calls.run("encoder", [segment for _, segment in fitting])
         for row, start, end, part in _packed(fitting):
             if not self._arena.resident:
                 row.memory.pool.keep(start, staging["byte_states"][part])
             self.counts.tokens += end - start
+
+    def _embed(self, hash: HashEmbedding, window: Ids, staging: Staging, part: slice) -> None:
+        """Hash embeddings of a row's tokens, or where the graph finds them on the device."""
+        single = part.stop == part.start + 1
+        if self._arena.tables is not None:
+            staging["hash_rows"][part] = hash.locate(window) if single else hash.locate_many(window)
+        elif single:
+            hash.one(window, staging["hash_embedding"][part.start])
+        else:
+            hash.many(window, staging["hash_embedding"][part])
 
     def _set_state_rows(self, staging: Staging, todo: list[tuple[Row, Segment]]) -> None:
         """Of resident graphs: where the byte states of the tokens are."""

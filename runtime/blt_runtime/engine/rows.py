@@ -28,6 +28,7 @@ import numpy as np
 from ..backends.protocol import Array, Backend, Buffer, Call, Part, RowBackend
 from ..bundle.spec import RESIDENT, GraphSpec, ModelSpec, row_spec
 from ..errors import BackendError
+from ..hashing import Tables
 from .graphs import entries
 
 Key = tuple[str, int, int, tuple[int, ...]]
@@ -53,7 +54,9 @@ class Arena:
     The last row of each takes what a call's padding writes.
     """
 
-    def __init__(self, spec: ModelSpec, backend: Backend, rows: int, longest: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, backend: Backend, rows: int, longest: int, hash_tables: Tables | None = None
+    ) -> None:
         self.rows, longest = rows, room(longest, "latent")
         self.resident, self.states, self.ring = spec.resident, spec.capacity_bytes + 1, longest + spec.decoder_window
         if self.resident and not isinstance(backend, RowBackend):
@@ -67,6 +70,7 @@ class Arena:
                 slots = graph.cache.capacity - longest
             sizes = {"Q": rows, "C": slots + longest, "N": rows * self.states + 1, "R": rows * self.ring + 1}
             self._caches[name] = _row_caches(graph, backend, sizes)
+        self.tables = _device_tables(backend, hash_tables)
         if self.resident:
             self.patch_kv = self._caches["latent"]["patch_kv"]
             return
@@ -96,6 +100,8 @@ class Arena:
         if group == "decoder":
             states = {"byte_states": self._caches["encoder"]["byte_states"]} if self.resident else {}
             return {"patch_kv": self.patch_kv, **states}
+        if group == "encoder" and self.tables is not None:
+            return {"hash_tables": self.tables}
         return {"byte_states": self._caches["encoder"]["byte_states"]} if group == "latent" and self.resident else {}
 
     @property
@@ -118,6 +124,19 @@ class Arena:
             return None
         size = math.prod(self.patch_kv.shape[1:])
         return self.patch_kv.part(row * self.ring * size, (self.ring, *self.patch_kv.shape[1:]))
+
+
+def _device_tables(backend: Backend, tables: Tables | None) -> Buffer | None:
+    """The hash tables in memory of the device, if the encoder gathers from them there."""
+    if not isinstance(backend, RowBackend) or not isinstance(tables, np.ndarray):
+        return None
+    spec = backend.row_session("encoder").spec
+    if not spec.has_input("hash_tables"):
+        return None
+    tensor = spec.tensor("hash_tables")
+    buffer = backend.buffer(tensor.dtype, tensor.resolve(), "device")
+    buffer.write(tables)
+    return buffer
 
 
 class RowBuffer:
@@ -157,16 +176,22 @@ def _row_caches(graph: GraphSpec, backend: Backend, sizes: Mapping[str, int]) ->
 
 class Staging:
     """Inputs and outputs of one graph for up to T tokens: [1, T, ...] each. `memory` names inputs that are bound
-    elsewhere."""
+    elsewhere. hash_tables: how many there are in memory of the device."""
 
-    def __init__(self, graph: GraphSpec, backend: Backend, tokens: int, memory: Collection[str] = ()) -> None:
+    def __init__(
+        self, graph: GraphSpec, backend: Backend, tokens: int, memory: Collection[str] = (), hash_tables: int = 0
+    ) -> None:
         self.graph, self._backend = graph, backend
         self._sizes = {"B": 1, "S": tokens, "P": tokens, "N": 0}
         cached = {*graph.aliases, *graph.aliases.values(), *memory}
+        if hash_tables:  # the graph gathers from tables on the device
+            cached.add("hash_embedding")
         names = [t for t in (*graph.inputs, *graph.outputs) if t.name not in cached]
         self.buffers = {t.name: self._new(t.name) for t in names if not {"R", "L"} & set(t.shape)}
         if row_spec(graph).has_input("state_row"):
             self.buffers["state_row"] = backend.buffer("int64", (1, tokens), "step")
+        if hash_tables:
+            self.buffers["hash_rows"] = backend.buffer("int64", (1, tokens, hash_tables), "step")
         self._indexes: dict[int, Buffer] = {}
 
     def _new(self, name: str) -> Buffer:
