@@ -46,6 +46,7 @@ class LayerType(enum.Enum):
 
 class BuilderFlag(enum.Enum):
     STRIP_PLAN = 1
+    TF32 = 2
 
 
 class NetworkDefinitionCreationFlag(enum.Enum):
@@ -233,7 +234,7 @@ class Ranges(dict[str, Any]):
 class Config:
     def __init__(self) -> None:
         self.profiles: list[Ranges] = []
-        self.flags: set[Any] = set()
+        self.flags: set[Any] = {BuilderFlag.TF32}
         self.limits: dict[Any, int] = {}
         self.timing = b""
         self.hardware_compatibility_level = HardwareCompatibilityLevel.NONE
@@ -244,6 +245,9 @@ class Config:
 
     def set_flag(self, flag: Any) -> None:
         self.flags.add(flag)
+
+    def clear_flag(self, flag: Any) -> None:
+        self.flags.discard(flag)
 
     def set_memory_pool_limit(self, pool: Any, size: int) -> None:
         self.limits[pool] = size
@@ -304,6 +308,17 @@ class OnnxParser:
             self._errors.append(str(error))
             return False
         return Path(path).exists()
+
+    def parse(self, model: bytes, path: str) -> bool:
+        """A graph in memory, whose weights are in the folder of `path`."""
+        try:
+            found = onnx.load_from_string(model)
+            onnx.load_external_data_for_model(found, str(Path(path).parent))
+            self._network.model.CopyFrom(found)
+        except Exception as error:
+            self._errors.append(str(error))
+            return False
+        return True
 
     @property
     def num_errors(self) -> int:

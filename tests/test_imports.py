@@ -67,8 +67,8 @@ ROOMS = (
     "blt.files", "blt.model", "blt.checkpoint", "blt", "blt.generate", "blt.data", "blt.evaluate", "blt.figures",
     "blt.train", "blt.bench", "blt.share", "blt.triton",
     "blt_export.capture", "blt_export.rewrite", "blt_export.rules", "blt_export.lower", "blt_export.passes",
-    "blt_export.quantize", "blt_export.specs", "blt_export.verify", "blt_export.state", "blt_export.bundle",
-    "blt_export.aot",
+    "blt_export.quantize", "blt_export.specs", "blt_export.verify", "blt_export.state", "blt_export.graph_files",
+    "blt_export.bundle", "blt_export.tensorrt", "blt_export.aot", "blt_export.build",
     "blt_export.steps", "blt_export.pipeline", "blt_export",
     "blt.cli",
 )  # fmt: skip
@@ -256,6 +256,12 @@ def test_help_loads_neither_torch_nor_onnx(arguments: list[str]) -> None:
 
 def test_data_is_read_without_torch() -> None:
     assert not {"torch", "onnx", "onnxruntime"} & loaded_by("import blt.data.dataset, blt.data.prepare")
+
+
+def test_engines_are_built_without_torch() -> None:
+    loaded = loaded_by("import blt_export.build")
+    assert "onnx_ir" in loaded
+    assert not {"torch", "tensorrt", "cuda", "onnxscript"} & loaded
 
 
 def test_importing_blt_is_light() -> None:

@@ -18,6 +18,8 @@ from blt_runtime.bundle.manifest import Manifest
 from blt_runtime.bundle.spec import GraphSpec
 from blt_runtime.errors import CheckFailed, MissingExtra, UsageError
 
+from .tensorrt import Refused, build, logger, shapes_of
+
 Range = tuple[int, int, int]
 
 #: (least, usual, most) of each letter of a graph's shapes, for the optimisation profile.
@@ -84,32 +86,20 @@ def compile_graph(
     Raises CheckFailed (refused, or an input is dropped) and MissingExtra (tensorrt-rtx is not installed).
     """
     trt = _library()
-    log = _logger(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    started = time.perf_counter()
-    if not parser.parse_from_file(str(path)):
-        raise CheckFailed(f"compile gate: {spec.name} is refused: {_parser_errors(parser)}")
-    _allow_decomposition(trt, network)
-    config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, network, spec, {**DEFAULT_RANGES, **(ranges or {})}))
-    _target(trt, config, architectures)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise CheckFailed(f"compile gate: {spec.name} does not build: {'; '.join(log.errors) or 'no reason given'}")
-    used = {network.get_input(i).name for i in range(network.num_inputs)} - set(log.unused)
-    dropped = [t.name for t in spec.inputs if t.name not in used]
-    if dropped:
-        raise CheckFailed(f"compile gate: {spec.name} ignores its inputs {', '.join(dropped)}")
-    outputs = tuple(network.get_output(i).name for i in range(network.num_outputs))
-    return Compiled(
-        spec.name,
-        layers=network.num_layers,
-        seconds=time.perf_counter() - started,
-        plan_bytes=plan.nbytes,
-        outputs=outputs,
-    )
+    sizes = {**DEFAULT_RANGES, **(ranges or {})}
+    profile = shapes_of(spec, *({letter: of[i] for letter, of in sizes.items()} for i in range(3)))
+    try:
+        built = build(
+            trt,
+            logger(trt),
+            spec,
+            lambda parser: parser.parse_from_file(str(path)),
+            [profile],
+            lambda config: _target(trt, config, architectures),
+        )
+    except Refused as error:
+        raise CheckFailed(f"compile gate: {error}") from error
+    return Compiled(spec.name, built.layers, built.seconds, built.plan.nbytes, built.outputs)
 
 
 def _library() -> ModuleType:
@@ -117,46 +107,6 @@ def _library() -> ModuleType:
         return importlib.import_module("tensorrt_rtx")
     except ImportError:
         raise MissingExtra("tensorrt-rtx", "aot") from None
-
-
-def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.unused: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif message.startswith("Unused Input: "):
-                self.unused.append(message.removeprefix("Unused Input: "))
-
-    return Log()
-
-
-def _parser_errors(parser: Any) -> str:
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    return "; ".join(f"{e.node_operator() or '?'} {e.node_name() or ''}: {e.desc()}" for e in errors)
-
-
-def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Attention has fused kernels for fp16 and bf16 only; in float32 it must be decomposed into simple layers."""
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer
-            layer.attention.decomposable = True
-
-
-def _profile(builder: Any, network: Any, spec: GraphSpec, ranges: dict[str, Range]) -> Any:
-    profile = builder.create_optimization_profile()
-    names = {network.get_input(i).name for i in range(network.num_inputs)}
-    for tensor in spec.inputs:
-        if tensor.name in names and any(isinstance(size, str) for size in tensor.shape):
-            shapes = [tensor.resolve(**{letter: r[i] for letter, r in ranges.items()}) for i in range(3)]
-            profile.set_shape(tensor.name, *shapes)
-    return profile
 
 
 def _target(trt: Any, config: Any, architectures: Sequence[str]) -> None:

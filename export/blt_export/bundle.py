@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from blt import files
@@ -25,12 +24,11 @@ from blt_runtime.bundle.manifest import FileEntry
 from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype, stored_width
 
+from .graph_files import write_graph, write_variant
 from .quantize.table_rows import quantise_rows
 
+__all__ = ["HASH_TABLES", "check_target", "entries", "staged", "write_graph", "write_hash_tables", "write_variant"]
 HASH_TABLES = "hash_tables.npy"
-_PAGE = 4096
-_INLINE = 1024
-"""Bytes below which an initializer stays in the .onnx file: shape constants, not weights."""
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -53,36 +51,6 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     check_target(out, force)
     with files.staged(out) as work:
         yield work
-
-
-def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
-    """`name.onnx` and, with its larger initializers, `name.weights`."""
-    remove_notes(model)
-    path = folder / f"{name}.onnx"
-    ir.save(
-        model,
-        path,
-        external_data=f"{name}.weights",
-        size_threshold_bytes=_INLINE,
-        alignment=_PAGE,
-        align_threshold=_PAGE,
-    )
-    return path
-
-
-def remove_notes(model: ir.Model) -> None:
-    """Remove what PyTorch's exporter notes on each node, such as stack traces with the paths of this machine."""
-    values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
-    for noted in (model, model.graph, *model.graph, *values, *model.graph.initializers.values()):
-        noted.metadata_props.clear()
-        noted.doc_string = None
-
-
-def write_variant(model: ir.Model, folder: Path, name: str, variant: str) -> Path:
-    """`name.variant.onnx`; its initializers are in `name.weights` already."""
-    path = folder / f"{name}.{variant}.onnx"
-    ir.save(model, path)
-    return path
 
 
 def write_hash_tables(tables: StoredTensor, folder: Path, dtype: TableDtype) -> Path:

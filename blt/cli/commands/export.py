@@ -131,7 +131,11 @@ def export(
         raise UsageError("-o DIR is missing: the folder to write the bundle to")
     if for_triton is None and (served_model_name is not None or not copy):
         raise UsageError("--served-model-name and --no-copy have no effect without --triton DIR")
-    import blt_export.aot  # first: where PyTorch is missing too, the extra to install is `export`
+    import onnx  # noqa: F401  first: where PyTorch is missing too, the extra to install is `export`
+
+    import blt_export.aot
+    import blt_export.bundle
+    import blt_export.pipeline
     from blt.checkpoint.models import load
     from blt_runtime.chat_template import ChatTemplate
 

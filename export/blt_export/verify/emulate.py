@@ -7,12 +7,30 @@ node. This is what a GPU computes, but for the order of its additions. It is als
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
+
+from blt_runtime.bundle.spec import GraphSpec, ModelSpec, TensorSpec
 
 from ..passes.halve import HALVES
 from ..rewrite import Builder
 
 _HALF = {half for _, half in HALVES.values()}
+
+
+def float_spec(spec: ModelSpec) -> ModelSpec:
+    """The specification of the emulations of all graphs."""
+    return replace(spec, graphs={name: _float_graph(graph) for name, graph in spec.graphs.items()})
+
+
+def _float_graph(graph: GraphSpec) -> GraphSpec:
+    half = {dtype for dtype, _ in HALVES.values()}
+
+    def tensor(of: TensorSpec) -> TensorSpec:
+        return replace(of, dtype="float32") if of.dtype in half else of
+
+    return replace(graph, inputs=tuple(map(tensor, graph.inputs)), outputs=tuple(map(tensor, graph.outputs)))
 
 
 def run(model: ir.Model) -> ir.Model:

@@ -1,0 +1,282 @@
+"""Engines from a bundle, on a stand-in for TensorRT: they generate the bundle's ids, or nothing is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blt_export import pipeline
+from blt_export.build import TOLERANCE, build_engines, build_graph, compare, longest_patch, profiles, reference
+from blt_export.tensorrt import Profile, logger
+from blt_runtime import Model
+from blt_runtime.backends.platform import Platform, open_engines
+from blt_runtime.bundle.bundle import Bundle
+from blt_runtime.bundle.engines import Engines, Flags, Machine
+from blt_runtime.bundle.spec import ModelSpec, TensorSpec, resident_spec
+from blt_runtime.engine.prefill import GATHER_BYTES
+from blt_runtime.errors import BackendError, CheckFailed, UsageError
+from blt_runtime.patching import PatchRule
+from tests import fake_tensorrt
+from tests.exports import prepare
+from tests.host_device import HostDevice
+
+VARIANT = "max_patch_length"
+PROMPT = "Grüße\naus 東京, of two documents\0and more"
+
+
+def platform(**options: Any) -> Platform:
+    device = HostDevice()
+    trt = fake_tensorrt.module(device, **options)
+    return Platform(trt, device, Machine(trt.__version__, fake_tensorrt.GPU, "9.0", "580.1", "13.0"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+def exported(folder: Path, precision: str = "fp32") -> Bundle:
+    state = prepare(VARIANT, "portable", capacity=192, precision=precision, check=False)
+    return Bundle.open(pipeline.run(state, folder / "bundle").path)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return exported(tmp_path_factory.mktemp("build"))
+
+
+def test_engines_generate_the_ids_of_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    steps: list[str] = []
+    report = build_engines(bundle, tmp_path / "engines", platform(), progress=steps.append)
+    assert steps == [*bundle.manifest.spec.graphs, "parity"]
+    engines = Engines.open(report.path)
+    assert engines.file == report.file
+    assert sorted(path.name for path in report.path.iterdir()) == sorted(
+        ["engines.json", "manifest.json", "hash_tables.npy", *(f"{name}.plan" for name in steps[:-1])]
+    )
+    assert {row.output for row in report.file.parity} == {"prompt.logits", "prompt.entropies", "steps.logits"}
+    assert all(row.max_abs_error <= row.tolerance and row.positions >= 24 for row in report.file.parity)
+    backend = open_engines(engines, platform())
+    found = Model(backend.spec, backend, engines.bundle.hash_tables()).stream()
+    wanted = Model.open(bundle.path).stream()
+    for stream in (found, wanted):
+        stream.append(PROMPT)
+    made = list(wanted.generate_ids(40, temperature=0.0, stop_at_eos=False))
+    assert list(found.generate_ids(40, temperature=0.0, stop_at_eos=False)) == made
+    np.testing.assert_array_equal(found.patch_lengths, wanted.patch_lengths)
+
+
+def test_float16_is_compared_with_itself_on_the_cpu(tmp_path: Path) -> None:
+    report = build_engines(exported(tmp_path, "fp16"), tmp_path / "engines", platform())
+    assert [row.tolerance for row in report.file.parity] == [5e-3] * 3
+
+
+def test_bfloat16_is_compared_with_an_emulation(bundle: Bundle, tmp_path: Path) -> None:
+    """The CPU has no kernels for it, so the stand-in cannot run its engines."""
+    with reference(exported(tmp_path, "bf16")) as model:
+        rows = compare(Model.open(bundle.path), model, TOLERANCE["bf16"])
+    assert all(1e-4 < row.max_abs_error <= row.tolerance for row in rows[:2])
+
+
+class TestNothingIsWritten:
+    """The folder appears complete, or not at all; and no build replaces it without --force."""
+
+    def fails(
+        self, kind: type[Exception], text: str, bundle: Bundle, out: Path, here: Platform, **options: Any
+    ) -> None:
+        with pytest.raises(kind, match=text) as caught:
+            build_engines(bundle, out, here, **options)
+        assert "\n" not in str(caught.value)
+        assert [path.name for path in out.parent.iterdir()] == []
+
+    def test_for_a_bundle_of_another_flavour(self, bundle: Bundle, tmp_path: Path) -> None:
+        other = Bundle(bundle.path, replace(bundle.manifest, flavour="ort"))
+        text = "is of the flavour ort, but engines are built from portable: blt export MODEL -o DIR --flavour portable"
+        self.fails(UsageError, text, other, tmp_path / "engines", platform())
+
+    def test_for_a_graph_that_is_refused(self, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        parse = fake_tensorrt.OnnxParser.parse
+
+        def refuse(self: Any, model: bytes, path: str) -> bool:
+            self._errors.append("no kernel for NonZero")
+            return "latent" not in path and parse(self, model, path)
+
+        monkeypatch.setattr(fake_tensorrt.OnnxParser, "parse", refuse)
+        text = r"TensorRT 10\.15\.1: latent is refused: .*no kernel for NonZero"
+        self.fails(BackendError, text, bundle, tmp_path / "engines", platform())
+
+    def test_for_an_input_that_is_dropped(
+        self, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here = platform()
+
+        class Parser(fake_tensorrt.OnnxParser):
+            def __init__(self, network: Any, log: Any) -> None:
+                super().__init__(network, log)
+                log.log(fake_tensorrt.Logger.WARNING, "Unused Input: doc_start")
+
+        here.trt.OnnxParser = Parser
+        self.fails(BackendError, "ignores its inputs doc_start", bundle, tmp_path / "engines", here)
+
+    def test_for_an_engine_that_does_not_open(self, bundle: Bundle, tmp_path: Path) -> None:
+        here = platform()
+        here.trt.Builder = lambda log: fake_tensorrt.Builder("another version", log)
+        self.fails(BackendError, "refuses the engine of the graph", bundle, tmp_path / "engines", here)
+
+    def test_for_engines_that_compute_something_else(
+        self, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = fake_tensorrt.Engine.__init__
+
+        def wrong(self: Any, device: Any, model: Any, ranges: Any) -> None:
+            for weights in model.graph.initializer:
+                if weights.name.endswith("norm.weight"):
+                    weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * np.float32(1.01)).tobytes()
+            whole(self, device, model, ranges)
+
+        monkeypatch.setattr(fake_tensorrt.Engine, "__init__", wrong)
+        text = r"the engines differ from ONNX Runtime's CPU: prompt.logits \d.* \(tolerance 2e-05\)"
+        self.fails(CheckFailed, text, bundle, tmp_path / "engines", platform())
+
+    def test_over_other_files_or_engines_without_force(self, bundle: Bundle, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "file").touch()
+        with pytest.raises(UsageError, match="exists and holds no engines; give a new folder"):
+            build_engines(bundle, tmp_path / "mine", platform(), force=True)
+        build_engines(bundle, tmp_path / "engines", platform(), check=False)
+        with pytest.raises(UsageError, match="holds engines already; give another folder, or --force"):
+            build_engines(bundle, tmp_path / "engines", platform())
+        build_engines(bundle, tmp_path / "engines", platform(), check=False, force=True)
+
+
+class TestOptions:
+    @pytest.fixture
+    def configs(self, monkeypatch: pytest.MonkeyPatch) -> list[fake_tensorrt.Config]:
+        made: list[fake_tensorrt.Config] = []
+
+        def create(self: Any) -> fake_tensorrt.Config:
+            made.append(fake_tensorrt.Config())
+            return made[-1]
+
+        monkeypatch.setattr(fake_tensorrt.Builder, "create_builder_config", create)
+        return made
+
+    def test_flags_reach_the_builder_and_the_folder(
+        self, bundle: Bundle, tmp_path: Path, configs: list[fake_tensorrt.Config]
+    ) -> None:
+        flags = Flags("ampere+", 1 << 30)
+        report = build_engines(bundle, tmp_path / "engines", platform(), flags=flags, check=False)
+        assert Engines.open(report.path).file.flags == flags
+        assert len(configs) == 4
+        for config in configs:
+            assert config.hardware_compatibility_level is fake_tensorrt.HardwareCompatibilityLevel.AMPERE_PLUS
+            assert config.limits == {fake_tensorrt.MemoryPoolType.WORKSPACE: 1 << 30}
+            assert fake_tensorrt.BuilderFlag.TF32 not in config.flags
+
+    def test_the_timing_cache_passes_from_graph_to_graph_and_from_build_to_build(
+        self, bundle: Bundle, tmp_path: Path
+    ) -> None:
+        cache = tmp_path / "timing"
+        for builds in (1, 2):
+            build_engines(bundle, tmp_path / "e", platform(), timing_cache=cache, check=False, force=True)
+            assert cache.read_bytes() == b"t" * 4 * builds
+
+    def test_a_timing_cache_of_another_gpu_is_refused(
+        self, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "timing").write_bytes(b"other")
+        monkeypatch.setattr(fake_tensorrt.Config, "set_timing_cache", lambda *_: False)
+        with pytest.raises(BackendError, match="timing is no timing cache of this TensorRT and GPU: delete it"):
+            build_engines(bundle, tmp_path / "e", platform(), timing_cache=tmp_path / "timing")
+        assert (tmp_path / "timing").read_bytes() == b"other"
+
+
+class TestProfiles:
+    @pytest.fixture
+    def spec(self, bundle: Bundle) -> ModelSpec:
+        return resident_spec(bundle.manifest.spec, cached=True)
+
+    @pytest.mark.parametrize("graph", ["entropy", "encoder", "decoder"])
+    def test_bytes_are_one_or_a_pass_or_a_chunk(self, spec: ModelSpec, graph: str) -> None:
+        ranges = [profile["positions"] for profile in profiles(spec, graph)]
+        assert ranges == [((1, 1),) * 3, ((1, 1), (1, 4), (1, 16)), ((1, 1), (1, 32), (1, 32))]
+        assert not any(name.startswith("past_") for profile in profiles(spec, graph) for name in profile)
+
+    def test_a_patch_has_a_profile_for_each_number_of_entries(self, spec: ModelSpec) -> None:
+        """Patches are as long as the text here, so up to 192 bytes."""
+        free = replace(spec, patch_rule=PatchRule("space"))
+        shapes = [profile["byte_index"] for profile in profiles(free, "latent")]
+        assert shapes[:6] == [((1, 1, length),) * 3 for length in (8, 16, 32, 64, 128, 256)]
+        assert shapes[6:] == [((1, 1, 1), (1, 8, 8), (1, 32, 256))]
+
+    @pytest.mark.parametrize(
+        ("rule", "window", "longest"),
+        [
+            (PatchRule("space"), 1, 192),
+            (PatchRule("space", max_patch_length=16), 1, 16),
+            (PatchRule("static", patch_size=6), 1, 6),
+            (PatchRule("static", patch_size=6), 4, 24),
+            (PatchRule("static", patch_size=500), 1, 192),
+            (PatchRule("byte"), 1, 1),
+        ],
+        ids=["free", "limited", "static", "window", "capacity", "byte"],
+    )
+    def test_the_longest_patch_follows_the_rule(self, rule: PatchRule, window: int, longest: int) -> None:
+        assert longest_patch(rule, window, 192) == longest
+
+    def test_every_call_of_a_prefill_has_a_profile_and_none_gathers_too_much(self, spec: ModelSpec) -> None:
+        """States of 16 KiB: all patches and entries that `engine.prefill` puts into one call, and that a pass does."""
+        large = replace(_with_states(spec, 4096), patch_rule=PatchRule("space"))
+        ranges = profiles(large, "latent")
+        assert len(ranges) == 6 + 2
+        for patches, length in itertools.product((1, 2, 7, 17, 32), range(1, 193)):
+            if patches <= 17 or patches * length * 4096 * 4 <= GATHER_BYTES:
+                assert any(_takes(profile, patches, length) for profile in ranges)
+        for profile in ranges:
+            _, _, (_, patches, length) = profile["byte_index"]
+            assert patches <= 17 or patches * length * 4096 * 4 <= 8 * GATHER_BYTES
+
+
+def _with_states(spec: ModelSpec, width: int) -> ModelSpec:
+    """The specification with byte states of that many numbers."""
+    graphs = {
+        name: replace(
+            graph,
+            inputs=tuple(map(_widened(width), graph.inputs)),
+            outputs=tuple(map(_widened(width), graph.outputs)),
+        )
+        for name, graph in spec.graphs.items()
+    }
+    return replace(spec, graphs=graphs)
+
+
+def _widened(width: int) -> Callable[[TensorSpec], TensorSpec]:
+    return lambda t: replace(t, shape=(*t.shape[:-1], width)) if t.name in ("byte_states", "past_states") else t
+
+
+def _takes(profile: Profile, patches: int, length: int) -> bool:
+    least, _, most = profile["byte_index"]
+    return least[1] <= patches <= most[1] and least[2] <= length <= most[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_tensorrt_builds_all_graphs_with_these_profiles(tmp_path: Path, precision: str) -> None:
+    """The real builder, which needs no GPU."""
+    import tensorrt_rtx
+
+    bundle, log = exported(tmp_path, precision), logger(tensorrt_rtx)
+    spec = resident_spec(bundle.manifest.spec, cached=True)
+    for name, graph in spec.graphs.items():
+        built = build_graph(bundle, graph, tensorrt_rtx, log, profiles(spec, name))
+        assert set(built.outputs) == {tensor.name for tensor in graph.outputs}
+        assert built.plan.nbytes > 0
