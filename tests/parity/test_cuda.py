@@ -21,13 +21,12 @@ from blt_runtime.backends.providers import PROVIDERS, check_available, open_sess
 from blt_runtime.bundle.bundle import Bundle as Files
 from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 from blt_runtime.errors import BackendError
-from blt_runtime.ids import EOS, encode
 from tests.exports import prepare
+from tests.runtime.device_backend import IDS, assert_streams_equal
 
 DRIVER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
 VARIANTS = ("cross_windows_own_heads_newlines", "no_hash_space_causal_latent")
 WEIGHT = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-IDS = np.concatenate([encode("Grüße\naus 東京", bos=True), [EOS], encode("def f(x):\n  return", bos=False)])
 Bundle = Callable[[str, str], Path]
 
 
@@ -112,19 +111,5 @@ def _ending_in_unsqueeze(provider: str) -> DeviceSession:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_streams_equal_those_of_the_flavour_ort(bundle: Bundle, variant: str, provider: str) -> None:
-    want = Model.open(bundle(variant, "ort")).stream(bos=False)
     model = Model.open(bundle(variant, "cuda"), provider=provider)
-    stream, other = model.stream(bos=False), model.stream(bos=False)
-    for ids in (IDS[:1], IDS[1:20], IDS[20:21], IDS[21:]):
-        for some in (want, stream):
-            some.append_ids(ids)
-        np.testing.assert_allclose(stream.logits, want.logits, atol=2e-5)
-    np.testing.assert_array_equal(stream.patch_lengths, want.patch_lengths)
-    kept = stream.snapshot()
-    made = list(want.generate_ids(12, temperature=0.0, stop_at_eos=False))
-    assert list(stream.generate_ids(12, temperature=0.0, stop_at_eos=False)) == made
-    stream.rewind(12)
-    assert list(stream.generate_ids(12, temperature=0.0, stop_at_eos=False)) == made
-    other.restore(kept)
-    assert list(other.generate_ids(12, temperature=0.0, stop_at_eos=False)) == made
-    np.testing.assert_allclose(other.logits, want.logits, atol=2e-5)
+    assert_streams_equal(model, Model.open(bundle(variant, "ort")).stream(bos=False), 12)

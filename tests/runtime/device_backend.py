@@ -1,13 +1,41 @@
-"""The null backend as a device with memory of its own: its graphs see what was copied, never what the host holds."""
+"""The null backend as a device with memory of its own: its graphs see what was copied, never what the host holds.
+
+Also the comparison of a device's streams with those of the CPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import numpy as np
+
+from blt_runtime import Model, Stream
 from blt_runtime.backends.null import NullBackend, NullSession
 from blt_runtime.backends.protocol import Array, Buffer, Call, HostBuffer, Part, Place
 from blt_runtime.errors import BackendError
+from blt_runtime.ids import EOS, encode
+
+IDS = np.concatenate([encode("Grüße\naus 東京", bos=True), [EOS], encode("def f(x):\n  return", bos=False)])
+"""Text that ends a document and lines."""
+
+
+def assert_streams_equal(model: Model, want: Stream, n: int) -> None:
+    """The model reads and generates what `want` does, a new stream: chunks, steps, a rewind, a snapshot, drafts."""
+    stream, other = model.stream(bos=False), model.stream(bos=False)
+    for ids in (IDS[:1], IDS[1:20], IDS[20:21], IDS[21:]):
+        for some in (want, stream):
+            some.append_ids(ids)
+        np.testing.assert_allclose(stream.logits, want.logits, atol=2e-5)
+    np.testing.assert_array_equal(stream.patch_lengths, want.patch_lengths)
+    kept = stream.snapshot()
+    made = list(want.generate_ids(n, temperature=0.0, stop_at_eos=False))
+    assert list(stream.generate_ids(n, temperature=0.0, stop_at_eos=False)) == made
+    stream.rewind(n)
+    assert list(stream.generate_ids(n, temperature=0.0, stop_at_eos=False)) == made
+    other.restore(kept)
+    assert list(other.generate_ids(n, temperature=0.0, stop_at_eos=False)) == made
+    np.testing.assert_allclose(other.logits, want.logits, atol=2e-5)
 
 
 class FarBuffer:

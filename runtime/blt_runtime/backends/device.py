@@ -16,41 +16,27 @@ import numpy as np
 
 from ..bundle.spec import GraphSpec
 from ..errors import BackendError
-from .protocol import Array, Buffer, Call, HostBuffer, Part, storage
+from .protocol import Array, Buffer, Call, HostBuffer, OpaqueBuffer
 
 NO_CAPTURE = -1
 BFLOAT16 = 16
 """The element type's number in ONNX; numpy has none."""
 
 
-class DeviceBuffer:
-    """Memory of a device that only graphs read and write. `value` is its OrtValue."""
+class DeviceBuffer(OpaqueBuffer):
+    """Memory of a device that only graphs read and write; zeroed. `value` is its OrtValue."""
 
     def __init__(self, library: Any, device: str, dtype: str, shape: tuple[int, ...]) -> None:
-        self.shape, self.dtype = shape, storage(dtype)
-        self._library, self._device, self.element = library, device, element_type(dtype)
+        super().__init__(device, dtype, shape)
+        self._library, self.element = library, element_type(dtype)
         self.value = new_value(library, device, self.element, shape)
-        self.write(np.zeros(shape, self.dtype))
+        self.copy_in(np.zeros(shape, self.dtype))
 
-    @property
-    def array(self) -> Array:
-        raise BackendError(f"memory of the device {self._device} has no view on the host")
-
-    def part(self, start: int, shape: tuple[int, ...]) -> DeviceBuffer:
-        raise BackendError(f"batched streams run on the CPU only: memory of the device {self._device} has no parts")
-
-    def read(self, part: Part = ()) -> Array:
-        whole = np.empty(self.shape, self.dtype)
+    def copy_out(self, whole: Array) -> None:
         self._library.copy_tensors([self.value], [host_value(self._library, whole, self.element)])
-        return whole[part].copy() if part else whole
 
-    def write(self, array: Array, part: Part = ()) -> None:
-        whole = array
-        if part or array.shape != self.shape:
-            whole = self.read()
-            whole[part] = array
-        source = np.ascontiguousarray(whole, self.dtype)
-        self._library.copy_tensors([host_value(self._library, source, self.element)], [self.value])
+    def copy_in(self, whole: Array) -> None:
+        self._library.copy_tensors([host_value(self._library, whole, self.element)], [self.value])
 
 
 def element_type(dtype: str) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.spec import GraphSpec
+from ..errors import BackendError
 
 Array = npt.NDArray[Any]
 Call = Callable[[], None]
@@ -134,6 +135,40 @@ class HostBuffer:
 
     def write(self, array: Array, part: Part = ()) -> None:
         self.array[part] = array
+
+
+class OpaqueBuffer:
+    """A Buffer in memory that the host cannot see: a backend copies all of it, in and out."""
+
+    def __init__(self, device: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self.device, self.shape, self.dtype = device, shape, storage(dtype)
+
+    @property
+    def array(self) -> Array:
+        raise BackendError(f"memory of the device {self.device} has no view on the host")
+
+    def part(self, start: int, shape: tuple[int, ...]) -> Buffer:
+        raise BackendError(f"batched streams need batched graphs: memory of the device {self.device} has no parts")
+
+    def copy_out(self, whole: Array) -> None:
+        """Copies the contents into a contiguous array of this shape and type."""
+        raise NotImplementedError
+
+    def copy_in(self, whole: Array) -> None:
+        """Replaces the contents by those of a contiguous array."""
+        raise NotImplementedError
+
+    def read(self, part: Part = ()) -> Array:
+        whole = np.empty(self.shape, self.dtype)
+        self.copy_out(whole)
+        return whole[part].copy() if part else whole
+
+    def write(self, array: Array, part: Part = ()) -> None:
+        whole = array
+        if part or array.shape != self.shape:
+            whole = self.read()
+            whole[part] = array
+        self.copy_in(np.ascontiguousarray(whole, self.dtype))
 
 
 def storage(dtype: str | np.dtype[Any]) -> np.dtype[Any]:

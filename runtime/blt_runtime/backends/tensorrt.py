@@ -27,7 +27,7 @@ from ..bundle.spec import GraphSpec, ModelSpec
 from ..errors import BackendError
 from .cuda_device import Device
 from .probe import PROBES, differ, input_values
-from .protocol import Array, Buffer, Call, HostBuffer, Part, Place, storage
+from .protocol import Array, Buffer, Call, HostBuffer, OpaqueBuffer, Place, storage
 
 log = logging.getLogger("blt_runtime")
 BLOCK = 1 << 16
@@ -35,35 +35,23 @@ BLOCK = 1 << 16
 ALIGNMENT = 256
 
 
-class DeviceMemory:
+class DeviceMemory(OpaqueBuffer):
     """Memory of the device that only graphs read and write; zeroed. Freed with this object."""
 
     def __init__(self, owner: TensorRtBackend, dtype: str, shape: tuple[int, ...]) -> None:
-        self.shape, self.dtype, self._owner = shape, storage(dtype), owner
+        super().__init__(owner.device.name, dtype, shape)
+        self._owner = owner
         self.address = _alloc(owner.device, self, math.prod(shape) * self.dtype.itemsize)
-        self.write(np.zeros(shape, self.dtype))
+        self.copy_in(np.zeros(shape, self.dtype))
 
-    @property
-    def array(self) -> Array:
-        raise BackendError(f"memory of the device {self._owner.device.name} has no view on the host")
-
-    def part(self, start: int, shape: tuple[int, ...]) -> Buffer:
-        raise BackendError(f"memory of the device {self._owner.device.name} has no parts")
-
-    def read(self, part: Part = ()) -> Array:
-        whole = np.empty(self.shape, self.dtype)
+    def copy_out(self, whole: Array) -> None:
         with self._owner.lock:
             self._owner.device.download(whole, self.address, self._owner.stream)
             self._owner.device.wait(self._owner.stream)
-        return whole[part].copy() if part else whole
 
-    def write(self, array: Array, part: Part = ()) -> None:
-        whole = array
-        if part or array.shape != self.shape:
-            whole = self.read()
-            whole[part] = array
+    def copy_in(self, whole: Array) -> None:
         with self._owner.lock:
-            self._owner.device.upload(self.address, np.ascontiguousarray(whole, self.dtype), self._owner.stream)
+            self._owner.device.upload(self.address, whole, self._owner.stream)
             self._owner.device.wait(self._owner.stream)
 
 

@@ -151,5 +151,5 @@ def test_without_the_bindings_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(BackendError, match=r"cuda-bindings.*blt-lm\[tensorrt\]"):
+    with pytest.raises(BackendError, match=r"cuda-bindings.*blt-(lm|runtime)\[tensorrt\]"):
         CudaDevice()

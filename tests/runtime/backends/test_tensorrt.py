@@ -22,12 +22,11 @@ from blt_runtime.bundle.spec import ModelSpec, resident_spec
 from blt_runtime.engine.graphs import Graphs
 from blt_runtime.engine.memory import Memory
 from blt_runtime.errors import BackendError, OutOfMemory
-from blt_runtime.ids import EOS, encode
 from tests import fake_tensorrt
 from tests.exports import prepare
 from tests.host_device import HostDevice
+from tests.runtime.device_backend import IDS, assert_streams_equal
 
-IDS = np.concatenate([encode("Grüße\naus 東京", bos=True), [EOS], encode("def f(x):\n  return", bos=False)])
 MOST = {"B": 1, "S": 32, "P": 32, "L": 64, "N": 4096, "R": 4096}
 Plans = dict[str, bytes]
 
@@ -75,21 +74,16 @@ def backend_of(built: tuple[ModelSpec, Plans], device: HostDevice | None = None,
 def test_streams_equal_those_of_the_cpu(bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
     backend = backend_of(built)
     model = Model(backend.spec, backend, bundle.hash_tables())
-    want = Model.open(bundle.path).stream(bos=False)
-    stream, other = model.stream(bos=False), model.stream(bos=False)
-    for ids in (IDS[:1], IDS[1:20], IDS[20:21], IDS[21:]):
-        for some in (want, stream):
-            some.append_ids(ids)
-        np.testing.assert_allclose(stream.logits, want.logits, atol=2e-5)
-    np.testing.assert_array_equal(stream.patch_lengths, want.patch_lengths)
-    kept = stream.snapshot()
-    made = list(want.generate_ids(30, temperature=0.0, stop_at_eos=False))
-    assert list(stream.generate_ids(30, temperature=0.0, stop_at_eos=False)) == made
-    stream.rewind(30)
-    assert list(stream.generate_ids(30, temperature=0.0, stop_at_eos=False, speculate="lookup")) == made
-    other.restore(kept)
-    assert list(other.generate_ids(30, temperature=0.0, stop_at_eos=False)) == made
-    np.testing.assert_allclose(other.logits, want.logits, atol=2e-5)
+    assert_streams_equal(model, Model.open(bundle.path).stream(bos=False), 30)
+
+
+def test_drafts_are_accepted_and_rolled_back(bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
+    backend = backend_of(built)
+    streams = Model(backend.spec, backend, bundle.hash_tables()).stream(), Model.open(bundle.path).stream()
+    for stream in streams:
+        stream.append("abcabc" * 4)
+    made = [list(stream.generate_ids(40, temperature=0.0, speculate="lookup", stop_at_eos=False)) for stream in streams]
+    assert made[0] == made[1]
 
 
 class TestForkedSteps:
