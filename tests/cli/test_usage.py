@@ -82,7 +82,7 @@ WRONG = [
     (["export", "{model}", "-o", "{tmp}/b", "--capacity", "lots"], 2, "--capacity"),
     (["export", "{model}", "-o", "{tmp}/b", "--capacity", "1"], 2, "--capacity 1: must be at least 2"),
     (["export", "{model}", "-o", "{tmp}/b", "--patches", "1"], 2, "--patches 1: must be at least 2"),
-    (["export", "{model}", "-o", "{tmp}/b", "--precision", "int3"], 2, "fp32, int8, int4"),
+    (["export", "{model}", "-o", "{tmp}/b", "--precision", "int3"], 2, "fp32, fp16, bf16, int8, int4"),
     (["export", "{model}", "-o", "{tmp}/b", "--precision-of", "int8"], 2, "GRAPH=PRECISION"),
     (["export", "{model}", "-o", "{tmp}/b", "--precision-of", "latnet=int8"], 2, "did you mean 'latent'"),
     (["export", "{model}", "-o", "{tmp}/b", "--flavour", "portable", "--precision", "int8"], 2, "flavour ort"),
