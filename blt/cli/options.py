@@ -218,15 +218,19 @@ class ModelOptions:
     ] = "auto"
     provider: Annotated[
         str,
-        typer.Option("--provider", help="ONNX Runtime's provider: cpu; or cuda or webgpu, for the flavour cuda."),
+        typer.Option(
+            "--provider",
+            help="ONNX Runtime's provider: cpu; cuda or webgpu, for the flavour cuda; tensorrt, for the flavour "
+            "portable; or auto, the first that runs MODEL here.",
+        ),
     ] = "cpu"
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")] = None
 
     def __post_init__(self) -> None:
         from blt_runtime.arguments import choice
-        from blt_runtime.backends.providers import PROVIDERS
+        from blt_runtime.backends.providers import NAMES
 
-        choice("--provider", self.provider, PROVIDERS)
+        choice("--provider", self.provider, NAMES)
         if self.backend not in BACKENDS:
             raise UsageError(f"--backend {self.backend}: choose one of {', '.join(BACKENDS)}")
         devices.check_name(self.device)

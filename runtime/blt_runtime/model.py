@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .arguments import choice, flag, instance, whole
 from .backends.protocol import Backend
-from .backends.providers import PROVIDERS
+from .backends.providers import NAMES
 from .bundle.bundle import Bundle, Verify
 from .bundle.manifest import PRECISIONS, Manifest, check_precision
 from .bundle.open_files import OpenFiles
@@ -78,13 +78,14 @@ class Model:
     ) -> Model:
         """Opens the bundle folder `path`.
 
-        backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: for one call; None lets the
-        backend choose. provider: ONNX Runtime's, "cpu", "cuda" or "webgpu"; the last two run bundles of the flavour
-        cuda. verify: see `Bundle.open`. precision: the one that the bundle must have been exported at ("fp32", "fp16",
-        "bf16", "int8", "int4"); None accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has
-        no single streams. prepack: see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several
-        tokens (`speculate`). hash_tables: of a batched model, where hash embeddings are computed, "host", "device" or
-        "auto" (`OnnxRowBackend`). many: the former name of `batched`, which warns.
+        backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: for one call; None lets the backend
+        choose. provider: ONNX Runtime's, "cpu", "cuda", "tensorrt", "webgpu", or "auto" (see `OnnxBackend`); "cuda" and
+        "webgpu" run bundles of the flavour cuda, "tensorrt" those of the flavour portable. verify: see `Bundle.open`.
+        precision: the one that the bundle must have been exported at ("fp32", "fp16", "bf16", "int8", "int4"); None
+        accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no single streams. prepack:
+        see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several tokens (`speculate`).
+        hash_tables: of a batched model, where hash embeddings are computed, "host", "device" or "auto"
+        (`OnnxRowBackend`). many: the former name of `batched`, which warns.
 
         Raises UsageError, BundleError, BackendError, OutOfMemory or MissingExtra.
         """
@@ -174,7 +175,7 @@ def _check_open(
         raise UsageError(f"backend {shown(backend)} is unknown; known: onnx, null")
     if threads is not None:
         whole("threads", threads, 1, MOST_THREADS)
-    choice("provider", provider, tuple(PROVIDERS))
+    choice("provider", provider, NAMES)
     if precision is not None:
         choice("precision", precision, PRECISIONS)
     flag("batched", batched)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..bundle.spec import GraphSpec
 from ..errors import BackendError
+from .failures import Failures
 from .protocol import Array, Buffer, Call, HostBuffer, OpaqueBuffer
 
 NO_CAPTURE = -1
@@ -26,17 +27,27 @@ BFLOAT16 = 16
 class DeviceBuffer(OpaqueBuffer):
     """Memory of a device that only graphs read and write; zeroed. `value` is its OrtValue."""
 
-    def __init__(self, library: Any, device: str, dtype: str, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, library: Any, device: str, dtype: str, shape: tuple[int, ...], failures: Failures | None = None
+    ) -> None:
         super().__init__(device, dtype, shape)
-        self._library, self.element = library, element_type(dtype)
+        self._library, self._on, self.element = library, device, element_type(dtype)
+        self._failures = failures or Failures(device)
         self.value = new_value(library, device, self.element, shape)
         self.copy_in(np.zeros(shape, self.dtype))
 
     def copy_out(self, whole: Array) -> None:
-        self._library.copy_tensors([self.value], [host_value(self._library, whole, self.element)])
+        self._copy(self.value, host_value(self._library, whole, self.element))
 
     def copy_in(self, whole: Array) -> None:
-        self._library.copy_tensors([host_value(self._library, whole, self.element)], [self.value])
+        self._copy(host_value(self._library, whole, self.element), self.value)
+
+    def _copy(self, source: Any, target: Any) -> None:
+        self._failures.check()
+        try:
+            self._library.copy_tensors([source], [target])
+        except Exception as error:  # onnxruntime's own classes share no public base
+            raise self._failures.of(f"a copy of the device {self._on} failed", error) from error
 
 
 def element_type(dtype: str) -> Any:

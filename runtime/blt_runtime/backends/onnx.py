@@ -23,16 +23,26 @@ from typing import Any
 import numpy as np
 
 from ..arguments import choice
-from ..bundle.bundle import Bundle
+from ..bundle.bundle import Bundle, entry_of
 from ..bundle.graph_file import read_graph
+from ..bundle.manifest import FILE_NAME as MANIFEST
 from ..bundle.manifest import QUANTISED
 from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec, table_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
 from .device import NO_CAPTURE, DeviceBuffer, StepBuffer, Transfers, element_type
+from .failures import Failures, failure, first_line
 from .nvidia import probe
 from .probe import PROBES, differ, input_values, memory_values
 from .protocol import Buffer, Call, HostBuffer, Place
-from .providers import PROVIDERS, check_available, check_capture, check_flavour, check_placement, open_session
+from .providers import (
+    NAMES,
+    cache_folder,
+    check_capture,
+    check_placement,
+    choose,
+    open_session,
+    tensorrt_options,
+)
 
 log = logging.getLogger("blt_runtime")
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -80,15 +90,17 @@ _BUILD_LACKS = ("NotImplemented", "EPFail")
 class OnnxBackend:
     """Runs a bundle's graphs with ONNX Runtime.
 
-    threads: threads per operator; None is ONNX Runtime's choice (one per core). provider: "cpu", "cuda" or "webgpu"
-    (`backends.providers`). There is no fallback: BackendError is raised if it is missing, if it does not run the
-    bundle's flavour, and if it leaves a node to the CPU. spin: idle threads wait busily for the next operator. prepack:
-    copy weights into the kernels' own layout (15 % faster at half a billion weights); False keeps them memory-mapped
-    and shared by processes, and opens 6 GB in a second instead of 15. None packs up to PREPACK_UP_TO bytes. Quantised
-    graphs are always packed: unpacked, their products take a thousand times as long (1024 x 1024 at 8 bits: 25 ms
-    instead of 25 us). resident: run the graphs that keep byte states and patch vectors (`spec.resident_spec`); None
-    runs them on devices. `spec` describes the graphs that run. capture: capture the calls of decode steps of resident
-    graphs (`DeviceSession`); None captures them where the provider computes the same then.
+    threads: threads per operator; None is ONNX Runtime's choice (one per core). provider: "cpu", "cuda", "tensorrt" or
+    "webgpu" (`backends.providers`). There is no fallback: BackendError is raised if it is missing, if it does not run
+    the bundle's flavour and precision, and if it leaves a node to the CPU. "auto" is the first of cuda, tensorrt,
+    webgpu and cpu that runs the bundle here; the log says which, and `provider` is its name. spin: idle threads wait
+    busily for the next operator. prepack: copy weights into the kernels' own layout (15 % faster at half a billion
+    weights); False keeps them memory-mapped and shared by processes, and opens 6 GB in a second instead of 15. None
+    packs up to PREPACK_UP_TO bytes. Quantised graphs are always packed: unpacked, their products take a thousand times
+    as long (1024 x 1024 at 8 bits: 25 ms instead of 25 us). resident: run the graphs that keep byte states and patch
+    vectors (`spec.resident_spec`); None runs them on devices. `spec` describes the graphs that run. capture: capture
+    the calls of decode steps of resident graphs (`DeviceSession`); None captures them where the provider computes the
+    same then.
     """
 
     name = "onnx"
@@ -102,16 +114,15 @@ class OnnxBackend:
         prepack: bool | None = None,
         resident: bool | None = None,
         capture: bool | None = None,
+        engine_cache: Path | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError("threads must be at least 1")
         self._ort = load_library(bundle.manifest.min_onnxruntime)
-        choice("provider", provider, tuple(PROVIDERS))
-        self._provider = PROVIDERS[provider]
-        check_flavour(self._provider, bundle.manifest.flavour, bundle.path)
-        check_available(self._ort, self._provider)
-        if self._provider.device is None and "bf16" in map(bundle.manifest.precision_of, bundle.manifest.graphs):
-            raise BackendError(f"{bundle.path} is of bf16, which has no kernels on CPUs: export at fp16 or fp32")
+        choice("provider", provider, NAMES)
+        self._provider = choose(self._ort, provider, bundle.manifest, bundle.path)
+        self.provider, self._engine_cache = self._provider.name, engine_cache
+        self._failures = Failures(self.provider)
         if resident is None:
             resident = self._keeps_states(bundle)
         self.spec = resident_spec(bundle.manifest.spec) if resident else bundle.manifest.spec
@@ -145,7 +156,7 @@ class OnnxBackend:
             return HostBuffer(dtype, shape)
         if place != "device":
             return StepBuffer(dtype, shape)
-        return DeviceBuffer(self._ort, self._provider.device, dtype, shape)
+        return DeviceBuffer(self._ort, self._provider.device, dtype, shape, self._failures)
 
     def _options(self, threads: int | None, spin: bool, prepack: bool) -> Any:
         options = self._ort.SessionOptions()
@@ -170,15 +181,20 @@ class OnnxBackend:
         if not path.is_symlink():
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path.absolute()))
         source = str(path) if path.is_symlink() else content
+        more = self._tensorrt_options(bundle, path.stem, spec) if self._provider.name == "tensorrt" else None
         try:
-            session = open_session(self._ort, self._provider, source, options, self._captures)
+            session = open_session(self._ort, self._provider, source, options, self._captures, more)
         except Exception as error:  # onnxruntime's own classes share no public base
             raise _load_failure(path, error) from error
         if self._provider.device is None:
             return OnnxSession(session, spec)
         check_placement(session, self._provider, spec.name)
         transfers = Transfers(self._ort, self._provider.device, session, spec)
-        return DeviceSession(session, spec, transfers, self._captures)
+        return DeviceSession(session, spec, transfers, self._captures, self._failures)
+
+    def _tensorrt_options(self, bundle: Bundle, file: str, graph: GraphSpec) -> dict[str, str]:
+        contents = entry_of(bundle.path / MANIFEST).sha256
+        return tensorrt_options(graph, self.spec, cache_folder(self._engine_cache, contents, file))
 
 
 def check_rows(bundle: Bundle) -> None:
@@ -287,7 +303,7 @@ class OnnxSession:
             try:
                 run(binding)
             except Exception as error:
-                raise _failure(f"graph {self.spec.name!r} failed", error) from error
+                raise failure(f"graph {self.spec.name!r} failed", error) from error
             assert kept  # the addresses in `binding` belong to these buffers
 
         return call
@@ -302,8 +318,16 @@ class DeviceSession(OnnxSession):
     differ, calls of this shape are not captured, with a warning. `captured` counts the calls that are.
     """
 
-    def __init__(self, session: Any, spec: GraphSpec, transfers: Transfers, captures: bool = False) -> None:
+    def __init__(
+        self,
+        session: Any,
+        spec: GraphSpec,
+        transfers: Transfers,
+        captures: bool = False,
+        failures: Failures | None = None,
+    ) -> None:
         super().__init__(session, spec)
+        self._failures = failures or Failures()
         self._transfers, self._captures, self.captured = transfers, captures, 0
         self._numbers, self._replays_well = itertools.count(), dict[tuple[tuple[int, ...], ...], bool]()
 
@@ -320,12 +344,13 @@ class DeviceSession(OnnxSession):
         run, kept = self._session.run_with_iobinding, dict(buffers)
 
         def call() -> None:
+            self._failures.check()
             try:
                 before()
                 run(binding, options)
                 after()
             except Exception as error:
-                raise _failure(f"graph {self.spec.name!r} failed", error) from error
+                raise self._failures.of(f"graph {self.spec.name!r} failed", error) from error
             assert kept
 
         return call
@@ -378,19 +403,7 @@ def _weight_bytes(bundle: Bundle) -> int:
 def _load_failure(path: Path, error: Exception) -> Exception:
     """A BundleError for a graph that onnxruntime rejects; a BackendError for one that this build cannot run."""
     what = f"onnxruntime cannot load {path.name}"
-    found = _failure(what, error)
+    found = failure(what, error)
     if isinstance(found, MemoryError) or type(error).__name__ in _BUILD_LACKS:
         return found
-    return BundleError(f"{what} in {path.parent}: copy or export the bundle again ({_first_line(error)})")
-
-
-def _failure(what: str, error: Exception) -> Exception:
-    """A BackendError, or a MemoryError for what onnxruntime could not allocate; it has no class for that."""
-    if found := re.search(r"Failed to allocate memory for requested buffer of size (\d+)|bad_?alloc", str(error)):
-        return MemoryError(f"{what}: no {int(found[1]):,} bytes" if found[1] else what)
-    return BackendError(f"{what}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return BundleError(f"{what} in {path.parent}: copy or export the bundle again ({first_line(error)})")

@@ -1,15 +1,23 @@
-"""ONNX Runtime's execution providers, and how a session is opened on each."""
+"""ONNX Runtime's execution providers: what each needs and runs, and how a session is opened on it."""
 
 from __future__ import annotations
 
+import logging
+import os
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..bundle.spec import GraphSpec
+from ..bundle.manifest import Manifest
+from ..bundle.spec import AHEAD, MARKS, GraphSpec, ModelSpec
 from ..errors import BackendError, MissingExtra, install_command
+from . import nvidia
 
+log = logging.getLogger("blt_runtime")
+AUTO = "auto"
 CPU = "CPUExecutionProvider"
 _OF_SHAPES = ("Shape", "Squeeze")
 _RECORD = "session.record_ep_graph_assignment_info"
@@ -18,12 +26,16 @@ _RECORD = "session.record_ep_graph_assignment_info"
 @dataclass(frozen=True)
 class Provider:
     """name: as users write it. execution: its name in ONNX Runtime. device: of its memory, as OrtValue names it; None
-    is main memory. flavours: of the bundles that it runs."""
+    is main memory. flavours, precisions: of the bundles that it runs. libraries: those of ONNX Runtime that it loads,
+    and extra installs what they need."""
 
     name: str
     execution: str
     device: str | None
     flavours: tuple[str, ...]
+    precisions: tuple[str, ...]
+    extra: str
+    libraries: tuple[str, ...] = ()
     capture: str | None = None
     """The option of sessions whose calls can be captured, and replayed as one."""
     captures_windows: bool = True
@@ -31,11 +43,23 @@ class Provider:
     are wrong without an error, captured or not (onnxruntime-ep-webgpu 0.4.0). So it captures only when asked to."""
 
 
+_CUDA, _TENSORRT = "libonnxruntime_providers_cuda.so", "libonnxruntime_providers_tensorrt.so"
 PROVIDERS = {
-    "cpu": Provider("cpu", CPU, None, ("ort", "portable", "cuda")),
-    "cuda": Provider("cuda", "CUDAExecutionProvider", "cuda", ("cuda",), "enable_cuda_graph"),
-    "webgpu": Provider("webgpu", "WebGpuExecutionProvider", "gpu", ("cuda",), "enableGraphCapture", False),
-}
+    "cpu": Provider("cpu", CPU, None, ("ort", "portable", "cuda"), ("fp32", "fp16", "int8", "int4"), "cpu"),
+    "cuda": Provider(
+        "cuda", "CUDAExecutionProvider", "cuda", ("cuda",), ("bf16", "fp16"), "gpu", (_CUDA,), "enable_cuda_graph"
+    ),
+    "tensorrt": Provider(
+        "tensorrt", "TensorrtExecutionProvider", "cuda", ("portable",), ("bf16", "fp16", "fp32"), "ort-trt",
+        (_CUDA, _TENSORRT),
+    ),
+    "webgpu": Provider(
+        "webgpu", "WebGpuExecutionProvider", "gpu", ("cuda",), ("fp32", "fp16"), "webgpu", (), "enableGraphCapture",
+        False,
+    ),
+}  # fmt: skip
+"""Devices in the order in which `auto` tries them; the CPU is its last resort."""
+NAMES = (*PROVIDERS, AUTO)
 
 
 def check_capture(provider: Provider, graphs: Mapping[str, GraphSpec]) -> None:
@@ -50,13 +74,47 @@ def check_capture(provider: Provider, graphs: Mapping[str, GraphSpec]) -> None:
         )
 
 
-def check_flavour(provider: Provider, flavour: str, path: object) -> None:
-    """Raises BackendError unless the provider runs bundles of that flavour."""
-    if flavour not in provider.flavours:
+def check_bundle(provider: Provider, manifest: Manifest, path: object) -> None:
+    """Raises BackendError unless the provider runs bundles of that flavour and precision."""
+    if manifest.flavour not in provider.flavours:
         raise BackendError(
-            f"provider {provider.name} runs bundles of the flavour {provider.flavours[0]}, and {path} is {flavour}: "
-            f"blt export MODEL -o DIR --flavour {provider.flavours[0]}"
+            f"provider {provider.name} runs bundles of the flavour {provider.flavours[0]}, and {path} is "
+            f"{manifest.flavour}: blt export MODEL -o DIR --flavour {provider.flavours[0]}"
         )
+    for precision in sorted(set(map(manifest.precision_of, manifest.graphs))):
+        if precision == "bf16" and provider.device is None:
+            raise BackendError(f"{path} is of bf16, which has no kernels on CPUs: export at fp16 or fp32")
+        if precision not in provider.precisions:
+            runs = " and ".join(provider.precisions)
+            raise BackendError(
+                f"{path} is of {precision}, and provider {provider.name} runs {runs}: "
+                f"blt export MODEL -o DIR --flavour {manifest.flavour} --precision {provider.precisions[0]}"
+            )
+
+
+def choose(library: Any, name: str, manifest: Manifest, path: object) -> Provider:
+    """The provider of that name, which can run the bundle here. "auto" is the first that can, and logs its choice.
+
+    Raises BackendError (also MissingExtra) if it cannot, or if none can.
+    """
+    if name != AUTO:
+        check_bundle(PROVIDERS[name], manifest, path)
+        check_available(library, PROVIDERS[name])
+        return PROVIDERS[name]
+    refused = []
+    for provider in (*(p for p in PROVIDERS.values() if p.device is not None), PROVIDERS["cpu"]):
+        try:
+            check_bundle(provider, manifest, path)
+            if provider.device is not None:
+                check_available(library, provider)
+        except BackendError as error:
+            if manifest.flavour in provider.flavours:
+                refused.append(f"{provider.name}: {error}")
+            continue
+        reasons = f" ({'; '.join(refused)})" if refused else f" (for bundles of the flavour {manifest.flavour})"
+        log.log(logging.WARNING if refused else logging.INFO, "provider auto: %s%s", provider.name, reasons)
+        return provider
+    raise BackendError(f"no provider runs {path} here: {'; '.join(refused)}")
 
 
 def check_available(library: Any, provider: Provider) -> None:
@@ -65,25 +123,54 @@ def check_available(library: Any, provider: Provider) -> None:
         _register_webgpu(library)
         if not _webgpu_devices(library):
             raise BackendError("provider webgpu: no WebGPU device was found; on Linux it needs a Vulkan driver")
-    elif provider.execution not in library.get_available_providers():
+    elif provider.device == "cuda":
+        _check_nvidia(library, provider)
+    else:
+        _check_built(library, provider)
+
+
+def _check_nvidia(library: Any, provider: Provider) -> None:
+    """From what is most often missing to what is least: nothing of NVIDIA's is loaded before a device is there."""
+    found = nvidia.probe()
+    nvidia.check_distributions()
+    _check_built(library, provider)
+    nvidia.check_driver(found, str(getattr(library, "cuda_version", "")), f"onnxruntime-gpu {library.__version__}")
+    folder = Path(library.__file__).parent / "capi"
+    needed = [name for file in provider.libraries for name in nvidia.needed_libraries(folder / file)]
+    nvidia.check_libraries(dict.fromkeys(needed), f"provider {provider.name}", provider.extra)
+
+
+def _check_built(library: Any, provider: Provider) -> None:
+    if provider.execution not in library.get_available_providers():
         found = ", ".join(library.get_available_providers())
+        first = "" if provider.device is None else "pip uninstall -y onnxruntime, then "
         raise BackendError(
-            f"the installed onnxruntime has no {provider.execution}, only {found}: {install_command('gpu')}"
+            f"the installed onnxruntime has no {provider.execution}, only {found}: "
+            f"{first}{install_command(provider.extra)}"
         )
 
 
-def open_session(library: Any, provider: Provider, source: str | bytes, options: Any, capture: bool = False) -> Any:
-    """An InferenceSession on the provider. capture: its calls can be captured. Raises onnxruntime's errors."""
-    captured = {str(provider.capture): "1"} if capture else {}
+def open_session(
+    library: Any,
+    provider: Provider,
+    source: str | bytes,
+    options: Any,
+    capture: bool = False,
+    more: Mapping[str, str] | None = None,
+) -> Any:
+    """An InferenceSession on the provider. capture: its calls can be captured. more: options of the provider. Raises
+    onnxruntime's errors."""
+    given = {**({str(provider.capture): "1"} if capture else {}), **(more or {})}
+    if provider.device is None:
+        return library.InferenceSession(source, options, providers=[CPU])
+    options.add_session_config_entry(_RECORD, "1")
     if provider.name == "webgpu":
-        options.add_session_config_entry(_RECORD, "1")
-        options.add_provider_for_devices(_webgpu_devices(library)[:1], {"enableInt64": "1", **captured})
+        options.add_provider_for_devices(_webgpu_devices(library)[:1], {"enableInt64": "1", **given})
         return library.InferenceSession(source, options)
     if provider.name == "cuda":
-        options.add_session_config_entry(_RECORD, "1")
-        cuda = (provider.execution, {"use_tf32": "0", **captured})
-        return library.InferenceSession(source, options, providers=[cuda, CPU])
-    return library.InferenceSession(source, options, providers=[CPU])
+        given["use_tf32"] = "0"
+    providers = [(provider.execution, given), CPU]
+    return library.InferenceSession(source, options, providers=providers, enable_fallback=0)
 
 
 def check_placement(session: Any, provider: Provider, graph: str) -> None:
@@ -99,6 +186,54 @@ def check_placement(session: Any, provider: Provider, graph: str) -> None:
     if nodes:
         listed = ", ".join(f"{count} {name}" for name, count in nodes.most_common(6))
         raise BackendError(f"provider {provider.name} leaves nodes of the graph {graph!r} to the CPU: {listed}")
+
+
+# --- TensorRT ----------------------------------------------------------------------------------------------
+
+
+def cache_folder(folder: Path | None, bundle: str, graph: str) -> Path:
+    """The folder of a graph's engines in `folder`, made if it is not there. folder: None is blt/tensorrt in the user's
+    cache folder. bundle: an id of its contents. graph: the name of its file.
+
+    ONNX Runtime names engines by the graph's nodes and not by its weights, so each bundle and graph has a folder. An
+    engine is code: raises BackendError if others can write to a folder. Raises OSError.
+    """
+    base = folder or _cache_home() / "blt" / "tensorrt"
+    wanted = base / bundle[:32] / graph
+    wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (base, wanted.parent, wanted):
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise BackendError(f"{path} holds engines, which are code, and others can write there: chmod 700 {path}")
+    return wanted
+
+
+def tensorrt_options(graph: GraphSpec, spec: ModelSpec, cache: Path) -> dict[str, str]:
+    """Options of the provider tensorrt: engines and timings are kept in the folder `cache`. An engine takes all numbers
+    of tokens up to a chunk; without such a range, TensorRT would build a new one for each longer chunk."""
+    options = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(cache),
+    }
+    most = {"B": 1, "S": spec.chunk, "R": spec.decoder_window + spec.chunk + MARKS + AHEAD}
+    varying = [t for t in graph.inputs if any(isinstance(size, str) for size in t.shape)]
+    if any(isinstance(size, str) and size not in most for tensor in varying for size in tensor.shape):
+        return options  # the latent graph's P and L: their largest product would take far more memory than is used
+    least = dict.fromkeys(most, 1)
+    for name, sizes in (("min", least), ("opt", least), ("max", most)):
+        shapes = (f"{t.name}:{'x'.join(map(str, t.resolve(**sizes)))}" for t in varying)
+        options[f"trt_profile_{name}_shapes"] = ",".join(shapes)
+    return options
+
+
+def _cache_home() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return home if home.is_absolute() else Path.home() / ".cache"
+
+
+# --- WebGPU ------------------------------------------------------------------------------------------------
 
 
 def _register_webgpu(library: Any) -> None:
