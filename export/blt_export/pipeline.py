@@ -186,7 +186,12 @@ def run(state: ExportState, out: Path, *, force: bool = False, progress: Progres
     assert state.manifest is not None
     nodes = {name: len(model.graph) for name, model in state.graphs.items()}
     return ExportReport(
-        out, manifest=state.manifest, near_threshold=state.parity.near_threshold, nodes=nodes, steps=tuple(reports)
+        out,
+        manifest=state.manifest,
+        near_threshold=state.parity.near_threshold,
+        margin=state.parity.margin,
+        nodes=nodes,
+        steps=tuple(reports),
     )
 
 

@@ -32,11 +32,14 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """A finished export: the bundle's manifest, its parity rows, node counts and the log of its steps."""
+    """A finished export: the bundle's manifest, its parity rows, node counts and the log of its steps.
+
+    near_threshold, margin: of `verify.parity.ParityReport`."""
 
     path: Path
     manifest: Manifest
     near_threshold: tuple[int, ...]
+    margin: float
     nodes: dict[str, int]
     steps: tuple[StepReport, ...]
 

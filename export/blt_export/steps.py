@@ -35,6 +35,8 @@ from .specs import FLAVOURS, Flavour
 from .state import ExportState
 from .verify import batched, emulate, parity, text
 
+MOVED = 0.002
+"""Share of the boundaries of a text above which a warning tells that the entropy model's precision moves them."""
 log = logging.getLogger("blt_export")
 
 
@@ -188,7 +190,7 @@ def check_parity(state: ExportState) -> str:
             packed={name: outcome.packed for name, outcome in state.quantised.items()},
         )
     near = len(state.parity.near_threshold)
-    if near:
+    if near and state.precisions.get("entropy", "fp32") == "fp32":
         log.warning("%d of the checked positions have an entropy within tolerance of the threshold", near)
     return ", ".join(f"{row.output} {row.max_abs_error:.1e}" for row in state.parity.rows)
 
@@ -268,6 +270,13 @@ def evaluate_on_text(state: ExportState) -> str:
             runnable = Bundle(folder, replace(state.manifest, spec=spec, files=files, precisions=fp32))
         found = text.evaluate(state.checkpoint, runnable, state.eval_ids)
     state.manifest = replace(state.manifest, judged=found)
+    moved = (found.boundaries_lost + found.boundaries_new) / max(1, found.boundaries)
+    precision = state.precisions.get("entropy", "fp32")
+    if moved > MOVED and precision != "fp32":
+        log.warning(
+            "%.2f %% of the patch boundaries move, because the entropy model is %s: consider --precision-of entropy=%s",
+            100 * moved, precision, "fp16" if precision == "bf16" else "fp32",
+        )  # fmt: skip
     return f"{found.float_bits_per_byte:.4f} bits per byte in float32, {found.bits_per_byte:.4f} in the bundle"
 
 

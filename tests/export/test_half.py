@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from blt_export import ExportReport, pipeline
+import blt_export
+from blt.checkpoint.models import save
+from blt.cli import run as cli
+from blt_export import ExportReport, pipeline, steps
 from blt_export.bundle import write_graph
 from blt_export.passes.halve import half_spec
-from blt_export.verify import emulate
+from blt_export.verify import emulate, text
 from blt_export.verify.parity import TOLERANCE, GraphRun
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxBackend
 from blt_runtime.bundle.bundle import Bundle
+from blt_runtime.bundle.manifest import Judged
 from blt_runtime.errors import BackendError, UsageError
 from blt_runtime.ids import EOS
 from tests.exports import prepare
@@ -129,6 +134,40 @@ def test_text_is_evaluated_in_bfloat16(tmp_path: Path, variant: str) -> None:
     assert judged is not None
     assert 0 < abs(judged.bits_per_byte - judged.float_bits_per_byte) < 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
+
+
+def test_the_export_prints_how_many_entropies_are_near_the_threshold(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {p: export(VARIANTS[0], "cuda", p) for p in ("fp16", "bf16")}
+    assert 0 < found["fp16"].margin < found["bf16"].margin
+    assert len(found["fp16"].near_threshold) <= len(found["bf16"].near_threshold)
+    report = replace(found["bf16"], near_threshold=(3, 5), margin=0.0123)
+    monkeypatch.setattr(blt_export, "export", lambda *_, **__: report)
+    save(tmp_path / "model.pt", tiny(VARIANTS[0]))
+    assert cli(["export", str(tmp_path / "model.pt"), "-o", str(tmp_path / "b"), "-q"]) == 0
+    checked = next(row.positions for row in report.parity if row.output == "entropy.entropy")
+    assert f"2 of {checked:,} entropies are within 1.2e-02, twice the largest error," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("lost", "new", "warning"), [(1, 1, ""), (2, 1, "0.30 % of the patch boundaries move")])
+def test_a_warning_tells_that_boundaries_move(
+    export: Export,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lost: int,
+    new: int,
+    warning: str,
+) -> None:
+    """Above 0.2 % of those of the text."""
+    report = export(VARIANTS[0], "cuda", "fp16")
+    state = prepare(VARIANTS[0], "cuda", precision="fp16", eval_ids=[np.arange(9)])
+    state.folder, state.manifest = report.path, report.manifest
+    judged = Judged(9, 2.0, 2.0, boundaries=1000, boundaries_lost=lost, boundaries_new=new)
+    monkeypatch.setattr(text, "evaluate", lambda *_: judged)
+    steps.evaluate_on_text(state)
+    assert state.manifest.judged == judged
+    assert (warning in caplog.text) if warning else not caplog.records
 
 
 def test_graphs_that_pass_vectors_to_each_other_have_one_precision() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from blt.checkpoint.models import Checkpoint
+    from blt_export import ExportReport
     from blt_export.aot import Attempt
 
 FLAVOURS = ("ort", "cuda", "portable")
@@ -177,6 +178,8 @@ def export(
         return
     if report.parity:
         console.stdout_console().print(parity_table(report.parity))
+        if report.manifest.precisions.get("entropy") in ("fp16", "bf16"):
+            print(_near_threshold(report))
         print()
     if report.manifest.judged is not None:
         console.stdout_console().print(evaluation_table(report.manifest.judged))
@@ -234,6 +237,15 @@ def _refuse_options_of_the_export(context: typer.Context, model: Path) -> None:
         source = context.get_parameter_source(option.name or "")
         if option.name not in FOR_BUNDLES and source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"{option.opts[-1]} has no effect: {model} is a bundle already")
+
+
+def _near_threshold(report: ExportReport) -> str:
+    """At half precision: where patch boundaries may differ from those of float32."""
+    checked = next(row.positions for row in report.parity if row.output == "entropy.entropy")
+    return (
+        f"{len(report.near_threshold):,} of {checked:,} entropies are within {report.margin:.1e}, twice the largest "
+        "error, of the threshold: patch boundaries may move there"
+    )
 
 
 def _compile_table(attempts: Sequence[Attempt]) -> Table:

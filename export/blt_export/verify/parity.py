@@ -52,6 +52,7 @@ from blt_runtime.bundle.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, hash_ids
 
+from ..passes.halve import HALVES
 from ..quantize.matrices import FORMATS, Packed, read_error
 from .plan import Plan, graph_calls, make_plan
 
@@ -71,13 +72,15 @@ log = logging.getLogger("blt_export")
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The table, and the positions where an error within tolerance could move a patch boundary.
+    """The table, and the positions where an error of the entropy could move a patch boundary: those within `margin`
+    (relative, like the errors) of the threshold. It is the tolerance; at half precision twice the largest error.
 
     A quantised entropy model may move boundaries anywhere: no positions are listed for it, `verify.text` counts them.
     """
 
     rows: tuple[Parity, ...]
     near_threshold: tuple[int, ...]
+    margin: float = 0.0
 
 
 def check_parity(
@@ -101,7 +104,7 @@ def check_parity(
     inputs = _row_inputs(checkpoint, spec, plan)
     rows: list[Parity] = []
     noises: dict[str, float] = {}
-    tolerance_of_entropy = TOLERANCE["fp32"]
+    margin = 0.0
     if spec.hash is not None:
         written = _hash_embedding(hash_tables, spec.hash, plan.ids_N)
         error = _error(written, inputs["encoder"]["hash_embedding"])
@@ -128,12 +131,12 @@ def check_parity(
         rows += found
         if name == "entropy" and precision not in FORMATS:
             entropy_N = want["entropy"][0]
-            tolerance_of_entropy = next(row.tolerance for row in found if row.output == "entropy.entropy")
-            if precision != "fp32":  # twice the largest error
-                tolerance_of_entropy = 2 * _error(got["entropy"], want["entropy"])
+            margin = next(row.tolerance for row in found if row.output == "entropy.entropy")
+            if precision in HALVES:
+                margin = 2 * _error(got["entropy"], want["entropy"])
         _pass_on(inputs, name, want)
     demand(rows, noises=noises)
-    return ParityReport(tuple(rows), _near(entropy_N, spec, tolerance_of_entropy))
+    return ParityReport(tuple(rows), _near(entropy_N, spec, margin), margin)
 
 
 def following(row: Parity, noise: float) -> Parity:
@@ -331,13 +334,13 @@ def _cause(noise: float | None) -> str:
     return f": the graph is wrong, since this model's own float32 noise is only {noise:.3g}"
 
 
-def _near(entropy_N: npt.NDArray[Any], spec: ModelSpec, tolerance: float) -> tuple[int, ...]:
-    """Positions where an error within tolerance could move a patch boundary."""
+def _near(entropy_N: npt.NDArray[Any], spec: ModelSpec, margin: float) -> tuple[int, ...]:
+    """Positions where an error within the margin could move a patch boundary."""
     rule = spec.patch_rule
     level = rule.threshold
     if level is None or not len(entropy_N):
         return ()
-    margin_N = tolerance * np.maximum(1.0, entropy_N)
+    margin_N = margin * np.maximum(1.0, entropy_N)
     rise_N = np.diff(entropy_N, prepend=np.inf)
     near_N = np.abs((rise_N if rule.monotonic else entropy_N) - level) <= margin_N
     if rule.threshold_add is not None and not rule.monotonic:
