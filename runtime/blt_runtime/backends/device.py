@@ -16,6 +16,7 @@ import numpy as np
 
 from ..bundle.spec import GraphSpec
 from ..errors import BackendError
+from .blocks import Block, BlockBuffer
 from .failures import Failures
 from .protocol import Array, Buffer, Call, HostBuffer, OpaqueBuffer
 
@@ -75,6 +76,17 @@ class StepBuffer(HostBuffer):
     """A host buffer of a decode step: calls on such buffers alone are made again and again, so they are captured."""
 
 
+class DeviceBlock(Block):
+    """A block whose twin is an OrtValue, on a device with addresses."""
+
+    def __init__(self, library: Any, device: str, size: int) -> None:
+        super().__init__(HostBuffer("uint8", (size,)).array, 0)
+        self.host = host_value(library, self.bytes, np.uint8)
+        self.value = new_value(library, device, np.uint8, (size,))
+        self.address = int(self.value.data_ptr())
+        library.copy_tensors([self.host], [self.value])
+
+
 class Transfers:
     """Binds the tensors of one call, and copies those that the host writes or reads."""
 
@@ -106,14 +118,22 @@ class Transfers:
         up, down = _Copies(self._library), _Copies(self._library)
         for name, on_device in self._inputs.items():
             buffer = buffers[name]
-            if on_device:
+            if on_device and isinstance(buffer, BlockBuffer):
+                up.block(buffer.block, up.to_device)
+                element = self._element(name)
+                binding.bind_input(name, self._device, 0, element, buffer.shape, buffer.address)
+            elif on_device:
                 binding.bind_ortvalue_input(name, self._value(name, buffer, up.to_device))
             else:
                 array = self._host_array(name, buffer)
                 binding.bind_input(name, "cpu", 0, self._element(name), array.shape, array.ctypes.data)
         for name, on_device in self._outputs.items():
             buffer = buffers[name]
-            if on_device or isinstance(buffer, DeviceBuffer):
+            if on_device and isinstance(buffer, BlockBuffer):
+                down.block(buffer.block, down.to_host)
+                element = self._element(name)
+                binding.bind_output(name, self._device, 0, element, buffer.shape, buffer.address)
+            elif on_device or isinstance(buffer, DeviceBuffer):
                 binding.bind_ortvalue_output(name, self._value(name, buffer, down.to_host))
             else:
                 array = self._host_array(name, buffer)
@@ -144,6 +164,13 @@ class _Copies:
         self._library = library
         self._sources: list[Any] = []
         self._targets: list[Any] = []
+        self._blocks: set[Block] = set()
+
+    def block(self, block: Block, copied: Any) -> None:
+        """A block, once."""
+        if block not in self._blocks and isinstance(block, DeviceBlock):
+            copied(block.host, block.value)
+        self._blocks.add(block)
 
     def to_device(self, host: Any, value: Any) -> None:
         self._sources.append(host)

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from ..bundle.manifest import FILE_NAME as MANIFEST
 from ..bundle.manifest import QUANTISED
 from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec, table_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
-from .device import NO_CAPTURE, DeviceBuffer, StepBuffer, Transfers, element_type
+from .blocks import BlockBuffer, Blocks
+from .device import NO_CAPTURE, DeviceBlock, DeviceBuffer, StepBuffer, Transfers, element_type
 from .failures import Failures, failure, first_line
 from .nvidia import probe
 from .probe import PROBES, differ, input_values, memory_values
@@ -45,6 +47,8 @@ from .providers import (
 )
 
 log = logging.getLogger("blt_runtime")
+BLOCK = 1 << 14
+"""Bytes of the blocks that buffers of decode steps are parts of, on CUDA. A call copies them whole."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -131,6 +135,8 @@ class OnnxBackend:
         elif capture is None:
             capture = self._provider.capture is not None and self._provider.captures_windows
         self._captures = capture and self.spec.resident
+        device = self._provider.device if self._provider.addresses else None
+        self._blocks = None if device is None else Blocks(BLOCK, partial(DeviceBlock, self._ort, device))
         if prepack is None:
             prepack = self._packs(bundle)
         packed = {name: prepack or bundle.manifest.precision_of(name) in QUANTISED for name in bundle.manifest.graphs}
@@ -155,7 +161,7 @@ class OnnxBackend:
         if self._provider.device is None or place == "host":
             return HostBuffer(dtype, shape)
         if place != "device":
-            return StepBuffer(dtype, shape)
+            return StepBuffer(dtype, shape) if self._blocks is None else self._blocks.buffer(dtype, shape, place)
         return DeviceBuffer(self._ort, self._provider.device, dtype, shape, self._failures)
 
     def _options(self, threads: int | None, spin: bool, prepack: bool) -> Any:
@@ -357,7 +363,11 @@ class DeviceSession(OnnxSession):
 
     @staticmethod
     def _is_step(buffers: Mapping[str, Buffer]) -> bool:
-        return all(isinstance(buffer, StepBuffer) for buffer in buffers.values() if isinstance(buffer, HostBuffer))
+        return all(
+            isinstance(buffer, StepBuffer | BlockBuffer)
+            for buffer in buffers.values()
+            if isinstance(buffer, HostBuffer)
+        )
 
     def _probed(self, buffers: Mapping[str, Buffer]) -> bool:
         """Whether calls of these shapes replay what they compute."""

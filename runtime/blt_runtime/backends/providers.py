@@ -42,6 +42,11 @@ class Provider:
     """Whether such a session obeys attention windows. WebGPU's does not: after as many positions as the window, results
     are wrong without an error, captured or not (onnxruntime-ep-webgpu 0.4.0). So it captures only when asked to."""
 
+    @property
+    def addresses(self) -> bool:
+        """Whether a tensor may be bound at an address in its memory."""
+        return self.device == "cuda"
+
 
 _CUDA, _TENSORRT = "libonnxruntime_providers_cuda.so", "libonnxruntime_providers_tensorrt.so"
 PROVIDERS = {

@@ -19,12 +19,14 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..bundle.spec import GraphSpec, ModelSpec
 from ..errors import BackendError
+from .blocks import Block, BlockBuffer, Blocks
 from .cuda_device import Device
 from .probe import PROBES, differ, input_values
 from .protocol import Array, Buffer, Call, HostBuffer, OpaqueBuffer, Place, storage
@@ -32,7 +34,6 @@ from .protocol import Array, Buffer, Call, HostBuffer, OpaqueBuffer, Place, stor
 log = logging.getLogger("blt_runtime")
 BLOCK = 1 << 16
 """Bytes of the blocks that buffers of decode steps are parts of."""
-ALIGNMENT = 256
 
 
 class DeviceMemory(OpaqueBuffer):
@@ -55,38 +56,17 @@ class DeviceMemory(OpaqueBuffer):
             self._owner.device.wait(self._owner.stream)
 
 
-class Block:
-    """Pinned memory and its twin on the device, which buffers of decode steps are parts of."""
+class PinnedBlock(Block):
+    """A block of pinned memory."""
 
-    def __init__(self, device: Device, stream: Any, size: int) -> None:
-        self.bytes, self._used = device.pinned(size), 0
+    def __init__(self, owner: TensorRtBackend, size: int) -> None:
+        device = owner.device
+        super().__init__(device.pinned(size), 0)
         weakref.finalize(self, device.unpin, self.bytes)
         self.address = _alloc(device, self, size)
-        device.upload(self.address, self.bytes, stream)
-        device.wait(stream)
-
-    def take(self, size: int) -> int | None:
-        """The offset of `size` free bytes, if there are as many."""
-        if self._used + size > len(self.bytes):
-            return None
-        offset, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
-        return offset
-
-
-class BlockBuffer(HostBuffer):
-    """A part of a block."""
-
-    def __init__(self, block: Block, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        self.block, self.offset = block, offset
-        size = math.prod(shape) * dtype.itemsize
-        self.array = block.bytes[offset : offset + size].view(dtype).reshape(shape)
-
-    def part(self, start: int, shape: tuple[int, ...]) -> BlockBuffer:
-        return BlockBuffer(self.block, self.offset + start * self.dtype.itemsize, self.dtype, shape)
-
-    @property
-    def address(self) -> int:
-        return self.block.address + self.offset
+        with owner.lock:
+            device.upload(self.address, self.bytes, owner.stream)
+            device.wait(owner.stream)
 
 
 class TensorRtBackend:
@@ -106,7 +86,7 @@ class TensorRtBackend:
     ) -> None:
         self.spec, self.trt, self.device, self.strict = spec, trt, device, strict
         self.lock, self.stream = threading.RLock(), device.stream()
-        self._blocks: dict[Place, weakref.ref[Block]] = {}
+        self._blocks = Blocks(BLOCK, partial(PinnedBlock, weakref.proxy(self)))
         self.replays_well: dict[Hashable, bool] = {}
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self._sessions = {name: EngineSession(self, graph, runtime, plans[name]) for name, graph in spec.graphs.items()}
@@ -119,17 +99,7 @@ class TensorRtBackend:
             return HostBuffer(dtype, shape)
         if place == "device":
             return DeviceMemory(self, dtype, shape)
-        kind = storage(dtype)
-        size = math.prod(shape) * kind.itemsize
-        with self.lock:
-            known = self._blocks.get(place)
-            block = known() if known is not None else None
-            offset = None if block is None else block.take(size)
-            if block is None or offset is None:
-                block = Block(self.device, self.stream, max(BLOCK, size))
-                self._blocks[place], offset = weakref.ref(block), block.take(size)
-        assert offset is not None
-        return BlockBuffer(block, offset, kind, shape)
+        return self._blocks.buffer(dtype, shape, place)
 
     def compose(self, chains: Sequence[Sequence[Call]]) -> Call:
         calls = [[call for call in chain if isinstance(call, EngineCall)] for chain in chains]
