@@ -20,6 +20,7 @@ from blt.cli import console, failures
 from blt.cli.commands import (
     bench,
     bench_throughput,
+    build,
     calibrate,
     chat,
     check,
@@ -47,7 +48,7 @@ STAGES: dict[str, dict[str, Command | typer.Typer]] = {
     "Data and patches": {"data": data.app, "patch": patch.patch, "calibrate": calibrate.calibrate},
     "Train": {"train": train.app},
     "Evaluate": {"eval": evaluate.evaluate, "lm-eval": lm_eval.lm_eval, "score": score.score, "check": check.check},
-    "Export": {"export": export.export, "convert": convert.convert},
+    "Export": {"export": export.export, "build": build.build, "convert": convert.convert},
     "Generate": {"generate": generate.generate, "chat": chat.chat},
     "Serve": {"serve": serve.serve},
     "Share": {"push": push.push, "pull": pull.pull},

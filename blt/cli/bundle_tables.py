@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from blt_runtime.bundle.engines import EnginesFile, Profile
     from blt_runtime.bundle.manifest import Judged, Manifest, Parity
 
 
-def parity_table(rows: Sequence[Parity]) -> Table:
-    """The export's comparison with PyTorch, one row per output."""
-    table = Table(title="parity with PyTorch", title_justify="left", box=None, pad_edge=False)
+def parity_table(rows: Sequence[Parity], reference: str = "PyTorch") -> Table:
+    """The comparison with a reference, one row per output."""
+    table = Table(title=f"parity with {reference}", title_justify="left", box=None, pad_edge=False)
     for name in ("output", "positions", "error", "tolerance", ""):
         table.add_column(name, justify="left" if name in ("output", "") else "right")
     for row in rows:
@@ -37,6 +38,26 @@ def size_table(manifest: Manifest) -> Table:
         table.add_row(part, amount(size))
     table.add_row("total", amount(sum(sizes.values())))
     return table
+
+
+def engines_table(file: EnginesFile) -> Table:
+    """One row per engine: its size and, for each profile, the bytes, patches and entries that one call takes."""
+    from blt.data.quantities import amount
+
+    table = Table(title="engines", title_justify="left", box=None, pad_edge=False)
+    for name in ("graph", "size", "profiles"):
+        table.add_column(name, justify="right" if name == "size" else "left")
+    for name, plan in file.plans.items():
+        table.add_row(name, amount(plan.bytes), ", ".join(map(_range_text, plan.profiles)))
+    table.add_row("total", amount(sum(plan.bytes for plan in file.plans.values())), "")
+    return table
+
+
+def _range_text(profile: Profile) -> str:
+    """`1`, `1-16` bytes; of the latent graph patches x entries: `1 x 8`, `1-128 x 1-16`."""
+    shapes = profile["byte_index"] if "byte_index" in profile else profile["positions"]
+    least, most = shapes[0][1:], shapes[-1][1:]
+    return " x ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(least, most, strict=True))
 
 
 def precision_text(manifest: Manifest) -> str:

@@ -13,6 +13,7 @@ from .arguments import choice, flag, instance, whole
 from .backends.protocol import Backend
 from .backends.providers import NAMES
 from .bundle.bundle import Bundle, Verify
+from .bundle.engines import Engines, is_engines
 from .bundle.manifest import PRECISIONS, Manifest, check_precision
 from .bundle.open_files import OpenFiles
 from .bundle.spec import ModelSpec
@@ -74,9 +75,10 @@ class Model:
         batched: bool = False,
         prepack: bool | None = None,
         hash_tables: str = "auto",
+        trust_engines: bool = False,
         many: bool | None = None,
     ) -> Model:
-        """Opens the bundle folder `path`.
+        """Opens the bundle folder `path`, or a folder of TensorRT engines (`blt build`) on this machine's first GPU.
 
         backend: "onnx" (ONNX Runtime) or "null" (does nothing, for tests). threads: for one call; None lets the backend
         choose. provider: ONNX Runtime's, "cpu", "cuda", "tensorrt", "webgpu", or "auto" (see `OnnxBackend`); "cuda" and
@@ -85,7 +87,8 @@ class Model:
         accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no single streams. prepack:
         see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several tokens (`speculate`).
         hash_tables: of a batched model, where hash embeddings are computed, "host", "device" or "auto"
-        (`OnnxRowBackend`). many: the former name of `batched`, which warns.
+        (`OnnxRowBackend`). trust_engines: accept engines that this user has not built. many: the former name of
+        `batched`, which warns.
 
         Raises UsageError, BundleError, BackendError, OutOfMemory or MissingExtra.
         """
@@ -93,7 +96,11 @@ class Model:
             warnings.warn("Model.open(many=...) is now batched=...", DeprecationWarning, stacklevel=2)
             batched = many
         _check_open(backend, threads, provider, precision, batched, prepack)
+        flag("trust_engines", trust_engines)
         try:
+            if is_engines(path):
+                _check_for_engines(path, backend, provider, batched, prepack)
+                return cls._open_engines(Engines.open(path, trust=trust_engines, verify=verify), precision)
             bundle = Bundle.open(path, verify)
             if precision is not None:
                 check_precision(bundle.manifest, precision, str(path))
@@ -111,6 +118,19 @@ class Model:
                 raise
             reason = f"not enough memory to open {path} ({error})"
             raise OutOfMemory(f"{reason}: export at fewer bits, or free some") from error
+
+    @classmethod
+    def _open_engines(cls, engines: Engines, precision: str | None) -> Model:
+        from .backends import platform
+
+        manifest = engines.manifest
+        if precision is not None:
+            check_precision(manifest, precision, str(engines.path))
+        files = OpenFiles(engines.bundle, [] if manifest.hash_tables is None else [manifest.hash_tables.file])
+        made = platform.open_engines(engines, platform.open_platform())
+        tables = engines.bundle.hash_tables()
+        files.check_names()
+        return cls(made.spec, made, tables, manifest=manifest, files=files)
 
     @property
     def hash_tables(self) -> Tables | None:
@@ -181,6 +201,16 @@ def _check_open(
     flag("batched", batched)
     if prepack is not None:
         flag("prepack", prepack)
+
+
+def _check_for_engines(path: str | Path, backend: str, provider: str, batched: bool, prepack: bool | None) -> None:
+    """Raises UsageError for an option that engines do not have."""
+    if batched:
+        raise UsageError(f"{path} holds TensorRT engines, which run single streams: give the bundle")
+    if backend != "onnx" or prepack is not None:
+        raise UsageError(f"{path} holds TensorRT engines: leave out the backend and prepack")
+    if provider not in ("cpu", "auto"):
+        raise UsageError(f"{path} holds TensorRT engines, which are no provider of ONNX Runtime: leave out {provider}")
 
 
 def _backend(

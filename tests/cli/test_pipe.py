@@ -58,8 +58,9 @@ PRINTS = [
     "plot {run} --json",
     "env",
 ]
-PRINTS_ELSEWHERE = {"lm-eval", "pull", "serve"}
-"""lm-evaluation-harness prints; pull needs a hub (tests/share); serve writes to stderr only."""
+PRINTS_ELSEWHERE = {"build", "lm-eval", "pull", "serve"}
+"""build needs a GPU (a stand-in is in tests/export/test_build.py);
+lm-evaluation-harness prints; pull needs a hub (tests/share); serve writes to stderr only."""
 
 
 @pytest.fixture(scope="module")

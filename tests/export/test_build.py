@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blt.cli import run
 from blt_export import pipeline
 from blt_export.build import TOLERANCE, build_engines, build_graph, compare, longest_patch, profiles, reference
 from blt_export.tensorrt import Profile, logger
@@ -21,7 +24,7 @@ from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.engines import Engines, Flags, Machine
 from blt_runtime.bundle.spec import ModelSpec, TensorSpec, resident_spec
 from blt_runtime.engine.prefill import GATHER_BYTES
-from blt_runtime.errors import BackendError, CheckFailed, UsageError
+from blt_runtime.errors import BackendError, BundleError, CheckFailed, UsageError
 from blt_runtime.patching import PatchRule
 from tests import fake_tensorrt
 from tests.exports import prepare
@@ -31,10 +34,10 @@ VARIANT = "max_patch_length"
 PROMPT = "Grüße\naus 東京, of two documents\0and more"
 
 
-def platform(**options: Any) -> Platform:
+def platform(version: str = fake_tensorrt.VERSION, gpu: str = fake_tensorrt.GPU) -> Platform:
     device = HostDevice()
-    trt = fake_tensorrt.module(device, **options)
-    return Platform(trt, device, Machine(trt.__version__, fake_tensorrt.GPU, "9.0", "580.1", "13.0"))
+    trt = fake_tensorrt.module(device, version, gpu)
+    return Platform(trt, device, Machine(version, gpu, "9.0", "580.1", "13.0"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,6 +55,16 @@ def exported(folder: Path, precision: str = "fp32") -> Bundle:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return exported(tmp_path_factory.mktemp("build"))
+
+
+@pytest.fixture(scope="module")
+def folder(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_engines(bundle, tmp_path_factory.mktemp("folder") / "engines", platform(), check=False).path
+
+
+@pytest.fixture
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blt_runtime.backends.platform.open_platform", platform)
 
 
 def test_engines_generate_the_ids_of_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
@@ -156,6 +169,126 @@ class TestNothingIsWritten:
         with pytest.raises(UsageError, match="holds engines already; give another folder, or --force"):
             build_engines(bundle, tmp_path / "engines", platform())
         build_engines(bundle, tmp_path / "engines", platform(), check=False, force=True)
+
+
+class TestFolder:
+    """What opens a bundle opens a folder of engines."""
+
+    @pytest.mark.usefixtures("_gpu")
+    def test_model_open(self, bundle: Bundle, folder: Path) -> None:
+        model = Model.open(folder, precision="fp32")
+        assert model.backend.name == "tensorrt"
+        assert model.manifest == bundle.manifest
+        wanted = "".join(Model.open(bundle.path).generate_text(PROMPT, 20, temperature=0.0))
+        assert "".join(model.generate_text(PROMPT, 20, temperature=0.0)) == wanted
+
+    @pytest.mark.usefixtures("_gpu")
+    def test_options_of_bundles_are_refused(self, folder: Path) -> None:
+        with pytest.raises(UsageError, match="which run single streams: give the bundle"):
+            Model.open(folder, batched=True)
+        with pytest.raises(UsageError, match="leave out the backend and prepack"):
+            Model.open(folder, "null")
+        with pytest.raises(UsageError, match="no provider of ONNX Runtime: leave out cuda"):
+            Model.open(folder, provider="cuda")
+        with pytest.raises(BundleError, match="was exported at fp32, not bf16"):
+            Model.open(folder, precision="bf16")
+
+    @pytest.mark.parametrize("options", [{"version": "11.0"}, {"gpu": "Fake B200"}], ids=["version", "gpu"])
+    def test_another_machine_is_one_line(
+        self, folder: Path, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("blt_runtime.backends.platform.open_platform", lambda: platform(**options))
+        with pytest.raises(
+            BackendError, match=r"are for TensorRT 10\.15\.1 on Fake H100 .*, but here is .*: run blt build"
+        ):
+            Model.open(folder)
+
+    @pytest.mark.usefixtures("_gpu")
+    def test_engines_of_another_user_are_refused_unless_trusted(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+        with pytest.raises(BackendError, match="was not built here: run blt build"):
+            Model.open(folder)
+        assert Model.open(folder, trust_engines=True).backend.name == "tensorrt"
+
+    def test_without_a_gpu_there_is_one_line_and_tensorrt_is_not_loaded(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_driver() -> None:
+            raise BackendError("no NVIDIA driver: libcuda.so.1 is not installed")
+
+        monkeypatch.setattr("blt_runtime.backends.platform.probe", no_driver)
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+        assert run(["generate", str(folder), "x"]) == 4
+        assert capsys.readouterr().err == "blt: error: no NVIDIA driver: libcuda.so.1 is not installed\n"
+
+
+class TestCommand:
+    """`blt build`, and `blt inspect` of what it wrote."""
+
+    @pytest.mark.usefixtures("_gpu")
+    def test_a_build_and_what_is_in_it(
+        self, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "engines"
+        assert run(["build", str(bundle.path), "-o", str(out), "--workspace", "1G", "--hardware", "ampere+"]) == 0
+        printed = capsys.readouterr().out
+        assert "1 x 8, 1-32 x 1-8" in printed
+        assert "parity with ONNX Runtime's CPU" in printed
+        assert run(["inspect", str(out)]) == 0
+        shown = capsys.readouterr().out
+        for text in (
+            "TensorRT 10.15.1",
+            "Fake H100, compute capability 9.0, and Ampere or newer",
+            "1, 1-16, 1-32",
+            "ok",
+        ):
+            assert text in shown
+        assert run(["inspect", str(out), "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["kind"], said["engines"]["flags"]) == ("engines", {"hardware": "ampere+", "workspace": 1 << 30})
+
+    @pytest.mark.usefixtures("_gpu")
+    def test_json(self, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["build", str(bundle.path), "-o", str(tmp_path / "e"), "--no-check", "--json", "-q"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["schema"] == "blt.build/1"
+        assert set(said["graphs"]) == set(said["engines"]["plans"]) == set(bundle.manifest.graphs)
+
+    @pytest.mark.parametrize(
+        ("options", "code", "text"),
+        [
+            (["--hardware", "any"], 2, "choose one of same, ampere+"),
+            (["--workspace", "much"], 2, "--workspace"),
+            (["--timing-cache", "/no/such/folder/file"], 2, "the folder /no/such/folder does not exist"),
+            ([], 4, "no NVIDIA driver"),
+        ],
+        ids=["hardware", "workspace", "timing-cache", "gpu"],
+    )
+    def test_a_refusal_is_one_line(
+        self,
+        bundle: Bundle,
+        tmp_path: Path,
+        options: list[str],
+        code: int,
+        text: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def no_driver() -> None:
+            raise BackendError("no NVIDIA driver: libcuda.so.1 is not installed")
+
+        monkeypatch.setattr("blt_runtime.backends.platform.probe", no_driver)
+        assert run(["build", str(bundle.path), "-o", str(tmp_path / "e"), *options]) == code
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "e").exists()
+
+    def test_what_is_no_bundle_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["build", str(tmp_path), "-o", str(tmp_path / "e")]) == 2
+        assert "is no bundle: blt export MODEL -o DIR --flavour portable writes one" in capsys.readouterr().err
 
 
 class TestOptions:

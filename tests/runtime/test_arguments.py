@@ -212,6 +212,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "batched": Parameter(is_flag),
         "prepack": Parameter(optional(is_flag)),
         "hash_tables": Parameter(nothing),
+        "trust_engines": Parameter(is_flag),
         "many": Parameter(optional(is_flag)),
     },
     "Model.stream": STREAM,

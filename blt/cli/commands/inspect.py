@@ -8,12 +8,13 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, inputs, options
-from blt.cli.bundle_tables import evaluation_table, parity_table, precision_text, size_table
+from blt.cli.bundle_tables import engines_table, evaluation_table, parity_table, precision_text, size_table
 from blt_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from blt.checkpoint.source import Source
     from blt_runtime.bundle.bundle import Bundle
+    from blt_runtime.bundle.engines import Engines
 
 SCHEMA = "blt.inspect/2"
 
@@ -29,12 +30,16 @@ def inspect(
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Show parameters, FLOPs and weight bytes per byte of a checkpoint, or manifest and parity table of a bundle."""
+    """Show parameters, FLOPs and weight bytes per byte of a checkpoint, or what a bundle or engines say."""
     if inputs.is_bundle(model):
         if how.entropy_model is not None:
             raise UsageError(f"{model} is a bundle and holds its entropy model; leave --entropy-model out")
         from blt_runtime.bundle.bundle import Bundle
+        from blt_runtime.bundle.engines import Engines, is_engines
 
+        if is_engines(model):
+            _inspect_engines(Engines.read(model), as_json=as_json)
+            return
         _inspect_bundle(Bundle.open(model), patch_size=patch_size, tensors=tensors, as_json=as_json)
         return
     from blt.checkpoint.formats import open_source
@@ -230,6 +235,35 @@ def _inspect_bundle(bundle: Bundle, *, patch_size: float, tensors: bool, as_json
     if manifest.judged is not None:
         out.print()
         out.print(evaluation_table(manifest.judged))
+
+
+# --- engines -----------------------------------------------------------------------------------------------
+
+
+def _inspect_engines(engines: Engines, *, as_json: bool) -> None:
+    """Reads engines.json only: also of engines for another machine, or of another user."""
+    file, manifest = engines.file, engines.manifest
+    if as_json:
+        console.print_json(SCHEMA, {"path": engines.path, "kind": "engines", "engines": file.to_json()})
+        return
+    console.print_tree(
+        {
+            "engines": engines.path,
+            "built with": f"TensorRT {file.machine.tensorrt}, CUDA {file.machine.cuda}, driver {file.machine.driver}",
+            "for": f"{file.machine.gpu}, compute capability {file.machine.compute_capability}"
+            + (", and Ampere or newer" if file.flags.hardware == "ampere+" else ""),
+            "precision": precision_text(manifest),
+            "capacity": f"{manifest.spec.capacity_bytes:,} bytes, {manifest.spec.capacity_patches:,} patches",
+            "bundle": f"manifest.json of sha256 {file.bundle[:16]}...",
+            "made with": file.producer,
+        }
+    )
+    out = console.stdout_console()
+    out.print()
+    out.print(engines_table(file))
+    if file.parity:
+        out.print()
+        out.print(parity_table(file.parity, "ONNX Runtime's CPU"))
 
 
 def _graphs_table(bundle: Bundle) -> Table:
