@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from blt.cli import console, options
 PACKAGES = (
     "blt-runtime", "numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
     "tensorrt-rtx", "pydantic", "pyyaml", "rich", "typer", "matplotlib", "starlette", "uvicorn", "prometheus-client",
-    "jinja2", "llguidance",
+    "jinja2", "llguidance", "onnxruntime-ep-webgpu", "cuda-bindings", "nvidia-cudnn-cu13", "tensorrt-cu13",
 )  # fmt: skip
 
 
@@ -34,17 +35,6 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _onnxruntime() -> dict[str, Any] | None:
-    """Version and providers of the installed build; the import takes 0.1 s."""
-    from blt_runtime.backends.onnx import import_library
-
-    try:
-        onnxruntime = import_library()
-    except ImportError as error:
-        return None if isinstance(error, ModuleNotFoundError) else {"error": str(error)}
-    return {"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}
-
-
 def _torch() -> dict[str, Any] | None:
     try:
         import torch
@@ -59,9 +49,12 @@ def env(
     full: Annotated[bool, typer.Option("--full", help="Also report PyTorch's devices (loads PyTorch).")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Print versions, providers and devices as JSON (also without --json), for bug reports."""
+    """Print versions, providers, GPUs and their libraries as JSON (also without --json), for bug reports."""
     from blt.bench.machine import cpu_name
+    from blt_runtime.backends import inventory
 
+    with ThreadPoolExecutor() as pool:
+        asked = {part: pool.submit(inventory.ask, part) for part in inventory.PARTS}
     found = {name: _version(name) for name in PACKAGES}
     report: dict[str, Any] = {
         "blt": __version__,
@@ -73,7 +66,9 @@ def env(
         "memory_bytes": _memory_bytes(),
         "packages": {name.replace("-", "_"): version for name, version in found.items() if version is not None},
         "missing": [name for name, version in found.items() if version is None],
-        "onnxruntime": _onnxruntime(),
+        "onnxruntime": asked["onnxruntime"].result(),
+        "nvidia": asked["gpus"].result(),
+        "nvidia_libraries": asked["libraries"].result(),
     }
     if full:
         report["torch"] = _torch()

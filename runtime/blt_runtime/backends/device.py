@@ -32,7 +32,7 @@ class DeviceBuffer(OpaqueBuffer):
         self, library: Any, device: str, dtype: str, shape: tuple[int, ...], failures: Failures | None = None
     ) -> None:
         super().__init__(device, dtype, shape)
-        self._library, self._on, self.element = library, device, element_type(dtype)
+        self._library, self.element = library, element_type(dtype)
         self._failures = failures or Failures(device)
         self.value = new_value(library, device, self.element, shape)
         self.copy_in(np.zeros(shape, self.dtype))
@@ -48,7 +48,7 @@ class DeviceBuffer(OpaqueBuffer):
         try:
             self._library.copy_tensors([source], [target])
         except Exception as error:  # onnxruntime's own classes share no public base
-            raise self._failures.of(f"a copy of the device {self._on} failed", error) from error
+            raise self._failures.of(f"a copy of the device {self.device} failed", error) from error
 
 
 def element_type(dtype: str) -> Any:
