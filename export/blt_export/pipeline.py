@@ -109,7 +109,7 @@ def export(
     check: compare every graph with PyTorch. force: replace an existing bundle. progress: called with each step's name.
     table_dtype: of the hash tables: "float32", "float16", "bfloat16" or "int8" (default: as in the checkpoint).
     precision: "fp32", "fp16" or "bf16" (the last not in the flavour "ort"); or "int8" or "int4", of the matrices only
-    (only in the flavour "ort").
+    (not in the flavour "portable"; in the flavour "cuda" the rest is "fp16").
     precision_of: another precision for single graphs ("entropy", "encoder", "latent", "decoder").
     eval_ids: pieces of a text, ids [N] that begin with BOS; the manifest then holds the bundle's bits per byte on them.
     chat_template: Jinja source that makes a prompt of a chat's messages.
@@ -156,7 +156,7 @@ def prepare(
     dtype = cast(TableDtype | None, table_dtype)
     spec = export_spec(loaded, known, capacity=capacity, patches=patches, chunk=chunk, table_dtype=dtype)
     precisions = matrices.choose(precision, precision_of or {}, spec.graphs)
-    halve.half_spec(spec, precisions)  # raises if graphs would not fit each other
+    halve.half_spec(spec, matrices.activations(precisions, flavour))  # raises if graphs would not fit each other
     state = ExportState(loaded, spec, known, precision=precision, check=check, precisions=precisions, eval_ids=eval_ids)
     return replace(state, chat_template=chat_template)
 

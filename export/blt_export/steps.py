@@ -97,19 +97,20 @@ def lower(state: ExportState) -> str:
 
 def join(state: ExportState) -> str:
     """Only in graphs that are quantised next."""
-    blocks = {name: matrices.FORMATS[p].block for name, p in state.precisions.items() if p in matrices.FORMATS}
+    packed = {name: p for name, p in state.precisions.items() if p in matrices.FORMATS}
+    blocks = {name: matrices.form_of(p, state.flavour).block for name, p in packed.items()}
     joined = {name: join_products.run(state.graphs[name], block) for name, block in blocks.items()}
     return ", ".join(f"{name}: -{count} MatMul" for name, count in joined.items()) or "nothing is quantised"
 
 
 def quantise(state: ExportState) -> str:
-    """Graphs with a precision of 8 or 4 bits. One without a matrix that fits stays float32, with a warning. Raises
+    """Graphs with a precision of 8 or 4 bits. One without a matrix that fits has floats, with a warning. Raises
     UsageError if no graph has one, since the bundle would name a precision that it does not have."""
     wanted = {name: p for name, p in state.precisions.items() if p in matrices.FORMATS}
     for name, precision in wanted.items():
-        outcome = state.quantised[name] = matrices.run(state.graphs[name], precision)
+        outcome = state.quantised[name] = matrices.run(state.graphs[name], precision, state.flavour)
         if not outcome.packed:
-            state.precisions[name] = "fp32"
+            state.precisions[name] = "fp16" if state.flavour == "cuda" else "fp32"
             log.warning("nothing in the graph %s could become %s: %s", name, precision, "; ".join(outcome.kept))
     if state.precision != "fp32" and state.precision not in state.precisions.values():
         reasons = dict.fromkeys(
@@ -124,8 +125,9 @@ def quantise(state: ExportState) -> str:
 
 def halve_graphs(state: ExportState) -> str:
     """Graphs of half precision. The specification then has half caches."""
-    wanted = {name: p for name, p in state.precisions.items() if p in halve.HALVES}
-    state.float_spec, state.spec = state.spec, halve.half_spec(state.spec, state.precisions)
+    computed = matrices.activations(state.precisions, state.flavour)
+    wanted = {name: p for name, p in computed.items() if p in halve.HALVES}
+    state.float_spec, state.spec = state.spec, halve.half_spec(state.spec, computed)
     changed = {name: halve.run(state.graphs[name], precision) for name, precision in wanted.items()}
     return ", ".join(f"{name}: {count} constants" for name, count in changed.items()) or "not asked for"
 
@@ -266,8 +268,8 @@ def evaluate_on_text(state: ExportState) -> str:
             if state.spec.hash is not None:
                 shutil.copyfile(state.folder / bundle.HASH_TABLES, folder / bundle.HASH_TABLES)
             files = bundle.entries(folder)
-            fp32 = dict.fromkeys(state.precisions, "fp32")
-            runnable = Bundle(folder, replace(state.manifest, spec=spec, files=files, precisions=fp32))
+            wide = {name: p if p in matrices.FORMATS else "fp32" for name, p in state.precisions.items()}
+            runnable = Bundle(folder, replace(state.manifest, spec=spec, files=files, precisions=wide))
         found = text.evaluate(state.checkpoint, runnable, state.eval_ids)
     state.manifest = replace(state.manifest, judged=found)
     moved = (found.boundaries_lost + found.boundaries_new) / max(1, found.boundaries)

@@ -51,7 +51,10 @@ def export(
     ] = "ort",
     precision: Annotated[
         str,
-        typer.Option(help="fp32; fp16, or bf16 for GPUs; or, of the weight matrices only and in ort, int8 or int4."),
+        typer.Option(
+            help="fp32; fp16, or bf16 for GPUs; or int8 or int4, of the weight matrices only: the rest is then fp32 in "
+            "ort, fp16 in cuda (portable has neither)."
+        ),
     ] = "fp32",
     precision_of: Annotated[
         list[str] | None,

@@ -31,12 +31,14 @@ class Format:
     bits: 8 or 4. block: weights that share a scale, a power of two from 16. zero_points: stored, one a block.
     shrink: factors of the scale to try; the one with the least squared error is kept. A smaller scale clips the largest
     weights and rounds the others finer.
+    half_scales: each scale is a float16 number, and the codes are those of that number.
     """
 
     bits: int
     block: int
     zero_points: bool = False
     shrink: tuple[float, ...] = ()
+    half_scales: bool = False
 
     @property
     def middle(self) -> int:
@@ -46,7 +48,7 @@ class Format:
     @property
     def bits_per_weight(self) -> float:
         """Including its share of the scale and the zero point."""
-        return self.bits + (32 + self.bits * self.zero_points) / self.block
+        return self.bits + ((16 if self.half_scales else 32) + self.bits * self.zero_points) / self.block
 
     @property
     def largest_error(self) -> float:
@@ -55,9 +57,10 @@ class Format:
         A shrunk scale is used only where it is better, so the bound is that of the whole range. With zero points it is
         half a step of a range that is at most twice the largest weight. Without, it is a whole step, the largest weight
         over 2^(bits-1), because the opposite of the largest weight has no exact code. A thousandth is added for the
-        roundings of float32.
+        roundings of float32, and for a scale of float16 its rounding.
         """
-        return 1.001 / ((1 << self.bits) - 1) if self.zero_points else 1.001 / self.middle
+        steps = (1 << self.bits) - 1 if self.zero_points else self.middle
+        return 1.001 / steps + (2.0**-11 if self.half_scales else 0.0)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def _row_groups(w_NK: Floats, form: Format) -> Iterator[Floats]:
 def _quantise(w_NJS: Floats, form: Format) -> tuple[Bytes, Floats, Bytes]:
     """Packed codes, scales and packed zero points of some rows."""
     scale_NJ, zero_NJ = _fit(w_NJS, form)
+    scale_NJ = _stored(scale_NJ, form)
     if form.shrink:
         scale_NJ = _shrunk(w_NJS, scale_NJ, zero_NJ, form)
     code_NJS = _round(w_NJS, scale_NJ, zero_NJ, form).astype(np.uint8)
@@ -131,7 +135,7 @@ def _fit(w_NJS: Floats, form: Format) -> tuple[Floats, Floats]:
 def _shrunk(w_NJS: Floats, scale_NJ: Floats, zero_NJ: Floats, form: Format) -> Floats:
     best_NJ, least_NJ = scale_NJ, _squared_error(w_NJS, scale_NJ, zero_NJ, form)
     for factor in form.shrink:
-        tried_NJ = scale_NJ * np.float32(factor)
+        tried_NJ = _stored(scale_NJ * np.float32(factor), form)
         error_NJ = _squared_error(w_NJS, tried_NJ, zero_NJ, form)
         best_NJ, least_NJ = np.where(error_NJ < least_NJ, tried_NJ, best_NJ), np.minimum(error_NJ, least_NJ)
     return best_NJ
@@ -147,6 +151,12 @@ def _round(w_NJS: Floats, scale_NJ: Floats, zero_NJ: Floats, form: Format) -> Fl
     """The codes, as floats."""
     code_NJS: Floats = np.rint(w_NJS / _nonzero(scale_NJ)[..., None]) + zero_NJ[..., None]
     return code_NJS.clip(0, (1 << form.bits) - 1)
+
+
+def _stored(scale_NJ: Floats, form: Format) -> Floats:
+    """The scales as they are stored."""
+    with np.errstate(over="ignore"):
+        return scale_NJ.astype(np.float16).astype(np.float32) if form.half_scales else scale_NJ
 
 
 def _nonzero(scale_NJ: Floats) -> Floats:

@@ -3,7 +3,8 @@
 Rules
 1. MatMul(x, W) with a constant float32 matrix W [K, N] becomes MatMulNBits(x, codes, scales[, zero points]).
 2. K must be a multiple of the block; a matrix with another K stays float32, with a reason in the outcome.
-3. Everything else stays float32: embeddings (gathered, not multiplied), norms, rotary tables.
+3. Everything else stays float32: embeddings (gathered, not multiplied), norms, rotary tables. In the flavour cuda it
+   becomes float16 afterwards (`passes.halve`), the scales too.
 
 FORMATS were chosen by bits per byte of trained weights (docs/demo.md). ACCURACY_LEVEL 4 lets the kernels round
 activations to 8 bits, a block at a time, and multiply integers. One core of an AVX-512 machine with VNNI, 1024 x 1024,
@@ -13,15 +14,19 @@ ONNX Runtime 1.30 and 1.32 alike, where a float32 MatMul takes 58 us for a row a
 Rounded activations make the error of a product 0.9 % instead of 0.6 % at 8 bits; at 4 bits it is 8 % either way.
 Level 4 needs prepacked weights: without prepacking each call expands them, 25 ms instead of 25 us.
 
+DEVICE_FORMATS are of the flavour cuda: blocks of 32 without zero points, for which CUDA has kernels of single rows.
+Activations are not rounded.
+
 Codes are computed when the file is written (lazy tensors), so only one float weight is in memory at a time.
 
-Requires: graphs of the flavour `ort`, lowered, weights folded ([in, out]). Ensures: nothing else changes.
+Requires: graphs of the flavours `ort` or `cuda`, lowered, weights folded ([in, out]). Ensures: nothing else changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +40,10 @@ from ..rewrite import Builder, nodes, replace, required
 from .blockwise import Blocks, Floats, Format, block_error, dequantise, quantise
 
 FORMATS = {"int8": Format(8, 128), "int4": Format(4, 32, shrink=(0.95, 0.9, 0.85, 0.8, 0.75))}
+DEVICE_FORMATS = {name: replaced(form, block=32, half_scales=True) for name, form in FORMATS.items()}
 PRECISIONS = ("fp32", *HALVES, *FORMATS)
-DOMAIN, OPERATOR, ACCURACY_LEVEL = "com.microsoft", "MatMulNBits", 4
+DOMAIN, OPERATOR = "com.microsoft", "MatMulNBits"
+ACCURACY_LEVEL = {"ort": 4, "cuda": 0}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Outcome:
     def __str__(self) -> str:
         weights, after = sum(p.weights for p in self.packed), sum(p.bytes for p in self.packed)
         done = f"{len(self.packed)} weights, {4 * weights:,} bytes now {after:,.0f}"
-        return f"{done}; {len(self.kept)} stay float32: {'; '.join(self.kept)}" if self.kept else done
+        return f"{done}; {len(self.kept)} stay floats: {'; '.join(self.kept)}" if self.kept else done
 
 
 def check(flavour: str, precision: str, precision_of: Mapping[str, str]) -> None:
@@ -83,9 +90,10 @@ def check(flavour: str, precision: str, precision_of: Mapping[str, str]) -> None
     for value in (precision, *precision_of.values()):
         if value not in PRECISIONS:
             raise UsageError(f"precision {value!r}: choose one of {', '.join(PRECISIONS)}")
-        if value in FORMATS and flavour != "ort":
+        if value in FORMATS and flavour not in ACCURACY_LEVEL:
             raise UsageError(
-                f"precision {value} is not supported yet in the flavour {flavour}: use fp16 or bf16, or the flavour ort"
+                f"precision {value} is not supported yet in the flavour {flavour}: use fp16 or bf16, or the "
+                "flavour ort or cuda"
             )
         if value == "bf16" and flavour == "ort":
             raise UsageError("precision bf16 runs on GPUs: choose the flavour cuda or portable, or fp16")
@@ -99,11 +107,20 @@ def choose(precision: str, precision_of: Mapping[str, str], graphs: Mapping[str,
     return {name: precision_of.get(name, precision) for name in graphs}
 
 
-def run(model: ir.Model, precision: str) -> Outcome:
+def activations(precisions: Mapping[str, str], flavour: str) -> dict[str, str]:
+    """The precision of what is not packed: in the flavour cuda, graphs of 8 and 4 bits are otherwise float16."""
+    return {name: "fp16" if flavour == "cuda" and p in FORMATS else p for name, p in precisions.items()}
+
+
+def form_of(precision: str, flavour: str) -> Format:
+    return (DEVICE_FORMATS if flavour == "cuda" else FORMATS)[precision]
+
+
+def run(model: ir.Model, precision: str, flavour: str = "ort") -> Outcome:
     """Pack the matrices of one graph; "fp32" changes nothing."""
     if precision not in FORMATS:
         return Outcome()
-    form = FORMATS[precision]
+    form = form_of(precision, flavour)
     packed: dict[ir.Value, Packed] = {}
     kept: dict[ir.Value, str] = {}
     for node in nodes(model, "MatMul"):
@@ -116,7 +133,7 @@ def run(model: ir.Model, precision: str) -> Outcome:
             kept[weight] = f"{weight.name}: {inputs} inputs are no multiple of {form.block}"
             continue
         packed.setdefault(weight, Packed(str(weight.name), tensor, form))
-        _replace(model.graph, node, packed[weight])
+        _replace(model.graph, node, packed[weight], ACCURACY_LEVEL[flavour])
     for weight in packed:
         if not weight.uses():
             model.graph.initializers.pop(str(weight.name))
@@ -130,18 +147,24 @@ def read_error(path: Path, packed: tuple[Packed, ...]) -> float:
     written = ir.load(path).graph.initializers
     worst = 0.0
     for weight in packed:
-        codes, scales, zeros = (None if name is None else _array(written[name]) for name in weight.names())
+        codes, scales, zeros = (None if name is None else _written(written, name) for name in weight.names())
         assert codes is not None and scales is not None  # noqa: PT018
         got_NK = dequantise(Blocks(codes, scales, zeros), weight.form)
         worst = max(worst, block_error(got_NK, weight.floats(), weight.form.block))
     return worst
 
 
-def _replace(graph: ir.Graph, node: ir.Node, weight: Packed) -> None:
+def _written(initializers: Mapping[str, ir.Value], name: str) -> Any:
+    """The array; scales are float32 or, under another name, float16."""
+    half = initializers.get(f"{name}.half")
+    return _array(initializers[name]) if half is None else _array(half).astype(np.float32)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, weight: Packed, accuracy_level: int) -> None:
     k, n = (int(size) for size in weight.source.shape.numpy())
     inputs = [required(node.inputs[0]), *_initializers(graph, weight, n, k)]
     sizes = {"K": k, "N": n, "bits": weight.form.bits, "block_size": weight.form.block}
-    options = {**sizes, "accuracy_level": ACCURACY_LEVEL}
+    options = {**sizes, "accuracy_level": accuracy_level}
     replace(node, [Builder(graph, node).op(OPERATOR, *inputs, domain=DOMAIN, attributes=options)])
 
 

@@ -52,7 +52,8 @@ _CUDA, _TENSORRT = "libonnxruntime_providers_cuda.so", "libonnxruntime_providers
 PROVIDERS = {
     "cpu": Provider("cpu", CPU, None, ("ort", "portable", "cuda"), ("fp32", "fp16", "int8", "int4"), "cpu"),
     "cuda": Provider(
-        "cuda", "CUDAExecutionProvider", "cuda", ("cuda",), ("bf16", "fp16"), "gpu", (_CUDA,), "enable_cuda_graph"
+        "cuda", "CUDAExecutionProvider", "cuda", ("cuda",), ("bf16", "fp16", "int8", "int4"), "gpu", (_CUDA,),
+        "enable_cuda_graph",
     ),
     "tensorrt": Provider(
         "tensorrt", "TensorrtExecutionProvider", "cuda", ("portable",), ("bf16", "fp16", "fp32"), "ort-trt",
@@ -90,7 +91,7 @@ def check_bundle(provider: Provider, manifest: Manifest, path: object) -> None:
         if precision == "bf16" and provider.device is None:
             raise BackendError(f"{path} is of bf16, which has no kernels on CPUs: export at fp16 or fp32")
         if precision not in provider.precisions:
-            runs = " and ".join(provider.precisions)
+            runs = " and ".join([", ".join(provider.precisions[:-1]), provider.precisions[-1]])
             raise BackendError(
                 f"{path} is of {precision}, and provider {provider.name} runs {runs}: "
                 f"blt export MODEL -o DIR --flavour {manifest.flavour} --precision {provider.precisions[0]}"

@@ -31,8 +31,8 @@ ORT = frozenset(("GatherND", "Split"))
 CUDA = frozenset(("GatherND", "Log", "ScatterND", "Split"))
 """Further operators of ONNX in the flavour cuda."""
 CONTRIB = "com.microsoft"
-"""The domain of ONNX Runtime's own operators, in the flavours ort and cuda: GroupQueryAttention; in ort, in 8 and
-4 bits, MatMulNBits; in cuda MultiHeadAttention."""
+"""The domain of ONNX Runtime's own operators, in the flavours ort and cuda: GroupQueryAttention; in 8 and 4 bits,
+MatMulNBits; in cuda MultiHeadAttention."""
 
 LARGEST_FILE = 32 << 20
 """Most bytes of an .onnx file. That of the released 1B has less than 1 MiB: weights are in another file."""
@@ -73,11 +73,11 @@ def operators(flavour: str, quantised: bool) -> frozenset[tuple[str, str]]:
     """(domain, name) of every operator that `blt export` writes for a flavour."""
     if flavour == "portable":
         return frozenset(("", name) for name in STANDARD)
-    if flavour == "cuda":
-        attention = ("GroupQueryAttention", "MultiHeadAttention")
-        return frozenset([*(("", name) for name in STANDARD | CUDA), *((CONTRIB, name) for name in attention)])
-    contrib = ("GroupQueryAttention", "MatMulNBits") if quantised else ("GroupQueryAttention",)
-    return frozenset([*(("", name) for name in STANDARD | ORT), *((CONTRIB, name) for name in contrib)])
+    contrib = ["GroupQueryAttention", *(["MultiHeadAttention"] if flavour == "cuda" else [])]
+    if quantised:
+        contrib.append("MatMulNBits")
+    standard = STANDARD | (CUDA if flavour == "cuda" else ORT)
+    return frozenset([*(("", name) for name in standard), *((CONTRIB, name) for name in contrib)])
 
 
 def read_graph(folder: Path, name: str, manifest: Manifest, precision: str) -> bytes:

@@ -14,6 +14,7 @@ from blt_export.quantize.blockwise import Blocks, Format, block_error, dequantis
 
 FORMATS = (Format(8, 128), Format(8, 32, zero_points=True), Format(4, 32), Format(4, 32, True), Format(4, 16, True))
 SHRUNK = Format(4, 32, shrink=(0.9, 0.8))
+HALF = (Format(8, 32, half_scales=True), Format(4, 32, shrink=(0.9, 0.8), half_scales=True))
 N, K = 9, 384
 
 
@@ -27,10 +28,25 @@ def weight(seed: int = 0) -> np.ndarray:
     return w_NK
 
 
-@pytest.mark.parametrize("form", [*FORMATS, SHRUNK])
+@pytest.mark.parametrize("form", [*FORMATS, SHRUNK, *HALF])
 def test_rounding_stays_within_its_bound(form: Format) -> None:
     error = block_error(dequantise(quantise(weight(), form), form), weight(), form.block)
     assert 0 < error <= form.largest_error
+
+
+@pytest.mark.parametrize("form", HALF)
+def test_scales_can_be_float16(form: Format) -> None:
+    scales = quantise(weight(), form).scales
+    np.testing.assert_array_equal(scales, scales.astype(np.float16))
+
+
+def test_scales_of_float16_are_rounded_before_the_codes() -> None:
+    """Codes of the unrounded scale have a larger error, at 8 bits."""
+    form = HALF[0]
+    of_exact = quantise(weight(), replace(form, half_scales=False))
+    of_exact = replace(of_exact, scales=of_exact.scales.astype(np.float16).astype(np.float32))
+    exact, rounded = (np.square(dequantise(b, form) - weight()).sum() for b in (of_exact, quantise(weight(), form)))
+    assert rounded < exact
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -58,12 +58,12 @@ def wide() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def make_quantised(wide: Checkpoint) -> MakeQuantised:
-    """(precision, precision_of) -> an export's state; all share one capture."""
+    """(precision, flavour, precision_of) -> an export's state; all share one capture."""
     captured: dict[str, ir.Model] = {}
 
-    def make(precision: str, **precision_of: str) -> ExportState:
+    def make(precision: str, flavour: str = "ort", **precision_of: str) -> ExportState:
         state = pipeline.prepare(
-            wide, "ort", precision=precision, capacity=CAPACITY, chunk=CHUNK, precision_of=precision_of
+            wide, flavour, precision=precision, capacity=CAPACITY, chunk=CHUNK, precision_of=precision_of
         )
         state.captured = captured
         return state
@@ -234,6 +234,61 @@ def test_a_graph_that_reads_its_codes_in_another_way_fails(
     monkeypatch.setattr(parity, "read_error", lambda *_: 0.0)
     with pytest.raises(CheckFailed, match=r"parity: decoder\.logits differs"):
         pipeline.run(make_quantised("fp32", decoder=precision), tmp_path / "b")
+
+
+@pytest.fixture(scope="module")
+def on_devices(make_quantised: MakeQuantised, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """The flavour cuda: decoder 8 bits, the others 4 bits."""
+    return pipeline.run(make_quantised("int4", "cuda", decoder="int8"), tmp_path_factory.mktemp("cuda") / "bundle")
+
+
+def test_for_devices_matrices_become_codes_and_the_rest_float16(on_devices: ExportReport) -> None:
+    for name, bits in {"entropy": 4, "encoder": 4, "latent": 4, "decoder": 8}.items():
+        for path in on_devices.path.glob(f"{name}*.onnx"):
+            model = ir.load(path)
+            found = [node for node in model.graph if node.op_type == "MatMulNBits"]
+            assert found
+            assert not [n for n in model.graph if n.op_type == "MatMul" and has_constant_weight(n)]
+            for node in found:
+                attributes = {key: value.value for key, value in node.attributes.items()}
+                assert (attributes["bits"], attributes["block_size"], attributes["accuracy_level"]) == (bits, 32, 0)
+                assert len(node.inputs) == 3  # no zero points
+            large = [v for v in model.graph.initializers.values() if np.prod(v.shape.numpy()) > 8 and v.dtype]  # type: ignore[union-attr]
+            assert {v.dtype for v in large} <= {ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT64}
+    spec = on_devices.manifest.spec.graphs["latent"]
+    assert spec.tensor("byte_states").dtype == "float16"
+
+
+def test_for_devices_outputs_are_within_the_tolerance_of_their_bits(on_devices: ExportReport) -> None:
+    """In batches too. The weights are as far from the float ones as rounding makes them."""
+    rows = {row.output: row for row in on_devices.parity}
+    for name, precision in {"entropy": "int4", "encoder": "int4", "latent": "int4", "decoder": "int8"}.items():
+        form = matrices.DEVICE_FORMATS[precision]
+        assert 0 < rows[f"{name}.weights"].max_abs_error <= rows[f"{name}.weights"].tolerance == form.largest_error
+    assert rows["encoder.byte_states"].tolerance == parity.TOLERANCE["int4"]
+    assert rows["decoder.logits"].tolerance == parity.TOLERANCE["int8"]
+    assert rows["decoder.logits"].max_abs_error > 1e-4
+    assert "batched.logits" in rows
+
+
+def test_for_devices_streams_are_the_same_where_the_graphs_keep_states(on_devices: ExportReport) -> None:
+    bundle = Bundle.open(on_devices.path)
+    found = []
+    for resident in (False, True):
+        backend = OnnxBackend(bundle, resident=resident)
+        stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+        stream.append("Grüße\naus 東京 " * 4)
+        found.append((list(stream.generate_ids(12, temperature=0.0, stop_at_eos=False)), stream.logits.copy()))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_for_devices_4_bits_and_bfloat16_are_evaluated_together(make_quantised: MakeQuantised, tmp_path: Path) -> None:
+    state = make_quantised("int4", "cuda", entropy="bf16")
+    state.eval_ids = [encode(TEXT, bos=True)]
+    judged = pipeline.run(state, tmp_path / "b").manifest.judged
+    assert judged is not None
+    assert 0 < abs(judged.bits_per_byte - judged.float_bits_per_byte) < 0.2
 
 
 def test_matrices_that_do_not_divide_stay_float_with_a_reason(

@@ -152,7 +152,12 @@ class TestAuto:
     @pytest.mark.parametrize(
         ("name", "flavour", "precision", "message"),
         [
-            ("cuda", "cuda", "fp32", r"is of fp32, and provider cuda runs bf16 and fp16: .* --precision bf16"),
+            (
+                "cuda",
+                "cuda",
+                "fp32",
+                r"provider cuda runs bf16, fp16, int8 and int4: .* --precision bf16",
+            ),
             ("tensorrt", "cuda", "bf16", r"tensorrt runs bundles of the flavour portable, .* --flavour portable"),
             ("webgpu", "cuda", "bf16", r"is of bf16, and provider webgpu runs fp32 and fp16"),
             ("cpu", "portable", "bf16", r"is of bf16, which has no kernels on CPUs"),
