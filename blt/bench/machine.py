@@ -30,12 +30,12 @@ Piece = NDArray[np.uint64]
 
 @dataclass(frozen=True, kw_only=True)
 class Bandwidth:
-    """The fastest sweep so far: bytes per second, method, size of the buffer, number of threads."""
+    """The fastest sweep so far: bytes per second, method, size of the buffer, number of threads (None: a device)."""
 
     bytes_per_s: float
     method: str
     buffer_bytes: int
-    threads: int
+    threads: int | None
 
 
 class MemoryReader:

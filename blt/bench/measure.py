@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from blt.bench.device import DeviceReader, device_reader
 from blt.bench.machine import Bandwidth, MemoryReader, peak_memory, resident_bytes
 from blt.bench.parts import Split, split
 from blt.bench.runs import Forced, Run, Text, run, with_changes
@@ -34,13 +35,15 @@ Weights = Mapping[str, float]
 class Latency:
     """The measured runs.
 
-    per_call: bytes of weights that one call of each part reads. peak_bytes: peak memory of the process. tables_bytes:
-    resident bytes of the hash tables, None if unknown or absent.
+    bandwidth: of the memory that holds the weights; None for a device whose memory cannot be measured. per_call: bytes
+    of weights that one call of each part reads. peak_bytes: peak memory of the process. tables_bytes: resident bytes of
+    the hash tables, None if unknown or absent.
     """
 
     runs: Sequence[Run]
     split: Split
-    bandwidth: Bandwidth
+    bandwidth: Bandwidth | None
+    threads: int
     per_call: Weights
     peak_bytes: int
     tables_bytes: int | None
@@ -73,15 +76,21 @@ class Latency:
         return {part: read * self.split.per_byte(part) for part, read in self.per_call.items()}
 
     @property
+    def on_device(self) -> bool:
+        """Whether the weights are in the memory of a device."""
+        return self.bandwidth is None or self.bandwidth.threads is None
+
+    @property
     def in_caches(self) -> bool:
         """Whether the processor's caches may hold all weights. `per_call` counts each part once."""
         return 0 < sum(self.per_call.values()) <= CACHES
 
     @property
     def floor_bytes_per_s(self) -> float | None:
-        """Bytes per second if a byte cost only the reading of its weights; None if their size is unknown."""
+        """Bytes per second if a byte cost only the reading of its weights; None if their size, or the bandwidth, is
+        unknown."""
         total = sum(self.weights.values())
-        return self.bandwidth.bytes_per_s / total if total else None
+        return self.bandwidth.bytes_per_s / total if total and self.bandwidth else None
 
     @property
     def share_of_floor(self) -> float | None:
@@ -89,7 +98,9 @@ class Latency:
         return self.bytes_per_s / floor if floor else None
 
     def floor_s(self) -> dict[str, float]:
-        """Seconds to read the weights of one byte at the measured bandwidth, by part."""
+        """Seconds to read the weights of one byte at the measured bandwidth, by part; empty if it is unknown."""
+        if self.bandwidth is None:
+            return {}
         return {part: read / self.bandwidth.bytes_per_s for part, read in self.weights.items()}
 
 
@@ -103,7 +114,8 @@ def latency(
     threads: int,
     speculate: Speculate = "off",
 ) -> Latency:
-    """Measures `repeat` runs, each on a new stream, and between them the memory bandwidth on `threads` threads.
+    """Measures `repeat` runs, each on a new stream, and between them the read bandwidth: of main memory on `threads`
+    threads, or of the device's memory.
 
     Raises CapacityError if the text does not fit.
     """
@@ -112,20 +124,24 @@ def latency(
     run(model.stream(), warm, Forced(warm.new.tolist(), temperature), speculate=speculate)
     runs = [run(model.stream(), text, Forced(text.new.tolist(), temperature), speculate=speculate)]
     peak, tables = peak_memory(), _tables_bytes(model)  # before the buffer below is allocated
-    reader = MemoryReader(threads)
+    reader = _reader(model, threads)
     try:
-        reader.sample()
+        if reader:
+            reader.sample()
         for _ in range(repeat - 1):
             runs.append(run(model.stream(), text, Forced(text.new.tolist(), temperature), speculate=speculate))
-            reader.sample()
+            if reader:
+                reader.sample()
         parts = split(model, text, temperature, speculate=speculate)
-        bandwidth = reader.sample()
+        bandwidth = reader.sample() if reader else None
     finally:
-        reader.close()
+        if reader:
+            reader.close()
     return Latency(
         runs=runs,
         split=parts,
         bandwidth=bandwidth,
+        threads=threads,
         per_call=per_call,
         peak_bytes=peak,
         tables_bytes=tables,
@@ -146,6 +162,11 @@ def at_patch_size(model: Model, texts: Sequence[Text], mean: float, *, by_rises:
         rule = replace(rule, monotonic=True, threshold_add=None)
     tails = [_tail(model, text) for text in texts]
     return with_changes(model, spec=replace(model.spec, patch_rule=find_rule(rule, tails, mean)))
+
+
+def _reader(model: Model, threads: int) -> MemoryReader | DeviceReader | None:
+    on_device, reader = device_reader(model.backend)
+    return reader if on_device else MemoryReader(threads)
 
 
 def _tail(model: Model, text: Text) -> Piece:

@@ -96,6 +96,11 @@ class Split:
         return self.calls[part] / self.n
 
     @property
+    def host_s(self) -> float:
+        """Seconds per byte outside of calls of graphs."""
+        return sum(self.seconds[part] for part in ("hashing", "sampling", "other"))
+
+    @property
     def total_s(self) -> float:
         return sum(self.seconds.values())
 

@@ -35,6 +35,7 @@ from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import EOS, VOCAB, encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.speculation.speculate import Speculate
+from tests.runtime.device_backend import FarBackend
 from tests.runtime.streams import calls_of
 
 HASH = HashSpec((3, 4), 1, 50, 4)
@@ -192,6 +193,7 @@ def measured() -> Latency:
         runs=runs,
         split=parts,
         bandwidth=Bandwidth(bytes_per_s=3000.0, method="x", buffer_bytes=10, threads=2),
+        threads=2,
         per_call=PER_CALL,
         peak_bytes=1,
         tables_bytes=None,
@@ -213,6 +215,7 @@ def test_medians_percentiles_and_the_floor() -> None:
     assert found.floor_s() == pytest.approx({"entropy": 100 / 3000, "latent": 50 / 3000})
     unknown = replace(found, per_call={})
     assert unknown.floor_bytes_per_s is unknown.share_of_floor is None
+    assert not found.on_device
 
 
 def test_latency_measures_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +223,21 @@ def test_latency_measures_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     found = latency(null_model(), text(), PER_CALL, repeat=3, temperature=0.8, threads=1)
     assert len(found.runs) == 3
     assert found.weights["latent"] == pytest.approx(125 / found.mean_patch)
+    assert found.bandwidth is not None
     assert found.bandwidth.bytes_per_s > 0
     assert found.bandwidth.method in ("numpy bitwise_or", "memchr")
     assert found.peak_bytes > 1 << 20
     assert found.share_of_floor is not None
+
+
+def test_a_device_that_cannot_be_measured_has_no_floor() -> None:
+    """Main memory's bandwidth says nothing about it."""
+    spec = null_spec()
+    found = latency(Model(spec, FarBackend(spec)), text(), PER_CALL, repeat=2, temperature=0.8, threads=1)
+    assert found.on_device
+    assert (found.bandwidth, found.floor_bytes_per_s, found.share_of_floor) == (None, None, None)
+    assert found.floor_s() == {}
+    assert found.split.host_s < found.split.total_s
 
 
 @pytest.mark.parametrize("rule", [PatchRule(threshold=3.5), PatchRule(threshold=0.0, monotonic=True)], ids=str)

@@ -23,7 +23,7 @@ KEYS = {
     "new_bytes", "repeat", "load_average", "bytes_per_s", "bytes_per_s_of_runs", "time_to_first_byte_s", "gap_p50_s",
     "gap_p95_s", "prefill_bytes_per_s", "mean_patch_bytes", "weight_bytes_per_byte", "read_bandwidth",
     "floor_bytes_per_s", "share_of_floor", "peak_bytes", "resident_hash_table_bytes", "seconds_per_byte",
-    "latent_call_s", "calls_per_byte", "speculation",
+    "host_s_per_byte", "latent_call_s", "calls_per_byte", "speculation", "provider", "captured_graphs",
 }  # fmt: skip
 
 
@@ -72,6 +72,9 @@ def test_latency_reports_everything(blt: Call, models: dict[str, Path], model: s
     assert calls == {**dict.fromkeys(PARTS[:-1], 1.0), "latent": pytest.approx(1 / report["mean_patch_bytes"])}
     assert report["latent_call_s"] * calls["latent"] == pytest.approx(spent["latent"])
     assert report["speculation"] is None
+    assert report["provider"] == {"bundle": "cpu", "model": None}[model]
+    assert report["captured_graphs"] is None
+    assert report["host_s_per_byte"] == pytest.approx(sum(spent[part] for part in ("hashing", "sampling", "other")))
     assert report["gap_p95_s"] >= report["gap_p50_s"] > 0
 
 

@@ -48,7 +48,7 @@ Repeat = Annotated[int, typer.Option(min=1, help="Number of runs, whose medians 
 
 @app.command("latency")
 @options.verbosity
-@options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "threads")
+@options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "provider", "threads")
 def latency(
     model: options.ModelPath,
     prompt_bytes: Annotated[
@@ -92,9 +92,15 @@ def latency(
             threads=how.threads or available_cores(),
             speculate=cast("Speculate", speculate),
         )
-        report = {**setting(opened, model, "latency"), "open_s": open_s, **latency_report(found)}
+        report = {
+            **setting(opened, model, "latency"),
+            "provider": getattr(opened.backend, "provider", None),
+            "captured_graphs": _captured(opened) if found.on_device else None,
+            "open_s": open_s,
+            **latency_report(found),
+        }
     if plot is not None:
-        _plot(found, f"{model} on {report['backend']}, {_count(found.bandwidth.threads, 'thread')}", plot)
+        _plot(found, f"{model} on {report['backend']}, {_place(report)}", plot)
     if as_json:
         console.print_json("blt.bench/1", report)
         return
@@ -228,12 +234,17 @@ def setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
     }
 
 
+def _captured(opened: Model) -> list[str]:
+    """The graphs whose decode steps are captured: the host requests all kernels of a call at once."""
+    return [name for name in opened.spec.graphs if getattr(opened.backend.session(name), "captured", 0)]
+
+
 def latency_report(found: Latency) -> dict[str, Any]:
     """The numbers of `blt.bench/1`, in seconds and bytes."""
     mean = found.mean_patch if found.runs[0].closed else None
     parts, speculation = found.split, found.runs[0].speculation
     return {
-        "threads": found.bandwidth.threads,
+        "threads": found.threads,
         "new_bytes": 1 + len(found.runs[0].gaps_s),
         "prompt_bytes": found.prompt_bytes,
         "repeat": len(found.runs),
@@ -246,12 +257,13 @@ def latency_report(found: Latency) -> dict[str, Any]:
         "prefill_bytes_per_s": found.prompt_bytes / found.prefill_s,
         "mean_patch_bytes": mean,
         "weight_bytes_per_byte": {**found.weights, "total": sum(found.weights.values())} if found.weights else None,
-        "read_bandwidth": vars(found.bandwidth),
+        "read_bandwidth": vars(found.bandwidth) if found.bandwidth else None,
         "floor_bytes_per_s": found.floor_bytes_per_s,
         "share_of_floor": found.share_of_floor,
         "peak_bytes": found.peak_bytes,
         "resident_hash_table_bytes": found.tables_bytes,
         "seconds_per_byte": {**parts.seconds, "total": parts.total_s},
+        "host_s_per_byte": parts.host_s,
         "latent_call_s": parts.latent_call_s,
         "calls_per_byte": {part: parts.per_byte(part) for part in parts.seconds if part != "other"},
         "speculation": _counts(speculation) if speculation.passes else None,
@@ -276,6 +288,25 @@ def _counts(stats: SpeculationStats) -> dict[str, int]:
     return vars(stats) | {"guesses": stats.drafts, "right": stats.accepted}
 
 
+def _place(report: dict[str, Any]) -> str:
+    """Where the model ran: the threads, and the provider unless it is the CPU's."""
+    provider = report["provider"] if report["provider"] not in (None, "cpu") else None
+    return f"{f'{provider}, ' if provider else ''}{_count(report['threads'], 'thread')}"
+
+
+def _bandwidth(found: Latency) -> str:
+    best = found.bandwidth
+    if best is None:
+        return "unknown: the memory of this device cannot be measured"
+    return f"{best.bytes_per_s / 1e9:.1f} GB/s (best sweep of {_size(best.buffer_bytes)} by {best.method})"
+
+
+def _host(report: dict[str, Any]) -> str:
+    share = report["host_s_per_byte"] / report["seconds_per_byte"]["total"]
+    captured = ", ".join(report["captured_graphs"]) or "none"
+    return f"{share:.1%} of the time of a byte, graphs that are captured: {captured}"
+
+
 def _speculation(stats: SpeculationStats) -> str:
     return f"{stats.tokens_per_pass:.2f} bytes per decoder pass, {stats.accepted:,} of {stats.drafts:,} drafts accepted"
 
@@ -288,12 +319,11 @@ def _floor(found: Latency) -> str:
 def _show(report: dict[str, Any], found: Latency) -> None:
     from blt.figures.costs import duration
 
-    bandwidth, mean = found.bandwidth, report["mean_patch_bytes"]
-    threads = _count(bandwidth.threads, "thread")
+    mean = report["mean_patch_bytes"]
     patch = "unknown, no patch is complete" if mean is None else f"{mean:.2f} bytes"
     console.print_tree(
         {
-            "model": f"{report['model']}, {report['precision']} on {report['backend']}, {threads}",
+            "model": f"{report['model']}, {report['precision']} on {report['backend']}, {_place(report)}",
             "text": f"{report['prompt_bytes']:,} bytes of prompt, {report['new_bytes']:,} new bytes, "
             f"{_count(report['repeat'], 'run')}, mean patch {patch}",
             "speed": f"{found.bytes_per_s:,.1f} bytes/s after the first byte",
@@ -301,9 +331,9 @@ def _show(report: dict[str, Any], found: Latency) -> None:
             "time to first byte": f"{duration(found.first_byte_s)}, "
             f"prompt at {report['prefill_bytes_per_s']:,.0f} bytes/s",
             "weights read": f"{_size(sum(found.weights.values()) or None)} per byte",
-            "read bandwidth": f"{bandwidth.bytes_per_s / 1e9:.1f} GB/s (best sweep of {_size(bandwidth.buffer_bytes)} "
-            f"by {bandwidth.method})",
+            "read bandwidth": _bandwidth(found),
             **({} if found.in_caches else {"floor": _floor(found)}),
+            **({"host": _host(report)} if found.on_device else {}),
             **({"speculation": _speculation(found.runs[0].speculation)} if report["speculation"] else {}),
             "opening": f"{report['open_s']:.2f} s",
             "peak memory": f"{_size(found.peak_bytes)}, hash tables {_size(found.tables_bytes)} of it",
@@ -332,7 +362,9 @@ def split_table(found: Latency) -> Table:
             f"{calls:,}" if calls else "",
             "" if n is None else f"{n / 1e6:,.3f}",
             "" if rate is None else f"{rate / 1e9:.1f}",
-            "" if rate is None or found.in_caches else f"{rate / found.bandwidth.bytes_per_s:.0%}",
+            ""
+            if rate is None or found.in_caches or found.bandwidth is None
+            else f"{rate / found.bandwidth.bytes_per_s:.0%}",
         )
     table.add_row(
         "total", f"{1e6 * parts.total_s:,.1f}", "", "", "", f"{sum(read.values()) / 1e6:,.3f}" if read else ""
@@ -344,7 +376,7 @@ def _plot(found: Latency, title: str, path: Path) -> None:
     from blt.figures.costs import Bar, Bars, render
 
     bars = [Bar("measured", found.split.seconds)]
-    if found.weights and not found.in_caches:
-        floor = found.floor_s()
+    floor = found.floor_s()
+    if floor and not found.in_caches:
         bars.append(Bar("reading the weights", {part: floor[part] for part in found.split.seconds if part in floor}))
     figures.write(path, Bars(bars, title), render)
