@@ -207,7 +207,8 @@ def build_graph(
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if timing_cache is not None:
             known = timing_cache.read_bytes() if timing_cache.exists() else b""
-            if not config.set_timing_cache(config.create_timing_cache(known), False):
+            cache = config.create_timing_cache(known)
+            if cache is None or not config.set_timing_cache(cache, False):
                 raise BackendError(f"{timing_cache} is no timing cache of this TensorRT and GPU: delete it")
         configs.append(config)
 

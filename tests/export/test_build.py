@@ -86,6 +86,8 @@ def test_engines_generate_the_ids_of_the_bundle(bundle: Bundle, tmp_path: Path) 
     made = list(wanted.generate_ids(40, temperature=0.0, stop_at_eos=False))
     assert list(found.generate_ids(40, temperature=0.0, stop_at_eos=False)) == made
     np.testing.assert_array_equal(found.patch_lengths, wanted.patch_lengths)
+    found.rewind(40)
+    assert list(found.generate_ids(40, temperature=0.0, stop_at_eos=False, speculate="lookup", draft=32)) == made
 
 
 def test_float16_is_compared_with_itself_on_the_cpu(tmp_path: Path) -> None:

@@ -205,9 +205,13 @@ def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
     """Weight bytes that one call of each part reads.
 
     From a bundle's files, or from a checkpoint's configuration. A temporary bundle counts as its checkpoint: both are
-    float32.
+    float32. Empty for engines, whose weights are part of their code.
     """
     from blt.bench import weight_bytes
+    from blt_runtime.bundle.engines import is_engines
+
+    if is_engines(path):
+        return {}
 
     if inputs.is_bundle(path) and opened.manifest is not None:
         from blt_runtime import Bundle
