@@ -12,8 +12,12 @@ import pytest
 from blt.bench import PARTS
 from blt.bench.machine import MemoryReader
 from blt.checkpoint.models import save
+from blt.cli.commands import bench as commands
 from blt.figures.costs import Bar, Bars, duration, render
+from blt_runtime import Model
+from blt_runtime.backends.null import null_spec
 from blt_runtime.errors import UsageError
+from tests.runtime.device_backend import FarBackend
 from tests.tiny import runs_rows, tiny
 
 Call = Callable[..., Any]
@@ -235,3 +239,15 @@ def test_bad_input_is_one_line(blt: Call, models: dict[str, Path], arguments: li
     assert result.err.startswith("blt: error: ")
     assert result.err.count("\n") == 1
     assert words in result.err
+
+
+def test_weights_and_captures_of_engines_are_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("blt_runtime.bundle.engines.is_engines", lambda path: path == tmp_path)
+    spec = null_spec()
+    model = Model(spec, FarBackend(spec))
+    assert commands._weights(model, tmp_path, None) == {}
+    assert commands._captured(model) is None
+    times = {"host_s_per_byte": 1.0, "seconds_per_byte": {"total": 4.0}}
+    assert commands._host({**times, "captured_graphs": None}) == "25.0% of the time of a byte"
+    assert commands._host({**times, "captured_graphs": []}).endswith("graphs that are captured: none")
+    assert commands._host({**times, "captured_graphs": ["entropy"]}).endswith("captured: entropy")

@@ -95,7 +95,7 @@ def latency(
         report = {
             **setting(opened, model, "latency"),
             "provider": getattr(opened.backend, "provider", None),
-            "captured_graphs": _captured(opened) if found.on_device else None,
+            "captured_graphs": _captured(opened),
             "open_s": open_s,
             **latency_report(found),
         }
@@ -238,9 +238,11 @@ def setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _captured(opened: Model) -> list[str]:
-    """The graphs whose decode steps are captured: the host requests all kernels of a call at once."""
-    return [name for name in opened.spec.graphs if getattr(opened.backend.session(name), "captured", 0)]
+def _captured(opened: Model) -> list[str] | None:
+    """The graphs whose decode steps are captured: the host requests all kernels of a call at once. None where the
+    backend does not say."""
+    counts = {name: getattr(opened.backend.session(name), "captured", None) for name in opened.spec.graphs}
+    return None if None in counts.values() else [name for name, count in counts.items() if count]
 
 
 def latency_report(found: Latency) -> dict[str, Any]:
@@ -307,8 +309,9 @@ def _bandwidth(found: Latency) -> str:
 
 def _host(report: dict[str, Any]) -> str:
     share = report["host_s_per_byte"] / report["seconds_per_byte"]["total"]
-    captured = ", ".join(report["captured_graphs"]) or "none"
-    return f"{share:.1%} of the time of a byte, graphs that are captured: {captured}"
+    graphs = report["captured_graphs"]
+    captured = "" if graphs is None else f", graphs that are captured: {', '.join(graphs) or 'none'}"
+    return f"{share:.1%} of the time of a byte{captured}"
 
 
 def _speculation(stats: SpeculationStats) -> str:
