@@ -277,7 +277,7 @@ def evaluate_on_text(state: ExportState) -> str:
     if moved > MOVED and precision != "fp32":
         log.warning(
             "%.2f %% of the patch boundaries move, because the entropy model is %s: consider --precision-of entropy=%s",
-            100 * moved, precision, "fp16" if precision == "bf16" else "fp32",
+            100 * moved, precision, "fp32" if precision == "fp16" or state.flavour == "ort" else "fp16",
         )  # fmt: skip
     return f"{found.float_bits_per_byte:.4f} bits per byte in float32, {found.bits_per_byte:.4f} in the bundle"
 

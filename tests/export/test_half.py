@@ -165,6 +165,7 @@ def test_a_warning_tells_that_boundaries_move(
     state.folder, state.manifest = report.path, report.manifest
     judged = Judged(9, 2.0, 2.0, boundaries=1000, boundaries_lost=lost, boundaries_new=new)
     monkeypatch.setattr(text, "evaluate", lambda *_: judged)
+    caplog.clear()
     steps.evaluate_on_text(state)
     assert state.manifest.judged == judged
     assert (warning in caplog.text) if warning else not caplog.records
