@@ -70,7 +70,8 @@ class Scheduler:
         except MemoryError as error:
             raise out_of_memory(spec, error) from error
         self._prefixes = PrefixCache(prefix_bytes, self._batch.slice) if prefix_bytes else None
-        self._spec, self._capacity, self._vocab = spec, spec.capacity_bytes, spec.vocab_size
+        self._spec = spec = self._batch.spec
+        self._capacity, self._vocab = spec.capacity_bytes, spec.vocab_size
         self._max_waiting, self._streams = waiting, streams
         self._waiting: deque[Work] = deque()
         self._running: dict[int, tuple[Row, Work]] = {}

@@ -13,6 +13,8 @@ Rules, S positions and P patches of one call (B is 1)
    would leave to the host, so that calls can be captured.
 6. The shape of a value [B, S, ...] is [1, -1, ...].
 Of a batched graph (`batch_rows`), the rows are the new input state_row instead of `positions`.
+Of a padded graph (`spec.padded_spec`), memory is [B, 1, N, ...] and each of B rows writes its own (1, 2); reads are of
+all rows together (3), the decoder's by the new input state_row (4); shapes keep B (no 6).
 
 Memory [N, ...] is written by ScatterND, at any rows. Memory [1, 1, N, ...] is written by TensorScatter, which TensorRT
 does in place; a call's rows are then consecutive.
@@ -49,7 +51,8 @@ def run(model: ir.Model, wanted: GraphSpec) -> ir.Model:
     if wanted.name == "latent":
         _view(inputs, "byte_states", wanted, first)
         _count_entries(made, inputs["byte_index"])
-    _fix_shapes(made)
+    if not any(map(_has_rows, wanted.inputs)):
+        _fix_shapes(made)
     graph.inputs.clear()
     graph.inputs.extend(inputs[tensor.name] for tensor in wanted.inputs)
     outputs = {str(value.name): value for value in graph.outputs}
@@ -57,6 +60,11 @@ def run(model: ir.Model, wanted: GraphSpec) -> ir.Model:
     graph.outputs.extend(outputs[tensor.name] for tensor in wanted.outputs)
     cleanup.run(made)
     return made
+
+
+def _has_rows(tensor: TensorSpec) -> bool:
+    """Whether it is memory of a padded graph: no other tensor is [B, 1, ...]."""
+    return tensor.shape[:2] == ("B", 1)
 
 
 def new_input(tensor: TensorSpec) -> ir.Value:
@@ -70,7 +78,7 @@ def _write(graph: ir.Graph, output: str, past: ir.Value, rows: ir.Value) -> None
     old = next(value for value in graph.outputs if value.name == output)
     sizes = dims(past)
     assert sizes is not None
-    lead, width = [1] * (len(sizes) - 2), sizes[-1]
+    lead, width = [0 if isinstance(size, str) else size for size in sizes[:-2]], sizes[-1]
     b = Builder(graph, None)
     vectors = b.op("Reshape", old, b.const([*lead, -1, width]))
     if lead:

@@ -102,6 +102,18 @@ class RowBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class PaddedBackend(Backend, Protocol):
+    """A backend with batched graphs whose rows are padded to one length. `rows`: streams of every call."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def padded_session(self, group: str) -> Session:
+        """The session of a padded graph (`spec.padded_spec`); the same one every time."""
+        ...
+
+
+@runtime_checkable
 class ComposingBackend(Backend, Protocol):
     """A backend that runs bound calls of one stream beside each other."""
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.spec import GraphSpec, ModelSpec
-from ..errors import BackendError
+from ..bundle.spec import GraphSpec, ModelSpec, padded_spec
+from ..errors import BackendError, UsageError
 from .blocks import Block, BlockBuffer, Blocks
 from .cuda_device import Device
 from .probe import PROBES, differ, input_values
@@ -89,7 +89,14 @@ class TensorRtBackend:
         self._blocks = Blocks(BLOCK, partial(PinnedBlock, weakref.proxy(self)))
         self.replays_well: dict[Hashable, bool] = {}
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-        self._sessions = {name: EngineSession(self, graph, runtime, plans[name]) for name, graph in spec.graphs.items()}
+        self._sessions = {
+            name: EngineSession(self, self._form(graph), runtime, plans[name]) for name, graph in spec.graphs.items()
+        }
+
+    @staticmethod
+    def _form(graph: GraphSpec) -> GraphSpec:
+        """What the engine of a graph runs."""
+        return graph
 
     def session(self, group: str) -> EngineSession:
         return self._sessions[group]
@@ -108,6 +115,30 @@ class TensorRtBackend:
         if any(call.has_twins for chain in calls for call in chain):
             raise BackendError("calls on host buffers cannot be composed: each has a copy of its own on the device")
         return Composition(self, calls)
+
+
+class TensorRtRows(TensorRtBackend):
+    """Runs the engines of padded graphs (`PaddedBackend`), and only those: `session` raises UsageError. `rows` is what
+    the engines were built for. Raises BackendError also if that differs between engines or profiles."""
+
+    def __init__(
+        self, spec: ModelSpec, plans: Mapping[str, bytes], trt: Any, device: Device, *, strict: bool = False
+    ) -> None:
+        super().__init__(spec, plans, trt, device, strict=strict)
+        found = sorted(set[int]().union(*(session.batches() for session in self._sessions.values())))
+        if len(found) != 1:
+            raise BackendError(f"the engines are for {found} streams at a time, not for one number: run blt build")
+        self.rows = found[0]
+
+    @staticmethod
+    def _form(graph: GraphSpec) -> GraphSpec:
+        return padded_spec(graph)
+
+    def padded_session(self, group: str) -> EngineSession:
+        return self._sessions[group]
+
+    def session(self, group: str) -> EngineSession:
+        raise UsageError("these engines run batched streams: use a Scheduler, or open those of single streams")
 
 
 class EngineSession:
@@ -152,6 +183,12 @@ class EngineSession:
                 return number
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if name in self._varying())
         raise BackendError(f"the engine of the graph {self.spec.name!r} has no profile for {listed}: run blt build")
+
+    def batches(self) -> set[int]:
+        """The numbers of rows that its profiles take."""
+        profiles = range(self.engine.num_optimization_profiles)
+        ranges = [self.engine.get_tensor_profile_shape("positions", number) for number in profiles]
+        return {limit[0] for least, _, most in ranges for limit in (least, most)}
 
     def _varying(self) -> set[str]:
         return {t.name for t in self.spec.inputs if not all(isinstance(size, int) for size in t.shape)}

@@ -33,6 +33,8 @@ RESIDENT = {"encoder": ("past_states", "byte_states"), "latent": ("past_patches"
 """Input and output of the memory that resident graphs write (`resident_spec`), by graph."""
 LONGEST_HASH = 1024
 """Most ids of a hash window; the released models have 8."""
+PADDED = 8
+"""Most tokens of a row in a call of `padded_spec`; the other size is 1."""
 TABLES_OF_DEVICES = ("float32", "float16", "bfloat16")
 """Types of hash tables that graphs can gather from (`table_spec`)."""
 _INTEGERS = {"ids", "positions", "doc_start", "byte_index", "patch_length", "own_start", "patch_row"}
@@ -254,6 +256,26 @@ def row_spec(graph: GraphSpec) -> GraphSpec:
     routing = tuple(TensorSpec(name, "int64", shape) for name, shape in shapes.items())
     kept = tuple(_in_rows(graph, t) for t in graph.inputs if t.name != "doc_start")
     return replace(graph, inputs=(*kept, *routing), outputs=tuple(_in_rows(graph, t) for t in graph.outputs))
+
+
+def padded_spec(graph: GraphSpec) -> GraphSpec:
+    """The batched form of a graph of `resident_spec(spec, cached=True)`, for engines that take no row numbers: every
+    tensor has B rows, one for each stream, and a call has S (or P) tokens of each, 1 or PADDED.
+
+    A row's tokens come first. The rest of the row, or all of an idle one, is padding: consecutive positions after the
+    row's last token, whose results are overwritten before anything reads them. Memory is [B, 1, N, ...] and
+    [B, 1, R, ...]. Each row writes its own: the encoder at its positions, the latent graph at its patch_row. Reads are
+    of all rows together: state_row [B, S] and patch_row of the decoder, and byte_index of the latent graph, count from
+    the first row's memory on (row * N + position, row * R + patch mod R).
+    """
+    inputs, outputs = (tuple(map(_each_row, tensors)) for tensors in (graph.inputs, graph.outputs))
+    if graph.name == "decoder":
+        inputs = (*inputs, TensorSpec("state_row", "int64", graph.tensor("positions").shape))
+    return replace(graph, inputs=inputs, outputs=outputs)
+
+
+def _each_row(tensor: TensorSpec) -> TensorSpec:
+    return replace(tensor, shape=("B", *tensor.shape[1:])) if _is_memory(tensor) else tensor
 
 
 def table_spec(graph: GraphSpec, hash: HashSpec) -> GraphSpec:

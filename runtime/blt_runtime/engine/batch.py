@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..arguments import is_whole
-from ..backends.protocol import Array, Backend, RowBackend
-from ..bundle.spec import ModelSpec
+from ..backends.protocol import Array, Backend, PaddedBackend, RowBackend
+from ..bundle.spec import PADDED, ModelSpec
 from ..errors import BltError, UsageError
 from ..hashing import HashEmbedding, Tables
 from ..ids import Ids
@@ -28,7 +28,7 @@ from .caches import calls
 from .graphs import LatentInputs
 from .memory import Memory
 from .prefill import GATHER_BYTES
-from .rows import Arena, Calls, LoopedCalls, RowCalls, Segment, Staging
+from .rows import Arena, Calls, LoopedCalls, PaddedCalls, RowCalls, Segment, Staging, padded_limits
 from .snapshot import Snapshot, put, take
 
 SLICE = 8
@@ -126,11 +126,16 @@ class Batch:
     ) -> None:
         if rows < 1 or slice < 1:
             raise UsageError("a batch needs at least 1 row, and slices of at least 1 byte")
+        held = rows
+        if isinstance(backend, PaddedBackend):
+            spec, slice, held = _with_padding(spec), min(slice, PADDED), backend.rows
+            if rows > held:
+                raise UsageError(f"the engines run up to {held} streams at a time, not {rows}")
         self.spec, self.slice = spec, min(slice, spec.chunk)
         self.counts, self._turn, self._owner = Counts(), 0, object()
         self._ready = ready or gather()
         tokens = rows * self.slice + rows * self.slice % 2
-        self._arena = Arena(spec, backend, rows, self.slice, hash_tables)
+        self._arena = Arena(spec, backend, held, self.slice, hash_tables)
         gathered = {"encoder": spec.hash.tables} if spec.hash is not None and self._arena.tables is not None else {}
         self._staging = {
             name: Staging(graph, backend, tokens, self._arena.memory(name), gathered.get(name, 0))
@@ -139,6 +144,8 @@ class Batch:
         self._calls: Calls
         if isinstance(backend, RowBackend):
             self._calls = RowCalls(self._arena, backend, self._staging, tokens, self.slice)
+        elif isinstance(backend, PaddedBackend):
+            self._calls = PaddedCalls(self._arena, backend, self._staging)
         else:
             self._calls = LoopedCalls(self._arena, backend, self._staging)
         self.rows = [Row(i, self._memory(backend, hash_tables, i), spec.vocab_size) for i in range(rows)]
@@ -180,7 +187,7 @@ class Batch:
         put(snapshot, row.memory, row.logits_V)
         row.placed = row.decoded = snapshot.position
         row.stepped = snapshot.patches
-        self._calls.hold(row.index, row.memory.held())
+        self._calls.hold(row.index, row.memory.held(), snapshot.position, snapshot.patches)
 
     @property
     def active(self) -> list[Row]:
@@ -402,3 +409,10 @@ def fitted(spec: ModelSpec, capacity: int | None) -> ModelSpec:
     capacity = int(capacity)
     patches = min(spec.capacity_patches, capacity)
     return replace(spec, capacity_bytes=capacity, capacity_patches=patches, chunk=min(spec.chunk, capacity))
+
+
+def _with_padding(spec: ModelSpec) -> ModelSpec:
+    """The spec with room for padding in the memory of a stream. Raises BackendError if there is none."""
+    tokens, patches = padded_limits(spec)
+    fitting = fitted(spec, min(tokens, spec.capacity_bytes))
+    return replace(fitting, capacity_patches=min(patches, fitting.capacity_patches))

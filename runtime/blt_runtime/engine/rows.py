@@ -1,11 +1,12 @@
 """Batched calls: caches with one row per stream, and the tokens of any rows concatenated in one call.
 
 A call reads segments, each a range of consecutive tokens of one row. `RowCalls` runs the batched graphs
-(`spec.row_spec`), one call for all segments. `LoopedCalls` runs the graphs of single streams, segment by segment. It is
-the slow reference, and serves backends without batched graphs.
+(`spec.row_spec`), one call for all segments. `PaddedCalls` runs padded graphs (`spec.padded_spec`), whose calls have
+the same number of tokens of every row. `LoopedCalls` runs the graphs of single streams, segment by segment. It is the
+slow reference, and serves backends without batched graphs.
 
-Results are batch-invariant, bit for bit. ONNX Runtime's kernels require two things for that (measured in float32, 8 and
-4 bits):
+Results of `RowCalls` and `LoopedCalls` are batch-invariant, bit for bit. ONNX Runtime's kernels require two things for
+that (measured in float32, 8 and 4 bits):
 
 - The number of tokens is even. 8-bit products compute rows in pairs, and a last odd row by another kernel.
 - A call of a byte graph holds single tokens or longer segments, not both. Attention with room for one token per row
@@ -25,8 +26,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..backends.protocol import Array, Backend, Buffer, Call, Part, RowBackend
-from ..bundle.spec import RESIDENT, GraphSpec, ModelSpec, row_spec
+from ..backends.protocol import Array, Backend, Buffer, Call, PaddedBackend, Part, Place, RowBackend
+from ..bundle.spec import PADDED, RESIDENT, GraphSpec, ModelSpec, TensorSpec, padded_spec, row_spec
 from ..errors import BackendError
 from ..hashing import Tables
 from .graphs import entries
@@ -51,7 +52,7 @@ class Arena:
 
     Batched graphs accept any number of slots. They need as many unused ones as a call has room for tokens of a row.
     Resident graphs have the byte states and patch vectors of all rows in one memory each, one row's after another's.
-    The last row of each takes what a call's padding writes.
+    The last row of each takes what a call's padding writes. Padded graphs have them per row, of fixed sizes.
     """
 
     def __init__(
@@ -59,7 +60,10 @@ class Arena:
     ) -> None:
         self.rows, longest = rows, room(longest, "latent")
         self.resident, self.states, self.ring = spec.resident, spec.capacity_bytes + 1, longest + spec.decoder_window
-        if self.resident and not isinstance(backend, RowBackend):
+        self.padded = isinstance(backend, PaddedBackend)
+        if self.padded:
+            self.states, self.ring = _memory_sizes(spec)
+        elif self.resident and not isinstance(backend, RowBackend):
             raise BackendError("batched streams on a device need batched graphs: open the model with batched=True")
         self._caches: dict[str, dict[str, Buffer]] = {}
         for name, graph in spec.graphs.items():
@@ -68,8 +72,8 @@ class Arena:
                 slots = graph.cache.capacity
             elif graph.cache is not None and not isinstance(backend, RowBackend):
                 slots = graph.cache.capacity - longest
-            sizes = {"Q": rows, "C": slots + longest, "N": rows * self.states + 1, "R": rows * self.ring + 1}
-            self._caches[name] = _row_caches(graph, backend, sizes)
+            sizes = {"B": rows, "Q": rows, "C": slots + longest, "N": rows * self.states + 1, "R": rows * self.ring + 1}
+            self._caches[name] = _row_caches(padded_spec(graph) if self.padded else row_spec(graph), backend, sizes)
         self.tables = _device_tables(backend, hash_tables)
         if self.resident:
             self.patch_kv = self._caches["latent"]["patch_kv"]
@@ -85,6 +89,8 @@ class Arena:
         """The same of one row: [1, heads, C, size]. Of resident graphs also its byte states and patch vectors."""
         if self.resident:
             counts = dict.fromkeys(RESIDENT["encoder"], self.states) | dict.fromkeys(RESIDENT["latent"], self.ring)
+            if self.padded:
+                counts = {}
             return {
                 name: RowBuffer(buffer, row * counts.get(name, 1), counts.get(name, 1))
                 for name, buffer in self._caches[group].items()
@@ -168,8 +174,8 @@ class RowBuffer:
 
 def _row_caches(graph: GraphSpec, backend: Backend, sizes: Mapping[str, int]) -> dict[str, Buffer]:
     caches: dict[str, Buffer] = {}
-    for output, source in row_spec(graph).aliases.items():
-        tensor = row_spec(graph).tensor(source)
+    for output, source in graph.aliases.items():
+        tensor = graph.tensor(source)
         caches[output] = caches[source] = backend.buffer(tensor.dtype, tensor.resolve(**sizes), "device")
     return caches
 
@@ -236,8 +242,9 @@ class Calls(Protocol):
 
     def run(self, group: str, segments: Sequence[Segment]) -> None: ...
 
-    def hold(self, row: int, lengths: Mapping[str, int]) -> None:
-        """Sets how many entries of its document the row's caches hold, by graph. A graph without a length has none."""
+    def hold(self, row: int, lengths: Mapping[str, int], tokens: int = 0, patches: int = 0) -> None:
+        """Sets how many entries of its document the row's caches hold, by graph, and how many tokens and patches the
+        row has read. A graph without a length has none."""
         ...
 
 
@@ -258,7 +265,7 @@ class LoopedCalls:
             self._backend.session(group).bind(buffers)()
             first += count
 
-    def hold(self, row: int, lengths: Mapping[str, int]) -> None:
+    def hold(self, row: int, lengths: Mapping[str, int], tokens: int = 0, patches: int = 0) -> None:
         """Does nothing: each call's inputs describe its row completely."""
 
 
@@ -281,7 +288,7 @@ class RowCalls:
         call = self._bound.get(key) or self._bind(key)
         call()
 
-    def hold(self, row: int, lengths: Mapping[str, int]) -> None:
+    def hold(self, row: int, lengths: Mapping[str, int], tokens: int = 0, patches: int = 0) -> None:
         for group, routes in self._routes.items():
             routes.hold(row, lengths.get(group, 1))
 
@@ -343,3 +350,144 @@ class _Routes:
             "lengths": self._lengths,
             "counts": self._counts,
         }
+
+
+class PaddedCalls:
+    """Segments in calls that have 1 or PADDED tokens of every row. Positions that do not fit such a call, because a
+    ring ends before it does, run in calls of one token. Rows match single streams within rounding: a token's products
+    run beside those of other tokens."""
+
+    def __init__(self, arena: Arena, backend: PaddedBackend, staging: dict[str, Staging]) -> None:
+        self._graphs = {group: _PaddedGraph(arena, backend, found) for group, found in staging.items()}
+
+    def run(self, group: str, segments: Sequence[Segment]) -> None:
+        graph, todo, first = self._graphs[group], list[tuple[Segment, int]](), 0
+        for segment in segments:
+            todo.append((segment, first))
+            first += segment.end - segment.start
+        if first > len(todo):
+            together = [one for one in todo if graph.fits(one[0].start)]
+            graph.run(together)
+            todo = [one for one in todo if not graph.fits(one[0].start)]
+        while todo:
+            graph.run([(segment._replace(end=segment.start + 1), first) for segment, first in todo])
+            rest = [(segment._replace(start=segment.start + 1), first + 1) for segment, first in todo]
+            todo = [one for one in rest if one[0].start < one[0].end]
+
+    def hold(self, row: int, lengths: Mapping[str, int], tokens: int = 0, patches: int = 0) -> None:
+        for group, graph in self._graphs.items():
+            graph.hold(row, patches if group == "latent" else tokens)
+
+
+class _PaddedGraph:
+    """The calls of one padded graph, and where each row's next token goes."""
+
+    def __init__(self, arena: Arena, backend: PaddedBackend, staging: Staging) -> None:
+        self.spec, self._staging = padded_spec(staging.graph), staging
+        self._arena, self._backend = arena, backend
+        self._end_Q = np.zeros(arena.rows, dtype=np.int64)
+        cache, latent = self.spec.cache, self.spec.name == "latent"
+        self._cache_ring = cache.capacity if cache is not None and cache.kind == "ring" else None
+        self._patch_ring = arena.ring if latent else None
+        bound = {*arena.caches(self.spec.name), *arena.memory(self.spec.name)}
+        self._inputs, self._outputs = (
+            [tensor for tensor in tensors if tensor.name not in bound]
+            for tensors in (self.spec.inputs, self.spec.outputs)
+        )
+        computed = {"positions", "doc_start", *(["patch_row"] if latent else [])}
+        self._copied = [tensor.name for tensor in self._inputs if tensor.name not in computed]
+        self._buffers: dict[int, dict[str, Buffer]] = {}
+        self._bound: dict[tuple[int, int], tuple[dict[str, Buffer], Call]] = {}
+
+    def hold(self, row: int, end: int) -> None:
+        self._end_Q[row] = end
+
+    def fits(self, start: int) -> bool:
+        """Whether PADDED tokens from `start` on cross no end of a ring."""
+        return all(start % ring + PADDED <= ring for ring in (self._cache_ring, self._patch_ring) if ring is not None)
+
+    def run(self, todo: Sequence[tuple[Segment, int]]) -> None:
+        """One call for segments of different rows, each with its first token in the staging."""
+        if not todo:
+            return
+        row_S, start_S, end_S, document_S = np.array([segment for segment, _ in todo]).T
+        n_S = end_S - start_S
+        row_T = np.repeat(row_S, n_S)
+        place_T = np.arange(len(row_T)) - np.repeat(np.cumsum(n_S) - n_S, n_S)
+        token_T = np.repeat([first for _, first in todo], n_S) + place_T
+        buffers, call = self._call(1 if n_S.max() == 1 else PADDED)
+        self._place(buffers)
+        buffers["doc_start"].array[row_T, place_T] = np.repeat(document_S, n_S)
+        for name in self._copied:
+            buffers[name].array[row_T, place_T] = self._staging[name][token_T]
+        call()
+        for tensor in self._outputs:
+            self._staging[tensor.name][token_T] = buffers[tensor.name].array[row_T, place_T]
+        self._end_Q[row_S] = end_S
+
+    def _place(self, buffers: Mapping[str, Buffer]) -> None:
+        """Every row's places from its end on, or from the end of the ring on if the call would cross it. As padding,
+        each is a document of its own: a token that sees at least itself has finite results."""
+        positions_QS = buffers["positions"].array
+        place_S = np.arange(positions_QS.shape[1])
+        positions_QS[...] = _within_ring(self._end_Q, len(place_S), self._cache_ring)[:, None] + place_S
+        buffers["doc_start"].array[...] = positions_QS
+        if self._patch_ring is None:
+            return
+        rows_Q = _within_ring(self._end_Q, len(place_S), self._patch_ring) % self._patch_ring
+        buffers["patch_row"].array[...] = rows_Q[:, None] + place_S
+        for name, value in (("byte_index", 0), ("patch_length", 1), ("own_start", 0)):
+            if name in buffers:
+                buffers[name].array.fill(value)
+
+    def _call(self, size: int) -> tuple[dict[str, Buffer], Call]:
+        """The call over `size` tokens of every row, and its buffers [Q, size, ...]. It is bound once."""
+        index = self._staging.buffers.get("byte_index")
+        longest = index.shape[-1] if self.spec.has_input("byte_index") and index is not None else 0
+        if (size, longest) not in self._bound:
+            if size not in self._buffers:
+                self._buffers[size] = {
+                    **{t.name: self._new(t, size, "step") for t in self._inputs if "L" not in t.shape},
+                    **{t.name: self._new(t, size, "result") for t in self._outputs},
+                }
+            wide = {t.name: self._new(t, size, "step", longest) for t in self._inputs if "L" in t.shape}
+            buffers = self._buffers[size] | wide
+            name = self.spec.name
+            bound = buffers | self._arena.caches(name) | self._arena.memory(name)
+            self._bound[size, longest] = buffers, self._backend.padded_session(name).bind(bound)
+        return self._bound[size, longest]
+
+    def _new(self, tensor: TensorSpec, size: int, place: Place, longest: int = 0) -> Buffer:
+        shape = tensor.resolve(B=self._arena.rows, S=size, P=size, L=longest)
+        return self._backend.buffer(tensor.dtype, shape, place)
+
+
+def _within_ring(end_Q: Array, size: int, ring: int | None) -> Array:
+    """Where `size` places begin that cross no end of the ring: at each row's end, or where the ring begins next."""
+    if ring is None:
+        return end_Q
+    crosses_Q = end_Q % ring + size > ring
+    begins: Array = np.where(crosses_Q, (end_Q // ring + 1) * ring, end_Q)
+    return begins
+
+
+def _memory_sizes(spec: ModelSpec) -> tuple[int, int]:
+    """Byte states and patch vectors that a stream of resident graphs has room for."""
+    states, ring = (spec.graphs[name].tensor(RESIDENT[name][0]).resolve(B=1)[-2] for name in RESIDENT)
+    return states, ring
+
+
+def padded_limits(spec: ModelSpec) -> tuple[int, int]:
+    """Most bytes and patches of a stream in a padded row: behind its last token there is room for padding, which may
+    begin after the end of a ring. Raises BackendError for rings too short for that."""
+    overhang = 2 * PADDED
+    for name, graph in spec.graphs.items():
+        if graph.cache is not None and graph.cache.kind == "ring" and graph.cache.longest_call < overhang:
+            raise BackendError(f"graph {name!r}: batched streams on engines need an export with --chunk {overhang}")
+    states, ring = _memory_sizes(spec)
+    latent = spec.graphs["latent"].cache
+    patches = latent.capacity if latent is not None and latent.kind == "linear" else spec.capacity_patches
+    assert ring >= spec.decoder_window + overhang + PADDED, "it has room for MARKS and AHEAD patches more"
+    if min(states - 1, patches) <= overhang:
+        raise BackendError(f"batched streams on engines need an export with a --capacity above {overhang}")
+    return states - 1 - overhang, patches - overhang
