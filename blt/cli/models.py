@@ -66,12 +66,17 @@ def open_checkpoint(checkpoint: Checkpoint, how: ModelOptions, capacity: int | N
                 export(checkpoint, bundle, flavour=flavour, capacity=capacity, check=False, progress=begin)
             yield _open_bundle(bundle, replace(how, entropy_model=None, precision=None))
     else:
-        if how.provider != "cpu":
-            raise UsageError(f"--provider {how.provider} is ONNX Runtime's: give a bundle, or add --backend onnx")
+        check_no_provider(how)
         from blt.generate.torch_backend import open_model as open_torch
 
         device = "cpu" if how.device == "auto" else devices.torch_device(how.device)
         yield open_torch(checkpoint, device=device, threads=how.threads, capacity=capacity)
+
+
+def check_no_provider(how: ModelOptions) -> None:
+    """Raises UsageError for a provider where PyTorch runs the model."""
+    if how.provider != "cpu":
+        raise UsageError(f"--provider {how.provider} is ONNX Runtime's: give a bundle, or add --backend onnx")
 
 
 def check_batched(path: Path) -> None:

@@ -39,6 +39,7 @@ def open_scorer(path: Path, n_ids: int, how: ModelOptions) -> Iterator[Scorer]:
         with open_stream(path, n_ids, how) as stream:
             yield stream
         return
+    models.check_no_provider(how)
     from blt.evaluate.rows import load_on, scorer_of
 
     device = "cpu" if how.device == "auto" else devices.torch_device(how.device)

@@ -71,3 +71,39 @@ def test_wrong_usage_is_one_line(blt: Call, checkpoint: Path, foreign: Path, tmp
         assert done.code == 2
         assert words in done.err
         assert done.err.count("\n") == 1
+
+
+class TestProvider:
+    """A bundle on a provider against the CPU; `auto` chooses the CPU for the flavour ort."""
+
+    def test_equal_results_pass(self, blt: Call, foreign: Path) -> None:
+        done = blt("check", foreign, "--provider", "auto", "--bytes", 40, "--threads", 1, "--json")
+        assert done.code == 0, done.err
+        report = json.loads(done.text)
+        assert report["schema"] == "blt.check-provider/1"
+        assert (report["ok"], report["provider"], report["precision"]) == (True, "cpu", "fp32")
+        assert (report["logits"], report["entropies"], report["flips"]) == (0, 0, 0)
+        assert (report["positions"], report["agreement"]) == (41, report["greedy"])
+
+    def test_a_checkpoint_is_a_reference(self, blt: Call, checkpoint: Path, foreign: Path) -> None:
+        """Of other weights: logits differ."""
+        arguments = ("--provider", "auto", "--bytes", 40, "--threads", 1, "--reference", checkpoint)
+        done = blt("check", foreign, *arguments)
+        assert done.code == 3
+        assert "tolerance 2e-05" in done.text
+        assert "have a relative error of" in done.err
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("{checkpoint}", "--provider", "webgpu"), "--provider needs a bundle: blt export"),
+            (("{checkpoint}", "--reference", "{foreign}"), "--reference is for --provider"),
+            (("{foreign}", "--provider", "auto", "--bytes", "9k"), "has room for 599"),
+        ],
+    )
+    def test_wrong_usage(
+        self, blt: Call, checkpoint: Path, foreign: Path, arguments: tuple[str, ...], words: str
+    ) -> None:
+        done = blt("check", *(a.format(checkpoint=checkpoint, foreign=foreign) for a in arguments))
+        assert done.code == 2
+        assert words in done.err

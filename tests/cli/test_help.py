@@ -14,7 +14,7 @@ OFF = {  # options that do nothing unless they are given
     "--baseline", "--by", "--debs", "--eval-data", "--fail-above", "--file", "--grammar", "--out", "--plot", "--regex",
     "--schema", "--set", "--stop", "--suite", "--triton",
 }  # fmt: skip
-WITHOUT_BUNDLES = ("calibrate", "check", "convert")
+WITHOUT_BUNDLES = ("calibrate", "convert")
 
 
 def commands(group: Any, *names: str) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from blt.cli import console, devices, inputs, models, options
+from blt.cli.commands import check_provider
 from blt_runtime.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -27,12 +28,22 @@ ROOM = 400
 
 
 @options.verbosity
-@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", "threads")
+@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", "provider", "threads")
 def check(
-    model: options.CheckpointPath,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", callback=options.existing_model, help="A checkpoint; with --provider, a bundle."
+        ),
+    ],
     n_bytes: Annotated[
-        str, typer.Option("--bytes", metavar="SIZE", help="Bytes of text compared under the model's own patch rule.")
-    ] = "100k",
+        str | None,
+        typer.Option(
+            "--bytes",
+            metavar="SIZE",
+            help="Bytes of text compared under the model's own patch rule (default: 100k; with --provider, 64).",
+        ),
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -44,18 +55,35 @@ def check(
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to compare on (default: generated).")] = None,
     row_bytes: Annotated[str, typer.Option("--row-bytes", metavar="SIZE", help="Length of a row in bytes.")] = "2k",
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            callback=options.existing_model,
+            help="With --provider: compare with this checkpoint or bundle on the CPU (default: MODEL itself).",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the text, the cuts and the order of calls.")] = 0,
     *,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Compare cached streams, alone and interleaved, with whole rows: entropies, boundaries, logits, greedy text."""
+    """Compare cached streams, alone and interleaved, with whole rows: entropies, boundaries, logits, greedy text.
+
+    With --provider: compare a bundle on a device with the CPU.
+    """
     from blt.evaluate.cache_check import check as compare
 
+    if how.provider != "cpu":
+        size = options.parse_size(n_bytes or check_provider.USUAL_BYTES, "--bytes", at_least=1)
+        check_provider.run(model, how, reference, size, None if data is None else _text(data), as_json)
+        return
+    if reference is not None:
+        raise UsageError("--reference is for --provider: a checkpoint is compared with its own whole rows")
     forms = _forms(backend, model, bundle)
     if how.entropy_dtype == "bfloat16" and "onnx" in forms:
         raise UsageError("--entropy-dtype bfloat16: a bundle computes entropies in float32; add --backend torch")
-    amount = options.parse_size(n_bytes, "--bytes", at_least=1)
+    amount = options.parse_size(n_bytes or "100k", "--bytes", at_least=1)
     row = options.parse_size(row_bytes, "--row-bytes", at_least=1)
     text = None if data is None else _text(data)
     started = time.monotonic()

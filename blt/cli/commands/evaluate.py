@@ -86,7 +86,7 @@ def _baselines(names: str | None) -> list[str]:
 
 
 @options.verbosity
-@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "threads")
+@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "provider", "threads")
 def evaluate(
     model: options.ModelPath,
     data: Annotated[
