@@ -86,7 +86,7 @@ def latency(
         found = bench.latency(
             opened,
             given,
-            _weights(opened, model, how.entropy_model) if _provider(opened) == "cpu" else {},
+            _weights(opened, model, how.entropy_model),
             repeat=repeat,
             temperature=temperature,
             threads=how.threads or available_cores(),
@@ -222,11 +222,6 @@ def _weights(opened: Model, path: Path, entropy_model: Path | None) -> Weights:
 
         read = weight_bytes.source_weight_bytes(open_source(path, entropy_model=entropy_model), patch_size=1)
     return {PARTS_OF.get(part, part): n for part, n in read.items() if part != "total"}
-
-
-def _provider(opened: Model) -> str:
-    """ONNX Runtime's provider that runs the model. On a device the floor is unknown: the bandwidth is the CPU's."""
-    return str(getattr(opened.backend, "provider", "cpu"))
 
 
 def setting(opened: Model, path: Path, kind: str) -> dict[str, Any]:
