@@ -87,7 +87,10 @@ def test_a_request_gets_the_text_of_a_stream_in_one_response(model: Any) -> None
 
 
 def test_a_stream_is_the_same_text_in_pieces(model: Any) -> None:
-    responses = ask(model, PROMPT="Once", MAX_TOKENS=40, SEED=3, IGNORE_EOS=True, STREAM=True).responses()
+    for _ in range(50):  # where this thread is late, all text is there at once
+        responses = ask(model, PROMPT="Once", MAX_TOKENS=40, SEED=3, IGNORE_EOS=True, STREAM=True).responses()
+        if len(responses) > 1:
+            break
     assert len(responses) > 1
     ids = [id for response in responses for id in response["OUTPUT_IDS"]]
     assert ids == alone("Once", 40, seed=3, stop_at_eos=False)
