@@ -117,28 +117,27 @@ class Transfers:
         binding = self._session.io_binding()
         up, down = _Copies(self._library), _Copies(self._library)
         for name, on_device in self._inputs.items():
-            buffer = buffers[name]
-            if on_device and isinstance(buffer, BlockBuffer):
-                up.block(buffer.block, up.to_device)
-                element = self._element(name)
-                binding.bind_input(name, self._device, 0, element, buffer.shape, buffer.address)
-            elif on_device:
-                binding.bind_ortvalue_input(name, self._value(name, buffer, up.to_device))
-            else:
-                array = self._host_array(name, buffer)
-                binding.bind_input(name, "cpu", 0, self._element(name), array.shape, array.ctypes.data)
+            binds = binding.bind_input, binding.bind_ortvalue_input
+            self._bind(name, buffers[name], on_device, binds, up, up.to_device)
         for name, on_device in self._outputs.items():
-            buffer = buffers[name]
-            if on_device and isinstance(buffer, BlockBuffer):
-                down.block(buffer.block, down.to_host)
-                element = self._element(name)
-                binding.bind_output(name, self._device, 0, element, buffer.shape, buffer.address)
-            elif on_device or isinstance(buffer, DeviceBuffer):
-                binding.bind_ortvalue_output(name, self._value(name, buffer, down.to_host))
-            else:
-                array = self._host_array(name, buffer)
-                binding.bind_output(name, "cpu", 0, self._element(name), array.shape, array.ctypes.data)
+            binds = binding.bind_output, binding.bind_ortvalue_output
+            on_device = on_device or isinstance(buffers[name], DeviceBuffer)
+            self._bind(name, buffers[name], on_device, binds, down, down.to_host)
         return binding, up.run, down.run
+
+    def _bind(
+        self, name: str, buffer: Buffer, on_device: bool, binds: tuple[Any, Any], copies: _Copies, copied: Any
+    ) -> None:
+        """Binds a tensor by `binds`, at an address or as an OrtValue. copied: adds a copy for each call to `copies`."""
+        at_address, as_value = binds
+        if on_device and isinstance(buffer, BlockBuffer):
+            copies.block(buffer.block, copied)
+            at_address(name, self._device, 0, self._element(name), buffer.shape, buffer.address)
+        elif on_device:
+            as_value(name, self._value(name, buffer, copied))
+        else:
+            array = self._host_array(name, buffer)
+            at_address(name, "cpu", 0, self._element(name), array.shape, array.ctypes.data)
 
     def _value(self, name: str, buffer: Buffer, copied: Any) -> Any:
         """The OrtValue to bind. That of a host buffer is new, and copied with each call."""

@@ -217,10 +217,10 @@ class EngineCall:
         _check_bound(spec, buffers)
         self._shapes = {t.name: buffers[t.name].shape for t in spec.inputs}
         self.profile = session.profile(self._shapes)
-        inputs = [buffers[t.name] for t in spec.inputs]
-        outputs = [buffers[t.name] for t in spec.outputs if t.name not in spec.aliases]
+        self.inputs = [buffers[t.name] for t in spec.inputs]
+        self.outputs = [buffers[t.name] for t in spec.outputs if t.name not in spec.aliases]
         self._addresses = {name: self._address(name, buffer) for name, buffer in buffers.items()}
-        self.ups, self.downs = self._transfers(inputs), self._transfers(outputs)
+        self._ups, self._downs = self._transfers(self.inputs), self._transfers(self.outputs)
 
     @property
     def has_twins(self) -> bool:
@@ -240,15 +240,10 @@ class EngineCall:
             self._twins[id(buffer)] = DeviceMemory(self.session.backend, dtype, buffer.shape)
         return self._twins[id(buffer)].address
 
-    def _transfers(self, buffers: Iterable[Buffer]) -> list[tuple[Array, int]]:
+    def _transfers(self, buffers: Sequence[Buffer]) -> list[tuple[Array, int]]:
         """Host arrays and addresses of their twins: each host buffer, and one range of each block."""
-        pairs, of_blocks = [], dict[int, list[BlockBuffer]]()
-        for buffer in buffers:
-            if isinstance(buffer, BlockBuffer):
-                of_blocks.setdefault(id(buffer.block), []).append(buffer)
-            elif isinstance(buffer, HostBuffer):
-                pairs.append((buffer.array, self._twins[id(buffer)].address))
-        return pairs + [_range(parts) for parts in of_blocks.values()]
+        twins = [(id(buffer), buffer) for buffer in buffers if id(buffer) in self._twins]
+        return [*((buffer.array, self._twins[of].address) for of, buffer in twins), *_ranges(buffers)]
 
     def enqueue(self, context: Any, stream: Any) -> None:
         """Requests the engine alone."""
@@ -266,10 +261,10 @@ class EngineCall:
         backend = self.session.backend
         device, stream = backend.device, backend.stream
         with backend.lock:
-            for array, address in self.ups:
+            for array, address in self._ups:
                 device.upload(address, array, stream)
             self.enqueue(self.session.shared_context(self.profile), stream)
-            for array, address in self.downs:
+            for array, address in self._downs:
                 device.download(array, address, stream)
             device.wait(stream)
 
@@ -286,7 +281,8 @@ class Composition:
         for thing in (*self._streams[1:], self._begin, *self._ends):
             weakref.finalize(self, device.release, thing)
         self._contexts = {id(call): call.session.new_context(call.profile) for call in self._calls}
-        self._ups, self._downs = _merged(call.ups for call in self._calls), _merged(call.downs for call in self._calls)
+        self._ups = _ranges(buffer for call in self._calls for buffer in call.inputs)
+        self._downs = _ranges(buffer for call in self._calls for buffer in call.outputs)
         key = tuple(tuple(call.shapes for call in chain) for chain in chains)
         with backend.lock:
             self._enqueue()  # engines prepare themselves in their first run
@@ -409,28 +405,18 @@ def _alloc(device: Device, owner: object, size: int) -> int:
     return address
 
 
-def _range(parts: Sequence[BlockBuffer]) -> tuple[Array, int]:
-    """The bytes of a block from the first to the last of its parts."""
-    block = parts[0].block
-    first = min(part.offset for part in parts)
-    last = max(part.offset + part.array.nbytes for part in parts)
-    return block.bytes[first:last], block.address + first
-
-
-def _merged(transfers: Iterable[Sequence[tuple[Array, int]]]) -> list[tuple[Array, int]]:
-    """The transfers of several calls, each range once, and ranges of one block as one."""
-    spans: dict[tuple[int, int], tuple[Array, int, int, int]] = {}
-    for array, address in (pair for pairs in transfers for pair in pairs):
-        base = array.base if isinstance(array.base, np.ndarray) and array.base.dtype == np.uint8 else array
-        offset = array.ctypes.data - base.ctypes.data
-        start = address - offset
-        _, _, first, last = spans.get((id(base), start), (base, start, offset, offset + array.nbytes))
-        spans[id(base), start] = base, start, min(first, offset), max(last, offset + array.nbytes)
-    return [(_bytes(base)[first:last], start + first) for base, start, first, last in spans.values()]
-
-
-def _bytes(array: Array) -> Array:
-    return array.reshape(-1).view(np.uint8)
+def _ranges(buffers: Iterable[Buffer]) -> list[tuple[Array, int]]:
+    """For each block that the buffers are parts of: its bytes from the first part to the last, and their address."""
+    parts: dict[Block, list[BlockBuffer]] = {}
+    for buffer in buffers:
+        if isinstance(buffer, BlockBuffer):
+            parts.setdefault(buffer.block, []).append(buffer)
+    found = []
+    for block, of_block in parts.items():
+        first = min(part.offset for part in of_block)
+        last = max(part.offset + part.array.nbytes for part in of_block)
+        found.append((block.bytes[first:last], block.address + first))
+    return found
 
 
 def _within(shape: tuple[int, ...], limits: Any) -> bool:

@@ -88,9 +88,9 @@ class Arena:
     def row_caches(self, group: str, row: int) -> dict[str, Buffer]:
         """The same of one row: [1, heads, C, size]. Of resident graphs also its byte states and patch vectors."""
         if self.resident:
-            counts = dict.fromkeys(RESIDENT["encoder"], self.states) | dict.fromkeys(RESIDENT["latent"], self.ring)
-            if self.padded:
-                counts = {}
+            counts: dict[str, int] = {}  # entries of a row in memory of all rows, which padded graphs have by row
+            if not self.padded:
+                counts = dict.fromkeys(RESIDENT["encoder"], self.states) | dict.fromkeys(RESIDENT["latent"], self.ring)
             return {
                 name: RowBuffer(buffer, row * counts.get(name, 1), counts.get(name, 1))
                 for name, buffer in self._caches[group].items()
