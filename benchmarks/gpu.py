@@ -290,9 +290,11 @@ def unpack(packed: Path, out: Path) -> None:
 
 
 def _write_random(path: Path, size: int, precision: str) -> None:
+    from blt_runtime.hashing import bfloat16_bits
+
     values = np.random.default_rng(0).normal(0, 0.02, CHUNK).astype(np.float32)
     if precision == "bf16":
-        data = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        data = bfloat16_bits(values).tobytes()
     else:
         data = values.astype({"fp16": np.float16}.get(precision, np.float32)).tobytes()
     with path.open("wb") as file:

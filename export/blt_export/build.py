@@ -15,11 +15,8 @@ Profiles, which are ranges of shapes that TensorRT optimises for
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -29,7 +26,6 @@ import onnx_ir as ir
 
 from blt import files
 from blt_runtime import Model
-from blt_runtime.backends.onnx import OnnxBackend
 from blt_runtime.backends.platform import Platform, open_engines
 from blt_runtime.bundle import engines as stored
 from blt_runtime.bundle.bundle import Bundle, entry_of
@@ -43,10 +39,11 @@ from blt_runtime.ids import EOS, encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.stream import Stream
 
-from .graph_files import write_graph
 from .passes import keep_states
 from .tensorrt import Built, Profile, Refused, build, logger, shapes_of
 from .verify import emulate
+from .verify.errors import TOLERANCE, largest, relative_rms
+from .versions import installed
 
 log = logging.getLogger("blt_export")
 DEFAULTS = Flags()
@@ -54,8 +51,6 @@ PASS = 16
 """Bytes of the longest speculative pass with a profile of its own."""
 WIDER = 8
 """Entries of a patch of one prefill profile over those of the one before."""
-TOLERANCE = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2}
-"""In float32 the largest error, relative to max(1, the largest of the position); else the relative root mean square."""
 TEXT = "Grüße aus 東京: the quick brown fox jumps over the lazy dog; 1, 2, 3.\n"
 STEPS = 24
 """Bytes of the parity text that are read one by one."""
@@ -127,7 +122,8 @@ def build_engines(
         if bundle.manifest.hash_tables is not None:
             copyfile(bundle.path / bundle.manifest.hash_tables.file, work / bundle.manifest.hash_tables.file)
         digest = entry_of(work / FILE_NAME).sha256
-        file = EnginesFile(digest, _producer(), platform.machine, flags, plans)
+        producer = installed("blt-lm", "blt-runtime", "onnx-ir", "onnxruntime")
+        file = EnginesFile(digest, producer, platform.machine, flags, plans)
         progress("parity")
         file = replace(file, parity=_parity(bundle, Engines(work, file, bundle.manifest), platform, check))
         stored.write(work, file)
@@ -222,16 +218,6 @@ def build_graph(
     return built
 
 
-def _producer() -> dict[str, str]:
-    found = {}
-    for name in ("blt-lm", "blt-runtime", "onnx-ir", "onnxruntime"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 # --- parity ------------------------------------------------------------------------------------------------
 
 
@@ -241,8 +227,8 @@ def _parity(bundle: Bundle, engines: Engines, platform: Platform, check: bool) -
     if not check:
         return ()
     model = Model(backend.spec, backend, bundle.hash_tables(), manifest=bundle.manifest)
-    with reference(bundle) as wanted:
-        rows = compare(wanted, model, TOLERANCE[bundle.manifest.precision])
+    with emulate.on_cpu(bundle) as wanted:
+        rows = compare(wanted, model, bundle.manifest.precision)
     wrong = [row for row in rows if not row.max_abs_error <= row.tolerance]
     if wrong:
         listed = ", ".join(f"{row.output} {row.max_abs_error:.1e} (tolerance {row.tolerance:.0e})" for row in wrong)
@@ -250,25 +236,7 @@ def _parity(bundle: Bundle, engines: Engines, platform: Platform, check: bool) -
     return rows
 
 
-@contextmanager
-def reference(bundle: Bundle) -> Iterator[Model]:
-    """The bundle on ONNX Runtime's CPU; in bfloat16, which has no kernels there, an emulation in float32."""
-    manifest = bundle.manifest
-    if "bf16" not in {manifest.precision_of(name) for name in manifest.graphs}:
-        yield Model(manifest.spec, OnnxBackend(bundle), bundle.hash_tables(), manifest=manifest)
-        return
-    with tempfile.TemporaryDirectory(prefix="blt-build-") as name:
-        folder = Path(name)
-        for graph in manifest.graphs:
-            write_graph(emulate.run(ir.load(bundle.graph_file(graph))), folder, graph)
-        entries_of = {path.name: entry_of(path) for path in folder.iterdir()}
-        spec = emulate.float_spec(manifest.spec)
-        precisions = dict.fromkeys(manifest.graphs, "fp32")
-        emulated = replace(manifest, spec=spec, files=entries_of, precision="fp32", precisions=precisions)
-        yield Model(spec, OnnxBackend(Bundle(folder, emulated)), bundle.hash_tables(), manifest=emulated)
-
-
-def compare(reference: Model, candidate: Model, tolerance: float) -> tuple[Parity, ...]:
+def compare(reference: Model, candidate: Model, precision: str) -> tuple[Parity, ...]:
     """A stream of each on the same text: a prompt over several chunks and two documents with the reference's patches,
     then single bytes, until the patches differ (they may, where an entropy is near the threshold)."""
     spec = reference.spec
@@ -277,13 +245,13 @@ def compare(reference: Model, candidate: Model, tolerance: float) -> tuple[Parit
     rest = text[len(prompt) : len(prompt) + STEPS]
     wanted = reference.score(prompt)
     found = candidate.score(prompt, wanted.patch_lengths)
-    rows = [_row("prompt.logits", found.logits, wanted.logits, tolerance)]
+    rows = [_row("prompt.logits", found.logits, wanted.logits, precision)]
     if spec.patch_rule.needs_entropy:
-        rows.append(_row("prompt.entropies", found.entropies[:, None], wanted.entropies[:, None], tolerance))
+        rows.append(_row("prompt.entropies", found.entropies[:, None], wanted.entropies[:, None], precision))
     pairs = list(_steps(reference.stream(bos=False), candidate.stream(bos=False), prompt, rest))
     if pairs:
         got, want = (np.stack(logits) for logits in zip(*pairs, strict=True))
-        rows.append(_row("steps.logits", got, want, tolerance))
+        rows.append(_row("steps.logits", got, want, precision))
     return tuple(rows)
 
 
@@ -298,11 +266,9 @@ def _steps(reference: Stream, candidate: Stream, prompt: Any, rest: Any) -> Iter
         yield candidate.logits.copy(), reference.logits.copy()
 
 
-def _row(output: str, found_NV: Any, wanted_NV: Any, tolerance: float) -> Parity:
-    difference_NV = found_NV - wanted_NV
-    if tolerance == TOLERANCE["fp32"]:
-        scale_N = np.maximum(1, np.abs(wanted_NV).max(axis=1, initial=0))
-        error = float((np.abs(difference_NV).max(axis=1, initial=0) / scale_N).max(initial=0))
-    else:
-        error = float(np.sqrt(np.square(difference_NV).mean() / np.square(wanted_NV).mean()))
-    return Parity(output, error if np.isfinite(error) else float("inf"), tolerance, len(wanted_NV))
+def _row(output: str, found_NV: Any, wanted_NV: Any, precision: str) -> Parity:
+    """In float32 the largest error, relative to max(1, the largest of the position); else the relative root mean
+    square."""
+    found, wanted = found_NV[None], wanted_NV[None]
+    error = largest(found, wanted) if precision == "fp32" else relative_rms(found, wanted)
+    return Parity(output, error, TOLERANCE[precision], len(wanted_NV))

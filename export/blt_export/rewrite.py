@@ -80,6 +80,13 @@ def required(value: ir.Value | None) -> ir.Value:
     return value
 
 
+def node_after(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    """The next node of the graph; None after the last one."""
+    nodes = list(graph)
+    at = nodes.index(node) + 1
+    return nodes[at] if at < len(nodes) else None
+
+
 class Builder:
     """Inserts nodes before `anchor` (with no anchor: at the end of the graph)."""
 

@@ -77,7 +77,6 @@ class ExportState:
     modules: dict[str, StepModule] = field(default_factory=dict)
     captured: dict[str, ir.Model] = field(default_factory=dict)
     graphs: dict[str, ir.Model] = field(default_factory=dict)
-    float_spec: ModelSpec = field(init=False)
     quantised: dict[str, matrices.Outcome] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     row_files: dict[str, Path] = field(default_factory=dict)

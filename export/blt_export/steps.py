@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from .rules import GRAPH
 from .specs import FLAVOURS, Flavour
 from .state import ExportState
 from .verify import batched, emulate, parity, text
+from .versions import installed
 
 MOVED = 0.002
 """Share of the boundaries of a text above which a warning tells that the entropy model's precision moves them."""
@@ -127,7 +125,7 @@ def halve_graphs(state: ExportState) -> str:
     """Graphs of half precision. The specification then has half caches."""
     computed = matrices.activations(state.precisions, state.flavour)
     wanted = {name: p for name, p in computed.items() if p in halve.HALVES}
-    state.float_spec, state.spec = state.spec, halve.half_spec(state.spec, computed)
+    state.spec = halve.half_spec(state.spec, computed)
     changed = {name: halve.run(state.graphs[name], precision) for name, precision in wanted.items()}
     return ", ".join(f"{name}: {count} constants" for name, count in changed.items()) or "not asked for"
 
@@ -203,11 +201,8 @@ def _runnable(state: ExportState) -> Iterator[tuple[Path, ModelSpec]]:
     if "bf16" not in state.precisions.values():
         yield state.folder, state.spec
         return
-    with tempfile.TemporaryDirectory(dir=state.folder.parent) as name:
-        folder = Path(name)
-        for graph, path in state.files.items():
-            bundle.write_graph(emulate.run(ir.load(path)), folder, graph)
-        yield folder, state.float_spec
+    with emulate.graphs(state.files, state.folder.parent) as folder:
+        yield folder, emulate.float_spec(state.spec)
 
 
 def make_manifest(state: ExportState) -> str:
@@ -262,15 +257,8 @@ def evaluate_on_text(state: ExportState) -> str:
     assert state.manifest is not None
     if not state.eval_ids:
         return "no text was given"
-    with _runnable(state) as (folder, spec):
-        runnable = Bundle(folder, state.manifest)
-        if folder != state.folder:
-            if state.spec.hash is not None:
-                shutil.copyfile(state.folder / bundle.HASH_TABLES, folder / bundle.HASH_TABLES)
-            files = bundle.entries(folder)
-            wide = {name: p if p in matrices.FORMATS else "fp32" for name, p in state.precisions.items()}
-            runnable = Bundle(folder, replace(state.manifest, spec=spec, files=files, precisions=wide))
-        found = text.evaluate(state.checkpoint, runnable, state.eval_ids)
+    with emulate.on_cpu(Bundle(state.folder, state.manifest), state.folder.parent) as model:
+        found = text.evaluate(state.checkpoint, model, state.eval_ids)
     state.manifest = replace(state.manifest, judged=found)
     moved = (found.boundaries_lost + found.boundaries_new) / max(1, found.boundaries)
     precision = state.precisions.get("entropy", "fp32")
@@ -290,13 +278,7 @@ def write_manifest(state: ExportState) -> str:
 
 def producer() -> dict[str, str]:
     """Versions of the packages that made the bundle."""
-    found = {}
-    for name in ("blt-lm", "blt-runtime", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed("blt-lm", "blt-runtime", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
 def configurations(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -97,6 +97,12 @@ def widen(rows: Array) -> Array:
     return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def bfloat16_bits(values: Array) -> Array:
+    """float32 values as bfloat16, rounded towards zero: the upper halves of their bits, uint16, as `widen` reads."""
+    bits: Array = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    return bits
+
+
 def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDtype) -> None:
     """Raises ConfigError unless `tables` are `count` tables of that shape and type, in one array or in several."""
     if not isinstance(tables, list | tuple | np.ndarray) or not all(isinstance(t, np.ndarray) for t in _pieces(tables)):

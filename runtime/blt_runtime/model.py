@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .arguments import choice, flag, instance, whole
 from .backends.protocol import Backend
-from .backends.providers import NAMES
+from .backends.providers import NAMES, TABLE_PLACES
 from .bundle.bundle import Bundle, Verify
 from .bundle.engines import Engines, is_engines
 from .bundle.manifest import PRECISIONS, Manifest, check_precision
@@ -97,6 +97,7 @@ class Model:
             batched = many
         _check_open(backend, threads, provider, precision, batched, prepack)
         flag("trust_engines", trust_engines)
+        choice("hash_tables", hash_tables, TABLE_PLACES)
         try:
             if is_engines(path):
                 _check_for_engines(path, backend, provider, batched, prepack)
@@ -105,7 +106,6 @@ class Model:
             if precision is not None:
                 check_precision(bundle.manifest, precision, str(path))
             files = OpenFiles(bundle)
-            choice("hash_tables", hash_tables, ("auto", "host", "device"))
             place = hash_tables if batched else "host"
             made = _backend(
                 backend, bundle, threads=threads, provider=provider, batched=batched, prepack=prepack, hash_tables=place

@@ -121,7 +121,7 @@ TOGETHER = 4
 
 def choose_all(samplers: Sequence[Sampler], logits: Sequence[Array]) -> list[int]:
     """The choice of each sampler from its logits [V]: that of `sampler(logits_V)`, bit for bit, and each sampler draws
-    its own random number. Samplers of one kind choose in one call; a subclass is called by itself."""
+    its own random number. Samplers of one kind choose in one call; one of a subclass chooses alone."""
     chosen = [-1] * len(samplers)
     kinds: dict[tuple[bool, int | None] | None, list[int]] = {}
     for i, sampler in enumerate(samplers):

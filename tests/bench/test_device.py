@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -16,10 +13,7 @@ from blt_runtime.backends.device import DeviceBuffer
 from blt_runtime.backends.null import NullBackend, null_spec
 from blt_runtime.backends.onnx import load_library
 from blt_runtime.backends.protocol import Buffer, Place, Session
-from blt_runtime.backends.providers import PROVIDERS, check_available
-from blt_runtime.errors import BackendError
-
-DRIVER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
+from tests.webgpu import require_webgpu
 
 
 class WebGpu:
@@ -40,14 +34,7 @@ class WebGpu:
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> WebGpu:
-    pytest.importorskip("onnxruntime_ep_webgpu")
-    monkeypatch.setenv("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")
-    if "VK_ICD_FILENAMES" not in os.environ and DRIVER.exists():
-        monkeypatch.setenv("VK_ICD_FILENAMES", str(DRIVER))
-    try:
-        check_available(load_library("1.32"), PROVIDERS["webgpu"])
-    except BackendError as error:
-        pytest.skip(str(error))
+    require_webgpu(monkeypatch)
     return WebGpu()
 
 

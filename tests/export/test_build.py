@@ -16,8 +16,9 @@ import pytest
 
 from blt.cli import run
 from blt_export import pipeline
-from blt_export.build import TOLERANCE, build_engines, build_graph, compare, longest_patch, profiles, reference
+from blt_export.build import build_engines, build_graph, compare, longest_patch, profiles
 from blt_export.tensorrt import Profile, logger
+from blt_export.verify import emulate
 from blt_runtime import Model
 from blt_runtime.backends.platform import Platform, open_engines
 from blt_runtime.bundle.bundle import Bundle
@@ -97,8 +98,8 @@ def test_float16_is_compared_with_itself_on_the_cpu(tmp_path: Path) -> None:
 
 def test_bfloat16_is_compared_with_an_emulation(bundle: Bundle, tmp_path: Path) -> None:
     """The CPU has no kernels for it, so the stand-in cannot run its engines."""
-    with reference(exported(tmp_path, "bf16")) as model:
-        rows = compare(Model.open(bundle.path), model, TOLERANCE["bf16"])
+    with emulate.on_cpu(exported(tmp_path, "bf16")) as model:
+        rows = compare(Model.open(bundle.path), model, "bf16")
     assert all(1e-4 < row.max_abs_error <= row.tolerance for row in rows[:2])
 
 

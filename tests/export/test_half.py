@@ -17,7 +17,8 @@ from blt_export import ExportReport, pipeline, steps
 from blt_export.bundle import write_graph
 from blt_export.passes.halve import half_spec
 from blt_export.verify import emulate, text
-from blt_export.verify.parity import TOLERANCE, GraphRun
+from blt_export.verify.errors import TOLERANCE
+from blt_export.verify.parity import GraphRun
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxBackend
 from blt_runtime.bundle.bundle import Bundle

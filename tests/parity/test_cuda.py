@@ -5,7 +5,6 @@ The device is SwiftShader, a Vulkan driver in software that Chromium brings, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,14 +16,14 @@ from blt_export import pipeline
 from blt_runtime import Model
 from blt_runtime.backends.device import StepBuffer, Transfers
 from blt_runtime.backends.onnx import DeviceSession, OnnxBackend, load_library
-from blt_runtime.backends.providers import PROVIDERS, check_available, open_session
+from blt_runtime.backends.providers import PROVIDERS, open_session
 from blt_runtime.bundle.bundle import Bundle as Files
 from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 from blt_runtime.errors import BackendError
 from tests.exports import prepare
 from tests.runtime.device_backend import IDS, assert_streams_equal
+from tests.webgpu import require_webgpu
 
-DRIVER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
 VARIANTS = ("cross_windows_own_heads_newlines", "no_hash_space_causal_latent")
 WEIGHT = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
 Bundle = Callable[[str, str], Path]
@@ -49,14 +48,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     if name == "webgpu":
-        pytest.importorskip("onnxruntime_ep_webgpu")
-        monkeypatch.setenv("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")
-        if "VK_ICD_FILENAMES" not in os.environ and DRIVER.exists():
-            monkeypatch.setenv("VK_ICD_FILENAMES", str(DRIVER))
-        try:
-            check_available(load_library("1.32"), PROVIDERS["webgpu"])
-        except BackendError as error:
-            pytest.skip(str(error))
+        require_webgpu(monkeypatch)
     return name
 
 

@@ -203,7 +203,7 @@ class TestEngines:
 
 
 def test_streams_end_at_their_capacity(tmp_path: Path) -> None:
-    """Rows that are full and idle: their padding stays in their own memory, behind what they read."""
+    """Rows that are full and idle: their padding stays in their own memory, after what they read."""
     bundle = bundle_of("bytes_no_window", tmp_path, capacity=60, chunk=16)
     backend = PaddedOnnx(bundle, tmp_path / "graphs")
     most = 60 - 2 * PADDED

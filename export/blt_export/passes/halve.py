@@ -27,7 +27,7 @@ import onnx_ir as ir
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import UsageError
 
-from ..rewrite import Builder, integer, required
+from ..rewrite import Builder, integer, node_after, required
 
 HALVES = {"fp16": ("float16", ir.DataType.FLOAT16), "bf16": ("bfloat16", ir.DataType.BFLOAT16)}
 """Precision: the type's name in a specification, and in ONNX."""
@@ -146,17 +146,11 @@ class _Halving:
     def _keep_float(self, node: ir.Node, value: ir.Value) -> None:
         """The output becomes a Cast of what the node computes; other readers read it too."""
         name = value.name
-        after = next((other for other in _after(self._graph, node)), None)
-        cast = Builder(self._graph, after).op("Cast", value, to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT)
+        b = Builder(self._graph, node_after(self._graph, node))
+        cast = b.op("Cast", value, to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT)
         cast.shape, self._kinds[cast] = value.shape, "float"
         for reader, index in list(value.uses()):
             if reader is not cast.producer():
                 reader.replace_input_with(index, cast)
         self._graph.outputs[self._graph.outputs.index(value)] = cast
         value.name, cast.name = f"{name}.half", name
-
-
-def _after(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
-    nodes = list(graph)
-    at = nodes.index(node)
-    return nodes[at + 1 : at + 2]

@@ -20,7 +20,8 @@ from blt_runtime.engine.batch import Batch, Row
 from blt_runtime.ids import BOS, EOS, OFFSET
 from blt_runtime.patching import PatchRule
 
-from .parity import TOLERANCE, demand, following
+from .errors import TOLERANCE
+from .parity import demand, following
 
 ROWS, TOKENS, PROMPT, PATCH = 3, 45, 26, 4
 RULE = PatchRule("static", patch_size=PATCH)

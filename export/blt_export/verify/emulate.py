@@ -7,16 +7,49 @@ node. This is what a GPU computes, but for the order of its additions. It is als
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import onnx_ir as ir
 
+from blt_runtime import Model
+from blt_runtime.backends.onnx import OnnxBackend
+from blt_runtime.bundle.bundle import Bundle, entry_of
+from blt_runtime.bundle.manifest import QUANTISED
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec, TensorSpec
 
+from ..graph_files import write_graph
 from ..passes.halve import HALVES
-from ..rewrite import Builder
+from ..rewrite import Builder, node_after
 
 _HALF = {half for _, half in HALVES.values()}
+
+
+@contextmanager
+def on_cpu(bundle: Bundle, scratch: Path | None = None) -> Iterator[Model]:
+    """The bundle on ONNX Runtime's CPU; in bfloat16, an emulation. scratch: where a temporary folder is made for it."""
+    manifest = bundle.manifest
+    precisions = {name: manifest.precision_of(name) for name in manifest.graphs}
+    if "bf16" not in precisions.values():
+        yield Model(manifest.spec, OnnxBackend(bundle), bundle.hash_tables(), manifest=manifest)
+        return
+    with graphs({name: bundle.graph_file(name) for name in manifest.graphs}, scratch) as folder:
+        spec, listed = float_spec(manifest.spec), {path.name: entry_of(path) for path in folder.iterdir()}
+        wide = {name: p if p in QUANTISED else "fp32" for name, p in precisions.items()}
+        emulated = replace(manifest, spec=spec, files=listed, precisions=wide)
+        yield Model(spec, OnnxBackend(Bundle(folder, emulated)), bundle.hash_tables(), manifest=emulated)
+
+
+@contextmanager
+def graphs(files: Mapping[str, Path], scratch: Path | None = None) -> Iterator[Path]:
+    """Emulations of graphs, under the names of their files, in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="blt-emulated-", dir=scratch) as folder:
+        for name, path in files.items():
+            write_graph(run(ir.load(path)), Path(folder), name)
+        yield Path(folder)
 
 
 def float_spec(spec: ModelSpec) -> ModelSpec:
@@ -76,13 +109,13 @@ def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     half = value.dtype
     assert half is not None
     value.type = ir.TensorType(ir.DataType.FLOAT)
-    b = Builder(graph, _next(graph, node))
+    b = Builder(graph, node_after(graph, node))
     rounded = b.op("Cast", value, to=half, dtype=half)
     _replace(graph, value, b.op("Cast", rounded, to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT), rounded.producer())
 
 
 def _widen_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    b = Builder(graph, _next(graph, node))
+    b = Builder(graph, node_after(graph, node))
     wide = b.op("Cast", value, to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT)
     _replace(graph, value, wide, wide.producer())
 
@@ -95,9 +128,3 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value, keeps: ir.Node | Non
     if old.is_graph_output():
         graph.outputs[list(graph.outputs).index(old)] = new
         old.name, new.name = f"{old.name}.exact", old.name
-
-
-def _next(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
-    nodes = list(graph)
-    at = nodes.index(node) + 1
-    return nodes[at] if at < len(nodes) else None

@@ -54,9 +54,9 @@ from blt_runtime.hashing import HashEmbedding, hash_ids
 
 from ..passes.halve import HALVES
 from ..quantize.matrices import FORMATS, Packed, read_error
+from .errors import TOLERANCE, largest, relative_rms
 from .plan import Plan, graph_calls, make_plan
 
-TOLERANCE = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.1, "int4": 0.6}
 NOISES = 4.0
 """Tolerance in multiples of the measured noise: graph and PyTorch each have it, and their roundings differ."""
 LARGEST_NOISE = 5e-4
@@ -107,7 +107,7 @@ def check_parity(
     margin = 0.0
     if spec.hash is not None:
         written = _hash_embedding(hash_tables, spec.hash, plan.ids_N)
-        error = _error(written, inputs["encoder"]["hash_embedding"])
+        error = largest(written, inputs["encoder"]["hash_embedding"])
         tolerance = _table_tolerance(checkpoint, spec.hash, TOLERANCE["fp32"])
         if spec.hash.dtype == "int8":
             error = _in_half_steps(checkpoint, spec.hash, written, inputs["encoder"]["hash_embedding"], plan.ids_N)
@@ -121,7 +121,7 @@ def check_parity(
         got = _exported(files[name], graph, spec, inputs[name], precision in FORMATS)
         found = []
         for tensor in _plain(graph.outputs, graph):
-            measure = _error if precision == "fp32" else _relative_rms
+            measure = largest if precision == "fp32" else relative_rms
             error = measure(got[tensor.name], want[tensor.name])
             found.append(Parity(f"{name}.{tensor.name}", error, TOLERANCE[precision], want[tensor.name].shape[1]))
         if precision == "fp32" and any(row.max_abs_error > row.tolerance for row in found):
@@ -133,7 +133,7 @@ def check_parity(
             entropy_N = want["entropy"][0]
             margin = next(row.tolerance for row in found if row.output == "entropy.entropy")
             if precision in HALVES:
-                margin = 2 * _error(got["entropy"], want["entropy"])
+                margin = 2 * largest(got["entropy"], want["entropy"])
         _pass_on(inputs, name, want)
     demand(rows, noises=noises)
     return ParityReport(tuple(rows), _near(entropy_N, spec, margin), margin)
@@ -161,7 +161,7 @@ def _noise(step: nn.Module, graph: GraphSpec, inputs: Arrays, want: Arrays) -> d
             module.make_buffers(torch.float64)
     doubles = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
     found = _reference(exact, graph, doubles, torch.float64)
-    return {name: _error(want[name].astype(np.float64), value.astype(np.float64)) for name, value in found.items()}
+    return {name: largest(want[name].astype(np.float64), value.astype(np.float64)) for name, value in found.items()}
 
 
 def _weights_row(name: str, file: Path, packed: tuple[Packed, ...]) -> Parity:
@@ -297,20 +297,6 @@ class GraphRun:
         self._session.run_with_iobinding(binding)
         results = dict(zip((t.name for t in self._graph.outputs), binding.get_outputs(), strict=True))
         return {name: value.numpy() for name, value in results.items() if name not in self._graph.aliases}
-
-
-def _error(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
-    if got.shape != want.shape or not np.isfinite(got).all():
-        return math.inf
-    size = np.abs(want) if want.ndim == 2 else np.abs(want).max(-1, keepdims=True)
-    return float((np.abs(got - want) / np.maximum(1.0, size)).max(initial=0.0))
-
-
-def _relative_rms(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
-    if got.shape != want.shape or not np.isfinite(got).all():
-        return math.inf
-    size = math.sqrt(np.square(want, dtype=np.float64).mean())
-    return math.sqrt(np.square(got - want, dtype=np.float64).mean()) / (size or 1.0)
 
 
 def demand(rows: Sequence[Parity], reference: str = "PyTorch", noises: Mapping[str, float] | None = None) -> None:

@@ -19,8 +19,6 @@ import torch
 from blt.checkpoint.models import Checkpoint
 from blt.generate.torch_backend import open_model
 from blt_runtime import Model, Score
-from blt_runtime.backends.onnx import OnnxBackend
-from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import Judged
 from blt_runtime.errors import UsageError
 from blt_runtime.ids import OFFSET
@@ -41,18 +39,18 @@ class _Tally:
         self.boundaries |= {(piece, int(start)) for start in np.cumsum(score.patch_lengths[:-1])}
 
 
-def evaluate(checkpoint: Checkpoint, bundle: Bundle, pieces: Sequence[Ids]) -> Judged:
-    """Score `pieces`, id sequences [N] of BOS and bytes, with PyTorch and with the bundle.
+def evaluate(checkpoint: Checkpoint, model: Model, pieces: Sequence[Ids]) -> Judged:
+    """Score `pieces`, id sequences [N] of BOS and bytes, with PyTorch and with the bundle's model.
 
     Raises UsageError for pieces without bytes, or of more ids than the bundle's capacity.
     """
-    spec = bundle.manifest.spec
+    spec = model.spec
     longest = max((len(ids) for ids in pieces), default=0)
     if longest > spec.capacity_bytes:
         raise UsageError(f"a piece of {longest} ids is longer than the capacity {spec.capacity_bytes} of the bundle")
     floats = open_model(checkpoint, capacity=spec.capacity_bytes, patches=spec.capacity_patches, chunk=spec.chunk)
     want = _tally(floats, pieces)
-    got = _tally(Model(spec, OnnxBackend(bundle), bundle.hash_tables(), manifest=bundle.manifest), pieces)
+    got = _tally(model, pieces)
     if not want.n_bytes:
         raise UsageError("the text to evaluate on holds no bytes")
     return Judged(

@@ -56,7 +56,7 @@ class Nvidia:
 def probe(load: Load = ctypes.CDLL) -> Nvidia:
     """The driver and its GPUs. Creates no context, allocates nothing on a GPU.
 
-    load: stands in for the dynamic linker in tests. Raises BackendError without a driver and without a device.
+    load: replaces the dynamic linker in tests. Raises BackendError without a driver and without a device.
     """
     try:
         cuda = load(DRIVER)

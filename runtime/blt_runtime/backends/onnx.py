@@ -38,6 +38,7 @@ from .probe import PROBES, differ, input_values, memory_values
 from .protocol import Buffer, Call, HostBuffer, Place
 from .providers import (
     NAMES,
+    TABLE_PLACES,
     cache_folder,
     check_capture,
     check_placement,
@@ -211,10 +212,6 @@ def check_rows(bundle: Bundle) -> None:
             "for attention heads of size 8, 16, ..."
         )
     load_library(ROWS_MINIMUM)
-
-
-TABLE_PLACES = ("auto", "host", "device")
-"""Where hash embeddings of batched streams are computed."""
 
 
 def _fit_device(bundle: Bundle, provider: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..bundle.spec import GraphSpec
-from ..hashing import widen
+from ..hashing import bfloat16_bits, widen
 from .protocol import Array, Buffer
 
 PROBES = 3
@@ -24,10 +24,7 @@ def memory_values(spec: GraphSpec, random: np.random.Generator) -> dict[str, Arr
     for name in dict.fromkeys(spec.aliases.values()):
         tensor = spec.tensor(name)
         values = random.normal(0, 1, tensor.resolve(B=1)).astype(np.float32)
-        if tensor.dtype == "bfloat16":
-            found[name] = (values.view(np.uint32) >> 16).astype(np.uint16)
-        else:
-            found[name] = values.astype(tensor.dtype)
+        found[name] = bfloat16_bits(values) if tensor.dtype == "bfloat16" else values.astype(tensor.dtype)
     return found
 
 

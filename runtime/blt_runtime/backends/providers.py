@@ -66,6 +66,8 @@ PROVIDERS = {
 }  # fmt: skip
 """Devices in the order in which `auto` tries them; the CPU is its last resort."""
 NAMES = (*PROVIDERS, AUTO)
+TABLE_PLACES = ("auto", "host", "device")
+"""Where hash embeddings of batched streams are computed."""
 
 
 def check_capture(provider: Provider, graphs: Mapping[str, GraphSpec]) -> None:

@@ -478,7 +478,7 @@ def _memory_sizes(spec: ModelSpec) -> tuple[int, int]:
 
 
 def padded_limits(spec: ModelSpec) -> tuple[int, int]:
-    """Most bytes and patches of a stream in a padded row: behind its last token there is room for padding, which may
+    """Most bytes and patches of a stream in a padded row: after its last token there is room for padding, which may
     begin after the end of a ring. Raises BackendError for rings too short for that."""
     overhang = 2 * PADDED
     for name, graph in spec.graphs.items():

@@ -20,7 +20,7 @@ from blt_export.quantize import matrices
 from blt_export.quantize.blockwise import Blocks, Format, quantise
 from blt_export.rewrite import op_counts
 from blt_export.state import ExportState
-from blt_export.verify import parity
+from blt_export.verify import errors, parity
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxBackend
 from blt_runtime.bundle import graph_file
@@ -112,8 +112,8 @@ def test_the_manifest_holds_the_precision_of_each_graph(mixed: ExportReport) -> 
     assert manifest.precisions == {"entropy": "fp32", "encoder": "int8", "latent": "int8", "decoder": "int4"}
     tolerances = {row.output: row.tolerance for row in manifest.parity}
     assert tolerances["entropy.logits"] == 2e-5
-    assert tolerances["encoder.byte_states"] == parity.TOLERANCE["int8"]
-    assert tolerances["decoder.logits"] == parity.TOLERANCE["int4"]
+    assert tolerances["encoder.byte_states"] == errors.TOLERANCE["int8"]
+    assert tolerances["decoder.logits"] == errors.TOLERANCE["int4"]
     assert "entropy.weights" not in tolerances
     assert tolerances["latent.weights"] == Format(8, 128).largest_error
 
@@ -265,8 +265,8 @@ def test_for_devices_outputs_are_within_the_tolerance_of_their_bits(on_devices: 
     for name, precision in {"entropy": "int4", "encoder": "int4", "latent": "int4", "decoder": "int8"}.items():
         form = matrices.DEVICE_FORMATS[precision]
         assert 0 < rows[f"{name}.weights"].max_abs_error <= rows[f"{name}.weights"].tolerance == form.largest_error
-    assert rows["encoder.byte_states"].tolerance == parity.TOLERANCE["int4"]
-    assert rows["decoder.logits"].tolerance == parity.TOLERANCE["int8"]
+    assert rows["encoder.byte_states"].tolerance == errors.TOLERANCE["int4"]
+    assert rows["decoder.logits"].tolerance == errors.TOLERANCE["int8"]
     assert rows["decoder.logits"].max_abs_error > 1e-4
     assert "batched.logits" in rows
 

@@ -17,7 +17,7 @@ from blt.model.steps import make_steps
 from blt_export import bundle as bundles
 from blt_export import pipeline
 from blt_export.state import ExportState
-from blt_export.verify import batched, parity
+from blt_export.verify import batched, errors, parity
 from blt_export.verify.plan import make_plan
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import Parity
@@ -60,10 +60,10 @@ def test_the_tolerance_follows_the_models_own_noise(
     with caplog.at_level(logging.WARNING, "blt_export"):
         report = pipeline.run(prepared(captured, 3.0, flavour), tmp_path / "b")
     row = next(row for row in report.parity if row.output == "encoder.byte_states")
-    assert parity.TOLERANCE["fp32"] < row.max_abs_error <= row.tolerance < parity.NOISES * parity.LARGEST_NOISE
+    assert errors.TOLERANCE["fp32"] < row.max_abs_error <= row.tolerance < parity.NOISES * parity.LARGEST_NOISE
     assert "encoder.byte_states differs by" in caplog.text
     assert "this model's own float32 noise is" in caplog.text
-    assert next(row for row in report.parity if row.output == "decoder.logits").tolerance == parity.TOLERANCE["fp32"]
+    assert next(row for row in report.parity if row.output == "decoder.logits").tolerance == errors.TOLERANCE["fp32"]
 
 
 def test_an_error_of_the_graph_fails_in_a_noisy_model_too(

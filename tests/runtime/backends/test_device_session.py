@@ -1,4 +1,4 @@
-"""ONNX Runtime on a device with addresses, as CUDA is: the CPU with a second copy of everything stands in for it."""
+"""ONNX Runtime on a device with addresses, as CUDA is: the CPU with a second copy of everything replaces it."""
 
 from __future__ import annotations
 
