@@ -29,6 +29,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 log = logging.getLogger("blt.files")
 
 
+def check_target(out: Path, force: bool, what: str, is_ours: Callable[[Path], bool]) -> None:
+    """Raises UsageError if something is in the way of the folder `out`. `force` replaces what `is_ours` accepts, which
+    holds `what`, and nothing else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not is_ours(out):
+        raise UsageError(f"{out} exists and does not hold {what}; give a new folder")
+    if not force:
+        raise UsageError(f"{out} holds {what} already; give another folder, or --force to replace it")
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A temporary folder next to `out`. It becomes `out` when the block ends, and is removed if the block raises.

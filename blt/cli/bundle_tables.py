@@ -11,15 +11,25 @@ if TYPE_CHECKING:
     from blt_runtime.bundle.engines import EnginesFile, Profile
     from blt_runtime.bundle.manifest import Judged, Manifest, Parity
 
+MEASURES = {
+    "largest": "largest, relative",
+    "rms": "root mean square, relative",
+    "block": "worst block, root mean square, relative",
+    "step": "largest, in half steps",
+    None: "",
+}
+"""What `Parity.error` is, by `Parity.measure`."""
+
 
 def parity_table(rows: Sequence[Parity], reference: str = "PyTorch") -> Table:
     """The comparison with a reference, one row per output."""
     table = Table(title=f"parity with {reference}", title_justify="left", box=None, pad_edge=False)
-    for name in ("output", "positions", "error", "tolerance", ""):
-        table.add_column(name, justify="left" if name in ("output", "") else "right")
+    for name in ("output", "positions", "error", "tolerance", "", "error is"):
+        table.add_column(name, justify="left" if name in ("output", "", "error is") else "right")
     for row in rows:
-        verdict = "ok" if row.max_abs_error <= row.tolerance else "FAILED"
-        table.add_row(row.output, f"{row.positions:,}", f"{row.max_abs_error:.2e}", f"{row.tolerance:.0e}", verdict)
+        verdict = "ok" if row.error <= row.tolerance else "FAILED"
+        numbers = f"{row.positions:,}", f"{row.error:.2e}", f"{row.tolerance:.0e}"
+        table.add_row(row.output, *numbers, verdict, MEASURES[row.measure])
     return table
 
 

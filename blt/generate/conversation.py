@@ -16,7 +16,7 @@ from blt_runtime import GenerateOptions, Stream
 from blt_runtime.chat import Message
 from blt_runtime.engine.prefill import Cancel
 from blt_runtime.errors import Cancelled, CapacityError, UsageError
-from blt_runtime.ids import BYTES, EOS, OFFSET, decode, to_bytes
+from blt_runtime.ids import BYTES, EOS, OFFSET, decode, shared_length, to_bytes
 from blt_runtime.text import StopMatcher, listed_stops
 
 Finish = Literal["eos", "stop", "length", "full"]
@@ -102,7 +102,7 @@ class Conversation:
         """
         self._settle()
         text, held = self._format.render([*self.messages, Message("user", message)]), self._text()
-        kept = _common(text, held)
+        kept = shared_length(*(np.frombuffer(some, np.uint8) for some in (text, held)))
         self._check_room(len(text) - len(held), "the message")
         self._stream.rewind(len(held) - kept)
         start = self._stream.position
@@ -183,9 +183,3 @@ class Conversation:
             yield id
         if done < n:
             yield EOS
-
-
-def _common(one: bytes, other: bytes) -> int:
-    """The length of the longest beginning of both."""
-    ends = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(ends, min(len(one), len(other)))

@@ -42,7 +42,7 @@ from blt_runtime.stream import Stream
 from .passes import keep_states
 from .tensorrt import Built, Profile, Refused, build, logger, shapes_of
 from .verify import emulate
-from .verify.errors import TOLERANCE, largest, relative_rms
+from .verify.errors import MEASURES, TOLERANCE, measure_of
 from .versions import installed
 
 log = logging.getLogger("blt_export")
@@ -68,12 +68,7 @@ class Report:
 
 def check_target(out: Path, force: bool) -> None:
     """Raises UsageError if `out` holds something that must not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not is_engines(out):
-        raise UsageError(f"{out} exists and holds no engines; give a new folder")
-    if not force:
-        raise UsageError(f"{out} holds engines already; give another folder, or --force to replace them")
+    files.check_target(out, force, "engines", is_engines)
 
 
 def check_bundle(bundle: Bundle) -> None:
@@ -229,9 +224,9 @@ def _parity(bundle: Bundle, engines: Engines, platform: Platform, check: bool) -
     model = Model(backend.spec, backend, bundle.hash_tables(), manifest=bundle.manifest)
     with emulate.on_cpu(bundle) as wanted:
         rows = compare(wanted, model, bundle.manifest.precision)
-    wrong = [row for row in rows if not row.max_abs_error <= row.tolerance]
+    wrong = [row for row in rows if not row.error <= row.tolerance]
     if wrong:
-        listed = ", ".join(f"{row.output} {row.max_abs_error:.1e} (tolerance {row.tolerance:.0e})" for row in wrong)
+        listed = ", ".join(f"{row.output} {row.error:.1e} (tolerance {row.tolerance:.0e})" for row in wrong)
         raise CheckFailed(f"the engines differ from ONNX Runtime's CPU: {listed}")
     return rows
 
@@ -270,5 +265,5 @@ def _row(output: str, found_NV: Any, wanted_NV: Any, precision: str) -> Parity:
     """In float32 the largest error, relative to max(1, the largest of the position); else the relative root mean
     square."""
     found, wanted = found_NV[None], wanted_NV[None]
-    error = largest(found, wanted) if precision == "fp32" else relative_rms(found, wanted)
-    return Parity(output, error, TOLERANCE[precision], len(wanted_NV))
+    measure = measure_of(precision)
+    return Parity(output, MEASURES[measure](found, wanted), TOLERANCE[precision], len(wanted_NV), measure)

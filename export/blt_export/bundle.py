@@ -21,7 +21,6 @@ from blt import files
 from blt.checkpoint.tensors import StoredTensor, cast, raw_bytes
 from blt_runtime.bundle.bundle import entry_of, is_bundle
 from blt_runtime.bundle.manifest import FileEntry
-from blt_runtime.errors import UsageError
 from blt_runtime.hashing import TABLE_DTYPES, TableDtype, stored_width
 
 from .graph_files import write_graph, write_variant
@@ -33,12 +32,7 @@ HASH_TABLES = "hash_tables.npy"
 
 def check_target(out: Path, force: bool) -> None:
     """Raises UsageError if `out` holds something that must not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not is_bundle(out):
-        raise UsageError(f"{out} exists and is not a bundle; give a new folder")
-    if not force:
-        raise UsageError(f"{out} holds a bundle already; give another folder, or --force to replace it")
+    files.check_target(out, force, "a bundle", is_bundle)
 
 
 @contextlib.contextmanager

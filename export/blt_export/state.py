@@ -56,9 +56,16 @@ class ExportReport:
         return sum(entry.bytes for entry in self.manifest.files.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest's content, the steps and the node counts."""
+        """The manifest's content, the steps, the node counts, and how many of the checked entropies are within a margin
+        of the threshold; null where entropies were not compared with it."""
         steps = [{"name": s.name, "changed": s.changed, "seconds": round(s.seconds, 3)} for s in self.steps]
-        return {**self.manifest.to_json(), "steps": steps, "nodes": self.nodes}
+        return {**self.manifest.to_json(), "steps": steps, "nodes": self.nodes, "near_threshold": self.near_json()}
+
+    def near_json(self) -> dict[str, Any] | None:
+        checked = next((row.positions for row in self.parity if row.output == "entropy.entropy"), None)
+        if not self.margin or checked is None:
+            return None
+        return {"entropies": len(self.near_threshold), "of": checked, "margin": self.margin}
 
 
 @dataclass

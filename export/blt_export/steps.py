@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from blt.checkpoint.models import Checkpoint, stored_tables
+from blt.evaluate.provider_check import MOST_MOVED
 from blt.model.steps import make_steps
 from blt_runtime.backends.onnx import ROWS_MINIMUM, load_library
 from blt_runtime.bundle import graph_file
@@ -33,8 +34,6 @@ from .state import ExportState
 from .verify import batched, emulate, parity, text
 from .versions import installed
 
-MOVED = 0.002
-"""Share of the boundaries of a text above which a warning tells that the entropy model's precision moves them."""
 log = logging.getLogger("blt_export")
 
 
@@ -192,7 +191,7 @@ def check_parity(state: ExportState) -> str:
     near = len(state.parity.near_threshold)
     if near and state.precisions.get("entropy", "fp32") == "fp32":
         log.warning("%d of the checked positions have an entropy within tolerance of the threshold", near)
-    return ", ".join(f"{row.output} {row.max_abs_error:.1e}" for row in state.parity.rows)
+    return ", ".join(f"{row.output} {row.error:.1e}" for row in state.parity.rows)
 
 
 @contextlib.contextmanager
@@ -250,7 +249,7 @@ def check_batched_parity(state: ExportState) -> str:
     found = batched.check(Bundle(state.folder, state.manifest))
     state.parity = replace(state.parity, rows=(*state.parity.rows, *found))
     state.manifest = replace(state.manifest, parity=state.parity.rows)
-    return ", ".join(f"{row.output} {row.max_abs_error:.1e}" for row in found)
+    return ", ".join(f"{row.output} {row.error:.1e}" for row in found)
 
 
 def evaluate_on_text(state: ExportState) -> str:
@@ -262,7 +261,7 @@ def evaluate_on_text(state: ExportState) -> str:
     state.manifest = replace(state.manifest, judged=found)
     moved = (found.boundaries_lost + found.boundaries_new) / max(1, found.boundaries)
     precision = state.precisions.get("entropy", "fp32")
-    if moved > MOVED and precision != "fp32":
+    if moved > MOST_MOVED and precision != "fp32":
         log.warning(
             "%.2f %% of the patch boundaries move, because the entropy model is %s: consider --precision-of entropy=%s",
             100 * moved, precision, "fp32" if precision == "fp16" or state.flavour == "ort" else "fp16",

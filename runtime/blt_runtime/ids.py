@@ -45,6 +45,13 @@ def decode(ids: npt.ArrayLike) -> bytes:
     return (ids_N[ids_N >= OFFSET] - OFFSET).astype(np.uint8).tobytes()
 
 
+def shared_length(a_N: npt.NDArray[Any], b_M: npt.NDArray[Any]) -> int:
+    """The length of the longest beginning that both arrays have."""
+    size = min(len(a_N), len(b_M))
+    differ = np.flatnonzero(a_N[:size] != b_M[:size])
+    return int(differ[0]) if len(differ) else size
+
+
 def checked_ids(ids: npt.ArrayLike, vocab_size: int) -> Ids:
     """A caller's ids as [N] int64. Raises UsageError for anything but a list of whole numbers, and InputError for ids
     outside the vocabulary."""

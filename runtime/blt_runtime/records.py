@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from .errors import BltError, ConfigError, nearest, shown
 
 T = TypeVar("T")
+FORMER = "former"
+"""The key of a field's metadata for the name that files of earlier versions have for it."""
 
 
 def to_dict(record: Any) -> dict[str, Any]:
@@ -38,6 +40,8 @@ def from_dict(cls: type[T], data: Any, where: str, error: type[BltError] = Confi
         raise error(f"{where} must be an object, not {shown(data)}")
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    former = {f.metadata[FORMER]: name for name, f in fields.items() if FORMER in f.metadata}
+    data = {key if key in fields else former.get(key, key): value for key, value in data.items()}
     for key in data:
         if key not in fields:
             raise error(f"{where} has the unknown key {shown(key)}: {nearest(str(key), fields)}")

@@ -102,7 +102,7 @@ def test_control_characters_of_a_manifest_are_not_printed(
 ) -> None:
     monkeypatch.setattr("blt.bench.weight_bytes.bundle_weight_bytes", lambda *_: {"total": 1.0})
     write_bundle(tmp_path / "b")
-    parity = [{"output": ESCAPES, "max_abs_error": 0.0, "tolerance": 1.0, "positions": 1}]
+    parity = [{"output": ESCAPES, "error": 0.0, "tolerance": 1.0, "positions": 1}]
     edit(tmp_path / "b", producer={ESCAPES: [ESCAPES]}, min_onnxruntime=ESCAPES, parity=parity)
     done = blt("inspect", tmp_path / "b", *options)
     assert done.code == 0, done.err

@@ -78,7 +78,7 @@ def test_engines_generate_the_ids_of_the_bundle(bundle: Bundle, tmp_path: Path) 
         ["engines.json", "manifest.json", "hash_tables.npy", *(f"{name}.plan" for name in steps[:-1])]
     )
     assert {row.output for row in report.file.parity} == {"prompt.logits", "prompt.entropies", "steps.logits"}
-    assert all(row.max_abs_error <= row.tolerance and row.positions >= 24 for row in report.file.parity)
+    assert all(row.error <= row.tolerance and row.positions >= 24 for row in report.file.parity)
     backend = open_engines(engines, platform())
     found = Model(backend.spec, backend, engines.bundle.hash_tables()).stream()
     wanted = Model.open(bundle.path).stream()
@@ -100,7 +100,7 @@ def test_bfloat16_is_compared_with_an_emulation(bundle: Bundle, tmp_path: Path) 
     """The CPU has no kernels for it, so the stand-in cannot run its engines."""
     with emulate.on_cpu(exported(tmp_path, "bf16")) as model:
         rows = compare(Model.open(bundle.path), model, "bf16")
-    assert all(1e-4 < row.max_abs_error <= row.tolerance for row in rows[:2])
+    assert all(1e-4 < row.error <= row.tolerance for row in rows[:2])
 
 
 class TestNothingIsWritten:
@@ -166,7 +166,7 @@ class TestNothingIsWritten:
     def test_over_other_files_or_engines_without_force(self, bundle: Bundle, tmp_path: Path) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "file").touch()
-        with pytest.raises(UsageError, match="exists and holds no engines; give a new folder"):
+        with pytest.raises(UsageError, match="exists and does not hold engines; give a new folder"):
             build_engines(bundle, tmp_path / "mine", platform(), force=True)
         build_engines(bundle, tmp_path / "engines", platform(), check=False)
         with pytest.raises(UsageError, match="holds engines already; give another folder, or --force"):

@@ -41,8 +41,9 @@ def test_every_output_agrees_with_pytorch(bundle_of: BundleOf, variant: str, fla
     )
     assert bool(report.manifest.row_graphs) == (flavour != "portable" and variant != "all_layers_gqa_projection")
     for row in report.parity:
-        assert row.max_abs_error <= row.tolerance == 2e-5
+        assert row.error <= row.tolerance == 2e-5
         assert row.positions >= 50
+        assert row.measure == "largest"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -190,7 +191,7 @@ def test_an_older_bundle_is_replaced_only_by_force(prepare: Prepare, tmp_path: P
 
 def test_a_folder_that_is_not_a_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(UsageError, match="is not a bundle; give a new folder"):
+    with pytest.raises(UsageError, match="does not hold a bundle; give a new folder"):
         bundle.check_target(tmp_path, force=True)
 
 
@@ -231,14 +232,14 @@ def test_tables_keep_the_dtype_of_the_checkpoint(dtype: torch.dtype, tmp_path: P
     assert report.manifest.spec.hash is not None
     assert report.manifest.spec.hash.dtype == kept
     assert report.parity[0].output == "hash_embedding"
-    assert report.parity[0].max_abs_error <= 1e-6
+    assert report.parity[0].error <= 1e-6
     other = pipeline.prepare(tmp_path / "model.pt", "ort", table_dtype="bfloat16")
     other.captured = state.captured
     narrow = pipeline.run(other, tmp_path / "narrow")
     tables = Bundle.open(tmp_path / "narrow").hash_tables()
     assert tables is not None
     assert tables.dtype == np.uint16
-    assert (narrow.parity[0].max_abs_error > 1e-4) == (dtype != torch.bfloat16)
+    assert (narrow.parity[0].error > 1e-4) == (dtype != torch.bfloat16)
 
 
 def test_an_error_names_the_graph_the_step_and_the_one_before(

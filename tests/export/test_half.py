@@ -54,7 +54,8 @@ def test_every_output_agrees_with_pytorch(export: Export, variant: str, flavour:
     rows = [row for row in manifest.parity if row.output != "hash_embedding"]
     assert {row.output.split(".")[0] for row in rows} - {"batched"} == set(manifest.spec.graphs)
     for row in rows:
-        assert row.max_abs_error <= row.tolerance == TOLERANCE[precision]
+        assert row.error <= row.tolerance == TOLERANCE[precision]
+        assert row.measure == ("largest" if row.output.startswith("batched") else "rms")
 
 
 @pytest.mark.parametrize(("flavour", "precision"), CASES)
@@ -149,6 +150,9 @@ def test_the_export_prints_how_many_entropies_are_near_the_threshold(
     assert cli(["export", str(tmp_path / "model.pt"), "-o", str(tmp_path / "b"), "-q"]) == 0
     checked = next(row.positions for row in report.parity if row.output == "entropy.entropy")
     assert f"2 of {checked:,} entropies are within 1.2e-02, twice the largest error," in capsys.readouterr().out
+    near = {"entropies": 2, "of": checked, "margin": 0.0123}
+    assert report.to_json()["near_threshold"] == near
+    assert replace(report, margin=0.0).to_json()["near_threshold"] is None
 
 
 @pytest.mark.parametrize(("lost", "new", "warning"), [(1, 1, ""), (2, 1, "0.30 % of the patch boundaries move")])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from blt.evaluate.provider_check import TOLERANCES
+from blt_runtime.bundle.manifest import Measure
 
 TOLERANCE = {**TOLERANCES, "int8": 0.1, "int4": 0.6}
 
@@ -28,3 +30,14 @@ def relative_rms(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
         return math.inf
     size = math.sqrt(np.square(want, dtype=np.float64).mean())
     return math.sqrt(np.square(got - want, dtype=np.float64).mean()) / (size or 1.0)
+
+
+MEASURES: dict[Measure, Callable[[npt.NDArray[Any], npt.NDArray[Any]], float]] = {
+    "largest": largest,
+    "rms": relative_rms,
+}
+
+
+def measure_of(precision: str) -> Measure:
+    """How the error of an output is measured. Below float32 single numbers differ by design."""
+    return "largest" if precision == "fp32" else "rms"

@@ -47,14 +47,14 @@ from torch import nn
 from blt.checkpoint.models import Checkpoint
 from blt.model.layers import RotaryTable
 from blt_runtime.backends.onnx import load_library
-from blt_runtime.bundle.manifest import Parity
+from blt_runtime.bundle.manifest import Measure, Parity
 from blt_runtime.bundle.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, hash_ids
 
 from ..passes.halve import HALVES
 from ..quantize.matrices import FORMATS, Packed, read_error
-from .errors import TOLERANCE, largest, relative_rms
+from .errors import MEASURES, TOLERANCE, largest, measure_of
 from .plan import Plan, graph_calls, make_plan
 
 NOISES = 4.0
@@ -111,7 +111,8 @@ def check_parity(
         tolerance = _table_tolerance(checkpoint, spec.hash, TOLERANCE["fp32"])
         if spec.hash.dtype == "int8":
             error = _in_half_steps(checkpoint, spec.hash, written, inputs["encoder"]["hash_embedding"], plan.ids_N)
-        rows.append(Parity("hash_embedding", error, tolerance, len(plan.ids_N)))
+        measure: Measure = "step" if spec.hash.dtype == "int8" else "largest"
+        rows.append(Parity("hash_embedding", error, tolerance, len(plan.ids_N), measure))
     entropy_N = np.zeros(0)
     for name, graph in spec.graphs.items():
         precision = precisions.get(name, "fp32")
@@ -121,10 +122,11 @@ def check_parity(
         got = _exported(files[name], graph, spec, inputs[name], precision in FORMATS)
         found = []
         for tensor in _plain(graph.outputs, graph):
-            measure = largest if precision == "fp32" else relative_rms
-            error = measure(got[tensor.name], want[tensor.name])
-            found.append(Parity(f"{name}.{tensor.name}", error, TOLERANCE[precision], want[tensor.name].shape[1]))
-        if precision == "fp32" and any(row.max_abs_error > row.tolerance for row in found):
+            measure = measure_of(precision)
+            error = MEASURES[measure](got[tensor.name], want[tensor.name])
+            positions = want[tensor.name].shape[1]
+            found.append(Parity(f"{name}.{tensor.name}", error, TOLERANCE[precision], positions, measure))
+        if precision == "fp32" and any(row.error > row.tolerance for row in found):
             of_graph = _noise(steps[name], graph, inputs[name], want)
             noises |= {f"{name}.{output}": noise for output, noise in of_graph.items()}
             found = [following(row, noises[row.output]) for row in found]
@@ -144,10 +146,10 @@ def following(row: Parity, noise: float) -> Parity:
     tolerance = NOISES * noise
     if not row.tolerance < tolerance <= NOISES * LARGEST_NOISE:
         return row
-    if row.tolerance < row.max_abs_error <= tolerance:
+    if row.tolerance < row.error <= tolerance:
         log.warning(
             "%s differs by %.3g: this model's own float32 noise is %.3g, so the tolerance is %.3g instead of %.3g",
-            row.output, row.max_abs_error, noise, tolerance, row.tolerance,
+            row.output, row.error, noise, tolerance, row.tolerance,
         )  # fmt: skip
     return replace(row, tolerance=tolerance)
 
@@ -167,7 +169,7 @@ def _noise(step: nn.Module, graph: GraphSpec, inputs: Arrays, want: Arrays) -> d
 def _weights_row(name: str, file: Path, packed: tuple[Packed, ...]) -> Parity:
     """The row of a graph's quantised weights; its `positions` are blocks."""
     blocks = sum(weight.weights // weight.form.block for weight in packed)
-    return Parity(f"{name}.weights", read_error(file, packed), packed[0].form.largest_error, blocks)
+    return Parity(f"{name}.weights", read_error(file, packed), packed[0].form.largest_error, blocks, "block")
 
 
 def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str, Arrays]:
@@ -303,11 +305,11 @@ def demand(rows: Sequence[Parity], reference: str = "PyTorch", noises: Mapping[s
     """Raises CheckFailed, with the row of the largest error, unless all are within their tolerance.
 
     noises: the measured float32 noise of the model by output; the message says whether the error can be noise."""
-    bad = [row for row in rows if not row.max_abs_error <= row.tolerance]
+    bad = [row for row in rows if not row.error <= row.tolerance]
     if bad:
-        worst = max(bad, key=lambda row: row.max_abs_error)
+        worst = max(bad, key=lambda row: row.error)
         raise CheckFailed(
-            f"parity: {worst.output} differs from {reference} by {worst.max_abs_error:.3g} "
+            f"parity: {worst.output} differs from {reference} by {worst.error:.3g} "
             f"(tolerance {worst.tolerance:.3g}){_cause((noises or {}).get(worst.output))}; no bundle was written"
         )
 

@@ -15,16 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import BackendError, MissingExtra
+from .failures import DEAD
 from .protocol import Array
 
-DEAD = frozenset(
-    f"cudaError{name}"
-    for name in ("Assert", "Contained", "ContextIsDestroyed", "DevicesUnavailable", "ECCUncorrectable",
-                 "ExternalDevice", "HardwareStackError", "IllegalAddress", "IllegalInstruction", "InvalidAddressSpace",
-                 "InvalidPc", "LaunchFailure", "LaunchTimeout", "MisalignedAddress", "MpsClientTerminated",
-                 "TensorMemoryLeak")
-)  # fmt: skip
-"""Errors after which every call of the process fails."""
 _DESTROY = {
     "cudaStream_t": "cudaStreamDestroy",
     "cudaEvent_t": "cudaEventDestroy",

@@ -12,8 +12,26 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _CUDA_CODE = re.compile(r"CUDA (?:failure|error) (\d+)", re.IGNORECASE)
-DEAD = {214, 700, 709, 710, 714, 715, 716, 717, 718, 719}
-"""CUDA's errors after which every call of the process fails: illegal addresses, failed launches, broken memory."""
+DEAD = {
+    "cudaErrorECCUncorrectable": 214,
+    "cudaErrorContained": 226,
+    "cudaErrorIllegalAddress": 700,
+    "cudaErrorLaunchTimeout": 702,
+    "cudaErrorContextIsDestroyed": 709,
+    "cudaErrorAssert": 710,
+    "cudaErrorHardwareStackError": 714,
+    "cudaErrorIllegalInstruction": 715,
+    "cudaErrorMisalignedAddress": 716,
+    "cudaErrorInvalidAddressSpace": 717,
+    "cudaErrorInvalidPc": 718,
+    "cudaErrorLaunchFailure": 719,
+    "cudaErrorTensorMemoryLeak": 721,
+    "cudaErrorMpsClientTerminated": 810,
+    "cudaErrorExternalDevice": 911,
+}
+"""CUDA's errors after which every call of the process fails, by name: ONNX Runtime's texts have the number, CUDA's
+bindings the name. CUDA documents all but two as such; a context that is destroyed or whose memory is broken (709, 214)
+is of no use either."""
 
 
 class Failures:
@@ -31,7 +49,7 @@ class Failures:
         """`failure`, and remembers an error after which the device answers no more."""
         found = failure(what, error)
         code = _CUDA_CODE.search(str(error))
-        if isinstance(found, BackendError) and code is not None and int(code[1]) in DEAD:
+        if isinstance(found, BackendError) and code is not None and int(code[1]) in DEAD.values():
             self.dead = f"CUDA error {code[1]}"
             return BackendError(f"{found}: the device answers no more, start the process again")
         return found

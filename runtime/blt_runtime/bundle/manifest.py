@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .. import reading
 from ..errors import BundleError, ConfigError, ManifestError, VersionError, shown
-from ..records import from_dict, to_dict
+from ..records import FORMER, from_dict, to_dict
 from .spec import ModelSpec
 
 FORMAT = "blt-bundle"
@@ -42,16 +42,25 @@ class FileRef:
     file: str
 
 
+Measure = Literal["largest", "rms", "block", "step"]
+
+
 @dataclass(frozen=True)
 class Parity:
-    """One line of the parity table that the export printed. In float32 the error is the largest one. For a quantised
-    graph's outputs it is the relative root mean square, and for its weights the worst block's error. `positions`:
-    positions compared (for weights: blocks)."""
+    """One line of the parity table that an export or a build printed. `positions`: compared (for weights: blocks).
+
+    measure: what `error` is. "largest": the largest difference, relative to the largest number of its vector (of
+    batched graphs: of all), at least 1. "rms": the root mean square of the differences, relative to that of the
+    reference. "block": of quantised weights, the root mean square of the worst block, relative to its largest weight.
+    "step": of hash tables in 8 bits, the largest difference in half steps of their rows. None in files of earlier
+    versions, which do not say it.
+    """
 
     output: str
-    max_abs_error: float
+    error: float = field(metadata={FORMER: "max_abs_error"})
     tolerance: float
     positions: int
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)

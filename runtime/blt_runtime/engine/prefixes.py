@@ -15,7 +15,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from ..ids import Ids
+from ..ids import Ids, shared_length
 from .snapshot import Snapshot
 
 LEAST = 64
@@ -53,7 +53,7 @@ class PrefixCache:
     def places(self, ids_N: Ids, start: int, group: Hashable) -> list[int]:
         """Lengths of beginnings of ids [N], longer than `start`, that are worth a snapshot; ascending. The prompt is
         remembered."""
-        shared = [_shared(ids_N, _unpacked(packed)) for other, packed in self._prompts if other == group]
+        shared = [shared_length(ids_N, _unpacked(packed)) for other, packed in self._prompts if other == group]
         key = (group, _packed(ids_N))
         self._prompts[key] = None
         self._prompts.move_to_end(key)
@@ -81,10 +81,3 @@ def _packed(ids_N: Ids) -> bytes:
 
 def _unpacked(packed: bytes) -> Ids:
     return np.frombuffer(packed, dtype="<u2").astype(np.int64)
-
-
-def _shared(a_N: Ids, b_M: Ids) -> int:
-    """The length of the common beginning."""
-    size = min(len(a_N), len(b_M))
-    differ = np.flatnonzero(a_N[:size] != b_M[:size])
-    return int(differ[0]) if len(differ) else size

@@ -60,7 +60,7 @@ def test_the_tolerance_follows_the_models_own_noise(
     with caplog.at_level(logging.WARNING, "blt_export"):
         report = pipeline.run(prepared(captured, 3.0, flavour), tmp_path / "b")
     row = next(row for row in report.parity if row.output == "encoder.byte_states")
-    assert errors.TOLERANCE["fp32"] < row.max_abs_error <= row.tolerance < parity.NOISES * parity.LARGEST_NOISE
+    assert errors.TOLERANCE["fp32"] < row.error <= row.tolerance < parity.NOISES * parity.LARGEST_NOISE
     assert "encoder.byte_states differs by" in caplog.text
     assert "this model's own float32 noise is" in caplog.text
     assert next(row for row in report.parity if row.output == "decoder.logits").tolerance == errors.TOLERANCE["fp32"]
@@ -126,7 +126,7 @@ def test_batched_graphs_follow_the_noise_of_single_streams(
     bundle = Bundle.open(tmp_path / "b")
     monkeypatch.setattr(batched, "TOLERANCE", {"fp32": 1e-12})
     (row,) = batched.check(bundle)
-    assert 1e-12 < row.max_abs_error <= row.tolerance < 1e-3
+    assert 1e-12 < row.error <= row.tolerance < 1e-3
     rows = batched._rows
     monkeypatch.setattr(batched, "_rows", lambda *given: (rows(*given)[0] * np.float32(1.01), None))
     with pytest.raises(CheckFailed, match=r"differs from single streams .*the graph is wrong"):

@@ -73,6 +73,19 @@ def test_engines_survive_the_disk(folder: Path) -> None:
     assert len(tables) == 100
 
 
+def test_the_former_name_of_errors_is_read(folder: Path) -> None:
+    """Files of earlier versions do not say how they are measured."""
+    wanted = Engines.open(folder).file.parity
+    path = folder / "engines.json"
+    data = json.loads(path.read_text())
+    (row,) = data["parity"]
+    row["max_abs_error"] = row.pop("error")
+    del row["measure"]
+    path.write_text(json.dumps(data))
+    assert Engines.read(folder).file.parity == wanted
+    assert wanted[0].measure is None
+
+
 def test_engines_are_no_bundle(folder: Path, tmp_path: Path) -> None:
     assert is_engines(folder)
     assert not is_bundle(folder)
