@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
+from torch.onnx._internal.exporter import _registration
 
 from blt_export import steps
 from blt_export.capture import trace, translate
@@ -37,3 +39,18 @@ def test_an_operator_without_translation_is_decomposed(
         model = trace.capture(state.modules["entropy"], state.spec.graphs["entropy"])
     assert "decomposing first" in caplog.text
     assert op_counts(model)["blt.CachedAttention"] == 2
+
+
+def test_the_exporters_translations_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, reads = _registration.onnxscript_apis, []
+    read = library.get_torchlib_ops
+
+    def counted() -> list[Any]:
+        reads.append(read())
+        return reads[-1]
+
+    monkeypatch.setattr(library, "get_torchlib_ops", counted)
+    counts = [op_counts(trace.capture(Attend(WINDOW, 8), RING)) for _ in range(2)]
+    assert len(reads) == 1
+    assert counts[0] == counts[1]
+    assert library.get_torchlib_ops is counted

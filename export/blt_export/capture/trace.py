@@ -10,11 +10,16 @@ import contextlib
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+from unittest import mock
 
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch._dynamo import config as _dynamo
+from torch.onnx._internal.exporter import _registration
 
 from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 
@@ -31,12 +36,13 @@ _EXAMPLE = {"B": 2, "S": 5, "P": 3, "L": 4, "N": 7, "R": 6}  # all different: th
 def capture(module: nn.Module, spec: GraphSpec) -> ir.Model:
     """The graph of `module.forward(*inputs, *caches)`, inputs and outputs in the order of `spec`.
 
+    Tracing keeps no cache of symbolic results: two of three look-ups miss, and the cache costs a quarter of the time.
     Raises the errors of torch.export, for example if the module branches on a tensor's value.
     """
     sizes = {letter: torch.export.Dim(letter) for letter in _letters(spec.inputs)}
     arguments = tuple(_example(t) for t in spec.inputs)
     shapes = tuple(_dynamic(t, sizes) for t in spec.inputs)
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _dynamo.patch(fake_tensor_cache_enabled=False):
         program = torch.export.export(_Flat(module).eval(), (arguments,), dynamic_shapes=(shapes,), strict=False)
         model = _to_onnx(program)
     for name in list(model.graph.initializers):
@@ -61,18 +67,34 @@ def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _export(program: torch.export.ExportedProgram) -> ir.Model:
-    result = torch.onnx.export(
-        program,
-        (),
-        dynamo=True,
-        opset_version=OPSET,
-        verbose=False,
-        optimize=False,
-        custom_translation_table=translation_table(),
-    )
+    with _translations_read_once():
+        result = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            optimize=False,
+            custom_translation_table=translation_table(),
+        )
     assert result is not None
     model: ir.Model = result.model
     return model
+
+
+def _translations_read_once() -> contextlib.AbstractContextManager[object]:
+    """Each export parses the sources of onnxscript's 500 translations, half of the time of a capture. Here a process
+    parses them once. A torch that reads them elsewhere is only slower."""
+    library = getattr(_registration, "onnxscript_apis", None)
+    read = getattr(library, "get_torchlib_ops", None)
+    if read is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(library, "get_torchlib_ops", partial(_read, read))
+
+
+@cache
+def _read(translations: Callable[[], list[Any]]) -> list[Any]:
+    return translations()
 
 
 def _rename(graph: ir.Graph, old: str, new: str) -> None:
