@@ -42,7 +42,8 @@ def test_an_operator_without_translation_is_decomposed(
 
 
 def test_the_exporters_translations_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    library, reads = _registration.onnxscript_apis, []
+    library: Any = vars(_registration)["onnxscript_apis"]
+    reads: list[list[Any]] = []
     read = library.get_torchlib_ops
 
     def counted() -> list[Any]:
