@@ -58,6 +58,23 @@ class PatchStarts(Protocol):
         ...
 
 
+def first_bytes(documents: TokenSource, members: Int, n_bytes: int) -> tuple[Int, int | None]:
+    """The first `n_bytes` bytes of these documents in their order, prompts not counted: the documents that hold them,
+    and the number of tokens that count in the last one (None: all of it, EOS included).
+
+    A token that crosses the limit counts.
+    """
+    left, table = n_bytes, documents.token_bytes
+    for i, document in enumerate(members.tolist()):
+        ids = documents.ids(document)[1 + int(documents.prompt_lengths[document]) : -1]
+        ends = np.arange(1, len(ids) + 1) if table is None else np.cumsum(table[ids])
+        if len(ids) and ends[-1] >= left:
+            tokens = int(np.searchsorted(ends, left)) + 1
+            return members[: i + 1], None if tokens == len(ids) else tokens
+        left -= int(ends[-1]) if len(ids) else 0
+    return members, None
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """`rows` rows of `patches` patches (None: no patches), in one of the ascending lengths `buckets`.

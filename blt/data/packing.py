@@ -62,6 +62,7 @@ class Loader:
 
     `state()` identifies the next batch exactly, and `restore` continues there. Batches are a function of the arguments
     and that state. `workers` threads prepare them ahead of the step (0: none), which changes no batch.
+    Of the last document of `subset`, only the first `last_tokens` tokens count (None: all; see `first_bytes`).
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         subset: Sequence[int] | Int | None = None,
+        last_tokens: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
         workers: int = 0,
     ):
@@ -80,6 +82,7 @@ class Loader:
             raise ConfigError("a batch shape with patches needs patch boundaries, and one without takes none")
         self.documents, self.shape, self.patch_starts = documents, shape, patch_starts
         self.seed, self.shuffle, self.block_tokens = seed, shuffle, block_tokens
+        self.last_tokens = last_tokens
         self.subset = np.arange(len(documents)) if subset is None else np.asarray(subset, np.int64)
         if not len(self.subset):
             raise InputError("no documents to train on; look at the split with `blt data info`")
@@ -188,12 +191,15 @@ class Loader:
         return [np.flatnonzero(self.patch_starts.starts(int(index))) for index in members]
 
     def _counted(self, members: Int, offsets: Int) -> NDArray[np.bool_]:
-        """The tokens whose loss counts: all but BOS and prompts."""
+        """The tokens whose loss counts: all but BOS, prompts, and what follows `last_tokens`."""
         counted = np.ones(int(offsets[-1]), np.bool_)
         counted[offsets[:-1]] = False
         prompts = self.documents.prompt_lengths[members]
         for i in np.flatnonzero(prompts):
             counted[offsets[i] + 1 : offsets[i] + 1 + prompts[i]] = False
+        if self.last_tokens is not None:
+            for i in np.flatnonzero(members == self.subset[-1]):
+                counted[offsets[i] + 1 + prompts[i] + self.last_tokens : offsets[i + 1]] = False
         return counted
 
     def _row_order(self, rows: Rows, counted: NDArray[np.bool_], seed: tuple[int, int, int]) -> Int:

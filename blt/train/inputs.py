@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from blt.data.batches import Int, TokenSource
+from blt.data.batches import Int, TokenSource, first_bytes
 from blt.data.dataset import Dataset, Documents
 from blt.data.packing import FIRST_BLOCK_TOKENS, Loader
 from blt.data.patches import PatchIndex, choose_threshold, sample_documents
@@ -124,28 +124,28 @@ class _Text:
     def _loader(self, config: RunConfig, split: str) -> Callable[[], Loader] | None:
         """Makes loaders over one split; None if it has no documents.
 
-        The validation documents are shuffled once: a run reads only the first `data.valid_bytes` of them, and shards
-        store one group after another. Validation rows then stay in that order, so that rows of any length read the
-        same bytes. Rows of whole documents are shuffled as well, because they are packed longest first.
+        Validation reads the first `data.valid_bytes` of its documents, to the byte, before they become rows: rows,
+        lengths and packing change what is padded and not what is read. The documents are shuffled first, because shards
+        store one group after another.
         """
         documents, shape = self.dataset.split(split), batch_shape(config)
         members = _members(config, documents)
         if not len(members):
             return None
-        if split == "train":
-            seed, shuffle, workers = config.run.seed, True, config.data.workers
-        else:
-            members = np.random.default_rng(VALIDATION_SEED).permutation(members)
-            seed, shuffle, workers = VALIDATION_SEED, shape.pack == "documents", 0
         source, starts = self.sources.get(split, documents), self.starts.get(split)
-        return lambda: Loader(source, shape, starts, seed=seed, shuffle=shuffle, subset=members, workers=workers)
+        if split == "train":
+            seed, workers = config.run.seed, config.data.workers
+            return lambda: Loader(source, shape, starts, seed=seed, subset=members, workers=workers)
+        members = np.random.default_rng(VALIDATION_SEED).permutation(members)
+        members, last = first_bytes(source, members, config.data.valid_bytes)
+        return lambda: Loader(source, shape, starts, shuffle=False, subset=members, last_tokens=last)
 
     def compute_entropies(self, config: BLTRun, steps: int) -> None:
         """Computes the entropies that training reads until step `steps`, that validation reads, and those of a sample.
 
         The rest of the text is computed when a longer schedule needs it.
         """
-        shape, needed = batch_shape(config), {}
+        needed = {}
         for split in self.splits:
             make = self._loader(config, split)
             if make is None:
@@ -154,7 +154,7 @@ class _Text:
                 sample = sample_documents(self.dataset.split(split), _members(config, self.dataset.split(split)))
                 needed[split] = np.union1d(make().reached(steps), sample)
             else:
-                needed[split] = make().reached(-(-config.data.valid_bytes // (shape.rows * shape.buckets[-1])))
+                needed[split] = make().subset
         _announce(self.starts, needed)
         for split, members in needed.items():
             self.starts[split].compute(members)

@@ -267,7 +267,7 @@ class Trainer:
         return {"bytes": n_bytes, "flops": FORWARD_PASSES_PER_STEP * self.flops_per_byte * n_bytes}
 
     def validate(self) -> dict[str, float]:
-        """Bits per byte on up to `data.valid_bytes` of the validation text; every target counts, EOS included."""
+        """Bits per byte of the validation loader's text; every target counts, EOS included."""
         assert self.valid is not None
         window = MetricWindow()
         # One rank keeps gradients on: the compiled step then serves training and validation without a second graph.
@@ -275,8 +275,6 @@ class Trainer:
             for batch in self.valid().one_pass():
                 nats = sum(loss().item() for loss in self._micro_batches(batch))
                 window.add(self.ranks.sum(nats)[0], batch)
-                if window.bytes >= self.config.data.valid_bytes:
-                    break
         return {"valid_bpb": window.summary()["bpb"], "valid_bytes": window.bytes}
 
     def save(self) -> None:

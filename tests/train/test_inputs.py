@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import takewhile
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +39,16 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def validation(repo: Path, data: Path, *options: str, n_bytes: int = 1 << 30) -> list[Batch]:
-    """The batches of validation that begin before `n_bytes`, as `Trainer.validate` reads them."""
-    make = prepare_inputs(load_config(repo / "configs" / "tiny-entropy.yaml", list(options)), data).loaders["valid"]
+    """The batches of a validation of `n_bytes`, as `Trainer.validate` reads them."""
+    config = load_config(repo / "configs" / "tiny-entropy.yaml", [*options, f"data.valid_bytes={n_bytes}"])
+    make = prepare_inputs(config, data).loaders["valid"]
     assert make is not None
-    seen = 0
+    return list(make().one_pass())
 
-    def more(batch: Batch) -> bool:
-        nonlocal seen
-        seen += batch.n_bytes
-        return seen - batch.n_bytes < n_bytes
 
-    return list(takewhile(more, make().one_pass()))
+def counted(batches: list[Batch]) -> list[int]:
+    """The bytes and EOS whose loss counts, sorted by value: what validation reads, in any order of rows."""
+    return sorted(int(target) for batch in batches for target in batch.targets[batch.mask])
 
 
 def documents_of(batches: list[Batch]) -> set[int]:
@@ -76,13 +75,21 @@ def test_validation_is_the_same_for_every_seed(repo: Path, grouped: Path, pack: 
     assert all((a.ids == b.ids).all() for a, b in zip(first, second, strict=True))
 
 
-def test_streams_of_other_row_lengths_validate_the_same_text(repo: Path, grouped: Path) -> None:
-    small, large = (
-        documents_of(validation(repo, grouped, "batch.rows=1", f"batch.byte_buckets=[{length}]", n_bytes=5000))
-        for length in (16, 128)
-    )
-    assert small <= large
-    assert len(large - small) <= 3
+def test_validation_reads_the_same_bytes_for_all_rows_lengths_and_packings(repo: Path, grouped: Path) -> None:
+    """What the loss counts is `data.valid_bytes` to the byte, and the same text, also if the last document is cut."""
+    documents = Dataset(grouped).split("valid")
+    shapes = list(product((1, 8, 64), ("[16]", "[20, 50, 128]"), ("stream", "documents")))
+    for n_bytes in (999, 5000):
+        texts = []
+        for rows, buckets, pack in shapes:
+            options = (f"batch.rows={rows}", f"batch.byte_buckets={buckets}", f"batch.pack={pack}")
+            batches = validation(repo, grouped, *options, n_bytes=n_bytes)
+            assert sum(batch.n_bytes for batch in batches) == n_bytes
+            texts.append(counted(batches))
+        assert all(ours == theirs for ours, theirs in pairwise(texts))
+    everything = validation(repo, grouped)
+    assert sum(batch.n_bytes for batch in everything) == documents.n_bytes
+    assert sum(batch.n_targets for batch in everything) == documents.n_bytes + len(documents)
 
 
 def test_the_same_bytes_cut_elsewhere_are_other_data(repo: Path, tmp_path: Path) -> None:
