@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from blt_runtime.backends.onnx import import_library
+from blt_runtime.backends.onnx import EXPAND, import_library
 from tests.host_device import HostDevice, HostStream
 
 MAGIC = b"FAKEPLAN"
@@ -116,6 +116,7 @@ class Engine:
         self.device, self.profiles, self.contexts = device, profiles, 0
         options = import_library().SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry(*EXPAND)
         run = import_library().InferenceSession
         self.session = run(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: _shape(value) for value in model.graph.input}

@@ -223,7 +223,7 @@ def _parity(bundle: Bundle, engines: Engines, platform: Platform, check: bool) -
         return ()
     model = Model(backend.spec, backend, bundle.hash_tables(), manifest=bundle.manifest)
     with emulate.on_cpu(bundle) as wanted:
-        rows = compare(wanted, model, bundle.manifest.precision)
+        rows = compare(wanted, model, max(bundle.manifest.arithmetic(), key=TOLERANCE.__getitem__))
     wrong = [row for row in rows if not row.error <= row.tolerance]
     if wrong:
         listed = ", ".join(f"{row.output} {row.error:.1e} (tolerance {row.tolerance:.0e})" for row in wrong)

@@ -109,7 +109,7 @@ def export(
     check: compare every graph with PyTorch. force: replace an existing bundle. progress: called with each step's name.
     table_dtype: of the hash tables: "float32", "float16", "bfloat16" or "int8" (default: as in the checkpoint).
     precision: "fp32", "fp16" or "bf16" (the last not in the flavour "ort"); or "int8" or "int4", of the matrices only
-    (not in the flavour "portable"; in the flavour "cuda" the rest is "fp16").
+    (in the flavours "cuda" and "portable" the rest is "fp16").
     precision_of: another precision for single graphs ("entropy", "encoder", "latent", "decoder").
     eval_ids: pieces of a text, ids [N] that begin with BOS; the manifest then holds the bundle's bits per byte on them.
     chat_template: Jinja source that makes a prompt of a chat's messages.

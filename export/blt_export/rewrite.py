@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,18 @@ def node_after(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     nodes = list(graph)
     at = nodes.index(node) + 1
     return nodes[at] if at < len(nodes) else None
+
+
+def lazy_initializer(
+    graph: ir.Graph, name: str, dtype: ir.DataType, sizes: Sequence[int], compute: Callable[[], Any]
+) -> ir.Value:
+    """The initializer of that name. If there is none, one is made, whose array is computed when it is read."""
+    if name not in graph.initializers:
+        shape = ir.Shape(sizes)
+        lazy = ir.LazyTensor(lambda: ir.Tensor(compute(), dtype=dtype, name=name), dtype=dtype, shape=shape, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=lazy)
+        graph.register_initializer(value)
+    return graph.initializers[name]
 
 
 class Builder:

@@ -18,7 +18,7 @@ from blt_runtime.backends.onnx import ROWS_MINIMUM, load_library
 from blt_runtime.bundle import graph_file
 from blt_runtime.bundle import manifest as manifests
 from blt_runtime.bundle.bundle import Bundle
-from blt_runtime.bundle.manifest import FileRef, Manifest
+from blt_runtime.bundle.manifest import FileRef, Manifest, around_codes
 from blt_runtime.bundle.spec import TABLES_OF_DEVICES, GraphSpec, ModelSpec, resident_spec, row_spec, table_spec
 from blt_runtime.errors import BackendError, BundleError, UsageError
 
@@ -93,9 +93,11 @@ def lower(state: ExportState) -> str:
 
 
 def join(state: ExportState) -> str:
-    """Only in graphs that are quantised next."""
+    """Only in graphs that are quantised next, for the kernels of ONNX Runtime."""
+    if state.flavour == "portable":
+        return "not in this flavour"
     packed = {name: p for name, p in state.precisions.items() if p in matrices.FORMATS}
-    blocks = {name: matrices.form_of(p, state.flavour).block for name, p in packed.items()}
+    blocks = {name: matrices.OF_FLAVOUR[state.flavour][p].block for name, p in packed.items()}
     joined = {name: join_products.run(state.graphs[name], block) for name, block in blocks.items()}
     return ", ".join(f"{name}: -{count} MatMul" for name, count in joined.items()) or "nothing is quantised"
 
@@ -107,7 +109,7 @@ def quantise(state: ExportState) -> str:
     for name, precision in wanted.items():
         outcome = state.quantised[name] = matrices.run(state.graphs[name], precision, state.flavour)
         if not outcome.packed:
-            state.precisions[name] = "fp16" if state.flavour == "cuda" else "fp32"
+            state.precisions[name] = around_codes(state.flavour)
             log.warning("nothing in the graph %s could become %s: %s", name, precision, "; ".join(outcome.kept))
     if state.precision != "fp32" and state.precision not in state.precisions.values():
         reasons = dict.fromkeys(

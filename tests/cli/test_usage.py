@@ -85,7 +85,6 @@ WRONG = [
     (["export", "{model}", "-o", "{tmp}/b", "--precision", "int3"], 2, "fp32, fp16, bf16, int8, int4"),
     (["export", "{model}", "-o", "{tmp}/b", "--precision-of", "int8"], 2, "GRAPH=PRECISION"),
     (["export", "{model}", "-o", "{tmp}/b", "--precision-of", "latnet=int8"], 2, "did you mean 'latent'"),
-    (["export", "{model}", "-o", "{tmp}/b", "--flavour", "portable", "--precision", "int8"], 2, "flavour ort"),
     (["export", "{model}", "-o", "{tmp}/b", "--eval-data", "{empty}"], 2, "blt data prepare"),
     (["export", "{model}", "-o", "{tmp}/b", "--eval-data", "{text}", "--capacity", "2"], 2, "at least 3"),
     (["inspect", "{garbage}"], 1, "checkpoint"),

@@ -37,18 +37,20 @@ def test_portable_graphs_compile(bundle_of: BundleOf, variant: str, graph: str) 
     assert compiled.plan_bytes > 0
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16"])
-def half(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+@pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4"])
+def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     state = prepare("cross_windows_own_heads_newlines", "portable", precision=request.param, check=False)
-    return pipeline.run(state, tmp_path_factory.mktemp("half") / "b")
+    return pipeline.run(state, tmp_path_factory.mktemp("narrow") / "b")
 
 
 @needs_tensorrt
 @pytest.mark.parametrize("graph", ["entropy", "encoder", "latent", "decoder"])
 @pytest.mark.parametrize("form", ["plain", "resident"])
-def test_portable_graphs_of_half_precision_compile(half: ExportReport, form: str, graph: str, tmp_path: Path) -> None:
+def test_portable_graphs_of_lower_precision_compile(
+    narrow: ExportReport, form: str, graph: str, tmp_path: Path
+) -> None:
     """Plain, and with byte states and patch vectors in memory of the graphs."""
-    path, spec = half.path / f"{graph}.onnx", half.manifest.spec
+    path, spec = narrow.path / f"{graph}.onnx", narrow.manifest.spec
     if form == "resident":
         spec = resident_spec(spec, cached=True)
         path = write_graph(keep_states.run(ir.load(path), spec.graphs[graph]), tmp_path, graph)

@@ -91,8 +91,10 @@ def test_engines_generate_the_ids_of_the_bundle(bundle: Bundle, tmp_path: Path) 
     assert list(found.generate_ids(40, temperature=0.0, stop_at_eos=False, speculate="lookup", draft=32)) == made
 
 
-def test_float16_is_compared_with_itself_on_the_cpu(tmp_path: Path) -> None:
-    report = build_engines(exported(tmp_path, "fp16"), tmp_path / "engines", platform())
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_float16_is_compared_with_itself_on_the_cpu(tmp_path: Path, precision: str) -> None:
+    """With the same codes of matrices."""
+    report = build_engines(exported(tmp_path, precision), tmp_path / "engines", platform())
     assert [row.tolerance for row in report.file.parity] == [5e-3] * 3
 
 
@@ -405,7 +407,7 @@ def _takes(profile: Profile, patches: int, length: int) -> bool:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 def test_tensorrt_builds_all_graphs_with_these_profiles(tmp_path: Path, precision: str) -> None:
     """The real builder, which needs no GPU."""
     import tensorrt_rtx

@@ -53,7 +53,7 @@ def export(
         str,
         typer.Option(
             help="fp32; fp16, or bf16 for GPUs; or int8 or int4, of the weight matrices only: the rest is then fp32 in "
-            "ort, fp16 in cuda (portable has neither)."
+            "ort, fp16 in cuda and portable."
         ),
     ] = "fp32",
     precision_of: Annotated[

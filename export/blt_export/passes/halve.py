@@ -27,7 +27,7 @@ import onnx_ir as ir
 from blt_runtime.bundle.spec import GraphSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import UsageError
 
-from ..rewrite import Builder, integer, node_after, required
+from ..rewrite import Builder, integer, lazy_initializer, node_after, required
 
 HALVES = {"fp16": ("float16", ir.DataType.FLOAT16), "bf16": ("bfloat16", ir.DataType.BFLOAT16)}
 """Precision: the type's name in a specification, and in ONNX."""
@@ -131,15 +131,8 @@ class _Halving:
     def _half_constant(self, value: ir.Value) -> ir.Value:
         tensor, name, half = value.const_value, f"{value.name}.half", self._half
         assert tensor is not None
-        numpy_type = half.numpy()
-        lazy = ir.LazyTensor(
-            lambda: ir.Tensor(tensor.numpy().astype(numpy_type), dtype=half, name=name),
-            dtype=half,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-        )
-        made = ir.Value(name=name, type=ir.TensorType(half), shape=ir.Shape(tensor.shape.numpy()), const_value=lazy)
-        self._graph.register_initializer(made)
+        shape = tensor.shape.numpy()
+        made = lazy_initializer(self._graph, name, half, shape, lambda: tensor.numpy().astype(half.numpy()))
         self._kinds[made] = "half"
         return made
 

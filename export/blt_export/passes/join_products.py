@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..rewrite import Builder, nodes, replace, required, static
+from ..rewrite import Builder, lazy_initializer, nodes, replace, required, static
 from ..rules import Skipped
 
 
@@ -69,13 +69,7 @@ def _join(graph: ir.Graph, x: ir.Value, products: list[ir.Node]) -> None:
 
 def _joined(graph: ir.Graph, weights: list[ir.Value], sizes: list[int]) -> ir.Value:
     tensors = [weight.const_value for weight in weights if weight.const_value is not None]
-    name, dtype, shape = "+".join(str(weight.name) for weight in weights), tensors[0].dtype, ir.Shape(sizes)
-    if name not in graph.initializers:
-
-        def compute() -> ir.TensorProtocol:
-            return ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors], 1), name=name)
-
-        lazy = ir.LazyTensor(compute, dtype=dtype, shape=shape, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=lazy)
-        graph.register_initializer(value)
-    return graph.initializers[name]
+    name = "+".join(str(weight.name) for weight in weights)
+    return lazy_initializer(
+        graph, name, tensors[0].dtype, sizes, lambda: np.concatenate([tensor.numpy() for tensor in tensors], 1)
+    )

@@ -1,5 +1,7 @@
 """Weights of 8 or 4 bits in blocks, packed as ONNX Runtime's `com.microsoft::MatMulNBits` reads them.
 
+`signed` gives the same codes around zero, for ONNX's `DequantizeLinear`.
+
 A row of a weight (all inputs of one output) is cut into blocks; each block has a float32 scale and a zero point:
 weight = (code - zero) * scale. Codes are unsigned; without stored zero points the zero is 2^(bits-1). Two 4-bit codes
 share a byte, the first in the low half; so do two zero points of one row.
@@ -12,7 +14,7 @@ Letters: N outputs, K inputs, J blocks of a row, S weights of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+WHOLE_ROW = 0
+"""Block of a format whose scale is that of all inputs of an output."""
 _AT_ONCE = 1 << 20
 """Weights that are rounded in one numpy call, so that temporary arrays stay small."""
 
@@ -28,10 +32,12 @@ _AT_ONCE = 1 << 20
 class Format:
     """How a weight is packed.
 
-    bits: 8 or 4. block: weights that share a scale, a power of two from 16. zero_points: stored, one a block.
+    bits: 8 or 4. block: weights that share a scale, a power of two from 16, or WHOLE_ROW. zero_points: stored, one a
+    block.
     shrink: factors of the scale to try; the one with the least squared error is kept. A smaller scale clips the largest
     weights and rounds the others finer.
     half_scales: each scale is a float16 number, and the codes are those of that number.
+    positive: scales are above zero, as TensorRT demands at 8 bits. A block's largest weight then has the largest code.
     """
 
     bits: int
@@ -39,6 +45,13 @@ class Format:
     zero_points: bool = False
     shrink: tuple[float, ...] = ()
     half_scales: bool = False
+    positive: bool = False
+
+    def of_rows(self, k: int) -> Format:
+        """The format for rows of k weights, with a block that is a number. Raises ValueError if none fits."""
+        if k % (self.block or k):
+            raise ValueError(f"{k} inputs are no multiple of {self.block}")
+        return replace(self, block=self.block or k)
 
     @property
     def middle(self) -> int:
@@ -56,11 +69,19 @@ class Format:
 
         A shrunk scale is used only where it is better, so the bound is that of the whole range. With zero points it is
         half a step of a range that is at most twice the largest weight. Without, it is a whole step, the largest weight
-        over 2^(bits-1), because the opposite of the largest weight has no exact code. A thousandth is added for the
-        roundings of float32, and for a scale of float16 its rounding.
+        over 2^(bits-1), because the opposite of the largest weight has no exact code; of positive scales it is half a
+        step. A thousandth is added for the roundings of float32, and for a scale of float16 its rounding.
         """
         steps = (1 << self.bits) - 1 if self.zero_points else self.middle
+        if self.positive:
+            steps = 2 * (self.middle - 1)
         return 1.001 / steps + (2.0**-11 if self.half_scales else 0.0)
+
+    @property
+    def smallest(self) -> float:
+        """The largest weight of a block below which its float16 scale is subnormal, so that its rounding has no bound
+        relative to it."""
+        return 2.0**-14 * self.middle if self.half_scales else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,10 +111,24 @@ def dequantise(blocks: Blocks, form: Format) -> Floats:
     return w_NJS.reshape(n, j * form.block)
 
 
-def block_error(got_NK: Floats, want_NK: Floats, block: int) -> float:
-    """The largest root mean square error of any block, relative to its largest |want| (of zeros: absolute)."""
-    got_NJS, want_NJS = (w.reshape(len(w), -1, block) for w in (got_NK, want_NK))
-    largest_NJ = np.abs(want_NJS).max(-1)
+def signed(blocks: Blocks, form: Format) -> npt.NDArray[np.int8]:
+    """The codes [N, K] around zero, of a format without zero points."""
+    codes_NJS = _unpack(blocks.codes, form.bits).astype(np.int16) - form.middle
+    return codes_NJS.astype(np.int8).reshape(len(codes_NJS), -1)
+
+
+def from_signed(codes_NK: npt.NDArray[np.int8], scales_NJ: Floats, form: Format) -> Blocks:
+    """The inverse of `signed`."""
+    n, j = scales_NJ.shape
+    codes_NJS = (codes_NK.astype(np.int16) + form.middle).astype(np.uint8).reshape(n, j, form.block)
+    return Blocks(_pack(codes_NJS, form.bits), scales_NJ, None)
+
+
+def block_error(got_NK: Floats, want_NK: Floats, form: Format) -> float:
+    """The largest root mean square error of any block, relative to its largest |want|, or to `form.smallest` if that is
+    larger (of zeros: absolute)."""
+    got_NJS, want_NJS = (w.reshape(len(w), -1, form.block) for w in (got_NK, want_NK))
+    largest_NJ = np.maximum(np.abs(want_NJS).max(-1), form.smallest)
     error_NJ = np.sqrt(np.square(got_NJS - want_NJS).mean(-1)) / np.where(largest_NJ > 0, largest_NJ, 1)
     return float(error_NJ.max(initial=0.0)) if np.isfinite(error_NJ).all() else float("inf")
 
@@ -121,15 +156,19 @@ def _fit(w_NJS: Floats, form: Format) -> tuple[Floats, Floats]:
     """Scale and zero point [N, J] of each block.
 
     With zero points, the codes span the block's range and zero, which stays exact. Without, the largest weight gets the
-    code 0 and the scale has its sign: below the middle there is one code more than above.
+    code 0 and the scale has its sign: below the middle there is one code more than above. A positive scale gives it the
+    code 1 or the last one.
     """
     if form.zero_points:
         low_NJ, high_NJ = np.minimum(w_NJS.min(-1), 0), np.maximum(w_NJS.max(-1), 0)
         scale_NJ = (high_NJ - low_NJ) / np.float32((1 << form.bits) - 1)
         return scale_NJ, np.rint(-low_NJ / _nonzero(scale_NJ))
+    zero_NJ = np.full(w_NJS.shape[:2], form.middle, np.float32)
+    if form.positive:
+        return np.abs(w_NJS).max(-1) / np.float32(form.middle - 1), zero_NJ
     at_NJ1 = np.abs(w_NJS).argmax(-1)[..., None]
     scale_NJ = np.take_along_axis(w_NJS, at_NJ1, -1)[..., 0] / np.float32(-form.middle)
-    return scale_NJ, np.full(scale_NJ.shape, form.middle, np.float32)
+    return scale_NJ, zero_NJ
 
 
 def _shrunk(w_NJS: Floats, scale_NJ: Floats, zero_NJ: Floats, form: Format) -> Floats:
@@ -156,7 +195,8 @@ def _round(w_NJS: Floats, scale_NJ: Floats, zero_NJ: Floats, form: Format) -> Fl
 def _stored(scale_NJ: Floats, form: Format) -> Floats:
     """The scales as they are stored."""
     with np.errstate(over="ignore"):
-        return scale_NJ.astype(np.float16).astype(np.float32) if form.half_scales else scale_NJ
+        stored_NJ = scale_NJ.astype(np.float16).astype(np.float32) if form.half_scales else scale_NJ
+    return _nonzero(stored_NJ) if form.positive else stored_NJ
 
 
 def _nonzero(scale_NJ: Floats) -> Floats:

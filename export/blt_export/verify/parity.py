@@ -46,7 +46,7 @@ from torch import nn
 
 from blt.checkpoint.models import Checkpoint
 from blt.model.layers import RotaryTable
-from blt_runtime.backends.onnx import load_library
+from blt_runtime.backends.onnx import EXPAND, load_library
 from blt_runtime.bundle.manifest import Measure, Parity
 from blt_runtime.bundle.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import CheckFailed
@@ -280,6 +280,7 @@ class GraphRun:
         weights = path.with_suffix(".weights")
         if weights.exists() and weights.stat().st_size > PREPACK_UP_TO and not quantised:  # see `matrices`
             options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry(*EXPAND)
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._graph = graph
         cached = set(graph.aliases.values())

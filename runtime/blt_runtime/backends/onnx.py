@@ -50,6 +50,9 @@ from .providers import (
 log = logging.getLogger("blt_runtime")
 BLOCK = 1 << 14
 """Bytes of the blocks that buffers of decode steps are parts of, on CUDA. A call copies them whole."""
+EXPAND = ("session.disable_quant_qdq", "1")
+"""Option of sessions on the CPU: the DequantizeLinear of the flavour portable are computed once, when a session opens.
+Products then have the numerics of GPUs. By default ONNX Runtime would round their left sides to 8 bits."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -173,6 +176,8 @@ class OnnxBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+        if self._provider.device is None:
+            options.add_session_config_entry(*EXPAND)
         return options
 
     def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:

@@ -56,8 +56,8 @@ PROVIDERS = {
         "enable_cuda_graph",
     ),
     "tensorrt": Provider(
-        "tensorrt", "TensorrtExecutionProvider", "cuda", ("portable",), ("bf16", "fp16", "fp32"), "ort-trt",
-        (_CUDA, _TENSORRT),
+        "tensorrt", "TensorrtExecutionProvider", "cuda", ("portable",), ("bf16", "fp16", "fp32", "int8", "int4"),
+        "ort-trt", (_CUDA, _TENSORRT),
     ),
     "webgpu": Provider(
         "webgpu", "WebGpuExecutionProvider", "gpu", ("cuda",), ("fp32", "fp16"), "webgpu", (), "enableGraphCapture",

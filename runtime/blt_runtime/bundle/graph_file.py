@@ -30,6 +30,8 @@ ORT = frozenset(("GatherND", "Split"))
 """Further operators of ONNX in the flavour ort: batched graphs scatter and gather; joined products are split."""
 CUDA = frozenset(("GatherND", "Log", "ScatterND", "Split"))
 """Further operators of ONNX in the flavour cuda."""
+DEQUANTISE = "DequantizeLinear"
+"""A further operator of ONNX in the flavour portable: in 8 and 4 bits, matrices are dequantised before a MatMul."""
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators, in the flavours ort and cuda: GroupQueryAttention; in 8 and 4 bits,
 MatMulNBits; in cuda MultiHeadAttention."""
@@ -43,8 +45,9 @@ LARGEST_INTEGER = 1 << 24
 MOST_FIELDS = 400_000
 """Most fields of an .onnx file; a graph of 400 nodes has 20,000."""
 _UNLIMITED = ((1 << 63) - 1, -(1 << 63))  # the ends of a Slice or Shape that has none
-_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2}
-"""Of float32, uint8, int8, int32, int64, bool, float16, bfloat16."""
+_INT8, _INT4 = 3, 22
+_ITEM_BITS = {1: 32, 2: 8, _INT8: 8, 6: 32, 7: 64, 9: 8, 10: 16, 16: 16, _INT4: 4}
+"""Of float32, uint8, int8, int32, int64, bool, float16, bfloat16, int4. Two numbers of 4 bits share a byte."""
 _INTEGERS = {6: "<i", 7: "<q"}
 _DIMENSIONS = 8
 
@@ -72,7 +75,7 @@ _UNWRITTEN = {  # fields of ONNX that a message above lacks, by their names in a
 def operators(flavour: str, quantised: bool) -> frozenset[tuple[str, str]]:
     """(domain, name) of every operator that `blt export` writes for a flavour."""
     if flavour == "portable":
-        return frozenset(("", name) for name in STANDARD)
+        return frozenset(("", name) for name in (*STANDARD, *([DEQUANTISE] if quantised else [])))
     contrib = ["GroupQueryAttention", *(["MultiHeadAttention"] if flavour == "cuda" else [])]
     if quantised:
         contrib.append("MatMulNBits")
@@ -154,6 +157,8 @@ class _Check:
             _check_range(inputs)
         elif name == "MatMulNBits":
             _check_blocks(inputs, attributes)
+        elif name == DEQUANTISE:
+            _check_matrix(inputs, attributes)
 
     def _attribute(self, message: bytes) -> tuple[str, int | None]:
         """The name, and the value if it is one integer."""
@@ -165,12 +170,12 @@ class _Check:
     def _initializer(self, message: bytes) -> tuple[str, _Tensor]:
         found = self._read("an initializer", message, _TENSOR)
         name, dtype = _text(_last(found[8])), _number(found[2])
-        if dtype not in _ITEM_BYTES:
+        if dtype not in _ITEM_BITS:
             raise _Foreign(f"{_shown(name)} has the type {dtype}")
         shape = tuple(signed(size) for size in found[1] if isinstance(size, int))
         if len(shape) > _DIMENSIONS or min(shape, default=0) < 0:
             raise Malformed(f"{_shown(name)} has an impossible shape")
-        size = math.prod(shape) * _ITEM_BYTES[dtype]
+        size = -(-math.prod(shape) * _ITEM_BITS[dtype] // 8)
         if _number(found[14]):
             self._external(name, size, _messages(found[13]))
             if found[9]:
@@ -252,6 +257,20 @@ def _check_blocks(inputs: list[_Tensor | None], attributes: Mapping[str, int | N
     for tensor, size in ((inputs[1], n * blocks * (block * bits // 8)), (inputs[2], n * blocks)):
         if tensor is None or math.prod(tensor.shape) != size:
             raise Malformed("a quantised product has a matrix of another size")
+
+
+def _check_matrix(inputs: list[_Tensor | None], attributes: Mapping[str, int | None]) -> None:
+    """The codes [K, N] are int8 with scales [N] on axis 1, or int4 with scales [K / block, N] on axis 0."""
+    codes, scales = (*inputs, None, None)[:2]
+    if len(inputs) != 2 or codes is None or scales is None or len(codes.shape) != 2:
+        raise Malformed("a quantised matrix lacks its codes or scales")
+    (k, n), axis, block = codes.shape, attributes.get("axis"), attributes.get("block_size") or 0
+    if codes.dtype == _INT8:
+        fits = axis == 1 and block == 0 and scales.shape == (n,)
+    else:
+        fits = codes.dtype == _INT4 and axis == 0 and block > 0 and scales.shape == (k // block, n) and k % block == 0
+    if not fits:
+        raise Malformed("a quantised matrix has scales of another size")
 
 
 def _messages(values: list[int | bytes]) -> list[bytes]:

@@ -23,8 +23,13 @@ VERSION = 4
 3: added batched graphs, and hash tables of 8 bits. 4: added resident graphs, and half precision."""
 FILE_NAME = "manifest.json"
 QUANTISED = ("int8", "int4")
-"""Precisions of matrices only; the rest is float32."""
+"""Precisions of matrices only; the rest is `around_codes(flavour)`."""
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTISED)
+
+
+def around_codes(flavour: str) -> str:
+    """The precision of what is not packed in a graph of 8 or 4 bits: float16 in the flavours for GPUs."""
+    return "fp32" if flavour == "ort" else "fp16"
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class Manifest:
     def precision_of(self, graph: str) -> str:
         """The precision of a graph, one of PRECISIONS."""
         return self.precisions.get(graph, self.precision)
+
+    def arithmetic(self) -> set[str]:
+        """The precisions in which the graphs compute: those of their activations."""
+        precisions = set(map(self.precision_of, self.graphs))
+        return {around_codes(self.flavour) if p in QUANTISED else p for p in precisions}
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **to_dict(self)}

@@ -9,13 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
-from blt_export.quantize.blockwise import Blocks, Format, block_error, dequantise, quantise
+from blt_export.quantize.blockwise import (
+    WHOLE_ROW,
+    Blocks,
+    Format,
+    block_error,
+    dequantise,
+    from_signed,
+    quantise,
+    signed,
+)
 
 FORMATS = (Format(8, 128), Format(8, 32, zero_points=True), Format(4, 32), Format(4, 32, True), Format(4, 16, True))
 SHRUNK = Format(4, 32, shrink=(0.9, 0.8))
 HALF = (Format(8, 32, half_scales=True), Format(4, 32, shrink=(0.9, 0.8), half_scales=True))
 N, K = 9, 384
+STANDARD = (
+    Format(8, WHOLE_ROW, half_scales=True, positive=True).of_rows(K),
+    HALF[1],
+    replace(HALF[1], positive=True),
+)
 
 
 def weight(seed: int = 0) -> np.ndarray:
@@ -28,9 +43,9 @@ def weight(seed: int = 0) -> np.ndarray:
     return w_NK
 
 
-@pytest.mark.parametrize("form", [*FORMATS, SHRUNK, *HALF])
+@pytest.mark.parametrize("form", [*FORMATS, SHRUNK, *HALF, *STANDARD])
 def test_rounding_stays_within_its_bound(form: Format) -> None:
-    error = block_error(dequantise(quantise(weight(), form), form), weight(), form.block)
+    error = block_error(dequantise(quantise(weight(), form), form), weight(), form)
     assert 0 < error <= form.largest_error
 
 
@@ -38,6 +53,36 @@ def test_rounding_stays_within_its_bound(form: Format) -> None:
 def test_scales_can_be_float16(form: Format) -> None:
     scales = quantise(weight(), form).scales
     np.testing.assert_array_equal(scales, scales.astype(np.float16))
+
+
+@pytest.mark.parametrize("form", STANDARD)
+def test_dequantise_reads_what_the_standard_operator_reads(form: Format) -> None:
+    """Also zeros, and weights so small that float16 has no scale for them, of which a positive one is needed."""
+    w_NK = weight()
+    w_NK[4] *= 1e-10
+    blocks = quantise(w_NK, form)
+    assert (blocks.scales > 0).all() == form.positive
+    np.testing.assert_array_equal(from_signed(signed(blocks, form), blocks.scales, form).codes, blocks.codes)
+    kind = {8: TensorProto.INT8, 4: TensorProto.INT4}[form.bits]
+    codes = helper.make_tensor("codes", kind, (K, N), signed(blocks, form).T.reshape(-1))
+    scales_JN = blocks.scales.T
+    options: dict[str, Any] = {"axis": 0, "block_size": form.block}
+    if form.bits == 8:
+        scales_JN, options = scales_JN[0], {"axis": 1}
+    scales = numpy_helper.from_array(scales_JN.astype(np.float16), "scales")
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT16, [K, N])
+    node = helper.make_node("DequantizeLinear", ["codes", "scales"], ["y"], **options)
+    graph = helper.make_graph([node], "g", [], [y], [codes, scales])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    found: Any = ReferenceEvaluator(model).run(None, {})
+    found_KN = found[0]
+    np.testing.assert_array_equal(found_KN.T, dequantise(blocks, form).astype(np.float16))
+    assert block_error(found_KN.T.astype(np.float32), w_NK, form) <= form.largest_error + 2.0**-11
+
+
+def test_a_row_that_no_block_divides_is_refused() -> None:
+    with pytest.raises(ValueError, match="48 inputs are no multiple of 32"):
+        STANDARD[1].of_rows(48)
 
 
 def test_scales_of_float16_are_rounded_before_the_codes() -> None:
@@ -124,4 +169,4 @@ def moved(blocks: Blocks) -> Blocks:
 @pytest.mark.parametrize("form", [*FORMATS, SHRUNK])
 def test_one_wrong_block_exceeds_the_bound(form: Format, fault: Callable[[Blocks], Blocks]) -> None:
     blocks = fault(quantise(weight(), form))
-    assert block_error(dequantise(blocks, form), weight(), form.block) > 1.3 * form.largest_error
+    assert block_error(dequantise(blocks, form), weight(), form) > 1.3 * form.largest_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,26 +16,31 @@ import pytest
 import blt_export
 from blt.checkpoint.models import Checkpoint
 from blt.model import HashConfig
-from blt_export import ExportReport, pipeline
+from blt_export import ExportReport, aot, pipeline
+from blt_export.graph_files import write_graph
+from blt_export.passes import halve
 from blt_export.quantize import matrices
 from blt_export.quantize.blockwise import Blocks, Format, quantise
-from blt_export.rewrite import op_counts
+from blt_export.rewrite import Builder, op_counts
+from blt_export.rewrite import replace as replace_node
 from blt_export.state import ExportState
 from blt_export.verify import errors, parity
+from blt_export.verify.parity import GraphRun
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxBackend
 from blt_runtime.bundle import graph_file
 from blt_runtime.bundle.bundle import Bundle
-from blt_runtime.bundle.spec import GraphSpec
+from blt_runtime.bundle.spec import GraphSpec, TensorSpec
 from blt_runtime.errors import CheckFailed, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule
 from tests import tiny as tinies
-from tests.export.small_graphs import has_constant_weight
+from tests.export.small_graphs import constant, finish, has_constant_weight, model_of, value, weight
 from tests.export.variants import VARIANTS, Prepare
 from tests.exports import CAPACITY, CHUNK
 
 NBITS = "com.microsoft.MatMulNBits"
+STANDARD = {"entropy": "int4", "encoder": "int4", "latent": "int4", "decoder": "int8"}
 TEXT = "A short text, scored twice: once in float32, once in the bundle.\n" * 6
 MakeQuantised = Callable[..., ExportState]
 
@@ -90,7 +96,7 @@ def test_every_matrix_of_the_chosen_graphs_becomes_codes(mixed: ExportReport) ->
         assert found
         assert not [n for n in model.graph if n.op_type == "MatMul" and has_constant_weight(n)]
         for node in found:
-            attributes = {key: value.value for key, value in node.attributes.items()}
+            attributes = {key: of.value for key, of in node.attributes.items()}
             assert (attributes["bits"], attributes["block_size"], attributes["accuracy_level"]) == (bits, block, 4)
     assert op_counts(graph(mixed, "entropy"))[NBITS] == 0
 
@@ -192,14 +198,16 @@ def _rolled(blocks: Blocks) -> Blocks:
 
 
 FAULTS = {"int8": (_scaled, _rolled), "int4": (_scaled, _swapped, _rolled)}
-CASES = [(precision, fault) for precision, faults in FAULTS.items() for fault in faults]
+REST = {"ort": "fp32", "portable": "fp16"}
+CASES = [(flavour, precision, fault) for flavour in REST for precision, faults in FAULTS.items() for fault in faults]
 
 
-@pytest.mark.parametrize(("precision", "fault"), CASES)
+@pytest.mark.parametrize(("flavour", "precision", "fault"), CASES)
 def test_one_wrong_weight_fails_parity_and_leaves_no_bundle(
     make_quantised: MakeQuantised,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    flavour: str,
     precision: str,
     fault: Callable[[Blocks], Blocks],
 ) -> None:
@@ -217,15 +225,16 @@ def test_one_wrong_weight_fails_parity_and_leaves_no_bundle(
 
     monkeypatch.setattr(matrices, "quantise", pack)
     with pytest.raises(CheckFailed, match=r"parity: decoder\.weights differs"):
-        pipeline.run(make_quantised("fp32", decoder=precision), tmp_path / "b")
+        pipeline.run(make_quantised(REST[flavour], flavour, decoder=precision), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("precision", "fault"), CASES)
+@pytest.mark.parametrize(("flavour", "precision", "fault"), CASES)
 def test_a_graph_that_reads_its_codes_in_another_way_fails(
     make_quantised: MakeQuantised,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    flavour: str,
     precision: str,
     fault: Callable[[Blocks], Blocks],
 ) -> None:
@@ -233,7 +242,7 @@ def test_a_graph_that_reads_its_codes_in_another_way_fails(
     monkeypatch.setattr(matrices, "quantise", lambda w_NK, form: fault(quantise(w_NK, form)))
     monkeypatch.setattr(parity, "read_error", lambda *_: 0.0)
     with pytest.raises(CheckFailed, match=r"parity: decoder\.logits differs"):
-        pipeline.run(make_quantised("fp32", decoder=precision), tmp_path / "b")
+        pipeline.run(make_quantised(REST[flavour], flavour, decoder=precision), tmp_path / "b")
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +259,7 @@ def test_for_devices_matrices_become_codes_and_the_rest_float16(on_devices: Expo
             assert found
             assert not [n for n in model.graph if n.op_type == "MatMul" and has_constant_weight(n)]
             for node in found:
-                attributes = {key: value.value for key, value in node.attributes.items()}
+                attributes = {key: of.value for key, of in node.attributes.items()}
                 assert (attributes["bits"], attributes["block_size"], attributes["accuracy_level"]) == (bits, 32, 0)
                 assert len(node.inputs) == 3  # no zero points
             large = [v for v in model.graph.initializers.values() if np.prod(v.shape.numpy()) > 8 and v.dtype]  # type: ignore[union-attr]
@@ -293,6 +302,91 @@ def test_for_devices_4_bits_and_bfloat16_are_evaluated_together(make_quantised: 
     assert 0 < abs(judged.bits_per_byte - judged.float_bits_per_byte) < 0.2
 
 
+@pytest.fixture(scope="module")
+def standard(make_quantised: MakeQuantised, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """The flavour portable: decoder 8 bits, the others 4 bits."""
+    return pipeline.run(make_quantised("int4", "portable", decoder="int8"), tmp_path_factory.mktemp("p") / "bundle")
+
+
+def test_in_standard_operators_stored_matrices_are_codes_and_the_rest_is_float16(standard: ExportReport) -> None:
+    for name, precision in STANDARD.items():
+        model = graph(standard, name)
+        products = [node for node in model.graph if node.op_type == "MatMul"]
+        assert not [node for node in products if has_constant_weight(node)]
+        found = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+        assert {node.outputs[0] for node in found} <= {node.inputs[1] for node in products}
+        assert found
+        for node in found:
+            codes, scales = (of.const_value for of in node.inputs if of is not None)
+            assert codes is not None and scales is not None  # noqa: PT018
+            (k, n), attributes = codes.shape.numpy(), {key: of.value for key, of in node.attributes.items()}
+            if precision == "int8":
+                assert (attributes, scales.shape.numpy()) == ({"axis": 1}, (n,))
+            else:
+                assert (attributes, scales.shape.numpy()) == ({"axis": 0, "block_size": 32}, (k // 32, n))
+            assert codes.dtype is {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}[precision]
+            assert (scales.numpy() > 0).all() or precision == "int4"
+        large = [v for v in model.graph.initializers.values() if np.prod(v.shape.numpy()) > 8 and v.dtype]  # type: ignore[union-attr]
+        narrow = {ir.DataType.INT8 if precision == "int8" else ir.DataType.INT4}
+        assert narrow < {v.dtype for v in large} <= narrow | {ir.DataType.FLOAT16, ir.DataType.INT64}
+        used = {(node.domain, node.op_type) for node in model.graph}
+        assert used <= graph_file.operators("portable", True)
+    assert standard.manifest.arithmetic() == {"fp16"}
+
+
+def test_in_standard_operators_outputs_are_within_the_tolerance_of_their_bits(standard: ExportReport) -> None:
+    rows = {row.output: row for row in standard.parity}
+    for name, precision in STANDARD.items():
+        row, form = rows[f"{name}.weights"], matrices.STANDARD_FORMATS[precision]
+        assert 0 < row.error <= row.tolerance == form.largest_error
+    assert rows["encoder.byte_states"].tolerance == errors.TOLERANCE["int4"]
+    assert rows["decoder.logits"].tolerance == errors.TOLERANCE["int8"]
+
+
+@pytest.mark.parametrize("name", ["entropy", "decoder"])
+def test_the_cpu_multiplies_by_the_exact_weights(standard: ExportReport, tmp_path: Path, name: str) -> None:
+    """The bits of a graph whose matrices are stored as float16: left sides are not rounded to 8 bits."""
+    model = graph(standard, name)
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        codes, scales = (constant(of) for of in node.inputs)
+        codes_KN = codes.astype(np.float16)
+        blocks = codes_KN.shape[0] // len(scales) if scales.ndim == 2 else 1
+        floats = codes_KN * (np.repeat(scales, blocks, 0) if scales.ndim == 2 else scales)
+        replace_node(node, [Builder(model.graph, node).const(floats, np.float16)])
+    path = write_graph(model, tmp_path, name)
+    spec, rng, found = standard.manifest.spec.graphs[name], np.random.default_rng(0), []
+    given = {}
+    for tensor in spec.inputs:
+        if tensor.name not in spec.aliases.values():
+            shape = tensor.resolve(B=1, S=5, N=9, R=9)
+            some = rng.integers(0, 4, shape) if tensor.dtype == "int64" else rng.standard_normal(shape)
+            given[tensor.name] = some.astype(tensor.dtype)
+    given |= {"positions": np.arange(5)[None], "doc_start": np.zeros((1, 5), np.int64)}
+    for file in (standard.path / f"{name}.onnx", path):
+        found.append(GraphRun(file, spec)(given))
+    for output, got in found[0].items():
+        np.testing.assert_array_equal(got, found[1][output])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+def test_in_plans_of_tensorrt_matrices_stay_packed(tmp_path: Path) -> None:
+    """One product of 1024 x 1024, since the plans of whole tiny graphs are kernels for the most part."""
+    sizes = {}
+    for precision in ("fp16", "int8", "int4"):
+        model, b = model_of([value("x", "B", 1024)])
+        w_KN = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+        y = b.op("MatMul", model.graph.inputs[0], weight(model, "w", w_KN), dtype=ir.DataType.FLOAT, shape=["B", 1024])
+        y.name = "y"
+        finish(model, y)
+        matrices.run(model, precision, "portable")
+        halve.run(model, "fp16")
+        tensors = [TensorSpec(name, "float16", ("B", 1024)) for name in "xy"]
+        spec = GraphSpec("g", tuple(tensors[:1]), tuple(tensors[1:]), {}, None)
+        sizes[precision] = aot.compile_graph(write_graph(model, tmp_path, precision), spec).plan_bytes
+    for precision, bits in {"int8": 8, "int4": 4}.items():
+        assert sizes["fp16"] - sizes[precision] > 0.8 * 1024 * 1024 * (16 - bits) / 8
+
+
 def test_matrices_that_do_not_divide_stay_float_with_a_reason(
     prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -327,5 +421,3 @@ def test_bad_precisions() -> None:
         blt_export.export(checkpoint, "unused", precision_of={"latnet": "int8"})
     with pytest.raises(UsageError, match="'entropy': this model has no such graph"):
         blt_export.export(checkpoint, "unused", precision_of={"entropy": "fp32"})
-    with pytest.raises(UsageError, match="int8 is not supported yet in the flavour portable"):
-        blt_export.export(checkpoint, "unused", flavour="portable", precision_of={"latent": "int8"})

@@ -120,6 +120,7 @@ class TestAuto:
             ("cuda", "bf16", "cuda"),
             ("portable", "bf16", "tensorrt"),
             ("portable", "fp32", "tensorrt"),
+            ("portable", "int4", "tensorrt"),
             ("ort", "int8", "cpu"),
         ],
     )

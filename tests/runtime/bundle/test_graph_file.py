@@ -101,6 +101,23 @@ def nbits(**changes: Any) -> Change:
     return change
 
 
+def dequantised(bits: int = 4, **changes: Any) -> Change:
+    """A matrix [K 64, N 3] of 4 bits in blocks of 32, or of 8 bits, with other shapes, types or attributes."""
+
+    def change(model: Any) -> None:
+        n, k = 3, 64
+        shape, options = ((n,), {"axis": 1}) if bits == 8 else ((k // 32, n), {"axis": 0, "block_size": 32})
+        kind = changes.pop("kind", {8: TensorProto.INT8, 4: TensorProto.INT4}[bits])
+        codes = TensorProto(name="q", dims=changes.pop("codes", (k, n)), data_type=kind)
+        codes.raw_data = bytes(changes.pop("bytes", k * n * bits // 8))
+        scales = numpy_helper.from_array(np.ones(changes.pop("scales", shape), np.float16), "s")
+        inputs = changes.pop("inputs", ["q", "s"])
+        model.graph.initializer.extend([codes, scales])
+        model.graph.node.append(helper.make_node("DequantizeLinear", inputs, ["more"], **{**options, **changes}))
+
+    return change
+
+
 def initializer(**changes: Any) -> Change:
     def change(model: Any) -> None:
         tensor = numpy_helper.from_array(np.zeros(4, np.float32), "t")
@@ -164,6 +181,25 @@ HOSTILE: dict[str, tuple[Change, str]] = {
 }
 
 
+HOSTILE_MATRICES: dict[str, tuple[Change, str]] = {
+    "fewer codes": (dequantised(bytes=95), "'q' has 95 bytes instead of 96"),
+    "codes for bytes": (dequantised(kind=TensorProto.INT8), "'q' has 96 bytes instead of 192"),
+    "codes of another type": (dequantised(8, kind=TensorProto.UINT8), "scales of another size"),
+    "codes of more sizes": (dequantised(codes=(8, 8, 3)), "lacks its codes or scales"),
+    "fewer scales": (dequantised(scales=(1, 3)), "scales of another size"),
+    "fewer scales of 8 bits": (dequantised(8, scales=(2,)), "scales of another size"),
+    "one scale": (dequantised(8, scales=()), "scales of another size"),
+    "another block": (dequantised(block_size=16), "scales of another size"),
+    "a block that does not divide": (dequantised(block_size=24), "scales of another size"),
+    "a negative block": (dequantised(block_size=-32), "scales of another size"),
+    "blocks of 8 bits": (dequantised(8, block_size=32), "scales of another size"),
+    "another axis": (dequantised(axis=1), "scales of another size"),
+    "codes that are computed": (dequantised(inputs=["x", "s"]), "lacks its codes or scales"),
+    "zero points": (dequantised(inputs=["q", "s", "q"]), "lacks its codes or scales"),
+    "no scales": (dequantised(inputs=["q"]), "lacks its codes or scales"),
+}
+
+
 def check(folder: Path, manifest: Manifest, content: bytes, precision: str = "int8") -> None:
     (folder / NAME).write_bytes(content)
     assert read_graph(folder, NAME, manifest, precision) == content
@@ -198,8 +234,27 @@ def test_what_no_export_writes_is_refused(tmp_path: Path, manifest: Manifest, ki
     assert message in refused(tmp_path, manifest, model.SerializeToString())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_matrices_of_the_flavour_portable_are_read(tmp_path: Path, manifest: Manifest, bits: int) -> None:
+    """At 8 and 4 bits only."""
+    model, portable = valid(), replace(manifest, flavour="portable")
+    dequantised(bits)(model)
+    check(tmp_path, portable, model.SerializeToString())
+    for other, precision in ((portable, "fp16"), (manifest, "int8")):
+        with pytest.raises(BundleError, match="operator 'DequantizeLinear'"):
+            check(tmp_path, other, model.SerializeToString(), precision)
+
+
+@pytest.mark.parametrize("kind", HOSTILE_MATRICES)
+def test_matrices_of_other_sizes_are_refused(tmp_path: Path, manifest: Manifest, kind: str) -> None:
+    change, message = HOSTILE_MATRICES[kind]
+    model = valid()
+    change(model)
+    assert message in refused(tmp_path, replace(manifest, flavour="portable"), model.SerializeToString())
+
+
 def test_operators_follow_flavour_and_precision(tmp_path: Path, manifest: Manifest) -> None:
-    assert operators("portable", True) < operators("ort", False) < operators("ort", True)
+    assert operators("portable", False) < operators("ort", False) < operators("ort", True)
     model = valid()
     nbits()(model)
     for other, precision in ((manifest, "fp32"), (replace(manifest, flavour="portable"), "int8")):
