@@ -57,14 +57,16 @@ def engines_table(file: EnginesFile) -> Table:
     table = Table(title="engines", title_justify="left", box=None, pad_edge=False)
     for name in ("graph", "size", "profiles"):
         table.add_column(name, justify="right" if name == "size" else "left")
-    for name, plan in file.plans.items():
-        table.add_row(name, amount(plan.bytes), ", ".join(map(_range_text, plan.profiles)))
-    table.add_row("total", amount(sum(plan.bytes for plan in file.plans.values())), "")
+    streams = [""] if file.rows is None else ["", f" of {file.rows.streams} streams"]
+    for suffix, plans in zip(streams, file.forms, strict=True):
+        for name, plan in plans.items():
+            table.add_row(name + suffix, amount(plan.bytes), ", ".join(map(_range_text, plan.profiles)))
+    table.add_row("total", amount(sum(plan.bytes for plans in file.forms for plan in plans.values())), "")
     return table
 
 
 def _range_text(profile: Profile) -> str:
-    """`1`, `1-16` bytes; of the latent graph patches x entries: `1 x 8`, `1-128 x 1-16`."""
+    """`1`, `1-16` bytes; of the latent graph patches x entries: `1 x 8`, `1-128 x 1-16`. Of each batched stream."""
     shapes = profile["byte_index"] if "byte_index" in profile else profile["positions"]
     least, most = shapes[0][1:], shapes[-1][1:]
     return " x ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(least, most, strict=True))

@@ -22,6 +22,7 @@ from blt_runtime.errors import BackendError, UsageError
 if TYPE_CHECKING:
     from blt.checkpoint.models import Checkpoint
     from blt_runtime import Model
+    from blt_runtime.bundle.spec import ModelSpec
 
 log = logging.getLogger("blt.cli")
 
@@ -80,17 +81,32 @@ def check_no_provider(how: ModelOptions) -> None:
 
 
 def check_batched(path: Path) -> None:
-    """Raises UsageError unless there is a bundle at `path`, BackendError unless it has batched graphs."""
+    """Raises UsageError unless there is a bundle at `path`, or engines that have batched streams; BackendError unless
+    a bundle has batched graphs."""
     if not is_bundle(path):
         raise UsageError(f"{path} is a checkpoint; batched streams need a bundle: blt export {path} -o DIR")
     from blt_runtime import Bundle
     from blt_runtime.backends.onnx import check_rows
+    from blt_runtime.bundle.engines import Engines, is_engines
 
-    check_rows(Bundle.open(path, "sizes"))
+    if is_engines(path):
+        Engines.read(path).check_rows()
+    else:
+        check_rows(Bundle.open(path, "sizes"))
+
+
+def batched_spec(path: Path, spec: ModelSpec) -> ModelSpec:
+    """The specification `spec` of the single streams at `path`, with the capacities of the batched ones: those of
+    engines have room for padding."""
+    from blt_runtime.bundle.engines import is_engines
+    from blt_runtime.engine.batch import with_padding
+
+    return with_padding(spec) if is_engines(path) else spec
 
 
 def open_batched(path: Path, threads: int | None) -> Model:
-    """The batched graphs of the bundle at `path`, for a `Scheduler`. Raises what `check_batched` raises."""
+    """The batched graphs of the bundle at `path`, or its engines for batched streams, for a `Scheduler`. Raises what
+    `check_batched` raises."""
     check_batched(path)
     from blt_runtime import Model
 

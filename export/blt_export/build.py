@@ -10,12 +10,16 @@ Profiles, which are ranges of shapes that TensorRT optimises for
 - pass: up to 16 bytes of a speculative pass.
 - prefill: up to a chunk. The latent graph's scratch memory grows with patches times entries, so it has several: the
   more entries, the fewer patches, as `engine.prefill` cuts its calls.
+- rows=N: engines of their own, of the padded graphs (`spec.padded_spec`), for N batched streams: one byte or patch of
+  every row, or PADDED ones.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
@@ -26,14 +30,27 @@ import onnx_ir as ir
 
 from blt import files
 from blt_runtime import Model
+from blt_runtime.arguments import whole
 from blt_runtime.backends.platform import Platform, open_engines
+from blt_runtime.backends.protocol import PaddedBackend
 from blt_runtime.bundle import engines as stored
 from blt_runtime.bundle.bundle import Bundle, entry_of
-from blt_runtime.bundle.engines import Engines, EnginesFile, Flags, Plan, is_engines, plan_name
+from blt_runtime.bundle.engines import Engines, EnginesFile, Flags, Plan, Rows, is_engines, plan_name
 from blt_runtime.bundle.manifest import FILE_NAME, Parity
-from blt_runtime.bundle.spec import AHEAD, DTYPE_BYTES, RESIDENT, GraphSpec, ModelSpec, resident_spec
-from blt_runtime.engine.graphs import entries
+from blt_runtime.bundle.spec import (
+    AHEAD,
+    DTYPE_BYTES,
+    PADDED,
+    RESIDENT,
+    GraphSpec,
+    ModelSpec,
+    padded_spec,
+    resident_spec,
+)
+from blt_runtime.engine.batch import Batch
+from blt_runtime.engine.graphs import SHORTEST, entries
 from blt_runtime.engine.prefill import GATHER_BYTES
+from blt_runtime.engine.rows import padded_entries, padded_limits
 from blt_runtime.errors import BackendError, CheckFailed, UsageError
 from blt_runtime.ids import EOS, encode
 from blt_runtime.patching import PatchRule
@@ -41,7 +58,7 @@ from blt_runtime.stream import Stream
 
 from .passes import keep_states
 from .tensorrt import Built, Profile, Refused, build, logger, shapes_of
-from .verify import emulate
+from .verify import emulate, rows
 from .verify.errors import MEASURES, TOLERANCE, measure_of
 from .versions import installed
 
@@ -54,11 +71,14 @@ WIDER = 8
 TEXT = "Grüße aus 東京: the quick brown fox jumps over the lazy dog; 1, 2, 3.\n"
 STEPS = 24
 """Bytes of the parity text that are read one by one."""
+PARITY_TEXTS = 4
+"""Different texts that batched streams read for parity; further rows read them again."""
+MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Report:
-    """The engines that were written, and by graph the layers and the seconds of the build."""
+    """The engines that were written, and by step of the build ("latent", "latent.rows") the layers and the seconds."""
 
     path: Path
     file: EnginesFile
@@ -80,11 +100,29 @@ def check_bundle(bundle: Bundle) -> None:
         )
 
 
+def rows_of(profiles: str) -> int | None:
+    """The number of batched streams of `step,prefill,rows=N`, in any order; None without rows. Raises UsageError."""
+    parts = ",".join(sorted(part.strip() for part in profiles.split(",")))
+    found = re.fullmatch("prefill,(?:rows=([1-9][0-9]{0,5}),)?step", parts)
+    if found is None or int(found[1] or 1) > MOST_ROWS:
+        raise UsageError(
+            f"--profiles {profiles}: give step,prefill (single streams) or step,prefill,rows=N (and N batched streams, "
+            f"1 to {MOST_ROWS})"
+        )
+    return None if found[1] is None else int(found[1])
+
+
+def check_rows(bundle: Bundle) -> None:
+    """Raises BackendError unless a stream of the bundle has room for the padding of batched streams."""
+    padded_limits(resident_spec(bundle.manifest.spec, cached=True))
+
+
 def build_engines(
     bundle: Bundle,
     out: Path,
     platform: Platform,
     *,
+    batched: int | None = None,
     flags: Flags = DEFAULTS,
     timing_cache: Path | None = None,
     check: bool = True,
@@ -93,61 +131,95 @@ def build_engines(
 ) -> Report:
     """Builds engines for all graphs of a bundle into the folder `out`, which appears complete or not at all.
 
-    timing_cache: a file with TensorRT's measurements, read if it exists and written after each graph. check: compare a
-    stream on the engines with ONNX Runtime's CPU. progress: receives the name of each step.
+    batched: also build engines for this number of batched streams (`TensorRtRows`). timing_cache: a file with
+    TensorRT's measurements, read if it exists and written after each graph. check: compare streams on the engines with
+    ONNX Runtime's CPU. progress: receives the name of each step.
 
-    Raises UsageError (flavour, `out`), BackendError (a graph is refused, an engine does not open) and CheckFailed.
+    Raises UsageError (flavour, `out`), BackendError (a graph is refused, an engine does not open, no room for padding)
+    and CheckFailed.
     """
     check_bundle(bundle)
+    if batched is not None:
+        whole("batched", batched, 1, MOST_ROWS)
+        check_rows(bundle)
     check_target(out, force)
     stored.make_key()
     spec, trt = resident_spec(bundle.manifest.spec, cached=True), platform.trt
-    plans, layers, seconds, trt_log = dict[str, Plan](), dict[str, int](), dict[str, float](), logger(trt)
-    with files.staged(out) as work:
+    layers, seconds, trt_log = dict[str, int](), dict[str, float](), logger(trt)
+
+    def build_form(folder: Path, streams: int | None = None) -> dict[str, Plan]:
+        plans = {}
         for name, graph in spec.graphs.items():
-            progress(name)
-            ranges = profiles(spec, name)
-            built = build_graph(bundle, graph, trt, trt_log, ranges, flags, timing_cache)
-            (work / plan_name(name)).write_bytes(built.plan)
-            entry = entry_of(work / plan_name(name))
-            plans[name] = Plan(plan_name(name), entry.bytes, entry.sha256, tuple(map(dict, ranges)), graph.aliases)
-            layers[name], seconds[name] = built.layers, built.seconds
+            file = plan_name(name, rows=streams is not None)
+            progress(step := file.removesuffix(".plan"))
+            ranges = profiles(spec, name, streams)
+            built = build_graph(bundle, graph, trt, trt_log, ranges, flags, timing_cache, streams=streams)
+            (folder / file).write_bytes(built.plan)
+            entry = entry_of(folder / file)
+            plans[name] = Plan(file, entry.bytes, entry.sha256, tuple(map(dict, ranges)), graph.aliases)
+            layers[step], seconds[step] = built.layers, built.seconds
             del built
+        return plans
+
+    with files.staged(out) as work:
+        plans = build_form(work)
+        for_rows = None if batched is None else Rows(batched, build_form(work, batched))
         copyfile(bundle.path / FILE_NAME, work / FILE_NAME)
         if bundle.manifest.hash_tables is not None:
             copyfile(bundle.path / bundle.manifest.hash_tables.file, work / bundle.manifest.hash_tables.file)
         digest = entry_of(work / FILE_NAME).sha256
         producer = installed("blt-lm", "blt-runtime", "onnx-ir", "onnxruntime")
-        file = EnginesFile(digest, producer, platform.machine, flags, plans)
+        file = EnginesFile(digest, producer, platform.machine, flags, plans, rows=for_rows)
         progress("parity")
         file = replace(file, parity=_parity(bundle, Engines(work, file, bundle.manifest), platform, check))
         stored.write(work, file)
     return Report(out, file, layers, seconds)
 
 
-def profiles(spec: ModelSpec, name: str) -> list[Profile]:
-    """The profiles of a resident graph, the narrowest first, since the first one that takes a call runs it."""
-    graph, chunk = one_row(spec.graphs[name]), spec.chunk
-    if name != "latent":
-        steps = [(1, 1, 1), (1, min(4, chunk), min(PASS, chunk)), (1, chunk, chunk)]
-        sizes = [[{"S": s} for s in range_] for range_ in dict.fromkeys(steps)]
-    else:
-        most = entries(longest_patch(spec.patch_rule, spec.encoder_window, spec.capacity_bytes))
-        lengths = [entries(1)]
-        while lengths[-1] < most:
-            lengths.append(2 * lengths[-1])
-        sizes = [[{"P": 1, "L": length}] * 3 for length in lengths]
-        for shorter, longest in _prefill_lengths(spec, most):
-            patches = max(min(chunk, AHEAD + 1), min(chunk, GATHER_BYTES // (_state_bytes(spec) * (shorter + 1))))
-            usual = {"P": min(patches, max(1, chunk // 4)), "L": min(longest, 8)}
-            sizes.append([{"P": 1, "L": 1}, usual, {"P": patches, "L": longest}])
+def profiles(spec: ModelSpec, name: str, streams: int | None = None) -> list[Profile]:
+    """The profiles of a resident graph, the narrowest first, since the first one that takes a call runs it. streams:
+    those of the padded graph for this number of batched streams."""
+    graph = shaped(spec.graphs[name], streams)
+    sizes = _sizes(spec, name) if streams is None else _row_sizes(spec, name, streams)
     return [shapes_of(graph, *of) for of in sizes]
 
 
-def one_row(graph: GraphSpec) -> GraphSpec:
-    """The inputs with their number of rows, 1, in place of B: fewer sizes are unknown to TensorRT."""
-    inputs = (replace(t, shape=tuple(1 if size == "B" else size for size in t.shape)) for t in graph.inputs)
-    return replace(graph, inputs=tuple(inputs))
+def _sizes(spec: ModelSpec, name: str) -> list[list[dict[str, int]]]:
+    chunk = spec.chunk
+    if name != "latent":
+        steps = [(1, 1, 1), (1, min(4, chunk), min(PASS, chunk)), (1, chunk, chunk)]
+        return [[{"S": s} for s in range_] for range_ in dict.fromkeys(steps)]
+    sizes = _patch_sizes(spec)
+    for shorter, longest in _prefill_lengths(spec, sizes[-1][-1]["L"]):
+        patches = max(min(chunk, AHEAD + 1), min(chunk, GATHER_BYTES // (_state_bytes(spec) * (shorter + 1))))
+        usual = {"P": min(patches, max(1, chunk // 4)), "L": min(longest, 8)}
+        sizes.append([{"P": 1, "L": 1}, usual, {"P": patches, "L": longest}])
+    return sizes
+
+
+def _row_sizes(spec: ModelSpec, name: str, streams: int) -> list[list[dict[str, int]]]:
+    """What `PaddedCalls` runs."""
+    if name != "latent":
+        return [[{"S": size}] * 3 for size in (1, PADDED)]
+    sizes = _patch_sizes(spec)
+    usual, most = ({"P": PADDED, "L": n} for n in (SHORTEST, padded_entries(spec.graphs[name], streams)))
+    return [*sizes, [usual, usual, {**most, "L": min(most["L"], sizes[-1][-1]["L"])}]]
+
+
+def _patch_sizes(spec: ModelSpec) -> list[list[dict[str, int]]]:
+    """One patch, in one profile for each number of entries."""
+    lengths = [SHORTEST]
+    while lengths[-1] < entries(longest_patch(spec.patch_rule, spec.encoder_window, spec.capacity_bytes)):
+        lengths.append(2 * lengths[-1])
+    return [[{"P": 1, "L": length}] * 3 for length in lengths]
+
+
+def shaped(graph: GraphSpec, streams: int | None) -> GraphSpec:
+    """The inputs of the graph that is built, with their number of rows in place of B: fewer sizes are unknown to
+    TensorRT. streams: of the padded graph for batched streams."""
+    rows, form = (1, graph) if streams is None else (streams, padded_spec(graph))
+    inputs = (replace(t, shape=tuple(rows if size == "B" else size for size in t.shape)) for t in form.inputs)
+    return replace(form, inputs=tuple(inputs))
 
 
 def _prefill_lengths(spec: ModelSpec, most: int) -> Iterator[tuple[int, int]]:
@@ -182,11 +254,15 @@ def build_graph(
     ranges: list[Profile],
     flags: Flags = DEFAULTS,
     timing_cache: Path | None = None,
+    *,
+    streams: int | None = None,
 ) -> Built:
-    """The engine of one resident graph. Raises BackendError."""
+    """The engine of one resident graph, or of its padded form for this number of batched streams. Raises
+    BackendError."""
     path = bundle.graph_file(graph.name)
-    model = keep_states.run(ir.load(path), graph)
-    for value, tensor in zip(model.graph.inputs, one_row(graph).inputs, strict=True):
+    model = keep_states.run(ir.load(path), graph if streams is None else padded_spec(graph))
+    graph = shaped(graph, streams)
+    for value, tensor in zip(model.graph.inputs, graph.inputs, strict=True):
         value.shape = ir.Shape(list(tensor.shape))
     content = ir.to_proto(model).SerializeToString()
     configs = []
@@ -218,17 +294,26 @@ def build_graph(
 
 def _parity(bundle: Bundle, engines: Engines, platform: Platform, check: bool) -> tuple[Parity, ...]:
     """Opens every engine and, if asked, compares. Raises BackendError and CheckFailed."""
-    backend = open_engines(engines, platform)
-    if not check:
-        return ()
-    model = Model(backend.spec, backend, bundle.hash_tables(), manifest=bundle.manifest)
-    with emulate.on_cpu(bundle) as wanted:
-        rows = compare(wanted, model, max(bundle.manifest.arithmetic(), key=TOLERANCE.__getitem__))
-    wrong = [row for row in rows if not row.error <= row.tolerance]
+    with emulate.on_cpu(bundle) if check else nullcontext() as reference:
+        forms = [False] if engines.file.rows is None else [False, True]
+        opened = [_opened(bundle, engines, platform, reference, batched=batched) for batched in forms]
+    found = tuple(row for rows in opened for row in rows)
+    wrong = [row for row in found if not row.error <= row.tolerance]
     if wrong:
         listed = ", ".join(f"{row.output} {row.error:.1e} (tolerance {row.tolerance:.0e})" for row in wrong)
         raise CheckFailed(f"the engines differ from ONNX Runtime's CPU: {listed}")
-    return rows
+    return found
+
+
+def _opened(
+    bundle: Bundle, engines: Engines, platform: Platform, reference: Model | None, *, batched: bool
+) -> tuple[Parity, ...]:
+    backend = open_engines(engines, platform, batched=batched)
+    if reference is None:
+        return ()
+    model = Model(backend.spec, backend, bundle.hash_tables(), manifest=bundle.manifest)
+    precision = max(bundle.manifest.arithmetic(), key=TOLERANCE.__getitem__)
+    return (compare_rows if batched else compare)(reference, model, precision)
 
 
 def compare(reference: Model, candidate: Model, precision: str) -> tuple[Parity, ...]:
@@ -240,14 +325,38 @@ def compare(reference: Model, candidate: Model, precision: str) -> tuple[Parity,
     rest = text[len(prompt) : len(prompt) + STEPS]
     wanted = reference.score(prompt)
     found = candidate.score(prompt, wanted.patch_lengths)
-    rows = [_row("prompt.logits", found.logits, wanted.logits, precision)]
+    made = [_row("prompt.logits", found.logits, wanted.logits, precision)]
     if spec.patch_rule.needs_entropy:
-        rows.append(_row("prompt.entropies", found.entropies[:, None], wanted.entropies[:, None], precision))
+        made.append(_row("prompt.entropies", found.entropies[:, None], wanted.entropies[:, None], precision))
     pairs = list(_steps(reference.stream(bos=False), candidate.stream(bos=False), prompt, rest))
     if pairs:
         got, want = (np.stack(logits) for logits in zip(*pairs, strict=True))
-        rows.append(_row("steps.logits", got, want, precision))
-    return tuple(rows)
+        made.append(_row("steps.logits", got, want, precision))
+    return tuple(made)
+
+
+def compare_rows(reference: Model, candidate: Model, precision: str) -> tuple[Parity, ...]:
+    """All rows of a batch of the candidate, which has batched streams only, against single streams of the reference on
+    the same texts."""
+    assert isinstance(candidate.backend, PaddedBackend)
+    spec, count = candidate.spec, candidate.backend.rows
+    longest = entries(longest_patch(spec.patch_rule, spec.encoder_window, spec.capacity_bytes)) // spec.encoder_window
+    rule = rows.rule(max(1, longest))
+    with_entropy = "entropy" in spec.graphs
+    batch = Batch(
+        replace(spec, patch_rule=rule), candidate.backend, candidate.hash_tables, count, with_entropy=with_entropy
+    )
+    text, which = rows.texts(batch.spec, min(count, PARITY_TEXTS)), np.arange(count) % PARITY_TEXTS
+    single = Model(replace(reference.spec, patch_rule=rule), reference.backend, reference.hash_tables)
+    scores = [single.score(ids) for ids in text]
+    found = rows.read(batch, text[which])
+    wanted = np.array([score.logits[rows.first(text.shape[1]) :] for score in scores])[which]
+    vocab = spec.vocab_size
+    made = [_row("rows.logits", found.logits.reshape(-1, vocab), wanted.reshape(-1, vocab), precision)]
+    if found.entropies is not None:
+        entropies = np.array([score.entropies for score in scores])[which]
+        made.append(_row("rows.entropies", found.entropies.reshape(-1, 1), entropies.reshape(-1, 1), precision))
+    return tuple(made)
 
 
 def _steps(reference: Stream, candidate: Stream, prompt: Any, rest: Any) -> Iterator[tuple[Any, Any]]:

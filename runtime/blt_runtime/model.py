@@ -17,6 +17,7 @@ from .bundle.engines import Engines, is_engines
 from .bundle.manifest import PRECISIONS, Manifest, check_precision
 from .bundle.open_files import OpenFiles
 from .bundle.spec import ModelSpec
+from .engine.batch import with_padding
 from .errors import OutOfMemory, UsageError, shown
 from .hashing import Tables
 from .options import GenerateKeywords, GenerateOptions, resolve
@@ -84,11 +85,11 @@ class Model:
         choose. provider: ONNX Runtime's, "cpu", "cuda", "tensorrt", "webgpu", or "auto" (see `OnnxBackend`); "cuda" and
         "webgpu" run bundles of the flavour cuda, "tensorrt" those of the flavour portable. verify: see `Bundle.open`.
         precision: the one that the bundle must have been exported at ("fp32", "fp16", "bf16", "int8", "int4"); None
-        accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no single streams. prepack:
-        see `OnnxBackend`; True pays for float32 models over 4 GB whose calls hold several tokens (`speculate`).
-        hash_tables: of a batched model, where hash embeddings are computed, "host", "device" or "auto"
-        (`OnnxRowBackend`). trust_engines: accept engines that this user has not built. many: the former name of
-        `batched`, which warns.
+        accepts any. batched: open the batched graphs, for a `Scheduler`; such a model has no single streams. Engines
+        have them after `blt build --profiles step,prefill,rows=N`. prepack: see `OnnxBackend`; True pays for float32
+        models over 4 GB whose calls hold several tokens (`speculate`). hash_tables: of a batched model, where hash
+        embeddings are computed, "host", "device" or "auto" (`OnnxRowBackend`). trust_engines: accept engines that this
+        user has not built. many: the former name of `batched`, which warns.
 
         Raises UsageError, BundleError, BackendError, OutOfMemory or MissingExtra.
         """
@@ -100,8 +101,8 @@ class Model:
         choice("hash_tables", hash_tables, TABLE_PLACES)
         try:
             if is_engines(path):
-                _check_for_engines(path, backend, provider, batched, prepack)
-                return cls._open_engines(Engines.open(path, trust=trust_engines, verify=verify), precision)
+                _check_for_engines(path, backend, provider, prepack, hash_tables)
+                return cls._open_engines(Engines.open(path, trust=trust_engines, verify=verify), precision, batched)
             bundle = Bundle.open(path, verify)
             if precision is not None:
                 check_precision(bundle.manifest, precision, str(path))
@@ -120,17 +121,20 @@ class Model:
             raise OutOfMemory(f"{reason}: export at fewer bits, or free some") from error
 
     @classmethod
-    def _open_engines(cls, engines: Engines, precision: str | None) -> Model:
+    def _open_engines(cls, engines: Engines, precision: str | None, batched: bool) -> Model:
         from .backends import platform
 
         manifest = engines.manifest
+        if batched:
+            engines.check_rows()
         if precision is not None:
             check_precision(manifest, precision, str(engines.path))
         files = OpenFiles(engines.bundle, [] if manifest.hash_tables is None else [manifest.hash_tables.file])
-        made = platform.open_engines(engines, platform.open_platform())
+        made = platform.open_engines(engines, platform.open_platform(), batched=batched)
         tables = engines.bundle.hash_tables()
         files.check_names()
-        return cls(made.spec, made, tables, manifest=manifest, files=files)
+        spec = with_padding(made.spec) if batched else made.spec
+        return cls(spec, made, tables, manifest=manifest, files=files)
 
     @property
     def hash_tables(self) -> Tables | None:
@@ -203,10 +207,10 @@ def _check_open(
         flag("prepack", prepack)
 
 
-def _check_for_engines(path: str | Path, backend: str, provider: str, batched: bool, prepack: bool | None) -> None:
+def _check_for_engines(path: str | Path, backend: str, provider: str, prepack: bool | None, hash_tables: str) -> None:
     """Raises UsageError for an option that engines do not have."""
-    if batched:
-        raise UsageError(f"{path} holds TensorRT engines, which run single streams: give the bundle")
+    if hash_tables == "device":
+        raise UsageError(f"{path} holds TensorRT engines, whose hash tables are on the host: leave out hash_tables")
     if backend != "onnx" or prepack is not None:
         raise UsageError(f"{path} holds TensorRT engines: leave out the backend and prepack")
     if provider not in ("cpu", "auto"):

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,42 +15,27 @@ import numpy as np
 import pytest
 
 from blt.cli import run
-from blt_export import pipeline
 from blt_export.build import build_engines, build_graph, compare, longest_patch, profiles
 from blt_export.tensorrt import Profile, logger
 from blt_export.verify import emulate
 from blt_runtime import Model
 from blt_runtime.backends.platform import Platform, open_engines
 from blt_runtime.bundle.bundle import Bundle
-from blt_runtime.bundle.engines import Engines, Flags, Machine
-from blt_runtime.bundle.spec import ModelSpec, TensorSpec, resident_spec
+from blt_runtime.bundle.engines import Engines, Flags
+from blt_runtime.bundle.spec import ModelSpec, resident_spec
 from blt_runtime.engine.prefill import GATHER_BYTES
 from blt_runtime.errors import BackendError, BundleError, CheckFailed, UsageError
 from blt_runtime.patching import PatchRule
 from tests import fake_tensorrt
-from tests.exports import prepare
-from tests.host_device import HostDevice
+from tests.engines import exported, own_key, platform, with_states
 
-VARIANT = "max_patch_length"
 PROMPT = "Grüße\naus 東京, of two documents\0and more"
-
-
-def platform(version: str = fake_tensorrt.VERSION, gpu: str = fake_tensorrt.GPU) -> Platform:
-    device = HostDevice()
-    trt = fake_tensorrt.module(device, version, gpu)
-    return Platform(trt, device, Machine(version, gpu, "9.0", "580.1", "13.0"))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+    with own_key(tmp_path_factory.mktemp("data")):
         yield
-
-
-def exported(folder: Path, precision: str = "fp32") -> Bundle:
-    state = prepare(VARIANT, "portable", capacity=192, precision=precision, check=False)
-    return Bundle.open(pipeline.run(state, folder / "bundle").path)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +174,6 @@ class TestFolder:
 
     @pytest.mark.usefixtures("_gpu")
     def test_options_of_bundles_are_refused(self, folder: Path) -> None:
-        with pytest.raises(UsageError, match="which run single streams: give the bundle"):
-            Model.open(folder, batched=True)
         with pytest.raises(UsageError, match="leave out the backend and prepack"):
             Model.open(folder, "null")
         with pytest.raises(UsageError, match="no provider of ONNX Runtime: leave out cuda"):
@@ -373,7 +356,7 @@ class TestProfiles:
 
     def test_every_call_of_a_prefill_has_a_profile_and_none_gathers_too_much(self, spec: ModelSpec) -> None:
         """States of 16 KiB: all patches and entries that `engine.prefill` puts into one call, and that a pass does."""
-        large = replace(_with_states(spec, 4096), patch_rule=PatchRule("space"))
+        large = replace(with_states(spec, 4096), patch_rule=PatchRule("space"))
         ranges = profiles(large, "latent")
         assert len(ranges) == 6 + 2
         for patches, length in itertools.product((1, 2, 7, 17, 32), range(1, 193)):
@@ -382,23 +365,6 @@ class TestProfiles:
         for profile in ranges:
             _, _, (_, patches, length) = profile["byte_index"]
             assert patches <= 17 or patches * length * 4096 * 4 <= 8 * GATHER_BYTES
-
-
-def _with_states(spec: ModelSpec, width: int) -> ModelSpec:
-    """The specification with byte states of that many numbers."""
-    graphs = {
-        name: replace(
-            graph,
-            inputs=tuple(map(_widened(width), graph.inputs)),
-            outputs=tuple(map(_widened(width), graph.outputs)),
-        )
-        for name, graph in spec.graphs.items()
-    }
-    return replace(spec, graphs=graphs)
-
-
-def _widened(width: int) -> Callable[[TensorSpec], TensorSpec]:
-    return lambda t: replace(t, shape=(*t.shape[:-1], width)) if t.name in ("byte_states", "past_states") else t
 
 
 def _takes(profile: Profile, patches: int, length: int) -> bool:

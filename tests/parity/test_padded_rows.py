@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 
 from blt_export import bundle as bundles
 from blt_export import pipeline
+from blt_export.build import build_graph, profiles
 from blt_export.passes import keep_states
 from blt_export.specs import export_spec
+from blt_export.tensorrt import logger
 from blt_runtime import Model
 from blt_runtime.backends.onnx import OnnxSession, import_library
 from blt_runtime.backends.protocol import Buffer, HostBuffer, PaddedBackend, Place
@@ -68,17 +69,13 @@ def write_padded(bundle: Bundle, folder: Path) -> dict[str, Path]:
     }
 
 
-def plans_of(bundle: Bundle, folder: Path, rows: int = ROWS) -> dict[str, bytes]:
-    """Engines for calls of 1 and of 8 tokens of every row."""
-    plans = {}
-    for name, path in write_padded(bundle, folder).items():
-        spec = padded_spec(resident_spec(bundle.manifest.spec, cached=True).graphs[name])
-        profiles = []
-        for size in (1, 8):
-            least, most = ({"B": rows, "S": size, "P": size, "L": longest} for longest in (8, 1024))
-            profiles.append({t.name: (t.resolve(**least), t.resolve(**least), t.resolve(**most)) for t in spec.inputs})
-        plans[name] = fake_tensorrt.plan_of(onnx.load(path), profiles)
-    return plans
+def plans_of(bundle: Bundle, rows: int = ROWS) -> dict[str, bytes]:
+    trt, spec = fake_tensorrt.module(HostDevice()), resident_spec(bundle.manifest.spec, cached=True)
+    log = logger(trt)
+    return {
+        name: build_graph(bundle, graph, trt, log, profiles(spec, name, rows), streams=rows).plan
+        for name, graph in spec.graphs.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +159,7 @@ class TestEngines:
     @pytest.fixture(scope="class")
     @staticmethod
     def plans(bundle: Bundle) -> dict[str, bytes]:
-        return plans_of(bundle, bundle.path.parent / "engines")
+        return plans_of(bundle)
 
     def backend_of(self, bundle: Bundle, plans: dict[str, bytes]) -> TensorRtRows:
         device = HostDevice()
@@ -196,8 +193,8 @@ class TestEngines:
         with pytest.raises(UsageError, match="use a Scheduler"):
             Model(backend.spec, backend, bundle.hash_tables()).stream()
 
-    def test_engines_of_different_rows(self, bundle: Bundle, plans: dict[str, bytes], tmp_path: Path) -> None:
-        other = plans_of(bundle, tmp_path, rows=2)
+    def test_engines_of_different_rows(self, bundle: Bundle, plans: dict[str, bytes]) -> None:
+        other = plans_of(bundle, rows=2)
         with pytest.raises(BackendError, match=r"for \[2, 4\] streams at a time"):
             self.backend_of(bundle, {**plans, "latent": other["latent"]})
 

@@ -27,7 +27,7 @@ def throughput(
         typer.Argument(
             metavar="BUNDLE",
             callback=options.model_or_bundle,
-            help="A bundle; its batched graphs need ONNX Runtime 1.32.",
+            help="A bundle, whose batched graphs need ONNX Runtime 1.32, or engines with batched streams.",
         ),
     ],
     batch: Annotated[
@@ -67,6 +67,7 @@ def throughput(
     data = read_text(text, shift + wanted.total)
     models.check_batched(model)
     with models.open_model(model, how) as single:
+        single = bench.with_changes(single, spec=models.batched_spec(model, single.spec))
         prompt_n, new_n = wanted.fitting(min(single.spec.capacity_bytes - 1, len(data) - shift))
         given = bench.shifted_texts(data, streams=max(sizes), prompt_bytes=prompt_n, new_bytes=new_n)
         given[0].check_room(single.spec.capacity_bytes)

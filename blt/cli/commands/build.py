@@ -22,6 +22,14 @@ def build(
         Path, typer.Argument(metavar="BUNDLE", help="A bundle of the flavour portable: a folder with manifest.json.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write the engines to.")],
+    profiles: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="step,prefill: engines of single streams. step,prefill,rows=N: also engines of N batched streams, "
+            "for blt serve, which take as much space again.",
+        ),
+    ] = "step,prefill",
     workspace: Annotated[
         str | None,
         typer.Option(
@@ -60,7 +68,7 @@ def build(
     if not inputs.is_bundle(bundle):
         raise UsageError(f"{bundle} is no bundle: blt export MODEL -o DIR --flavour portable writes one")
     try:
-        from blt_export.build import build_engines, check_bundle, check_target
+        from blt_export.build import build_engines, check_bundle, check_rows, check_target, rows_of
     except ModuleNotFoundError as error:
         if error.name in ("onnx", "onnx_ir"):
             raise MissingExtra(error.name, "build") from error
@@ -69,15 +77,20 @@ def build(
     from blt_runtime.bundle.bundle import Bundle
     from blt_runtime.bundle.engines import Flags, Hardware
 
+    batched = rows_of(profiles)
     opened = Bundle.open(bundle)
     check_bundle(opened)
+    if batched is not None:
+        check_rows(opened)
     check_target(out, force)
     here, started = platform.open_platform(), time.perf_counter()
-    with console.named_steps("build", len(opened.manifest.graphs) + 1) as begin:
+    count = len(opened.manifest.graphs) * (1 if batched is None else 2)
+    with console.named_steps("build", count + 1) as begin:
         report = build_engines(
             opened,
             out,
             here,
+            batched=batched,
             flags=Flags(cast(Hardware, hardware), limit),
             timing_cache=timing_cache,
             check=check,

@@ -32,7 +32,9 @@ def serve(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="BUNDLE", callback=options.model_or_bundle, help="A bundle with batched graphs, or a hub name."
+            metavar="BUNDLE",
+            callback=options.model_or_bundle,
+            help="A bundle with batched graphs, a hub name, or engines with batched streams (blt build).",
         ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",

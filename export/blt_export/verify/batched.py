@@ -1,7 +1,6 @@
 """Parity of the batched graphs with the graphs of single streams, which `parity` has compared with PyTorch.
 
-Both read the same tokens: three batched rows, a prompt in slices and then byte by byte. The entropies of both forms
-differ by roundings, so the rows use a patch rule without entropies here; the entropies are compared separately.
+Both read the same tokens: three batched rows, a prompt in slices and then byte by byte (`rows`).
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ from blt_runtime.backends.onnx import OnnxBackend, OnnxRowBackend
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.manifest import Parity
 from blt_runtime.bundle.spec import ModelSpec
-from blt_runtime.engine.batch import Batch, Row
-from blt_runtime.ids import BOS, EOS, OFFSET
-from blt_runtime.patching import PatchRule
+from blt_runtime.engine.batch import Batch
 
+from . import rows
 from .errors import TOLERANCE
 from .parity import demand, following
+from .rows import Array
 
-ROWS, TOKENS, PROMPT, PATCH = 3, 45, 26, 4
-RULE = PatchRule("static", patch_size=PATCH)
-Array = npt.NDArray[np.float32]
+ROWS = 3
 
 
 def check(bundle: Bundle) -> tuple[Parity, ...]:
@@ -35,15 +32,13 @@ def check(bundle: Bundle) -> tuple[Parity, ...]:
     step, so they have a larger tolerance. Weights stay mapped where possible: a packed copy and PyTorch's weights would
     not fit.
     """
-    spec = replace(bundle.manifest.spec, patch_rule=RULE)
-    tokens = max(1, min(TOKENS, spec.capacity_bytes, PATCH * (spec.capacity_patches - 1)))
-    text = np.random.default_rng(0).integers(OFFSET, spec.vocab_size, (ROWS, tokens))
-    text[:, 0], text[:, tokens // 3] = BOS, EOS
+    spec = replace(bundle.manifest.spec, patch_rule=rows.rule())
+    text = rows.texts(spec, ROWS)
     single = Model(spec, OnnxBackend(bundle, prepack=False), bundle.hash_tables())
     scores = [single.score(ids) for ids in text]
     del single
     logits, entropies = _rows(bundle, text)
-    pairs = {"batched.logits": (logits, np.array([score.logits[min(PROMPT, tokens) - 1 :] for score in scores]))}
+    pairs = {"batched.logits": (logits, np.array([score.logits[rows.first(text.shape[1]) :] for score in scores]))}
     if entropies is not None:
         pairs["batched.entropy"] = (entropies, np.array([score.entropies for score in scores]))
     of = bundle.manifest.precision_of
@@ -77,19 +72,7 @@ def _noises(spec: ModelSpec, bundle: Bundle, text: npt.NDArray[np.int64], scores
     return found
 
 
-def _rows(bundle: Bundle, text: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
-    """Logits [ROWS, tokens after the prompt, V], and entropies [ROWS, tokens] if there is an entropy model."""
+def _rows(bundle: Bundle, text: npt.NDArray[np.int64]) -> rows.Results:
     backend = OnnxRowBackend(bundle, prepack=False)
-    spec = replace(backend.spec, patch_rule=RULE)
-    batch = Batch(spec, backend, bundle.hash_tables(), ROWS, with_entropy="entropy" in spec.graphs)
-    rows: list[Row] = [row for row in (batch.open() for _ in text) if row is not None]
-    prompt, tokens = min(PROMPT, text.shape[1]), text.shape[1]
-    logits: list[list[Array]] = [[] for _ in rows]
-    for row, ids in zip(rows, text, strict=True):
-        row.feed(ids[:prompt])
-    while any(len(of) <= tokens - prompt for of in logits):
-        for row in batch.round():
-            logits[row.index].append(row.logits_V.copy())
-            row.feed(text[row.index, row.placed : row.placed + 1])
-    entropies = np.array([row.memory.entropies.array[0, :tokens] for row in rows])
-    return np.array(logits), entropies if "entropy" in spec.graphs else None
+    spec = replace(backend.spec, patch_rule=rows.rule())
+    return rows.read(Batch(spec, backend, bundle.hash_tables(), ROWS, with_entropy="entropy" in spec.graphs), text)

@@ -10,7 +10,7 @@ from ..bundle.engines import Engines, Machine
 from ..errors import MissingExtra
 from .cuda_device import CudaDevice, Device
 from .nvidia import probe
-from .tensorrt import TensorRtBackend
+from .tensorrt import TensorRtBackend, TensorRtRows
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,12 @@ def open_platform() -> Platform:
     return Platform(trt, CudaDevice(), machine)
 
 
-def open_engines(engines: Engines, platform: Platform) -> TensorRtBackend:
-    """Opens the engines of a folder that was checked (`Engines.open`). Raises BackendError, BundleError and
-    MemoryError."""
+def open_engines(engines: Engines, platform: Platform, *, batched: bool = False) -> TensorRtBackend:
+    """Opens the engines of a folder that was checked (`Engines.open`). batched: those for a `Scheduler`
+    (`TensorRtRows`).
+
+    Raises BackendError, BundleError and MemoryError, and UsageError if the folder has no engines for batched streams.
+    """
     engines.check_machine(platform.machine)
-    plans = {name: engines.plan(name) for name in engines.spec.graphs}
-    return TensorRtBackend(engines.spec, plans, platform.trt, platform.device)
+    backend = TensorRtRows if batched else TensorRtBackend
+    return backend(engines.spec, engines.plans(rows=batched), platform.trt, platform.device)

@@ -3,6 +3,7 @@
 manifest.json                     of the bundle, unchanged; its sha256 is the bundle's id
 hash_tables.npy                   of the bundle, if it has one
 entropy.plan, encoder.plan, ...   one serialised engine for each graph of `spec.resident_spec(spec, cached=True)`
+entropy.rows.plan, ...            the same of its padded graphs (`spec.padded_spec`), for batched streams; if asked for
 engines.json                      `EnginesFile`: versions, profiles, sizes, sha256 of each plan, parity, signature
 
 A plan is code: TensorRT runs what it holds. So the folder and its files must belong to the user (or root), nobody else
@@ -32,7 +33,8 @@ from .manifest import FileEntry, Manifest, Parity
 from .spec import ModelSpec, resident_spec
 
 FORMAT = "blt-engines"
-VERSION = 1
+VERSION = 2
+"""2: added engines of batched streams."""
 KEY_BYTES = 32
 AMPERE = (8, 0)
 Hardware = Literal["same", "ampere+"]
@@ -75,9 +77,17 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The engines of padded graphs. streams: how many run at a time."""
+
+    streams: int
+    plans: dict[str, Plan]
+
+
+@dataclass(frozen=True)
 class EnginesFile:
-    """engines.json without its signature. bundle: sha256 of manifest.json. parity: a stream on the engines against
-    ONNX Runtime's CPU on the bundle."""
+    """engines.json without its signature. bundle: sha256 of manifest.json. parity: a stream on the engines, and batched
+    ones if there are `rows`, against single streams on ONNX Runtime's CPU on the bundle."""
 
     bundle: str
     producer: dict[str, Any]
@@ -85,6 +95,12 @@ class EnginesFile:
     flags: Flags
     plans: dict[str, Plan]
     parity: tuple[Parity, ...] = field(default=())
+    rows: Rows | None = None
+
+    @property
+    def forms(self) -> list[dict[str, Plan]]:
+        """The engines by graph: those of single streams, then those of batched ones if there are any."""
+        return [self.plans, *([self.rows.plans] if self.rows is not None else [])]
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **to_dict(self)}
@@ -104,19 +120,20 @@ class EnginesFile:
             )
         body = {key: value for key, value in data.items() if key not in ("format", "version", "hmac")}
         file = from_dict(cls, body, ENGINES_FILE, BundleError)
-        for name, plan in file.plans.items():
-            if plan.file != plan_name(name):
-                raise BundleError(f"{ENGINES_FILE} names {shown(plan.file)} instead of {plan_name(name)}")
+        for rows, plans in enumerate(file.forms):
+            for name, plan in plans.items():
+                if plan.file != (wanted := plan_name(name, rows=bool(rows))):
+                    raise BundleError(f"{ENGINES_FILE} names {shown(plan.file)} instead of {wanted}")
         return file
 
 
-def plan_name(graph: str) -> str:
-    return f"{graph}.plan"
+def plan_name(graph: str, *, rows: bool = False) -> str:
+    return f"{graph}.rows.plan" if rows else f"{graph}.plan"
 
 
 @dataclass(frozen=True)
 class Engines:
-    """A folder of engines. `spec` is what they run."""
+    """A folder of engines. `spec` is what they run; those of batched streams run its padded form."""
 
     path: Path
     file: EnginesFile
@@ -131,7 +148,7 @@ class Engines:
         manifest = manifests.read(folder / manifests.FILE_NAME)
         if entry_of(folder / manifests.FILE_NAME).sha256 != file.bundle:
             raise BundleError(f"{manifests.FILE_NAME} in {folder} was changed (its sha256 differs): {_again(folder)}")
-        if set(file.plans) != set(manifest.graphs):
+        if any(set(plans) != set(manifest.graphs) for plans in file.forms):
             raise BundleError(f"{ENGINES_FILE} in {folder} has other graphs than {manifests.FILE_NAME}")
         return cls(folder, file, manifest)
 
@@ -148,7 +165,7 @@ class Engines:
         if not trust:
             _check_signature(folder)
         engines = cls.read(folder)
-        for name, plan in engines.file.plans.items():
+        for name, plan in (item for plans in engines.file.forms for item in plans.items()):
             check_file(folder / plan.file, FileEntry(plan.bytes, plan.sha256), _again(folder))
             if plan.aliases != engines.spec.graphs[name].aliases:
                 raise BundleError(
@@ -172,9 +189,22 @@ class Engines:
         """The part of the bundle that is in this folder: its manifest and hash tables."""
         return Bundle(self.path, self.manifest)
 
-    def plan(self, graph: str) -> bytes:
-        """A serialised engine, whose sha256 was compared. Raises BundleError."""
-        plan = self.file.plans[graph]
+    def check_rows(self) -> Rows:
+        """What the folder says of its engines for batched streams. Raises UsageError if there are none."""
+        if self.file.rows is None:
+            raise UsageError(
+                f"{self.path} holds no engines for batched streams: "
+                f"run blt build BUNDLE -o {self.path} --force --profiles step,prefill,rows=16"
+            )
+        return self.file.rows
+
+    def plans(self, *, rows: bool = False) -> dict[str, bytes]:
+        """The serialised engines by graph, whose sha256 were compared. rows: those for batched streams. Raises
+        BundleError, and UsageError for batched streams that the folder has no engines for."""
+        listed = self.check_rows().plans if rows else self.file.plans
+        return {name: self._content(plan) for name, plan in listed.items()}
+
+    def _content(self, plan: Plan) -> bytes:
         try:
             with reading.open_plain(self.path / plan.file) as file:
                 content = file.read()

@@ -128,9 +128,12 @@ class Batch:
             raise UsageError("a batch needs at least 1 row, and slices of at least 1 byte")
         held = rows
         if isinstance(backend, PaddedBackend):
-            spec, slice, held = _with_padding(spec), min(slice, PADDED), backend.rows
+            spec, slice, held = with_padding(spec), min(slice, PADDED), backend.rows
             if rows > held:
-                raise UsageError(f"the engines run up to {held} streams at a time, not {rows}")
+                raise UsageError(
+                    f"the engines run up to {held} streams at a time, not {rows}: ask for fewer, or run blt build with "
+                    f"--profiles step,prefill,rows={rows}"
+                )
         self.spec, self.slice = spec, min(slice, spec.chunk)
         self.counts, self._turn, self._owner = Counts(), 0, object()
         self._ready = ready or gather()
@@ -411,8 +414,8 @@ def fitted(spec: ModelSpec, capacity: int | None) -> ModelSpec:
     return replace(spec, capacity_bytes=capacity, capacity_patches=patches, chunk=min(spec.chunk, capacity))
 
 
-def _with_padding(spec: ModelSpec) -> ModelSpec:
-    """The spec with room for padding in the memory of a stream. Raises BackendError if there is none."""
+def with_padding(spec: ModelSpec) -> ModelSpec:
+    """The spec of streams on padded graphs: their memory has room for padding. Raises BackendError if there is none."""
     tokens, patches = padded_limits(spec)
     fitting = fitted(spec, min(tokens, spec.capacity_bytes))
     return replace(fitting, capacity_patches=min(patches, fitting.capacity_patches))

@@ -27,10 +27,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ..backends.protocol import Array, Backend, Buffer, Call, PaddedBackend, Part, Place, RowBackend
-from ..bundle.spec import PADDED, RESIDENT, GraphSpec, ModelSpec, TensorSpec, padded_spec, row_spec
+from ..bundle.spec import DTYPE_BYTES, PADDED, RESIDENT, GraphSpec, ModelSpec, TensorSpec, padded_spec, row_spec
 from ..errors import BackendError
 from ..hashing import Tables
-from .graphs import entries
+from .graphs import SHORTEST, entries
+from .prefill import GATHER_BYTES
 
 Key = tuple[str, int, int, tuple[int, ...]]
 """Graph, tokens, room per row, and sizes of other buffers: what a bound call depends on."""
@@ -353,9 +354,9 @@ class _Routes:
 
 
 class PaddedCalls:
-    """Segments in calls that have 1 or PADDED tokens of every row. Positions that do not fit such a call, because a
-    ring ends before it does, run in calls of one token. Rows match single streams within rounding: a token's products
-    run beside those of other tokens."""
+    """Segments in calls that have 1 or PADDED tokens of every row. Tokens that do not fit such a call run in calls of
+    one: positions before the end of a ring, and patches with more than `padded_entries`. Rows match single streams
+    within rounding: a token's products run beside those of other tokens."""
 
     def __init__(self, arena: Arena, backend: PaddedBackend, staging: dict[str, Staging]) -> None:
         self._graphs = {group: _PaddedGraph(arena, backend, found) for group, found in staging.items()}
@@ -389,6 +390,7 @@ class _PaddedGraph:
         cache, latent = self.spec.cache, self.spec.name == "latent"
         self._cache_ring = cache.capacity if cache is not None and cache.kind == "ring" else None
         self._patch_ring = arena.ring if latent else None
+        self._most_entries = padded_entries(self.spec, arena.rows) if latent else 0
         bound = {*arena.caches(self.spec.name), *arena.memory(self.spec.name)}
         self._inputs, self._outputs = (
             [tensor for tensor in tensors if tensor.name not in bound]
@@ -403,8 +405,10 @@ class _PaddedGraph:
         self._end_Q[row] = end
 
     def fits(self, start: int) -> bool:
-        """Whether PADDED tokens from `start` on cross no end of a ring."""
-        return all(start % ring + PADDED <= ring for ring in (self._cache_ring, self._patch_ring) if ring is not None)
+        """Whether PADDED tokens from `start` on cross no end of a ring, and patches do not gather too much."""
+        return self._longest() <= self._most_entries and all(
+            start % ring + PADDED <= ring for ring in (self._cache_ring, self._patch_ring) if ring is not None
+        )
 
     def run(self, todo: Sequence[tuple[Segment, int]]) -> None:
         """One call for segments of different rows, each with its first token in the staging."""
@@ -442,8 +446,7 @@ class _PaddedGraph:
 
     def _call(self, size: int) -> tuple[dict[str, Buffer], Call]:
         """The call over `size` tokens of every row, and its buffers [Q, size, ...]. It is bound once."""
-        index = self._staging.buffers.get("byte_index")
-        longest = index.shape[-1] if self.spec.has_input("byte_index") and index is not None else 0
+        longest = self._longest()
         if (size, longest) not in self._bound:
             if size not in self._buffers:
                 self._buffers[size] = {
@@ -456,6 +459,11 @@ class _PaddedGraph:
             bound = buffers | self._arena.caches(name) | self._arena.memory(name)
             self._bound[size, longest] = buffers, self._backend.padded_session(name).bind(bound)
         return self._bound[size, longest]
+
+    def _longest(self) -> int:
+        """Entries of a patch of the latent call; of other graphs 0."""
+        index = self._staging.buffers.get("byte_index")
+        return index.shape[-1] if self.spec.has_input("byte_index") and index is not None else 0
 
     def _new(self, tensor: TensorSpec, size: int, place: Place, longest: int = 0) -> Buffer:
         shape = tensor.resolve(B=self._arena.rows, S=size, P=size, L=longest)
@@ -475,6 +483,16 @@ def _memory_sizes(spec: ModelSpec) -> tuple[int, int]:
     """Byte states and patch vectors that a stream of resident graphs has room for."""
     states, ring = (spec.graphs[name].tensor(RESIDENT[name][0]).resolve(B=1)[-2] for name in RESIDENT)
     return states, ring
+
+
+def padded_entries(latent: GraphSpec, rows: int) -> int:
+    """Most entries of a patch in a call with PADDED patches of every row, for which it gathers no more than
+    GATHER_BYTES; at least SHORTEST. latent: the padded or resident graph."""
+    memory = latent.tensor("byte_states")
+    width = memory.shape[-1]
+    assert isinstance(width, int)
+    most = GATHER_BYTES // (rows * PADDED * width * DTYPE_BYTES[memory.dtype])
+    return max(SHORTEST, 1 << (most.bit_length() - 1)) if most else SHORTEST
 
 
 def padded_limits(spec: ModelSpec) -> tuple[int, int]:

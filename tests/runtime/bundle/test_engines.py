@@ -15,7 +15,7 @@ import pytest
 from blt_runtime import Bundle
 from blt_runtime.bundle import engines as stored
 from blt_runtime.bundle.bundle import is_bundle
-from blt_runtime.bundle.engines import Engines, EnginesFile, Flags, Machine, Plan, Profile, is_engines
+from blt_runtime.bundle.engines import Engines, EnginesFile, Flags, Machine, Plan, Profile, Rows, is_engines
 from blt_runtime.bundle.manifest import Parity
 from blt_runtime.bundle.spec import resident_spec
 from blt_runtime.errors import BackendError, BundleError, UsageError, VersionError
@@ -26,18 +26,23 @@ A100 = replace(H100, gpu="NVIDIA A100", compute_capability="8.0")
 OTHER_USER = 4242
 
 
-def write_engines(folder: Path, **changes: Any) -> EnginesFile:
+def write_engines(folder: Path, rows: int | None = None, **changes: Any) -> EnginesFile:
     """A complete folder, whose plans are arbitrary bytes, signed with this user's key."""
     manifest = write_bundle(folder)
     spec = resident_spec(manifest.spec, cached=True)
-    plans = {}
-    for name, graph in spec.graphs.items():
-        (folder / manifest.graphs[name].file).unlink()
-        content = f"plan {name}".encode()
-        (folder / f"{name}.plan").write_bytes(content)
-        profile: Profile = {"ids": ((1, 1), (1, 1), (1, 32))}
+
+    def plan_of(name: str, file: str, streams: int) -> Plan:
+        content = f"plan {file.removesuffix('.plan')}".encode()
+        (folder / file).write_bytes(content)
+        profile: Profile = {"ids": ((streams, 1), (streams, 1), (streams, 32))}
         digest = hashlib.sha256(content).hexdigest()
-        plans[name] = Plan(f"{name}.plan", len(content), digest, (profile,), dict(graph.aliases))
+        return Plan(file, len(content), digest, (profile,), dict(spec.graphs[name].aliases))
+
+    for name in spec.graphs:
+        (folder / manifest.graphs[name].file).unlink()
+    plans = {name: plan_of(name, f"{name}.plan", 1) for name in spec.graphs}
+    if rows is not None:
+        changes["rows"] = Rows(rows, {name: plan_of(name, f"{name}.rows.plan", rows) for name in spec.graphs})
     bundle = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     parity = (Parity("entropy", 1e-6, 2e-5, 64),)
     file = replace(EnginesFile(bundle, {"blt": "0.1.0"}, H100, Flags(), plans, parity), **changes)
@@ -67,7 +72,7 @@ def test_engines_survive_the_disk(folder: Path) -> None:
     engines = Engines.open(folder)
     assert engines.file == write_engines(folder)
     assert engines.spec.resident
-    assert engines.plan("latent") == b"plan latent"
+    assert engines.plans()["latent"] == b"plan latent"
     tables = engines.bundle.hash_tables()
     assert tables is not None
     assert len(tables) == 100
@@ -84,6 +89,35 @@ def test_the_former_name_of_errors_is_read(folder: Path) -> None:
     path.write_text(json.dumps(data))
     assert Engines.read(folder).file.parity == wanted
     assert wanted[0].measure is None
+
+
+def test_engines_of_batched_streams(tmp_path: Path) -> None:
+    file = write_engines(tmp_path / "engines", rows=16)
+    engines = Engines.open(tmp_path / "engines")
+    assert engines.file == file
+    assert engines.check_rows().streams == 16
+    assert engines.plans(rows=True)["latent"] == b"plan latent.rows"
+    assert engines.plans()["latent"] == b"plan latent"
+
+
+def test_a_folder_without_them_names_the_command(folder: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        Engines.open(folder).plans(rows=True)
+    assert str(caught.value) == (
+        f"{folder} holds no engines for batched streams: "
+        f"run blt build BUNDLE -o {folder} --force --profiles step,prefill,rows=16"
+    )
+
+
+def test_a_folder_of_the_first_version(folder: Path) -> None:
+    """It says nothing of batched streams."""
+
+    def change(data: dict[str, Any]) -> None:
+        data.update(version=1)
+        del data["rows"]
+
+    edit(folder, change)
+    assert Engines.open(folder, trust=True).file.rows is None
 
 
 def test_engines_are_no_bundle(folder: Path, tmp_path: Path) -> None:
@@ -116,7 +150,7 @@ class TestWhoBuiltIt:
         if made:
             stored.make_key()
         fails(folder, BackendError, "was not built here: run blt build")
-        assert Engines.open(folder, trust=True).plan("encoder") == b"plan encoder"
+        assert Engines.open(folder, trust=True).plans()["encoder"] == b"plan encoder"
 
     def test_a_key_is_written_or_there_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
@@ -160,7 +194,7 @@ class TestChanges:
         (folder / "latent.plan").write_bytes(b"plan LATENT")
         engines = Engines.open(folder, trust=trust)
         with pytest.raises(BundleError, match=r"latent.plan was changed .*: run blt build"):
-            engines.plan("latent")
+            engines.plans()
         (folder / "latent.plan").write_bytes(b"plan")
         fails(folder, BundleError, "latent.plan has 4 bytes instead of 11: run blt build", trust=trust)
         (folder / "latent.plan").unlink()
@@ -179,6 +213,14 @@ class TestChanges:
         path = folder / "manifest.json"
         path.write_text(path.read_text().replace('"blt": "0.1.0"', '"blt": "0.1.9"'))
         fails(folder, BundleError, "manifest.json in .* was changed .*: run blt build", trust=True)
+
+    @pytest.mark.parametrize("change", ["plan LATENT.rows", "plan"], ids=["content", "size"])
+    def test_of_a_plan_of_batched_streams(self, tmp_path: Path, change: str) -> None:
+        folder = tmp_path / "engines"
+        write_engines(folder, rows=2)
+        (folder / "latent.rows.plan").write_text(change)
+        with pytest.raises(BundleError, match=r"latent.rows.plan (was changed|has 4 bytes) .*: run blt build"):
+            Engines.open(folder).plans(rows=True)
 
     @pytest.mark.parametrize(
         ("key", "value"),
@@ -209,6 +251,9 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d["plans"]["latent"].update(profiles=[{"ids": 3}]), "profiles.*must be a list"),
     (lambda d: d["plans"]["latent"].update(aliases={}), "has other caches of the graph 'latent'"),
     (lambda d: d["plans"].pop("latent"), "has other graphs than manifest.json"),
+    (lambda d: d.update(rows={"streams": 2, "plans": {}}), "has other graphs than manifest.json"),
+    (lambda d: d.update(rows={"streams": 2, "plans": d["plans"]}), "names 'entropy.plan' instead of entropy.rows.plan"),
+    (lambda d: d.update(rows={"streams": "2", "plans": {}}), r"rows.streams must be int"),
     (lambda d: d["flags"].update(hardware="any"), "must be 'same' or 'ampere\\+'"),
 ]
 
@@ -220,8 +265,8 @@ def test_engines_json_is_read_strictly(folder: Path, change: Callable[[dict[str,
 
 
 def test_engines_json_of_a_newer_version(folder: Path) -> None:
-    edit(folder, lambda data: data.update(version=2))
-    fails(folder, VersionError, "engines have format version 2, .*: upgrade blt-runtime", trust=True)
+    edit(folder, lambda data: data.update(version=3))
+    fails(folder, VersionError, "engines have format version 3, .*: upgrade blt-runtime", trust=True)
 
 
 def test_engines_json_that_is_none(folder: Path) -> None:
