@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from blt.generate import reference
 from blt_export import pipeline
 from blt_runtime import Model
 from tests import exports
+from tests.greedy import text_of
 from tests.runtime.bundles import hub_cache
 from tests.tiny import hard_text, prompts, tiny
 
@@ -26,21 +26,6 @@ VARIANTS = (
 )
 TOLERANCE = 2e-5
 NEW = 60
-
-Expected = Callable[[str, int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def expected() -> Expected:
-    """(variant, prompt) -> the reference's greedy text, computed once for both flavours."""
-    done: dict[tuple[str, int], list[int]] = {}
-
-    def generate(variant: str, prompt: int) -> list[int]:
-        if (variant, prompt) not in done:
-            done[variant, prompt] = reference.generate(tiny(variant), beginnings()[prompt], NEW)
-        return done[variant, prompt]
-
-    return generate
 
 
 def beginnings() -> list[list[int]]:
@@ -63,11 +48,12 @@ def models(variant: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
-def test_greedy_text_is_identical(models: dict[str, Model], variant: str, flavour: str, expected: Expected) -> None:
-    for index, ids in enumerate(beginnings()):
+def test_greedy_text_is_identical(models: dict[str, Model], variant: str, flavour: str) -> None:
+    for ids in beginnings():
         stream = models[flavour].stream(bos=False)
         stream.append_ids(ids)
-        assert list(stream.generate_ids(NEW, temperature=0, stop_at_eos=False)) == expected(variant, index)
+        made = list(stream.generate_ids(NEW, temperature=0, stop_at_eos=False))
+        assert made == text_of(variant, tuple(ids), NEW)
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
