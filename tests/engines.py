@@ -35,8 +35,8 @@ def own_key(folder: Path) -> Iterator[None]:
         yield
 
 
-def exported(folder: Path, precision: str = "fp32") -> Bundle:
-    state = prepare(VARIANT, "portable", capacity=192, precision=precision, check=False)
+def exported(folder: Path, precision: str = "fp32", variant: str = VARIANT) -> Bundle:
+    state = prepare(variant, "portable", capacity=192, precision=precision, check=False)
     return Bundle.open(pipeline.run(state, folder / "bundle").path)
 
 

@@ -41,7 +41,7 @@ def full_disk() -> Iterator[None]:
 
 def write_bundle(out: Path) -> None:
     with bundle.staged(out, force=False) as folder:
-        bundle.write_hash_tables(WEIGHTS, folder, "float32")
+        bundle.write_hash_tables(WEIGHTS, folder / "t.npy", "float32")
 
 
 def write_text(out: Path) -> None:

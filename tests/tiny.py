@@ -76,12 +76,24 @@ VARIANTS: dict[str, tuple[BLTConfig, PatchRule]] = {
         PatchRule("space"),
     ),
     "max_patch_length": (PLAIN, replace(BY_ENTROPY, max_patch_length=3)),
+    "hash_entropy": (PLAIN, BY_ENTROPY),
+    "hash_entropy_without_layers": (PLAIN, replace(BY_ENTROPY, reset_newlines=True)),
     "static": (PLAIN.model_copy(update={"pooling": "learned"}), PatchRule("static", patch_size=5)),
     "bytes_no_window": (
         PLAIN.model_copy(update={"encoder": stack(32, 1, 2), "decoder": stack(32, 2, 2), "cross_k": 1}),
         PatchRule("byte"),
     ),
 }
+
+
+ENTROPY_OF = {
+    "hash_entropy": ENTROPY.model_copy(update={"n_layers": 1, "hash": HashConfig(sizes=(3, 4, 5), rows=53)}),
+    "hash_entropy_without_layers": ENTROPY.model_copy(
+        update={"dim": 24, "n_layers": 0, "hash": HashConfig(sizes=(2, 7), rows=101, functions=2)}
+    ),
+}
+"""Entropy models of variants that have another one than ENTROPY: with the n-grams of the encoder in tables of other
+rows, and with others and no layer."""
 
 
 def hard_text() -> np.ndarray:
@@ -99,13 +111,15 @@ def hard_text() -> np.ndarray:
 
 def tiny(variant: str = "plain", seed: int = 0) -> Checkpoint:
     """A random checkpoint of one of VARIANTS."""
-    return random_checkpoint(*VARIANTS[variant], seed)
+    return random_checkpoint(*VARIANTS[variant], seed, entropy_config=ENTROPY_OF.get(variant, ENTROPY))
 
 
-def random_checkpoint(config: BLTConfig, rule: PatchRule, seed: int = 0) -> Checkpoint:
+def random_checkpoint(
+    config: BLTConfig, rule: PatchRule, seed: int = 0, entropy_config: EntropyConfig = ENTROPY
+) -> Checkpoint:
     """Random weights, with the rule's threshold in the widest gap near the median entropy of the text."""
     generator = torch.Generator().manual_seed(seed)
-    blt, entropy = BLT(config), EntropyModel(ENTROPY)
+    blt, entropy = BLT(config), EntropyModel(entropy_config)
     for model in (blt, entropy):
         model.init_weights(generator)
     with torch.no_grad():

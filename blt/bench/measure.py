@@ -177,5 +177,7 @@ def _tail(model: Model, text: Text) -> Piece:
 
 
 def _tables_bytes(model: Model) -> int | None:
-    tables = model.manifest.hash_tables if model.manifest else None
-    return resident_bytes(tables.file) if tables else None
+    tables = model.manifest.tables.values() if model.manifest else ()
+    found = [resident_bytes(ref.file) for ref in tables]
+    known = [size for size in found if size is not None]
+    return sum(known) if known else None

@@ -116,8 +116,7 @@ def split(model: Model, text: Text, temperature: float, *, speculate: Speculate 
     clock = Clock()
     clock.clear()
     stream = with_changes(model, backend=ClockedBackend(model.backend, clock)).stream()
-    hashed = stream._memory.hash
-    if hashed is not None:
+    for hashed in stream._memory.hashes.values():
         hashed.one = clock.timed("hashing", hashed.one)  # type: ignore[method-assign]
     sampler = ClockedSampler(text.new.tolist(), temperature, clock)
     done = run(stream, text, sampler, speculate=speculate, after_first=clock.clear)

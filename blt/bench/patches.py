@@ -34,7 +34,7 @@ def patching(model: Model, data: bytes, repeat: int) -> Patching:
     if not data:
         raise UsageError("patching needs at least 1 byte of text")
     ids_N, rule = encode(data, bos=True), model.spec.patch_rule
-    memory = Memory(model.spec, model.backend, None)
+    memory = Memory(model.spec, model.backend, model.hash_tables)
     memory.check_room(len(ids_N))
     prefill = Prefill(memory)
     took = []

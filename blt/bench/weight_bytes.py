@@ -36,8 +36,9 @@ def bundle_weight_bytes(bundle: Bundle, patch_size: float) -> dict[str, float]:
         read[name] = graph_weight_bytes(bundle.graph_file(name)) / (patch_size if name == "latent" else 1.0)
     if not spec.patch_rule.needs_entropy:
         read.pop("entropy", None)
-    if spec.hash is not None:
-        read[HASH] = float(spec.hash.tables * row_bytes(spec.hash.dim, spec.hash.dtype))
+    hashes = [hash for name, hash in spec.hashes.items() if name in read]
+    if hashes:
+        read[HASH] = float(sum(hash.tables * row_bytes(hash.dim, hash.dtype) for hash in hashes))
     return {**read, "total": sum(read.values())}
 
 

@@ -22,9 +22,18 @@ def obstacles(source: Source) -> list[str]:
     found = _model_obstacles(source.blt_config) + _rule_obstacles(source.patch_rule)
     if source.patch_rule is not None and source.patch_rule.needs_entropy and source.entropy_config is None:
         found.append("no entropy model (name one with --entropy-model)")
-    if source.entropy_config is not None and not _plain_heads(source.entropy_config):
-        found.append("head_dim of the entropy model is not dim / n_heads")
+    if source.entropy_config is not None:
+        found += _entropy_obstacles(source.entropy_config)
     return found
+
+
+def _entropy_obstacles(c: EntropyConfig) -> list[str]:
+    checks = {
+        "head_dim of the entropy model is not dim / n_heads": not _plain_heads(c),
+        "hash n-grams of the entropy model": c.hash is not None,
+        "an entropy model without layers": c.n_layers == 0,
+    }
+    return [name for name, holds in checks.items() if holds]
 
 
 def _model_obstacles(c: BLTConfig) -> list[str]:

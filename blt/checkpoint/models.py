@@ -48,6 +48,12 @@ class Checkpoint:
         assert self.patch_rule is not None
         return self.blt, self.patch_rule
 
+    @property
+    def hash_embeddings(self) -> dict[str, HashEmbedding]:
+        """The hash embeddings by the graph that reads them: "encoder" and "entropy", as far as they exist."""
+        named = {"entropy": self.entropy, "encoder": self.blt}
+        return {name: m.hash_embedding for name, m in named.items() if m is not None and m.hash_embedding is not None}
+
     def with_entropy_dtype(self, dtype: EntropyDtype) -> Checkpoint:
         """A copy with the entropy model and the patch rule in `dtype`; the BLT is the same object.
 
@@ -74,10 +80,10 @@ class Checkpoint:
         return Source(
             format="native",
             path=path,
-            blt=None if self.blt is None else StoredModel(self.blt.config, _weights(self.blt)),
-            entropy=None if self.entropy is None else StoredModel(self.entropy.config, _weights(self.entropy)),
+            blt=None if self.blt is None else StoredModel(self.blt.config, weights_of(self.blt)),
+            entropy=None if self.entropy is None else StoredModel(self.entropy.config, weights_of(self.entropy)),
             patch_rule=self.patch_rule,
-            bpe=None if self.bpe is None else StoredModel(self.bpe.config, _weights(self.bpe)),
+            bpe=None if self.bpe is None else StoredModel(self.bpe.config, weights_of(self.bpe)),
             tokenizer=self.vocabulary.text if self.vocabulary else None,
         )
 
@@ -149,7 +155,7 @@ def _model(
 def _load_weights(model: nn.Module, weights: Mapping[str, StoredTensor], trainable: bool) -> None:
     """Gives a model that was built on the meta device its weights and buffers."""
     mapped = not trainable and HASH_TABLES in weights and weights[HASH_TABLES].dtype != torch.float64
-    if isinstance(model, BLT) and model.hash_embedding is not None and mapped:
+    if isinstance(model, BLT | EntropyModel) and model.hash_embedding is not None and mapped:
         stored = weights[HASH_TABLES]
         tables = [table for piece in stored.pieces for table in piece.detach().split(model.hash_embedding.config.rows)]
         model.hash_embedding.tables = MappedTables(tables, stored.mapped)
@@ -162,18 +168,17 @@ def _load_weights(model: nn.Module, weights: Mapping[str, StoredTensor], trainab
     model.eval()
 
 
-def stored_tables(model: BLT) -> StoredTensor:
-    """A model's hash tables, in memory or mapped. Raises ValueError if it has none."""
-    if model.hash_embedding is None:
-        raise ValueError("this model has no hash tables")
-    tables = model.hash_embedding.tables
+def stored_tables(hashed: HashEmbedding) -> StoredTensor:
+    """All tables, in memory or mapped."""
+    tables = hashed.tables
     if isinstance(tables, MappedTables):
         return StoredTensor((HASH_TABLES,) * len(tables.tables), tables.tables, tables.mapped)
     return StoredTensor((HASH_TABLES,), (tables.weight.detach().cpu(),))
 
 
-def _weights(model: BLT | EntropyModel) -> dict[str, StoredTensor]:
-    weights = {name: StoredTensor((name,), (t.detach().cpu(),)) for name, t in model.state_dict().items()}
-    if isinstance(model, BLT) and model.hash_embedding is not None:
-        weights[HASH_TABLES] = stored_tables(model)
-    return weights
+def weights_of(model: BLT | EntropyModel) -> dict[str, StoredTensor]:
+    """Every weight by its name, mapped hash tables included."""
+    found = {name: StoredTensor((name,), (t.detach().cpu(),)) for name, t in model.state_dict().items()}
+    if model.hash_embedding is not None:
+        found[HASH_TABLES] = stored_tables(model.hash_embedding)
+    return found

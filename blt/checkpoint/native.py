@@ -4,6 +4,8 @@
  "config": {"blt": {...} | None, "entropy": {...} | None, "patch_rule": {...} | None},
  "blt": state dict | None, "entropy": state dict | None}
 
+An entropy model with hash n-grams or without layers needs version 2, everything else is written as version 1.
+
 The checkpoint of a token-level baseline also has the configuration and weights "bpe", and the text of its tokenizer
 under "config" ("tokenizer").
 """
@@ -22,7 +24,7 @@ from blt.model.token import TokenConfig
 from blt_runtime.errors import BltError, CheckpointError, shown
 from blt_runtime.patching import PatchRule
 
-FORMAT, VERSION = "blt-model", 1
+FORMAT, VERSIONS = "blt-model", (1, 2)
 MODEL_FILE = "model.pt"
 ModelConfig = TypeVar("ModelConfig", bound=BLTConfig | EntropyConfig)
 
@@ -41,9 +43,10 @@ def read(path: Path) -> Source:
         raise CheckpointError(
             f"{path} is not a {FORMAT} file; for weights of another format give the folder that holds them"
         )
-    if type(version) is not int or version != VERSION:  # a tensor is equal to no number
+    if type(version) is not int or version not in VERSIONS:  # a tensor is equal to no number
         raise CheckpointError(
-            f"{path} has format version {shown(version)}, this release reads {VERSION}: upgrade blt-lm"
+            f"{path} has format version {shown(version)}, this release reads versions up to {VERSIONS[-1]}: "
+            "upgrade blt-lm"
         )
     config = content.get("config")
     if not isinstance(config, dict):
@@ -72,12 +75,16 @@ def write(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
     tokens = {"tokenizer": source.tokenizer} if source.tokenizer is not None else {}
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[_is_new(source.entropy_config)],
         "config": {"blt": None, "entropy": None, **config, "patch_rule": rule, **tokens},
         "blt": None,
         "entropy": None,
     }
     write_pickled(path, content, {name: model.weights for name, model in models.items()}, dtype)
+
+
+def _is_new(config: EntropyConfig | None) -> bool:
+    return config is not None and (config.hash is not None or config.n_layers == 0)
 
 
 def _model(kind: type[ModelConfig], key: str, content: dict[str, Any], path: Path) -> StoredModel[ModelConfig] | None:

@@ -38,8 +38,9 @@ def size_table(manifest: Manifest) -> Table:
     from blt.data.quantities import amount
 
     sizes: dict[str, int] = {}
+    tables = {ref.file for ref in manifest.tables.values()}
     for name, entry in manifest.files.items():
-        part = "hash tables" if manifest.hash_tables and name == manifest.hash_tables.file else name.split(".")[0]
+        part = "hash tables" if name in tables else name.split(".")[0]
         sizes[part] = sizes.get(part, 0) + entry.bytes
     table = Table(title="sizes", title_justify="left", box=None, pad_edge=False, show_header=False)
     table.add_column("part")

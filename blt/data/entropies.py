@@ -11,8 +11,11 @@ each block of queries reads a span of window + block keys, which is a view of on
 
 A model without a window attends to at most max_seqlen tokens, the longest context that it has positions for.
 
+The hash n-grams of a model that has them also span documents: they read the ids before a chunk, as those of a BLT's
+encoder do in a stream of many documents.
+
 Letters: C tokens of a chunk, H cached tokens before it, T = H + C, Q queries of a block, J blocks of a chunk,
-S = H + Q keys of a block's span, G key/value heads, K head size.
+S = H + Q keys of a block's span, G key/value heads, K head size, E ids before a chunk that n-grams read.
 """
 
 from __future__ import annotations
@@ -81,6 +84,7 @@ class ChunkedPass:
         self.window = config.window or config.max_seqlen
         self.chunk = BLOCK_QUERIES * -(-chunk // BLOCK_QUERIES)
         table = RotaryTable(self.window + self.chunk, config.head_size, config.rope_theta).to(self.device)
+        self.history = model.hash_embedding.history if model.hash_embedding else 0
         self._rotation = table.at(torch.arange(self.window, self.window + self.chunk, device=self.device))
         one_chunk = table.at(torch.tensor([self.chunk], device=self.device))
         self._back = Rotation(one_chunk.cos, -one_chunk.sin)
@@ -101,8 +105,12 @@ class ChunkedPass:
             ids_T[: self.window] = before_H
             ids_T[self.window : self.window + len(ids_C)] = ids_C
             before_H = ids_T[self.chunk :]
+            before_E = np.zeros(self.history, np.int64)
+            known_E = ids_N[max(0, at - self.history) : at]
+            before_E[self.history - len(known_E) :] = known_E
+            given_T, given_E = (torch.from_numpy(ids).to(self.device) for ids in (ids_T, before_E))
             with torch.no_grad():
-                entropy_C, *cache = self._step(torch.from_numpy(ids_T).to(self.device), cache)
+                entropy_C, *cache = self._step(given_T, given_E, cache)
             if at >= begin:
                 yield entropy_C[: len(ids_C)].cpu().numpy()
 
@@ -118,15 +126,16 @@ class ChunkedPass:
         shape = (1, config.kv_heads, self.window, config.head_size)
         return [torch.zeros(shape, device=self.device) for _ in range(2 * config.n_layers)]
 
-    def _run_chunk(self, ids_T: Tensor, cache: list[Tensor]) -> tuple[Tensor, ...]:
-        """Ids [T], keys and values [1, G, H, K] of each layer -> entropies [C], the cache of the next chunk."""
+    def _run_chunk(self, ids_T: Tensor, before_E: Tensor, cache: list[Tensor]) -> tuple[Tensor, ...]:
+        """Ids [T], the ids before the chunk that n-grams read [E], keys and values [1, G, H, K] of each layer
+        -> entropies [C], the cache of the next chunk."""
         mask_JQS = self._mask(document_ids(ids_T[None], self.reset_newlines)[0])
         attends = [
             _CachedAttention(key, value, self._back, mask_JQS)
             for key, value in zip(cache[::2], cache[1::2], strict=True)
         ]
         model = self.model
-        x_1CD = model.byte_embedding(ids_T[None, self.window :])
+        x_1CD = model.embed(torch.cat([before_E, ids_T[self.window :]])[None])[:, self.history :]
         logits = model.output(model.norm(model.run_layers(x_1CD, self._rotation, attends)))
         return entropy_of(logits)[0], *(tensor for attend in attends for tensor in (attend.key, attend.value))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from blt.checkpoint.models import weights_of
 from blt.data.batches import Int
 from blt.data.cache_files import GrowingArray, Spans
 from blt.data.dataset import Dataset
@@ -145,7 +146,8 @@ def _key(model: EntropyModel, reset_newlines: bool) -> str:
     what: dict[str, Any] = {"model": model.config.model_dump(mode="json"), "definition": DEFINITION}
     what["arithmetic"] = str(next(model.parameters()).dtype)  # a bfloat16 copy may have the same weights
     digest = hashlib.sha256(json.dumps(what | {"reset_newlines": reset_newlines}, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights_of(model).items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        for block in tensor.blocks():
+            digest.update(block.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

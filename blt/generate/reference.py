@@ -20,6 +20,7 @@ from torch import Tensor
 from blt.checkpoint.models import Checkpoint
 from blt.model import BLT, EntropyModel, entropy_of
 from blt.model.bfloat16 import BFloat16EntropyModel
+from blt.model.hashing import HashEmbedding
 from blt.model.layers import Attention, Block, CrossAttention, FeedForward, RMSNorm, Stack
 from blt_runtime.hashing import PRIMES
 from blt_runtime.ids import EOS, NEWLINE
@@ -115,7 +116,7 @@ def entropies(model: EntropyModel, ids: Sequence[int], reset_newlines: bool = Fa
     if isinstance(model, BFloat16EntropyModel):
         rounded = model(torch.tensor([list(ids)]), reset_newlines)[0]
         return entropy_of(rounded), rounded.float()
-    x = model.byte_embedding.weight[list(ids)]
+    x = embed(model.byte_embedding.weight, model.hash_embedding, ids)
     mask = block_causal(documents(ids, reset_newlines), model.config.window)
     for layer in model.layers:
         x = block(x, _block(layer), model.config.rope_theta, mask)
@@ -136,15 +137,16 @@ def hash_row(ids: Sequence[int], t: int, prime: int, size: int, rows: int) -> in
     return (value - 2**64 if value >= 2**63 else value) % rows
 
 
-def embed(model: BLT, ids: Sequence[int]) -> Tensor:
-    x = model.encoder.byte_embedding.weight[list(ids)]
-    config = model.config.hash
-    if config is None or model.hash_embedding is None:
+def embed(bytes_VD: Tensor, hashed: HashEmbedding | None, ids: Sequence[int]) -> Tensor:
+    """The embedding of each byte, and of the n-grams that end there."""
+    x = bytes_VD[list(ids)]
+    if hashed is None:
         return x
+    config = hashed.config
     pairs = [(prime, size) for prime in PRIMES[: config.functions] for size in config.sizes]
     for table, (prime, size) in enumerate(pairs):
         rows = [hash_row(ids, t, prime, size, config.rows) for t in range(len(ids))]
-        x = x + model.hash_embedding.table(table)[rows].float()
+        x = x + hashed.table(table)[rows].float()
     return x
 
 
@@ -171,7 +173,9 @@ def _run(stack: Stack, x: Tensor, mask: Tensor) -> Iterator[Tensor]:
 def forward(model: BLT, ids: Sequence[int], lengths: Sequence[int]) -> Trace:
     """All states of one row of ids; the patch lengths sum to N + 1 (the virtual next token)."""
     c, n, n_patches = model.config, len(ids), len(lengths)
-    trace = Trace(list(ids), list(lengths), embeds=embed(model, ids))
+    trace = Trace(
+        list(ids), list(lengths), embeds=embed(model.encoder.byte_embedding.weight, model.hash_embedding, ids)
+    )
     owner = torch.tensor(patch_ids(lengths, n))
     document = documents(ids)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from blt.checkpoint.models import Checkpoint, load
-from blt.model import BLT
 from blt.model.graphs import CHUNK, Limits, check_memory, model_spec
+from blt.model.hashing import HashEmbedding
 from blt.model.steps import StepModule, make_steps
 from blt_runtime import Model
 from blt_runtime.arguments import whole
@@ -95,22 +95,23 @@ def open_model(
         checkpoint = load(checkpoint, entropy_model)
     blt, rule = checkpoint.require_blt()
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
-    dtype = blt.hash_embedding.stored_as if blt.hash_embedding else "float32"
     spec = model_spec(
         blt.config,
         entropy,
         rule,
         limits=Limits.of(blt.config, capacity=capacity, patches=patches, chunk=chunk),
-        table_dtype=dtype,
+        table_dtypes={name: hashed.stored_as for name, hashed in checkpoint.hash_embeddings.items()},
     )
     check_memory(spec)
-    return Model(spec, TorchBackend(checkpoint, spec), host_tables(blt))
+    return Model(spec, TorchBackend(checkpoint, spec), host_tables(checkpoint))
 
 
-def host_tables(blt: BLT) -> list[npt.NDArray[Any]] | None:
-    """The hash tables as the runtime reads them, [rows, D] each, not copied; bfloat16 is viewed as uint16."""
-    hashed = blt.hash_embedding
-    if hashed is None:
-        return None
+def host_tables(checkpoint: Checkpoint) -> dict[str, list[npt.NDArray[Any]]]:
+    """The hash tables of each graph as the runtime reads them, [rows, D] each, not copied; bfloat16 is viewed as
+    uint16."""
+    return {name: _as_read(hashed) for name, hashed in checkpoint.hash_embeddings.items()}
+
+
+def _as_read(hashed: HashEmbedding) -> list[npt.NDArray[Any]]:
     tables = [hashed.table(t).detach() for t in range(hashed.config.n_tables)]
     return [(table.view(torch.uint16) if table.dtype == torch.bfloat16 else table).numpy() for table in tables]

@@ -23,6 +23,7 @@ from torch import Tensor
 from blt.model import ops
 from blt.model.entropy import EntropyModel
 from blt.model.masks import document_ids
+from blt_runtime.errors import RuleError
 
 BLOCK = 512
 QUERIES = 32
@@ -107,7 +108,12 @@ class BFloat16EntropyModel(EntropyModel):
 
 
 def to_bfloat16(model: EntropyModel) -> BFloat16EntropyModel:
-    """A copy in bfloat16. The angles of the rotary embedding stay float32, and the rotation is computed in float32."""
+    """A copy in bfloat16. The angles of the rotary embedding stay float32, and the rotation is computed in float32.
+
+    Raises RuleError for a model with hash n-grams, which facebookresearch/blt does not have.
+    """
+    if model.hash_embedding is not None:
+        raise RuleError("bfloat16 entropies are those of facebookresearch/blt, which has no hash n-grams; use float32")
     with torch.device("meta"):
         twin = BFloat16EntropyModel(model.config)
     twin.load_state_dict({n: t.detach().to(torch.bfloat16) for n, t in model.state_dict().items()}, assign=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blt.model.config import BLTConfig
-from blt.model.hashing import HashEmbedding
+from blt.model.hashing import HashEmbedding, embed
 from blt.model.init import init_weights
 from blt.model.layers import Attend, CrossAttention, RMSNorm, Rotation, Stack, linear
 from blt.model.masks import (
@@ -186,8 +186,7 @@ class BLT(nn.Module):
         return self.decode(states[-1], g_BPG, layout, document_BN)
 
     def embed(self, ids_BN: Tensor) -> Tensor:
-        x_BND: Tensor = self.encoder.byte_embedding(ids_BN)
-        return x_BND if self.hash_embedding is None else x_BND + self.hash_embedding(ids_BN)
+        return embed(self.encoder.byte_embedding, self.hash_embedding, ids_BN)
 
     def encode(self, ids_BN: Tensor, document_BN: Tensor) -> list[Tensor]:
         return self.encoder.byte_states(self.embed(ids_BN), *self._whole(self.encoder, document_BN))

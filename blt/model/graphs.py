@@ -7,10 +7,11 @@ One description serves the modules run directly, both exported flavours and the 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from blt.model.config import BLTConfig, EntropyConfig, TransformerConfig
+from blt.model.config import BLTConfig, EntropyConfig, HashConfig, TransformerConfig
 from blt_runtime.arguments import is_whole
 from blt_runtime.bundle.spec import CacheSpec, GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import ConfigError, OutOfMemory, shown
@@ -54,6 +55,8 @@ def check_memory(spec: ModelSpec) -> None:
     written as soon as a model is made; caches are not, until a text reaches them."""
     needed = 12 * spec.capacity_bytes
     for name, graph in spec.graphs.items():
+        if graph.cache is None:
+            continue
         _, _, _, head_size = graph.tensor("past_key.0").shape
         assert isinstance(head_size, int)
         needed += 4 * head_size * (spec.capacity_patches if name == "latent" else spec.capacity_bytes)
@@ -65,8 +68,11 @@ def check_memory(spec: ModelSpec) -> None:
         )
 
 
-def cache_spec(config: TransformerConfig, capacity: int, chunk: int, layout: WindowLayout) -> CacheSpec:
-    """A ring cache (or a window cache) for windowed layers, a plain buffer of `capacity` positions for others."""
+def cache_spec(config: TransformerConfig, capacity: int, chunk: int, layout: WindowLayout) -> CacheSpec | None:
+    """A ring cache (or a window cache) for windowed layers, a plain buffer of `capacity` positions for others; None
+    without layers."""
+    if not config.n_layers:
+        return None
     if config.window is None or config.window + chunk >= capacity or layout == "linear":
         return CacheSpec("linear", capacity, config.window, config.n_layers)
     slots = ALIGN * -(-(config.window - 1 + chunk) // ALIGN)
@@ -84,15 +90,15 @@ def _i64(name: str, *shape: int | str) -> TensorSpec:
 def _graph(
     name: str,
     config: TransformerConfig,
-    cache: CacheSpec,
+    cache: CacheSpec | None,
     *,
     inputs: list[TensorSpec],
     outputs: list[TensorSpec],
 ) -> GraphSpec:
     """A graph with positions, document starts and caches added to its own inputs and outputs."""
     length = "P" if name == "latent" else "S"
-    shape = ("B", config.kv_heads, cache.capacity, config.head_size)
     names = [f"{kind}.{layer}" for layer in range(config.n_layers) for kind in ("key", "value")]
+    shape = ("B", config.kv_heads, cache.capacity if cache else 0, config.head_size)
     past = [_f32(f"past_{name}", *shape) for name in names]
     present = [_f32(f"present_{name}", *shape) for name in names]
     return GraphSpec(
@@ -112,13 +118,15 @@ def model_spec(
     *,
     layout: WindowLayout = "ring",
     chunk_crosses_documents: bool = True,
-    table_dtype: TableDtype = "float32",
+    table_dtypes: Mapping[str, TableDtype] | None = None,
 ) -> ModelSpec:
-    """The specification of the whole model, with windowed caches of `layout` and hash tables of `table_dtype`."""
+    """The specification of the whole model, with windowed caches of `layout`. table_dtypes: of the hash tables by graph
+    ("encoder", "entropy"; default: float32)."""
+    dtypes = table_dtypes or {}
     D, X, Y = config.local_dim, config.encoder_cross_layers, config.decoder_cross_layers
     kv = (Y, 2, config.cross_k, D)
     ids = _i64("ids", "B", "S")
-    hashed = [_f32("hash_embedding", "B", "S", D)] if config.hash else []
+    hashed, entropy_hashed = _hashed(config.hash, D), _hashed(entropy.hash, entropy.dim) if entropy else []
     own_start = [_i64("own_start", "B", "P")] if config.encoder_cross_window > 1 else []
     local = {
         name: cache_spec(stack, capacity=limits.bytes, chunk=limits.chunk, layout=layout)
@@ -159,11 +167,11 @@ def model_spec(
     }
     if entropy is not None:
         outputs = [_f32("entropy", "B", "S"), _f32("logits", "B", "S", entropy.vocab_size)]
-        graphs["entropy"] = _graph("entropy", entropy, local["entropy"], inputs=[ids], outputs=outputs)
-    h = config.hash
+        graphs["entropy"] = _graph("entropy", entropy, local["entropy"], inputs=[ids, *entropy_hashed], outputs=outputs)
     return ModelSpec(
         vocab_size=config.vocab_size,
-        hash=HashSpec(h.sizes, h.functions, h.rows, D, table_dtype) if h else None,
+        hash=_hash_spec(config.hash, D, dtypes.get("encoder")),
+        entropy_hash=_hash_spec(entropy.hash, entropy.dim, dtypes.get("entropy")) if entropy else None,
         patch_rule=rule,
         encoder_window=config.encoder_cross_window,
         decoder_window=config.decoder_cross_window,
@@ -174,6 +182,15 @@ def model_spec(
         latent_document_mask=config.latent_document_mask,
         graphs=graphs,
     )
+
+
+def _hashed(config: HashConfig | None, dim: int) -> list[TensorSpec]:
+    """The input that a graph with hash tables has."""
+    return [_f32("hash_embedding", "B", "S", dim)] if config else []
+
+
+def _hash_spec(config: HashConfig | None, dim: int, dtype: TableDtype | None) -> HashSpec | None:
+    return HashSpec(config.sizes, config.functions, config.rows, dim, dtype or "float32") if config else None
 
 
 def _byte_stacks(config: BLTConfig, entropy: EntropyConfig | None) -> dict[str, TransformerConfig]:

@@ -104,6 +104,11 @@ class HashEmbedding(nn.Module):
         self.register_buffer("offset", torch.arange(self.config.n_tables) * self.config.rows, persistent=False)
 
     @property
+    def history(self) -> int:
+        """Ids before a position that its n-grams read."""
+        return max(self.config.sizes) - 1
+
+    @property
     def stored_as(self) -> TableDtype:
         """float32, float16 or bfloat16."""
         return _TABLE_DTYPES[self.table(0).dtype]
@@ -126,3 +131,9 @@ class HashEmbedding(nn.Module):
             return mapped
         rows_BNT = rows_BNT + self.offset
         return F.embedding_bag(rows_BNT.flatten(0, 1), self.tables.weight, mode="sum").view(*ids_BN.shape, -1)
+
+
+def embed(byte_embedding: nn.Module, hash_embedding: HashEmbedding | None, ids_BN: Tensor) -> Tensor:
+    """The sum of each byte's embedding and of those of the n-grams that end there, [B, N, D]."""
+    x_BND: Tensor = byte_embedding(ids_BN)
+    return x_BND if hash_embedding is None else x_BND + hash_embedding(ids_BN)

@@ -56,6 +56,8 @@ def open_caches(
 ) -> list[GraphCache] | list[InPlaceCache]:
     """One cache per layer, from the flat list key.0, value.0, key.1, ..."""
     pairs = list(zip(caches[::2], caches[1::2], strict=True))
+    if not pairs:  # a model without layers
+        return []
     if ops.exporting():
         return [GraphCache(key, value, positions_BS, doc_start_BS, window or 0) for key, value in pairs]
     capacity = pairs[0][0].shape[2]
@@ -84,17 +86,27 @@ def _present(opened: Sequence[GraphCache] | Sequence[InPlaceCache] | Sequence[Bl
     return [tensor for cache in opened for tensor in cache.present]
 
 
+def _embedded(
+    byte_embedding: nn.Module, hashed: bool, ids: Tensor, rest: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Embeddings [B, S, D], and the inputs after ids and hash_embedding (which only a model with tables has)."""
+    x_BSD: Tensor = byte_embedding(ids)
+    return (x_BSD + rest[0], rest[1:]) if hashed else (x_BSD, rest)
+
+
 class EntropyStep(StepModule):
-    """ids, positions, doc_start [B, S], caches -> entropy [B, S] in nats, logits [B, S, V], caches."""
+    """ids [B, S], hash_embedding [B, S, D] (if the model has tables), positions, doc_start [B, S], caches
+    -> entropy [B, S] in nats, logits [B, S, V], caches."""
 
     def __init__(self, model: EntropyModel, capacity: int) -> None:
         super().__init__(model, capacity)
-        self.model = model
+        self.model, self.hashed = model, model.hash_embedding is not None
 
-    def forward(self, ids: Tensor, positions: Tensor, doc_start: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        opened: Sequence[Attend] = (held := self._open(caches, positions, doc_start))
+    def forward(self, ids: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        h_BSD = model.run_layers(model.byte_embedding(ids), self.rotary.at(positions), opened)
+        x_BSD, (positions, doc_start, *caches) = _embedded(model.byte_embedding, self.hashed, ids, rest)
+        opened: Sequence[Attend] = (held := self._open(caches, positions, doc_start))
+        h_BSD = model.run_layers(x_BSD, self.rotary.at(positions), opened)
         logits = model.output(model.norm(h_BSD))
         return entropy_of(logits), logits.float(), *_present(held)
 
@@ -102,7 +114,8 @@ class EntropyStep(StepModule):
 class BFloat16EntropyStep(EntropyStep):
     """`EntropyStep` for a `BFloat16EntropyModel`, with its layout of the attention; not for export."""
 
-    def forward(self, ids: Tensor, positions: Tensor, doc_start: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, ids: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        positions, doc_start, *caches = rest
         n = ids.shape[1]
         if n < ROWS:  # repeat the last token, which writes the same slot
             ids, positions, doc_start = (
@@ -129,10 +142,7 @@ class EncoderStep(StepModule):
         self.hashed = model.hash_embedding is not None
 
     def forward(self, ids: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        x_BSD = self.encoder.byte_embedding(ids)
-        if self.hashed:
-            x_BSD, rest = x_BSD + rest[0], rest[1:]
-        positions, doc_start, *caches = rest
+        x_BSD, (positions, doc_start, *caches) = _embedded(self.encoder.byte_embedding, self.hashed, ids, rest)
         opened = self._open(caches, positions, doc_start)
         states = self.encoder.byte_states(x_BSD, self.rotary.at(positions), opened)
         return torch.stack(states, 2), *_present(opened)

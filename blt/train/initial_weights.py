@@ -113,7 +113,7 @@ def entropy_model(path: str | Path) -> EntropyModel | None:
     """The entropy model of a checkpoint in float32, or None; nothing else is loaded. Raises as `open_source`."""
     source = open_source(path)
     entropy_only = Source(source.format, source.path, entropy=source.entropy)
-    return models.build(entropy_only).entropy
+    return models.build(entropy_only, trainable=True).entropy
 
 
 def _check_same(theirs: BLTConfig | EntropyConfig, ours: BLTConfig | EntropyConfig, path: Path) -> None:

@@ -165,8 +165,8 @@ def build_engines(
         plans = build_form(work)
         for_rows = None if batched is None else Rows(batched, build_form(work, batched))
         copyfile(bundle.path / FILE_NAME, work / FILE_NAME)
-        if bundle.manifest.hash_tables is not None:
-            copyfile(bundle.path / bundle.manifest.hash_tables.file, work / bundle.manifest.hash_tables.file)
+        for tables in bundle.manifest.tables.values():
+            copyfile(bundle.path / tables.file, work / tables.file)
         digest = entry_of(work / FILE_NAME).sha256
         producer = installed("blt-lm", "blt-runtime", "onnx-ir", "onnxruntime")
         file = EnginesFile(digest, producer, platform.machine, flags, plans, rows=for_rows)

@@ -6,6 +6,7 @@ entropy.rows.onnx                  the batched graph, on the same weights
 encoder.tables.onnx                the batched encoder that gathers from hash tables in memory of a device
 entropy.device.onnx                the graph that keeps byte states and patch vectors, on the same weights
 hash_tables.npy                    [tables * rows, stored width], written a block of rows at a time
+entropy_tables.npy                 the same of an entropy model with hash n-grams
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .graph_files import write_graph, write_variant
 from .quantize.table_rows import quantise_rows
 
 __all__ = ["HASH_TABLES", "check_target", "entries", "staged", "write_graph", "write_hash_tables", "write_variant"]
-HASH_TABLES = "hash_tables.npy"
+HASH_TABLES = {"encoder": "hash_tables.npy", "entropy": "entropy_tables.npy"}
+"""Files by graph."""
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -47,9 +49,8 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
         yield work
 
 
-def write_hash_tables(tables: StoredTensor, folder: Path, dtype: TableDtype) -> Path:
+def write_hash_tables(tables: StoredTensor, path: Path, dtype: TableDtype) -> Path:
     """Write the rows block by block: tables of a mapped checkpoint may be larger than memory."""
-    path = folder / HASH_TABLES
     rows, dim = tables.shape
     shape = (rows, stored_width(dim, dtype))
     header = {"descr": TABLE_DTYPES[dtype].str, "fortran_order": False, "shape": shape}

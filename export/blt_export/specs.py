@@ -48,16 +48,16 @@ def export_spec(
         )
     entropy = checkpoint.entropy.config if checkpoint.entropy else None
     limits = Limits.of(blt.config, capacity=capacity, patches=patches, chunk=chunk)
-    if table_dtype is not None and blt.hash_embedding is None:
+    if table_dtype is not None and not checkpoint.hash_embeddings:
         raise UsageError(f"table_dtype {table_dtype}: this model has no hash tables; leave it out")
-    dtype = table_dtype or (blt.hash_embedding.stored_as if blt.hash_embedding else "float32")
+    dtypes = {name: table_dtype or hashed.stored_as for name, hashed in checkpoint.hash_embeddings.items()}
     if flavour == "portable":
-        spec = model_spec(blt.config, entropy, rule, limits=limits, table_dtype=dtype)
+        spec = model_spec(blt.config, entropy, rule, limits=limits, table_dtypes=dtypes)
         check_memory(spec)
         return spec
     layout: WindowLayout = "window" if flavour == "ort" else "linear"
     spec = model_spec(
-        blt.config, entropy, rule, limits=limits, layout=layout, chunk_crosses_documents=False, table_dtype=dtype
+        blt.config, entropy, rule, limits=limits, layout=layout, chunk_crosses_documents=False, table_dtypes=dtypes
     )
     check_memory(spec)
     if flavour == "cuda":

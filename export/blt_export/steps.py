@@ -170,11 +170,12 @@ def write_resident_graphs(state: ExportState) -> str:
 
 
 def write_hash_tables(state: ExportState) -> str:
-    blt, _ = state.checkpoint.require_blt()
-    if state.spec.hash is None:
-        return "the model has none"
-    path = bundle.write_hash_tables(stored_tables(blt), state.folder, state.spec.hash.dtype)
-    return f"{path.stat().st_size} bytes, {state.spec.hash.dtype}"
+    written = []
+    for name, hashed in state.checkpoint.hash_embeddings.items():
+        path, dtype = state.folder / bundle.HASH_TABLES[name], state.spec.hashes[name].dtype
+        bundle.write_hash_tables(stored_tables(hashed), path, dtype)
+        written.append(f"{name}: {path.stat().st_size} bytes, {dtype}")
+    return ", ".join(written) or "the model has none"
 
 
 def check_parity(state: ExportState) -> str:
@@ -186,7 +187,7 @@ def check_parity(state: ExportState) -> str:
             state.modules,
             spec,
             files={name: folder / path.name for name, path in state.files.items()},
-            hash_tables=state.folder / bundle.HASH_TABLES,
+            hash_tables={name: state.folder / bundle.HASH_TABLES[name] for name in state.spec.hashes},
             precisions=state.precisions,
             packed={name: outcome.packed for name, outcome in state.quantised.items()},
         )
@@ -209,6 +210,7 @@ def _runnable(state: ExportState) -> Iterator[tuple[Path, ModelSpec]]:
 def make_manifest(state: ExportState) -> str:
     """Raises ValueError if the runtime would refuse a graph (`blt_runtime.bundle.graph_file`)."""
     files = bundle.entries(state.folder)
+    tables = {name: FileRef(bundle.HASH_TABLES[name]) for name in state.spec.hashes}
     state.manifest = Manifest(
         producer=producer(),
         flavour=state.flavour,
@@ -218,7 +220,8 @@ def make_manifest(state: ExportState) -> str:
         config=configurations(state.checkpoint),
         spec=state.spec,
         graphs={name: FileRef(path.name) for name, path in state.files.items()},
-        hash_tables=FileRef(bundle.HASH_TABLES) if state.spec.hash else None,
+        hash_tables=tables.get("encoder"),
+        entropy_tables=tables.get("entropy"),
         files=files,
         parity=state.parity.rows,
         precisions=state.precisions,
@@ -227,8 +230,8 @@ def make_manifest(state: ExportState) -> str:
         table_graph=FileRef(state.table_file.name) if state.table_file else None,
         chat_template=state.chat_template,
     )
-    tables = {"encoder": state.manifest.table_graph} if state.manifest.table_graph else {}
-    for refs in (state.manifest.graphs, state.manifest.row_graphs, state.manifest.resident_graphs, tables):
+    gathering = {"encoder": state.manifest.table_graph} if state.manifest.table_graph else {}
+    for refs in (state.manifest.graphs, state.manifest.row_graphs, state.manifest.resident_graphs, gathering):
         for name, ref in refs.items():
             try:
                 graph_file.read_graph(state.folder, ref.file, state.manifest, state.manifest.precision_of(name))

@@ -64,7 +64,8 @@ def build(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise Refused(f"{spec.name} does not build: {'; '.join(log.errors) or 'no reason given'}")
-    dropped = [t.name for t in spec.inputs if t.name not in names - set(log.unused)]
+    clocks = {"positions", "doc_start"} if spec.cache is None else set()  # without attention, no node reads them
+    dropped = [t.name for t in spec.inputs if t.name not in names - (set(log.unused) - clocks)]
     if dropped:
         raise Refused(f"{spec.name} ignores its inputs {', '.join(dropped)}")
     outputs = tuple(network.get_output(i).name for i in range(network.num_outputs))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -27,7 +27,9 @@ PRIMES: Final = (
 
 Array = npt.NDArray[Any]
 Tables = Array | Sequence[Array]
-"""All tables in one array [T * V, D], or T arrays [V, D]."""
+"""All tables of one graph in one array [T * V, D], or T arrays [V, D]."""
+HashTables = Tables | Mapping[str, Tables]
+"""Tables by graph ("encoder", "entropy"); an array or a list is those of the encoder."""
 TableDtype = Literal["float32", "float16", "bfloat16", "int8"]
 TABLE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
@@ -120,17 +122,42 @@ def check_tables(tables: Tables, count: int, rows: int, dim: int, dtype: TableDt
             )
 
 
+def by_graph(tables: HashTables | None) -> dict[str, Tables]:
+    """The tables of each graph that has some."""
+    if tables is None:
+        return {}
+    return dict(tables) if isinstance(tables, Mapping) else {"encoder": tables}
+
+
+class NGrams:
+    """Hashes of the n-grams that end at a stream's newest ids, before their reduction to the rows of a table: computed
+    once for all tables of the same sizes and functions. It owns scratch memory."""
+
+    def __init__(self, sizes: Sequence[int], functions: int) -> None:
+        self.coefficients_TG = powers(sizes, functions)
+        self.tables, self.longest = self.coefficients_TG.shape
+        self.hash_T = np.zeros(self.tables, dtype=np.int64)
+
+    def set(self, window_G: Ids) -> None:
+        """Sets `hash_T` to the hashes of the n-grams that end at the newest of the last G ids."""
+        np.matmul(self.coefficients_TG, window_G, out=self.hash_T)
+
+
 class HashEmbedding:
     """Sums the table rows of the newest ids: whole chunks, or one position without allocating.
 
     `tables` are float32, float16, uint16 (bfloat16) or int8, usually read-only memory maps of which only pages in use
     are loaded. D is at least 2. Rows are widened to float32 exactly (int8: times its scale) and added in table
     order by both forms, so they are bit-identical. One instance per stream: it owns scratch memory.
+
+    grams: hashes that it shares with other tables of the stream (default: its own).
     """
 
-    def __init__(self, tables: Tables, sizes: Sequence[int], functions: int, rows: int) -> None:
-        self._coefficients_TG = powers(sizes, functions)
-        n_tables, self.history = self._coefficients_TG.shape
+    def __init__(
+        self, tables: Tables, sizes: Sequence[int], functions: int, rows: int, grams: NGrams | None = None
+    ) -> None:
+        self.grams = grams or NGrams(sizes, functions)
+        n_tables, self.history = self.grams.tables, self.grams.longest - 1
         self._rows = rows
         self._row_T = np.zeros(n_tables, dtype=np.int64)
         # plain views: indexing numpy's memmap class costs 2 us more
@@ -148,22 +175,24 @@ class HashEmbedding:
         self._releases = hasattr(mmap, "MADV_DONTNEED") and sum(piece.nbytes for piece in pieces) >= RELEASE_FROM
         self._positions = 0
 
-    def locate(self, window_G: Ids) -> Ids:
+    def locate(self, window_G: Ids | None) -> Ids:
         """Row of each table [T] for the newest of the last G ids, in memory that the next call overwrites.
 
-        In one array of all tables, rows count from its start.
+        In one array of all tables, rows count from its start. None: the ids that `grams` hashed last.
         """
         row_T = self._row_T
-        np.matmul(self._coefficients_TG, window_G, out=row_T)
-        np.remainder(row_T, self._rows, out=row_T)
+        if window_G is not None:
+            self.grams.set(window_G)
+        np.remainder(self.grams.hash_T, self._rows, out=row_T)
         return np.add(row_T, self._first_row_T, out=row_T)
 
     def locate_many(self, padded: Ids) -> Ids:
         """Row of each table [N, T] for N ids that follow their G - 1 predecessors."""
-        return hash_windows(padded, self._coefficients_TG, self._rows) + self._first_row_T
+        return hash_windows(padded, self.grams.coefficients_TG, self._rows) + self._first_row_T
 
-    def one(self, window_G: Ids, out_D: Array) -> None:
-        """Embedding of the newest of the last G ids (zeros before the start) into out_D float32."""
+    def one(self, window_G: Ids | None, out_D: Array) -> None:
+        """Embedding of the newest of the last G ids (zeros before the start) into out_D float32. None: of the ids that
+        `grams` hashed last."""
         self.locate(window_G)
         self._check_size()
         for table, row, picked in self._takes:

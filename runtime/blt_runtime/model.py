@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -19,7 +19,7 @@ from .bundle.open_files import OpenFiles
 from .bundle.spec import ModelSpec
 from .engine.batch import with_padding
 from .errors import OutOfMemory, UsageError, shown
-from .hashing import Tables
+from .hashing import HashTables, Tables, by_graph
 from .options import GenerateKeywords, GenerateOptions, resolve
 from .stream import Overflow, Score, Stream, check_model
 from .text import Utf8Stream
@@ -34,7 +34,8 @@ MOST_THREADS = 1024
 class Model:
     """A spec, a backend that runs its graphs, and its hash tables.
 
-    hash_tables: in the spec's dtype, one array [T * rows, D_l] or T arrays [rows, D_l]; None if the model has none.
+    hash_tables: by graph ("encoder", "entropy"), in the spec's dtype, one array [T * rows, D_l] or T arrays
+    [rows, D_l]; those of the encoder alone may be given without a name. None if the model has none.
     files: of the bundle, checked before use (see `Stream`). Threads may share a model if each uses its own streams.
 
     Example:
@@ -49,7 +50,7 @@ class Model:
         self,
         spec: ModelSpec,
         backend: Backend,
-        hash_tables: Tables | None = None,
+        hash_tables: HashTables | None = None,
         *,
         manifest: Manifest | None = None,
         files: OpenFiles | None = None,
@@ -61,7 +62,7 @@ class Model:
         self.backend = backend
         self.manifest = manifest
         self.files = files
-        self._hash_tables = hash_tables
+        self._hash_tables = by_graph(hash_tables)
 
     @classmethod
     def open(
@@ -129,7 +130,7 @@ class Model:
             engines.check_rows()
         if precision is not None:
             check_precision(manifest, precision, str(engines.path))
-        files = OpenFiles(engines.bundle, [] if manifest.hash_tables is None else [manifest.hash_tables.file])
+        files = OpenFiles(engines.bundle, [ref.file for ref in manifest.tables.values()])
         made = platform.open_engines(engines, platform.open_platform(), batched=batched)
         tables = engines.bundle.hash_tables()
         files.check_names()
@@ -137,8 +138,8 @@ class Model:
         return cls(spec, made, tables, manifest=manifest, files=files)
 
     @property
-    def hash_tables(self) -> Tables | None:
-        """The hash tables as stored in the bundle; None if the model has none."""
+    def hash_tables(self) -> Mapping[str, Tables]:
+        """The hash tables by graph, as stored in the bundle; empty if the model has none."""
         return self._hash_tables
 
     def stream(self, bos: bool = True, seed: int | None = None, overflow: Overflow = "error") -> Stream:

@@ -27,7 +27,7 @@ from .engine.snapshot import Snapshot, put, take
 from .engine.step import StepCalls
 from .errors import Cancelled, CapacityError, ConfigError, InputError, UsageError, shown
 from .grammar import GrammarSampler
-from .hashing import Tables, check_tables
+from .hashing import HashTables, by_graph, check_tables
 from .ids import BOS, BYTES, EOS, OFFSET, Ids, checked_ids, encode
 from .options import GenerateKeywords, GenerateOptions, resolve
 from .patching import checked_closes, closes_from_lengths
@@ -88,7 +88,7 @@ class Stream:
         self,
         spec: ModelSpec,
         backend: Backend,
-        hash_tables: Tables | None = None,
+        hash_tables: HashTables | None = None,
         *,
         bos: bool = True,
         seed: int | None = None,
@@ -454,15 +454,16 @@ class Stream:
             self._lock.release()
 
 
-def check_model(spec: ModelSpec, backend: Backend, hash_tables: Tables | None) -> None:
+def check_model(spec: ModelSpec, backend: Backend, hash_tables: HashTables | None) -> None:
     """Raises UsageError unless these are a spec and a backend, and ConfigError unless the hash tables fit the spec."""
     instance("spec", spec, ModelSpec, "a ModelSpec (Model.open reads a bundle's)")
     if not callable(getattr(backend, "session", None)) or not callable(getattr(backend, "buffer", None)):
         raise UsageError(f"backend must be a Backend (blt_runtime.backends.protocol), not {shown(backend)}")
-    if (spec.hash is None) != (hash_tables is None):
-        raise ConfigError("hash tables must be given exactly when the spec has a hash")
-    if spec.hash is not None and hash_tables is not None:
-        check_tables(hash_tables, spec.hash.tables, spec.hash.rows, spec.hash.dim, spec.hash.dtype)
+    given, hashes = by_graph(hash_tables), spec.hashes
+    if set(given) != set(hashes):
+        raise ConfigError("hash tables must be given exactly when the spec has a hash, by the names of its graphs")
+    for name, hash in hashes.items():
+        check_tables(given[name], hash.tables, hash.rows, hash.dim, hash.dtype)
 
 
 def _slides(overflow: Overflow, spec: ModelSpec, bos: bool) -> bool:

@@ -9,7 +9,7 @@
  */
 
 import { BackendError, BundleError, CapacityError, InputError, MANIFEST, UsageError, checkContent, checkSignal,
-  firstLine, isNode, isWhole, readManifest, shown, source, wrongSize } from "./bundle.js";
+  firstLine, hashesOf, isNode, isWhole, readManifest, shown, source, tablesOf, wrongSize } from "./bundle.js";
 import { BOS, EOS, HashEmbedding, NEWLINE, OFFSET, PatchState, Random, StopMatcher, checkOptions, sampler, seedOf,
   toBytes } from "./text.js";
 
@@ -255,11 +255,10 @@ export class Stream {
 
   async #entropies(start, end, signal) {
     if (this.#spec.patch_rule.scheme !== "entropy") return;
-    const { ids, entropies, entropyDocuments } = this.#state;
+    const { entropies, entropyDocuments } = this.#state;
     for (const [a, b] of this.#calls("entropy", start, end, entropyDocuments)) {
       checkSignal(signal);
-      const feeds = { ids: int64(ids.slice(a, b), 1, b - a) };
-      const { data } = await this.#run("entropy", a, b, entropyDocuments, feeds, "entropy");
+      const { data } = await this.#run("entropy", a, b, entropyDocuments, this.#bytes("entropy", a, b), "entropy");
       data.forEach((entropy, i) => (entropies[a + i] = entropy));
     }
   }
@@ -276,14 +275,19 @@ export class Stream {
     state.vectors = vectors.slice(-this.#spec.decoder_window);
   }
 
-  async #encode(a, b) {
-    const state = this.#state, { hash } = this.#model, feeds = { ids: int64(state.ids.slice(a, b), 1, b - a) };
+  /** The ids of positions a..b and, if the graph has tables, their hash embeddings. */
+  #bytes(graph, a, b) {
+    const { ids } = this.#state, hash = this.#model.hashes[graph], feeds = { ids: int64(ids.slice(a, b), 1, b - a) };
     if (hash) {
       const embedded = new Float32Array((b - a) * hash.dim);
-      for (let i = 0; i < b - a; i++)
-        hash.embed(state.ids, a + i, embedded.subarray(i * hash.dim, (i + 1) * hash.dim));
+      for (let i = 0; i < b - a; i++) hash.embed(ids, a + i, embedded.subarray(i * hash.dim, (i + 1) * hash.dim));
       feeds.hash_embedding = [embedded, [1, b - a, hash.dim]];
     }
+    return feeds;
+  }
+
+  async #encode(a, b) {
+    const state = this.#state, feeds = this.#bytes("encoder", a, b);
     const { data, dims } = await this.#run("encoder", a, b, state.documents, feeds, "byte_states");
     const keep = this.#firstByte(state.starts.length - 1), width = dims[2] * dims[3];
     state.shape = dims.slice(2);
@@ -389,7 +393,8 @@ export class Model {
     const needsEntropy = spec.patch_rule.scheme === "entropy";
     const names = Object.keys(manifest.graphs).filter((name) => name !== "entropy" || needsEntropy);
     const used = names.flatMap((name) => [manifest.graphs[name].file, weights(manifest.graphs[name].file)]);
-    const all = [...used, ...(spec.hash ? [manifest.hash_tables.file] : [])].filter((name) => name in listed);
+    const tables = Object.entries(tablesOf(manifest)).filter(([name]) => names.includes(name));
+    const all = [...used, ...tables.map(([, { file }]) => file)].filter((name) => name in listed);
     await Promise.all(all.map((name) => files.check(name, listed[name].bytes)));
     const total = all.reduce((sum, name) => sum + listed[name].bytes, 0);
     const hashed = verify === "full" || (verify === "auto" && total <= HASH_WHOLE_BUNDLE);
@@ -408,7 +413,9 @@ export class Model {
       const data = path in listed ? [{ path, data: await read(path) }] : [];
       this.graphs[name] = await this.#session(name, await read(file), { ...session, externalData: data });
     }
-    this.hash = spec.hash ? new HashEmbedding(spec.hash, await read(manifest.hash_tables.file)) : null;
+    this.hashes = {};
+    for (const [name, { file }] of tables)
+      this.hashes[name] = new HashEmbedding(hashesOf(spec)[name], await read(file));
   }
 
   async #session(name, content, options) {

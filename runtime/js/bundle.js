@@ -1,6 +1,6 @@
 /** The bundle of `blt export`: its files from a folder, a URL or a list of `File`, its manifest, and the errors. */
 
-const FORMAT = "blt-bundle", VERSION = 4;
+const FORMAT = "blt-bundle", VERSION = 5;
 const LARGEST_MANIFEST = 16 << 20;
 export const MANIFEST = "manifest.json";
 export const isNode = typeof process === "object" && Boolean(process.versions?.node);
@@ -153,19 +153,25 @@ export function readManifest(bytes) {
   if (manifest.version > VERSION)
     throw new BundleError(`the bundle has format version ${manifest.version}, this module reads versions up to ` +
       `${VERSION}: upgrade blt-runtime`);
-  const { files, graphs, spec, hash_tables: tables } = manifest;
+  const { files, graphs, spec } = manifest, tables = tablesOf(manifest);
   demand([files, graphs, spec].every(isObject), "'files', 'graphs' or 'spec' is missing");
   for (const [name, entry] of Object.entries(files)) {
     demand(!/[/\\:\0]/.test(name) && !["", ".", "..", MANIFEST].includes(name),
       `${shown(name)} is not a plain file name in the bundle`);
     demand(isWhole(entry?.bytes) && typeof entry.sha256 === "string", `the size or sha256 of ${name} is missing`);
   }
-  for (const ref of [...Object.values(graphs), ...(tables ? [tables] : [])])
+  for (const ref of [...Object.values(graphs), ...Object.values(tables)])
     demand(typeof ref?.file === "string" && Object.hasOwn(files, ref.file), "it uses a file that it does not list");
   checkSpec(spec, graphs, demand);
-  demand(Boolean(tables) === Boolean(spec.hash), "hash tables must be named exactly when 'spec' has a hash");
+  demand(Object.keys(tables).join() === Object.keys(hashesOf(spec)).join(),
+    "hash tables must be named exactly when 'spec' has a hash");
   return manifest;
 }
+
+const named = (pairs) => Object.fromEntries(Object.entries(pairs).filter(([, value]) => value));
+/** The hash tables of each graph that has some: their files, and what the spec says of them. */
+export const tablesOf = ({ hash_tables: encoder, entropy_tables: entropy }) => named({ encoder, entropy });
+export const hashesOf = ({ hash: encoder, entropy_hash: entropy }) => named({ encoder, entropy });
 
 function checkSpec(spec, graphs, demand) {
   for (const name of ["vocab_size", "chunk", "capacity_bytes", "capacity_patches", "encoder_window", "decoder_window"])
@@ -190,11 +196,12 @@ function checkSpec(spec, graphs, demand) {
       (cache.window === null ? cache.kind === "linear" : isWhole(cache.window, 1, cache.capacity) ||
       cache.kind === "linear")), `the cache of ${name} has impossible sizes`);
   }
-  const hash = spec.hash;
-  if (!hash) return;
-  demand(Array.isArray(hash.sizes) && hash.sizes.length && hash.sizes.every((size) => isWhole(size, 1, 1024)) &&
-    isWhole(hash.functions, 1, 11) && isWhole(hash.rows, 1) && isWhole(hash.dim, 2), "its hash is impossible");
-  demand(["float32", "float16", "bfloat16", "int8"].includes(hash.dtype ??= "float32"), "its tables' type is unknown");
+  for (const hash of Object.values(hashesOf(spec))) {
+    demand(Array.isArray(hash.sizes) && hash.sizes.length && hash.sizes.every((size) => isWhole(size, 1, 1024)) &&
+      isWhole(hash.functions, 1, 11) && isWhole(hash.rows, 1) && isWhole(hash.dim, 2), "its hash is impossible");
+    demand(["float32", "float16", "bfloat16", "int8"].includes(hash.dtype ??= "float32"),
+      "its tables' type is unknown");
+  }
 }
 
 export async function checkContent(name, bytes, sha256) {

@@ -63,7 +63,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "pooling": "mean",
         "latent_document_mask": False,
     },
-    "entropy": OTHER_STACK | {"vocab_size": 261},
+    "entropy": OTHER_STACK | {"vocab_size": 261, "hash": {"sizes": [2, 4], "rows": 11, "functions": 3}},
     "patch_rule": {
         "scheme": "byte",
         "threshold": 0.75,
@@ -91,7 +91,7 @@ def fields() -> list[str]:
     def of(kind: type[BaseModel], prefix: str) -> list[str]:
         names = []
         for name, field in kind.model_fields.items():
-            nested = {"hash": HashConfig}.get(name, field.annotation)
+            nested = {"blt.hash": HashConfig}.get(f"{prefix}.{name}", field.annotation)
             if nested is TransformerConfig or nested is HashConfig:
                 names += of(nested, f"{prefix}.{name}")
             if nested is not TransformerConfig:
@@ -204,6 +204,7 @@ NO_ARGUMENT = {
     "patch_rule.reset_newlines": "facebookresearch/blt resets its entropy model nowhere",
     "patch_rule.entropy_dtype": "chosen when a checkpoint is loaded",
     "patch_rule.patch_size": "read for static patching only",
+    "entropy.hash": "facebookresearch/blt has no n-grams there",
     "entropy.max_seqlen": "at least 8,192",
     "entropy.window": "512 in a training folder; the hub's is tested below",
 }

@@ -26,8 +26,10 @@ def model_file(tmp_path: Path) -> Path:
     return tmp_path / "model.pt"
 
 
-def test_round_trip(model_file: Path) -> None:
-    before, after = tiny(), load(model_file, trainable=True)
+@pytest.mark.parametrize("variant", ["plain", "hash_entropy_without_layers"])
+def test_round_trip(variant: str, tmp_path: Path) -> None:
+    save(tmp_path / "model.pt", tiny(variant))
+    before, after = tiny(variant), load(tmp_path / "model.pt", trainable=True)
     assert after.patch_rule == before.patch_rule
     assert before.blt is not None
     assert before.entropy is not None
@@ -36,6 +38,15 @@ def test_round_trip(model_file: Path) -> None:
     for one, other in ((before.blt, after.blt), (before.entropy, after.entropy)):
         assert one.config == other.config
         torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_only_what_earlier_releases_cannot_read_has_a_new_version(tmp_path: Path) -> None:
+    found = {}
+    for variant in ("plain", "hash_entropy", "hash_entropy_without_layers"):
+        save(tmp_path / "model.pt", tiny(variant))
+        content = torch.load(tmp_path / "model.pt", weights_only=True)
+        found[variant] = content["version"], "hash" in content["config"]["entropy"]
+    assert found == {"plain": (1, False), "hash_entropy": (2, True), "hash_entropy_without_layers": (2, True)}
 
 
 def test_a_folder_is_read_as_its_model_file(model_file: Path) -> None:

@@ -31,7 +31,7 @@ TEXT = "The quick brown fox – naïve – jumps over the lazy dog. "
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of 16 dimensions with everything on disk in one model.pt."""
-    part = {"dim": 16, "n_layers": 1, "n_heads": 2, "ffn_dim": 32, "max_seqlen": 512}
+    part: dict[str, Any] = {"dim": 16, "n_layers": 1, "n_heads": 2, "ffn_dim": 32, "max_seqlen": 512}
     local = TransformerConfig(**part, window=64)
     latent = TransformerConfig(**{**part, "dim": 32})
     config = BLTConfig(encoder=local, latent=latent, decoder=local, hash=HashConfig(rows=50, sizes=(3, 4)))

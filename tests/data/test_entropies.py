@@ -23,7 +23,7 @@ TOLERANCE = 2e-5
 """float32 rounding: the angles of positions near 6,000 alone are rounded to 0.0005 and differ by that."""
 
 
-def small_model(n_layers: int = 3, window: int | None = 64, seed: int = 0, **sizes: int) -> EntropyModel:
+def small_model(n_layers: int = 3, window: int | None = 64, seed: int = 0, **sizes: Any) -> EntropyModel:
     config: dict[str, Any] = {
         "dim": 16,
         "n_heads": 2,
@@ -70,12 +70,27 @@ def test_equal_to_the_plain_form() -> None:
         np.testing.assert_allclose(found, plain.numpy(), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("n_layers", [0, 2])
+def test_n_grams_read_the_ids_before_a_chunk_and_a_document(n_layers: int) -> None:
+    """Equal to the plain form over the row of all documents, and from any chunk on."""
+    model = small_model(n_layers, 4, hash={"sizes": (2, 9), "rows": 31})
+    ids = np.concatenate(documents(1, 200, 3, 126, 60))
+    with torch.no_grad():
+        plain, _ = reference.entropies(model, ids.tolist())
+    passed = ChunkedPass(model, chunk=128)
+    whole = np.concatenate(list(passed.run(ids)))
+    np.testing.assert_allclose(whole, plain.numpy(), atol=TOLERANCE)
+    for begin in (128, 256, 384):
+        np.testing.assert_array_equal(np.concatenate(list(passed.run(ids, begin))), whole[begin:])
+
+
 def test_equal_to_the_stream_with_ring_caches() -> None:
     """Equal, byte for byte, to the step that generation runs, over a document longer than several rings."""
     model = small_model()
     (ids,) = documents(3000)
     calls, capacity = 100, 8192
     ring = cache_spec(model.config, capacity, calls, "ring")
+    assert ring is not None
     assert ring.capacity < 200
     step = EntropyStep(model, capacity).eval()
     shape = (1, model.config.kv_heads, ring.capacity, model.config.head_size)

@@ -76,6 +76,15 @@ def test_engines_generate_the_ids_of_the_bundle(bundle: Bundle, tmp_path: Path) 
     assert list(found.generate_ids(40, temperature=0.0, stop_at_eos=False, speculate="lookup", draft=32)) == made
 
 
+def test_an_entropy_model_of_n_grams_without_layers(tmp_path: Path) -> None:
+    """Its engine has no caches, no node reads positions, and its tables are in a file of their own."""
+    bundle = exported(tmp_path, variant="hash_entropy_without_layers")
+    report = build_engines(bundle, tmp_path / "engines", platform())
+    assert all(row.error <= row.tolerance and row.positions >= 24 for row in report.file.parity)
+    assert {path.name for path in report.path.glob("*.npy")} == {"hash_tables.npy", "entropy_tables.npy"}
+    assert Engines.open(report.path, verify="full").bundle.hash_tables().keys() == {"encoder", "entropy"}
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_float16_is_compared_with_itself_on_the_cpu(tmp_path: Path, precision: str) -> None:
     """With the same codes of matrices."""

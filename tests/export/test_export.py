@@ -23,6 +23,7 @@ from blt_runtime.bundle import graph_file
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.errors import BltError, CheckFailed, CheckpointError, UsageError
 from blt_runtime.hashing import TableDtype
+from tests import exports
 from tests.export.small_graphs import dims, has_constant_weight
 from tests.export.variants import FLAVOURS, VARIANTS, BundleOf, Prepare
 from tests.tiny import runs_rows, tiny
@@ -54,8 +55,7 @@ def test_the_bundle_opens_and_describes_itself(bundle_of: BundleOf, variant: str
     assert opened.manifest == report.manifest
     assert opened.manifest.flavour == flavour
     assert opened.manifest.spec.chunk_crosses_documents == (flavour == "portable")
-    tables, own = opened.hash_tables(), tiny(variant).require_blt()[0].hash_embedding
-    assert tables is not None
+    tables, own = opened.hash_tables()["encoder"], tiny(variant).require_blt()[0].hash_embedding
     assert own is not None
     np.testing.assert_array_equal(tables, np.concatenate([own.table(t).detach() for t in range(own.config.n_tables)]))
 
@@ -161,12 +161,31 @@ def test_a_wrong_weight_fails_parity_and_leaves_no_bundle(
 def test_a_wrong_hash_table_fails_parity(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = bundle.write_hash_tables
 
-    def corrupt(tables: StoredTensor, folder: Path, dtype: TableDtype) -> Path:
-        return written(replace(tables, pieces=(tables.pieces[0].roll(1, 0),)), folder, dtype)
+    def corrupt(tables: StoredTensor, path: Path, dtype: TableDtype) -> Path:
+        return written(replace(tables, pieces=(tables.pieces[0].roll(1, 0),)), path, dtype)
 
     monkeypatch.setattr(bundle, "write_hash_tables", corrupt)
     with pytest.raises(CheckFailed, match="hash_embedding differs from PyTorch"):
         pipeline.run(prepare(VARIANTS[0], "ort"), tmp_path / "bundle")
+
+
+def test_tables_of_an_entropy_model_have_their_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = pipeline.run(exports.prepare("hash_entropy_without_layers", table_dtype="float16"), tmp_path / "b")
+    spec = report.manifest.spec
+    assert {name: hash.dtype for name, hash in spec.hashes.items()} == {"encoder": "float16", "entropy": "float16"}
+    assert [row.output for row in report.parity[:2]] == ["entropy.hash_embedding", "hash_embedding"]
+    tables = Bundle.open(tmp_path / "b", verify="full").hash_tables()
+    assert {name: table.shape for name, table in tables.items()} == {"encoder": (3 * 97, 32), "entropy": (4 * 101, 24)}
+    assert spec.graphs["entropy"].cache is None
+    written = bundle.write_hash_tables
+
+    def corrupt(tables: StoredTensor, path: Path, dtype: TableDtype) -> Path:
+        rolled = replace(tables, pieces=(tables.pieces[0].roll(1, 0),))
+        return written(rolled if path.name == bundle.HASH_TABLES["entropy"] else tables, path, dtype)
+
+    monkeypatch.setattr(bundle, "write_hash_tables", corrupt)
+    with pytest.raises(CheckFailed, match=r"entropy\.hash_embedding differs from PyTorch"):
+        pipeline.run(exports.prepare("hash_entropy_without_layers"), tmp_path / "wrong")
 
 
 def test_no_check_writes_no_parity_rows(prepare: Prepare, tmp_path: Path) -> None:
@@ -218,7 +237,7 @@ def test_hash_tables_are_written_block_by_block(tmp_path: Path, monkeypatch: pyt
         ("float16", want.half()),
         ("bfloat16", want.bfloat16().view(torch.uint16)),
     ):
-        path = bundle.write_hash_tables(StoredTensor(("a", "b"), pieces), tmp_path, cast(TableDtype, dtype))
+        path = bundle.write_hash_tables(StoredTensor(("a", "b"), pieces), tmp_path / "t.npy", cast(TableDtype, dtype))
         np.testing.assert_array_equal(np.load(path, allow_pickle=False), stored.numpy())
 
 
@@ -236,8 +255,7 @@ def test_tables_keep_the_dtype_of_the_checkpoint(dtype: torch.dtype, tmp_path: P
     other = pipeline.prepare(tmp_path / "model.pt", "ort", table_dtype="bfloat16")
     other.captured = state.captured
     narrow = pipeline.run(other, tmp_path / "narrow")
-    tables = Bundle.open(tmp_path / "narrow").hash_tables()
-    assert tables is not None
+    tables = Bundle.open(tmp_path / "narrow").hash_tables()["encoder"]
     assert tables.dtype == np.uint16
     assert (narrow.parity[0].error > 1e-4) == (dtype != torch.bfloat16)
 

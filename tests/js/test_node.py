@@ -46,7 +46,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 WINDOWS, LAYERS = "cross_windows_own_heads_newlines", "all_layers_gqa_projection"
 EXPORTS = ((LAYERS, "ort", "float16"), (LAYERS, "portable", "int8"), (WINDOWS, "ort", "bfloat16"),
-           (WINDOWS, "portable", "float32"))  # fmt: skip
+           (WINDOWS, "portable", "float32"), ("hash_entropy_without_layers", "ort", "int8"))  # fmt: skip
 NODE, WEB = "onnxruntime-node", "onnxruntime-web"
 
 

@@ -135,6 +135,8 @@ def test_an_entropy_model_alone_is_converted() -> None:
 def test_conversions_that_make_no_sense_are_refused() -> None:
     with pytest.raises(RuleError, match="has none"):
         tiny("static").with_entropy_dtype("bfloat16")
+    with pytest.raises(RuleError, match="has no hash n-grams"):
+        tiny("hash_entropy").with_entropy_dtype("bfloat16")
     with pytest.raises(RuleError, match="load the checkpoint again"):
         tiny().with_entropy_dtype("bfloat16").with_entropy_dtype("float32")
     with pytest.raises(RuleError, match="needs the patch scheme 'entropy'"):

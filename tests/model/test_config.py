@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from blt.generate.torch_backend import open_model
-from blt.model import BLTConfig, EntropyConfig
+from blt.model import BLTConfig, EntropyConfig, EntropyModel
 from blt.model.config import HashConfig, TransformerConfig
 from blt.model.graphs import Limits
 from blt.train.config import BatchConfig, DataConfig, OptimizerConfig, PatchingConfig, ScheduleConfig
@@ -50,6 +50,24 @@ def test_hash_tables_of_one_number_a_row() -> None:
     assert blt(encoder=one, decoder=one, cross_k=1).hash is None
     with pytest.raises(ValidationError, match="at least 2 with a hash"):
         blt(encoder=one, decoder=one, cross_k=1, hash={"sizes": [2], "rows": 3})
+
+
+@pytest.mark.parametrize("n_layers", [0, 2])
+@pytest.mark.parametrize("hash", [None, {"sizes": [2, 5], "rows": 7, "functions": 2}])
+def test_weights_of_an_entropy_model(n_layers: int, hash: dict[str, Any] | None) -> None:
+    config = EntropyConfig.model_validate({"dim": 16, "n_layers": n_layers, "n_heads": 2, "hash": hash})
+    model = EntropyModel(config)
+    assert config.n_params() == sum(weight.numel() for weight in model.parameters())
+    tables = config.hash.params(config.dim) if config.hash else 0
+    rows = 4 * 16 if hash else 0
+    assert config.weights_read() == config.n_params() - 259 * 16 - tables + rows
+    assert EntropyConfig.model_validate(config.model_dump()) == config
+    assert ("hash" in config.model_dump(mode="json")) == (hash is not None)
+
+
+def test_an_entropy_models_tables_have_rows_of_two_numbers_at_least() -> None:
+    with pytest.raises(ValidationError, match="dim must be at least 2 with a hash"):
+        EntropyConfig(dim=1, n_layers=0, n_heads=1, head_dim=2, hash=HashConfig(rows=3))
 
 
 def test_the_largest_values_are_accepted() -> None:

@@ -23,6 +23,7 @@ VARIANTS = (
     "no_hash_space_causal_latent",
     "max_patch_length",
     "bytes_no_window",
+    "hash_entropy_without_layers",
 )
 TOLERANCE = 2e-5
 NEW = 60

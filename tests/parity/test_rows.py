@@ -29,7 +29,8 @@ pytestmark = pytest.mark.skipif(
     not runs_rows(), reason="needs onnxruntime 1.32: attention over rows of different lengths"
 )
 
-VARIANTS = ("plain", "cross_windows_own_heads_newlines", "no_hash_space_causal_latent", "max_patch_length")
+VARIANTS = ("plain", "cross_windows_own_heads_newlines", "no_hash_space_causal_latent", "max_patch_length",
+            "hash_entropy_without_layers")  # fmt: skip
 
 
 CASES = [*((v, "ort", "fp32") for v in VARIANTS), ("plain", "ort", "int8"), (VARIANTS[1], "cuda", "fp32")]

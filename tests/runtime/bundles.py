@@ -50,9 +50,10 @@ def write_bundle(
     for name, file in names.items():
         (folder / file).write_bytes((graphs or {}).get(name, f"graph {name}".encode()))
     listed = [*names.values()]
-    if spec.hash is not None:
-        _write_tables(folder / "hash_tables.npy", spec.hash, empty_tables)
-        listed.append("hash_tables.npy")
+    tables = {name: f"{'hash' if name == 'encoder' else name}_tables.npy" for name in spec.hashes}
+    for name, hash in spec.hashes.items():
+        _write_tables(folder / tables[name], hash, empty_tables)
+        listed.append(tables[name])
     manifest = Manifest(
         producer={"blt": "0.1.0"},
         flavour="ort",
@@ -62,7 +63,8 @@ def write_bundle(
         config={"blt": {"dim": 4}},
         spec=spec,
         graphs={name: FileRef(file) for name, file in names.items()},
-        hash_tables=FileRef("hash_tables.npy") if spec.hash else None,
+        hash_tables=FileRef(tables["encoder"]) if "encoder" in tables else None,
+        entropy_tables=FileRef(tables["entropy"]) if "entropy" in tables else None,
         files={name: _entry(folder / name, empty_tables) for name in listed},
         parity=(Parity("logits", 1e-7, 1e-5, 64),),
     )

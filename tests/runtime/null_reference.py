@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,30 +49,30 @@ def cache_of(spec: ModelSpec, graph: str) -> CacheSpec:
 
 
 def compute(
-    spec: ModelSpec, ids: np.ndarray, tables: np.ndarray | None = None, lengths: np.ndarray | None = None
+    spec: ModelSpec, ids: np.ndarray, tables: Mapping[str, np.ndarray], lengths: np.ndarray | None = None
 ) -> Expected:
     window = cache_of(spec, "encoder").window
     documents = documents_of(ids == EOS)
     ends = (ids == EOS) | (spec.patch_rule.reset_newlines & (ids == NEWLINE))
     entropies = np.full(len(ids), np.nan, dtype=np.float32)
     if "entropy" in spec.graphs:
-        entropies = (mix(ids % MODULUS, documents_of(ends), window) / NATS).astype(np.float32)
+        values = values_of("entropy", spec, ids, tables)
+        entropies = (mix(values, documents_of(ends), window) / NATS).astype(np.float32)
     if lengths is None:
         lengths = patch_lengths(spec.patch_rule, ids, entropies)
-    states = encoder_states(spec, ids, documents, window, tables)
+    mixed = mix(values_of("encoder", spec, ids, tables), documents, window)
+    states = (mixed[:, None] + np.arange(WIDTH)) % MODULUS
     return Expected(entropies, lengths, decode(spec, ids, states, lengths, documents, window))
 
 
-def encoder_states(
-    spec: ModelSpec, ids: np.ndarray, documents: np.ndarray, window: int | None, tables: np.ndarray | None
-) -> np.ndarray:
-    values = ids % MODULUS
-    if spec.hash is not None:
-        rows = hash_ids(ids, spec.hash.sizes, spec.hash.functions, spec.hash.rows)
-        assert tables is not None
-        embedding = tables[rows + np.arange(spec.hash.tables) * spec.hash.rows].sum(axis=(1, 2))
-        values = (values + embedding) % MODULUS
-    return (mix(values, documents, window)[:, None] + np.arange(WIDTH)) % MODULUS
+def values_of(graph: str, spec: ModelSpec, ids: np.ndarray, tables: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One value per token, of its id and of the n-grams that end there."""
+    hash = spec.hashes.get(graph)
+    if hash is None:
+        return ids % MODULUS
+    rows = hash_ids(ids, hash.sizes, hash.functions, hash.rows)
+    embedding = tables[graph][rows + np.arange(hash.tables) * hash.rows].sum(axis=(1, 2))
+    return (ids % MODULUS + embedding) % MODULUS
 
 
 def decode(

@@ -11,13 +11,14 @@ from blt_runtime.ids import BOS, EOS, NEWLINE
 from tests.runtime.null_reference import compute
 
 HASH = HashSpec((3, 5), 2, 11, 3)
+SAME_GRAMS, OTHER_GRAMS = HashSpec((3, 5), 2, 17, 2), HashSpec((2, 9), 1, 13, 2)
+"""Hash tables of an entropy model beside HASH."""
 
 
-def tables_for(spec: ModelSpec) -> np.ndarray | None:
-    if spec.hash is None:
-        return None
-    shape = (spec.hash.tables * spec.hash.rows, spec.hash.dim)
-    return np.random.default_rng(5).integers(0, 50, shape).astype(np.float32)
+def tables_for(spec: ModelSpec) -> dict[str, np.ndarray]:
+    random, hashes = np.random.default_rng(5), spec.hashes
+    shapes = {name: (hash.tables * hash.rows, hash.dim) for name, hash in hashes.items()}
+    return {name: random.integers(0, 50, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def model_of(spec: ModelSpec) -> Model:
@@ -55,7 +56,8 @@ SPECS = {
     "window, tight": null_spec(local_kind="window", window=5, slack=0, chunk=16),
     "linear": null_spec(local_kind="linear", slack=600),
     "hash": null_spec(hash=HASH),
-    "encoder window": null_spec(encoder_window=3, hash=HASH),
+    "hash of both": null_spec(hash=HASH, entropy_hash=SAME_GRAMS, local_kind="window"),
+    "encoder window": null_spec(encoder_window=3, hash=HASH, entropy_hash=OTHER_GRAMS),
     "decoder window": null_spec(decoder_window=3, local_kind="window"),
     "all windows": null_spec(encoder_window=2, decoder_window=2),
     "newlines": null_spec(PatchRule("entropy", threshold=3.5, reset_newlines=True), local_kind="window"),

@@ -93,6 +93,32 @@ def test_one_position_equals_many_to_the_last_bit(dtype: TableDtype, apart: bool
         np.testing.assert_array_equal(many[t], expected)
 
 
+def test_tables_of_other_rows_share_the_hashes_of_a_position() -> None:
+    sizes, functions, random = (2, 5), 2, np.random.default_rng(6)
+    grams = hashing.NGrams(sizes, functions)
+    shared, own = list[hashing.HashEmbedding](), list[hashing.HashEmbedding]()
+    for rows, dim in ((31, 6), (97, 4)):
+        tables = random.normal(size=(4 * rows, dim)).astype(np.float32)
+        shared.append(hashing.HashEmbedding(tables, sizes, functions, rows, grams))
+        own.append(hashing.HashEmbedding(tables, sizes, functions, rows))
+    for window_G in random.integers(0, 260, (20, 5)):
+        found, wanted = ([np.empty(6, np.float32), np.empty(4, np.float32)] for _ in range(2))
+        shared[0].one(window_G, found[0])
+        shared[1].one(None, found[1])
+        for embedding, out_D in zip(own, wanted, strict=True):
+            embedding.one(window_G, out_D)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("given", [None, ["encoder"], ["entropy"], ["encoder", "entropy", "decoder"]])
+def test_tables_are_given_for_the_graphs_that_have_a_hash(given: list[str] | None) -> None:
+    spec = null_spec(hash=HashSpec((3, 4), 1, 97, 4), entropy_hash=HashSpec((3,), 1, 5, 4))
+    tables = None if given is None else {name: np.zeros((194, 4), np.float32) for name in given}
+    with pytest.raises(ConfigError, match="exactly when the spec has a hash, by the names of its graphs"):
+        Model(spec, NullBackend(spec), tables)
+
+
 def test_bfloat16_is_widened_exactly() -> None:
     every = np.arange(1 << 16, dtype=np.uint16)
     finite = every[(every >> 7 & 255) < 255]

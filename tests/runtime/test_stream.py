@@ -88,7 +88,7 @@ def test_latent_calls_are_cut_to_their_scratch(monkeypatch: pytest.MonkeyPatch) 
     cut = model_of(spec)
     score = cut.score(ids)
     assert calls_of(cut)["latent"] > 2 * calls_of(whole)["latent"]
-    np.testing.assert_array_equal(score.logits, compute(spec, ids).logits.astype(np.float32))
+    np.testing.assert_array_equal(score.logits, compute(spec, ids, {}).logits.astype(np.float32))
 
 
 def test_a_short_rewind_replays_only_the_tail() -> None:

@@ -57,6 +57,21 @@ def test_sparse_is_dense(repo: Path, data: Path, tmp_path: Path) -> None:
     assert (sparse.state.tables.exp_avg_sq_RD - second).abs().max() < 1e-3 * second.max()
 
 
+def test_tables_of_an_entropy_model_train_alike(repo: Path, data: Path, tmp_path: Path) -> None:
+    settings = ["model.n_layers=0", "model.hash={sizes: [2, 4], rows: 3001}"]
+    configs = (
+        load_config(repo / "configs" / "tiny-entropy.yaml", [*settings, f"optimizer.tables={kind}"]) for kind in KINDS
+    )
+    sparse, dense = (trainer_of(config, tmp_path, data) for config in configs)
+    first = tables_of(dense).clone()
+    for _ in range(8):
+        assert sparse.train_step() == pytest.approx(dense.train_step(), rel=1e-5)
+    sparse.finish()
+    moved, difference = ((tables_of(dense) - other).abs() for other in (first, tables_of(sparse)))
+    assert (moved > 0).all(1).sum() > 100
+    assert difference.max() < 1e-2 * moved.max()
+
+
 @pytest.mark.parametrize(("betas", "decay"), [((0.9, 0.95), 0.1), ((0.9, 0.999), 0.0), ((0.0, 0.9), 0.3)])
 def test_missed_updates_are_adamw_without_gradients(betas: tuple[float, float], decay: float) -> None:
     """Compared with single steps in float64, with a different rate in each."""

@@ -104,7 +104,8 @@ def calibrate(
     base, place = base_rule(source.patch_rule, rule), devices.torch_device(device)
     size = min(size, source.entropy_config.max_seqlen - 2)
     text = texts.spread(data, texts.choose_split(data, split, SPLITS), context=size, most=most)
-    checkpoint = build(source).with_entropy_dtype(base.entropy_dtype)
+    mapped = place == "cpu"  # hash tables that stay in their file
+    checkpoint = build(source, trainable=not mapped).with_entropy_dtype(base.entropy_dtype)
     parts = halves(_pieces(_present(checkpoint.entropy), text, reset_newlines=base.reset_newlines, device=place))
     rows, unreachable = _rows(parts, own=source.patch_rule, base=base, wanted=mean_patch)
     rule_found, cost = rows[0].rule, None

@@ -30,11 +30,10 @@ POSITION_IDS = 9
 
 def lower(model: ir.Model, spec: GraphSpec) -> int:
     """Replace every `blt` operator; returns how many. `ort.supports` must hold."""
-    cache = spec.cache
-    assert cache is not None
+    capacity = spec.cache.capacity if spec.cache else 0
 
     def lengths(b: Builder, positions_BS: ir.Value, doc_start_BS: ir.Value) -> tuple[ir.Value, ir.Value]:
-        return last_entries(b, positions_BS, doc_start_BS), b.const(cache.capacity, np.int32)
+        return last_entries(b, positions_BS, doc_start_BS), b.const(capacity, np.int32)
 
     count = lower_attentions(model, spec, lengths) + lower_norms(model) + lower_ropes(model)
     count += _lower_log_softmax(model) + _lower_or(model) + _lower_any(model)

@@ -41,7 +41,7 @@ _PAST, _ROTARY, _OTHERS = slice(3, 5), slice(7, 10), slice(10, None)
 
 
 def supports(model: ir.Model, spec: GraphSpec) -> bool:
-    """Whether the graph has a batched form: all its caches are GroupQueryAttention's."""
+    """Whether the graph has a batched form: all its caches, if it has any, are GroupQueryAttention's."""
     return len(nodes(model, "GroupQueryAttention", CONTRIB)) * 2 == len(spec.aliases)
 
 
@@ -58,7 +58,7 @@ def run(model: ir.Model, spec: GraphSpec) -> ir.Model:
     slots, back = added["slots"], added["back"]
     attentions = nodes(rows, "GroupQueryAttention", CONTRIB)
     ends, longest = _lengths(first, added["lengths"], slots)
-    if constant(attentions[0].inputs[_TOTAL]) is not None:
+    if attentions and constant(attentions[0].inputs[_TOTAL]) is not None:
         longest = required(attentions[0].inputs[_TOTAL])
     for node in attentions:
         _route(rows.graph, node, slots, back, ends, longest, _int32(first, added["counts"]))

@@ -45,9 +45,10 @@ import torch
 from torch import nn
 
 from blt.checkpoint.models import Checkpoint
+from blt.model.hashing import HashEmbedding as TableEmbedding
 from blt.model.layers import RotaryTable
 from blt_runtime.backends.onnx import EXPAND, load_library
-from blt_runtime.bundle.manifest import Measure, Parity
+from blt_runtime.bundle.manifest import Parity
 from blt_runtime.bundle.spec import GraphSpec, HashSpec, ModelSpec, TensorSpec
 from blt_runtime.errors import CheckFailed
 from blt_runtime.hashing import HashEmbedding, hash_ids
@@ -89,7 +90,7 @@ def check_parity(
     spec: ModelSpec,
     *,
     files: Mapping[str, Path],
-    hash_tables: Path,
+    hash_tables: Mapping[str, Path],
     precisions: Mapping[str, str] | None = None,
     packed: Mapping[str, tuple[Packed, ...]] | None = None,
 ) -> ParityReport:
@@ -105,14 +106,15 @@ def check_parity(
     rows: list[Parity] = []
     noises: dict[str, float] = {}
     margin = 0.0
-    if spec.hash is not None:
-        written = _hash_embedding(hash_tables, spec.hash, plan.ids_N)
-        error = largest(written, inputs["encoder"]["hash_embedding"])
-        tolerance = _table_tolerance(checkpoint, spec.hash, TOLERANCE["fp32"])
-        if spec.hash.dtype == "int8":
-            error = _in_half_steps(checkpoint, spec.hash, written, inputs["encoder"]["hash_embedding"], plan.ids_N)
-        measure: Measure = "step" if spec.hash.dtype == "int8" else "largest"
-        rows.append(Parity("hash_embedding", error, tolerance, len(plan.ids_N), measure))
+    for name, hashed in checkpoint.hash_embeddings.items():
+        hash, want_ND = spec.hashes[name], inputs[name]["hash_embedding"]
+        written_ND = _hash_embedding(hash_tables[name], hash, plan.ids_N)
+        error, measure = largest(written_ND, want_ND), measure_of("fp32")
+        if hash.dtype == "int8":
+            error, measure = _in_half_steps(hashed, hash, written_ND, want_ND, plan.ids_N), "step"
+        output = "hash_embedding" if name == "encoder" else f"{name}.hash_embedding"
+        tolerance = _table_tolerance(hashed, hash, TOLERANCE["fp32"])
+        rows.append(Parity(output, error, tolerance, len(plan.ids_N), measure))
     entropy_N = np.zeros(0)
     for name, graph in spec.graphs.items():
         precision = precisions.get(name, "fp32")
@@ -174,16 +176,15 @@ def _weights_row(name: str, file: Path, packed: tuple[Packed, ...]) -> Parity:
 
 def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str, Arrays]:
     """Inputs of each graph over the whole row, one row; `_pass_on` adds the outputs of other graphs."""
-    blt, _ = checkpoint.require_blt()
     inputs: dict[str, Arrays] = {}
     for name in spec.graphs:
         start = plan.doc_start[name]
         inputs[name] = {"positions": np.arange(len(start))[None], "doc_start": start[None]}
         if name in ("entropy", "encoder"):
             inputs[name]["ids"] = plan.ids_N[None]
-    if blt.hash_embedding is not None:
+    for name, hashed in checkpoint.hash_embeddings.items():
         with torch.no_grad():
-            inputs["encoder"]["hash_embedding"] = blt.hash_embedding(torch.from_numpy(plan.ids_N[None])).numpy()
+            inputs[name]["hash_embedding"] = hashed(torch.from_numpy(plan.ids_N[None])).numpy()
     inputs["latent"].update(
         byte_index=plan.byte_index_PL[None], patch_length=plan.patch_length_P[None], own_start=plan.own_start_P[None]
     )
@@ -191,28 +192,25 @@ def _row_inputs(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> dict[str
     return inputs
 
 
-def _table_tolerance(checkpoint: Checkpoint, spec: HashSpec, exact: float) -> float:
+def _table_tolerance(hashed: TableEmbedding, spec: HashSpec, exact: float) -> float:
     """Tables in the checkpoint's dtype are the same numbers. A sum over T narrower ones has T roundings, each of half a
     unit in the last place."""
     if spec.dtype == "int8":
         return HALF_STEPS
-    blt, _ = checkpoint.require_blt()
-    if blt.hash_embedding is None or blt.hash_embedding.stored_as == spec.dtype or spec.dtype == "float32":
+    if hashed.stored_as == spec.dtype or spec.dtype == "float32":
         return exact
     return spec.tables * ROUNDING[spec.dtype]
 
 
 def _in_half_steps(
-    checkpoint: Checkpoint, spec: HashSpec, got: npt.NDArray[Any], want: npt.NDArray[Any], ids_N: npt.NDArray[np.int64]
+    hashed: TableEmbedding, spec: HashSpec, got: npt.NDArray[Any], want: npt.NDArray[Any], ids_N: npt.NDArray[np.int64]
 ) -> float:
     """The largest error of a position, relative to the sum over tables of half a step (a row's largest value / 254)."""
-    blt, _ = checkpoint.require_blt()
-    assert blt.hash_embedding is not None
     row_NT = torch.from_numpy(hash_ids(ids_N, spec.sizes, spec.functions, spec.rows))
     half_N = np.zeros(len(ids_N))
     for t in range(spec.tables):
         with torch.no_grad():
-            half_N += blt.hash_embedding.table(t)[row_NT[:, t]].double().abs().amax(-1).numpy() / 254
+            half_N += hashed.table(t)[row_NT[:, t]].double().abs().amax(-1).numpy() / 254
     if not np.isfinite(got).all():
         return math.inf
     error_N = np.abs(got[0].astype(np.float64) - want[0]).max(-1)

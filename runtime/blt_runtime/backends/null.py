@@ -124,19 +124,24 @@ def _mix(held: Mapping[int, float], t: int, document: int, window: int | None) -
     return sum((held[p] + 1) * (1 + (t - p) % 7) for p in range(first, t + 1)) % MODULUS
 
 
+def _bytes(arrays: Mapping[str, Array]) -> Array:
+    """One value per token, of its id and its hash embedding."""
+    value_S: Array = arrays["ids"][0] % MODULUS
+    if "hash_embedding" in arrays:
+        value_S = (value_S + arrays["hash_embedding"][0].sum(axis=-1)) % MODULUS
+    return value_S
+
+
 def _entropy(arrays: Mapping[str, Array], attend: Any) -> None:
-    mix_S = attend(arrays["ids"][0] % MODULUS, arrays)
+    mix_S = attend(_bytes(arrays), arrays)
     arrays["entropy"][0] = mix_S / NATS
     arrays["logits"][0] = _peaks(mix_S)
 
 
 def _encoder(arrays: Mapping[str, Array], attend: Any) -> None:
-    value_S = arrays["ids"][0] % MODULUS
-    if "hash_embedding" in arrays:
-        value_S = (value_S + arrays["hash_embedding"][0].sum(axis=-1)) % MODULUS
     states = arrays["byte_states"][0]
     grid = np.arange(states[0].size).reshape(states[0].shape)
-    states[...] = (attend(value_S, arrays)[:, None, None] + grid) % MODULUS
+    states[...] = (attend(_bytes(arrays), arrays)[:, None, None] + grid) % MODULUS
 
 
 def _latent(arrays: Mapping[str, Array], attend: Any) -> None:
@@ -201,6 +206,7 @@ def null_spec(
     encoder_window: int = 1,
     decoder_window: int = 1,
     hash: HashSpec | None = None,
+    entropy_hash: HashSpec | None = None,
     latent_document_mask: bool = True,
     entropy: bool = True,
     latent: CacheSpec | None = None,
@@ -209,11 +215,13 @@ def null_spec(
     cache, linear by default."""
     local = CacheSpec(local_kind, window + slack, window, 1)
     graphs = {
-        "entropy": _graph("entropy", local, [_ids()], [_f32("entropy", "B", "S"), _f32("logits", "B", "S", VOCAB)]),
+        "entropy": _graph(
+            "entropy", local, _byte_inputs(entropy_hash), [_f32("entropy", "B", "S"), _f32("logits", "B", "S", VOCAB)]
+        ),
         "encoder": _graph(
             "encoder",
             local,
-            [_ids(), *([_f32("hash_embedding", "B", "S", hash.dim)] if hash else [])],
+            _byte_inputs(hash),
             [_f32("byte_states", "B", "S", 1, WIDTH)],
         ),
         "latent": _graph(
@@ -252,6 +260,7 @@ def null_spec(
         chunk_crosses_documents=local_kind != "window",
         latent_document_mask=latent_document_mask,
         graphs=graphs,
+        entropy_hash=entropy_hash,
     )
 
 
@@ -262,8 +271,8 @@ def _graph(name: str, cache: CacheSpec, inputs: list[TensorSpec], outputs: list[
     return GraphSpec(name, (*inputs, *clocks, past), (*outputs, present), {"present_key.0": "past_key.0"}, cache)
 
 
-def _ids() -> TensorSpec:
-    return _i64("ids", "B", "S")
+def _byte_inputs(hash: HashSpec | None) -> list[TensorSpec]:
+    return [_i64("ids", "B", "S"), *([_f32("hash_embedding", "B", "S", hash.dim)] if hash else [])]
 
 
 def _i64(name: str, *shape: int | str) -> TensorSpec:

@@ -220,7 +220,7 @@ def check_rows(bundle: Bundle) -> None:
 
 
 def _fit_device(bundle: Bundle, provider: str) -> bool:
-    """Whether the GPU has four times the memory of the hash tables."""
+    """Whether the GPU has four times the memory of the encoder's hash tables."""
     tables = bundle.manifest.hash_tables
     if provider != "cuda" or tables is None or bundle.manifest.table_graph is None:
         return False
@@ -231,8 +231,9 @@ class OnnxRowBackend(OnnxBackend):
     """Runs the batched graphs (`RowBackend`), and only those: `session` raises UsageError.
 
     Weights are packed unless prepack is False, because products over several tokens pack unpacked weights in each call.
-    hash_tables: "host" computes hash embeddings there, one row after another; "device" copies the tables to the device,
-    where the encoder gathers from them; "auto" does so on CUDA if they take at most a quarter of the GPU's memory.
+    hash_tables: "host" computes hash embeddings there, one row after another; "device" copies the encoder's tables to
+    the device, where it gathers from them (an entropy model's stay on the host); "auto" does so on CUDA if they take at
+    most a quarter of the GPU's memory.
     Raises BackendError for a bundle without batched graphs, and for an onnxruntime before ROWS_MINIMUM; UsageError for
     "device" where the bundle has no graph for it.
     """
@@ -408,8 +409,8 @@ def _largest_first(bundle: Bundle, spec: ModelSpec) -> list[tuple[str, GraphSpec
 
 def _weight_bytes(bundle: Bundle) -> int:
     """Bytes of all files but the hash tables, which no session reads."""
-    tables = bundle.manifest.hash_tables
-    return sum(e.bytes for name, e in bundle.manifest.files.items() if tables is None or name != tables.file)
+    tables = {ref.file for ref in bundle.manifest.tables.values()}
+    return sum(entry.bytes for name, entry in bundle.manifest.files.items() if name not in tables)
 
 
 def _load_failure(path: Path, error: Exception) -> Exception:

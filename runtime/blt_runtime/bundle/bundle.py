@@ -107,27 +107,29 @@ class Bundle:
             raise UsageError(f"the bundle has no {kind} {shown(group)}; it has: {', '.join(graphs) or 'none'}")
         return self.path / graphs[group].file
 
-    def hash_tables(self) -> npt.NDArray[Any] | None:
-        """All hash tables [T * rows, stored width] as stored, memory-mapped read-only; None if the model has none.
+    def hash_tables(self) -> dict[str, npt.NDArray[Any]]:
+        """The hash tables of each graph that has some, as stored, memory-mapped read-only: [tables * rows, stored
+        width] of all its tables.
 
         bfloat16 is stored as uint16, int8 with a scale after each row (`blt_runtime.hashing`). Raises BundleError.
         """
-        reference, spec = self.manifest.hash_tables, self.manifest.spec.hash
-        if reference is None or spec is None:
-            return None
+        return {name: self._tables(name, ref.file) for name, ref in self.manifest.tables.items()}
+
+    def _tables(self, graph: str, file: str) -> npt.NDArray[Any]:
+        spec = self.manifest.spec.hashes[graph]
         try:
-            tables = reading.read_array(self.path / reference.file, mapped=True)
+            tables = reading.read_array(self.path / file, mapped=True)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # no address space to map it to
-                raise MemoryError(reference.file) from error
-            raise BundleError(f"{reference.file} is not an array file: export the bundle again") from error
+                raise MemoryError(file) from error
+            raise BundleError(f"{file} is not an array file: export the bundle again") from error
         shape = (spec.tables * spec.rows, stored_width(spec.dim, spec.dtype))
         if tables.shape != shape:
-            raise BundleError(f"{reference.file} does not have the shape that the manifest lists")
+            raise BundleError(f"{file} does not have the shape that the manifest lists")
         if tables.dtype != (stored := TABLE_DTYPES[spec.dtype]) or not tables.flags.c_contiguous:
             found = f"{tables.dtype} by {'rows' if tables.flags.c_contiguous else 'columns'}"
             raise BundleError(
-                f"{reference.file} holds {found}, but {spec.dtype} tables are {stored} by rows: export the bundle again"
+                f"{file} holds {found}, but {spec.dtype} tables are {stored} by rows: export the bundle again"
             )
         mapped: Any = tables.base
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):

@@ -1,7 +1,7 @@
 """A folder of TensorRT engines, which `blt build` writes from a bundle: checked before anything in it is run.
 
 manifest.json                     of the bundle, unchanged; its sha256 is the bundle's id
-hash_tables.npy                   of the bundle, if it has one
+hash_tables.npy                   of the bundle, if it has one; likewise entropy_tables.npy
 entropy.plan, encoder.plan, ...   one serialised engine for each graph of `spec.resident_spec(spec, cached=True)`
 entropy.rows.plan, ...            the same of its padded graphs (`spec.padded_spec`), for batched streams; if asked for
 engines.json                      `EnginesFile`: versions, profiles, sizes, sha256 of each plan, parity, signature
@@ -171,13 +171,12 @@ class Engines:
                 raise BundleError(
                     f"{ENGINES_FILE} in {folder} has other caches of the graph {name!r}: {_again(folder)}"
                 )
-        tables = engines.manifest.hash_tables
-        if tables is not None:
+        for tables in engines.manifest.tables.values():
             entry = engines.manifest.files[tables.file]
             check_file(folder / tables.file, entry, _again(folder))
             if verify == "full" or (verify == "auto" and entry.bytes <= HASH_WHOLE_BUNDLE):
                 check_content(folder / tables.file, entry, _again(folder))
-            engines.bundle.hash_tables()
+        engines.bundle.hash_tables()
         return engines
 
     @property

@@ -18,9 +18,10 @@ from ..records import FORMER, from_dict, to_dict
 from .spec import ModelSpec
 
 FORMAT = "blt-bundle"
-VERSION = 4
+VERSION = 5
 """2: added the types of hash tables and of a rule's entropies, and each graph's precision; 1 is read as float32.
-3: added batched graphs, and hash tables of 8 bits. 4: added resident graphs, and half precision."""
+3: added batched graphs, and hash tables of 8 bits. 4: added resident graphs, and half precision. 5: added
+hash tables of the entropy model, which may also be without layers."""
 FILE_NAME = "manifest.json"
 QUANTISED = ("int8", "int4")
 """Precisions of matrices only; the rest is `around_codes(flavour)`."""
@@ -89,12 +90,12 @@ LONGEST_TEMPLATE = 1 << 16
 class Manifest:
     """A bundle's description of itself. `config` and `producer` are for people; no code computes from them.
 
-    `hash_tables` is an .npy [T * rows, D_l]; `files` lists every file but the manifest itself. `precision` is the
-    export's setting, `precisions` that of each graph ("fp32", "fp16", "bf16"; of its matrices only, "int8" or "int4"),
-    by default `precision`. `row_graphs` are the batched graphs (`spec.row_spec`) on the same weights; empty if there
-    are none. `resident_graphs` are those for devices (`spec.resident_spec`), `table_graph` is the batched encoder that
-    gathers from hash tables in memory of a device (`spec.table_spec`), also on the same weights. `chat_template` is the
-    Jinja source for chats.
+    `hash_tables` is an .npy [T * rows, D_l], `entropy_tables` that of the entropy model; `files` lists every file but
+    the manifest itself. `precision` is the export's setting, `precisions` that of each graph ("fp32", "fp16", "bf16";
+    of its matrices only, "int8" or "int4"), by default `precision`. `row_graphs` are the batched graphs
+    (`spec.row_spec`) on the same weights; empty if there are none. `resident_graphs` are those for devices
+    (`spec.resident_spec`), `table_graph` is the batched encoder that gathers from hash tables in memory of a device
+    (`spec.table_spec`), also on the same weights. `chat_template` is the Jinja source for chats.
     """
 
     producer: dict[str, Any]
@@ -114,6 +115,13 @@ class Manifest:
     resident_graphs: dict[str, FileRef] = field(default_factory=dict)
     table_graph: FileRef | None = None
     chat_template: str | None = None
+    entropy_tables: FileRef | None = None
+
+    @property
+    def tables(self) -> dict[str, FileRef]:
+        """The files of the hash tables by graph."""
+        named = {"entropy": self.entropy_tables, "encoder": self.hash_tables}
+        return {name: ref for name, ref in named.items() if ref is not None}
 
     def precision_of(self, graph: str) -> str:
         """The precision of a graph, one of PRECISIONS."""
@@ -155,7 +163,7 @@ class Manifest:
                 raise ManifestError(f"manifest.json names different graphs under 'graphs' and {key!r}")
         if not set(self.precisions) <= set(self.graphs):
             raise ManifestError("manifest.json names graphs under 'precisions' that it does not have")
-        if (self.hash_tables is None) != (self.spec.hash is None):
+        if set(self.tables) != set(self.spec.hashes):
             raise ManifestError("manifest.json must name hash tables exactly when 'spec' has a hash")
         if self.chat_template is not None and len(self.chat_template) > LONGEST_TEMPLATE:
             raise ManifestError(f"manifest.json has a 'chat_template' of over {LONGEST_TEMPLATE:,} characters")
@@ -163,7 +171,7 @@ class Manifest:
     def references(self) -> list[FileRef]:
         graphs = [*self.graphs.values(), *self.row_graphs.values(), *self.resident_graphs.values()]
         graphs += [self.table_graph] if self.table_graph else []
-        return [*graphs, *([self.hash_tables] if self.hash_tables else [])]
+        return [*graphs, *self.tables.values()]
 
 
 def check_precision(manifest: Manifest, wanted: str, path: str) -> None:

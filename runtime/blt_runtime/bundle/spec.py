@@ -155,9 +155,10 @@ class ModelSpec:
     """The complete description of a model for a runtime, without its weights.
 
     encoder_window, decoder_window: how many patches' bytes a patch reads, and how many patches a byte reads
-    (both 1 in the released models). capacity_bytes, capacity_patches: what one stream can hold. chunk: most
-    bytes per prefill call. chunk_crosses_documents: False if a call must not contain a change of doc_start
-    (GroupQueryAttention).
+    (both 1 in the released models). hash, entropy_hash: the hash tables of the encoder and of the entropy model. The
+    n-grams of both read the ids before a position, also those of earlier documents. capacity_bytes, capacity_patches:
+    what one stream can hold. chunk: most bytes per prefill call. chunk_crosses_documents: False if a call must not
+    contain a change of doc_start (GroupQueryAttention).
     """
 
     vocab_size: int
@@ -171,6 +172,13 @@ class ModelSpec:
     chunk_crosses_documents: bool
     latent_document_mask: bool
     graphs: dict[str, GraphSpec]
+    entropy_hash: HashSpec | None = None
+
+    @property
+    def hashes(self) -> dict[str, HashSpec]:
+        """The hash tables of each graph that has some."""
+        named = {"entropy": self.entropy_hash, "encoder": self.hash}
+        return {name: hash for name, hash in named.items() if hash is not None}
 
     @property
     def resident(self) -> bool:
@@ -188,6 +196,8 @@ class ModelSpec:
                 raise ConfigError(f"the model lacks the graph {name!r}")
         if self.patch_rule.needs_entropy and "entropy" not in self.graphs:
             raise ConfigError("the patch rule needs entropies, but the model has no graph 'entropy'")
+        if self.entropy_hash is not None and "entropy" not in self.graphs:
+            raise ConfigError("the model has hash tables for entropies, but no graph 'entropy'")
         for field in SIZES:
             value = getattr(self, field)
             if not is_whole(value) or value < 1:
@@ -310,7 +320,10 @@ def _interface(spec: ModelSpec) -> dict[str, tuple[dict[str, Shape], dict[str, S
     patch: Shape = ("B", "P")
     kv: Shape = (None, 2, None, None)
     byte_clock, patch_clock = ({"positions": clock, "doc_start": clock} for clock in (byte, patch))
-    hashed: dict[str, Shape] = {} if spec.hash is None else {"hash_embedding": (*byte, spec.hash.dim)}
+    hashed: dict[str, dict[str, Shape]] = {"encoder": {}, "entropy": {}}
+    hashed |= {name: {"hash_embedding": (*byte, hash.dim)} for name, hash in spec.hashes.items()}
+    entropy = ({"ids": byte, **hashed["entropy"], **byte_clock}, {"entropy": byte, "logits": (*byte, None)})
+    encoder = {"ids": byte, **hashed["encoder"], **byte_clock}
     own_start = {"own_start": patch} if spec.encoder_window > 1 else {}
     states: Shape = (*byte, None, None)
     pool: dict[str, Shape] = {"byte_states": ("N", None, None), "byte_index": (*patch, "L"), "patch_length": patch}
@@ -319,8 +332,8 @@ def _interface(spec: ModelSpec) -> dict[str, tuple[dict[str, Shape], dict[str, S
         memory: Shape = (None,) * len(spec.graphs["encoder"].tensor("past_states").shape)
         pool |= {"byte_states": memory, "patch_row": patch}
         return {
-            "entropy": ({"ids": byte, **byte_clock}, {"entropy": byte, "logits": (*byte, None)}),
-            "encoder": ({"ids": byte, **hashed, **byte_clock}, {}),
+            "entropy": entropy,
+            "encoder": (encoder, {}),
             "latent": ({**pool, **own_start, **patch_clock}, {}),
             "decoder": (
                 {**patches, "byte_states": memory, "patch_kv": memory, **byte_clock},
@@ -328,8 +341,8 @@ def _interface(spec: ModelSpec) -> dict[str, tuple[dict[str, Shape], dict[str, S
             ),
         }
     return {
-        "entropy": ({"ids": byte, **byte_clock}, {"entropy": byte, "logits": (*byte, None)}),
-        "encoder": ({"ids": byte, **hashed, **byte_clock}, {"byte_states": states}),
+        "entropy": entropy,
+        "encoder": (encoder, {"byte_states": states}),
         "latent": ({**pool, **own_start, **patch_clock}, {"patch_kv": (*patch, *kv)}),
         "decoder": ({"byte_states": states, **patches, **byte_clock}, {"logits": (*byte, spec.vocab_size)}),
     }

@@ -22,7 +22,7 @@ from ..arguments import is_whole
 from ..backends.protocol import Array, Backend, PaddedBackend, RowBackend
 from ..bundle.spec import PADDED, ModelSpec
 from ..errors import BltError, UsageError
-from ..hashing import HashEmbedding, Tables
+from ..hashing import HashEmbedding, HashTables
 from ..ids import Ids
 from .caches import calls
 from .graphs import LatentInputs
@@ -118,7 +118,7 @@ class Batch:
         self,
         spec: ModelSpec,
         backend: Backend,
-        hash_tables: Tables | None,
+        hash_tables: HashTables | None,
         rows: int,
         slice: int = SLICE,
         ready: Callable[[int, int], bool] | None = None,
@@ -155,7 +155,7 @@ class Batch:
         self._free = list(reversed(self.rows))
         self._with_entropy = spec.patch_rule.needs_entropy if with_entropy is None else with_entropy
 
-    def _memory(self, backend: Backend, hash_tables: Tables | None, row: int) -> Memory:
+    def _memory(self, backend: Backend, hash_tables: HashTables | None, row: int) -> Memory:
         arena = self._arena
         caches = {group: arena.row_caches(group, row) for group in self.spec.graphs}
         return Memory(self.spec, backend, hash_tables, caches, arena.row_ring(row))
@@ -241,8 +241,7 @@ class Batch:
         staging = self._staging["encoder"]
         for row, start, end, part in _packed(fitting):
             staging["ids"][part] = row.memory.history(row.memory.ids, start, end).array[0]
-            if row.memory.hash is not None:
-                self._embed(row.memory.hash, row.memory.window(start, end), staging, part)
+            self._embed("encoder", row.memory, start, end, part)
         self._set_state_rows(staging, fitting)
         self._calls.run("encoder", [segment for _, segment in fitting])
         for row, start, end, part in _packed(fitting):
@@ -250,15 +249,25 @@ class Batch:
                 row.memory.pool.keep(start, staging["byte_states"][part])
             self.counts.tokens += end - start
 
-    def _embed(self, hash: HashEmbedding, window: Ids, staging: Staging, part: slice) -> None:
+    def _embed(self, graph: str, memory: Memory, start: int, end: int, part: slice) -> None:
         """Hash embeddings of a row's tokens, or where the graph finds them on the device."""
-        single = part.stop == part.start + 1
-        if self._arena.tables is not None:
-            staging["hash_rows"][part] = hash.locate(window) if single else hash.locate_many(window)
-        elif single:
-            hash.one(window, staging["hash_embedding"][part.start])
+        hash, staging = memory.hashes.get(graph), self._staging[graph]
+        if hash is None:
+            return
+        window = memory.window(start, end, hash)
+        on_device = graph == "encoder" and self._arena.tables is not None
+        if end - start > 1:
+            if on_device:
+                staging["hash_rows"][part] = hash.locate_many(window)
+            else:
+                hash.many(window, staging["hash_embedding"][part])
+            return
+        known = graph == "encoder" and self._with_entropy and _hashed_by(memory.hashes.get("entropy"), hash)
+        newest = None if known else window
+        if on_device:
+            staging["hash_rows"][part] = hash.locate(newest)
         else:
-            hash.many(window, staging["hash_embedding"][part])
+            hash.one(newest, staging["hash_embedding"][part.start])
 
     def _set_state_rows(self, staging: Staging, todo: list[tuple[Row, Segment]]) -> None:
         """Of resident graphs: where the byte states of the tokens are."""
@@ -281,6 +290,7 @@ class Batch:
         staging = self._staging["entropy"]
         for row, start, end, part in _packed(todo):
             staging["ids"][part] = row.memory.history(row.memory.ids, start, end).array[0]
+            self._embed("entropy", row.memory, start, end, part)
         self._calls.run(
             "entropy", [s._replace(document=int(r.memory.entropy_documents.array[0, s.start])) for r, s in todo]
         )
@@ -401,6 +411,11 @@ def _packed(todo: Iterable[tuple[Row, Segment]]) -> Iterator[tuple[Row, int, int
     for row, (_, start, end, _) in todo:
         yield row, start, end, slice(first, first + end - start)
         first += end - start
+
+
+def _hashed_by(before: HashEmbedding | None, hash: HashEmbedding) -> bool:
+    """Whether the n-grams of a row's token were hashed when the entropy model read it, just before the encoder."""
+    return before is not None and before.grams is hash.grams
 
 
 def fitted(spec: ModelSpec, capacity: int | None) -> ModelSpec:

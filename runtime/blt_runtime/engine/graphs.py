@@ -90,7 +90,6 @@ class Graphs:
             encoder[name].array[0] for name in ("ids", "positions", "doc_start")
         )
         self.states_SXD: Array | None = None if memory.spec.resident else encoder["byte_states"].array[0]
-        self.hash_SD: Array | None = None if memory.hash is None else encoder["hash_embedding"].array[0]
         self.patch_row_SW, self.logits_SV = (decoder[name].array[0] for name in ("patch_row", "logits"))
         self._latent_P = {name: buffer.array[0] for name, buffer in self._staging["latent"].items()}
         if "entropy" in memory.graphs:
@@ -99,6 +98,9 @@ class Graphs:
             self.entropy_document_S, self.entropy_S, self._entropy_logits_SV = (
                 entropy[name].array[0] for name in ("doc_start", "entropy", "logits")
             )
+        self.hash_SD: dict[str, Array] = {
+            name: self._staging[name]["hash_embedding"].array[0] for name in memory.hashes
+        }
 
     def _new(self, graph: str, shared: Mapping[str, Buffer] | None = None) -> dict[str, Buffer]:
         """Staging buffers of a graph, `shared` ones included. Its caches and the inputs in _WHOLE have none."""
@@ -115,6 +117,7 @@ class Graphs:
         call, began = self.call("entropy", n), time.perf_counter()
         self._place(a, b)
         self.entropy_document_S[:n] = memory.entropy_documents.array[0, a:b]
+        self._embed("entropy", a, b)
         call()
         memory.entropies.array[0, a:b] = self.entropy_S[:n]
         self._report("entropy", n, began)
@@ -127,8 +130,7 @@ class Graphs:
         call, began = self.call("encoder", n), time.perf_counter()
         self._place(a, b)
         self.document_S[:n] = memory.documents.array[0, a:b]
-        if self.hash_SD is not None:
-            self._embed(a, b, self.hash_SD)
+        self._embed("encoder", a, b)
         call()
         if self.states_SXD is not None:
             pool.reserve(a, b, keep=memory.first_byte(memory.patches))
@@ -232,14 +234,16 @@ class Graphs:
         self.ids_S[:n] = memory.ids.array[0, memory.pad + a : memory.pad + b]
         self.position_S[:n] = memory.positions.array[0, a:b]
 
-    def _embed(self, a: int, b: int, out_SD: Array) -> None:
-        hash, window = self.memory.hash, self.memory.window
-        assert hash is not None
+    def _embed(self, graph: str, a: int, b: int) -> None:
+        """The hash embeddings of positions a..b, if the graph has any."""
+        hash, window = self.memory.hashes.get(graph), self.memory.window
+        if hash is None:
+            return
+        out_SD = self.hash_SD[graph]
         if b - a > ONE_BY_ONE:
-            return hash.many(window(a, b), out_SD[: b - a])
+            return hash.many(window(a, b, hash), out_SD[: b - a])
         for s in range(b - a):
-            hash.one(window(a + s, a + s + 1), out_SD[s])
-        return None
+            hash.one(window(a + s, a + s + 1, hash), out_SD[s])
 
     def _report(self, graph: str, n: int, began: float) -> None:
         if self._note is not None:

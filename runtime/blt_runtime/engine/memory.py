@@ -21,7 +21,7 @@ import numpy as np
 from ..backends.protocol import Array, Backend, Buffer, Call, Place
 from ..bundle.spec import AHEAD, MARKS, RESIDENT, GraphSpec, ModelSpec
 from ..errors import BackendError, CapacityError, OutOfMemory
-from ..hashing import HashEmbedding, Tables
+from ..hashing import HashEmbedding, HashTables, NGrams, Tables, by_graph
 from ..ids import EOS, NEWLINE, Ids
 from ..patching import PatchState
 from .caches import CacheTrack
@@ -150,7 +150,7 @@ class Memory:
         self,
         spec: ModelSpec,
         backend: Backend,
-        tables: Tables | None,
+        tables: HashTables | None,
         caches: Mapping[str, dict[str, Buffer]] | None = None,
         kv_ring: Buffer | None = None,
     ) -> None:
@@ -162,9 +162,7 @@ class Memory:
             for name, graph in spec.graphs.items()
         }
         self._make_history(backend)
-        self.hash: HashEmbedding | None = None
-        if spec.hash is not None and tables is not None:
-            self.hash = HashEmbedding(tables, spec.hash.sizes, spec.hash.functions, spec.hash.rows)
+        self.hashes = _hash_embeddings(spec, by_graph(tables))
         self.pool: StatePool | ResidentStates
         if spec.resident:
             self.pool = ResidentStates(self.graphs["encoder"])
@@ -179,7 +177,8 @@ class Memory:
         self.clear()
 
     def _make_history(self, backend: Backend) -> None:
-        spec, self.pad = self.spec, max(self.spec.hash.sizes) - 1 if self.spec.hash else 0
+        spec = self.spec
+        self.pad = max([max(hash.sizes) - 1 for hash in spec.hashes.values()], default=0)
         n, p = spec.capacity_bytes, spec.capacity_patches
         self.ids = backend.buffer("int64", (1, self.pad + n))
         self.positions = backend.buffer("int64", (1, max(n, p)))
@@ -212,9 +211,9 @@ class Memory:
     def ids_N(self) -> Ids:
         return self.ids.array[0, self.pad : self.pad + self.position]
 
-    def window(self, start: int, end: int) -> Ids:
-        """Ids of positions start..end with the predecessors that the hash windows need."""
-        return self.ids.array[0, start : end + self.pad]
+    def window(self, start: int, end: int, hash: HashEmbedding) -> Ids:
+        """Ids of positions start..end with the predecessors that the n-grams of `hash` need."""
+        return self.ids.array[0, start + self.pad - hash.history : end + self.pad]
 
     def check_room(self, tokens: int) -> None:
         """Raises CapacityError if `tokens` more do not fit. Patches count when they close (`check_patches`): the open
@@ -328,6 +327,17 @@ class Memory:
         by_graph = {"latent": self.patch_documents, "entropy": self.entropy_documents}
         documents_N: Ids = by_graph.get(graph, self.documents).array[0]
         return documents_N
+
+
+def _hash_embeddings(spec: ModelSpec, tables: Mapping[str, Tables]) -> dict[str, HashEmbedding]:
+    """By graph. Graphs whose n-grams are the same share their hashes, whatever the rows of their tables."""
+    grams: dict[tuple[tuple[int, ...], int], NGrams] = {}
+    found = {}
+    for name, hash in spec.hashes.items():
+        key = hash.sizes, hash.functions
+        shared = grams.setdefault(key, NGrams(*key))
+        found[name] = HashEmbedding(tables[name], *key, hash.rows, shared)
+    return found
 
 
 def _continue_documents(documents_N: Ids, start: int, ends_N: Array) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from ..backends.protocol import Array, Backend, Buffer, Call, PaddedBackend, Part, Place, RowBackend
 from ..bundle.spec import DTYPE_BYTES, PADDED, RESIDENT, GraphSpec, ModelSpec, TensorSpec, padded_spec, row_spec
 from ..errors import BackendError
-from ..hashing import Tables
+from ..hashing import HashTables, Tables, by_graph
 from .graphs import SHORTEST, entries
 from .prefill import GATHER_BYTES
 
@@ -57,7 +57,7 @@ class Arena:
     """
 
     def __init__(
-        self, spec: ModelSpec, backend: Backend, rows: int, longest: int, hash_tables: Tables | None = None
+        self, spec: ModelSpec, backend: Backend, rows: int, longest: int, hash_tables: HashTables | None = None
     ) -> None:
         self.rows, longest = rows, room(longest, "latent")
         self.resident, self.states, self.ring = spec.resident, spec.capacity_bytes + 1, longest + spec.decoder_window
@@ -75,7 +75,7 @@ class Arena:
                 slots = graph.cache.capacity - longest
             sizes = {"B": rows, "Q": rows, "C": slots + longest, "N": rows * self.states + 1, "R": rows * self.ring + 1}
             self._caches[name] = _row_caches(padded_spec(graph) if self.padded else row_spec(graph), backend, sizes)
-        self.tables = _device_tables(backend, hash_tables)
+        self.tables = _device_tables(backend, by_graph(hash_tables).get("encoder"))
         if self.resident:
             self.patch_kv = self._caches["latent"]["patch_kv"]
             return

@@ -12,6 +12,7 @@ run of the decoder overwrites what the first wrote at this position, so the resu
 from __future__ import annotations
 
 from ..backends.protocol import Array, Call, ComposingBackend
+from ..hashing import HashEmbedding
 from ..ids import EOS, NEWLINE
 from .graphs import Graphs
 from .memory import Memory
@@ -29,12 +30,12 @@ class StepCalls:
         self._id, self._position, self._document = graphs.ids_S, graphs.position_S, graphs.document_S
         self._states_1XD, self._patch_row_W = graphs.states_SXD, graphs.patch_row_SW[0]
         self.logits_V: Array = graphs.logits_SV[0]
-        self._hash_D: Array | None = None if graphs.hash_SD is None else graphs.hash_SD[0]
         self._entropy_document = self._document
         self.encoder, self.decoder = graphs.call("encoder", 1), graphs.call("decoder", 1)
         if "entropy" in memory.graphs:
             self.entropy = graphs.call("entropy", 1)
             self._entropy_document, self._entropy_value = graphs.entropy_document_S, graphs.entropy_S
+        self._hashes = self._hash_calls()
         self._fork = _Fork(self, memory, graphs) if _Fork.is_exact(memory) else None
 
     def read(self, id: int) -> None:
@@ -46,8 +47,7 @@ class StepCalls:
             self._check_last_patch(id)
         t = memory.position
         self.set_token(id, t)
-        if self._hash_D is not None:
-            memory.hash.one(memory.window(t, t + 1), self._hash_D)  # type: ignore[union-attr]
+        self._embed(t)
         if self._fork is not None:
             return self._fork.read(id, t)
         entropy = 0.0
@@ -61,6 +61,21 @@ class StepCalls:
             self.read_patches()
         self.decoder()
 
+    def _hash_calls(self) -> list[tuple[HashEmbedding, Array, bool]]:
+        """The hash embeddings that a step needs, where each goes, and whether one before it hashes the same n-grams."""
+        found: list[tuple[HashEmbedding, Array, bool]] = []
+        for name, hash in self._memory.hashes.items():
+            if name != "entropy" or self._with_entropy:
+                known = any(other.grams is hash.grams for other, _, _ in found)
+                found.append((hash, self._graphs.hash_SD[name][0], known))
+        return found
+
+    def _embed(self, t: int) -> None:
+        """The hash embeddings of the token at position t."""
+        window = self._memory.window
+        for hash, out_D, known in self._hashes:
+            hash.one(None if known else window(t, t + 1, hash), out_D)
+
     def keep_entropy(self, t: int) -> float:
         """Stores the entropy that the entropy model computed at position t."""
         entropy: float = self._entropy_value.item()
@@ -73,6 +88,7 @@ class StepCalls:
         if self._with_entropy:
             put_back = memory.keep_entropy()
             self.set_token(id, memory.position)
+            self._embed(memory.position)
             self.entropy()
             entropy = self._entropy_value.item()
             put_back()

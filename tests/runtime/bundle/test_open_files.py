@@ -143,8 +143,7 @@ def test_a_bundle_that_is_replaced_while_it_is_opened_is_refused(folder: Path, m
 
 def test_a_table_that_is_cut_raises_at_the_next_lookup(folder: Path) -> None:
     """Also between two checks of the bundle: reading a page that is gone would end the process."""
-    tables = Bundle.open(folder).hash_tables()
-    assert tables is not None
+    tables = Bundle.open(folder).hash_tables()["encoder"]
     embedding = HashEmbedding(tables, (3, 4), 1, 50)
     out = np.zeros(4, np.float32)
     window = np.array([5, 6, 7, 8])

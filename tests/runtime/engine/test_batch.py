@@ -44,7 +44,7 @@ def test_patches_of_two_documents_in_one_slice(kind: CacheKind, slice: int) -> N
         ids[1:][ids[1:] == EOS] = 9
         ids[at] = EOS
         seen = read_texts(batch_of(spec, rows=1, slice=slice), {0: ids}, {0: 20})
-        np.testing.assert_array_equal(np.array(seen[0]), compute(spec, ids, None).logits[19:].astype(np.float32))
+        np.testing.assert_array_equal(np.array(seen[0]), compute(spec, ids, {}).logits[19:].astype(np.float32))
 
 
 ROW_SPECS = {name: spec for name, spec in SPECS.items() if cache_of(spec, "encoder").kind == "window"}
@@ -90,7 +90,7 @@ def test_a_restored_row_keeps_its_lengths_while_others_advance() -> None:
     restored.feed(ids[40:])
     while not restored.done:
         batch.round()
-    np.testing.assert_array_equal(restored.logits_V, compute(spec, ids, None).logits[-1].astype(np.float32))
+    np.testing.assert_array_equal(restored.logits_V, compute(spec, ids, {}).logits[-1].astype(np.float32))
 
 
 def test_a_row_is_reused_for_the_next_text() -> None:
@@ -99,7 +99,7 @@ def test_a_row_is_reused_for_the_next_text() -> None:
     for seed in (1, 2):
         ids = random_ids(50, seed)
         seen = read_texts(batch, {0: ids}, {0: 30})
-        np.testing.assert_array_equal(seen[0][-1], compute(spec, ids, None).logits[-1].astype(np.float32))
+        np.testing.assert_array_equal(seen[0][-1], compute(spec, ids, {}).logits[-1].astype(np.float32))
 
 
 def test_waiting_saves_latent_calls() -> None:
@@ -165,7 +165,7 @@ def test_a_row_whose_patches_do_not_fit_fails_alone() -> None:
         failed += [row for row in batch.round() if row.error is not None]
     assert failed == [one]
     assert isinstance(one.error, CapacityError)
-    np.testing.assert_array_equal(other.logits_V, compute(spec, ids[:50], None).logits[-1].astype(np.float32))
+    np.testing.assert_array_equal(other.logits_V, compute(spec, ids[:50], {}).logits[-1].astype(np.float32))
 
 
 def test_limits() -> None:
