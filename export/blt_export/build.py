@@ -19,10 +19,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,19 @@ from blt_runtime.backends.platform import Platform, open_engines
 from blt_runtime.backends.protocol import PaddedBackend
 from blt_runtime.bundle import engines as stored
 from blt_runtime.bundle.bundle import Bundle, entry_of
-from blt_runtime.bundle.engines import Engines, EnginesFile, Flags, Plan, Rows, is_engines, plan_name
-from blt_runtime.bundle.manifest import FILE_NAME, Parity
+from blt_runtime.bundle.engines import (
+    Engines,
+    EnginesFile,
+    Flags,
+    Hardware,
+    Machine,
+    Plan,
+    Rows,
+    capability,
+    is_engines,
+    plan_name,
+)
+from blt_runtime.bundle.manifest import FILE_NAME, QUANTISED, Parity
 from blt_runtime.bundle.spec import (
     AHEAD,
     DTYPE_BYTES,
@@ -56,7 +68,9 @@ from blt_runtime.ids import EOS, encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.stream import Stream
 
+from .graph_files import write_graph
 from .passes import keep_states
+from .quantize import eight_bit_floats
 from .tensorrt import Built, Profile, Refused, build, logger, shapes_of
 from .verify import emulate, rows
 from .verify.errors import MEASURES, TOLERANCE, measure_of
@@ -69,6 +83,8 @@ PASS = 16
 WIDER = 8
 """Entries of a patch of one prefill profile over those of the one before."""
 TEXT = "Grüße aus 東京: the quick brown fox jumps over the lazy dog; 1, 2, 3.\n"
+FP8_FROM = (8, 9)
+FP8_GPUS = "GPUs of compute capability 8.9 or newer (Ada, Hopper)"
 STEPS = 24
 """Bytes of the parity text that are read one by one."""
 PARITY_TEXTS = 4
@@ -117,6 +133,19 @@ def check_rows(bundle: Bundle) -> None:
     padded_limits(resident_spec(bundle.manifest.spec, cached=True))
 
 
+def check_fp8(bundle: Bundle, hardware: Hardware = "same", machine: Machine | None = None) -> None:
+    """Raises UsageError if the latent transformer's matrices are codes already, or for GPUs without 8-bit floats."""
+    if hardware != "same":
+        raise UsageError(f"--fp8 needs {FP8_GPUS}: leave out --hardware {hardware}")
+    if machine is not None and capability(machine) < FP8_FROM:
+        raise UsageError(f"--fp8 needs {FP8_GPUS}, and {machine.gpu} has {machine.compute_capability}: leave it out")
+    if (precision := bundle.manifest.precision_of("latent")) in QUANTISED:
+        raise UsageError(
+            f"--fp8 rounds floats, and the latent transformer of {bundle.path} is of {precision}: "
+            "blt export MODEL -o DIR --flavour portable --precision bf16"
+        )
+
+
 def build_engines(
     bundle: Bundle,
     out: Path,
@@ -135,13 +164,15 @@ def build_engines(
     TensorRT's measurements, read if it exists and written after each graph. check: compare streams on the engines with
     ONNX Runtime's CPU. progress: receives the name of each step.
 
-    Raises UsageError (flavour, `out`), BackendError (a graph is refused, an engine does not open, no room for padding)
-    and CheckFailed.
+    Raises UsageError (flavour, precision, `out`), BackendError (a graph is refused, an engine does not open, no room
+    for padding) and CheckFailed.
     """
     check_bundle(bundle)
     if batched is not None:
         whole("batched", batched, 1, MOST_ROWS)
         check_rows(bundle)
+    if flags.fp8:
+        check_fp8(bundle, flags.hardware, platform.machine)
     check_target(out, force)
     stored.make_key()
     spec, trt = resident_spec(bundle.manifest.spec, cached=True), platform.trt
@@ -264,7 +295,6 @@ def build_graph(
     graph = shaped(graph, streams)
     for value, tensor in zip(model.graph.inputs, graph.inputs, strict=True):
         value.shape = ir.Shape(list(tensor.shape))
-    content = ir.to_proto(model).SerializeToString()
     configs = []
 
     def configure(config: Any) -> None:
@@ -280,7 +310,8 @@ def build_graph(
         configs.append(config)
 
     try:
-        built = build(trt, trt_log, graph, lambda parser: parser.parse(content, str(path)), ranges, configure)
+        with _content(model, graph.name, path, flags) as (content, weights):
+            built = build(trt, trt_log, graph, lambda parser: parser.parse(content, weights), ranges, configure)
     except Refused as error:
         raise BackendError(f"TensorRT {trt.__version__}: {error}") from error
     if timing_cache is not None:
@@ -289,14 +320,30 @@ def build_graph(
     return built
 
 
+@contextmanager
+def _content(model: ir.Model, name: str, path: Path, flags: Flags) -> Iterator[tuple[bytes, str]]:
+    """The graph as it is parsed, and a path in the folder of its weights. With `flags.fp8` the weights of the latent
+    transformer are in a temporary folder: a message of protobuf has at most 2 GB."""
+    if not flags.fp8 or name != "latent":
+        yield ir.to_proto(model).SerializeToString(), str(path)
+        return
+    eight_bit_floats.run(model)
+    with TemporaryDirectory(prefix="blt-fp8-") as folder:
+        written = write_graph(model, Path(folder), name)
+        yield written.read_bytes(), str(written)
+
+
 # --- parity ------------------------------------------------------------------------------------------------
 
 
 def _parity(bundle: Bundle, engines: Engines, platform: Platform, check: bool) -> tuple[Parity, ...]:
     """Opens every engine and, if asked, compares. Raises BackendError and CheckFailed."""
-    with emulate.on_cpu(bundle) if check else nullcontext() as reference:
+    changes = {"latent": eight_bit_floats.round_weights} if engines.file.flags.fp8 else {}
+    with emulate.on_cpu(bundle, changes=changes) if check else nullcontext() as reference:
         forms = [False] if engines.file.rows is None else [False, True]
         opened = [_opened(bundle, engines, platform, reference, batched=batched) for batched in forms]
+        if changes and reference is not None:
+            opened.append((cost_of_fp8(bundle, reference),))
     found = tuple(row for rows in opened for row in rows)
     wrong = [row for row in found if not row.error <= row.tolerance]
     if wrong:
@@ -320,9 +367,7 @@ def compare(reference: Model, candidate: Model, precision: str) -> tuple[Parity,
     """A stream of each on the same text: a prompt over several chunks and two documents with the reference's patches,
     then single bytes, until the patches differ (they may, where an entropy is near the threshold)."""
     spec = reference.spec
-    text = np.concatenate([encode(TEXT, bos=True), [EOS], encode(TEXT * (1 + 2 * spec.chunk // len(TEXT)), bos=False)])
-    prompt = text[: min(len(text) - STEPS, spec.capacity_bytes - STEPS, spec.capacity_patches - STEPS)]
-    rest = text[len(prompt) : len(prompt) + STEPS]
+    prompt, rest = _texts(spec)
     wanted = reference.score(prompt)
     found = candidate.score(prompt, wanted.patch_lengths)
     made = [_row("prompt.logits", found.logits, wanted.logits, precision)]
@@ -357,6 +402,22 @@ def compare_rows(reference: Model, candidate: Model, precision: str) -> tuple[Pa
         entropies = np.array([score.entropies for score in scores])[which]
         made.append(_row("rows.entropies", found.entropies.reshape(-1, 1), entropies.reshape(-1, 1), precision))
     return tuple(made)
+
+
+def _texts(spec: ModelSpec) -> tuple[Any, Any]:
+    """Ids of the prompt, and those that are read one by one."""
+    text = np.concatenate([encode(TEXT, bos=True), [EOS], encode(TEXT * (1 + 2 * spec.chunk // len(TEXT)), bos=False)])
+    prompt = text[: min(len(text) - STEPS, spec.capacity_bytes - STEPS, spec.capacity_patches - STEPS)]
+    return prompt, text[len(prompt) : len(prompt) + STEPS]
+
+
+def cost_of_fp8(bundle: Bundle, rounded: Model) -> Parity:
+    """What 8-bit floats change: the bundle with rounded weights against the bundle, both on the CPU."""
+    prompt, _ = _texts(rounded.spec)
+    with emulate.on_cpu(bundle) as exact:
+        wanted = exact.score(prompt)
+    found = rounded.score(prompt, wanted.patch_lengths)
+    return _row("fp8.logits", found.logits, wanted.logits, "fp8")
 
 
 def _steps(reference: Stream, candidate: Stream, prompt: Any, rest: Any) -> Iterator[tuple[Any, Any]]:

@@ -85,6 +85,13 @@ class TestProvider:
         assert (report["logits"], report["entropies"], report["flips"]) == (0, 0, 0)
         assert (report["positions"], report["agreement"]) == (41, report["greedy"])
 
+    def test_the_tolerance_of_codes_is_that_of_the_arithmetic_around_them(self, blt: Call, tmp_path: Path) -> None:
+        export(tiny(), tmp_path / "b", flavour="portable", precision="int4", capacity=600, check=False)
+        done = blt("check", tmp_path / "b", "--provider", "auto", "--bytes", 40, "--threads", 1, "--json")
+        assert done.code == 0, done.err
+        report = json.loads(done.text)
+        assert (report["precision"], report["tolerance"], report["logits"]) == ("fp16", 5e-3, 0)
+
     def test_a_checkpoint_is_a_reference(self, blt: Call, checkpoint: Path, foreign: Path) -> None:
         """Of other weights: logits differ."""
         arguments = ("--provider", "auto", "--bytes", 40, "--threads", 1, "--reference", checkpoint)

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from blt.cli import run
 from blt_export.build import build_engines, build_graph, compare, longest_patch, profiles
+from blt_export.quantize import eight_bit_floats
 from blt_export.tensorrt import Profile, logger
 from blt_export.verify import emulate
+from blt_export.verify.errors import TOLERANCE
 from blt_runtime import Model
 from blt_runtime.backends.platform import Platform, open_engines
 from blt_runtime.bundle.bundle import Bundle
-from blt_runtime.bundle.engines import Engines, Flags
+from blt_runtime.bundle.engines import Engines, Flags, Machine
 from blt_runtime.bundle.spec import ModelSpec, resident_spec
 from blt_runtime.engine.prefill import GATHER_BYTES
 from blt_runtime.errors import BackendError, BundleError, CheckFailed, UsageError
@@ -92,6 +95,45 @@ def test_float16_is_compared_with_itself_on_the_cpu(tmp_path: Path, precision: s
     assert [row.tolerance for row in report.file.parity] == [5e-3] * 3
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_8_bit_floats_are_compared_with_an_emulation_of_their_numbers(tmp_path: Path, precision: str) -> None:
+    """The engines compute what the bundle with rounded weights computes. What rounding costs is a row of its own."""
+    bundle = exported(tmp_path, precision)
+    plain = build_engines(bundle, tmp_path / "plain", platform(), check=False)
+    report = build_engines(bundle, tmp_path / "engines", platform(), flags=Flags(fp8=True))
+    rows = {row.output: row for row in report.file.parity}
+    cost = rows.pop("fp8.logits")
+    assert 1e-3 < cost.error <= cost.tolerance == TOLERANCE["fp8"]
+    assert all(row.error <= row.tolerance == TOLERANCE[precision] for row in rows.values())
+    bytes_of = [{name: plan.bytes for name, plan in r.file.plans.items()} for r in (plain, report)]
+    assert bytes_of[1].pop("latent") < bytes_of[0].pop("latent")
+    assert bytes_of[0] == bytes_of[1]
+    assert Engines.open(report.path).file.flags == Flags(fp8=True)
+    backend = open_engines(Engines.open(report.path), platform())
+    stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+    stream.append(PROMPT)
+    assert len(list(stream.generate_ids(20, temperature=0.0, stop_at_eos=False))) == 20
+
+
+def test_other_weights_than_the_rounded_ones_are_found(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the cost of 8-bit floats, but beyond the tolerance of the bundle."""
+    run_ = eight_bit_floats.run
+
+    def run_wrong(model: ir.Model) -> int:
+        done = run_(model)
+        for name, value in model.graph.initializers.items():
+            if name.endswith(".scales") and value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01), name=name)
+        return done
+
+    monkeypatch.setattr(eight_bit_floats, "run", run_wrong)
+    with pytest.raises(CheckFailed, match=r"the engines differ from ONNX Runtime's CPU: prompt.logits"):
+        build_engines(bundle, tmp_path / "engines", platform(), flags=Flags(fp8=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bfloat16_is_compared_with_an_emulation(bundle: Bundle, tmp_path: Path) -> None:
     """The CPU has no kernels for it, so the stand-in cannot run its engines."""
     with emulate.on_cpu(exported(tmp_path, "bf16")) as model:
@@ -114,6 +156,20 @@ class TestNothingIsWritten:
         other = Bundle(bundle.path, replace(bundle.manifest, flavour="ort"))
         text = "is of the flavour ort, but engines are built from portable: blt export MODEL -o DIR --flavour portable"
         self.fails(UsageError, text, other, tmp_path / "engines", platform())
+
+    def test_for_8_bit_floats_of_other_gpus(self, bundle: Bundle, tmp_path: Path) -> None:
+        text = r"--fp8 needs GPUs of compute capability 8\.9 or newer \(Ada, Hopper\)"
+        older = replace(platform(), machine=Machine(fake_tensorrt.VERSION, "Fake A100", "8.0", "580.1", "13.0"))
+        for here, flags, more in (
+            (older, Flags(fp8=True), ", and Fake A100 has 8.0"),
+            (platform(), Flags("ampere+", fp8=True), ": leave out --hardware ampere"),
+        ):
+            self.fails(UsageError, text + more, bundle, tmp_path / "engines", here, flags=flags)
+
+    def test_for_8_bit_floats_of_codes(self, bundle: Bundle, tmp_path: Path) -> None:
+        other = Bundle(bundle.path, replace(bundle.manifest, precisions={"latent": "int4"}))
+        text = "--fp8 rounds floats, and the latent transformer of .* is of int4: .* --precision bf16"
+        self.fails(UsageError, text, other, tmp_path / "engines", platform(), flags=Flags(fp8=True))
 
     def test_for_a_graph_that_is_refused(self, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         parse = fake_tensorrt.OnnxParser.parse
@@ -244,7 +300,17 @@ class TestCommand:
             assert text in shown
         assert run(["inspect", str(out), "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
-        assert (said["kind"], said["engines"]["flags"]) == ("engines", {"hardware": "ampere+", "workspace": 1 << 30})
+        flags = {"hardware": "ampere+", "workspace": 1 << 30, "fp8": False}
+        assert (said["kind"], said["engines"]["flags"]) == ("engines", flags)
+
+    @pytest.mark.usefixtures("_gpu")
+    def test_a_build_with_8_bit_floats(
+        self, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(["build", str(bundle.path), "-o", str(tmp_path / "e"), "--fp8"]) == 0
+        assert "fp8.logits" in capsys.readouterr().out
+        assert run(["inspect", str(tmp_path / "e")]) == 0
+        assert "fp32, latent matrices in fp8" in capsys.readouterr().out
 
     @pytest.mark.usefixtures("_gpu")
     def test_json(self, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,10 +324,11 @@ class TestCommand:
         [
             (["--hardware", "any"], 2, "choose one of same, ampere+"),
             (["--workspace", "much"], 2, "--workspace"),
+            (["--fp8", "--hardware", "ampere+"], 2, "--fp8 needs GPUs of compute capability 8.9"),
             (["--timing-cache", "/no/such/folder/file"], 2, "the folder /no/such/folder does not exist"),
             ([], 4, "no NVIDIA driver"),
         ],
-        ids=["hardware", "workspace", "timing-cache", "gpu"],
+        ids=["hardware", "workspace", "fp8", "timing-cache", "gpu"],
     )
     def test_a_refusal_is_one_line(
         self,
@@ -393,3 +460,7 @@ def test_tensorrt_builds_all_graphs_with_these_profiles(tmp_path: Path, precisio
         built = build_graph(bundle, graph, tensorrt_rtx, log, profiles(spec, name))
         assert set(built.outputs) == {tensor.name for tensor in graph.outputs}
         assert built.plan.nbytes > 0
+        if name == "latent" and precision in ("fp32", "fp16", "bf16"):
+            narrow = build_graph(bundle, graph, tensorrt_rtx, log, profiles(spec, name), Flags(fp8=True))
+            assert set(narrow.outputs) == set(built.outputs)
+            assert narrow.layers > built.layers

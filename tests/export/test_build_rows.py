@@ -18,7 +18,7 @@ from blt_export.specs import export_spec
 from blt_export.tensorrt import Profile, logger
 from blt_runtime import Model
 from blt_runtime.bundle.bundle import Bundle
-from blt_runtime.bundle.engines import Engines
+from blt_runtime.bundle.engines import Engines, Flags
 from blt_runtime.bundle.spec import PADDED, ModelSpec, padded_spec, resident_spec
 from blt_runtime.engine.graphs import entries
 from blt_runtime.engine.prefill import GATHER_BYTES
@@ -90,6 +90,14 @@ class TestFolder:
         assert parity["rows.logits"].positions == ROWS * 20
         assert parity["rows.entropies"].positions == ROWS * 45
         assert all(row.error <= row.tolerance for row in parity.values())
+
+    def test_rows_have_8_bit_floats_too(self, bundle: Bundle, engines: Engines, tmp_path: Path) -> None:
+        report = build_engines(bundle, tmp_path / "engines", platform(), batched=ROWS, flags=Flags(fp8=True))
+        parity = {row.output: row for row in report.file.parity}
+        assert parity["rows.logits"].tolerance == 2e-5
+        assert all(row.error <= row.tolerance for row in parity.values())
+        rows, floats = Engines.open(report.path).check_rows(), engines.check_rows()
+        assert rows.plans["latent"].bytes < floats.plans["latent"].bytes
 
     def test_rows_that_compute_something_else_are_refused(
         self, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,6 +46,13 @@ def build(
     hardware: Annotated[
         str, typer.Option(help="same (this GPU's model only) or ampere+ (any GPU from Ampere on, slower).")
     ] = "same",
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            "--fp8",
+            help="Round the matrices of the latent transformer to 8-bit floats (E4M3): it then reads half as much.",
+        ),
+    ] = False,
     check: Annotated[
         bool,
         typer.Option(
@@ -68,7 +75,7 @@ def build(
     if not inputs.is_bundle(bundle):
         raise UsageError(f"{bundle} is no bundle: blt export MODEL -o DIR --flavour portable writes one")
     try:
-        from blt_export.build import build_engines, check_bundle, check_rows, check_target, rows_of
+        from blt_export.build import build_engines, check_bundle, check_fp8, check_rows, check_target, rows_of
     except ModuleNotFoundError as error:
         if error.name in ("onnx", "onnx_ir"):
             raise MissingExtra(error.name, "build") from error
@@ -82,6 +89,8 @@ def build(
     check_bundle(opened)
     if batched is not None:
         check_rows(opened)
+    if fp8:
+        check_fp8(opened, cast(Hardware, hardware))
     check_target(out, force)
     here, started = platform.open_platform(), time.perf_counter()
     count = len(opened.manifest.graphs) * (1 if batched is None else 2)
@@ -91,7 +100,7 @@ def build(
             out,
             here,
             batched=batched,
-            flags=Flags(cast(Hardware, hardware), limit),
+            flags=Flags(cast(Hardware, hardware), limit, fp8),
             timing_cache=timing_cache,
             check=check,
             force=force,

@@ -26,10 +26,8 @@ def run(
     if not inputs.is_bundle(bundle):
         raise UsageError(f"--provider needs a bundle: blt export {bundle} -o DIR")
     manifest, started = Bundle.open(bundle, "sizes").manifest, time.monotonic()
-    found = {manifest.precision_of(name) for name in manifest.graphs}
-    precision = max(found, key=lambda name: provider_check.TOLERANCES.get(name, 1.0))
-    if precision not in provider_check.TOLERANCES:
-        raise UsageError(f"--provider: {bundle} is of {precision}, which runs on the CPU only")
+    found = manifest.arithmetic()
+    precision = max(found, key=provider_check.TOLERANCES.__getitem__)
     if reference is None and "bf16" in found:
         raise UsageError(f"{bundle} is of bf16, which no CPU runs: give its checkpoint, or a bundle, as --reference")
     ids = encode((text or bench_text(amount))[:amount], bos=True)

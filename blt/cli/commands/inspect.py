@@ -252,7 +252,7 @@ def _inspect_engines(engines: Engines, *, as_json: bool) -> None:
             "built with": f"TensorRT {file.machine.tensorrt}, CUDA {file.machine.cuda}, driver {file.machine.driver}",
             "for": f"{file.machine.gpu}, compute capability {file.machine.compute_capability}"
             + (", and Ampere or newer" if file.flags.hardware == "ampere+" else ""),
-            "precision": precision_text(manifest),
+            "precision": precision_text(manifest) + (", latent matrices in fp8" if file.flags.fp8 else ""),
             "capacity": f"{manifest.spec.capacity_bytes:,} bytes, {manifest.spec.capacity_patches:,} patches",
             "bundle": f"manifest.json of sha256 {file.bundle[:16]}...",
             "made with": file.producer,

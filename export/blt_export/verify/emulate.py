@@ -8,10 +8,11 @@ node. This is what a GPU computes, but for the order of its additions. It is als
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -28,15 +29,19 @@ from ..rewrite import Builder, node_after
 _HALF = {half for _, half in HALVES.values()}
 
 
+Change = Callable[[ir.Model], object]
+
+
 @contextmanager
-def on_cpu(bundle: Bundle, scratch: Path | None = None) -> Iterator[Model]:
-    """The bundle on ONNX Runtime's CPU; in bfloat16, an emulation. scratch: where a temporary folder is made for it."""
+def on_cpu(bundle: Bundle, scratch: Path | None = None, changes: Mapping[str, Change] | None = None) -> Iterator[Model]:
+    """The bundle on ONNX Runtime's CPU; in bfloat16, an emulation. scratch: where a temporary folder is made for it.
+    changes: how graphs are rewritten first, in an emulation, too."""
     manifest = bundle.manifest
     precisions = {name: manifest.precision_of(name) for name in manifest.graphs}
-    if "bf16" not in precisions.values():
+    if "bf16" not in precisions.values() and not changes:
         yield Model(manifest.spec, OnnxBackend(bundle), bundle.hash_tables(), manifest=manifest)
         return
-    with graphs({name: bundle.graph_file(name) for name in manifest.graphs}, scratch) as folder:
+    with graphs({name: bundle.graph_file(name) for name in manifest.graphs}, scratch, changes or {}) as folder:
         spec, listed = float_spec(manifest.spec), {path.name: entry_of(path) for path in folder.iterdir()}
         wide = {name: p if p in QUANTISED else "fp32" for name, p in precisions.items()}
         emulated = replace(manifest, spec=spec, files=listed, precisions=wide)
@@ -44,11 +49,16 @@ def on_cpu(bundle: Bundle, scratch: Path | None = None) -> Iterator[Model]:
 
 
 @contextmanager
-def graphs(files: Mapping[str, Path], scratch: Path | None = None) -> Iterator[Path]:
-    """Emulations of graphs, under the names of their files, in a temporary folder."""
+def graphs(
+    files: Mapping[str, Path], scratch: Path | None = None, changes: Mapping[str, Change] = MappingProxyType({})
+) -> Iterator[Path]:
+    """Emulations of graphs, under the names of their files, in a temporary folder. changes: made first."""
     with tempfile.TemporaryDirectory(prefix="blt-emulated-", dir=scratch) as folder:
         for name, path in files.items():
-            write_graph(run(ir.load(path)), Path(folder), name)
+            model = ir.load(path)
+            if name in changes:
+                changes[name](model)
+            write_graph(run(model), Path(folder), name)
         yield Path(folder)
 
 

@@ -59,10 +59,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Flags:
-    """Options of the build. workspace: bytes, or None for TensorRT's own limit."""
+    """Options of the build. workspace: bytes, or None for TensorRT's own limit. fp8: the matrices of the latent
+    transformer are 8-bit floats (E4M3)."""
 
     hardware: Hardware = "same"
     workspace: int | None = None
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class Engines:
         built, flags = self.file.machine, self.file.flags
         same_gpu = (built.gpu, built.compute_capability) == (here.gpu, here.compute_capability)
         if flags.hardware == "ampere+":
-            same_gpu = _capability(here) >= AMPERE
+            same_gpu = capability(here) >= AMPERE
         if built.tensorrt != here.tensorrt or not same_gpu:
             raise BackendError(f"the engines in {self.path} are for {built}, but here is {here}: {_again(self.path)}")
 
@@ -324,7 +326,8 @@ def _again(folder: Path) -> str:
     return f"run blt build BUNDLE -o {folder}"
 
 
-def _capability(machine: Machine) -> tuple[int, ...]:
+def capability(machine: Machine) -> tuple[int, ...]:
+    """(9, 0) for 9.0. Raises ConfigError."""
     try:
         return tuple(int(part) for part in machine.compute_capability.split("."))
     except ValueError as error:

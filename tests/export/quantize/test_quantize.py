@@ -19,7 +19,7 @@ from blt.model import HashConfig
 from blt_export import ExportReport, aot, pipeline
 from blt_export.graph_files import write_graph
 from blt_export.passes import halve
-from blt_export.quantize import matrices
+from blt_export.quantize import eight_bit_floats, matrices
 from blt_export.quantize.blockwise import Blocks, Format, quantise
 from blt_export.rewrite import Builder, op_counts
 from blt_export.rewrite import replace as replace_node
@@ -372,7 +372,7 @@ def test_the_cpu_multiplies_by_the_exact_weights(standard: ExportReport, tmp_pat
 def test_in_plans_of_tensorrt_matrices_stay_packed(tmp_path: Path) -> None:
     """One product of 1024 x 1024, since the plans of whole tiny graphs are kernels for the most part."""
     sizes = {}
-    for precision in ("fp16", "int8", "int4"):
+    for precision in ("fp16", "int8", "int4", "fp8"):
         model, b = model_of([value("x", "B", 1024)])
         w_KN = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
         y = b.op("MatMul", model.graph.inputs[0], weight(model, "w", w_KN), dtype=ir.DataType.FLOAT, shape=["B", 1024])
@@ -380,10 +380,12 @@ def test_in_plans_of_tensorrt_matrices_stay_packed(tmp_path: Path) -> None:
         finish(model, y)
         matrices.run(model, precision, "portable")
         halve.run(model, "fp16")
+        if precision == "fp8":
+            eight_bit_floats.run(model)
         tensors = [TensorSpec(name, "float16", ("B", 1024)) for name in "xy"]
         spec = GraphSpec("g", tuple(tensors[:1]), tuple(tensors[1:]), {}, None)
         sizes[precision] = aot.compile_graph(write_graph(model, tmp_path, precision), spec).plan_bytes
-    for precision, bits in {"int8": 8, "int4": 4}.items():
+    for precision, bits in {"int8": 8, "int4": 4, "fp8": 8}.items():
         assert sizes["fp16"] - sizes[precision] > 0.8 * 1024 * 1024 * (16 - bits) / 8
 
 
