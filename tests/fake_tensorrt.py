@@ -1,7 +1,8 @@
 """A stand-in for the module `tensorrt`: a plan is an ONNX graph, which ONNX Runtime's CPU runs on memory of HostDevice.
 
 It keeps the rules of TensorRT that callers get wrong: shapes within a profile, all addresses set, a cache's output at
-the address of its input, a context that is used by one captured graph at a time, plans of another version or GPU.
+the address of its input, a context that is used by one captured graph at a time, plans of another version or GPU,
+an engine without weights that runs before it has them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from blt_runtime.backends.onnx import EXPAND, import_library
 from tests.host_device import HostDevice, HostStream
 
 MAGIC = b"FAKEPLAN"
+DATA = ("raw_data", "float_data", "int32_data", "int64_data", "external_data")
 VERSION, GPU = "10.15.1", "Fake H100"
 Profile = Mapping[str, tuple[tuple[int, ...], ...]]
 
@@ -47,6 +49,7 @@ class LayerType(enum.Enum):
 class BuilderFlag(enum.Enum):
     STRIP_PLAN = 1
     TF32 = 2
+    REFIT_IDENTICAL = 3
 
 
 class NetworkDefinitionCreationFlag(enum.Enum):
@@ -87,6 +90,7 @@ def module(device: HostDevice, version: str = VERSION, gpu: str = GPU) -> Any:
         ILogger=Logger,
         OnnxParser=OnnxParser,
     )
+    here.Refitter, here.OnnxParserRefitter = Refitter, OnnxParserRefitter
     here.Runtime = lambda logger: Runtime(device, f"{version} {gpu}")
     here.Builder = lambda logger: Builder(f"{version} {gpu}", logger)
     return here
@@ -114,11 +118,12 @@ class Runtime:
 class Engine:
     def __init__(self, device: HostDevice, model: onnx.ModelProto, profiles: Sequence[Any]) -> None:
         self.device, self.profiles, self.contexts = device, profiles, 0
-        options = import_library().SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(*EXPAND)
-        run = import_library().InferenceSession
-        self.session = run(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.model = model
+        self.session: Any = None
+        self.missing = [weights.name for weights in model.graph.initializer if _is_stripped(weights)]
+        self.refittable = bool(self.missing)
+        if not self.missing:
+            self.start()
         self.inputs = {value.name: _shape(value) for value in model.graph.input}
         self.outputs = {value.name: _shape(value) for value in model.graph.output}
         self.types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
@@ -128,6 +133,13 @@ class Engine:
             if node.op_type == "TensorScatter" and node.output[0] in self.outputs and node.input[0] in self.inputs
         }
         self.num_io_tensors, self.num_optimization_profiles = len(self.types), len(profiles)
+
+    def start(self) -> None:
+        options = import_library().SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry(*EXPAND)
+        run = import_library().InferenceSession
+        self.session = run(self.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.types)[index]
@@ -175,7 +187,7 @@ class Context:
 
     def execute_async_v3(self, stream: HostStream) -> bool:
         engine, shapes, addresses = self._engine, dict(self._shapes), dict(self._addresses)
-        if set(addresses) != set(engine.types) or set(shapes) != set(engine.inputs):
+        if engine.session is None or set(addresses) != set(engine.types) or set(shapes) != set(engine.inputs):
             return False
         if any(addresses[output] != addresses[source] for output, source in engine.aliases.items()):
             return False
@@ -224,6 +236,11 @@ class Builder:
         ]
         if any(set(varying) - set(profile) for profile in config.profiles) or (varying and not config.profiles):
             return None
+        if BuilderFlag.STRIP_PLAN in config.flags:
+            if BuilderFlag.REFIT_IDENTICAL not in config.flags:
+                return None
+            for weights in network.model.graph.initializer:
+                _strip(weights)
         return plan_of(network.model, config.profiles, self._stamp)
 
 
@@ -262,6 +279,71 @@ class Config:
 
     def get_timing_cache(self) -> TimingCache:
         return TimingCache(self.timing + b"t")
+
+
+def _strip(weights: TensorProto) -> None:
+    """Takes the data of floats. Integers are shapes, which TensorRT keeps."""
+    if weights.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        for field in DATA:
+            weights.ClearField(field)
+
+
+def _is_stripped(weights: TensorProto) -> bool:
+    return math.prod(weights.dims) > 0 and not any(getattr(weights, field) for field in DATA)
+
+
+class Refitter:
+    """Weights for an engine that was built without; it has them after `refit_cuda_engine`."""
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self.engine, self.found = engine, dict[str, TensorProto]()
+
+    def get_missing_weights(self) -> list[str]:
+        return [name for name in self.engine.missing if name not in self.found]
+
+    def refit_cuda_engine(self) -> bool:
+        if self.get_missing_weights():
+            return False
+        for weights in self.engine.model.graph.initializer:
+            if weights.name in self.engine.missing:
+                weights.CopyFrom(self.found[weights.name])
+        self.engine.missing = []
+        self.engine.start()
+        return True
+
+
+class OnnxParserRefitter:
+    def __init__(self, refitter: Refitter, logger: Any) -> None:
+        self._refitter, self._errors = refitter, list[str]()
+
+    def refit_from_bytes(self, model: bytes, path: str) -> bool:
+        """Gives the refitter the initializers of a graph whose weights are in the folder of `path`."""
+        engine = self._refitter.engine
+        wanted = {weights.name: weights for weights in engine.model.graph.initializer}
+        try:
+            given = onnx.load_from_string(model)
+            onnx.load_external_data_for_model(given, str(Path(path).parent))
+        except Exception as error:
+            self._errors.append(str(error))
+            return False
+        for weights in given.graph.initializer:
+            if weights.name in engine.missing:
+                if (weights.data_type, weights.dims) != (wanted[weights.name].data_type, wanted[weights.name].dims):
+                    self._errors.append("Failed to set named weights")
+                    return False
+                self._refitter.found[weights.name] = weights
+        if self._refitter.get_missing_weights():
+            count = len(engine.missing)
+            self._errors.append(f"Only successfully refitted {len(self._refitter.found)} weights out of {count}")
+            return False
+        return True
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> Any:
+        return _error(self._errors[index])
 
 
 class TimingCache:
@@ -326,5 +408,8 @@ class OnnxParser:
         return len(self._errors)
 
     def get_error(self, index: int) -> Any:
-        text = self._errors[index]
-        return SimpleNamespace(node_operator=lambda: "", node_name=lambda: "", desc=lambda: text)
+        return _error(self._errors[index])
+
+
+def _error(text: str) -> Any:
+    return SimpleNamespace(node_operator=lambda: "", node_name=lambda: "", desc=lambda: text)

@@ -51,7 +51,7 @@ def size_table(manifest: Manifest) -> Table:
     return table
 
 
-def engines_table(file: EnginesFile) -> Table:
+def engines_table(file: EnginesFile, manifest: Manifest) -> Table:
     """One row per engine: its size and, for each profile, the bytes, patches and entries that one call takes."""
     from blt.data.quantities import amount
 
@@ -62,7 +62,12 @@ def engines_table(file: EnginesFile) -> Table:
     for suffix, plans in zip(streams, file.forms, strict=True):
         for name, plan in plans.items():
             table.add_row(name + suffix, amount(plan.bytes), ", ".join(map(_range_text, plan.profiles)))
-    table.add_row("total", amount(sum(plan.bytes for plans in file.forms for plan in plans.values())), "")
+    total = sum(plan.bytes for plans in file.forms for plan in plans.values())
+    if file.weights:
+        weights = sum(manifest.files[name].bytes for name in file.weights)
+        table.add_row("weights", amount(weights), "put into the engines when they are opened")
+        total += weights
+    table.add_row("total", amount(total), "")
     return table
 
 

@@ -133,8 +133,13 @@ def check_rows(bundle: Bundle) -> None:
     padded_limits(resident_spec(bundle.manifest.spec, cached=True))
 
 
-def check_fp8(bundle: Bundle, hardware: Hardware = "same", machine: Machine | None = None) -> None:
-    """Raises UsageError if the latent transformer's matrices are codes already, or for GPUs without 8-bit floats."""
+def check_fp8(
+    bundle: Bundle, hardware: Hardware = "same", machine: Machine | None = None, *, strip: bool = False
+) -> None:
+    """Raises UsageError if the latent transformer's matrices are codes already, for GPUs without 8-bit floats, and for
+    plans without weights, which get those of the bundle."""
+    if strip:
+        raise UsageError("--fp8 rounds weights in the build, and --strip takes those of the bundle: leave out one")
     if hardware != "same":
         raise UsageError(f"--fp8 needs {FP8_GPUS}: leave out --hardware {hardware}")
     if machine is not None and capability(machine) < FP8_FROM:
@@ -172,11 +177,12 @@ def build_engines(
         whole("batched", batched, 1, MOST_ROWS)
         check_rows(bundle)
     if flags.fp8:
-        check_fp8(bundle, flags.hardware, platform.machine)
+        check_fp8(bundle, flags.hardware, platform.machine, strip=flags.strip)
     check_target(out, force)
     stored.make_key()
     spec, trt = resident_spec(bundle.manifest.spec, cached=True), platform.trt
     layers, seconds, trt_log = dict[str, int](), dict[str, float](), logger(trt)
+    weights = set[str]()
 
     def build_form(folder: Path, streams: int | None = None) -> dict[str, Plan]:
         plans = {}
@@ -188,6 +194,11 @@ def build_engines(
             (folder / file).write_bytes(built.plan)
             entry = entry_of(folder / file)
             plans[name] = Plan(file, entry.bytes, entry.sha256, tuple(map(dict, ranges)), graph.aliases)
+            if flags.strip:
+                model = made_graph(bundle, graph, streams)
+                (folder / plans[name].graph_file).write_bytes(ir.to_proto(model).SerializeToString())
+                plans[name] = replace(plans[name], graph=entry_of(folder / plans[name].graph_file).sha256)
+                weights.update(weight_files(model))
             layers[step], seconds[step] = built.layers, built.seconds
             del built
         return plans
@@ -195,16 +206,18 @@ def build_engines(
     with files.staged(out) as work:
         plans = build_form(work)
         for_rows = None if batched is None else Rows(batched, build_form(work, batched))
-        copyfile(bundle.path / FILE_NAME, work / FILE_NAME)
-        for tables in bundle.manifest.tables.values():
-            copyfile(bundle.path / tables.file, work / tables.file)
+        tables = [tables.file for tables in bundle.manifest.tables.values()]
+        for file in (FILE_NAME, *tables, *sorted(weights)):
+            copyfile(bundle.path / file, work / file)
         digest = entry_of(work / FILE_NAME).sha256
         producer = installed("blt-lm", "blt-runtime", "onnx-ir", "onnxruntime")
-        file = EnginesFile(digest, producer, platform.machine, flags, plans, rows=for_rows)
+        made = EnginesFile(
+            digest, producer, platform.machine, flags, plans, rows=for_rows, weights=tuple(sorted(weights))
+        )
         progress("parity")
-        file = replace(file, parity=_parity(bundle, Engines(work, file, bundle.manifest), platform, check))
-        stored.write(work, file)
-    return Report(out, file, layers, seconds)
+        made = replace(made, parity=_parity(bundle, Engines(work, made, bundle.manifest), platform, check))
+        stored.write(work, made)
+    return Report(out, made, layers, seconds)
 
 
 def profiles(spec: ModelSpec, name: str, streams: int | None = None) -> list[Profile]:
@@ -290,14 +303,12 @@ def build_graph(
 ) -> Built:
     """The engine of one resident graph, or of its padded form for this number of batched streams. Raises
     BackendError."""
-    path = bundle.graph_file(graph.name)
-    model = keep_states.run(ir.load(path), graph if streams is None else padded_spec(graph))
-    graph = shaped(graph, streams)
-    for value, tensor in zip(model.graph.inputs, graph.inputs, strict=True):
-        value.shape = ir.Shape(list(tensor.shape))
-    configs = []
+    model, configs = made_graph(bundle, graph, streams), []
 
     def configure(config: Any) -> None:
+        if flags.strip:
+            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+            config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
         if flags.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, flags.workspace)
         if flags.hardware == "ampere+":
@@ -310,14 +321,30 @@ def build_graph(
         configs.append(config)
 
     try:
-        with _content(model, graph.name, path, flags) as (content, weights):
-            built = build(trt, trt_log, graph, lambda parser: parser.parse(content, weights), ranges, configure)
+        with _content(model, graph.name, bundle.graph_file(graph.name), flags) as (content, weights):
+            spec = shaped(graph, streams)
+            built = build(trt, trt_log, spec, lambda parser: parser.parse(content, weights), ranges, configure)
     except Refused as error:
         raise BackendError(f"TensorRT {trt.__version__}: {error}") from error
     if timing_cache is not None:
         with files.atomic_file(timing_cache) as file:
             file.write(configs[0].get_timing_cache().serialize())
     return built
+
+
+def made_graph(bundle: Bundle, graph: GraphSpec, streams: int | None = None) -> ir.Model:
+    """What TensorRT parses: the resident graph, or its padded form for this number of batched streams. Its weights are
+    those of the bundle."""
+    model = keep_states.run(ir.load(bundle.graph_file(graph.name)), graph if streams is None else padded_spec(graph))
+    for value, tensor in zip(model.graph.inputs, shaped(graph, streams).inputs, strict=True):
+        value.shape = ir.Shape(list(tensor.shape))
+    return model
+
+
+def weight_files(model: ir.Model) -> set[str]:
+    """Names of the files that a graph's weights are in."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from blt.cli import run
 from blt_export import ExportReport, aot, pipeline
 from blt_export.bundle import write_graph
 from blt_export.passes import keep_states
-from blt_runtime.bundle.spec import GraphSpec, TensorSpec, resident_spec
+from blt_runtime.bundle.spec import GraphSpec, TensorSpec, padded_spec, resident_spec
 from blt_runtime.errors import CheckFailed, MissingExtra
 from tests.export.variants import VARIANTS, BundleOf
 from tests.exports import prepare
@@ -37,25 +37,31 @@ def test_portable_graphs_compile(bundle_of: BundleOf, variant: str, graph: str) 
     assert compiled.plan_bytes > 0
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4"])
-def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+@pytest.fixture(scope="module")
+def precise(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     state = prepare("cross_windows_own_heads_newlines", "portable", precision=request.param, check=False)
-    return pipeline.run(state, tmp_path_factory.mktemp("narrow") / "b")
+    return pipeline.run(state, tmp_path_factory.mktemp("precise") / "b")
+
+
+NARROW = ("fp16", "bf16", "int8", "int4")
+FORMS = [
+    *((precision, form) for precision in NARROW for form in ("plain", "resident")),
+    *((precision, "padded") for precision in ("fp32", "fp16", "bf16")),
+]
 
 
 @needs_tensorrt
 @pytest.mark.parametrize("graph", ["entropy", "encoder", "latent", "decoder"])
-@pytest.mark.parametrize("form", ["plain", "resident"])
-def test_portable_graphs_of_lower_precision_compile(
-    narrow: ExportReport, form: str, graph: str, tmp_path: Path
-) -> None:
-    """Plain, and with byte states and patch vectors in memory of the graphs."""
-    path, spec = narrow.path / f"{graph}.onnx", narrow.manifest.spec
-    if form == "resident":
-        spec = resident_spec(spec, cached=True)
-        path = write_graph(keep_states.run(ir.load(path), spec.graphs[graph]), tmp_path, graph)
-    compiled = aot.compile_graph(path, spec.graphs[graph])
-    assert set(compiled.outputs) == {t.name for t in spec.graphs[graph].outputs}
+@pytest.mark.parametrize(("precise", "form"), FORMS, indirect=["precise"])
+def test_forms_of_portable_graphs_compile(precise: ExportReport, form: str, graph: str, tmp_path: Path) -> None:
+    """Plain, with byte states and patch vectors in memory of the graphs, and padded to rows of one length."""
+    path, wanted = precise.path / f"{graph}.onnx", precise.manifest.spec.graphs[graph]
+    if form != "plain":
+        wanted = resident_spec(precise.manifest.spec, cached=True).graphs[graph]
+        wanted = padded_spec(wanted) if form == "padded" else wanted
+        path = write_graph(keep_states.run(ir.load(path), wanted), tmp_path, graph)
+    compiled = aot.compile_graph(path, wanted)
+    assert set(compiled.outputs) == {t.name for t in wanted.outputs}
 
 
 def _one_node(path: Path, op_type: str, *, unused: bool = False) -> GraphSpec:

@@ -300,7 +300,7 @@ class TestCommand:
             assert text in shown
         assert run(["inspect", str(out), "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
-        flags = {"hardware": "ampere+", "workspace": 1 << 30, "fp8": False}
+        flags = {"hardware": "ampere+", "workspace": 1 << 30, "fp8": False, "strip": False}
         assert (said["kind"], said["engines"]["flags"]) == ("engines", flags)
 
     @pytest.mark.usefixtures("_gpu")

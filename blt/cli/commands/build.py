@@ -53,6 +53,13 @@ def build(
             help="Round the matrices of the latent transformer to 8-bit floats (E4M3): it then reads half as much.",
         ),
     ] = False,
+    strip: Annotated[
+        bool,
+        typer.Option(
+            "--strip/--keep-weights",
+            help="Plans without weights, which they get when they are opened, from one copy of the bundle's.",
+        ),
+    ] = False,
     check: Annotated[
         bool,
         typer.Option(
@@ -90,7 +97,7 @@ def build(
     if batched is not None:
         check_rows(opened)
     if fp8:
-        check_fp8(opened, cast(Hardware, hardware))
+        check_fp8(opened, cast(Hardware, hardware), strip=strip)
     check_target(out, force)
     here, started = platform.open_platform(), time.perf_counter()
     count = len(opened.manifest.graphs) * (1 if batched is None else 2)
@@ -100,7 +107,7 @@ def build(
             out,
             here,
             batched=batched,
-            flags=Flags(cast(Hardware, hardware), limit, fp8),
+            flags=Flags(cast(Hardware, hardware), limit, fp8, strip),
             timing_cache=timing_cache,
             check=check,
             force=force,
@@ -119,7 +126,7 @@ def build(
         }
         console.print_json("blt.build/1", payload)
         return
-    console.stdout_console().print(engines_table(report.file))
+    console.stdout_console().print(engines_table(report.file, opened.manifest))
     if report.file.parity:
         print()
         console.stdout_console().print(parity_table(report.file.parity, "ONNX Runtime's CPU"))

@@ -260,7 +260,7 @@ def _inspect_engines(engines: Engines, *, as_json: bool) -> None:
     )
     out = console.stdout_console()
     out.print()
-    out.print(engines_table(file))
+    out.print(engines_table(file, manifest))
     if file.parity:
         out.print()
         out.print(parity_table(file.parity, "ONNX Runtime's CPU"))

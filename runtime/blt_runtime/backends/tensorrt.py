@@ -20,10 +20,12 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..bundle.engines import Engine
 from ..bundle.spec import GraphSpec, ModelSpec, padded_spec
 from ..errors import BackendError, UsageError
 from .blocks import Block, BlockBuffer, Blocks
@@ -72,25 +74,28 @@ class PinnedBlock(Block):
 class TensorRtBackend:
     """Runs the engines of a model.
 
-    plans: serialised engines by graph, built for this version of TensorRT and this device. trt: the module tensorrt.
-    strict: raise BackendError instead of a warning where a captured call does not replay what it computes.
+    plans: serialised engines by graph, built for this version of TensorRT and this device; `Engine` for those without
+    weights, which are put in. trt: the module tensorrt. strict: raise BackendError instead of a warning where a
+    captured call does not replay what it computes.
 
-    Raises BackendError for a plan that TensorRT refuses, and for an engine whose tensors or caches are not those of
-    the specification.
+    Raises BackendError for a plan that TensorRT refuses, or whose weights it does not get, and for an engine whose
+    tensors or caches are not those of the specification.
     """
 
     name = "tensorrt"
 
     def __init__(
-        self, spec: ModelSpec, plans: Mapping[str, bytes], trt: Any, device: Device, *, strict: bool = False
+        self, spec: ModelSpec, plans: Mapping[str, bytes | Engine], trt: Any, device: Device, *, strict: bool = False
     ) -> None:
         self.spec, self.trt, self.device, self.strict = spec, trt, device, strict
         self.lock, self.stream = threading.RLock(), device.stream()
         self._blocks = Blocks(BLOCK, partial(PinnedBlock, weakref.proxy(self)))
         self.replays_well: dict[Hashable, bool] = {}
-        runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        trt_log = trt.Logger(trt.Logger.WARNING)
+        runtime = trt.Runtime(trt_log)
         self._sessions = {
-            name: EngineSession(self, self._form(graph), runtime, plans[name]) for name, graph in spec.graphs.items()
+            name: EngineSession(self, self._form(graph), runtime, trt_log, plans[name])
+            for name, graph in spec.graphs.items()
         }
 
     @staticmethod
@@ -122,7 +127,7 @@ class TensorRtRows(TensorRtBackend):
     the engines were built for. Raises BackendError also if that differs between engines or profiles."""
 
     def __init__(
-        self, spec: ModelSpec, plans: Mapping[str, bytes], trt: Any, device: Device, *, strict: bool = False
+        self, spec: ModelSpec, plans: Mapping[str, bytes | Engine], trt: Any, device: Device, *, strict: bool = False
     ) -> None:
         super().__init__(spec, plans, trt, device, strict=strict)
         found = sorted(set[int]().union(*(session.batches() for session in self._sessions.values())))
@@ -144,9 +149,12 @@ class TensorRtRows(TensorRtBackend):
 class EngineSession:
     """One engine, checked against its specification when it is opened."""
 
-    def __init__(self, backend: TensorRtBackend, spec: GraphSpec, runtime: Any, plan: bytes) -> None:
+    def __init__(
+        self, backend: TensorRtBackend, spec: GraphSpec, runtime: Any, trt_log: Any, plan: bytes | Engine
+    ) -> None:
         self.spec, self.backend = spec, backend
-        self.engine = runtime.deserialize_cuda_engine(plan)
+        plan = plan if isinstance(plan, Engine) else Engine(plan)
+        self.engine = runtime.deserialize_cuda_engine(plan.plan)
         if self.engine is None:
             raise BackendError(
                 f"TensorRT {getattr(backend.trt, '__version__', '?')} refuses the engine of the graph {spec.name!r}: "
@@ -154,6 +162,23 @@ class EngineSession:
             )
         self._shared: dict[int, Any] = {}
         self._check_tensors()
+        if plan.graph is not None:
+            self._put_weights(trt_log, *plan.graph)
+
+    def _put_weights(self, trt_log: Any, graph: bytes, path: Path) -> None:
+        """Puts the weights of an ONNX graph into an engine that was built without. They are those of the build, because
+        TensorRT has chosen its kernels for them (REFIT_IDENTICAL)."""
+        refitter = self.backend.trt.Refitter(self.engine, trt_log)
+        parser = self.backend.trt.OnnxParserRefitter(refitter, trt_log)
+        if parser.refit_from_bytes(graph, str(path)) and refitter.refit_cuda_engine():
+            return
+        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        if missing := list(refitter.get_missing_weights()):
+            reasons.append(f"{len(missing)} are missing, such as {missing[0] or 'one without a name'}")
+        raise BackendError(
+            f"TensorRT does not put the weights into the engine of the graph {self.spec.name!r} "
+            f"({'; '.join(reasons) or 'no reason given'}): run blt build without --strip"
+        )
 
     def _check_tensors(self) -> None:
         engine, spec, trt = self.engine, self.spec, self.backend.trt

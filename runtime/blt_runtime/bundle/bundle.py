@@ -169,8 +169,9 @@ def is_bundle(folder: Path) -> bool:
         return False
 
 
-def check_plain(path: Path) -> os.stat_result:
-    """Size and times of a bundle's file. Raises BundleError unless it is a plain file or a link in a hub cache."""
+def check_plain(path: Path, advice: str = _AGAIN) -> os.stat_result:
+    """Size and times of a bundle's file. Raises BundleError unless it is a plain file or a link in a hub cache. advice:
+    the end of the message about a missing file."""
     try:
         info = path.lstat()
         if stat.S_ISLNK(info.st_mode):
@@ -178,7 +179,7 @@ def check_plain(path: Path) -> os.stat_result:
                 raise BundleError(_LINK.format(path.name, path.parent))
             info = path.stat()
     except OSError as error:
-        raise BundleError(f"{path.name} is missing in {path.parent}: copy or export the bundle again") from error
+        raise BundleError(f"{path.name} is missing in {path.parent}: {advice}") from error
     if not stat.S_ISREG(info.st_mode):
         raise BundleError(f"{path.name} in {path.parent} is not a plain file")
     return info
@@ -186,7 +187,7 @@ def check_plain(path: Path) -> os.stat_result:
 
 def check_file(path: Path, entry: FileEntry, advice: str = _AGAIN) -> None:
     """Raises BundleError unless `path` is a plain file of the listed size. advice: the end of the message."""
-    info = check_plain(path)
+    info = check_plain(path, advice)
     if info.st_size != entry.bytes:
         raise BundleError(f"{path.name} has {info.st_size} bytes instead of {entry.bytes}: {advice}")
 

@@ -4,6 +4,7 @@ manifest.json                     of the bundle, unchanged; its sha256 is the bu
 hash_tables.npy                   of the bundle, if it has one; likewise entropy_tables.npy
 entropy.plan, encoder.plan, ...   one serialised engine for each graph of `spec.resident_spec(spec, cached=True)`
 entropy.rows.plan, ...            the same of its padded graphs (`spec.padded_spec`), for batched streams; if asked for
+entropy.onnx, entropy.weights ... of plans without weights: the graph of each plan, and the bundle's weights
 engines.json                      `EnginesFile`: versions, profiles, sizes, sha256 of each plan, parity, signature
 
 A plan is code: TensorRT runs what it holds. So the folder and its files must belong to the user (or root), nobody else
@@ -22,7 +23,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .. import reading
 from ..errors import BackendError, BundleError, ConfigError, UsageError, VersionError, shown
@@ -34,7 +35,7 @@ from .spec import ModelSpec, resident_spec
 
 FORMAT = "blt-engines"
 VERSION = 2
-"""2: added engines of batched streams."""
+"""2: added engines of batched streams, and plans without weights."""
 KEY_BYTES = 32
 AMPERE = (8, 0)
 Hardware = Literal["same", "ampere+"]
@@ -60,22 +61,37 @@ class Machine:
 @dataclass(frozen=True)
 class Flags:
     """Options of the build. workspace: bytes, or None for TensorRT's own limit. fp8: the matrices of the latent
-    transformer are 8-bit floats (E4M3)."""
+    transformer are 8-bit floats (E4M3). strip: plans have no weights."""
 
     hardware: Hardware = "same"
     workspace: int | None = None
     fp8: bool = False
+    strip: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The engine of a graph: its file, its profiles, and `aliases`: outputs that share an input's memory."""
+    """The engine of a graph: its file, its profiles, and `aliases`: outputs that share an input's memory. graph: sha256
+    of the ONNX graph whose weights a plan without weights gets; None for one that has them."""
 
     file: str
     bytes: int
     sha256: str
     profiles: tuple[Profile, ...]
     aliases: dict[str, str]
+    graph: str | None = None
+
+    @property
+    def graph_file(self) -> str:
+        return f"{self.file.removesuffix('.plan')}.onnx"
+
+
+class Engine(NamedTuple):
+    """A serialised engine. graph: of one without weights, the ONNX graph that has them, and its path, beside which
+    they are stored."""
+
+    plan: bytes
+    graph: tuple[bytes, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,8 @@ class Rows:
 @dataclass(frozen=True)
 class EnginesFile:
     """engines.json without its signature. bundle: sha256 of manifest.json. parity: a stream on the engines, and batched
-    ones if there are `rows`, against single streams on ONNX Runtime's CPU on the bundle."""
+    ones if there are `rows`, against single streams on ONNX Runtime's CPU on the bundle. weights: of plans without
+    weights, the bundle's files that have them."""
 
     bundle: str
     producer: dict[str, Any]
@@ -98,6 +115,7 @@ class EnginesFile:
     plans: dict[str, Plan]
     parity: tuple[Parity, ...] = field(default=())
     rows: Rows | None = None
+    weights: tuple[str, ...] = ()
 
     @property
     def forms(self) -> list[dict[str, Plan]]:
@@ -126,6 +144,8 @@ class EnginesFile:
             for name, plan in plans.items():
                 if plan.file != (wanted := plan_name(name, rows=bool(rows))):
                     raise BundleError(f"{ENGINES_FILE} names {shown(plan.file)} instead of {wanted}")
+                if (plan.graph is None) == file.flags.strip:
+                    raise BundleError(f"{ENGINES_FILE} does not say whether {wanted} has weights")
         return file
 
 
@@ -152,6 +172,8 @@ class Engines:
             raise BundleError(f"{manifests.FILE_NAME} in {folder} was changed (its sha256 differs): {_again(folder)}")
         if any(set(plans) != set(manifest.graphs) for plans in file.forms):
             raise BundleError(f"{ENGINES_FILE} in {folder} has other graphs than {manifests.FILE_NAME}")
+        if unknown := [name for name in file.weights if name not in manifest.files]:
+            raise BundleError(f"{ENGINES_FILE} in {folder} names {shown(unknown[0])}, which is no file of the bundle")
         return cls(folder, file, manifest)
 
     @classmethod
@@ -173,6 +195,8 @@ class Engines:
                 raise BundleError(
                     f"{ENGINES_FILE} in {folder} has other caches of the graph {name!r}: {_again(folder)}"
                 )
+        for name in engines.file.weights:
+            check_file(folder / name, engines.manifest.files[name], _again(folder))
         for tables in engines.manifest.tables.values():
             entry = engines.manifest.files[tables.file]
             check_file(folder / tables.file, entry, _again(folder))
@@ -199,20 +223,28 @@ class Engines:
             )
         return self.file.rows
 
-    def plans(self, *, rows: bool = False) -> dict[str, bytes]:
-        """The serialised engines by graph, whose sha256 were compared. rows: those for batched streams. Raises
-        BundleError, and UsageError for batched streams that the folder has no engines for."""
+    def plans(self, *, rows: bool = False) -> dict[str, Engine]:
+        """The serialised engines by graph, whose sha256 were compared, as were those of weights that they lack. rows:
+        those for batched streams. Raises BundleError, and UsageError for batched streams that the folder has no engines
+        for."""
         listed = self.check_rows().plans if rows else self.file.plans
-        return {name: self._content(plan) for name, plan in listed.items()}
+        for name in self.file.weights:
+            check_content(self.path / name, self.manifest.files[name], _again(self.path))
+        return {name: Engine(self._content(plan.file, plan.sha256), self._graph(plan)) for name, plan in listed.items()}
 
-    def _content(self, plan: Plan) -> bytes:
+    def _graph(self, plan: Plan) -> tuple[bytes, Path] | None:
+        if plan.graph is None:
+            return None
+        return self._content(plan.graph_file, plan.graph), self.path / plan.graph_file
+
+    def _content(self, name: str, sha256: str) -> bytes:
         try:
-            with reading.open_plain(self.path / plan.file) as file:
+            with reading.open_plain(self.path / name) as file:
                 content = file.read()
         except OSError as error:
-            raise BundleError(f"cannot read {self.path / plan.file}: {error.strerror}") from error
-        if hashlib.sha256(content).hexdigest() != plan.sha256:
-            raise BundleError(f"{plan.file} was changed (its sha256 differs): {_again(self.path)}")
+            raise BundleError(f"cannot read {self.path / name}: {error.strerror}: {_again(self.path)}") from error
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise BundleError(f"{name} was changed (its sha256 differs): {_again(self.path)}")
         return content
 
     def check_machine(self, here: Machine) -> None:

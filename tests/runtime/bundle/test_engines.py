@@ -72,7 +72,7 @@ def test_engines_survive_the_disk(folder: Path) -> None:
     engines = Engines.open(folder)
     assert engines.file == write_engines(folder)
     assert engines.spec.resident
-    assert engines.plans()["latent"] == b"plan latent"
+    assert engines.plans()["latent"].plan == b"plan latent"
     assert len(engines.bundle.hash_tables()["encoder"]) == 100
 
 
@@ -94,8 +94,8 @@ def test_engines_of_batched_streams(tmp_path: Path) -> None:
     engines = Engines.open(tmp_path / "engines")
     assert engines.file == file
     assert engines.check_rows().streams == 16
-    assert engines.plans(rows=True)["latent"] == b"plan latent.rows"
-    assert engines.plans()["latent"] == b"plan latent"
+    assert engines.plans(rows=True)["latent"].plan == b"plan latent.rows"
+    assert engines.plans()["latent"].plan == b"plan latent"
 
 
 def test_a_folder_without_them_names_the_command(folder: Path) -> None:
@@ -108,14 +108,17 @@ def test_a_folder_without_them_names_the_command(folder: Path) -> None:
 
 
 def test_a_folder_of_the_first_version(folder: Path) -> None:
-    """It says nothing of batched streams."""
+    """It says nothing of batched streams and of plans without weights."""
 
     def change(data: dict[str, Any]) -> None:
         data.update(version=1)
-        del data["rows"]
+        del data["rows"], data["weights"], data["flags"]["strip"]
+        for plan in data["plans"].values():
+            del plan["graph"]
 
     edit(folder, change)
-    assert Engines.open(folder, trust=True).file.rows is None
+    file = Engines.open(folder, trust=True).file
+    assert (file.rows, file.weights, file.flags.strip) == (None, (), False)
 
 
 def test_engines_are_no_bundle(folder: Path, tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ class TestWhoBuiltIt:
         if made:
             stored.make_key()
         fails(folder, BackendError, "was not built here: run blt build")
-        assert Engines.open(folder, trust=True).plans()["encoder"] == b"plan encoder"
+        assert Engines.open(folder, trust=True).plans()["encoder"].plan == b"plan encoder"
 
     def test_a_key_is_written_or_there_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
@@ -252,6 +255,9 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(rows={"streams": 2, "plans": {}}), "has other graphs than manifest.json"),
     (lambda d: d.update(rows={"streams": 2, "plans": d["plans"]}), "names 'entropy.plan' instead of entropy.rows.plan"),
     (lambda d: d.update(rows={"streams": "2", "plans": {}}), r"rows.streams must be int"),
+    (lambda d: d["flags"].update(strip=True), "does not say whether entropy.plan has weights"),
+    (lambda d: d["plans"]["latent"].update(graph="00"), "does not say whether latent.plan has weights"),
+    (lambda d: d.update(weights=["../x"]), "names '../x', which is no file of the bundle"),
     (lambda d: d["flags"].update(hardware="any"), "must be 'same' or 'ampere\\+'"),
 ]
 
