@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -368,25 +369,46 @@ def test_the_cpu_multiplies_by_the_exact_weights(standard: ExportReport, tmp_pat
         np.testing.assert_array_equal(got, found[1][output])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+def product(precision: str, size: int, folder: Path) -> tuple[Path, GraphSpec]:
+    """y [B, N] = x [B, K] W of float16, with a square W of that precision, as a file."""
+    model, b = model_of([value("x", "B", size)])
+    w_KN = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+    y = b.op("MatMul", model.graph.inputs[0], weight(model, "w", w_KN), dtype=ir.DataType.FLOAT, shape=["B", size])
+    y.name = "y"
+    finish(model, y)
+    matrices.run(model, precision, "portable")
+    halve.run(model, "fp16")
+    if precision == "fp8":
+        eight_bit_floats.run(model)
+    x_, y_ = (TensorSpec(name, "float16", ("B", size)) for name in "xy")
+    return write_graph(model, folder, precision), GraphSpec("g", (x_,), (y_,), {}, None)
+
+
+needs_tensorrt = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (extra aot)"
+)
+
+
+@needs_tensorrt
 def test_in_plans_of_tensorrt_matrices_stay_packed(tmp_path: Path) -> None:
     """One product of 1024 x 1024, since the plans of whole tiny graphs are kernels for the most part."""
-    sizes = {}
+    bits = {"fp16": 16, "int8": 8, "int4": 4, "fp8": 8}
+    sizes = {p: aot.compile_graph(*product(p, 1024, tmp_path)).plan_bytes for p in bits}
+    for precision, narrow in bits.items():
+        assert sizes["fp16"] - sizes[precision] >= 0.8 * 1024 * 1024 * (16 - narrow) / 8
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(
+    ("gpu", "refused"),
+    [("SM75", {"int4", "fp8"}), ("SM80", {"fp8"}), ("SM86", {"fp8"}), ("SM89", set()), ("SM120", set())],
+)
+def test_tensorrt_compiles_each_precision_for_these_gpus(tmp_path: Path, gpu: str, refused: set[str]) -> None:
+    """The statements of docs/gpu.md, and the reason of `build.FP8_FROM`."""
     for precision in ("fp16", "int8", "int4", "fp8"):
-        model, b = model_of([value("x", "B", 1024)])
-        w_KN = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
-        y = b.op("MatMul", model.graph.inputs[0], weight(model, "w", w_KN), dtype=ir.DataType.FLOAT, shape=["B", 1024])
-        y.name = "y"
-        finish(model, y)
-        matrices.run(model, precision, "portable")
-        halve.run(model, "fp16")
-        if precision == "fp8":
-            eight_bit_floats.run(model)
-        tensors = [TensorSpec(name, "float16", ("B", 1024)) for name in "xy"]
-        spec = GraphSpec("g", tuple(tensors[:1]), tuple(tensors[1:]), {}, None)
-        sizes[precision] = aot.compile_graph(write_graph(model, tmp_path, precision), spec).plan_bytes
-    for precision, bits in {"int8": 8, "int4": 4, "fp8": 8}.items():
-        assert sizes["fp16"] - sizes[precision] > 0.8 * 1024 * 1024 * (16 - bits) / 8
+        path, spec = product(precision, 64, tmp_path)
+        with pytest.raises(CheckFailed, match="HW-specific") if precision in refused else nullcontext():
+            aot.compile_graph(path, spec, architectures=(gpu,))
 
 
 def test_matrices_that_do_not_divide_stay_float_with_a_reason(
