@@ -133,6 +133,7 @@ class Engine:
             if node.op_type == "TensorScatter" and node.output[0] in self.outputs and node.input[0] in self.inputs
         }
         self.num_io_tensors, self.num_optimization_profiles = len(self.types), len(profiles)
+        self.num_layers = len(model.graph.node)
 
     def start(self) -> None:
         options = import_library().SessionOptions()

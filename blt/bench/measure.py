@@ -80,6 +80,15 @@ class Latency:
         """Whether the weights are in the memory of a device."""
         return self.bandwidth is None or self.bandwidth.threads is None
 
+    def requests_per_byte(self) -> dict[str, float | None] | None:
+        """Launches, copies and waits, counted in the first run; launches are None if they are not all known. None
+        without a device."""
+        found, n = self.runs[0].requests, len(self.runs[0].gaps_s)
+        if found is None:
+            return None
+        launches = None if found.unknown else found.launches / n
+        return {"launches": launches, "copies": found.copies / n, "waits": found.waits / n}
+
     @property
     def in_caches(self) -> bool:
         """Whether the processor's caches may hold all weights. `per_call` counts each part once."""
@@ -122,7 +131,8 @@ def latency(
     text.check_room(model.spec.capacity_bytes)
     warm = Text(text.prompt, text.new[:WARM_UP])
     run(model.stream(), warm, Forced(warm.new.tolist(), temperature), speculate=speculate)
-    runs = [run(model.stream(), text, Forced(text.new.tolist(), temperature), speculate=speculate)]
+    counts = getattr(model.backend, "counts", None)
+    runs = [run(model.stream(), text, Forced(text.new.tolist(), temperature), speculate=speculate, counts=counts)]
     peak, tables = peak_memory(), _tables_bytes(model)  # before the buffer below is allocated
     reader = _reader(model, threads)
     try:

@@ -13,7 +13,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blt_runtime import Model, Stream
+from blt_runtime.backends.counts import Counts
 from blt_runtime.errors import CapacityError, InputError, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.sampling import Sampler
@@ -100,7 +101,7 @@ class Run:
 
     prefill_s: seconds of reading the prompt. first_byte_s: from the start of the prefill to the first byte. gaps_s:
     between two bytes. closed: patches that were completed while the gaps were timed, which is the number of latent
-    calls. speculation: counts of the whole run.
+    calls. speculation: counts of the whole run. requests: to the device, in the gaps; None without one.
     """
 
     prefill_s: float
@@ -108,6 +109,7 @@ class Run:
     gaps_s: Sequence[float]
     closed: int
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    requests: Counts | None = None
 
     @property
     def bytes_per_s(self) -> float:
@@ -127,9 +129,10 @@ def run(
     *,
     speculate: Speculate = "off",
     after_first: Callable[[], None] = lambda: None,
+    counts: Counts | None = None,
 ) -> Run:
     """Reads the prompt, then generates. Drafts that differ from the given bytes are rejected. `after_first` is called
-    after the first byte and is not timed."""
+    after the first byte and is not timed. counts: those of the model's backend."""
     gc.collect()
     began = time.perf_counter()
     stream.append_ids(text.prompt)
@@ -139,6 +142,7 @@ def run(
         stamps.append(time.perf_counter())
         if len(stamps) == 1:
             after_first()
+            before = replace(counts) if counts else None
             resumed = time.perf_counter()
     gaps = [b - a for a, b in pairwise([resumed, *stamps[1:]])]
     starts_P = np.cumsum(stream.patch_lengths)[:-1]
@@ -149,6 +153,7 @@ def run(
         gaps_s=gaps,
         closed=int((starts_P > timed_from).sum()),
         speculation=stream.speculation,
+        requests=counts.since(before) if counts and before else None,
     )
 
 

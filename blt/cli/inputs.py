@@ -122,6 +122,19 @@ def is_bundle(path: Path) -> bool:
     return path.is_dir() and (path / "manifest.json").exists()
 
 
+def is_engines(path: Path) -> bool:
+    """Whether the folder holds TensorRT engines (`blt build`); `is_bundle` holds for it too."""
+    from blt_runtime.bundle import engines
+
+    return engines.is_engines(path)
+
+
+def refuse_engines(path: Path, instead: str) -> None:
+    """Raises UsageError, which says what to give instead, if the folder holds TensorRT engines."""
+    if is_engines(path):
+        raise UsageError(f"{path} holds TensorRT engines: {instead}")
+
+
 def load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
     """Ids [N] from a .npy file. Raises InputError unless they are integers from 0 to `vocab_size` - 1."""
     array = _load_integers(path)

@@ -177,13 +177,19 @@ class GrammarOptions:
 
 # --- options of commands that open a model -----------------------------------------------------------------
 
+ON_DEVICES = ("provider", "trust_engines", "engine_cache")
+"""Fields of `ModelOptions` for commands that open a bundle or engines for single streams."""
+BATCHED = ("provider", "trust_engines")
+"""The same for batched streams."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """How a model is opened. `device` and `threads` count for every backend; the rest depends on the model's format.
 
-    provider: of ONNX Runtime, which runs a bundle. precision: what the model must run at. entropy_model: where the
-    model's format stores it separately. Raises UsageError for an unknown backend, provider or device name.
+    provider: of ONNX Runtime, which runs a bundle; engine_cache is for one of them. precision: what the model must run
+    at. entropy_model: where the model's format stores it separately. Raises UsageError for an unknown backend, provider
+    or device name, and for an engine cache of another provider.
     """
 
     backend: Annotated[
@@ -224,13 +230,26 @@ class ModelOptions:
             "portable; or auto, the first that runs MODEL here.",
         ),
     ] = "cpu"
+    trust_engines: Annotated[
+        bool, typer.Option("--trust-engines", help="Run TensorRT engines that this user has not built: they are code.")
+    ] = False
+    engine_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--engine-cache",
+            metavar="DIR",
+            help="Where --provider tensorrt keeps its engines (default: blt/tensorrt in the user's cache folder).",
+        ),
+    ] = None
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")] = None
 
     def __post_init__(self) -> None:
         from blt_runtime.arguments import choice
-        from blt_runtime.backends.providers import NAMES
+        from blt_runtime.backends.providers import AUTO, NAMES, TENSORRT
 
         choice("--provider", self.provider, NAMES)
+        if self.engine_cache is not None and self.provider not in (TENSORRT, AUTO):
+            raise UsageError(f"--engine-cache is for --provider {TENSORRT}, not {self.provider}: leave it out")
         if self.backend not in BACKENDS:
             raise UsageError(f"--backend {self.backend}: choose one of {', '.join(BACKENDS)}")
         devices.check_name(self.device)

@@ -39,7 +39,7 @@ def open_scorer(path: Path, n_ids: int, how: ModelOptions) -> Iterator[Scorer]:
         with open_stream(path, n_ids, how) as stream:
             yield stream
         return
-    models.check_no_provider(how)
+    models.check_for_checkpoint(path, how)
     from blt.evaluate.rows import load_on, scorer_of
 
     device = "cpu" if how.device == "auto" else devices.torch_device(how.device)
@@ -67,6 +67,7 @@ def open_entropies(path: Path, how: ModelOptions) -> Iterator[Entropies]:
             rule = scorer.stream.spec.patch_rule
             yield Entropies(lambda ids_N: scorer(ids_N).entropies if has_entropies else None, rule)
         return
+    models.check_for_checkpoint(path, how)
     yield _torch_entropies(path, how)
 
 

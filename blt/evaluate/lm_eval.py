@@ -34,8 +34,9 @@ MAX_GEN_TOKS = 256  # where a task has no limit, as elsewhere in the harness
 class ByteModel(LM):  # type: ignore[misc, unused-ignore]
     """A checkpoint or bundle at `path`, or a name on the hub. Texts are scored one by one; the batch size is ignored.
 
-    `entropy_model`: for formats that store it separately. `threads`: per call. `seed`: for tasks that sample.
-    Raises UsageError for a bundle on another device than the CPU.
+    `entropy_model`: for formats that store it separately. `threads`: per call. `seed`: for tasks that sample. `device`:
+    of a checkpoint. `provider`, `trust_engines`, `engine_cache`: of a bundle or of engines, as in `Model.open`. Raises
+    UsageError for options that do not fit the model, and what `Model.open` raises.
     """
 
     tokenizer_name = "bytes"
@@ -49,10 +50,20 @@ class ByteModel(LM):  # type: ignore[misc, unused-ignore]
         seed: int = 0,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        provider: str = "cpu",
+        trust_engines: bool | str = False,
+        engine_cache: str | None = None,
     ) -> None:
         super().__init__()
-        n_threads = None if threads is None else int(threads)
-        self.opened = Opened(str(path), entropy_model, device=device or "cpu", threads=n_threads)
+        self.opened = Opened(
+            str(path),
+            entropy_model,
+            device=device or "cpu",
+            threads=None if threads is None else int(threads),
+            provider=str(provider),
+            trust_engines=str(trust_engines).lower() == "true",
+            engine_cache=None if engine_cache is None else str(engine_cache),
+        )
         self.seed = int(seed)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -131,18 +142,32 @@ def generate(model: Model, context: bytes, options: Mapping[str, Any], *, seed: 
 class Opened:
     """An opened model with its scorer and its generating form, each made at its first use."""
 
-    def __init__(self, path: str, entropy_model: str | None, *, device: str, threads: int | None):
+    def __init__(
+        self,
+        path: str,
+        entropy_model: str | None,
+        *,
+        device: str,
+        threads: int | None,
+        provider: str = "cpu",
+        trust_engines: bool = False,
+        engine_cache: str | None = None,
+    ) -> None:
         self.path, self.device, self.threads = Path(path), device, threads
         self.checkpoint: Checkpoint | None = None
         self._model: Model | None = None
         self._scorer: Scorer | None = None
         if (self.path / "manifest.json").exists():
             if device != "cpu" or entropy_model is not None:
-                raise UsageError(f"{path} is a bundle: it runs on the CPU and holds its entropy model")
+                raise UsageError(f"{path} is a bundle: give provider instead of device, and no entropy_model")
             from blt_runtime import Model
 
-            self._model = Model.open(self.path, threads=threads)
+            self._model = Model.open(
+                self.path, threads=threads, provider=provider, trust_engines=trust_engines, engine_cache=engine_cache
+            )
         else:
+            if provider != "cpu" or trust_engines or engine_cache is not None:
+                raise UsageError(f"{path} is a checkpoint: provider, trust_engines and engine_cache are for bundles")
             from blt.evaluate.rows import load_on
 
             self.checkpoint = load_on(self.device, path, entropy_model=entropy_model)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from blt_runtime import Model
 from blt_runtime.ids import Ids, shared_length
 
-TOLERANCES = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2}
+TOLERANCES = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "fp8": 5e-2}
 """Root mean square of the errors over that of the reference, by precision."""
 MOST_MOVED = 0.002
 """Share of the patch boundaries of a text that may move without a warning, or a failure."""
@@ -30,8 +30,9 @@ Array = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class Comparison:
     """Errors are relative root mean squares; largest: of the entropies, in nats. near: positions whose entropy is
-    within twice that of the threshold. flips: positions where only one of both ends a patch. compared: positions before
-    the first flip, of whose logits `logits` is the error. agreement: equal bytes of greedy text, of `greedy`."""
+    within twice that of the threshold. lost, new: patches that only the reference, only the candidate ends at a
+    position. compared: positions before the first of these, of whose logits `logits` is the error. agreement: equal
+    bytes of greedy text, of `greedy`."""
 
     positions: int
     compared: int
@@ -39,10 +40,16 @@ class Comparison:
     entropies: float | None
     largest: float | None
     near: int
-    flips: int
+    lost: int
+    new: int
     agreement: int
     greedy: int
     tolerance: float
+
+    @property
+    def flips(self) -> int:
+        """Patch decisions that differ."""
+        return self.lost + self.new
 
     @property
     def failure(self) -> str | None:
@@ -52,7 +59,8 @@ class Comparison:
         if self.entropies is not None and not self.entropies <= self.tolerance:
             return f"entropies have a relative error of {self.entropies:.1e}, more than {self.tolerance:g}"
         if self.flips > MOST_MOVED * self.positions:
-            return f"{self.flips} of {self.positions:,} patch decisions differ, more than {MOST_MOVED:.1%}"
+            share = f"{self.flips} of {self.positions:,} patch decisions differ, more than {MOST_MOVED:.1%}"
+            return f"{share} ({self.lost} boundaries lost, {self.new} new)"
         return None
 
 
@@ -83,7 +91,8 @@ def compare(
         entropies=_relative(got.entropies, want.entropies) if with_entropies else None,
         largest=largest,
         near=near,
-        flips=len(moved),
+        lost=len(np.setdiff1d(want.ends, got.ends)),
+        new=len(np.setdiff1d(got.ends, want.ends)),
         agreement=shared_length(want.greedy, got.greedy),
         greedy=len(want.greedy),
         tolerance=TOLERANCES[precision],

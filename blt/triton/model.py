@@ -2,7 +2,7 @@
 are in config.pbtxt.
 
 Requests run in one batch (`blt_runtime.Scheduler`): a request's bytes are the same whatever else runs with it. The
-interpreter of the Python backend needs `pip install 'blt-runtime[cpu]'`.
+interpreter of the Python backend needs `pip install 'blt-runtime[cpu]'`, or `[gpu]` for the provider cuda.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from blt_runtime import BltError, Model, Request, Scheduler
 from blt_runtime.errors import Cancelled, CapacityError, QueueFull, UsageError, nearest, shown
 from blt_runtime.ids import BOS, encode
 
-SETTINGS = {"bundle": "", "streams": "16", "max_queue": "256", "capacity": "", "threads": "", "prefix_bytes": "0"}
+SETTINGS = {
+    "bundle": "",
+    "provider": "cpu",
+    "streams": "16",
+    "max_queue": "256",
+    "capacity": "",
+    "threads": "",
+    "prefix_bytes": "0",
+}
 """The parameters of config.pbtxt, and what they are if left out. bundle: the folder next to this file."""
 MAX_TOKENS = 256
 SERVER = threading.Lock()
@@ -47,7 +55,8 @@ class TritonPythonModel:
         try:
             settings = _settings(json.loads(args["model_config"]))
             folder = Path(settings["bundle"] or Path(__file__).parent / "bundle")
-            model = Model.open(folder, threads=_whole(settings, "threads"), batched=True)
+            threads, provider = _whole(settings, "threads"), settings["provider"]
+            model = Model.open(folder, threads=threads, provider=provider, batched=True)
             self._scheduler = Scheduler(
                 model,
                 streams=_whole(settings, "streams") or 0,

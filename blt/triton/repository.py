@@ -96,6 +96,7 @@ def _is_ours(target: Path) -> bool:
 def config(name: str, bundle: Path | None = None) -> str:
     """config.pbtxt. bundle: where it is, if the model's folder has no copy."""
     settings = {
+        "provider": ("cpu", "cpu, or cuda for a bundle of the flavour cuda"),
         "streams": ("16", "requests that run at a time"),
         "max_queue": ("256", "requests that wait before one is refused"),
         "capacity": ("", "bytes of one stream; empty: the bundle's"),

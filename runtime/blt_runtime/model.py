@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .arguments import choice, flag, instance, whole
 from .backends.protocol import Backend
-from .backends.providers import NAMES, TABLE_PLACES
+from .backends.providers import NAMES, TABLE_PLACES, check_engine_cache
 from .bundle.bundle import Bundle, Verify
 from .bundle.engines import Engines, is_engines
 from .bundle.manifest import PRECISIONS, Manifest, check_precision
@@ -78,6 +78,7 @@ class Model:
         prepack: bool | None = None,
         hash_tables: str = "auto",
         trust_engines: bool = False,
+        engine_cache: str | Path | None = None,
         many: bool | None = None,
     ) -> Model:
         """Opens the bundle folder `path`, or a folder of TensorRT engines (`blt build`) on this machine's first GPU.
@@ -90,7 +91,8 @@ class Model:
         have them after `blt build --profiles step,prefill,rows=N`. prepack: see `OnnxBackend`; True pays for float32
         models over 4 GB whose calls hold several tokens (`speculate`). hash_tables: of a batched model, where hash
         embeddings are computed, "host", "device" or "auto" (`OnnxRowBackend`). trust_engines: accept engines that this
-        user has not built. many: the former name of `batched`, which warns.
+        user has not built. engine_cache: the folder where the provider "tensorrt" keeps its engines (`OnnxBackend`); no
+        other provider has one, but "auto", which may choose it. many: the former name of `batched`, which warns.
 
         Raises UsageError, BundleError, BackendError, OutOfMemory or MissingExtra.
         """
@@ -100,6 +102,9 @@ class Model:
         _check_open(backend, threads, provider, precision, batched, prepack)
         flag("trust_engines", trust_engines)
         choice("hash_tables", hash_tables, TABLE_PLACES)
+        check_engine_cache(engine_cache, provider)
+        if engine_cache is not None and (batched or backend == "null" or is_engines(path)):
+            raise UsageError("engine_cache is for single streams of a bundle on ONNX Runtime: leave it out")
         try:
             if is_engines(path):
                 _check_for_engines(path, backend, provider, prepack, hash_tables)
@@ -110,7 +115,14 @@ class Model:
             files = OpenFiles(bundle)
             place = hash_tables if batched else "host"
             made = _backend(
-                backend, bundle, threads=threads, provider=provider, batched=batched, prepack=prepack, hash_tables=place
+                backend,
+                bundle,
+                threads=threads,
+                provider=provider,
+                batched=batched,
+                prepack=prepack,
+                hash_tables=place,
+                engine_cache=engine_cache,
             )
             tables = bundle.hash_tables()
             files.check_names()
@@ -227,13 +239,14 @@ def _backend(
     batched: bool,
     prepack: bool | None,
     hash_tables: str,
+    engine_cache: str | Path | None,
 ) -> OnnxBackend | NullBackend:
     if name == "onnx":
         from .backends.onnx import OnnxBackend, OnnxRowBackend
 
         if batched:
             return OnnxRowBackend(bundle, threads, provider, prepack=prepack, hash_tables=hash_tables)
-        return OnnxBackend(bundle, threads, provider, prepack=prepack)
+        return OnnxBackend(bundle, threads, provider, prepack=prepack, engine_cache=engine_cache)
     from .backends.null import NullBackend
 
     return NullBackend(bundle.manifest.spec)

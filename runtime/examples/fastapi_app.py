@@ -1,6 +1,7 @@
 """A FastAPI application that batches its requests: uvicorn fastapi_app:app
 
-Needs `pip install 'blt-runtime[cpu]' fastapi uvicorn`, and a bundle with batched graphs in BLT_BUNDLE. Then:
+Needs `pip install 'blt-runtime[cpu]' fastapi uvicorn`, and a bundle with batched graphs in BLT_BUNDLE (with [gpu] and
+BLT_PROVIDER=cuda one of the flavour cuda). Then:
 
     curl -N http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time"}'
 
@@ -23,7 +24,8 @@ from blt_runtime.errors import QueueFull
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    model = Model.open(os.environ.get("BLT_BUNDLE", "bundle"), batched=True)
+    bundle, provider = os.environ.get("BLT_BUNDLE", "bundle"), os.environ.get("BLT_PROVIDER", "cpu")
+    model = Model.open(bundle, provider=provider, batched=True)
     with Scheduler(model, streams=16) as app.state.scheduler:
         yield
 

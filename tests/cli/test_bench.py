@@ -28,6 +28,7 @@ KEYS = {
     "gap_p95_s", "prefill_bytes_per_s", "mean_patch_bytes", "weight_bytes_per_byte", "read_bandwidth",
     "floor_bytes_per_s", "share_of_floor", "peak_bytes", "resident_hash_table_bytes", "seconds_per_byte",
     "host_s_per_byte", "latent_call_s", "calls_per_byte", "speculation", "provider", "captured_graphs",
+    "requests_per_byte",
 }  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def test_latency_reports_everything(blt: Call, models: dict[str, Path], model: s
     assert report["speculation"] is None
     assert report["provider"] == {"bundle": "cpu", "model": None}[model]
     assert report["captured_graphs"] is None
+    assert report["requests_per_byte"] is None
     assert report["host_s_per_byte"] == pytest.approx(sum(spent[part] for part in ("hashing", "sampling", "other")))
     assert report["gap_p95_s"] >= report["gap_p50_s"] > 0
 
@@ -247,6 +249,9 @@ def test_weights_and_captures_of_engines_are_unknown(monkeypatch: pytest.MonkeyP
     model = Model(spec, FarBackend(spec))
     assert commands._weights(model, tmp_path, None) == {}
     assert commands._captured(model) is None
+    found = {"launches": 1.2345, "copies": 2.0, "waits": 0.5}
+    assert commands._requests(found) == "1.23 launches, 2.00 copies and 0.50 waits per byte"
+    assert commands._requests({**found, "launches": None}).startswith("unknown launches, 2.00 copies")
     times = {"host_s_per_byte": 1.0, "seconds_per_byte": {"total": 4.0}}
     assert commands._host({**times, "captured_graphs": None}) == "25.0% of the time of a byte"
     assert commands._host({**times, "captured_graphs": []}).endswith("graphs that are captured: none")

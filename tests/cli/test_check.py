@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blt.checkpoint.models import save
+from blt.cli import models
+from blt.cli.options import ModelOptions
 from blt_export import export
+from blt_export.verify.emulate import on_cpu
+from blt_runtime import Bundle, Model
 from tests.tiny import tiny
 
 Call = Callable[..., Any]
@@ -114,3 +119,63 @@ class TestProvider:
         done = blt("check", *(a.format(checkpoint=checkpoint, foreign=foreign) for a in arguments))
         assert done.code == 2
         assert words in done.err
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Path) -> Iterator[Path]:
+    """A bundle in bfloat16, which the provider cuda runs."""
+    out = checkpoint.parent / "bf16"
+    export(tiny(), out, flavour="cuda", precision="bf16", capacity=600, check=False)
+    opens = models._open_bundle
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+
+        def open_bundle(path: Path, how: ModelOptions) -> Model:
+            if how.provider != "cuda":
+                return opens(path, how)
+            model = stack.enter_context(on_cpu(Bundle.open(path)))
+            model.backend.provider = "cuda"  # type: ignore[attr-defined]
+            return model
+
+        patch.setattr(models, "_open_bundle", open_bundle)
+        yield out
+
+
+class TestBfloat16:
+    """No CPU runs it: the device is the emulation that the export compares with, and there is a reference."""
+
+    def test_it_needs_a_reference(self, blt: Call, made: Path) -> None:
+        done = blt("check", made, "--provider", "cuda")
+        assert done.code == 2
+        assert "is of bf16, which no CPU runs: give its checkpoint, or a bundle, as --reference" in done.err
+
+    @pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
+    def test_a_checkpoint_or_another_bundle_is_the_reference(
+        self, blt: Call, made: Path, checkpoint: Path, kind: str
+    ) -> None:
+        if kind == "bundle":
+            export(tiny(), checkpoint.parent / "own", capacity=600, check=False)
+        reference = {"checkpoint": checkpoint, "bundle": checkpoint.parent / "own"}[kind]
+        words = ["check", made, "--provider", "cuda", "--reference", reference, "--bytes", 60, "--threads", 1]
+        report = json.loads(blt(*words, "--json").text)
+        assert (report["provider"], report["precision"], report["tolerance"]) == ("cuda", "bf16", 4e-2)
+        assert report["reference"] == str(reference)
+        assert 1e-4 < report["logits"] < report["tolerance"]
+        assert 1e-4 < report["entropies"] < report["tolerance"]
+        assert report["flips"] == report["lost"] + report["new"]
+        assert report["ok"] == (report["flips"] == 0)
+        shown = blt(*words)
+        assert f"{report['lost']} lost, {report['new']} new in 61 positions, {report['near']} near" in shown.text
+
+    def test_boundaries_that_move_fail_and_are_counted(self, blt: Call, made: Path, foreign: Path) -> None:
+        """Against other weights, whose logits differ too."""
+        words = ["check", made, "--provider", "cuda", "--reference", foreign, "--bytes", 60, "--threads", 1, "--json"]
+        done = blt(*words)
+        assert done.code == 3
+        report = json.loads(done.text)
+        assert report["lost"] + report["new"] == report["flips"] > 0
+        assert not report["ok"]
+
+    def test_a_reference_in_bfloat16_is_refused(self, blt: Call, made: Path) -> None:
+        done = blt("check", made, "--provider", "cuda", "--reference", made)
+        assert done.code == 4
+        assert "is of bf16, which has no kernels on CPUs" in done.err

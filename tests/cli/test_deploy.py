@@ -81,7 +81,7 @@ def test_options_are_those_of_blt_serve(name: str, blt: Call, tmp_path: Path, mo
         raise UsageError(f"it would listen on {host}, port {port}")
 
     monkeypatch.setattr(run, "bind", bind)
-    monkeypatch.setattr(models, "check_batched", lambda _: None)
+    monkeypatch.setattr(models, "check_batched", lambda *_: None)
     write_bundle(tmp_path / "bundle")
     key = tmp_path / "key"
     key.write_text("secret\n")

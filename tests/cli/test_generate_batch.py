@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from blt.cli import failures
+from blt.cli.options import ModelOptions
 from blt_runtime import Model
 from blt_runtime.backends.null import null_spec
 from tests.cli.calls import Result
@@ -26,7 +27,7 @@ GOOD = b'{"prompt": "one"}\n{"prompt": "two", "id": "b", "n": 3}\n\n{"prompt": "
 BAD = b'{"prompt": 1}\n{"promt": "x"}\n'
 
 
-def open_null(path: Path, threads: int | None) -> Model:
+def open_null(path: Path, how: ModelOptions) -> Model:
     return model_of(null_spec(local_kind="window"))
 
 
@@ -50,7 +51,7 @@ def generate(blt: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPa
     ) -> Result:
         with monkeypatch.context() as patch:
             patch.setattr("blt.cli.models.open_batched", open_null)
-            patch.setattr("blt.cli.models.check_batched", lambda path: None)
+            patch.setattr("blt.cli.models.check_batched", lambda path, how: None)
             words = ["--jsonl", jsonl, "-o", out, "-n", 9, "--streams", 2, *seed]
             result: Result = blt("generate", folder / "bundle", *words, *more, stdin=stdin)
             return result
@@ -106,7 +107,7 @@ from pathlib import Path
 from blt.cli import main, models
 from blt_runtime.engine.batch import Batch
 from tests.cli.test_generate_batch import open_null
-models.open_batched, models.check_batched = open_null, lambda path: None
+models.open_batched, models.check_batched = open_null, lambda path, how: None
 out, records, rounds, run = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), 0, Batch.round
 
 def killed(batch):
@@ -173,6 +174,24 @@ def test_another_model_input_or_option_is_refused_in_one_line(generate: Generate
     assert (folder / "out").read_bytes() != held
 
 
+def test_another_provider_is_refused_since_it_rounds_differently(blt: Callable[..., Any], folder: Path) -> None:
+    def open_far(path: Path, how: ModelOptions) -> Model:
+        model = open_null(path, how)
+        model.backend.provider = how.provider  # type: ignore[attr-defined]
+        return model
+
+    words = ["--jsonl", folder / "in", "-o", folder / "out", "-n", 9, "--seed", 1, "--provider"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blt.cli.models.check_batched", lambda path, how: None)
+        patch.setattr("blt.cli.models.open_batched", open_far)
+        assert blt("generate", folder / "bundle", *words, "cpu").code == 0
+        assert "provider" not in (folder / "out.state.json").read_text()
+        refused = blt("generate", folder / "bundle", *words, "cuda")
+        assert blt("generate", folder / "bundle", *words, "cpu").code == 0
+    assert refused.code == failures.USAGE
+    assert "out belongs to a run that differs in provider" in refused.err
+
+
 def test_an_input_that_changes_while_it_is_read_is_an_error(
     generate: Generate, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +218,7 @@ def test_the_output_is_not_the_input(generate: Generate, folder: Path) -> None:
 
 
 ALONE = ["--file=x", "--unconditional", "--raw", "--no-stream", "--stats", "--json", "--speculate=auto"]
-ALONE += ["--overflow=slide", "--backend=torch", "--device=cuda", "--provider=cuda"]
+ALONE += ["--overflow=slide", "--backend=torch", "--device=cuda"]
 
 
 @pytest.mark.parametrize("option", ["prompt", *ALONE])

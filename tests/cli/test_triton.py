@@ -34,7 +34,7 @@ def test_a_bundle_becomes_a_model_without_torch(bundle: Path, tmp_path: Path, mo
 def test_the_json_of_a_bundle_names_both_folders(blt: Call, bundle: Path, tmp_path: Path) -> None:
     done = blt("export", bundle, "--triton", tmp_path / "models", "--no-copy", "--json")
     found = json.loads(done.out)
-    assert found == {"schema": "blt.export/1", "bundle": str(bundle), "triton": str(tmp_path / "models/small")}
+    assert found == {"schema": "blt.export/2", "bundle": str(bundle), "triton": str(tmp_path / "models/small")}
 
 
 WRONG: dict[str, tuple[str, str]] = {

@@ -20,9 +20,11 @@ import pytest
 
 from blt.checkpoint.models import Checkpoint, load, save
 from blt.cli import run
+from blt.cli.commands import lm_eval as commands
 from blt.evaluate.rows import scorer_of
 from blt.evaluate.scoring import Scored, Scorer, Unit
 from blt_runtime.errors import UsageError
+from tests.runtime.bundles import write_bundle
 from tests.tiny import tiny
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -96,6 +98,30 @@ def test_generated_text_is_scored_as_greedy(adapter: Any, files: dict[str, Path]
     scorer = model.opened.scorer
     assert adapter.score(scorer, text, b"Once upon").greedy
     assert not adapter.score(scorer, text[:-1] + bytes([text[-1] ^ 1]), b"Once upon").greedy
+
+
+def test_a_bundle_has_a_provider_and_a_checkpoint_a_device(
+    adapter: Any, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr("blt_runtime.Model.open", lambda path, **options: found.append(options))
+    write_bundle(tmp_path / "bundle")
+    given = {"provider": "tensorrt", "trust_engines": "true", "engine_cache": "cache"}
+    adapter.ByteModel(tmp_path / "bundle", device="cpu", **given)
+    assert found == [{"threads": None, **given, "trust_engines": True}]
+    with pytest.raises(UsageError, match="is a checkpoint: provider, trust_engines and engine_cache are for bundles"):
+        adapter.ByteModel(files["model"], provider="cuda")
+
+
+@pytest.mark.parametrize("option", [[], ["--provider", "cuda", "--trust-engines"]])
+def test_the_command_passes_options_of_devices_on(
+    option: list[str], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[list[str]] = []
+    monkeypatch.setattr(commands, "_run", passed.append)
+    assert run(["lm-eval", str(files["model"]), "--tasks", "x", *option]) == 0
+    arguments = passed[0][passed[0].index("--model_args") + 1]
+    assert arguments.endswith("provider=cuda,trust_engines=True" if option else "provider=cpu")
 
 
 def test_generation_stops_before_a_stop_string_and_accepts_long_contexts(adapter: Any, files: dict[str, Path]) -> None:

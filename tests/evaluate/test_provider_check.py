@@ -13,7 +13,7 @@ from blt_runtime.ids import encode
 from tests.runtime.device_backend import FarBackend
 from tests.runtime.streams import SPECS, random_ids, tables_for
 
-GOOD = Comparison(1000, 1000, 1e-6, 1e-6, 1e-5, 3, 0, 32, 32, 2e-5)
+GOOD = Comparison(1000, 1000, 1e-6, 1e-6, 1e-5, 3, 0, 0, 32, 32, 2e-5)
 
 
 def test_a_device_that_computes_the_same() -> None:
@@ -32,7 +32,7 @@ def test_a_device_that_computes_the_same() -> None:
         ({"logits": 1e-4}, "logits have a relative error of 1.0e-04, more than 2e-05"),
         ({"logits": float("nan")}, "logits have a relative error of nan"),
         ({"entropies": float("inf")}, "entropies have a relative error of inf"),
-        ({"flips": 3}, r"3 of 1,000 patch decisions differ, more than 0.2%"),
+        ({"lost": 1, "new": 2}, r"3 of 1,000 patch decisions differ, more than 0.2% (1 boundaries lost, 2 new)"),
     ],
 )
 def test_what_fails(changed: dict[str, float], words: str) -> None:
@@ -40,7 +40,7 @@ def test_what_fails(changed: dict[str, float], words: str) -> None:
 
 
 def test_what_passes() -> None:
-    assert replace(GOOD, entropies=None, flips=2, agreement=1, tolerance=4e-2, logits=3e-2).failure is None
+    assert replace(GOOD, entropies=None, lost=2, agreement=1, tolerance=4e-2, logits=3e-2).failure is None
 
 
 def test_text_of_one_id() -> None:

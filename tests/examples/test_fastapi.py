@@ -36,7 +36,7 @@ def example(repo: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     opened: list[str] = []
 
-    def open(path: str, *, batched: bool) -> Model:
+    def open(path: str, *, provider: str, batched: bool) -> Model:
         assert batched
         opened.append(path)
         return null_model()

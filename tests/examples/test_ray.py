@@ -55,7 +55,7 @@ def test_a_replica_answers_as_blt_serve_does(app: Any, opened: list[dict[str, An
     client = Client(deployed.build())
     answer = client.ok("/v1/completions", prompt="abc", max_tokens=5, model="demo", ignore_eos=True)
     assert answer["usage"]["completion_tokens"] == 5
-    assert opened == [{"path": "/models/demo", "batched": True, "threads": 2}]
+    assert opened == [{"path": "/models/demo", "batched": True, "threads": 2, "provider": "cpu"}]
     client.app.state.service.scheduler.close()
 
 
@@ -65,5 +65,9 @@ def test_a_replica_gets_as_many_requests_as_it_runs_and_queues(app: Any) -> None
         "name": "blt",
         "num_replicas": 3,
         "max_ongoing_requests": 12,
-        "ray_actor_options": {"num_cpus": 2},
+        "ray_actor_options": {"num_cpus": 2, "num_gpus": 0},
     }
+
+
+def test_a_replica_on_a_gpu_has_one(app: Any) -> None:
+    assert app({"bundle": "b", "provider": "cuda"}).options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 1}

@@ -6,6 +6,7 @@ The device is SwiftShader, a Vulkan driver in software that Chromium brings, so 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,12 @@ class TestCaptures:
             np.testing.assert_allclose(stream.logits, want.logits, atol=2e-5)
         sessions = [backends[1].session(name) for name in backends[1].spec.graphs]
         assert all(session.captured >= 1 for session in sessions if isinstance(session, DeviceSession))
+        assert backends[1].counts is not None
+        before = replace(backends[1].counts)
+        stream.append_ids(IDS[29:30])
+        found = backends[1].counts.since(before)
+        assert (found.launches, found.unknown) == (len(sessions), 0)  # a replay is one
+        assert 0 < found.waits < len(sessions)  # runs do not wait, results do
 
     def test_a_replay_of_something_else_is_found(self, provider: str, caplog: pytest.LogCaptureFixture) -> None:
         """A graph that ends in Unsqueeze repeats its first output for ever: no call of it is captured."""

@@ -213,6 +213,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "prepack": Parameter(optional(is_flag)),
         "hash_tables": Parameter(nothing),
         "trust_engines": Parameter(is_flag),
+        "engine_cache": NONE,
         "many": Parameter(optional(is_flag)),
     },
     "Model.stream": STREAM,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -48,7 +49,7 @@ Repeat = Annotated[int, typer.Option(min=1, help="Number of runs, whose medians 
 
 @app.command("latency")
 @options.verbosity
-@options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "provider", "threads")
+@options.takes(options.ModelOptions, "backend", "precision", "entropy_model", *options.ON_DEVICES, "threads")
 def latency(
     model: options.ModelPath,
     prompt_bytes: Annotated[
@@ -109,7 +110,7 @@ def latency(
 
 @app.command("patch")
 @options.verbosity
-@options.takes(options.ModelOptions, "backend", "precision", "entropy_model", "threads")
+@options.takes(options.ModelOptions, "backend", "precision", "entropy_model", *options.ON_DEVICES, "threads")
 def patch(
     model: options.ModelPath,
     prompt_bytes: Annotated[
@@ -270,6 +271,7 @@ def latency_report(found: Latency) -> dict[str, Any]:
         "resident_hash_table_bytes": found.tables_bytes,
         "seconds_per_byte": {**parts.seconds, "total": parts.total_s},
         "host_s_per_byte": parts.host_s,
+        "requests_per_byte": found.requests_per_byte(),
         "latent_call_s": parts.latent_call_s,
         "calls_per_byte": {part: parts.per_byte(part) for part in parts.seconds if part != "other"},
         "speculation": _counts(speculation) if speculation.passes else None,
@@ -314,6 +316,12 @@ def _host(report: dict[str, Any]) -> str:
     return f"{share:.1%} of the time of a byte{captured}"
 
 
+def _requests(found: Mapping[str, float | None]) -> str:
+    """`1.22 launches, 2.44 copies and 1.22 waits per byte`"""
+    each = [f"unknown {name}" if count is None else f"{count:,.2f} {name}" for name, count in found.items()]
+    return f"{', '.join(each[:-1])} and {each[-1]} per byte"
+
+
 def _speculation(stats: SpeculationStats) -> str:
     return f"{stats.tokens_per_pass:.2f} bytes per decoder pass, {stats.accepted:,} of {stats.drafts:,} drafts accepted"
 
@@ -341,6 +349,7 @@ def _show(report: dict[str, Any], found: Latency) -> None:
             "read bandwidth": _bandwidth(found),
             **({} if found.in_caches else {"floor": _floor(found)}),
             **({"host": _host(report)} if found.on_device else {}),
+            **({"requests": _requests(report["requests_per_byte"])} if report["requests_per_byte"] else {}),
             **({"speculation": _speculation(found.runs[0].speculation)} if report["speculation"] else {}),
             "opening": f"{report['open_s']:.2f} s",
             "peak memory": f"{_size(found.peak_bytes)}, hash tables {_size(found.tables_bytes)} of it",

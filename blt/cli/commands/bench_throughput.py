@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @options.verbosity
-@options.takes(options.ModelOptions, "precision", "threads")
+@options.takes(options.ModelOptions, "precision", *options.BATCHED, "threads")
 def throughput(
     model: Annotated[
         Path,
@@ -65,7 +65,7 @@ def throughput(
     wanted = Lengths.of(prompt_bytes, new_bytes, usual=(64, 128), least_new=16)
     shift = bench.SHIFT * max(sizes)
     data = read_text(text, shift + wanted.total)
-    models.check_batched(model)
+    models.check_batched(model, how)
     with models.open_model(model, how) as single:
         single = bench.with_changes(single, spec=models.batched_spec(model, single.spec))
         prompt_n, new_n = wanted.fitting(min(single.spec.capacity_bytes - 1, len(data) - shift))
@@ -76,7 +76,7 @@ def throughput(
         spec = single.spec
         alone = [_alone(single, given[i % len(given)], temperature) for i in range(1 + repeat)]
     del single  # two copies of a large model do not fit into memory
-    opened = bench.with_changes(models.open_batched(model, how.threads), spec=spec)
+    opened = bench.with_changes(models.open_batched(model, how), spec=spec)
     rows = []
     for streams in sizes:
         texts = given[:streams]
@@ -91,6 +91,7 @@ def throughput(
         rows.append(_row(runs, prefills))
     report = {
         **setting(opened, model, "throughput"),
+        "provider": getattr(opened.backend, "provider", None),
         "threads": how.threads,
         "prompt_bytes": prompt_n,
         "new_bytes": new_n,

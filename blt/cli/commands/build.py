@@ -81,6 +81,7 @@ def build(
         files.check_folder(timing_cache)
     if not inputs.is_bundle(bundle):
         raise UsageError(f"{bundle} is no bundle: blt export MODEL -o DIR --flavour portable writes one")
+    inputs.refuse_engines(bundle, "give the bundle that they were built from")
     try:
         from blt_export.build import build_engines, check_bundle, check_fp8, check_rows, check_target, rows_of
     except ModuleNotFoundError as error:

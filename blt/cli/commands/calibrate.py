@@ -37,7 +37,7 @@ MEANS = (2.0, 3.0, 4.0, 4.5, 6.0, 8.0)  # bytes per patch; rows of the table bes
 
 
 @options.verbosity
-@options.takes(options.ModelOptions, "backend", "entropy_model", "threads")
+@options.takes(options.ModelOptions, "backend", "entropy_model", "provider", "engine_cache", "threads")
 def calibrate(
     model: options.CheckpointPath,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A data folder (blt data prepare) or a file.")],
@@ -83,8 +83,10 @@ def calibrate(
 ) -> None:
     """Find the threshold that gives a wanted mean patch size, and its cost in bits per byte and speed."""
     _check_numbers(mean_patch, tolerance)
+    inputs.refuse_engines(model, "calibrate the checkpoint they come from, then export and build again")
     if inputs.is_bundle(model):
         raise UsageError(f"{model} is a bundle; calibrate the checkpoint it was exported from, then export again")
+    models.check_for_checkpoint(model, how)
     figures.check_path(plot)
     _check_out(out, force)
     size = options.parse_size(context, "--context", at_least=1)

@@ -145,7 +145,9 @@ class _Chat:
 
 @options.verbosity
 @options.takes(options.SamplingOptions)
-@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "provider", "threads")
+@options.takes(
+    options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", *options.ON_DEVICES, "threads"
+)
 def chat(
     model: options.ModelPath,
     system: Annotated[

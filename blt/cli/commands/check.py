@@ -28,12 +28,14 @@ ROOM = 400
 
 
 @options.verbosity
-@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", "provider", "threads")
+@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", *options.ON_DEVICES, "threads")
 def check(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", callback=options.existing_model, help="A checkpoint; with --provider, a bundle."
+            metavar="MODEL",
+            callback=options.existing_model,
+            help="A checkpoint; with --provider, a bundle; or engines.",
         ),
     ],
     n_bytes: Annotated[
@@ -60,7 +62,7 @@ def check(
         typer.Option(
             metavar="MODEL",
             callback=options.existing_model,
-            help="With --provider: compare with this checkpoint or bundle on the CPU (default: MODEL itself).",
+            help="A bundle or engines on a device: compare with this checkpoint or bundle on the CPU (default: MODEL).",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the text, the cuts and the order of calls.")] = 0,
@@ -70,16 +72,17 @@ def check(
 ) -> None:
     """Compare cached streams, alone and interleaved, with whole rows: entropies, boundaries, logits, greedy text.
 
-    With --provider: compare a bundle on a device with the CPU.
+    With --provider: compare a bundle on a device with the CPU. TensorRT engines: with a reference on the CPU.
     """
     from blt.evaluate.cache_check import check as compare
 
-    if how.provider != "cpu":
+    if how.provider != "cpu" or inputs.is_engines(model):
         size = options.parse_size(n_bytes or check_provider.USUAL_BYTES, "--bytes", at_least=1)
         check_provider.run(model, how, reference, size, None if data is None else _text(data), as_json)
         return
     if reference is not None:
         raise UsageError("--reference is for --provider: a checkpoint is compared with its own whole rows")
+    models.check_for_checkpoint(model, replace(how, backend="onnx"))
     forms = _forms(backend, model, bundle)
     if how.entropy_dtype == "bfloat16" and "onnx" in forms:
         raise UsageError("--entropy-dtype bfloat16: a bundle computes entropies in float32; add --backend torch")
@@ -109,6 +112,8 @@ def _forms(backend: str, model: Path, bundle: Path | None) -> list[str]:
         raise UsageError(f"{model} is a bundle; give the checkpoint it was exported from, and --bundle {model}")
     if bundle is not None and not inputs.is_bundle(bundle):
         raise UsageError(f"--bundle {bundle}: no bundle there; blt export makes one")
+    if bundle is not None:
+        inputs.refuse_engines(bundle, f"blt check {bundle} --reference {model} compares them")
     if bundle is not None and "onnx" not in forms:
         raise UsageError("--bundle needs --backend onnx; --backend torch reads the checkpoint only")
     return forms

@@ -39,6 +39,7 @@ def convert(
         raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if to == "hf" and out.suffix == ".pt":
         raise UsageError(f"-o {out}: a Hugging Face checkpoint is a folder")
+    inputs.refuse_engines(model, "their weights cannot be converted; give the checkpoint they come from")
     if inputs.is_bundle(model):
         raise UsageError(
             f"{model} is a bundle: its weights cannot be converted; give the checkpoint it was exported from"

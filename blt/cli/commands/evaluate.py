@@ -86,7 +86,9 @@ def _baselines(names: str | None) -> list[str]:
 
 
 @options.verbosity
-@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "provider", "threads")
+@options.takes(
+    options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", *options.ON_DEVICES, "threads"
+)
 def evaluate(
     model: options.ModelPath,
     data: Annotated[

@@ -125,6 +125,7 @@ def export(
     size = None if capacity is None else options.parse_size(capacity, "--capacity", at_least=2)
     most_patches = None if patches is None else options.parse_size(patches, "--patches", at_least=2)
     for_triton = None if triton is None else _Triton(triton, served_model_name, copy, force)
+    inputs.refuse_engines(model, "give the checkpoint, or with --triton the bundle, that they were built from")
     if inputs.is_bundle(model):
         if for_triton is None:
             raise UsageError(f"{model} is a bundle already; give the checkpoint it was exported from, or --triton DIR")
@@ -176,7 +177,7 @@ def export(
         gate = {"aot": [asdict(attempt) for attempt in compiled]} if check_aot else {}
         also = {} if served is None else {"triton": served}
         payload = {"bundle": out, "seconds": round(report.seconds, 2), **report.to_json(), **gate, **also}
-        console.print_json("blt.export/1", payload)
+        console.print_json("blt.export/2", payload)
         _demand_compiled(compiled)
         return
     if report.parity:
@@ -226,7 +227,7 @@ class _Triton:
 def _add_to_triton(for_triton: _Triton, bundle: Path, as_json: bool) -> None:
     served = for_triton.write(bundle)
     if as_json:
-        console.print_json("blt.export/1", {"bundle": bundle, "triton": served})
+        console.print_json("blt.export/2", {"bundle": bundle, "triton": served})
     else:
         console.say(f"{served}: a model of Triton's Python backend")
 

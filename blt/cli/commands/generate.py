@@ -41,7 +41,7 @@ def _check_batched(alone: Mapping[str, object], how: options.ModelOptions) -> No
     """Raises UsageError for options that --jsonl does not have. alone: those of a single prompt, with their values."""
     usual = options.ModelOptions()
     of_model = {"--entropy-model": "entropy_model", "--entropy-dtype": "entropy_dtype", "--device": "device"}
-    of_model |= {"--provider": "provider"}
+    of_model |= {"--engine-cache": "engine_cache"}
     other = {option: getattr(how, name) != getattr(usual, name) for option, name in of_model.items()}
     for option, given in {**alone, "--backend torch": how.backend == "torch", **other}.items():
         if given:
@@ -81,7 +81,9 @@ def _write(pieces: Iterable[bytes], raw: bool, stream_out: bool) -> None:
 @options.takes(options.SamplingOptions)
 @options.takes(options.GrammarOptions)
 @options.takes(generate_batch.BatchOptions)
-@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "provider", "threads")
+@options.takes(
+    options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", *options.ON_DEVICES, "threads"
+)
 def generate(
     model: options.ModelPath,
     prompt: Annotated[
@@ -118,9 +120,7 @@ def generate(
         alone |= {"--no-stream": no_stream, "--json": as_json, "--overflow": overflow != "error"}
         _check_batched(alone | {"--speculate": speculate != "off"}, how)
         generate_batch.run(
-            generate_batch.Batch(
-                model=model, files=files, n=size, chosen=chosen, constraint=constraint, threads=how.threads
-            )
+            generate_batch.Batch(model=model, files=files, n=size, chosen=chosen, constraint=constraint, how=how)
         )
         return
     given = _prompt_bytes(prompt, file, unconditional)

@@ -74,7 +74,7 @@ class Batch:
     n: int
     chosen: GenerateOptions
     constraint: options.GrammarOptions
-    threads: int | None
+    how: options.ModelOptions
 
 
 def run(batch: Batch) -> None:
@@ -84,14 +84,14 @@ def run(batch: Batch) -> None:
     from blt.generate.prompts import Defaults, read_lines
     from blt_runtime import Scheduler
 
-    models.check_batched(batch.model)
+    models.check_batched(batch.model, batch.how)
     chosen = resolve(batch.chosen, {"grammar": batch.constraint.compiled(), "seed": None})
     streams = batch.files.streams or STREAMS
     most = batches.window(streams)
     with (
         _opened(batch) as file,
-        Scheduler(model := models.open_batched(batch.model, batch.threads), streams=streams, waiting=most) as scheduler,
-        _output(batch, file) as out,
+        Scheduler(model := models.open_batched(batch.model, batch.how), streams=streams, waiting=most) as scheduler,
+        _output(batch, file, getattr(model.backend, "provider", model.backend.name)) as out,
     ):
         lines = read_lines(file)
         read = sum(line.size for line in islice(lines, out.done))
@@ -138,7 +138,7 @@ def _version(file: BinaryIO) -> tuple[int, int]:
 
 
 @contextmanager
-def _output(batch: Batch, file: BinaryIO) -> Iterator[Output]:
+def _output(batch: Batch, file: BinaryIO, provider: str) -> Iterator[Output]:
     from blt.generate.output import Output, open_output
 
     seed = secrets.randbits(53) if batch.chosen.seed is None else batch.chosen.seed
@@ -148,12 +148,13 @@ def _output(batch: Batch, file: BinaryIO) -> Iterator[Output]:
     path = Path(str(batch.files.out))
     if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
         raise UsageError(f"-o {path} is the input: choose another name")
-    with open_output(path, _description(batch, file), {"seed": seed}, force=batch.files.force) as output:
+    with open_output(path, _description(batch, file, provider), {"seed": seed}, force=batch.files.force) as output:
         yield output
 
 
-def _description(batch: Batch, file: BinaryIO) -> dict[str, Any]:
-    """What the records depend on: the model, the input and the options, but not the number of streams."""
+def _description(batch: Batch, file: BinaryIO, provider: str) -> dict[str, Any]:
+    """What the records depend on: the model, the input and the options, but not the number of streams. Devices round
+    differently, so the provider is part of it, unless it is the CPU's."""
     from blt_runtime.text import listed_stops
 
     sampling = {name: getattr(batch.chosen, name) for name in NAMES}
@@ -168,6 +169,7 @@ def _description(batch: Batch, file: BinaryIO) -> dict[str, Any]:
         "model": hashlib.sha256(manifest).hexdigest(),
         "input": {"bytes": size, "sha256": digest.hexdigest()},
         "options": {"n": batch.n, **sampling, "stop": stop, **batch.constraint.texts()},
+        **({} if provider == "cpu" else {"provider": provider}),
     }
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from blt_runtime.bundle.bundle import Bundle
     from blt_runtime.bundle.engines import Engines
 
-SCHEMA = "blt.inspect/2"
+SCHEMA = "blt.inspect/3"
 
 
 @options.verbosity
@@ -242,16 +242,21 @@ def _inspect_bundle(bundle: Bundle, *, patch_size: float, tensors: bool, as_json
 
 def _inspect_engines(engines: Engines, *, as_json: bool) -> None:
     """Reads engines.json only: also of engines for another machine, or of another user."""
+    from blt.data.quantities import amount
+
     file, manifest = engines.file, engines.manifest
     if as_json:
         console.print_json(SCHEMA, {"path": engines.path, "kind": "engines", "engines": file.to_json()})
         return
+    workspace = "TensorRT's own limit" if file.flags.workspace is None else amount(file.flags.workspace)
     console.print_tree(
         {
             "engines": engines.path,
             "built with": f"TensorRT {file.machine.tensorrt}, CUDA {file.machine.cuda}, driver {file.machine.driver}",
             "for": f"{file.machine.gpu}, compute capability {file.machine.compute_capability}"
             + (", and Ampere or newer" if file.flags.hardware == "ampere+" else ""),
+            "flags": f"hardware {file.flags.hardware}, workspace {workspace}"
+            + (", plans without weights" if file.flags.strip else ""),
             "precision": precision_text(manifest) + (", latent matrices in fp8" if file.flags.fp8 else ""),
             "capacity": f"{manifest.spec.capacity_bytes:,} bytes, {manifest.spec.capacity_patches:,} patches",
             "bundle": f"manifest.json of sha256 {file.bundle[:16]}...",

@@ -15,7 +15,7 @@ OURS = ("--model", "-M", "--model_args", "-a")
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@options.takes(options.ModelOptions, "entropy_model", "device", "threads")
+@options.takes(options.ModelOptions, "entropy_model", "device", *options.ON_DEVICES, "threads")
 def lm_eval(
     context: typer.Context,
     model: options.ModelPath,
@@ -26,13 +26,18 @@ def lm_eval(
     for word in context.args:
         if word.split("=")[0] in OURS:
             raise UsageError(f"{word} is set by MODEL; leave it out")
-    given = {"path": model, "entropy_model": how.entropy_model, "threads": how.threads}
+    given: dict[str, Path | str | int | None] = {
+        "path": model,
+        "entropy_model": how.entropy_model,
+        "threads": how.threads,
+    }
+    given |= {"provider": how.provider, "trust_engines": how.trust_engines or None, "engine_cache": how.engine_cache}
     arguments = [f"{name}={_plain(value)}" for name, value in given.items() if value is not None]
     chosen = "cpu" if how.device == "auto" else devices.torch_device(how.device)  # lm_eval's own default is cuda
     _run(["run", "--model", "blt", "--model_args", ",".join(arguments), "--device", chosen, *context.args])
 
 
-def _plain(value: Path | int) -> str:
+def _plain(value: Path | str | int) -> str:
     """`value` as text. Raises UsageError for a comma or an equals sign, which separate the harness's arguments."""
     if "," in str(value) or "=" in str(value):
         raise UsageError(f"{value}: lm_eval reads no name with a comma or an equals sign; rename or link it")

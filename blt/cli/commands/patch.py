@@ -95,7 +95,7 @@ def parse_scheme(scheme: str, threshold: float | None) -> PatchRule | None:
 
 
 @options.verbosity
-@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", "threads")
+@options.takes(options.ModelOptions, "entropy_model", "entropy_dtype", *options.ON_DEVICES, "threads")
 def patch(
     text: Annotated[str, typer.Argument(metavar="TEXT|FILE|-", help="Text, a file, or - for standard input.")],
     model: Annotated[

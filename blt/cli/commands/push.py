@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from blt.cli import console, options
+from blt.cli import console, inputs, options
 from blt_runtime.errors import UsageError
 
 SCHEMA = "blt.push/1"
@@ -71,6 +71,8 @@ def push(
         raise UsageError("--message is empty; write what changed")
     if not folder.exists():
         raise UsageError(f"{folder} is a name on the hub; give a folder of this machine (blt pull downloads one)")
+    for given in (folder, *([] if bundle is None else [bundle])):
+        inputs.refuse_engines(given, "they run on one kind of GPU; upload the bundle that they were built from")
     licence = None if license is None else check_license(license)
     if not dry_run:
         upload.check_token()

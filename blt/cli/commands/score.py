@@ -25,7 +25,9 @@ def _ids(file: str) -> NDArray[np.int64]:
 
 
 @options.verbosity
-@options.takes(options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", "provider", "threads")
+@options.takes(
+    options.ModelOptions, "backend", "entropy_model", "entropy_dtype", "device", *options.ON_DEVICES, "threads"
+)
 def score(
     model: options.ModelPath,
     file: Annotated[

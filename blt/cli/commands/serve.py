@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ def _api_keys(given: list[str]) -> tuple[str, ...]:
 
 
 @options.verbosity
+@options.takes(options.ModelOptions, *options.BATCHED)
 def serve(
     model: Annotated[
         Path,
@@ -84,6 +86,8 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Jinja template of chats (default: the bundle's, or `role: content` lines)."),
     ] = None,
+    *,
+    how: options.ModelOptions,
 ) -> None:
     """Serve BUNDLE over HTTP: completions and chat completions, as OpenAI's and vLLM's clients expect them."""
     if log_format not in LOG_FORMATS:
@@ -106,13 +110,13 @@ def serve(
         chat_template=None if chat_template is None else inputs.text_file(chat_template, "--chat-template"),
     )
     if workers == 1:  # several open the bundle themselves: a process with a session has threads and must not fork
-        models.check_batched(model)
+        models.check_batched(model, how)
     sock = run.bind(host, port)
     logs.start("json" if log_format == "json" else "text")
 
     def made() -> Starlette:
         share = threads if threads or workers == 1 else max(1, len(os.sched_getaffinity(0)) // workers)
-        return create_app(models.open_batched(model, share), settings)
+        return create_app(models.open_batched(model, replace(how, threads=share)), settings)
 
     def ready() -> None:
         among = "" if workers == 1 else f" with {workers} workers"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from blt.evaluate.provider_check import TOLERANCES
 from blt_runtime.bundle.manifest import Measure
 
-TOLERANCE = {**TOLERANCES, "int8": 0.1, "fp8": 0.05, "int4": 0.6}
+TOLERANCE = {**TOLERANCES, "int8": 0.1, "int4": 0.6}
 
 
 def largest(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:

@@ -17,8 +17,9 @@ import numpy as np
 from ..bundle.spec import GraphSpec
 from ..errors import BackendError
 from .blocks import Block, BlockBuffer
+from .counts import Counts
 from .failures import Failures
-from .protocol import Array, Buffer, Call, HostBuffer, OpaqueBuffer
+from .protocol import Array, Buffer, HostBuffer, OpaqueBuffer
 
 NO_CAPTURE = -1
 BFLOAT16 = 16
@@ -29,9 +30,16 @@ class DeviceBuffer(OpaqueBuffer):
     """Memory of a device that only graphs read and write; zeroed. `value` is its OrtValue."""
 
     def __init__(
-        self, library: Any, device: str, dtype: str, shape: tuple[int, ...], failures: Failures | None = None
+        self,
+        library: Any,
+        device: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        failures: Failures | None = None,
+        counts: Counts | None = None,
     ) -> None:
         super().__init__(device, dtype, shape)
+        self._counts = counts or Counts()
         self._library, self.element = library, element_type(dtype)
         self._failures = failures or Failures(device)
         self.value = new_value(library, device, self.element, shape)
@@ -39,9 +47,11 @@ class DeviceBuffer(OpaqueBuffer):
 
     def copy_out(self, whole: Array) -> None:
         self._copy(self.value, host_value(self._library, whole, self.element))
+        self._counts.add(copies=1, waits=1)
 
     def copy_in(self, whole: Array) -> None:
         self._copy(host_value(self._library, whole, self.element), self.value)
+        self._counts.add(copies=1)
 
     def _copy(self, source: Any, target: Any) -> None:
         self._failures.check()
@@ -112,10 +122,10 @@ class Transfers:
         options.add_run_config_entry("gpu_graph_id", str(capture))
         return options
 
-    def bind(self, buffers: Mapping[str, Buffer]) -> tuple[Any, Call, Call]:
-        """The binding, and what to do before and after a call."""
+    def bind(self, buffers: Mapping[str, Buffer]) -> tuple[Any, Copies, Copies]:
+        """The binding, and the copies before and after a call."""
         binding = self._session.io_binding()
-        up, down = _Copies(self._library), _Copies(self._library)
+        up, down = Copies(self._library), Copies(self._library)
         for name, on_device in self._inputs.items():
             binds = binding.bind_input, binding.bind_ortvalue_input
             self._bind(name, buffers[name], on_device, binds, up, up.to_device)
@@ -123,10 +133,10 @@ class Transfers:
             binds = binding.bind_output, binding.bind_ortvalue_output
             on_device = on_device or isinstance(buffers[name], DeviceBuffer)
             self._bind(name, buffers[name], on_device, binds, down, down.to_host)
-        return binding, up.run, down.run
+        return binding, up, down
 
     def _bind(
-        self, name: str, buffer: Buffer, on_device: bool, binds: tuple[Any, Any], copies: _Copies, copied: Any
+        self, name: str, buffer: Buffer, on_device: bool, binds: tuple[Any, Any], copies: Copies, copied: Any
     ) -> None:
         """Binds a tensor by `binds`, at an address or as an OrtValue. copied: adds a copy for each call to `copies`."""
         at_address, as_value = binds
@@ -156,8 +166,8 @@ class Transfers:
         return buffer.array
 
 
-class _Copies:
-    """Copies between main memory and the device, all in one call."""
+class Copies:
+    """Copies between main memory and the device, all in one call. `len` is their number."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
@@ -178,6 +188,9 @@ class _Copies:
     def to_host(self, host: Any, value: Any) -> None:
         self._sources.append(value)
         self._targets.append(host)
+
+    def __len__(self) -> int:
+        return len(self._sources)
 
     def run(self) -> None:
         if self._sources:

@@ -31,6 +31,7 @@ from ..bundle.manifest import QUANTISED
 from ..bundle.spec import GraphSpec, ModelSpec, resident_spec, row_spec, table_spec
 from ..errors import BackendError, BundleError, MissingExtra, UsageError
 from .blocks import BlockBuffer, Blocks
+from .counts import Counts
 from .device import NO_CAPTURE, DeviceBlock, DeviceBuffer, StepBuffer, Transfers, element_type
 from .failures import Failures, failure, first_line
 from .nvidia import probe
@@ -38,11 +39,16 @@ from .probe import PROBES, differ, input_values, memory_values
 from .protocol import Buffer, Call, HostBuffer, Place
 from .providers import (
     NAMES,
+    PROVIDERS,
     TABLE_PLACES,
     cache_folder,
+    check_bundle,
     check_capture,
+    check_engine_cache,
     check_placement,
+    check_row_provider,
     choose,
+    device_nodes,
     open_session,
     tensorrt_options,
 )
@@ -108,10 +114,13 @@ class OnnxBackend:
     as long (1024 x 1024 at 8 bits: 25 ms instead of 25 us). resident: run the graphs that keep byte states and patch
     vectors (`spec.resident_spec`); None runs them on devices. `spec` describes the graphs that run. capture: capture
     the calls of decode steps of resident graphs (`DeviceSession`); None captures them where the provider computes the
-    same then.
+    same then. engine_cache: the folder where the provider tensorrt keeps its engines; None is blt/tensorrt in the
+    user's cache folder. UsageError for another provider, but auto, which may choose tensorrt. `counts`: requests to the
+    device; None on the CPU.
     """
 
     name = "onnx"
+    _batched = False
 
     def __init__(
         self,
@@ -122,15 +131,18 @@ class OnnxBackend:
         prepack: bool | None = None,
         resident: bool | None = None,
         capture: bool | None = None,
-        engine_cache: Path | None = None,
+        engine_cache: str | Path | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError("threads must be at least 1")
         self._ort = load_library(bundle.manifest.min_onnxruntime)
         choice("provider", provider, NAMES)
-        self._provider = choose(self._ort, provider, bundle.manifest, bundle.path)
-        self.provider, self._engine_cache = self._provider.name, engine_cache
+        check_engine_cache(engine_cache, provider)
+        self._provider = choose(self._ort, provider, bundle.manifest, bundle.path, self._batched)
+        self.provider = self._provider.name
+        self._engine_cache = None if engine_cache is None else Path(engine_cache)
         self._failures = Failures(self.provider)
+        self.counts = None if self._provider.device is None else Counts()
         if resident is None:
             resident = self._keeps_states(bundle)
         self.spec = resident_spec(bundle.manifest.spec) if resident else bundle.manifest.spec
@@ -166,7 +178,7 @@ class OnnxBackend:
             return HostBuffer(dtype, shape)
         if place != "device":
             return StepBuffer(dtype, shape) if self._blocks is None else self._blocks.buffer(dtype, shape, place)
-        return DeviceBuffer(self._ort, self._provider.device, dtype, shape, self._failures)
+        return DeviceBuffer(self._ort, self._provider.device, dtype, shape, self._failures, self.counts)
 
     def _options(self, threads: int | None, spin: bool, prepack: bool) -> Any:
         options = self._ort.SessionOptions()
@@ -202,20 +214,33 @@ class OnnxBackend:
             return OnnxSession(session, spec)
         check_placement(session, self._provider, spec.name)
         transfers = Transfers(self._ort, self._provider.device, session, spec)
-        return DeviceSession(session, spec, transfers, self._captures, self._failures)
+        return DeviceSession(
+            session,
+            spec,
+            transfers,
+            self._captures,
+            self._failures,
+            counts=self.counts,
+            nodes=device_nodes(session, self._provider),
+            waits=self._provider.waits,
+        )
 
     def _tensorrt_options(self, bundle: Bundle, file: str, graph: GraphSpec) -> dict[str, str]:
         contents = entry_of(bundle.path / MANIFEST).sha256
         return tensorrt_options(graph, self.spec, cache_folder(self._engine_cache, contents, file))
 
 
-def check_rows(bundle: Bundle) -> None:
-    """Raises BackendError unless the bundle has batched graphs and the installed onnxruntime can run them."""
+def check_rows(bundle: Bundle, provider: str = "cpu") -> None:
+    """Raises UsageError unless the provider runs batched graphs, and BackendError unless the bundle has some that it
+    and the installed onnxruntime can run. Asks no device."""
+    check_row_provider(provider)
     if not bundle.manifest.row_graphs:
         raise BackendError(
             f"{bundle.path} has no batched graphs: `blt export` writes them in the flavours ort and cuda, "
             "for attention heads of size 8, 16, ..."
         )
+    if provider in PROVIDERS:
+        check_bundle(PROVIDERS[provider], bundle.manifest, bundle.path)
     load_library(ROWS_MINIMUM)
 
 
@@ -235,8 +260,10 @@ class OnnxRowBackend(OnnxBackend):
     the device, where it gathers from them (an entropy model's stay on the host); "auto" does so on CUDA if they take at
     most a quarter of the GPU's memory.
     Raises BackendError for a bundle without batched graphs, and for an onnxruntime before ROWS_MINIMUM; UsageError for
-    "device" where the bundle has no graph for it.
+    "device" where the bundle has no graph for it, and for a provider whose attention takes no rows.
     """
+
+    _batched = True
 
     def __init__(
         self,
@@ -247,15 +274,20 @@ class OnnxRowBackend(OnnxBackend):
         prepack: bool | None = None,
         hash_tables: str = "host",
     ) -> None:
+        choice("provider", provider, NAMES)
         choice("hash_tables", hash_tables, TABLE_PLACES)
-        check_rows(bundle)
-        self._gathers = hash_tables == "device" or (hash_tables == "auto" and _fit_device(bundle, provider))
-        if self._gathers:
+        check_rows(bundle, provider)
+        if hash_tables == "device":
             bundle.table_graph_file()  # raises if there is none
+        self._tables = hash_tables
         super().__init__(bundle, threads, provider, prepack=prepack)
 
     def _keeps_states(self, bundle: Bundle) -> bool:
         return bool(bundle.manifest.resident_graphs)
+
+    def _gathers(self, bundle: Bundle) -> bool:
+        """Whether the encoder gathers from hash tables on the device."""
+        return self._tables == "device" or (self._tables == "auto" and _fit_device(bundle, self.provider))
 
     @staticmethod
     def _packs(bundle: Bundle) -> bool:
@@ -263,7 +295,7 @@ class OnnxRowBackend(OnnxBackend):
 
     def _open(self, bundle: Bundle, spec: GraphSpec, options: Any) -> OnnxSession:
         wanted, hash = row_spec(spec), bundle.manifest.spec.hash
-        if self._gathers and spec.name == "encoder" and hash is not None:
+        if spec.name == "encoder" and hash is not None and self._gathers(bundle):
             return self._session(bundle, bundle.table_graph_file(), table_spec(wanted, hash), options)
         return self._session(bundle, bundle.row_graph_file(spec.name), wanted, options)
 
@@ -325,6 +357,7 @@ class DeviceSession(OnnxSession):
     graphs replay wrongly without an error (on WebGPU one that ended in Unsqueeze repeated its first output for ever).
     So the first call of each shape is probed: on other buffers, two inputs run captured and uncaptured. If results
     differ, calls of this shape are not captured, with a warning. `captured` counts the calls that are.
+    counts: of the requests. nodes: of the graph on the device, if known. waits: a run ends when the device has done it.
     """
 
     def __init__(
@@ -334,11 +367,16 @@ class DeviceSession(OnnxSession):
         transfers: Transfers,
         captures: bool = False,
         failures: Failures | None = None,
+        *,
+        counts: Counts | None = None,
+        nodes: int | None = None,
+        waits: bool = True,
     ) -> None:
         super().__init__(session, spec)
         self._failures = failures or Failures()
         self._transfers, self._captures, self.captured = transfers, captures, 0
         self._numbers, self._replays_well = itertools.count(), dict[tuple[tuple[int, ...], ...], bool]()
+        self._counts, self._nodes, self._waits = counts or Counts(), nodes, int(waits)
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Call:
         self._check_bound(buffers)
@@ -347,19 +385,24 @@ class DeviceSession(OnnxSession):
         return self._bind(buffers, capture)
 
     def _bind(self, buffers: Mapping[str, Buffer], capture: bool) -> Call:
-        binding, before, after = self._transfers.bind(buffers)
+        binding, up, down = self._transfers.bind(buffers)
         number = next(self._numbers) if capture else NO_CAPTURE
         options = self._transfers.run_options(number) if self._captures else None
         run, kept = self._session.run_with_iobinding, dict(buffers)
+        launches, count = self._nodes, self._counts.add
+        copies, waits = len(up) + len(down), self._waits + bool(down)
 
         def call() -> None:
+            nonlocal launches
             self._failures.check()
             try:
-                before()
+                up.run()
                 run(binding, options)
-                after()
+                down.run()
             except Exception as error:
                 raise self._failures.of(f"graph {self.spec.name!r} failed", error) from error
+            count(launches, copies, waits)
+            launches = 1 if capture else launches  # the first run of a captured call is the one that is recorded
             assert kept
 
         return call

@@ -13,11 +13,11 @@ from typing import Any
 
 from ..bundle.manifest import Manifest
 from ..bundle.spec import AHEAD, MARKS, GraphSpec, ModelSpec
-from ..errors import BackendError, MissingExtra, install_command
+from ..errors import BackendError, MissingExtra, UsageError, install_command, shown
 from . import nvidia
 
 log = logging.getLogger("blt_runtime")
-AUTO = "auto"
+AUTO, TENSORRT = "auto", "tensorrt"
 CPU = "CPUExecutionProvider"
 _OF_SHAPES = ("Shape", "Squeeze")
 _RECORD = "session.record_ep_graph_assignment_info"
@@ -36,6 +36,10 @@ class Provider:
     precisions: tuple[str, ...]
     extra: str
     libraries: tuple[str, ...] = ()
+    rows: bool = False
+    """Whether its GroupQueryAttention takes rows of different lengths, which batched graphs need."""
+    waits: bool = True
+    """Whether a run ends when the device has done its work. WebGPU's does not: the next copy to main memory waits."""
     capture: str | None = None
     """The option of sessions whose calls can be captured, and replayed as one."""
     captures_windows: bool = True
@@ -50,18 +54,18 @@ class Provider:
 
 _CUDA, _TENSORRT = "libonnxruntime_providers_cuda.so", "libonnxruntime_providers_tensorrt.so"
 PROVIDERS = {
-    "cpu": Provider("cpu", CPU, None, ("ort", "portable", "cuda"), ("fp32", "fp16", "int8", "int4"), "cpu"),
+    "cpu": Provider("cpu", CPU, None, ("ort", "portable", "cuda"), ("fp32", "fp16", "int8", "int4"), "cpu", rows=True),
     "cuda": Provider(
         "cuda", "CUDAExecutionProvider", "cuda", ("cuda",), ("bf16", "fp16", "int8", "int4"), "gpu", (_CUDA,),
-        "enable_cuda_graph",
+        rows=True, capture="enable_cuda_graph",
     ),
     "tensorrt": Provider(
         "tensorrt", "TensorrtExecutionProvider", "cuda", ("portable",), ("bf16", "fp16", "fp32", "int8", "int4"),
         "ort-trt", (_CUDA, _TENSORRT),
     ),
     "webgpu": Provider(
-        "webgpu", "WebGpuExecutionProvider", "gpu", ("cuda",), ("fp32", "fp16"), "webgpu", (), "enableGraphCapture",
-        False,
+        "webgpu", "WebGpuExecutionProvider", "gpu", ("cuda",), ("fp32", "fp16"), "webgpu",
+        waits=False, capture="enableGraphCapture", captures_windows=False,
     ),
 }  # fmt: skip
 """Devices in the order in which `auto` tries them; the CPU is its last resort."""
@@ -82,6 +86,23 @@ def check_capture(provider: Provider, graphs: Mapping[str, GraphSpec]) -> None:
         )
 
 
+def check_row_provider(name: str) -> None:
+    """Raises UsageError unless the provider of that name runs batched graphs."""
+    if name != AUTO and not PROVIDERS[name].rows:
+        able = " or ".join(provider.name for provider in PROVIDERS.values() if provider.rows)
+        raise UsageError(f"provider {name} runs no batched graphs: choose {able}, or run single streams")
+
+
+def check_engine_cache(folder: object, name: str) -> None:
+    """Raises UsageError unless `folder` is None, or a path and of a provider that keeps engines."""
+    if folder is None:
+        return
+    if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
+        raise UsageError(f"engine_cache must be the path of a folder, not {shown(folder)}")
+    if name not in (TENSORRT, AUTO):
+        raise UsageError(f"engine_cache is for the provider {TENSORRT}, not {name}: leave it out")
+
+
 def check_bundle(provider: Provider, manifest: Manifest, path: object) -> None:
     """Raises BackendError unless the provider runs bundles of that flavour and precision."""
     if manifest.flavour not in provider.flavours:
@@ -100,10 +121,10 @@ def check_bundle(provider: Provider, manifest: Manifest, path: object) -> None:
             )
 
 
-def choose(library: Any, name: str, manifest: Manifest, path: object) -> Provider:
+def choose(library: Any, name: str, manifest: Manifest, path: object, rows: bool = False) -> Provider:
     """The provider of that name, which can run the bundle here. "auto" is the first that can, and logs its choice.
 
-    Raises BackendError (also MissingExtra) if it cannot, or if none can.
+    rows: its batched graphs. Raises BackendError (also MissingExtra) if it cannot, or if none can.
     """
     if name != AUTO:
         check_bundle(PROVIDERS[name], manifest, path)
@@ -111,6 +132,8 @@ def choose(library: Any, name: str, manifest: Manifest, path: object) -> Provide
         return PROVIDERS[name]
     refused = []
     for provider in (*(p for p in PROVIDERS.values() if p.device is not None), PROVIDERS["cpu"]):
+        if rows and not provider.rows:
+            continue
         try:
             check_bundle(provider, manifest, path)
             if provider.device is not None:
@@ -196,6 +219,15 @@ def check_placement(session: Any, provider: Provider, graph: str) -> None:
         raise BackendError(f"provider {provider.name} leaves nodes of the graph {graph!r} to the CPU: {listed}")
 
 
+def device_nodes(session: Any, provider: Provider) -> int | None:
+    """Nodes of the session's graph on the device, each of them one request to it or more. None where they are not
+    known: TensorRT makes engines of many nodes."""
+    if provider.name == TENSORRT:
+        return None
+    parts = session.get_provider_graph_assignment_info()
+    return sum(len(part.get_nodes()) for part in parts if part.ep_name == provider.execution) or None
+
+
 # --- TensorRT ----------------------------------------------------------------------------------------------
 
 
@@ -204,11 +236,14 @@ def cache_folder(folder: Path | None, bundle: str, graph: str) -> Path:
     cache folder. bundle: an id of its contents. graph: the name of its file.
 
     ONNX Runtime names engines by the graph's nodes and not by its weights, so each bundle and graph has a folder. An
-    engine is code: raises BackendError if others can write to a folder. Raises OSError.
+    engine is code: raises BackendError if others can write to a folder, and if there can be none.
     """
     base = folder or _cache_home() / "blt" / "tensorrt"
     wanted = base / bundle[:32] / graph
-    wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendError(f"cannot keep engines in {wanted}: {error.strerror}") from error
     for path in (base, wanted.parent, wanted):
         found = path.lstat()
         if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:

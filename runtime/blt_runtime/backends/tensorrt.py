@@ -29,6 +29,7 @@ from ..bundle.engines import Engine
 from ..bundle.spec import GraphSpec, ModelSpec, padded_spec
 from ..errors import BackendError, UsageError
 from .blocks import Block, BlockBuffer, Blocks
+from .counts import Counts
 from .cuda_device import Device
 from .probe import PROBES, differ, input_values
 from .protocol import Array, Buffer, Call, HostBuffer, OpaqueBuffer, Place, storage
@@ -51,11 +52,13 @@ class DeviceMemory(OpaqueBuffer):
         with self._owner.lock:
             self._owner.device.download(whole, self.address, self._owner.stream)
             self._owner.device.wait(self._owner.stream)
+        self._owner.counts.add(copies=1, waits=1)
 
     def copy_in(self, whole: Array) -> None:
         with self._owner.lock:
             self._owner.device.upload(self.address, whole, self._owner.stream)
             self._owner.device.wait(self._owner.stream)
+        self._owner.counts.add(copies=1, waits=1)
 
 
 class PinnedBlock(Block):
@@ -88,7 +91,7 @@ class TensorRtBackend:
         self, spec: ModelSpec, plans: Mapping[str, bytes | Engine], trt: Any, device: Device, *, strict: bool = False
     ) -> None:
         self.spec, self.trt, self.device, self.strict = spec, trt, device, strict
-        self.lock, self.stream = threading.RLock(), device.stream()
+        self.lock, self.stream, self.counts = threading.RLock(), device.stream(), Counts()
         self._blocks = Blocks(BLOCK, partial(PinnedBlock, weakref.proxy(self)))
         self.replays_well: dict[Hashable, bool] = {}
         trt_log = trt.Logger(trt.Logger.WARNING)
@@ -160,6 +163,7 @@ class EngineSession:
                 f"TensorRT {getattr(backend.trt, '__version__', '?')} refuses the engine of the graph {spec.name!r}: "
                 "it was built by another version or for another GPU; run blt build"
             )
+        self.layers: int | None = getattr(self.engine, "num_layers", None)
         self._shared: dict[int, Any] = {}
         self._check_tensors()
         if plan.graph is not None:
@@ -292,6 +296,7 @@ class EngineCall:
             for array, address in self._downs:
                 device.download(array, address, stream)
             device.wait(stream)
+        backend.counts.add(self.session.layers, len(self._ups) + len(self._downs), waits=1)
 
 
 class Composition:
@@ -327,6 +332,12 @@ class Composition:
             else:
                 device.launch(self._graph, stream)
             device.wait(stream)
+        launches = self._layers() if self._graph is None else 1
+        self._backend.counts.add(launches, len(self._ups) + len(self._downs), waits=1)
+
+    def _layers(self) -> int | None:
+        layers = [call.session.layers for call in self._calls]
+        return None if None in layers else sum(count or 0 for count in layers)
 
     def _enqueue(self) -> None:
         device, main = self._backend.device, self._backend.stream

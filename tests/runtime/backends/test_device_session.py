@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from blt_export import pipeline
 from blt_runtime import Model
 from blt_runtime.backends import device, onnx
+from blt_runtime.backends.counts import Counts
 from blt_runtime.backends.onnx import OnnxBackend
-from blt_runtime.backends.providers import PROVIDERS, Provider
+from blt_runtime.backends.providers import PROVIDERS, Provider, device_nodes
 from blt_runtime.bundle.bundle import Bundle
 from tests.exports import prepare
 from tests.runtime.device_backend import assert_streams_equal
@@ -73,6 +75,29 @@ def test_a_call_of_a_step_is_one_copy_up_and_one_down(bundle: Bundle, library: L
     closed = len(stream.patch_lengths) > patches
     assert len(library.copied) == 5 + closed  # entropy 2, encoder 1 (its states stay), decoder 2, latent 1
     assert set(library.copied) == {onnx.BLOCK}
+
+
+def test_requests_are_counted(bundle: Bundle, library: Library) -> None:
+    backend = OnnxBackend(bundle, provider="cuda")
+    nodes = {name: device_nodes(backend.session(name)._session, backend._provider) for name in backend.spec.graphs}
+    stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+    assert backend.counts is not None
+    list(stream.generate_ids(40, temperature=0.0, stop_at_eos=False))
+    patches, library.copied, before = len(stream.patch_lengths), [], replace(backend.counts)
+    list(stream.generate_ids(1, temperature=0.0, stop_at_eos=False))
+    calls = ["entropy", "encoder", "decoder", *(["latent"] if len(stream.patch_lengths) > patches else [])]
+    assert backend.counts.since(before) == Counts(
+        launches=sum(nodes[name] or 0 for name in calls),
+        copies=len(library.copied),
+        waits=len(calls) + 2,  # each run, and the results of the entropy model and of the decoder
+    )
+    stream.snapshot()
+    assert backend.counts.copies > before.copies + len(calls) + 2
+
+
+def test_the_nodes_of_engines_are_unknown(bundle: Bundle, library: Library) -> None:
+    backend = OnnxBackend(bundle, provider="cuda")
+    assert device_nodes(backend.session("decoder")._session, PROVIDERS["tensorrt"]) is None
 
 
 def _plain(bundle: Bundle) -> OnnxBackend:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blt_runtime import Model
 from blt_runtime.backends import nvidia, providers
 from blt_runtime.backends.device import DeviceBuffer
 from blt_runtime.backends.failures import Failures, failure
@@ -17,6 +18,7 @@ from blt_runtime.backends.null import null_spec
 from blt_runtime.backends.nvidia import Gpu, Nvidia
 from blt_runtime.backends.providers import (
     PROVIDERS,
+    Provider,
     cache_folder,
     check_available,
     choose,
@@ -25,7 +27,7 @@ from blt_runtime.backends.providers import (
 )
 from blt_runtime.bundle.manifest import Manifest
 from blt_runtime.bundle.spec import GraphSpec, TensorSpec
-from blt_runtime.errors import BackendError, MissingExtra
+from blt_runtime.errors import BackendError, MissingExtra, UsageError
 from blt_runtime.patching import PatchRule
 from tests.runtime.backends.test_nvidia import elf
 from tests.runtime.bundles import write_bundle
@@ -75,6 +77,11 @@ def no_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def missing(library: Any) -> None:
     raise MissingExtra("onnxruntime-ep-webgpu", "webgpu")
+
+
+def missing_but_webgpu(library: Any, provider: Provider) -> None:
+    if provider.name != "webgpu":
+        raise BackendError("no NVIDIA driver")
 
 
 def manifest(folder: Path, flavour: str, precision: str) -> Manifest:
@@ -141,6 +148,16 @@ class TestAuto:
             "provider auto: cpu (cuda: no NVIDIA driver: libcuda.so.1 is not installed; "
             "webgpu: onnxruntime-ep-webgpu is not installed: pip install 'blt-runtime[webgpu]')"
         ]
+
+    @pytest.mark.usefixtures("no_gpu")
+    def test_batched_graphs_are_not_for_webgpu(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(providers, "check_available", missing_but_webgpu)
+        library, given = Library(tmp_path / "ort", *ALL), manifest(tmp_path, "cuda", "fp16")
+        assert choose(library, "auto", given, tmp_path).name == "webgpu"
+        assert choose(library, "auto", given, tmp_path, rows=True).name == "cpu"
+        assert "webgpu" not in caplog.messages[-1]
 
     @pytest.mark.usefixtures("no_gpu")
     def test_a_bundle_that_nothing_here_runs(self, tmp_path: Path) -> None:
@@ -212,6 +229,18 @@ class TestCache:
         (tmp_path / "cache").chmod(0o777)
         with pytest.raises(BackendError, match=r"holds engines, which are code, and others can write there: chmod 700"):
             cache_folder(tmp_path / "cache", "ab", "encoder")
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(BackendError, match=r"cannot keep engines in .*/file/ab/encoder: Not a directory"):
+            cache_folder(tmp_path / "file", "ab", "encoder")
+
+    @pytest.mark.parametrize("name", ["cpu", "cuda", "webgpu"])
+    def test_other_providers_have_none(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(UsageError, match=f"engine_cache is for the provider tensorrt, not {name}: leave it out"):
+            Model.open(tmp_path, provider=name, engine_cache=tmp_path)
+        with pytest.raises(UsageError, match="engine_cache is for single streams of a bundle"):
+            Model.open(tmp_path, provider="auto", batched=True, engine_cache=tmp_path)
 
 
 class TestFailures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from blt_export import bundle as bundles
 from blt_export import pipeline
 from blt_export.passes import keep_states
 from blt_runtime import Model
+from blt_runtime.backends.counts import Counts
 from blt_runtime.backends.tensorrt import TensorRtBackend
 from blt_runtime.bundle.bundle import Bundle
 from blt_runtime.bundle.spec import ModelSpec, resident_spec
@@ -69,6 +71,40 @@ def plans_of(bundle: Bundle, spec: ModelSpec, folder: Path) -> Plans:
 def backend_of(built: tuple[ModelSpec, Plans], device: HostDevice | None = None, **options: Any) -> TensorRtBackend:
     device = device or HostDevice()
     return TensorRtBackend(*built, fake_tensorrt.module(device), device, **options)
+
+
+def test_requests_are_those_that_the_device_gets(bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
+    """Composed steps are one launch each; others are as many as the engines have layers."""
+    device = HostDevice()
+    backend = backend_of(built, device)
+    stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+    list(stream.generate_ids(60, temperature=0.0, stop_at_eos=False))
+    stream.rewind(20)  # the same bytes again, whose calls are all bound and probed
+    before, patches = replace(backend.counts), len(stream.patch_lengths)
+    device.waits = device.copies = device.launches = 0
+    list(stream.generate_ids(20, temperature=0.0, stop_at_eos=False))
+    closed, found = len(stream.patch_lengths) - patches, backend.counts.since(before)
+    assert (found.copies, found.waits) == (device.copies, device.waits)
+    if backend.spec.resident:
+        assert found == Counts(20 + closed, 0, 2 * (20 + closed), 20 + closed)
+        assert device.launches == found.launches
+    else:
+        layers = {name: backend.session(name).layers or 0 for name in backend.spec.graphs}
+        latent = layers.pop("latent")
+        assert found.launches == 20 * sum(layers.values()) + closed * latent
+    kept = stream.snapshot()
+    stream.restore(kept)
+    found = backend.counts.since(before)
+    assert (found.copies, found.waits) == (device.copies, device.waits)
+
+
+def test_an_engine_that_does_not_tell_its_layers_is_unknown(bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
+    backend = backend_of(built)
+    for name in backend.spec.graphs:
+        backend.session(name).layers = None
+    stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
+    stream.append("A prompt")
+    assert backend.counts.unknown > 0
 
 
 def test_streams_equal_those_of_the_cpu(bundle: Bundle, built: tuple[ModelSpec, Plans]) -> None:
