@@ -1,12 +1,14 @@
 """What an NVIDIA GPU has to answer, in order of worth; each stage in a process with a limit, and one report.
 
     python benchmarks/gpu.py pack BUNDLE -o PACKED                  # here: a bundle without its weights, 1 to 2 MB
-    python benchmarks/gpu.py run -o OUT --minutes 9 [--bundle B ...] [--real PACKED] [--from STAGE]
+    python benchmarks/gpu.py run -o OUT --minutes 9 [--bundle B ...] [--real PACKED ...] [--from STAGE]
 
 `run` goes on where it stopped: a stage with a result in OUT/results.json is not run again. It needs no network and, for
 bundles that are given, no PyTorch. OUT/report.md is written again after each stage. A stage that cannot run here says
-why. `--bundle` names bundles of the flavour cuda in half precision; without one, the demo model is exported. `--real`
-is a packed bundle: its weights are made there, random, which is right for times and for nothing else.
+why. `--bundle` names bundles of the flavours cuda and portable; without one of a flavour, the demo model is exported.
+`--real` is a packed bundle: its weights are made there, random, which is right for times and for nothing else. Engines
+are built from bundles of the flavour portable. `--provider` runs the stages of ONNX Runtime on another device: `cpu`
+tries the stages themselves.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ Result = dict[str, Any]
 REPO = Path(__file__).resolve().parents[1]
 TEXT = "def area(width, height):\n    return width * height\n\n\nclass Shape:\n" * 8
 CHUNK = 1 << 26
+PROMPT, NEW = 512, 128
+"""Bytes of a prompt, and bytes that are generated and timed after it."""
 
 
 class Unavailable(Exception):
@@ -83,7 +87,7 @@ def micro(given: argparse.Namespace) -> Result:
 
 def tests(given: argparse.Namespace) -> Result:
     """`pytest -m gpu`: binding, placement, parity, captures, ends of documents, rows."""
-    _cuda()
+    _device("cuda")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-n", "0", "tests/gpu"]
     bundles = os.pathsep.join(map(str, given.bundle))
     environment = {**os.environ, **({"BLT_GPU_BUNDLES": bundles} if bundles else {})}
@@ -93,8 +97,9 @@ def tests(given: argparse.Namespace) -> Result:
 
 def attention(given: argparse.Namespace) -> Result:
     """Which kernels GroupQueryAttention chooses, as ONNX Runtime prints them."""
-    _cuda()
-    code = f"from blt_runtime import Model; s = Model.open({str(_bundles(given)[0])!r}, provider='cuda').stream(); "
+    _device(given.provider)
+    opened = f"Model.open({str(_bundles(given)[0])!r}, provider={given.provider!r})"
+    code = f"from blt_runtime import Model; s = {opened}.stream(); "
     code += f"s.append({TEXT!r}); list(s.generate(4, temperature=0.0))"
     environment = {**os.environ, "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=REPO)
@@ -103,28 +108,122 @@ def attention(given: argparse.Namespace) -> Result:
 
 
 def bundles(given: argparse.Namespace) -> Result:
-    """Bytes/s, captured and not, and what half precision does to entropies, for each bundle."""
-    _cuda()
-    return {str(path): _latency(path) | _entropies(path) for path in _bundles(given)}
+    """Bytes/s, captured and not, and what the precision does to entropies, for each bundle."""
+    _device(given.provider)
+    return {path.name: _latency(path, given.provider) | _entropies(path, given.provider) for path in _bundles(given)}
 
 
 def real(given: argparse.Namespace) -> Result:
     """The shape of a released model, with random weights that are made here."""
-    _cuda()
-    if given.real is None:
-        raise Unavailable("no packed bundle was given: --real PACKED")
-    folder = given.out / "real"
-    if not folder.exists():
-        unpack(given.real, folder)
-    return _latency(folder)
+    _device(given.provider)
+    return {path.name: _latency(path, given.provider) for path in _real(given, "cuda")}
+
+
+def speculation(given: argparse.Namespace) -> Result:
+    """Bytes/s with and without drafts, and the measured costs of calls that the choice of drafts rests on."""
+    _device(given.provider)
+    from blt_runtime import Model
+
+    return {path.name: _drafts(Model.open(path, provider=given.provider)) for path in _bundles(given)[:1]}
 
 
 def rows(given: argparse.Namespace) -> Result:
-    """Bytes/s of a batch of 1, 8 and 64 streams."""
-    _cuda()
-    from blt_runtime import Model, Scheduler
+    """Bytes/s of a batch of 1, 8 and 64 streams, hash tables on the host and on the device."""
+    _device(given.provider)
+    from blt_runtime import Model
 
-    model = Model.open(_bundles(given)[0], provider="cuda", batched=True, verify="sizes")
+    path = _bundles(given)[0]
+    places = ("host",) if given.provider == "cpu" else ("host", "device")
+    return {
+        f"tables: {place}": _rows(Model.open(path, provider=given.provider, batched=True, hash_tables=place))
+        for place in places
+    }
+
+
+def engines(given: argparse.Namespace) -> Result:
+    """TensorRT: building, parity with the CPU, a byte forked and in the plain order, prompts, drafts.
+
+    Forked, entropy model and encoder with decoder run side by side: "us of a forked byte" is then less than the sum of
+    the other two.
+    """
+    from blt_export.build import build_engines
+    from blt_runtime import Model
+    from blt_runtime.backends import platform
+    from blt_runtime.bundle.bundle import Bundle
+    from blt_runtime.errors import BltError
+
+    try:
+        here = platform.open_platform()
+    except BltError as error:
+        raise Unavailable(str(error)) from error
+    made: Result = {}
+    for path, check in [*((path, True) for path in _portable(given)), *((p, False) for p in _real(given, "portable"))]:
+        out, found = given.out / f"engines-{path.name}", made.setdefault(path.name, {})
+        if not out.exists():
+            cache = given.out / "timing.cache"
+            report = build_engines(Bundle.open(path, "sizes"), out, here, timing_cache=cache, check=check)
+            found["seconds of building"] = report.seconds
+            found["parity"] = {row.output: row.error for row in report.file.parity}
+        model = Model.open(out, verify="sizes")
+        found.update(_forked(model))
+        found.update(_drafts(model))
+    return made
+
+
+def _forked(model: Any) -> Result:
+    found: Result = {}
+    for name in ("forked", "in order"):
+        stream = model.stream()
+        fork = stream._calls._fork
+        if name == "in order":
+            stream._calls._fork = None
+        elif fork is None:
+            found["fork"] = "not possible with this patch rule"
+            continue
+        found |= {f"{name}: {key}": value for key, value in _generated(stream).items()}
+        if name == "forked":
+            found["us of a forked byte"] = _median_us(fork._token)
+        else:
+            found |= {f"us of {graph}": _median_us(call) for graph, call in _step_calls(stream)}
+    return found
+
+
+def _drafts(model: Any) -> Result:
+    """Bytes/s without drafts, with drafts by lookup, and with those that the measured costs choose; those costs."""
+    found: Result = {}
+    for mode in ("off", "lookup", "auto"):
+        stream = model.stream()
+        found |= {f"speculate {mode}: {key}": value for key, value in _generated(stream, speculate=mode).items()}
+    costs = stream._speculator.costs
+    if costs.measured:
+        found["seconds of one, and of each further token of a call"] = {
+            name: [time.one, time.extra] for name, time in costs.of.items()
+        }
+    return found
+
+
+def _generated(stream: Any, speculate: str = "off") -> Result:
+    began = time.perf_counter()
+    stream.append(TEXT[:PROMPT])
+    first = time.perf_counter() - began
+    list(stream.generate(32, temperature=0.0, stop_at_eos=False, speculate=speculate))
+    began = time.perf_counter()
+    count = len(b"".join(stream.generate(NEW, temperature=0.0, stop_at_eos=False, speculate=speculate)))
+    return {"bytes/s": count / (time.perf_counter() - began), f"seconds of a first prompt of {PROMPT} bytes": first}
+
+
+def _step_calls(stream: Any) -> list[tuple[str, Callable[[], None]]]:
+    calls = stream._calls
+    return [(name, getattr(calls, name)) for name in ("entropy", "encoder", "decoder") if hasattr(calls, name)]
+
+
+def _median_us(call: Callable[[], None]) -> float:
+    return statistics.median(_timed(call) for _ in range(50)) * 1e6
+
+
+def _rows(model: Any) -> Result:
+    from blt_runtime import Scheduler
+
     found: Result = {}
     for streams in (1, 8, 64):
         with Scheduler(model, streams=streams) as scheduler:
@@ -137,9 +236,9 @@ def rows(given: argparse.Namespace) -> Result:
     return found
 
 
-def engines(given: argparse.Namespace) -> Result:
+def rtx(given: argparse.Namespace) -> Result:
     """Whether TensorRT-RTX deserialises a plan on this GPU."""
-    _cuda()
+    _device("cuda")
     try:
         import tensorrt_rtx as trt
     except ImportError as error:
@@ -161,8 +260,10 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {
     "attention": (attention, 60),
     "bundles": (bundles, 180),
     "real": (real, 400),
+    "engines": (engines, 500),
     "rows": (rows, 180),
-    "engines": (engines, 60),
+    "speculation": (speculation, 120),
+    "rtx": (rtx, 60),
 }
 """In order of worth, each with its limit in seconds."""
 
@@ -177,13 +278,13 @@ def _torch() -> Any:
     return torch
 
 
-def _cuda() -> None:
+def _device(provider: str) -> None:
     from blt_runtime.backends.onnx import load_library
     from blt_runtime.backends.providers import PROVIDERS, check_available
     from blt_runtime.errors import BltError
 
     try:
-        check_available(load_library("1.30"), PROVIDERS["cuda"])
+        check_available(load_library("1.30"), PROVIDERS[provider])
     except BltError as error:
         raise Unavailable(str(error)) from error
 
@@ -202,20 +303,45 @@ def _seconds(run: Callable[[], object], repeat: int = 20, wait_each: bool = Fals
 
 
 def _bundles(given: argparse.Namespace) -> list[Path]:
-    """The given bundles, or exports of the demo model."""
-    if given.bundle:
-        return list(given.bundle)
+    """The given bundles of the flavour cuda, or exports of the demo model: fp16 first, which the CPU runs too."""
+    return _of_flavour(given, "cuda", ("fp16", "bf16", "int8", "int4"))
+
+
+def _portable(given: argparse.Namespace) -> list[Path]:
+    return _of_flavour(given, "portable", ("fp16", "bf16", "int4"))
+
+
+def _of_flavour(given: argparse.Namespace, flavour: str, precisions: tuple[str, ...]) -> list[Path]:
+    from blt_runtime.bundle import manifest as manifests
+
+    if found := [p for p in given.bundle if manifests.read(p / manifests.FILE_NAME).flavour == flavour]:
+        return found
     made = []
-    for precision in ("bf16", "fp16"):
-        path = given.out / f"demo-{precision}"
+    for precision in precisions:
+        path = given.out / f"demo-{flavour}-{precision}"
         if not path.exists():
-            export = ["export", str(REPO / "configs/demo/model.pt"), "-o", str(path), "--flavour", "cuda"]
+            export = ["export", str(REPO / "configs/demo/model.pt"), "-o", str(path), "--flavour", flavour]
             subprocess.run([sys.executable, "-m", "blt.cli", *export, "--precision", precision], cwd=REPO, check=True)
         made.append(path)
     return made
 
 
-def _latency(path: Path, new: int = 128) -> Result:
+def _real(given: argparse.Namespace, flavour: str) -> list[Path]:
+    """The packed bundles of a flavour, unpacked. Raises Unavailable for the flavour cuda if there is none."""
+    from blt_runtime.bundle import manifest as manifests
+
+    made = []
+    for packed in given.real:
+        if manifests.read(packed / manifests.FILE_NAME).flavour == flavour:
+            made.append(given.out / f"real-{packed.name}")
+            if not made[-1].exists():
+                unpack(packed, made[-1])
+    if not made and flavour == "cuda":
+        raise Unavailable("no packed bundle of the flavour cuda was given: --real PACKED")
+    return made
+
+
+def _latency(path: Path, provider: str) -> Result:
     """Bytes/s at batch 1, time to first byte, and microseconds of each graph's step: captured and not."""
     from blt_runtime import Model
     from blt_runtime.backends.onnx import OnnxBackend
@@ -223,36 +349,25 @@ def _latency(path: Path, new: int = 128) -> Result:
 
     found: Result = {}
     bundle = Bundle.open(path, "sizes")
-    for capture in (True, False):
-        backend = OnnxBackend(bundle, provider="cuda", capture=capture)
+    for capture in (True, False) if provider == "cuda" else (False,):
+        backend = OnnxBackend(bundle, provider=provider, capture=capture)
         stream = Model(backend.spec, backend, bundle.hash_tables()).stream()
-        began = time.perf_counter()
-        stream.append(TEXT[:512])
-        first = time.perf_counter() - began
-        list(stream.generate(32, temperature=0.0, stop_at_eos=False))
-        began = time.perf_counter()
-        count = len(b"".join(stream.generate(new, temperature=0.0, stop_at_eos=False)))
         name = "captured" if capture else "launched"
-        found[f"{name}: bytes/s"] = count / (time.perf_counter() - began)
-        found[f"{name}: seconds of a first prompt of 512 bytes"] = first
-        for graph in ("entropy", "encoder", "decoder"):
-            call = getattr(stream._calls, graph, None)
-            if call is not None:
-                times = [_timed(call) for _ in range(50)]
-                found[f"{name}: us of {graph}"] = statistics.median(times) * 1e6
+        found |= {f"{name}: {key}": value for key, value in _generated(stream).items()}
+        found |= {f"{name}: us of {graph}": _median_us(call) for graph, call in _step_calls(stream)}
     return found
 
 
-def _entropies(path: Path) -> Result:
-    """Entropies and boundaries of a text against float16 on the CPU, which runs the same bundle if it is float16."""
+def _entropies(path: Path, provider: str) -> Result:
+    """Entropies and boundaries of a text against the CPU, where it runs the same bundle."""
     from blt_runtime import Model
     from blt_runtime.bundle.bundle import Bundle
 
-    if Bundle.open(path, "sizes").manifest.precision != "fp16":
+    if "bf16" in Bundle.open(path, "sizes").manifest.precisions.values():
         return {"entropies": "not compared: the CPU has no bfloat16 kernels"}
-    scores = [Model.open(path, provider=provider).stream() for provider in ("cpu", "cuda")]
+    scores = [Model.open(path, provider=name).stream() for name in ("cpu", provider)]
     for stream in scores:
-        stream.append(TEXT)
+        stream.append(TEXT[:PROMPT])
     here, there = (stream._memory.entropies.array[0, : stream.position] for stream in scores)
     starts = [set(np.cumsum(stream.patch_lengths).tolist()) for stream in scores]
     return {
@@ -335,8 +450,8 @@ def run(given: argparse.Namespace) -> None:
 
 def _stage(name: str, given: argparse.Namespace, seconds: float) -> Result:
     """One stage in a process; a crash or a stage that takes too long is a result too."""
-    options = [*(f"--bundle={path}" for path in given.bundle), *([f"--real={given.real}"] if given.real else [])]
-    command = [sys.executable, __file__, "stage", name, "-o", str(given.out), *options]
+    options = [*(f"--bundle={path}" for path in given.bundle), *(f"--real={path}" for path in given.real)]
+    command = [sys.executable, __file__, "stage", name, "-o", str(given.out), f"--provider={given.provider}", *options]
     began = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
@@ -393,7 +508,8 @@ def main() -> None:
             command.add_argument("name", choices=STAGES)
         command.add_argument("-o", "--out", type=Path, required=True)
         command.add_argument("--bundle", type=Path, action="append", default=[])
-        command.add_argument("--real", type=Path)
+        command.add_argument("--real", type=Path, action="append", default=[])
+        command.add_argument("--provider", default="cuda")
         command.add_argument("--minutes", type=float, default=9)
         command.add_argument("--from", dest="start", choices=STAGES)
         command.set_defaults(run=function)
