@@ -105,9 +105,9 @@ def _flavour(provider: str) -> str:
     return PROVIDERS[provider].flavours[0] if provider in PROVIDERS else "cuda"
 
 
-def check_batched(path: Path, how: ModelOptions) -> None:
+def check_batched(path: Path, how: ModelOptions, streams: int = 1) -> None:
     """Raises UsageError unless there is a bundle at `path` and the provider runs batched graphs, or engines that have
-    batched streams; BackendError for a bundle that has no graphs for it. Asks no device."""
+    so many batched streams; BackendError for a bundle that has no graphs for it. Asks no device."""
     if not is_bundle(path):
         raise UsageError(f"{path} is a checkpoint; batched streams need a bundle: blt export {path} -o DIR")
     _check_trust(path, how)
@@ -116,7 +116,7 @@ def check_batched(path: Path, how: ModelOptions) -> None:
     from blt_runtime.bundle.engines import Engines
 
     if is_engines(path):
-        Engines.read(path).check_rows()
+        Engines.read(path).check_rows(streams)
     else:
         check_rows(Bundle.open(path, "sizes"), how.provider)
 

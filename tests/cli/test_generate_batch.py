@@ -51,7 +51,7 @@ def generate(blt: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPa
     ) -> Result:
         with monkeypatch.context() as patch:
             patch.setattr("blt.cli.models.open_batched", open_null)
-            patch.setattr("blt.cli.models.check_batched", lambda path, how: None)
+            patch.setattr("blt.cli.models.check_batched", lambda path, how, streams: None)
             words = ["--jsonl", jsonl, "-o", out, "-n", 9, "--streams", 2, *seed]
             result: Result = blt("generate", folder / "bundle", *words, *more, stdin=stdin)
             return result
@@ -107,7 +107,7 @@ from pathlib import Path
 from blt.cli import main, models
 from blt_runtime.engine.batch import Batch
 from tests.cli.test_generate_batch import open_null
-models.open_batched, models.check_batched = open_null, lambda path, how: None
+models.open_batched, models.check_batched = open_null, lambda path, how, streams: None
 out, records, rounds, run = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), 0, Batch.round
 
 def killed(batch):
@@ -182,7 +182,7 @@ def test_another_provider_is_refused_since_it_rounds_differently(blt: Callable[.
 
     words = ["--jsonl", folder / "in", "-o", folder / "out", "-n", 9, "--seed", 1, "--provider"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blt.cli.models.check_batched", lambda path, how: None)
+        patch.setattr("blt.cli.models.check_batched", lambda path, how, streams: None)
         patch.setattr("blt.cli.models.open_batched", open_far)
         assert blt("generate", folder / "bundle", *words, "cpu").code == 0
         assert "provider" not in (folder / "out.state.json").read_text()

@@ -157,6 +157,21 @@ class TestOpen:
         with pytest.raises(UsageError, match=text):
             Scheduler(Model.open(engines.path, batched=True), streams=4)
 
+    @pytest.mark.parametrize(
+        ("command", "asked"), [(["serve", "--streams"], 5), (["bench", "throughput", "--batch"], "1,5")]
+    )
+    def test_more_streams_than_rows_are_refused_before_a_device_is_asked(
+        self,
+        engines: Engines,
+        command: list[str],
+        asked: object,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr("blt_runtime.backends.platform.open_platform", lambda: pytest.fail("asked"))
+        assert run([*command, str(asked), str(engines.path)]) == 2
+        assert "run up to 3 streams at a time, not 5: ask for fewer" in capsys.readouterr().err
+
     def test_single_streams_of_a_batched_model(self, engines: Engines) -> None:
         with pytest.raises(UsageError, match="use a Scheduler"):
             Model.open(engines.path, batched=True).stream()
@@ -197,7 +212,8 @@ class TestOpen:
         assert run(["bench", "throughput", str(engines.path), *sizes]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["backend"], [row["streams"] for row in found["streams"]]) == ("tensorrt", [1])
-        assert run(["bench", "throughput", str(engines.path), "--prompt-bytes", "100", "--new-bytes", "76"]) == 1
+        sizes = ["--batch", "1", "--prompt-bytes", "100", "--new-bytes", "76"]
+        assert run(["bench", "throughput", str(engines.path), *sizes]) == 1
         assert "are 177 tokens, but a stream holds 176" in capsys.readouterr().err
 
 

@@ -65,7 +65,7 @@ def throughput(
     wanted = Lengths.of(prompt_bytes, new_bytes, usual=(64, 128), least_new=16)
     shift = bench.SHIFT * max(sizes)
     data = read_text(text, shift + wanted.total)
-    models.check_batched(model, how)
+    models.check_batched(model, how, max(sizes))
     with models.open_model(model, how) as single:
         single = bench.with_changes(single, spec=models.batched_spec(model, single.spec))
         prompt_n, new_n = wanted.fitting(min(single.spec.capacity_bytes - 1, len(data) - shift))

@@ -84,9 +84,9 @@ def run(batch: Batch) -> None:
     from blt.generate.prompts import Defaults, read_lines
     from blt_runtime import Scheduler
 
-    models.check_batched(batch.model, batch.how)
-    chosen = resolve(batch.chosen, {"grammar": batch.constraint.compiled(), "seed": None})
     streams = batch.files.streams or STREAMS
+    models.check_batched(batch.model, batch.how, streams)
+    chosen = resolve(batch.chosen, {"grammar": batch.constraint.compiled(), "seed": None})
     most = batches.window(streams)
     with (
         _opened(batch) as file,

@@ -110,7 +110,7 @@ def serve(
         chat_template=None if chat_template is None else inputs.text_file(chat_template, "--chat-template"),
     )
     if workers == 1:  # several open the bundle themselves: a process with a session has threads and must not fork
-        models.check_batched(model, how)
+        models.check_batched(model, how, streams)
     sock = run.bind(host, port)
     logs.start("json" if log_format == "json" else "text")
 

@@ -214,13 +214,15 @@ class Engines:
         """The part of the bundle that is in this folder: its manifest and hash tables."""
         return Bundle(self.path, self.manifest)
 
-    def check_rows(self) -> Rows:
-        """What the folder says of its engines for batched streams. Raises UsageError if there are none."""
+    def check_rows(self, streams: int = 1) -> Rows:
+        """What the folder says of its engines for batched streams. Raises UsageError if there are none, or none for so
+        many."""
         if self.file.rows is None:
             raise UsageError(
                 f"{self.path} holds no engines for batched streams: "
                 f"run blt build BUNDLE -o {self.path} --force --profiles step,prefill,rows=16"
             )
+        check_streams(streams, self.file.rows.streams)
         return self.file.rows
 
     def plans(self, *, rows: bool = False) -> dict[str, Engine]:
@@ -255,6 +257,15 @@ class Engines:
             same_gpu = capability(here) >= AMPERE
         if built.tensorrt != here.tensorrt or not same_gpu:
             raise BackendError(f"the engines in {self.path} are for {built}, but here is {here}: {_again(self.path)}")
+
+
+def check_streams(streams: int, most: int) -> None:
+    """Raises UsageError for more streams than engines run at a time."""
+    if streams > most:
+        raise UsageError(
+            f"the engines run up to {most} streams at a time, not {streams}: ask for fewer, or run blt build with "
+            f"--profiles step,prefill,rows={streams}"
+        )
 
 
 def is_engines(folder: str | Path) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..arguments import is_whole
 from ..backends.protocol import Array, Backend, PaddedBackend, RowBackend
+from ..bundle.engines import check_streams
 from ..bundle.spec import PADDED, ModelSpec
 from ..errors import BltError, UsageError
 from ..hashing import HashEmbedding, HashTables
@@ -129,11 +130,7 @@ class Batch:
         held = rows
         if isinstance(backend, PaddedBackend):
             spec, slice, held = with_padding(spec), min(slice, PADDED), backend.rows
-            if rows > held:
-                raise UsageError(
-                    f"the engines run up to {held} streams at a time, not {rows}: ask for fewer, or run blt build with "
-                    f"--profiles step,prefill,rows={rows}"
-                )
+            check_streams(rows, held)
         self.spec, self.slice = spec, min(slice, spec.chunk)
         self.counts, self._turn, self._owner = Counts(), 0, object()
         self._ready = ready or gather()
