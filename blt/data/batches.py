@@ -103,6 +103,8 @@ class Batch:
     [B, P] with sum N + 1 per row, or None.  starts: [B] the row's offset in its block, -1 for a blank row.
     row_tokens: [B] positions that are not padding (None: the unmasked ones).  row_bytes: [B] bytes of the counted
     targets (None: the unmasked bytes).  documents: those of each row.  index: the batch's number in its block.
+    buckets: the ascending lengths that rows are padded to, of which N is one (empty: N alone).  micro_rows: rows that
+    are computed at a time (None: all).
     """
 
     ids: Int
@@ -116,14 +118,48 @@ class Batch:
     row_tokens: Int | None = None
     row_bytes: Int | None = None
     documents: tuple[Int, ...] = ()
+    buckets: tuple[int, ...] = ()
+    micro_rows: int | None = None
+
+    def micro_batches(self) -> list[Batch]:
+        """The batch in parts of `micro_rows` rows, each padded only to the bucket of its longest row.
+
+        Rows of a batch are ordered by length, so few parts mix buckets.
+        """
+        step = self.micro_rows or len(self.starts)
+        return [self.rows(i * step, (i + 1) * step).padded_to(length) for i, length in enumerate(self.micro_lengths)]
+
+    @property
+    def micro_lengths(self) -> list[int]:
+        """The padded length of each micro-batch."""
+        step, N = self.micro_rows or len(self.starts), self.mask.shape[1]
+        if self.row_tokens is None:
+            return [N] * (len(self.starts) // step)
+        longest = self.row_tokens.reshape(-1, step).max(1)
+        return [next((length for length in self.buckets if length >= n), N) for n in longest.tolist()]
+
+    @property
+    def places(self) -> int:
+        """Byte positions that are computed, padding included."""
+        return (self.micro_rows or len(self.starts)) * sum(self.micro_lengths)
+
+    def padded_to(self, length: int) -> Batch:
+        """The batch with rows of `length` positions, at least as many as its longest row has."""
+        cut = {name: getattr(self, name)[:, :length] for name in ("ids", "targets", "mask")}
+        if self.patch_lengths is not None:
+            patch_lengths_BP = self.patch_lengths.copy()
+            last_B = np.count_nonzero(patch_lengths_BP, axis=1) - 1  # it holds the padding
+            patch_lengths_BP[np.arange(len(last_B)), last_B] -= self.mask.shape[1] - length
+            cut["patch_lengths"] = patch_lengths_BP
+        return replace(self, **cut)
 
     def rows(self, first: int, stop: int) -> Batch:
-        """The rows [first, stop): a micro-batch, or the share of one rank."""
+        """The rows [first, stop) as a batch that is computed at once."""
         rows = slice(first, stop)
         cut = {name: getattr(self, name)[rows] for name in ("ids", "targets", "mask", "starts", "documents")}
         optional = {name: getattr(self, name) for name in ("patch_lengths", "row_tokens", "row_bytes")}
         cut |= {name: None if value is None else value[rows] for name, value in optional.items()}
-        return replace(self, **cut)
+        return replace(self, **cut, micro_rows=None)
 
     @property
     def n_targets(self) -> int:
@@ -151,11 +187,6 @@ class Batch:
     def patch_places(self) -> int:
         """B x P: what the latent transformer computes, padding included."""
         return 0 if self.patch_lengths is None else self.patch_lengths.size
-
-    @property
-    def bucket(self) -> int:
-        """The static length N of the rows."""
-        return int(self.mask.shape[1])
 
     @property
     def identity(self) -> str:

@@ -11,8 +11,11 @@ of every row whose first patch it has to split.)
 `pack: documents`: a row holds whole documents (`blt.data.rows`). In both forms, BOS and the tokens of a prompt are
 inputs but not targets, and a row without any target is left out.
 
-Rows are sorted into buckets, so that a batch has one of a few shapes [B, N]. The order of everything follows from
-(seed, epoch, block). A block is a sequence of documents of about `block_tokens`; the loader's state is three integers.
+A batch is the next B rows of the block in a shuffled order, whatever their lengths: its text is drawn like the block's.
+Within the batch, rows are ordered by length, so that micro-batches of a few rows have one of a few shapes. (Batches of
+one length each would be batches of one kind of text: bytes per patch differ between code and languages.) The order of
+everything follows from (seed, epoch, block). A block is a sequence of documents of about `block_tokens`; the loader's
+state is three integers.
 The first blocks of the first epoch are smaller: FIRST_BLOCK_TOKENS, then as many as all blocks before them. So a run of
 few steps needs the patch boundaries of few documents.
 
@@ -36,6 +39,8 @@ from blt_runtime.ids import OFFSET
 
 BLOCK_TOKENS = 32 << 20
 FIRST_BLOCK_TOKENS = 1 << 20
+ORDER = 2
+"""Version of the order of rows in batches; checkpoints of another one cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Block:
     """Some documents as one sequence of tokens, their patch boundaries, and the batches of their rows.
 
     members: the documents in the order of their tokens.  offsets: [documents + 1], where each begins.  ids: [T].
-    counted: [T], the tokens whose loss counts.  batches: the (bucket, rows) of each batch.
+    counted: [T], the tokens whose loss counts.  batches: the rows of each batch, longest first.
     """
 
     epoch: int
@@ -54,7 +59,7 @@ class Block:
     counted: NDArray[np.bool_]
     boundaries: Int
     rows: Rows
-    batches: list[tuple[int, list[int]]]
+    batches: list[Int]
 
 
 class Loader:
@@ -208,27 +213,15 @@ class Loader:
         order = np.flatnonzero(before[rows.end] > before[rows.begin + 1])
         return np.random.default_rng(seed).permutation(order) if self.shuffle else order
 
-    def _group_rows(self, rows: Rows, order: Int) -> list[tuple[int, list[int]]]:
-        """(bucket, rows) of every batch. Rows left over at the end share batches; the last one is filled up with blank
-        rows."""
-        bucket_of = np.searchsorted(self.shape.buckets, rows.lengths)
-        queues: list[list[int]] = [[] for _ in self.shape.buckets]
-        batches = []
-        for row in order:
-            bucket = int(bucket_of[row])
-            queues[bucket].append(int(row))
-            if len(queues[bucket]) == self.shape.rows:
-                batches.append((self.shape.buckets[bucket], queues[bucket]))
-                queues[bucket] = []
-        left = [row for queue in queues for row in queue]
-        for first in range(0, len(left), self.shape.rows):
-            members = left[first : first + self.shape.rows]
-            batches.append((self.shape.buckets[int(bucket_of[members].max())], members))
-        return batches
+    def _group_rows(self, rows: Rows, order: Int) -> list[Int]:
+        """The rows of every batch, longest first; the last batch may have fewer."""
+        parts = [order[first : first + self.shape.rows] for first in range(0, len(order), self.shape.rows)]
+        return [part[np.argsort(-rows.lengths[part], kind="stable")] for part in parts]
 
     def _assemble(self, block: Block, index: int) -> Batch:
-        bucket, members = block.batches[index]
-        B, P = self.shape.rows, self.shape.patches
+        members = block.batches[index].tolist()
+        B, P, buckets = self.shape.rows, self.shape.patches, self.shape.buckets
+        bucket = buckets[int(np.searchsorted(buckets, block.rows.lengths[members[0]]))]
         ids_BN, targets_BN = np.zeros((2, B, bucket), np.int64)
         mask_BN = np.zeros((B, bucket), np.bool_)
         starts_B = np.full(B, -1, np.int64)
@@ -248,6 +241,7 @@ class Loader:
         return Batch(
             ids_BN, targets_BN, mask_BN, patch_lengths=lengths_BP, starts=starts_B, block=block.number,
             epoch=block.epoch, index=index, row_tokens=tokens_B, row_bytes=bytes_B, documents=tuple(documents),
+            buckets=buckets,
         )  # fmt: skip
 
     def _bytes(self, targets: Int) -> int:

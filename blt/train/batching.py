@@ -41,14 +41,16 @@ def with_buckets(config: Config, documents: TokenSource, members: Int, starts: P
     return cast(Config, config.model_copy(update={"batch": chosen}))
 
 
-def packing_report(loader: Loader, blocks: int | None = None) -> dict[str, Any]:
+def packing_report(loader: Loader, micro_rows: int | None = None, blocks: int | None = None) -> dict[str, Any]:
     """Statistics of the batches of the first epoch (`blocks`: only of its first blocks); no batch is made.
 
     padding: share of the byte positions.  patch_padding: share of the patch positions.  patch_size: tokens per patch;
-    the one-token first patch of each row counts.  buckets: batches of each length.  All as in the log lines of a run.
+    the one-token first patch of each row counts.  buckets: micro-batches of `micro_rows` rows (None: batches) of each
+    length.  All as in the log lines of a run.
     """
     count = loader.n_blocks(0) if blocks is None else min(blocks, loader.n_blocks(0))
-    found = [_BlockCounts(loader.plan(0, number), loader.shape) for number in range(count)]
+    micro_rows = micro_rows or loader.shape.rows
+    found = [_BlockCounts(loader.plan(0, number), loader.shape, micro_rows) for number in range(count)]
     tokens, positions, patches, patch_positions, rows = (
         sum(getattr(counts, name) for counts in found)
         for name in ("tokens", "positions", "patches", "patch_positions", "rows")
@@ -59,7 +61,7 @@ def packing_report(loader: Loader, blocks: int | None = None) -> dict[str, Any]:
         "documents": sum(counts.documents for counts in found),
         "tokens": tokens,
         "rows": rows,
-        "batches": sum(buckets.values()),
+        "batches": sum(counts.batches for counts in found),
         "buckets": buckets,
         "padding": 1 - tokens / max(1, positions),
     }
@@ -71,12 +73,15 @@ def packing_report(loader: Loader, blocks: int | None = None) -> dict[str, Any]:
 class _BlockCounts:
     """The counts of one block's batches."""
 
-    def __init__(self, block: Block, shape: BatchShape):
-        used = np.array([row for _, rows in block.batches for row in rows], np.int64)
-        lengths = [length for length, _ in block.batches]
-        self.documents, self.rows = len(block.members), len(used)
+    def __init__(self, block: Block, shape: BatchShape, micro_rows: int):
+        used = np.concatenate([np.empty(0, np.int64), *block.batches])
+        lengths_XB = np.zeros((len(block.batches), shape.rows), np.int64)  # of the rows of all batches, longest first
+        for row_B, rows in zip(lengths_XB, block.batches, strict=True):
+            row_B[: len(rows)] = block.rows.lengths[rows]
+        lengths = np.array(shape.buckets)[np.searchsorted(shape.buckets, lengths_XB[:, ::micro_rows].ravel())]
+        self.documents, self.rows, self.batches = len(block.members), len(used), len(block.batches)
         self.tokens = int(block.rows.lengths[used].sum())
-        self.positions = shape.rows * sum(lengths)
-        self.patch_positions = shape.rows * len(lengths) * (shape.patches or 0)
+        self.positions = micro_rows * int(lengths.sum())
+        self.patch_positions = lengths_XB.size * (shape.patches or 0)
         self.patches = int(row_patches(block.rows, block.boundaries)[used].sum()) if shape.patches else 0
         self.buckets = dict(zip(*(column.tolist() for column in np.unique(lengths, return_counts=True)), strict=True))

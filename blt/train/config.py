@@ -133,8 +133,8 @@ class BatchConfig(Frozen):
 
     `byte_buckets` are the ascending lengths in bytes that rows are padded to. With `auto_buckets`, give only the
     longest; at most that many lengths are then chosen on the data. `pack`: "stream" cuts rows out of all documents one
-    after another, "documents" packs whole documents into rows. A rank computes `micro_rows` rows at a time (null: all
-    of its rows) and adds up their gradients.
+    after another, "documents" packs whole documents into rows. A rank computes `micro_rows` rows at a time, which
+    share a length, and adds up their gradients (null: about one micro-batch for each length).
     """
 
     rows: int = Field(default=8, ge=1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from blt.data.batches import Int, TokenSource, first_bytes
 from blt.data.dataset import Dataset, Documents
-from blt.data.packing import FIRST_BLOCK_TOKENS, Loader
+from blt.data.packing import FIRST_BLOCK_TOKENS, ORDER, Loader
 from blt.data.patches import PatchIndex, choose_threshold, sample_documents
 from blt.data.quantities import amount
 from blt.data.token_cache import tokenised, vocabulary_for
@@ -118,7 +118,7 @@ class _Text:
         source, starts = self.sources.get("train", train), self.starts.get("train")
         config = with_buckets(config, source, members=_members(config, train), starts=starts)
         loaders = {split: self._loader(config, split) for split in self.splits}
-        same = {"data": train.sha256, "first_block": FIRST_BLOCK_TOKENS, **(extra or {})}
+        same = {"data": train.sha256, "first_block": FIRST_BLOCK_TOKENS, "order": ORDER, **(extra or {})}
         return RunInputs(config, loaders, same, **models)
 
     def _loader(self, config: RunConfig, split: str) -> Callable[[], Loader] | None:

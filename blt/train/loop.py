@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -81,7 +82,7 @@ class Trainer:
     ):
         self.config, self.objective, self.valid, self.out = config, objective, valid, out
         self.ranks = parallel.SINGLE
-        self.micro_rows = parallel.check_rows(config.batch.rows, config.batch.micro_rows, 1)
+        self.micro_rows = parallel.micro_rows(config.batch, 1)
         model = objective.model
         if config.run.activation_checkpointing:
             recompute_blocks(model)
@@ -112,7 +113,7 @@ class Trainer:
         if ranks.single:
             return
         self.ranks, self.metrics.writes = ranks, ranks.first
-        self.micro_rows = parallel.check_rows(self.config.batch.rows, self.config.batch.micro_rows, ranks.world)
+        self.micro_rows = parallel.micro_rows(self.config.batch, ranks.world)
         model, tables = self.objective.model, self.state.tables
         unsharded = [] if tables is None else [tables.weight_RD]
         parallel.shard(model, ranks, self.objective.device, compile=compile, unsharded=unsharded)
@@ -169,7 +170,7 @@ class Trainer:
         `run.on_nonfinite: skip` the batch is skipped instead, and the step is counted.
         """
         state, tables = self.state, self.state.tables
-        batch = next(state.loader)
+        batch = replace(next(state.loader), micro_rows=self.micro_rows)
         lr = learning_rate(state.step, self.config.optimizer.lr, self.config.schedule)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -197,11 +198,11 @@ class Trainer:
     def _backward(self, batch: Batch) -> float:
         """Adds up the gradients of the mean loss over the global batch, in micro-batches; returns the summed nats."""
         model, targets, nats = self.objective.model, max(1, batch.n_targets), 0.0
-        losses = self._micro_batches(batch)
-        self._announce_compilation(batch)
-        for i, loss in enumerate(losses):
-            with accumulating(model, last=i == len(losses) - 1):
-                total = loss()
+        parts = self._micro_batches(batch)
+        for i, (row, part) in enumerate(parts):
+            self._announce_compilation(part)
+            with accumulating(model, last=i == len(parts) - 1):
+                total = self._loss(row, part)
                 (total / targets).backward()
             nats += total.item()
         self._compiling = False
@@ -211,20 +212,24 @@ class Trainer:
 
     def _announce_compilation(self, batch: Batch) -> None:
         if self.objective.must_compile(batch):
-            log.info("compiling the training step for rows of %s ...", f"{batch.bucket:,}")
+            log.info("compiling the training step for rows of %s ...", f"{batch.ids.shape[1]:,}")
             self._compiling = self.ranks.single
 
-    def _micro_batches(self, batch: Batch) -> list[Callable[[], Tensor]]:
-        """This rank's rows as micro-batches: functions that compute the summed nats of one each."""
+    def _micro_batches(self, batch: Batch) -> list[tuple[int, Batch]]:
+        """This rank's micro-batches, each with its first row in the batch.
+
+        Ranks take turns: at any time they compute rows of neighbouring lengths and wait little for each other.
+        """
         if self.state.tables is not None:
             self.state.tables.gather(batch)
-        first, stop = self.ranks.rows(len(batch.starts))
-        return [partial(self._loss, batch, row) for row in range(first, stop, self.micro_rows)]
+        parts = [(i * self.micro_rows, part) for i, part in enumerate(batch.micro_batches())]
+        return parts[self.ranks.rank :: self.ranks.world]
 
-    def _loss(self, batch: Batch, row: int) -> Tensor:
+    def _loss(self, row: int, part: Batch) -> Tensor:
+        """The summed nats of a micro-batch that begins at this row."""
         if self.state.tables is not None:
-            self.state.tables.select_rows(row, row + self.micro_rows)
-        return self.objective(batch.rows(row, row + self.micro_rows))[0]
+            self.state.tables.select_rows(row, row + self.micro_rows, part.ids.shape[1])
+        return self.objective(part)[0]
 
     def _is_finite(self, nats: float, norm: float, batch: Batch) -> bool:
         """Whether the step can be taken. If it stops the run, raises Diverged after the gradients are cleared."""
@@ -273,7 +278,8 @@ class Trainer:
         # One rank keeps gradients on: the compiled step then serves training and validation without a second graph.
         with torch.set_grad_enabled(self.ranks.single):
             for batch in self.valid().one_pass():
-                nats = sum(loss().item() for loss in self._micro_batches(batch))
+                batch = replace(batch, micro_rows=self.micro_rows)
+                nats = sum(self._loss(*part).item() for part in self._micro_batches(batch))
                 window.add(self.ranks.sum(nats)[0], batch)
         return {"valid_bpb": window.summary()["bpb"], "valid_bytes": window.bytes}
 

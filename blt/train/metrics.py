@@ -70,11 +70,11 @@ class MetricWindow:
         self.targets += batch.n_targets
         self.bytes += batch.n_bytes
         self.tokens += batch.n_tokens
-        self.places += batch.mask.size
+        self.places += batch.places
         self.patches += batch.n_patches
         self.patch_places += batch.patch_places
-        key = str(batch.bucket)
-        self.buckets[key] = self.buckets.get(key, 0) + 1
+        for length in map(str, batch.micro_lengths):
+            self.buckets[length] = self.buckets.get(length, 0) + 1
 
     def skip(self) -> None:
         """Counts a step that was skipped because its loss or gradient was not finite."""
@@ -84,9 +84,9 @@ class MetricWindow:
         """The numbers of the window:
 
         loss (nats per counted target), bpb (bits per byte), bytes_per_s, padding (share of the byte positions), buckets
-        (batches of each length); with patches also patch_size (tokens per patch; the one-token first patch of each row
-        counts) and patch_padding (share of the patch positions); skipped (steps), if there were any. A window that
-        holds only skipped steps has only `skipped`.
+        (micro-batches of each length); with patches also patch_size (tokens per patch; the one-token first patch of
+        each row counts) and patch_padding (share of the patch positions); skipped (steps), if there were any. A window
+        that holds only skipped steps has only `skipped`.
         """
         if self.skipped and not self.buckets:
             return {"skipped": self.skipped}

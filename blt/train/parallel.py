@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from blt.model.layers import Block
+from blt.train.config import BatchConfig
 from blt.train.objective import allow_compilations
 from blt_runtime.errors import BltError, ConfigError, UsageError
 
@@ -48,11 +49,6 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-    def rows(self, n_rows: int) -> tuple[int, int]:
-        """The rows [first, stop) of a global batch that this rank computes."""
-        share = n_rows // self.world
-        return self.rank * share, (self.rank + 1) * share
 
     def sum(self, *values: float) -> list[float]:
         """Sums over ranks, in float64."""
@@ -124,11 +120,19 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def check_rows(n_rows: int, micro_rows: int | None, world: int) -> int:
-    """The number of rows in a micro-batch. Raises ConfigError unless rows divide evenly among ranks and
-    micro-batches."""
+def micro_rows(batch: BatchConfig, world: int) -> int:
+    """The rows of a micro-batch on each of `world` ranks. Raises ConfigError."""
+    return check_rows(batch.rows, batch.micro_rows, world, buckets=len(batch.byte_buckets))
+
+
+def check_rows(n_rows: int, micro_rows: int | None, world: int, buckets: int = 1) -> int:
+    """The number of rows in a micro-batch, by default at most so many that a batch has one micro-batch for each of the
+    `buckets`. Raises ConfigError unless rows divide evenly among ranks and micro-batches."""
     share = n_rows // world
-    micro = min(micro_rows or share, share)
+    if micro_rows is None:
+        micro = max((n for n in range(1, share + 1) if share % n == 0 and n * buckets <= n_rows), default=1)
+    else:
+        micro = min(micro_rows, share)
     if n_rows % world or share % max(1, micro):
         parts = f"{world} ranks" + (f" and micro-batches of {micro_rows}" if micro_rows else "")
         raise ConfigError(f"batch.rows {n_rows} cannot be divided evenly among {parts}; choose another number")

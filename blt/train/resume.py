@@ -103,7 +103,7 @@ def check_same_run(checkpoint: TrainingCheckpoint, config: RunConfig, extra: dic
         before, now = dict(checkpoint.state["extra"]), json.loads(json.dumps(extra))
     except (LookupError, TypeError, ValueError) as error:
         raise checkpoint.incomplete(error) from None
-    if before.pop("first_block", None) != now.pop("first_block", None):
+    if [before.pop(key, None) for key in ("first_block", "order")] != [now.pop("first_block"), now.pop("order")]:
         raise CheckpointError(
             "the checkpoint is of a version that read the training text in another order; finish the run with that "
             "version, or start anew in another output folder"

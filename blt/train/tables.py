@@ -97,7 +97,7 @@ class SparseTables:
         self.exp_avg_RD, self.exp_avg_sq_RD = torch.zeros_like(self.weight_RD), torch.zeros_like(self.weight_RD)
         self.last_R = torch.zeros(len(self.weight_RD), dtype=torch.int32, device=self.weight_RD.device)
         self.missed = CatchUp(config.betas)
-        self._capacity: dict[int, int] = {}
+        self._capacity = 0
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -108,14 +108,14 @@ class SparseTables:
         rows_BNT = hash_ids(ids_BN, c.sizes, c.functions, c.rows) + self.embedding.offset
         self.rows_U, self.places_BNT = torch.unique(rows_BNT, return_inverse=True)
         self.values = self._caught_up(self.rows_U)
-        capacity = self._capacity_for(batch.bucket, len(self.rows_U))
+        capacity = self._capacity_for(len(self.rows_U))
         self.leaf_CD = self.weight_RD.new_zeros(capacity, self.weight_RD.shape[1])
         self.leaf_CD[: len(self.rows_U)] = self.values[0]
         self.leaf_CD.requires_grad_(True)
 
-    def select_rows(self, first: int, stop: int) -> None:
-        """The next forward pass is over the rows [first, stop) of the batch."""
-        self.embedding.touched = Touched(self.leaf_CD, self.places_BNT[first:stop])
+    def select_rows(self, first: int, stop: int, length: int) -> None:
+        """The next forward pass is over the first `length` positions of the rows [first, stop) of the batch."""
+        self.embedding.touched = Touched(self.leaf_CD, self.places_BNT[first:stop, :length].contiguous())
 
     def reduce(self, ranks: Ranks) -> Tensor:
         """The gradient [U, D] over all ranks' rows, after the backward pass."""
@@ -160,12 +160,11 @@ class SparseTables:
         weight = weight * _column(decay_U) - move * _column(drift_U)
         return weight, exp_avg * _column(beta1**missed_U), exp_avg_sq * _column(beta2**missed_U)
 
-    def _capacity_for(self, bucket: int, touched: int) -> int:
-        """Static capacity for batches of one length: a power of two, doubled when a batch does not fit."""
-        rows = len(self.weight_RD)
-        if touched > self._capacity.get(bucket, 0):
-            self._capacity[bucket] = min(rows, 1 << math.ceil(math.log2(touched * SLACK)))
-        return self._capacity[bucket]
+    def _capacity_for(self, touched: int) -> int:
+        """Static capacity: a power of two, doubled when a batch does not fit."""
+        if touched > self._capacity:
+            self._capacity = min(len(self.weight_RD), 1 << math.ceil(math.log2(touched * SLACK)))
+        return self._capacity
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

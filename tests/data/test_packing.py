@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_patch_lengths_are_those_of_the_documents(dataset: Dataset, loader: Make
 def test_padding_is_zero_and_masked(loader: Make) -> None:
     for batch in loader(SHAPES[1]).one_pass():
         assert batch.row_tokens is not None
-        padding = np.arange(batch.bucket) >= batch.row_tokens[:, None]
+        padding = np.arange(batch.mask.shape[1]) >= batch.row_tokens[:, None]
         assert not batch.ids[padding].any()
         assert not batch.targets[padding].any()
         np.testing.assert_array_equal(batch.mask, ~padding & (batch.targets != BOS))
@@ -121,8 +122,59 @@ def test_padding_is_zero_and_masked(loader: Make) -> None:
 def test_batches_have_few_shapes_and_buckets_fit(loader: Make) -> None:
     batches = list(loader(SHAPES[1]).one_pass())
     assert {batch.ids.shape for batch in batches} <= {(3, n) for n in (40, 60, 90)}
-    full = [batch.row_tokens for batch in batches if (batch.starts >= 0).all() and batch.ids.shape[1] == 60]
-    assert any(row_tokens is not None and (row_tokens > 40).all() for row_tokens in full)
+    for batch in batches:
+        assert batch.row_tokens is not None
+        assert (np.diff(batch.row_tokens) <= 0).all()
+        assert batch.ids.shape[1] == min(n for n in (40, 60, 90) if n >= batch.row_tokens[0])
+
+
+@pytest.mark.parametrize("micro_rows", [1, 2, 4])
+def test_micro_batches_hold_the_batch_with_less_padding(loader: Make, micro_rows: int) -> None:
+    """The rows of a batch in order, each as a batch of its own bucket would hold it."""
+    shape = BatchShape(4, (40, 60, 90), patches=16)
+    lengths = set()
+    for whole in loader(shape).one_pass():
+        batch = replace(whole, micro_rows=micro_rows)
+        parts = batch.micro_batches()
+        assert [part.ids.shape for part in parts] == [(micro_rows, length) for length in batch.micro_lengths]
+        assert batch.places == sum(part.mask.size for part in parts) <= whole.places == whole.mask.size
+        for name in ("n_targets", "n_bytes", "n_tokens", "n_patches", "patch_places"):
+            assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
+        for i, part in enumerate(parts):
+            lengths.add(part.ids.shape[1])
+            rows = whole.rows(i * micro_rows, (i + 1) * micro_rows)
+            assert part.row_tokens is not None
+            assert part.patch_lengths is not None
+            assert rows.patch_lengths is not None
+            n = part.ids.shape[1]
+            assert not rows.mask[:, n:].any()
+            np.testing.assert_array_equal(part.targets, rows.targets[:, :n])
+            assert (part.patch_lengths.sum(1) == n + 1).all()
+            starts, all_starts = (
+                np.minimum(lengths_BP.cumsum(1), n + 1) for lengths_BP in (part.patch_lengths, rows.patch_lengths)
+            )
+            np.testing.assert_array_equal(starts, all_starts)
+    assert lengths == {40, 60, 90} if micro_rows == 1 else len(lengths) > 1
+
+
+def test_batches_are_drawn_from_the_whole_block(tmp_path: Path) -> None:
+    """Two kinds of text whose rows have different lengths: the share of a kind varies over batches as it does in
+    independent draws of rows."""
+    random = np.random.default_rng(0)
+    for group, words in {"short": (b"a", b"b", b"if"), "long": (b"patches", b"latent", b"wonderful")}.items():
+        texts = [b" ".join(random.choice(words, int(2000 / (1 + len(words[0]))))) for _ in range(150)]
+        (tmp_path / f"{group}.txt").write_bytes(b"\0".join(texts))
+    prepare([tmp_path / "short.txt", tmp_path / "long.txt"], tmp_path / "data", split=(1, 0, 0))
+    documents = Dataset(tmp_path / "data").split("train")
+    starts = PatchIndex(Dataset(tmp_path / "data"), "train").with_rule(PatchRule("space", max_patch_length=16))
+    made = Loader(documents, BatchShape(8, (64, 96, 128, 192), patches=24), starts)
+    rows = [
+        [documents.group(int(row[0])) == "short" for row in batch.documents if len(row)] for batch in made.one_pass()
+    ]
+    shares = np.array([np.mean(row) for row in rows if len(row) == 8])
+    share = shares.mean()
+    assert len(shares) > 200
+    assert 0.7 < shares.var() / (share * (1 - share) / 8) < 1.3
 
 
 @pytest.mark.parametrize("shape", SHAPES)

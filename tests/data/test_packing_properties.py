@@ -55,7 +55,7 @@ def test_every_token_is_a_target_once(source: Numbered, shape: BatchShape) -> No
         inputs = batch.ids[batch.mask]
         counted = batch.targets[batch.mask]
         np.testing.assert_array_equal(inputs, counted - 1)
-        assert batch.bucket in shape.buckets
+        assert batch.ids.shape[1] in shape.buckets
         assert batch.mask.size >= batch.n_tokens >= batch.n_targets
 
 
@@ -66,7 +66,7 @@ def test_patches_are_the_documents_own(source: Numbered, shape: BatchShape) -> N
         assert batch.patch_lengths is not None
         assert batch.row_tokens is not None
         assert batch.patch_places == batch.patch_lengths.size
-        assert (batch.patch_lengths.sum(1) == batch.bucket + 1).all()
+        assert (batch.patch_lengths.sum(1) == batch.ids.shape[1] + 1).all()
         found = 0
         for b in np.flatnonzero(batch.starts >= 0):
             n, lengths = int(batch.row_tokens[b]), batch.patch_lengths[b]

@@ -196,8 +196,16 @@ def test_flex_attention_with_several_ranks_is_refused(
 )
 def test_rows_are_divided(rows: int, micro: int | None, world: int, expected: int) -> None:
     assert parallel.check_rows(rows, micro, world) == expected
-    shares = [parallel.Ranks(rank, world).rows(rows) for rank in range(world)]
-    assert [row for first, stop in shares for row in range(first, stop)] == list(range(rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "buckets", "world", "expected"),
+    [(8, 1, 1, 8), (8, 2, 1, 4), (8, 3, 1, 2), (8, 8, 1, 1), (4, 8, 1, 1), (8, 2, 2, 4), (8, 2, 4, 2), (12, 5, 2, 2)],
+)
+def test_by_default_a_batch_has_a_micro_batch_for_each_length(
+    rows: int, buckets: int, world: int, expected: int
+) -> None:
+    assert parallel.check_rows(rows, None, world, buckets) == expected
 
 
 @pytest.mark.parametrize(("rows", "micro", "world"), [(8, None, 3), (8, 3, 2), (2, None, 4)])

@@ -138,13 +138,15 @@ def _dry_run(config: RunConfig, data: Path | None, *, how: options.ModelOptions,
     else:
         from blt.train.batching import packing_report
         from blt.train.inputs import prepare_inputs
+        from blt.train.parallel import micro_rows
 
         devices.limit_torch_threads(how.threads)
         device = devices.torch_device(how.device)
         inputs = prepare_inputs(
             config, data, entropy_model=how.entropy_model, device=device, splits=("train",), steps=1
         )
-        report = inputs.dry_run() | {"packing": packing_report(inputs.training, blocks=1)}
+        rows = micro_rows(inputs.config.batch, 1)
+        report = inputs.dry_run() | {"packing": packing_report(inputs.training, rows, blocks=1)}
     if as_json:
         by_part = {key: console.snake_case(report[key]) for key in ("parameters_by_part", "flops_per_byte_by_part")}
         console.print_json("blt.dry-run/2", report | by_part)
