@@ -31,6 +31,8 @@ Result = dict[str, Any]
 REPO = Path(__file__).resolve().parents[1]
 TEXT = "def area(width, height):\n    return width * height\n\n\nclass Shape:\n" * 8
 CHUNK = 1 << 26
+ROWS = 64
+"""Batched streams of engines, each call of which computes all of them."""
 PROMPT, NEW = 512, 128
 """Bytes of a prompt, and bytes that are generated and timed after it."""
 
@@ -141,7 +143,7 @@ def rows(given: argparse.Namespace) -> Result:
 
 
 def engines(given: argparse.Namespace) -> Result:
-    """TensorRT: building, parity with the CPU, a byte forked and in the plain order, prompts, drafts.
+    """TensorRT: building, parity with the CPU, a byte forked and in the plain order, prompts, drafts, batched streams.
 
     Forked, entropy model and encoder with decoder run side by side: "us of a forked byte" is then less than the sum of
     the other two.
@@ -161,12 +163,13 @@ def engines(given: argparse.Namespace) -> Result:
         out, found = given.out / f"engines-{path.name}", made.setdefault(path.name, {})
         if not out.exists():
             cache = given.out / "timing.cache"
-            report = build_engines(Bundle.open(path, "sizes"), out, here, timing_cache=cache, check=check)
+            report = build_engines(Bundle.open(path, "sizes"), out, here, batched=ROWS, timing_cache=cache, check=check)
             found["seconds of building"] = report.seconds
             found["parity"] = {row.output: row.error for row in report.file.parity}
         model = Model.open(out, verify="sizes")
         found.update(_forked(model))
         found.update(_drafts(model))
+        found["batched"] = _rows(Model.open(out, batched=True, verify="sizes"), (ROWS,))
     return made
 
 
@@ -221,11 +224,11 @@ def _median_us(call: Callable[[], None]) -> float:
     return statistics.median(_timed(call) for _ in range(50)) * 1e6
 
 
-def _rows(model: Any) -> Result:
+def _rows(model: Any, sizes: tuple[int, ...] = (1, 8, 64)) -> Result:
     from blt_runtime import Scheduler
 
     found: Result = {}
-    for streams in (1, 8, 64):
+    for streams in sizes:
         with Scheduler(model, streams=streams) as scheduler:
             for measured in (False, True):
                 began = time.perf_counter()

@@ -29,6 +29,7 @@ def gpu(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch)
     module = benchmark("gpu")
     monkeypatch.setattr(module, "PROMPT", 48)
     monkeypatch.setattr(module, "NEW", 8)
+    monkeypatch.setattr(module, "ROWS", 2)
     return module
 
 
@@ -89,8 +90,10 @@ def test_the_stage_of_tensorrt_runs_on_the_stand_in(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     bundle = exported("portable", tmp_path / "bundle")
     found = gpu.engines(arguments(tmp_path, bundle))["bundle"]
-    assert set(found["seconds of building"]) == {"entropy", "encoder", "latent", "decoder"}
+    graphs = {"entropy", "encoder", "latent", "decoder"}
+    assert set(found["seconds of building"]) == graphs | {f"{graph}.rows" for graph in graphs}
     assert found["us of a forked byte"] > 0
+    assert found["batched"]["bytes/s of 2"] > 0
     assert found["us of entropy"] > 0
     assert {key for key in found if key.endswith("bytes/s")} == {
         "forked: bytes/s",
