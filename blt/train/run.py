@@ -59,6 +59,8 @@ def train(
     """
     out = Path(out)
     _check_target(out, force)
+    if config.run.deterministic:  # read by cuBLAS at its first product; torch refuses products on CUDA without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with ExitStack() as stack:
         ranks, device = stack.enter_context(parallel.processes(device))
         stack.enter_context(_quiet_unless(ranks.first))

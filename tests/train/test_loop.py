@@ -352,3 +352,13 @@ def test_bfloat16_trains_without_a_warning(
         torch.set_warn_always(always)
     assert trainer.state.step == 2
     assert not [warning for warning in recwarn if "Mismatch dtype" in str(warning.message)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_runs_set_what_cublas_needs(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"})
+    settings = ["schedule={steps: 1, warmup: 1}", f"run.deterministic={str(wanted).lower()}"]
+    train(load_config(repo / "configs" / "tiny-entropy.yaml", settings), tmp_path / "run", data=data)
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
