@@ -122,13 +122,18 @@ class Transfers:
         options.add_run_config_entry("gpu_graph_id", str(capture))
         return options
 
-    def bind(self, buffers: Mapping[str, Buffer]) -> tuple[Any, Copies, Copies]:
-        """The binding, and the copies before and after a call."""
+    def bind(self, buffers: Mapping[str, Buffer], capture: bool = False) -> tuple[Any, Copies, Copies]:
+        """The binding, and the copies before and after a call.
+
+        capture: a captured call has all inputs on the device, those that no node reads too, which the session places in
+        main memory (the positions of an entropy model without layers). An input that a node reads in main memory would
+        go stale; the probe finds that.
+        """
         binding = self._session.io_binding()
         up, down = Copies(self._library), Copies(self._library)
         for name, on_device in self._inputs.items():
             binds = binding.bind_input, binding.bind_ortvalue_input
-            self._bind(name, buffers[name], on_device, binds, up, up.to_device)
+            self._bind(name, buffers[name], on_device or capture, binds, up, up.to_device)
         for name, on_device in self._outputs.items():
             binds = binding.bind_output, binding.bind_ortvalue_output
             on_device = on_device or isinstance(buffers[name], DeviceBuffer)

@@ -385,7 +385,7 @@ class DeviceSession(OnnxSession):
         return self._bind(buffers, capture)
 
     def _bind(self, buffers: Mapping[str, Buffer], capture: bool) -> Call:
-        binding, up, down = self._transfers.bind(buffers)
+        binding, up, down = self._transfers.bind(buffers, capture)
         number = next(self._numbers) if capture else NO_CAPTURE
         options = self._transfers.run_options(number) if self._captures else None
         run, kept = self._session.run_with_iobinding, dict(buffers)
