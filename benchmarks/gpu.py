@@ -402,8 +402,8 @@ def unpack(packed: Path, out: Path) -> None:
     for name, entry in manifest.files.items():
         if name.endswith(".weights"):
             _write_random(work / name, entry.bytes, manifest.precision_of(name.removesuffix(".weights")))
-        elif name.endswith(".npy") and manifest.spec.hash is not None:
-            _write_tables(work / name, manifest.spec.hash, entry.bytes)
+    for graph, ref in manifest.tables.items():
+        _write_tables(work / ref.file, manifest.spec.hashes[graph], manifest.files[ref.file].bytes)
     work.replace(out)
 
 

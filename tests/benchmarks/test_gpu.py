@@ -43,7 +43,9 @@ def exported(flavour: str, out: Path) -> Path:
 
 def test_a_packed_bundle_opens_with_random_weights(benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
     gpu = benchmark("gpu")
-    made = pipeline.run(prepare("plain", "cuda", precision="fp16", capacity=64, check=False), tmp_path / "bundle")
+    made = pipeline.run(
+        prepare("hash_entropy", "cuda", precision="fp16", capacity=64, check=False), tmp_path / "bundle"
+    )
     gpu.pack(made.path, tmp_path / "packed")
     assert not list((tmp_path / "packed").glob("*.weights"))
     gpu.unpack(tmp_path / "packed", tmp_path / "real")
