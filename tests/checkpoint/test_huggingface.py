@@ -157,6 +157,8 @@ def test_the_other_variants_are_refused(variant: str, tmp_path: Path) -> None:
         "no_hash_space_causal_latent": r"pooling 'min'; patch scheme 'space'",
         "max_patch_length": r"represent \(docs/spec.md, section 12\): max_patch_length 3$",
         "static": r"section 12\): pooling 'learned'; patch scheme 'static'$",
+        "hash_entropy": r"section 12\): hash n-grams of the entropy model$",
+        "hash_entropy_without_layers": r"hash n-grams of the entropy model; an entropy model without layers$",
     }
     with pytest.raises(CheckpointError, match=named[variant]):
         write(tiny(variant), tmp_path / "hf")

