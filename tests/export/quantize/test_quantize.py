@@ -58,9 +58,7 @@ def wide() -> Checkpoint:
         }
     )
     entropy = tinies.ENTROPY.model_copy(update={"dim": 128, "n_layers": 1, "ffn_dim": 128})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tinies, "ENTROPY", entropy)
-        return tinies.random_checkpoint(config, PatchRule("entropy", threshold=0.0))
+    return tinies.random_checkpoint(config, PatchRule("entropy", threshold=0.0), entropy_config=entropy)
 
 
 @pytest.fixture(scope="module")
