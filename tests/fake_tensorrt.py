@@ -313,19 +313,41 @@ class Refitter:
         return True
 
 
-class OnnxParserRefitter:
+class _Reader:
+    """What reads ONNX graphs, and keeps the errors."""
+
+    def __init__(self) -> None:
+        self._errors = list[str]()
+
+    def _load(self, model: bytes, path: str) -> onnx.ModelProto | None:
+        """A graph whose weights are in the folder of `path`; None for an error."""
+        try:
+            found = onnx.load_from_string(model)
+            onnx.load_external_data_for_model(found, str(Path(path).parent))
+        except Exception as error:
+            self._errors.append(str(error))
+            return None
+        return found
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> Any:
+        return _error(self._errors[index])
+
+
+class OnnxParserRefitter(_Reader):
     def __init__(self, refitter: Refitter, logger: Any) -> None:
-        self._refitter, self._errors = refitter, list[str]()
+        super().__init__()
+        self._refitter = refitter
 
     def refit_from_bytes(self, model: bytes, path: str) -> bool:
         """Gives the refitter the initializers of a graph whose weights are in the folder of `path`."""
         engine = self._refitter.engine
         wanted = {weights.name: weights for weights in engine.model.graph.initializer}
-        try:
-            given = onnx.load_from_string(model)
-            onnx.load_external_data_for_model(given, str(Path(path).parent))
-        except Exception as error:
-            self._errors.append(str(error))
+        given = self._load(model, path)
+        if given is None:
             return False
         for weights in given.graph.initializer:
             if weights.name in engine.missing:
@@ -338,13 +360,6 @@ class OnnxParserRefitter:
             self._errors.append(f"Only successfully refitted {len(self._refitter.found)} weights out of {count}")
             return False
         return True
-
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    def get_error(self, index: int) -> Any:
-        return _error(self._errors[index])
 
 
 class TimingCache:
@@ -381,9 +396,10 @@ class Network:
         return SimpleNamespace(type=LayerType.OTHER)
 
 
-class OnnxParser:
+class OnnxParser(_Reader):
     def __init__(self, network: Network, logger: Any) -> None:
-        self._network, self._errors = network, list[str]()
+        super().__init__()
+        self._network = network
 
     def parse_from_file(self, path: str) -> bool:
         try:
@@ -395,21 +411,11 @@ class OnnxParser:
 
     def parse(self, model: bytes, path: str) -> bool:
         """A graph in memory, whose weights are in the folder of `path`."""
-        try:
-            found = onnx.load_from_string(model)
-            onnx.load_external_data_for_model(found, str(Path(path).parent))
-            self._network.model.CopyFrom(found)
-        except Exception as error:
-            self._errors.append(str(error))
+        found = self._load(model, path)
+        if found is None:
             return False
+        self._network.model.CopyFrom(found)
         return True
-
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    def get_error(self, index: int) -> Any:
-        return _error(self._errors[index])
 
 
 def _error(text: str) -> Any:

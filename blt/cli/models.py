@@ -77,8 +77,7 @@ def open_checkpoint(checkpoint: Checkpoint, how: ModelOptions, capacity: int | N
 def check_for_checkpoint(path: Path, how: ModelOptions) -> None:
     """Raises UsageError for options that the checkpoint at `path` does not have. With --backend onnx also BackendError
     for a provider that is not here."""
-    if how.trust_engines:
-        raise UsageError(f"{path} holds no TensorRT engines: leave --trust-engines out")
+    _check_trust(path, how)
     if how.backend != "onnx":
         if how.provider != "cpu":
             raise UsageError(f"--provider {how.provider} is ONNX Runtime's: give a bundle, or add --backend onnx")

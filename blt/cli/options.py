@@ -245,10 +245,10 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         from blt_runtime.arguments import choice
-        from blt_runtime.backends.providers import AUTO, NAMES, TENSORRT
+        from blt_runtime.backends.providers import KEEPING_ENGINES, NAMES, TENSORRT
 
         choice("--provider", self.provider, NAMES)
-        if self.engine_cache is not None and self.provider not in (TENSORRT, AUTO):
+        if self.engine_cache is not None and self.provider not in KEEPING_ENGINES:
             raise UsageError(f"--engine-cache is for --provider {TENSORRT}, not {self.provider}: leave it out")
         if self.backend not in BACKENDS:
             raise UsageError(f"--backend {self.backend}: choose one of {', '.join(BACKENDS)}")

@@ -14,14 +14,10 @@ import pytest
 
 from blt_export import pipeline
 from blt_runtime import Model
-from blt_runtime.backends.platform import Platform
-from blt_runtime.bundle.engines import Machine
-from tests import fake_tensorrt
+from tests import engines
 from tests.exports import prepare
-from tests.host_device import HostDevice
 
 REPO = Path(__file__).parents[2]
-VARIANT = "max_patch_length"
 
 
 @pytest.fixture
@@ -35,10 +31,6 @@ def gpu(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch)
 
 def arguments(out: Path, *bundles: Path, real: tuple[Path, ...] = ()) -> argparse.Namespace:
     return argparse.Namespace(out=out, bundle=list(bundles), real=list(real), provider="cpu")
-
-
-def exported(flavour: str, out: Path) -> Path:
-    return pipeline.run(prepare(VARIANT, flavour, precision="fp16", capacity=192, check=False), out).path
 
 
 def test_a_packed_bundle_opens_with_random_weights(benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
@@ -69,7 +61,8 @@ def test_stages_that_cannot_run_say_why_and_are_not_run_again(tmp_path: Path) ->
 
 def test_the_stages_of_onnxruntime_run_on_the_cpu(gpu: ModuleType, tmp_path: Path) -> None:
     """What they measure there is no answer, but no stage meets its code for the first time on a GPU."""
-    bundle = exported("cuda", tmp_path / "bundle")
+    state = prepare(engines.VARIANT, "cuda", precision="fp16", capacity=192, check=False)
+    bundle = pipeline.run(state, tmp_path / "bundle").path
     gpu.pack(bundle, tmp_path / "packed")
     given = arguments(tmp_path, bundle, real=(tmp_path / "packed",))
     found = gpu.bundles(given)["bundle"]
@@ -85,12 +78,9 @@ def test_the_stages_of_onnxruntime_run_on_the_cpu(gpu: ModuleType, tmp_path: Pat
 def test_the_stage_of_tensorrt_runs_on_the_stand_in(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = HostDevice()
-    machine = Machine(fake_tensorrt.VERSION, fake_tensorrt.GPU, "9.0", "580.1", "13.0")
-    here = Platform(fake_tensorrt.module(device), device, machine)
-    monkeypatch.setattr("blt_runtime.backends.platform.open_platform", lambda: here)
+    monkeypatch.setattr("blt_runtime.backends.platform.open_platform", engines.platform)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    bundle = exported("portable", tmp_path / "bundle")
+    bundle = engines.exported(tmp_path, precision="fp16").path
     found = gpu.engines(arguments(tmp_path, bundle))["bundle"]
     graphs = {"entropy", "encoder", "latent", "decoder"}
     assert set(found["seconds of building"]) == graphs | {f"{graph}.rows" for graph in graphs}

@@ -130,7 +130,7 @@ def test_batches_have_few_shapes_and_buckets_fit(loader: Make) -> None:
 
 @pytest.mark.parametrize("micro_rows", [1, 2, 4])
 def test_micro_batches_hold_the_batch_with_less_padding(loader: Make, micro_rows: int) -> None:
-    """The rows of a batch in order, each as a batch of its own bucket would hold it."""
+    """The rows of a batch in order, each as long as its bucket."""
     shape = BatchShape(4, (40, 60, 90), patches=16)
     lengths = set()
     for whole in loader(shape).one_pass():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from blt_export import ExportReport, pipeline
 from blt_export.state import ExportState
-from tests import exports
+from blt_runtime.bundle.bundle import Bundle
+from tests import engines, exports
 from tests.export.variants import BundleOf, Prepare
 
 
@@ -34,3 +36,16 @@ def bundle_of(prepare: Prepare, tmp_path_factory: pytest.TempPathFactory) -> Bun
         return done[variant, flavour]
 
     return export
+
+
+@pytest.fixture(scope="module")
+def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The key that signs engines is not the user's."""
+    with engines.own_key(tmp_path_factory.mktemp("data")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Of the flavour portable, for engines."""
+    return engines.exported(tmp_path_factory.mktemp("build"))

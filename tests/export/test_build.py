@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,20 +29,12 @@ from blt_runtime.engine.prefill import GATHER_BYTES
 from blt_runtime.errors import BackendError, BundleError, CheckFailed, UsageError
 from blt_runtime.patching import PatchRule
 from tests import fake_tensorrt
-from tests.engines import exported, own_key, platform, with_states
+from tests.engines import exported, platform, with_states
 
 PROMPT = "Grüße\naus 東京, of two documents\0and more"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with own_key(tmp_path_factory.mktemp("data")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return exported(tmp_path_factory.mktemp("build"))
+pytestmark = pytest.mark.usefixtures("_own_key")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +88,7 @@ def test_float16_is_compared_with_itself_on_the_cpu(tmp_path: Path, precision: s
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_8_bit_floats_are_compared_with_an_emulation_of_their_numbers(tmp_path: Path, precision: str) -> None:
-    """The engines compute what the bundle with rounded weights computes. What rounding costs is a row of its own."""
+    """The engines compute what the bundle with rounded weights computes. A further row says what rounding costs."""
     bundle = exported(tmp_path, precision)
     plain = build_engines(bundle, tmp_path / "plain", platform(), check=False)
     report = build_engines(bundle, tmp_path / "engines", platform(), flags=Flags(fp8=True))

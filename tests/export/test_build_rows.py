@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,13 @@ from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule
 from blt_runtime.scheduler import Scheduler
 from tests import fake_tensorrt
-from tests.engines import VARIANT, exported, own_key, platform, with_states
+from tests.engines import VARIANT, exported, platform, with_states
 from tests.tiny import hard_text, tiny
 
 ROWS = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with own_key(tmp_path_factory.mktemp("data")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return exported(tmp_path_factory.mktemp("build"))
+pytestmark = pytest.mark.usefixtures("_own_key")
 
 
 @pytest.fixture(scope="module")

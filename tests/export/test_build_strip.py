@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,14 @@ from blt_runtime.bundle.engines import Engines, Flags
 from blt_runtime.errors import BackendError, BundleError
 from blt_runtime.scheduler import Scheduler
 from tests import fake_tensorrt
-from tests.engines import exported, own_key, platform
+from tests.engines import platform
 from tests.tiny import hard_text
 
 STRIP = Flags(strip=True)
 ROWS = 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with own_key(tmp_path_factory.mktemp("data")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return exported(tmp_path_factory.mktemp("build"))
+pytestmark = pytest.mark.usefixtures("_own_key")
 
 
 @pytest.fixture(scope="module")

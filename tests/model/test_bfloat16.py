@@ -23,7 +23,7 @@ from tests.tiny import hard_text, tiny
 # The kernels for which the counts below were measured; others group their sums differently.
 SAME_KERNELS = (
     torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and not torch.cpu._is_amx_tile_supported()  # AMX has products of bfloat16 of its own
+    and not torch.cpu._is_amx_tile_supported()  # AMX multiplies bfloat16 by other kernels
     and torch.__version__ >= "2.12"
 )
 ENTROPY_RULES = ("plain", "all_layers_gqa_projection", "cross_windows_own_heads_newlines", "max_patch_length")

@@ -70,6 +70,8 @@ PROVIDERS = {
 }  # fmt: skip
 """Devices in the order in which `auto` tries them; the CPU is its last resort."""
 NAMES = (*PROVIDERS, AUTO)
+KEEPING_ENGINES = (TENSORRT, AUTO)
+"""Providers that keep engines in a folder, and auto, which may choose one."""
 TABLE_PLACES = ("auto", "host", "device")
 """Where hash embeddings of batched streams are computed."""
 
@@ -99,7 +101,7 @@ def check_engine_cache(folder: object, name: str) -> None:
         return
     if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
         raise UsageError(f"engine_cache must be the path of a folder, not {shown(folder)}")
-    if name not in (TENSORRT, AUTO):
+    if name not in KEEPING_ENGINES:
         raise UsageError(f"engine_cache is for the provider {TENSORRT}, not {name}: leave it out")
 
 
