@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,7 @@ from blt.model.masks import causal_mask, document_ids, patch_document_ids, patch
 from blt_runtime.patching import patch_lengths
 from tests.checkpoint.facebook import facebook_state
 
-TOLERANCE, RELATIVE = 2e-5, 1e-6
-"""Absolute, and for large values in addition: a processor with other kernels is 2.003e-5 off at 12.4."""
+TOLERANCE = 2e-5
 CASES = ["ascii", "multibyte", "emoji", "code", "eos_mid", "eos_eos", "raw_0_255", "random_bytes", "repeat"]
 CASES += ["no_bos", "special_ids", "bos_only", "two", "three", "long"]
 Arrays = dict[str, np.ndarray]
@@ -36,7 +36,7 @@ def arrays(golden: Path) -> Arrays:
 
 
 def close(ours: torch.Tensor | np.ndarray, theirs: np.ndarray, scale: float = 1.0) -> None:
-    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=RELATIVE * scale, atol=TOLERANCE * scale)
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=TOLERANCE * scale)
 
 
 def test_every_case_is_listed(golden: Path) -> None:
@@ -58,8 +58,9 @@ def test_reference(checkpoint: Checkpoint, arrays: Arrays, case: str) -> None:
 
 @pytest.mark.parametrize("case", ["ascii", "eos_mid"])
 def test_reference_states(checkpoint: Checkpoint, arrays: Arrays, case: str) -> None:
+    """In float64: in float32 the roundings of a processor with other kernels alone were 2.003e-5 at 12.4."""
     blt, _ = checkpoint.require_blt()
-    trace = reference.forward(blt, arrays[f"{case}/tokens"].tolist(), arrays[f"{case}/patch_lengths"].tolist())
+    trace = reference.forward(deepcopy(blt).double(), arrays[f"{case}/tokens"].tolist(), arrays[f"{case}/patch_lengths"].tolist())
     for name, ours in {
         "embeds": trace.embeds,
         "enc_h": trace.byte_states,

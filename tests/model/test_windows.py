@@ -28,17 +28,18 @@ from blt.model.windows import Blocks, attend_products, row_attend
     ],
 )
 def test_blocks_equal_the_dense_mask(n: int, window: int | None) -> None:
+    """In float64, where nothing but a wrong key is larger than 1e-12."""
     generator = torch.Generator().manual_seed(n)
     document = torch.randint(0, 5, (2, n), generator=generator).sort(1).values
-    q = torch.randn(2, 4, n, 8, generator=generator, requires_grad=True)
-    k, v = torch.randn(2, 2, 2, n, 8, generator=generator)
+    q = torch.randn(2, 4, n, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, 2, 2, n, 8, generator=generator, dtype=torch.float64)
     dense = dense_attend(causal_mask(document, window))(q, k, v)
     blocked = row_attend(document, window)(q, k, v)
-    torch.testing.assert_close(blocked, dense, atol=1e-6, rtol=1e-6)
-    weight = torch.randn(dense.shape, generator=generator)
+    torch.testing.assert_close(blocked, dense, atol=1e-12, rtol=1e-12)
+    weight = torch.randn(dense.shape, generator=generator, dtype=torch.float64)
     (dense_grad,) = torch.autograd.grad((dense * weight).sum(), q)
     (blocked_grad,) = torch.autograd.grad((blocked * weight).sum(), q)
-    torch.testing.assert_close(blocked_grad, dense_grad, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(blocked_grad, dense_grad, atol=1e-12, rtol=1e-12)
     assert blocked_grad.isfinite().all()
 
 
