@@ -60,7 +60,9 @@ def test_reference(checkpoint: Checkpoint, arrays: Arrays, case: str) -> None:
 def test_reference_states(checkpoint: Checkpoint, arrays: Arrays, case: str) -> None:
     """In float64: in float32 the roundings of a processor with other kernels alone were 2.003e-5 at 12.4."""
     blt, _ = checkpoint.require_blt()
-    trace = reference.forward(deepcopy(blt).double(), arrays[f"{case}/tokens"].tolist(), arrays[f"{case}/patch_lengths"].tolist())
+    trace = reference.forward(
+        deepcopy(blt).double(), arrays[f"{case}/tokens"].tolist(), arrays[f"{case}/patch_lengths"].tolist()
+    )
     for name, ours in {
         "embeds": trace.embeds,
         "enc_h": trace.byte_states,
