@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blt.cli import run
+from blt.cli import console, run
 from tests.cli.calls import Result
 
 REPO = Path(__file__).resolve().parents[2]
@@ -19,16 +20,17 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def blt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """`blt("patch", "text")` in this process; stdin is bytes."""
+    """`blt("patch", "text")` in this process; stdin is bytes. A slow machine prints no more than a fast one."""
+    monkeypatch.setattr(console, "PROGRESS_EVERY_S", math.inf)
 
     def call(*arguments: object, stdin: bytes = b"") -> Result:
         out, err = io.BytesIO(), io.StringIO()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", write_through=True))
-        monkeypatch.setattr(sys, "stderr", err)
-        code = run([str(argument) for argument in arguments])
-        written = out.getvalue()
-        monkeypatch.undo()
+        with monkeypatch.context() as streams:
+            streams.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            streams.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", write_through=True))
+            streams.setattr(sys, "stderr", err)
+            code = run([str(argument) for argument in arguments])
+            written = out.getvalue()  # the wrapper closes it
         return Result(code, written, err.getvalue())
 
     return call
