@@ -15,21 +15,14 @@ from blt_runtime.errors import ConfigError
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on all parameters that train, as published.
+    """AdamW with weight decay on all parameters that train, as published, unless `optimizer.groups` says otherwise.
 
     It is fused: one pass over the hash tables instead of six. Raises ConfigError if it has no parameter to train.
     """
     groups = parameter_groups(model, config)
     if not groups:
         raise ConfigError("optimizer.freeze leaves only the hash tables to train; use optimizer.tables: dense for that")
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def learning_rate(step: int, lr: float, schedule: ScheduleConfig) -> float:

@@ -1,7 +1,7 @@
-"""Which parameters train, and how fast: patterns over parameter names, as in `blt inspect MODEL --tensors`.
+"""Which parameters train, and by which settings of AdamW: patterns over parameter names.
 
 Patterns are shell patterns (`fnmatch`): `latent.*` is the latent transformer, `*norm.weight` every norm. Names are
-those of the checkpoint, such as `decoder.layers.0.attention.wq.weight`.
+those that `blt inspect MODEL --tensors` prints, such as `decoder.layers.0.attention.wq.weight`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from blt.train.config import OptimizerConfig
 from blt_runtime.errors import ConfigError
+
+TABLES = "hash_embedding.tables.weight"
+"""The hash tables of a BLT or an entropy model."""
+
+
+class Settings(NamedTuple):
+    """AdamW's settings for one parameter. Its learning rate is the schedule's times `scale`."""
+
+    scale: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -34,19 +46,45 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The parameters that train, one group per factor: {"params": [...], "scale": factor}, factor 1 first.
+    """The parameters that train, in one group for each `Settings`: {"params": [...], "scale": ..., "betas": ...}.
 
-    The learning rate of a group is the schedule's times its factor. If several patterns of `optimizer.lr_scale` match,
-    the last one counts. Frozen parameters are in no group, so neither steps nor weight decay change them.
-    Raises ConfigError for a pattern that matches nothing.
+    The run's own settings come first. Frozen parameters are in no group, so neither steps nor weight decay change them.
+    Raises ConfigError for a pattern that matches nothing, and for a group whose parameters all belong to earlier ones.
     """
-    names = [name for name, _ in model.named_parameters()]
-    _check_used("optimizer.lr_scale", config.lr_scale, names)
-    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    check_patterns(config, [name for name, _ in model.named_parameters()])
+    groups: dict[Settings, list[nn.Parameter]] = {Settings(1.0, config.betas, config.eps, config.weight_decay): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(scale_of(name, config.lr_scale), []).append(parameter)
-    return [{"params": members, "scale": scale} for scale, members in groups.items() if members]
+            groups.setdefault(settings_of(name, config), []).append(parameter)
+    return [{"params": members, **settings._asdict()} for settings, members in groups.items() if members]
+
+
+def settings_of(name: str, config: OptimizerConfig) -> Settings:
+    """The settings of the parameter `name`: those of the first group that matches it, else the run's.
+
+    A hash table's eps is `table_eps` unless that group gives one.
+    """
+    eps = config.table_eps if name == TABLES else config.eps
+    found = Settings(scale_of(name, config.lr_scale), config.betas, eps, config.weight_decay)
+    group = next((group for group in config.groups if fnmatchcase(name, group.match)), None)
+    if group is None:
+        return found
+    return found._replace(**group.model_dump(exclude={"match"}, exclude_none=True))
+
+
+def check_patterns(config: OptimizerConfig, names: Iterable[str]) -> None:
+    """Raises ConfigError for a pattern of `lr_scale` or `groups` that matches none of these parameters, and for a group
+    whose parameters all belong to earlier groups."""
+    names = list(names)
+    _check_used("optimizer.lr_scale", config.lr_scale, names)
+    patterns = [group.match for group in config.groups]
+    _check_used("optimizer.groups", patterns, names)
+    first = {next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), -1) for name in names}
+    for i, pattern in enumerate(patterns):
+        if i not in first:
+            raise ConfigError(
+                f"optimizer.groups: all parameters of {pattern!r} belong to earlier groups; put it before them"
+            )
 
 
 def scale_of(name: str, scales: Mapping[str, float]) -> float:

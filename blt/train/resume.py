@@ -10,8 +10,9 @@ from typing import Any
 
 from blt.train import checkpoints
 from blt.train.checkpoints import TrainingCheckpoint
-from blt.train.config import RunConfig, ScheduleConfig
+from blt.train.config import OptimizerConfig, RunConfig, ScheduleConfig
 from blt.train.optim import learning_rate
+from blt.train.parameters import TABLES, settings_of
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
 
 log = logging.getLogger("blt.train")
@@ -26,8 +27,9 @@ SAME: dict[str, tuple[str, ...]] = {
     "optimizer": ("freeze", "lr_scale", "tables"),
     "run": ("seed", "dtype"),
 }
-# The missed updates of sparse tables were summed with these values; the dense optimizer may change them.
-SAME_SPARSE = SAME | {"optimizer": (*SAME["optimizer"], "betas", "eps")}
+# Of the tables' `Settings`: the missed updates of sparse tables were summed with these values. The dense optimizer may
+# change them.
+SAME_SPARSE = ("betas", "eps")
 
 
 def find_checkpoint(out: Path, folder: Path, resume: str) -> TrainingCheckpoint | None:
@@ -51,6 +53,7 @@ def find_checkpoint(out: Path, folder: Path, resume: str) -> TrainingCheckpoint 
 def continued(config: RunConfig, checkpoint: TrainingCheckpoint) -> RunConfig:
     """The configuration of a run that continues from `checkpoint`: its learning rate follows the curve it had.
 
+    Hash tables of a checkpoint from before `optimizer.table_eps` keep `optimizer.eps`, unless the new setting is given.
     The cosine ends where the checkpoint's did, unless `schedule.decay_steps` is given; more steps continue at its final
     rate. Logs what happens to the rate. Raises UsageError for fewer steps than were made.
     """
@@ -62,20 +65,36 @@ def continued(config: RunConfig, checkpoint: TrainingCheckpoint) -> RunConfig:
         )
     try:
         old = ScheduleConfig.model_validate(checkpoint.state["config"]["schedule"])
-        old_lr = float(checkpoint.state["config"]["optimizer"]["lr"])
+        old_optimizer = _optimizer(checkpoint.state["config"])
     except (LookupError, TypeError, ValueError) as error:
         raise checkpoint.incomplete(error) from None
+    config = _with_table_eps(config, checkpoint.state["config"]["optimizer"])
     if schedule.decay_steps is None and schedule.steps != old.end:
         schedule = schedule.model_copy(update={"decay_steps": old.end})
         if made < schedule.steps:
             _log_end(schedule)
-    before, now = (learning_rate(made, *rate) for rate in ((old_lr, old), (config.optimizer.lr, schedule)))
+    before, now = (learning_rate(made, *rate) for rate in ((old_optimizer.lr, old), (config.optimizer.lr, schedule)))
     if not math.isclose(before, now) and made < schedule.steps:
         log.warning(
             "the learning rate of step %s is %.3g instead of %.3g: optimizer.lr or the schedule is not that of the "
             "checkpoint", f"{made + 1:,}", now, before,
         )  # fmt: skip
     return config.model_copy(update={"schedule": schedule})
+
+
+def _optimizer(config: dict[str, Any]) -> OptimizerConfig:
+    """The optimizer of a checkpoint's configuration. Before `table_eps`, tables had the eps of all parameters."""
+    values = dict(config["optimizer"])
+    return OptimizerConfig.model_validate({"table_eps": values["eps"], **values})
+
+
+def _with_table_eps(config: RunConfig, old: dict[str, Any]) -> RunConfig:
+    optimizer = config.optimizer
+    if "table_eps" in old or "table_eps" in optimizer.model_fields_set:
+        return config
+    if getattr(config.model, "hash", None) is not None:
+        log.info("the hash tables keep the eps of the checkpoint, %g", old["eps"])
+    return config.model_copy(update={"optimizer": optimizer.model_copy(update={"table_eps": old["eps"]})})
 
 
 def _log_end(schedule: ScheduleConfig) -> None:
@@ -117,18 +136,26 @@ def check_same_run(checkpoint: TrainingCheckpoint, config: RunConfig, extra: dic
 
 def _check_config(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Settings that decide the weights' shapes or the next batch must agree; rates, schedule and logging may change."""
-    sparse = new["optimizer"]["tables"] == "sparse"
-    for section, keys in (SAME_SPARSE if sparse else SAME).items():
+    for section, keys in SAME.items():
         if section not in old and section not in new:
             continue
         for key in keys or (None,):
             before, now = (config.get(section) if key is None else config[section].get(key) for config in (old, new))
             if before != now:
-                where = section if key is None else f"{section}.{key}"
-                raise CheckpointError(
-                    f"the checkpoint was made with another {where!r}{_values(before, now)}; "
-                    "use the same configuration, or start anew in another output folder"
-                )
+                raise _differs(repr(section if key is None else f"{section}.{key}"), before, now)
+    if new["optimizer"]["tables"] == "sparse":
+        old_tables, new_tables = (settings_of(TABLES, _optimizer(config)) for config in (old, new))
+        for key in SAME_SPARSE:
+            before, now = (getattr(tables, key) for tables in (old_tables, new_tables))
+            if before != now:
+                raise _differs(f"{key} of the sparse hash tables", before, now)
+
+
+def _differs(what: str, before: Any, now: Any) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint was made with another {what}{_values(before, now)}; "
+        "use the same configuration, or start anew in another output folder"
+    )
 
 
 def _values(before: Any, now: Any) -> str:

@@ -30,10 +30,9 @@ from blt.data.batches import Batch
 from blt.model.hashing import HashEmbedding, Touched, hash_ids
 from blt.train.config import OptimizerConfig
 from blt.train.parallel import Ranks
-from blt.train.parameters import scale_of
+from blt.train.parameters import TABLES, Settings, settings_of
 from blt_runtime.errors import ConfigError
 
-NAME = "hash_embedding.tables.weight"
 SLACK = 1.25
 """Capacity over the rows that the first batch touches, so that few later batches need more and a compilation."""
 NEGLIGIBLE = 1e-20
@@ -46,15 +45,20 @@ def sparse_tables(model: nn.Module, config: OptimizerConfig) -> SparseTables | N
     """Takes the tables of a BLT away from the dense optimizer; None if `optimizer.tables` is dense, or they are frozen.
 
     Raises ConfigError if there are no hash tables, and for betas with which rows that wait would diverge (r >= 1).
+    Betas, eps and weight decay are those of `blt.train.parameters.settings_of`, as for dense tables.
     """
     if config.tables == "dense":
         return None
     embedding = getattr(model, "hash_embedding", None)
     if not isinstance(embedding, HashEmbedding) or not isinstance(embedding.tables, nn.Embedding):
         raise ConfigError("optimizer.tables is sparse, but this model has no hash tables; leave it out")
-    if config.betas[0] >= math.sqrt(config.betas[1]):
-        raise ConfigError("optimizer.tables: sparse needs betas[0] below the square root of betas[1]")
-    return SparseTables(embedding, config) if embedding.tables.weight.requires_grad else None
+    settings = settings_of(TABLES, config)
+    if settings.betas[0] >= math.sqrt(settings.betas[1]):
+        raise ConfigError(
+            "optimizer.tables: sparse needs betas[0] of the tables below the square root of their betas[1]; a group of "
+            "optimizer.groups may give them others"
+        )
+    return SparseTables(embedding, settings) if embedding.tables.weight.requires_grad else None
 
 
 class CatchUp:
@@ -88,15 +92,14 @@ class CatchUp:
 class SparseTables:
     """The tables of one model, their moments, and the rows that the current batch touches."""
 
-    def __init__(self, embedding: HashEmbedding, config: OptimizerConfig) -> None:
+    def __init__(self, embedding: HashEmbedding, settings: Settings) -> None:
         assert isinstance(embedding.tables, nn.Embedding)
-        self.embedding, self.config = embedding, config
-        self.scale = scale_of(NAME, config.lr_scale)
+        self.embedding, self.settings = embedding, settings
         self.weight_RD = embedding.tables.weight
         self.weight_RD.requires_grad_(False)
         self.exp_avg_RD, self.exp_avg_sq_RD = torch.zeros_like(self.weight_RD), torch.zeros_like(self.weight_RD)
         self.last_R = torch.zeros(len(self.weight_RD), dtype=torch.int32, device=self.weight_RD.device)
-        self.missed = CatchUp(config.betas)
+        self.missed = CatchUp(settings.betas)
         self._capacity = 0
 
     # --- one step ------------------------------------------------------------------------------------------------
@@ -127,14 +130,14 @@ class SparseTables:
 
     def step(self, gradient_UD: Tensor, lr: float) -> None:
         """Updates the touched rows by AdamW; `lr` is the schedule's."""
-        (beta1, beta2), rate = self.config.betas, lr * self.scale
+        (beta1, beta2), rate = self.settings.betas, lr * self.settings.scale
         weight, exp_avg, exp_avg_sq = self.values
         steps = torch.tensor(float(self.missed.steps), device=weight.device)
         adamw(
             [weight], [gradient_UD], [exp_avg], [exp_avg_sq], [], [steps], fused=True, amsgrad=False, beta1=beta1,
-            beta2=beta2, lr=rate, weight_decay=self.config.weight_decay, eps=self.config.eps, maximize=False,
+            beta2=beta2, lr=rate, weight_decay=self.settings.weight_decay, eps=self.settings.eps, maximize=False,
         )  # fmt: skip
-        self.missed.step(rate, self.config.weight_decay)
+        self.missed.step(rate, self.settings.weight_decay)
         self.weight_RD[self.rows_U], self.exp_avg_RD[self.rows_U] = weight, exp_avg
         self.exp_avg_sq_RD[self.rows_U] = exp_avg_sq
         self.last_R[self.rows_U] = self.missed.steps
@@ -148,7 +151,7 @@ class SparseTables:
 
     def _caught_up(self, rows_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of weight, first and second moment [U, D] of some rows after all steps so far."""
-        beta1, beta2 = self.config.betas
+        beta1, beta2 = self.settings.betas
         last_U = self.last_R[rows_U].long()
         weight, exp_avg, exp_avg_sq = (t[rows_U] for t in (self.weight_RD, self.exp_avg_RD, self.exp_avg_sq_RD))
         missed_U = (self.missed.steps - last_U).double()
@@ -156,7 +159,7 @@ class SparseTables:
         drift_U, decay_U = (
             torch.as_tensor(sums, device=last_U.device)[last_U] for sums in (self.missed.drift, self.missed.decay)
         )
-        move = exp_avg / (exp_avg_sq.sqrt() + _column(bias_U * self.config.eps))
+        move = exp_avg / (exp_avg_sq.sqrt() + _column(bias_U * self.settings.eps))
         weight = weight * _column(decay_U) - move * _column(drift_U)
         return weight, exp_avg * _column(beta1**missed_U), exp_avg_sq * _column(beta2**missed_U)
 
@@ -170,10 +173,11 @@ class SparseTables:
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by name, without the weight; a resumed run fills these tensors in place."""
-        return {
-            f"{NAME}.exp_avg": self.exp_avg_RD, f"{NAME}.exp_avg_sq": self.exp_avg_sq_RD, f"{NAME}.last": self.last_R,
-            f"{NAME}.decay": torch.from_numpy(self.missed.decay), f"{NAME}.drift": torch.from_numpy(self.missed.drift),
+        found = {
+            "exp_avg": self.exp_avg_RD, "exp_avg_sq": self.exp_avg_sq_RD, "last": self.last_R,
+            "decay": torch.from_numpy(self.missed.decay), "drift": torch.from_numpy(self.missed.drift),
         }  # fmt: skip
+        return {f"{TABLES}.{key}": tensor for key, tensor in found.items()}
 
     def resize_history(self, steps: int) -> None:
         """Makes room for the sums of a run with `steps` steps, before its state is loaded."""

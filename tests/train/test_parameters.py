@@ -8,7 +8,7 @@ import torch
 from blt.model import BLT
 from blt.train.config import OptimizerConfig
 from blt.train.optim import make_optimizer
-from blt.train.parameters import freeze, parameter_groups, scale_of
+from blt.train.parameters import TABLES, freeze, parameter_groups, scale_of, settings_of
 from blt_runtime.errors import ConfigError
 from tests.tiny import PLAIN
 
@@ -23,12 +23,14 @@ def test_groups_hold_every_parameter_once() -> None:
     model = made()
     config = OptimizerConfig(lr_scale={"latent.*": 0.1, "*norm.weight": 0.5})
     groups = parameter_groups(model, config)
-    assert [group["scale"] for group in groups] == [1.0, 0.5, 0.1]
+    assert [group["scale"] for group in groups] == [1.0, 1.0, 0.5, 0.1]
+    assert [group["eps"] for group in groups] == [1e-8, 1e-15, 1e-8, 1e-8]
     members = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(members) == sorted(map(id, model.parameters()))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all(names[id(parameter)].startswith("latent.") for parameter in groups[2]["params"])
-    assert all(names[id(parameter)].endswith("norm.weight") for parameter in groups[1]["params"])
+    assert [names[id(parameter)] for parameter in groups[1]["params"]] == [TABLES]
+    assert all(names[id(parameter)].startswith("latent.") for parameter in groups[3]["params"])
+    assert all(names[id(parameter)].endswith("norm.weight") for parameter in groups[2]["params"])
 
 
 def test_the_last_pattern_counts() -> None:
@@ -36,6 +38,43 @@ def test_the_last_pattern_counts() -> None:
     assert scale_of("latent.layers.0.attention.wq.weight", scales) == 0.2
     assert scale_of("latent.layers.1.attention.wq.weight", scales) == 0.1
     assert scale_of("decoder.output.weight", scales) == 1.0
+
+
+def test_the_first_group_that_matches_gives_the_settings() -> None:
+    groups = ({"match": "*norm.weight", "weight_decay": 0.0}, {"match": "latent.*", "betas": (0.8, 0.99), "eps": 1e-6})
+    config = OptimizerConfig.model_validate({"eps": 1e-7, "lr_scale": {"latent.*": 0.1}, "groups": groups})
+    assert settings_of("latent.layers.0.ffn_norm.weight", config) == (0.1, (0.9, 0.95), 1e-7, 0.0)
+    assert settings_of("latent.layers.0.attention.wq.weight", config) == (0.1, (0.8, 0.99), 1e-6, 0.1)
+    assert settings_of("decoder.output.weight", config) == (1.0, (0.9, 0.95), 1e-7, 0.1)
+    assert settings_of(TABLES, config) == (1.0, (0.9, 0.95), 1e-15, 0.1)
+    tables = OptimizerConfig.model_validate({"groups": [{"match": "hash_*", "eps": 1e-9}]})
+    assert settings_of(TABLES, tables).eps == 1e-9
+
+
+def test_each_parameter_is_updated_by_its_settings() -> None:
+    """Compared with AdamW written out, in float64."""
+    groups = [
+        {"match": "decoder.*", "betas": [0.5, 0.6], "eps": 0.1, "weight_decay": 0.3},
+        {"match": "*", "eps": 0.01},
+    ]
+    config = OptimizerConfig.model_validate({"lr": 0.1, "groups": groups})
+    model = made()
+    before = {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, config)
+    gradients = (0.02, -0.03)
+    for gradient in gradients:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        decoder = name.startswith("decoder.")
+        (beta1, beta2), eps, decay = ((0.5, 0.6), 0.1, 0.3) if decoder else ((0.9, 0.95), 0.01, 0.1)
+        w, m, v = before[name], 0.0, 0.0
+        for t, g in enumerate(gradients, 1):
+            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+            update = m / (1 - beta1**t) / ((v / (1 - beta2**t)) ** 0.5 + eps)
+            w = w * (1 - 0.1 * decay) - 0.1 * update
+        assert torch.allclose(parameter.double(), w, rtol=0, atol=1e-6), name
 
 
 def test_frozen_parameters_do_not_move() -> None:
@@ -59,5 +98,11 @@ def test_patterns_that_match_nothing_are_errors() -> None:
         freeze(made(), ["latnet.*"])
     with pytest.raises(ConfigError, match=r"optimizer.lr_scale: 'latent' matches no parameter"):
         parameter_groups(made(), OptimizerConfig(lr_scale={"latent": 0.1}))
+    groups = [{"match": "latent.*"}, {"match": "latnet.*", "eps": 1e-9}]
+    with pytest.raises(ConfigError, match=r"optimizer.groups: 'latnet.\*' matches no parameter"):
+        make_optimizer(made(), OptimizerConfig.model_validate({"groups": groups}))
+    groups = [{"match": "latent.*"}, {"match": "latent.layers.*", "eps": 1e-9}]
+    with pytest.raises(ConfigError, match=r"all parameters of 'latent.layers.\*' belong to earlier groups"):
+        make_optimizer(made(), OptimizerConfig.model_validate({"groups": groups}))
     with pytest.raises(ConfigError, match="leaves no parameter to train"):
         freeze(made(), ["*"])
