@@ -181,7 +181,8 @@ class CrossAttention(nn.Module):
         score_HQJ = q_HQK @ k_HKJ * self.head_size**-0.5
         if visible_J is not None:
             score_HQJ = score_HQJ.masked_fill(~visible_J[..., None, None, :], float("-inf"))
-        out_HQK = score_HQJ.softmax(-1) @ self._heads(v_JD)
+        weight_HQJ = _softmax(score_HQJ, -1)
+        out_HQK = _as(weight_HQJ, v_JD) @ self._heads(v_JD)
         out: Tensor = self.wo(out_HQK.transpose(-2, -3).flatten(-2))
         return out
 
@@ -197,10 +198,27 @@ class CrossAttention(nn.Module):
         """
         heads = (self.n_heads, self.head_size)
         q_BSHK = self.wq(self.q_norm(x_BSD)).unflatten(-1, heads)
-        score_BSJH = (q_BSHK[:, :, None] * k_BSJD.unflatten(-1, heads)).sum(-1) * self.head_size**-0.5
+        product_BSJHK = q_BSHK[:, :, None] * k_BSJD.unflatten(-1, heads)
+        score_BSJH = _sum(product_BSJHK, -1) * self.head_size**-0.5
         if visible_BSJ is not None:
             score_BSJH = score_BSJH.masked_fill(~visible_BSJ[..., None], float("-inf"))
-        weight_BSJH = score_BSJH.softmax(2)
-        out_BSHK = (weight_BSJH[..., None] * v_BSJD.unflatten(-1, heads)).sum(2)
-        out: Tensor = self.wo(out_BSHK.flatten(2))
+        weight_BSJH = _softmax(score_BSJH, 2)
+        out_BSHK = _sum(weight_BSJH[..., None] * v_BSJD.unflatten(-1, heads), 2)
+        out: Tensor = self.wo(_as(out_BSHK, v_BSJD).flatten(2))
         return out
+
+
+# CUDA's autocast computes softmax and sums in float32, a CPU's does not. These do the same on both. They add nothing to
+# a graph of float32, so that what an export captures stays the same.
+
+
+def _softmax(x: Tensor, dim: int) -> Tensor:
+    return x.softmax(dim) if x.dtype == torch.float32 else x.softmax(dim, dtype=torch.float32)
+
+
+def _sum(x: Tensor, dim: int) -> Tensor:
+    return x.sum(dim) if x.dtype == torch.float32 else x.sum(dim, dtype=torch.float32)
+
+
+def _as(x: Tensor, like: Tensor) -> Tensor:
+    return x if x.dtype == like.dtype else x.to(like.dtype)

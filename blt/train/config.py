@@ -26,6 +26,8 @@ MAX_BUCKETS = 32
 """The largest number of row lengths in a run: each one costs a compilation."""
 SHORT_WARMUP = 10
 """The schedule is so many times as long as a warm-up that had to be shortened."""
+SHORT_DECAY = 10
+"""The schedule is so many times as long as the decay of a WSD schedule that gives none."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -130,26 +132,50 @@ class OptimizerConfig(Frozen):
 
 
 class ScheduleConfig(Frozen):
-    """Linear warm-up, then a cosine down to `min_ratio` of the learning rate at `decay_steps` (null: at `steps`).
+    """Linear warm-up, then one of two curves down to `min_ratio` of the learning rate.
 
-    After that step the rate is constant. A warm-up that does not end before the cosine does is shortened. A resumed run
-    keeps the `decay_steps` of its checkpoint, unless they are given.
+    cosine: from the warm-up to `decay_steps` (null: to `steps`).  wsd (warm-up, stable, decay; Hu et al. 2024,
+    "MiniCPM", section 4): constant, then linear over the last `decay` steps before `decay_steps` (null: a tenth). Their
+    decay is any falling function. After `decay_steps` the rate is constant. A warm-up that does not end before the
+    curve does is shortened, and so is a decay that would begin in the warm-up. A resumed run keeps the `decay_steps` of
+    its checkpoint, unless they are given or the rate is still constant there.
     """
 
+    kind: Literal["cosine", "wsd"] = "cosine"
     steps: int = Field(default=1000, ge=1)
     warmup: int = Field(default=100, ge=0)
     min_ratio: float = Field(default=0.1, ge=0, le=1)
+    decay: int | None = Field(default=None, ge=1)
     decay_steps: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> typing.Self:
+        if self.kind == "cosine" and self.decay is not None:
+            raise ValueError("decay is for kind wsd; a cosine decays from the warm-up on")
+        return self
 
     @property
     def end(self) -> int:
-        """The step at which the cosine ends."""
+        """The step at which the curve ends."""
         return self.decay_steps or self.steps
 
     @property
     def warmup_steps(self) -> int:
         """`warmup`, or a tenth of the schedule if it is longer than that."""
         return self.warmup if self.warmup <= self.end else self.end // SHORT_WARMUP
+
+    @property
+    def decay_length(self) -> int:
+        """The steps over which the rate falls."""
+        after_warmup = self.end - self.warmup_steps
+        if self.kind == "cosine":
+            return after_warmup
+        return min(after_warmup, self.end // SHORT_DECAY if self.decay is None else self.decay)
+
+    @property
+    def decay_start(self) -> int:
+        """The first step whose rate may be lower than that of the step before."""
+        return self.end - self.decay_length
 
 
 class BatchConfig(Frozen):

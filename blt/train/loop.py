@@ -174,13 +174,13 @@ class Trainer:
         lr = learning_rate(state.step, self.config.optimizer.lr, self.config.schedule)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
-        nats = self._backward(batch)
+        total = self._backward(batch)
         gradients = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
         if tables is not None:
             gradients.append(tables.reduce(self.ranks))
         norm = gradient_norm(gradients)
-        finite = self._is_finite(nats, norm.item(), batch)
-        if finite:
+        nats, norm_now = self._read(total, norm)
+        if self._is_finite(nats, norm_now, batch):
             scale_gradients(gradients, norm, self.config.optimizer.clip)
             state.optimizer.step()
             if tables is not None:
@@ -188,27 +188,39 @@ class Trainer:
             state.bytes += batch.n_bytes
             state.window.add(nats, batch)
             self.observer.step(state.step + 1, nats, batch)
-            state.lr, state.norm = lr, norm.item()
+            state.lr, state.norm = lr, norm_now
         else:
             state.window.skip()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         return nats / max(1, batch.n_targets)
 
-    def _backward(self, batch: Batch) -> float:
-        """Adds up the gradients of the mean loss over the global batch, in micro-batches; returns the summed nats."""
-        model, targets, nats = self.objective.model, max(1, batch.n_targets), 0.0
+    def _backward(self, batch: Batch) -> Tensor:
+        """Adds up the gradients of the mean loss over the global batch, in micro-batches.
+
+        Returns the summed nats of this rank's rows, float64 on the device: nothing waits for it here.
+        """
+        model, targets = self.objective.model, max(1, batch.n_targets)
+        nats = torch.zeros((), dtype=torch.float64, device=self.objective.device)
         parts = self._micro_batches(batch)
         for i, (row, part) in enumerate(parts):
             self._announce_compilation(part)
             with accumulating(model, last=i == len(parts) - 1):
                 total = self._loss(row, part)
                 (total / targets).backward()
-            nats += total.item()
+            nats += total.detach()
         self._compiling = False
+        return nats
+
+    def _read(self, total: Tensor, norm: Tensor) -> tuple[float, float]:
+        """The nats of all ranks' rows and the gradient norm as numbers: the one time that a step waits for the device.
+
+        Sparse tables wait once more, for the number of rows that the batch touches.
+        """
+        nats, norm_now = torch.stack((total, norm.to(total))).tolist()
         nats, signals = self.ranks.sum(nats, float(self._signal != 0))
         self._any_rank_signalled = signals > 0
-        return nats
+        return nats, norm_now
 
     def _announce_compilation(self, batch: Batch) -> None:
         if self.objective.must_compile(batch):
@@ -279,8 +291,8 @@ class Trainer:
         with torch.set_grad_enabled(self.ranks.single):
             for batch in self.valid().one_pass():
                 batch = replace(batch, micro_rows=self.micro_rows)
-                nats = sum(self._loss(*part).item() for part in self._micro_batches(batch))
-                window.add(self.ranks.sum(nats)[0], batch)
+                losses = [self._loss(*part).detach() for part in self._micro_batches(batch)]
+                window.add(self.ranks.sum(torch.stack(losses).double().sum().item())[0], batch)
         return {"valid_bpb": window.summary()["bpb"], "valid_bytes": window.bytes}
 
     def save(self) -> None:

@@ -63,7 +63,11 @@ class Objective:
         return total, int(batch.mask.sum())
 
     def _tensor(self, array: object) -> Tensor:
-        return torch.as_tensor(array, device=self.device)
+        """On the device. A copy from pinned memory does not wait for what the GPU computes."""
+        tensor = torch.as_tensor(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _loss_sum(self, ids_BN: Tensor, targets_BN: Tensor, mask_BN: Tensor, lengths_BP: Tensor | None) -> Tensor:
         with self._autocast():

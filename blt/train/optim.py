@@ -26,13 +26,16 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def learning_rate(step: int, lr: float, schedule: ScheduleConfig) -> float:
-    """The rate of step 0, 1, ...: linear up to `lr` in the warm-up, then a cosine down to `min_ratio` * lr."""
-    warmup = schedule.warmup_steps
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, schedule.end - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return lr * (schedule.min_ratio + (1 - schedule.min_ratio) * cosine)
+    """The rate of step 0, 1, ...: linear up to `lr` in the warm-up, then the schedule's curve down to `min_ratio` * lr.
+
+    From `decay_start` on, after a share s of the decay, the height over the minimum is (1 + cos(pi s)) / 2 for a cosine
+    and 1 - s for WSD.
+    """
+    if step < schedule.warmup_steps:
+        return lr * (step + 1) / schedule.warmup_steps
+    done = min(1.0, max(0, step - schedule.decay_start) / max(1, schedule.decay_length))
+    height = 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
+    return lr * (schedule.min_ratio + (1 - schedule.min_ratio) * height)
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:

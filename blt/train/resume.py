@@ -10,7 +10,7 @@ from typing import Any
 
 from blt.train import checkpoints
 from blt.train.checkpoints import TrainingCheckpoint
-from blt.train.config import OptimizerConfig, RunConfig, ScheduleConfig
+from blt.train.config import SHORT_DECAY, OptimizerConfig, RunConfig, ScheduleConfig
 from blt.train.optim import learning_rate
 from blt.train.parameters import TABLES, settings_of
 from blt_runtime.errors import CheckpointError, ConfigError, UsageError
@@ -54,8 +54,9 @@ def continued(config: RunConfig, checkpoint: TrainingCheckpoint) -> RunConfig:
     """The configuration of a run that continues from `checkpoint`: its learning rate follows the curve it had.
 
     Hash tables of a checkpoint from before `optimizer.table_eps` keep `optimizer.eps`, unless the new setting is given.
-    The cosine ends where the checkpoint's did, unless `schedule.decay_steps` is given; more steps continue at its final
-    rate. Logs what happens to the rate. Raises UsageError for fewer steps than were made.
+    The curve ends where the checkpoint's did, unless `schedule.decay_steps` is given; more steps continue at its final
+    rate. A WSD schedule whose decay had not begun ends at the new `schedule.steps` instead. Logs what happens to the
+    rate. Raises UsageError for fewer steps than were made, and for a decay that would begin before the checkpoint.
     """
     schedule, made = config.schedule, checkpoint.step
     if schedule.steps < made:
@@ -69,10 +70,13 @@ def continued(config: RunConfig, checkpoint: TrainingCheckpoint) -> RunConfig:
     except (LookupError, TypeError, ValueError) as error:
         raise checkpoint.incomplete(error) from None
     config = _with_table_eps(config, checkpoint.state["config"]["optimizer"])
-    if schedule.decay_steps is None and schedule.steps != old.end:
-        schedule = schedule.model_copy(update={"decay_steps": old.end})
-        if made < schedule.steps:
-            _log_end(schedule)
+    if schedule.decay_steps is None and schedule.kind == old.kind:
+        if schedule.kind == "wsd" and made <= old.decay_start:
+            _check_decay(schedule, made)
+        else:
+            schedule = _ending_as(old, schedule)
+            if schedule.steps not in (made, schedule.end):
+                _log_end(schedule)
     before, now = (learning_rate(made, *rate) for rate in ((old_optimizer.lr, old), (config.optimizer.lr, schedule)))
     if not math.isclose(before, now) and made < schedule.steps:
         log.warning(
@@ -97,10 +101,35 @@ def _with_table_eps(config: RunConfig, old: dict[str, Any]) -> RunConfig:
     return config.model_copy(update={"optimizer": optimizer.model_copy(update={"table_eps": old["eps"]})})
 
 
+def _ending_as(old: ScheduleConfig, schedule: ScheduleConfig) -> ScheduleConfig:
+    """`schedule` with the end of `old` and, for WSD, its decay unless another is given."""
+    changes = {} if schedule.steps == old.end else {"decay_steps": old.end}
+    if schedule.kind == "wsd" and schedule.decay is None:
+        changes["decay"] = old.decay_length
+    return schedule.model_copy(update=changes)
+
+
+def _check_decay(schedule: ScheduleConfig, made: int) -> None:
+    """Raises UsageError if a WSD schedule would have begun to decay before the step `made`: the rate would jump."""
+    if schedule.decay_start < made < schedule.steps:
+        needed = made // (SHORT_DECAY - 1) if schedule.decay is None else schedule.decay
+        raise UsageError(
+            f"a decay of {schedule.decay_length:,} steps that ends at step {schedule.steps:,} begins before step "
+            f"{made:,}, where the run continues: give --steps {made + needed} or more, or --set "
+            f"schedule.decay={schedule.steps - made}"
+        )
+
+
 def _log_end(schedule: ScheduleConfig) -> None:
-    """Says what the learning rate does if the run's last step is not the end of its cosine."""
+    """Says what the learning rate does if the run's last step is not the end of its curve."""
     first, steps = f"{schedule.end + 1:,}", f"{schedule.steps:,}"
-    if schedule.steps > schedule.end:
+    if schedule.kind == "wsd" and schedule.steps > schedule.end:
+        log.info(
+            "the decay of the run ends at step %s: steps %s to %s keep its final learning rate (--resume with a "
+            "checkpoint up to step %s continues at the full rate)",
+            f"{schedule.end:,}", first, steps, f"{schedule.decay_start:,}",
+        )  # fmt: skip
+    elif schedule.steps > schedule.end:
         log.info(
             "the schedule of the run ends at step %s: steps %s to %s keep its final learning rate "
             "(--set schedule.decay_steps=%d for a decay to step %s)",

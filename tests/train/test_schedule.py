@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from blt.train import train
 from blt.train.config import RunConfig, ScheduleConfig, load_config
 from blt.train.optim import learning_rate
+from blt.train.resume import _check_decay
 from blt_runtime.errors import UsageError
 
 Log = pytest.LogCaptureFixture
@@ -111,6 +114,108 @@ def test_a_requested_decay_is_announced(repo: Path, data: Path, run: Path, caplo
         train(configured(repo, "schedule={steps: 42, warmup: 5, decay_steps: 80}"), run, data=data)
     assert "the learning rate of step 41 is 0.00597 instead of 0.001" in caplog.text
     assert rates(run)[41] == pytest.approx(0.00597, rel=0.01)
+
+
+def test_the_wsd_schedule() -> None:
+    schedule = ScheduleConfig(kind="wsd", steps=100, warmup=10, decay=20, min_ratio=0.1)
+    found = [learning_rate(step, 2.0, schedule) for step in range(121)]
+    assert found[0] == pytest.approx(0.2)
+    assert found[9:81] == [2.0] * 72
+    assert found[85] == pytest.approx(2 * (0.1 + 0.9 * 0.75))
+    assert found[90] == pytest.approx(1.1)
+    assert found[100:] == pytest.approx([0.2] * 21)
+    assert all(a > b for a, b in pairwise(found[80:101]))
+    assert ScheduleConfig(kind="wsd", steps=100, warmup=5).decay_length == 10
+    assert ScheduleConfig(kind="wsd", steps=100, warmup=95, decay=20).decay_start == 95
+    with pytest.raises(ValidationError, match="decay is for kind wsd"):
+        ScheduleConfig(decay=20)
+
+
+def wsd(repo: Path, steps: int, decay: int | None = 4) -> RunConfig:
+    schedule = f"schedule={{kind: wsd, steps: {steps}, warmup: 2, decay: {'null' if decay is None else decay}}}"
+    return configured(repo, schedule, "run.checkpoint_every=4", "run.keep_checkpoints=9")
+
+
+@pytest.fixture(scope="module")
+def wsd_run(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps; the rate falls in the last four."""
+    out = tmp_path_factory.mktemp("wsd") / "run"
+    train(wsd(repo, 12), out, data=data)
+    return out
+
+
+def checkpoint_at(run: Path, step: int) -> str:
+    return str(run / "checkpoints" / f"step-{step:08d}")
+
+
+def falling(steps: int) -> list[float]:
+    """The rates of a decay of so many steps."""
+    return [0.01 * (0.1 + 0.9 * (1 - i / steps)) for i in range(steps)]
+
+
+def test_a_decay_can_begin_at_any_stable_checkpoint(
+    repo: Path, data: Path, wsd_run: Path, tmp_path: Path, caplog: Log
+) -> None:
+    assert [rates(wsd_run)[step] for step in range(3, 9)] == [0.01] * 6
+    assert [rates(wsd_run)[step] for step in range(9, 13)] == pytest.approx(falling(4))
+    train(wsd(repo, 8), tmp_path / "short", data=data, resume=checkpoint_at(wsd_run, 4))
+    assert [rates(tmp_path / "short")[step] for step in range(5, 9)] == pytest.approx(falling(4))
+    train(wsd(repo, 6, decay=2), tmp_path / "shorter", data=data, resume=checkpoint_at(wsd_run, 4))
+    assert [rates(tmp_path / "shorter")[step] for step in (5, 6)] == pytest.approx(falling(2))
+    assert "the learning rate of step" not in caplog.text
+
+
+def test_a_longer_wsd_run_from_a_stable_checkpoint_is_that_of_one_call(
+    repo: Path, data: Path, wsd_run: Path, tmp_path: Path
+) -> None:
+    """Step 8 is the last before the decay of the shorter run."""
+    train(wsd(repo, 16), tmp_path / "longer", data=data, resume=checkpoint_at(wsd_run, 8))
+    train(wsd(repo, 16), tmp_path / "whole", data=data)
+    ours, whole = rates(tmp_path / "longer"), rates(tmp_path / "whole")
+    assert [ours[step] for step in range(9, 17)] == [whole[step] for step in range(9, 17)]
+    assert [ours[step] for step in range(9, 13)] == [0.01] * 4
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("longer", "whole")]
+    assert json.loads(lines[0])["valid_bpb"] == json.loads(lines[1])["valid_bpb"]
+
+
+@pytest.mark.parametrize("decay", [4, None])
+def test_a_decayed_wsd_run_with_more_steps_keeps_its_final_rate(
+    repo: Path, data: Path, wsd_run: Path, tmp_path: Path, caplog: Log, decay: int | None
+) -> None:
+    run = Path(shutil.copytree(wsd_run, tmp_path / "run"))
+    with caplog.at_level("INFO", "blt.train"):
+        train(wsd(repo, 14, decay), run, data=data)
+    assert "steps 13 to 14 keep its final learning rate" in caplog.text
+    assert "a checkpoint up to step 8 continues at the full rate" in caplog.text
+    assert [rates(run)[step] for step in (13, 14)] == pytest.approx([0.001] * 2)
+    train(wsd(repo, 15, decay), run, data=data)
+    assert rates(run)[15] == pytest.approx(0.001)
+    train(wsd(repo, 16, decay), tmp_path / "middle", data=data, resume=checkpoint_at(run, 12))
+    assert rates(tmp_path / "middle")[16] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(("made", "steps", "decay"), [(4, 6, 4), (8, 9, 4), (8, 10, None), (100, 105, None), (7, 8, 3)])
+def test_a_decay_that_would_have_begun_is_refused_with_what_fits(made: int, steps: int, decay: int | None) -> None:
+    def schedule(steps: int, decay: int | None) -> ScheduleConfig:
+        return ScheduleConfig(kind="wsd", steps=steps, warmup=1, decay=decay)
+
+    if schedule(steps, decay).decay_start >= made:
+        _check_decay(schedule(steps, decay), made)
+        return
+    with pytest.raises(UsageError, match="begins before step") as refused:
+        _check_decay(schedule(steps, decay), made)
+    longer, shorter = map(
+        int, re.findall(r"--steps (\d+) or more, or --set schedule.decay=(\d+)", str(refused.value))[0]
+    )
+    assert schedule(longer, decay).decay_start >= made
+    assert schedule(longer - 1, decay).decay_start < made
+    assert schedule(steps, shorter).decay_start == made
+
+
+def test_a_decay_that_would_have_begun_changes_nothing(repo: Path, data: Path, wsd_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"give --steps 8 or more, or --set schedule.decay=2"):
+        train(wsd(repo, 6), tmp_path / "run", data=data, resume=checkpoint_at(wsd_run, 4))
+    assert not (tmp_path / "run").exists()
 
 
 def test_fewer_steps_than_were_made_change_nothing(repo: Path, data: Path, run: Path) -> None:

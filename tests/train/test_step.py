@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blt.train import Trainer, checkpoints
 from blt.train.config import BLTRun, EntropyRun, load_config
@@ -39,6 +41,62 @@ def test_a_non_finite_step_stops_before_the_update(
     assert caught.value.exit_code == 1
     assert torch.equal(weight, before)
     assert trainer.state.step == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers and arrays of tensors, and shapes that depend on values."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal")
+    METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        for name in self.METHODS:
+            monkeypatch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
+
+    def _counted(self, name: str, method: Any) -> Any:
+        def counted(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            self.found.append(name)
+            return method(tensor, *arguments, **options)
+
+        return counted
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = function.__name__.partition(".")[0]
+        if name in self.OPERATIONS:
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("micro_rows", [4, 1])
+def test_a_step_waits_once_for_the_device(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_rows: int
+) -> None:
+    settings = ["patching.scheme=space", f"batch.micro_rows={micro_rows}"]
+    config = load_config(repo / "configs" / "tiny.yaml", settings)
+    trainer = prepare_run(config, tmp_path / "run", data)[0]
+    trainer.train_step()
+    with Waits(monkeypatch) as waits:
+        assert bool(torch.ones(1).sum() == 1)  # what it counts
+        assert waits.found.pop(0) == "__bool__"
+        waits.found.clear()
+        trainer.train_step()
+    assert waits.found == ["tolist"]
+
+
+@pytest.mark.parametrize("micro_rows", [4, 1])
+def test_validation_waits_once_for_each_batch(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_rows: int
+) -> None:
+    settings = ["patching.scheme=space", f"batch.micro_rows={micro_rows}"]
+    trainer = prepare_run(load_config(repo / "configs" / "tiny.yaml", settings), tmp_path / "run", data)[0]
+    assert trainer.valid is not None
+    batches = sum(1 for _ in trainer.valid().one_pass())
+    with Waits(monkeypatch) as waits:
+        trainer.validate()
+    assert waits.found.count("item") == batches
+    assert set(waits.found) <= {"item", "_local_scalar_dense"}
 
 
 def broken_for(trainer: Trainer, steps: range) -> None:
