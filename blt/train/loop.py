@@ -33,7 +33,7 @@ from blt.train.dryrun import FORWARD_PASSES_PER_STEP
 from blt.train.metrics import MetricsFile, MetricWindow
 from blt.train.objective import Diverged, Objective
 from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_gradients
-from blt.train.parallel import Ranks, accumulating
+from blt.train.parallel import Ranks
 from blt.train.progress import Observer, observing
 from blt.train.recompute import recompute_blocks, undo_recompute
 from blt.train.state import TrainState
@@ -200,14 +200,12 @@ class Trainer:
 
         Returns the summed nats of this rank's rows, float64 on the device: nothing waits for it here.
         """
-        model, targets = self.objective.model, max(1, batch.n_targets)
+        targets = max(1, batch.n_targets)
         nats = torch.zeros((), dtype=torch.float64, device=self.objective.device)
-        parts = self._micro_batches(batch)
-        for i, (row, part) in enumerate(parts):
+        for row, part in self._micro_batches(batch):
             self._announce_compilation(part)
-            with accumulating(model, last=i == len(parts) - 1):
-                total = self._loss(row, part)
-                (total / targets).backward()
+            total = self._loss(row, part)
+            (total / targets).backward()
             nats += total.detach()
         self._compiling = False
         return nats

@@ -151,7 +151,9 @@ def shard(
 
     compile: each block alone, one graph per shape, with and without gradients.  unsharded: parameters that stay whole.
 
-    Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32.
+    Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32. The
+    gradients of every micro-batch are reduced and scattered at once and added to this rank's shards, so that whole ones
+    of all blocks are never in memory together.
     """
     if ranks.single:
         return
@@ -170,14 +172,6 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the global number of targets
             module.set_force_sum_reduction_for_comms(True)
-
-
-@contextmanager
-def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
-    """Reduces gradients over ranks only after the last micro-batch."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    yield
 
 
 def unshard(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,8 +19,10 @@ import pytest
 import torch
 
 from blt.checkpoint import models
+from blt.model import BLT
+from blt.model.layers import Block
 from blt.train import parallel, train
-from blt.train.config import RunConfig, load_config
+from blt.train.config import BLTRun, RunConfig, load_config
 from blt_runtime.errors import ConfigError, UsageError
 
 STEPS, HALF = 12, 6
@@ -103,6 +106,78 @@ def test_two_ranks_with_sparse_tables_match_one_with_dense(
     settings = ("optimizer.tables=sparse", "run.activation_checkpointing=true")
     out = two_ranks(repo, tmp_path / "run", data, "none", *settings)
     same_within_rounding(records(out), records(one_rank))
+
+
+# After each micro-batch: the sizes of all gradients of this process, also of tensors that are not the model's own
+# (FSDP's whole ones), and of what collectives moved since the last one.
+MEASURED = """
+import gc, json, os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from blt.cli import main
+
+def size(tensor):
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+def gradients():
+    leaves = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and found.is_leaf]
+    return list({id(leaf.grad): leaf.grad for leaf in leaves if leaf.grad is not None}.values())
+
+moved = {"reduced": 0, "gathered": 0}
+
+def count(key, *names):
+    name = next(name for name in names if hasattr(dist, name))  # as this version of torch calls it
+    collective = getattr(dist, name)
+    def call(*arguments, **options):
+        tensors = [found for found in (*arguments, *options.values()) if isinstance(found, torch.Tensor)]
+        moved[key] += max(map(size, tensors))
+        return collective(*arguments, **options)
+    setattr(dist, name, call)
+
+count("reduced", "reduce_scatter_single", "reduce_scatter_tensor")
+count("gathered", "all_gather_single", "all_gather_into_tensor")
+backward, records = torch.Tensor.backward, []
+
+def measured(self, *arguments, **options):
+    backward(self, *arguments, **options)
+    found = gradients()
+    records.append({"kept": sum(map(size, found)), "dtypes": sorted({str(g.dtype) for g in found}), **moved})
+    moved.update(reduced=0, gathered=0)
+
+torch.Tensor.backward = measured
+try:
+    main()
+finally:
+    with open(os.path.join(os.environ["MEASURED"], os.environ["RANK"] + ".json"), "w") as file:
+        json.dump(records, file)
+"""
+
+
+@pytest.mark.slow
+def test_between_micro_batches_only_shards_of_the_gradients_are_kept(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "measured.py").write_text(MEASURED)
+    monkeypatch.setenv("MEASURED", str(tmp_path))
+    settings = ("schedule={steps: 2, warmup: 1}", "model.hash.rows=3001")
+    two_ranks(repo, tmp_path / "run", data, "none", *settings, program=[str(tmp_path / "measured.py")])
+    config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *settings])
+    assert isinstance(config, BLTRun)
+    with torch.device("meta"):
+        model = BLT(config.model)
+    shapes = [parameter.shape for parameter in model.parameters()]
+    blocks = [p.shape for module in model.modules() if isinstance(module, Block) for p in module.parameters()]
+    whole, of_blocks = (4 * sum(2 * -(-n // 2) * math.prod(rest) for n, *rest in some) for some in (shapes, blocks))
+    for rank in (0, 1):
+        halves = [4 * (-(-n // 2) if rank == 0 else n // 2) * math.prod(rest) for n, *rest in shapes]
+        records = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(records) == 2 * 2  # steps x micro-batches of a rank
+        assert [record["kept"] for record in records] == [sum(halves)] * 4
+        assert all(record["dtypes"] == ["torch.float32"] for record in records)
+        # FSDP gathers everything for the forward pass, and blocks once more for the backward pass.
+        assert [(record["reduced"], record["gathered"]) for record in records] == [(whole, whole + of_blocks)] * 4
 
 
 @pytest.mark.slow
