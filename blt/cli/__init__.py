@@ -26,6 +26,7 @@ from blt.cli.commands import (
     check,
     convert,
     data,
+    data_boundaries,
     env,
     evaluate,
     export,
@@ -80,6 +81,7 @@ for stage, commands in STAGES.items():
         else:
             app.command(name, rich_help_panel=stage, context_settings=SETTINGS.get(name))(command)
 bench.app.command("throughput")(bench_throughput.throughput)
+data.app.command("boundaries")(data_boundaries.boundaries)
 
 
 def _version(value: bool) -> None:

@@ -128,7 +128,7 @@ class Documents:
     """The documents of one split, in shard order.
 
     `sha256` identifies the content of every shard: bytes, ends, groups and prompts of its documents. `text_sha256`
-    covers only bytes and ends.
+    covers only bytes and ends. `shard_offsets` [shards + 1] are the first documents of the shards `shard_names`.
     """
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], group_names: list[str]):
@@ -143,7 +143,9 @@ class Documents:
             _prompts(Path(f"{stem}.prompts.npy"), s, o) for stem, s, o in zip(stems, shards, offsets, strict=True)
         ]
         empty = np.empty(0, np.int64)
-        self._shard = np.repeat(np.arange(len(stems)), [len(group) for group in ids])
+        self.shard_names = [str(shard["name"]) for shard in shards]
+        self.shard_offsets = np.cumsum([0, *(len(group) for group in ids)]).astype(np.int64)
+        self._shard = np.repeat(np.arange(len(stems)), np.diff(self.shard_offsets))
         self._start = np.concatenate([empty, *(offset[:-1] for offset in offsets)])
         self.lengths = np.concatenate([empty, *(np.diff(offset) for offset in offsets)])
         self.group_ids = np.concatenate([empty, *ids]).astype(np.int64)

@@ -65,21 +65,33 @@ class EntropyPass(Protocol):
         ...
 
 
-def make_pass(model: EntropyModel, length: int, reset_newlines: bool = False, compile: bool = False) -> EntropyPass:
-    """The pass for this kind of model over about `length` tokens."""
+def make_pass(
+    model: EntropyModel, length: int, reset_newlines: bool = False, compile: bool = False, bf16: bool = False
+) -> EntropyPass:
+    """The pass for this kind of model over about `length` tokens; `bf16` as in `ChunkedPass`."""
     if isinstance(model, BFloat16EntropyModel):
         return BFloat16Pass(model, reset_newlines)
     device = next(model.parameters()).device
     chunk = CHUNK.get(device.type, CHUNK["cuda"])
-    return ChunkedPass(model, reset_newlines=reset_newlines, compile=compile, chunk=min(chunk, length))
+    return ChunkedPass(model, reset_newlines=reset_newlines, compile=compile, chunk=min(chunk, length), bf16=bf16)
 
 
 class ChunkedPass:
-    """A model over a stream of tokens, chunk by chunk."""
+    """A model over a stream of tokens, chunk by chunk.
 
-    def __init__(self, model: EntropyModel, reset_newlines: bool = False, compile: bool = False, chunk: int = 4096):
+    bf16: the layers' products are in bfloat16 by autocast; residuals, norms, logits and entropies stay float32.
+    """
+
+    def __init__(
+        self,
+        model: EntropyModel,
+        reset_newlines: bool = False,
+        compile: bool = False,
+        chunk: int = 4096,
+        bf16: bool = False,
+    ):
         config = model.config
-        self.model, self.reset_newlines = model, reset_newlines
+        self.model, self.reset_newlines, self.bf16 = model, reset_newlines, bf16
         self.device = next(model.parameters()).device
         self.window = config.window or config.max_seqlen
         self.chunk = BLOCK_QUERIES * -(-chunk // BLOCK_QUERIES)
@@ -136,7 +148,9 @@ class ChunkedPass:
         ]
         model = self.model
         x_1CD = model.embed(torch.cat([before_E, ids_T[self.window :]])[None])[:, self.history :]
-        logits = model.output(model.norm(model.run_layers(x_1CD, self._rotation, attends)))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            h_1CD = model.run_layers(x_1CD, self._rotation, attends)
+        logits = model.output(model.norm(h_1CD.float()))
         return entropy_of(logits)[0], *(tensor for attend in attends for tensor in (attend.key, attend.value))
 
     def _mask(self, document_T: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class EntropyCache:
         self.split, self.model = split, model
         self.reset_newlines, self.compile = reset_newlines, compile
         self.documents = dataset.split(split)
-        self.key = _key(model, reset_newlines)
+        self.key = entropy_key(model, reset_newlines)
         data = hashlib.sha256("".join(self.documents.text_sha256).encode()).hexdigest()[:8]
         self.path = dataset.folder / CACHE_FOLDER / f"{split}-{data}-{self.key[:24]}.npy"
 
@@ -106,7 +106,7 @@ class EntropyCache:
             yield at, min(length, at + chunk)
 
     def _computed(self, spans: Spans) -> Iterator[tuple[int, Float]]:
-        progress = _Progress(self.split, sum(end - begin for begin, end in spans), self.compile)
+        progress = Progress(f"entropies of {self.split}", sum(end - begin for begin, end in spans), self.compile)
         for begin, end in spans:
             at = begin
             for values in self._pass.run(self.documents.tokens, begin, end):
@@ -115,14 +115,14 @@ class EntropyCache:
                 progress.add(len(values))
 
 
-class _Progress:
+class Progress:
     """Logs the share that is done and the time left: after the second chunk, then every few seconds.
 
     The first chunk is not counted in the rate, since the model is compiled in it.
     """
 
-    def __init__(self, split: str, total: int, compile: bool):
-        self.split, self.total, self.done = split, total, 0
+    def __init__(self, what: str, total: int, compile: bool):
+        self.what, self.total, self.done = what, total, 0
         self._first, self._began, self._logged = 0, time.monotonic(), 0.0
         if compile:
             log.info("compiling the entropy model ...")
@@ -135,14 +135,15 @@ class _Progress:
         elif now - self._logged >= LOG_SECONDS and self.done < self.total:
             rate = (self.done - self._first) / max(now - self._began, 1e-9)
             log.info(
-                "entropies of %s: %s of %s, %s/s, %s left",
-                self.split, amount(self.done), amount(self.total), amount(rate),
+                "%s: %s of %s, %s/s, %s left",
+                self.what, amount(self.done), amount(self.total), amount(rate),
                 duration((self.total - self.done) / rate),
             )  # fmt: skip
             self._logged = now
 
 
-def _key(model: EntropyModel, reset_newlines: bool) -> str:
+def entropy_key(model: EntropyModel, reset_newlines: bool) -> str:
+    """A hash of an entropy model's weights and configuration, and of how it is evaluated."""
     what: dict[str, Any] = {"model": model.config.model_dump(mode="json"), "definition": DEFINITION}
     what["arithmetic"] = str(next(model.parameters()).dtype)  # a bfloat16 copy may have the same weights
     digest = hashlib.sha256(json.dumps(what | {"reset_newlines": reset_newlines}, sort_keys=True).encode())

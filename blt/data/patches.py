@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,15 +81,20 @@ class PatchIndex:
         """True where a patch begins, [length + 2] over BOS ... EOS."""
         assert self.rule is not None
         entropies = self.entropies(document) if self.rule.needs_entropy else None
-        lengths = patch_lengths(self.rule, self.documents.ids(document), entropies, include_next_token=False)
-        starts = np.zeros(int(lengths.sum()), np.bool_)
-        starts[np.cumsum(lengths) - lengths] = True
-        return starts
+        return starts_of(self.rule, self.documents.ids(document), entropies)
 
     def entropies(self, document: int) -> Float:
         """Next-byte entropies in nats, [length + 2]."""
         assert self.cache is not None
         return self.cache.of(document)
+
+
+def starts_of(rule: PatchRule, ids: NDArray[np.integer[Any]], entropies: Float | None) -> NDArray[np.bool_]:
+    """True where a patch begins, [N], of a document's ids [N] (BOS ... EOS) and their entropies [N] in nats."""
+    lengths = patch_lengths(rule, ids, entropies, include_next_token=False)
+    starts = np.zeros(int(lengths.sum()), np.bool_)
+    starts[np.cumsum(lengths) - lengths] = True
+    return starts
 
 
 def choose_threshold(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from blt.data.batches import Int, TokenSource, first_bytes
+from blt.data.batches import Int, PatchStarts, TokenSource, first_bytes
 from blt.data.dataset import Dataset, Documents
 from blt.data.packing import FIRST_BLOCK_TOKENS, ORDER, Loader
 from blt.data.patches import PatchIndex, choose_threshold, sample_documents
@@ -22,6 +22,7 @@ from blt.train import initial_weights
 from blt.train.batching import batch_shape, with_buckets
 from blt.train.config import BLTRun, BPERun, RunConfig
 from blt.train.dryrun import dry_run, flops_per_byte
+from blt.train.stored import find_boundaries
 from blt_runtime.errors import CheckpointError, ConfigError
 from blt_runtime.patching import PatchRule
 
@@ -74,6 +75,7 @@ def prepare_inputs(
     data: str | Path | None = None,
     *,
     entropy_model: str | Path | None = None,
+    boundaries: str | Path | None = None,
     compile: bool | None = None,
     device: str = "cpu",
     splits: tuple[str, ...] = ("train", "valid"),
@@ -81,6 +83,7 @@ def prepare_inputs(
 ) -> RunInputs:
     """Opens the data and makes what a run caches next to it: entropies, or a vocabulary and its tokens.
 
+    boundaries: a folder of stored ones; without it, those in the data folder that fit the run replace its entropies.
     steps: entropies are computed for so many training steps and for validation (default: those of the schedule).
 
     Raises ConfigError, InputError, CheckpointError, and MissingExtra if a run of kind bpe has no `tokenizers`.
@@ -95,8 +98,16 @@ def prepare_inputs(
     if isinstance(config, BLTRun):
         entropy = None
         if config.patching.scheme == "entropy":
-            entropy = _frozen_entropy(entropy_model or config.entropy_model, device)
+            entropy = frozen_entropy(entropy_model or config.entropy_model, device)
         compiled = config.run.compile if compile is None else compile
+        stored = None
+        if entropy is not None:
+            stored = find_boundaries(config, dataset, splits, entropy, boundaries)
+        elif boundaries is not None:
+            raise ConfigError(f"the scheme {config.patching.scheme} needs no stored boundaries; leave them out")
+        if stored is not None:
+            text.starts.update(stored)
+            return _with_rule(config, text, entropy, rule=stored["train"].plan.rule, key=stored["train"].key)
         return _with_patches(
             config, text, entropy, compiled=compiled, steps=config.schedule.steps if steps is None else steps
         )
@@ -110,7 +121,7 @@ class _Text:
     dataset: Dataset
     splits: tuple[str, ...]
     sources: dict[str, TokenSource] = field(default_factory=dict)
-    starts: dict[str, PatchIndex] = field(default_factory=dict)
+    starts: dict[str, PatchStarts] = field(default_factory=dict)
 
     def inputs(self, config: RunConfig, extra: dict[str, Any] | None = None, **models: Any) -> RunInputs:
         """Chooses the row lengths and makes the loaders."""
@@ -140,7 +151,7 @@ class _Text:
         members, last = first_bytes(source, members, config.data.valid_bytes)
         return lambda: Loader(source, shape, starts, shuffle=False, subset=members, last_tokens=last)
 
-    def compute_entropies(self, config: BLTRun, steps: int) -> None:
+    def compute_entropies(self, config: BLTRun, indices: dict[str, PatchIndex], steps: int) -> None:
         """Computes the entropies that training reads until step `steps`, that validation reads, and those of a sample.
 
         The rest of the text is computed when a longer schedule needs it.
@@ -155,9 +166,9 @@ class _Text:
                 needed[split] = np.union1d(make().reached(steps), sample)
             else:
                 needed[split] = make().subset
-        _announce(self.starts, needed)
+        _announce(indices, needed)
         for split, members in needed.items():
-            self.starts[split].compute(members)
+            indices[split].compute(members)
 
 
 def _announce(starts: dict[str, PatchIndex], needed: dict[str, Int]) -> None:
@@ -180,16 +191,23 @@ def _announce(starts: dict[str, PatchIndex], needed: dict[str, Int]) -> None:
 
 def _with_patches(config: BLTRun, text: _Text, entropy: EntropyModel | None, compiled: bool, steps: int) -> RunInputs:
     newlines = config.patching.reset_newlines
-    for name in text.splits:
-        text.starts[name] = PatchIndex(text.dataset, name, entropy, reset_newlines=newlines, compile=compiled)
+    indices = {
+        name: PatchIndex(text.dataset, name, entropy, reset_newlines=newlines, compile=compiled) for name in text.splits
+    }
+    text.starts.update(indices)
     if entropy is not None:
-        text.compute_entropies(config, steps)
-    members = _members(config, text.dataset.split("train"))
-    rule = _rule(config, text.starts["train"], members)
-    text.starts.update({name: index.with_rule(rule) for name, index in text.starts.items()})
-    train = text.starts["train"]
-    extra = {"patch_rule": rule.to_dict(), "entropy": train.key}
-    return text.inputs(config, extra, entropy=entropy, rule=rule, unit_bytes=_mean_patch_size(train, members))
+        text.compute_entropies(config, indices, steps)
+    rule = _rule(config, indices["train"], _members(config, text.dataset.split("train")))
+    text.starts.update({name: index.with_rule(rule) for name, index in indices.items()})
+    return _with_rule(config, text, entropy, rule=rule, key=indices["train"].key)
+
+
+def _with_rule(config: BLTRun, text: _Text, entropy: EntropyModel | None, *, rule: PatchRule, key: str) -> RunInputs:
+    """The inputs of a run whose boundaries are known. key: identifies the entropies that they follow from."""
+    documents = text.dataset.split("train")
+    unit_bytes = _mean_patch_size(documents, text.starts["train"], _members(config, documents))
+    extra = {"patch_rule": rule.to_dict(), "entropy": key}
+    return text.inputs(config, extra, entropy=entropy, rule=rule, unit_bytes=unit_bytes)
 
 
 def _with_tokens(config: BPERun, text: _Text) -> RunInputs:
@@ -205,7 +223,8 @@ def _with_tokens(config: BPERun, text: _Text) -> RunInputs:
     return text.inputs(config, {"tokenizer": vocabulary.key}, vocabulary=vocabulary, unit_bytes=unit_bytes)
 
 
-def _frozen_entropy(path: str | Path | None, device: str) -> EntropyModel:
+def frozen_entropy(path: str | Path | None, device: str) -> EntropyModel:
+    """The entropy model of a checkpoint, frozen. Raises ConfigError without a path, and CheckpointError."""
     if path is None:
         raise ConfigError("entropy patches need an entropy model: --entropy-model RUN (made by `blt train entropy`)")
     entropy = initial_weights.entropy_model(path)
@@ -223,11 +242,11 @@ def _rule(config: BLTRun, index: PatchIndex, members: Int) -> PatchRule:
     return patching.rule(threshold)
 
 
-def _mean_patch_size(starts: PatchIndex, members: Int) -> float:
+def _mean_patch_size(documents: Documents, starts: PatchStarts, members: Int) -> float:
     """Bytes per patch, counted as in `blt eval`, on a sample of the training text."""
-    sample = sample_documents(starts.documents, members)
+    sample = sample_documents(documents, members)
     n_patches = sum(int(starts.starts(int(document))[1:].sum()) for document in sample)
-    return max(1, int(starts.documents.lengths[sample].sum())) / max(1, n_patches)
+    return max(1, int(documents.lengths[sample].sum())) / max(1, n_patches)
 
 
 def _check_groups(config: RunConfig, documents: Documents) -> None:

@@ -43,6 +43,7 @@ def train(
     *,
     data: str | Path | None = None,
     entropy_model: str | Path | None = None,
+    boundaries: str | Path | None = None,
     resume: str = "auto",
     force: bool = False,
     compile: bool | None = None,
@@ -50,9 +51,9 @@ def train(
 ) -> Path:
     """Trains and returns the path of `model.pt`.
 
-    data, entropy_model: replace the configuration's.  resume: "auto" (the newest checkpoint in `out`, if any), "none",
-    or the path of a checkpoint or run. The last two are refused if `out` has checkpoints, unless the path is one of
-    them.  force: train into a folder that holds other files.
+    data, entropy_model: replace the configuration's.  boundaries: a folder of stored patch boundaries.  resume: "auto"
+    (the newest checkpoint in `out`, if any), "none", or the path of a checkpoint or run. The last two are refused if
+    `out` has checkpoints, unless the path is one of them.  force: train into a folder that holds other files.
 
     Under torchrun every process calls it. Parameters are sharded, and the first rank writes logs, metrics and model.pt.
     Raises UsageError, InputError, ConfigError, CheckpointError, and Terminated after SIGTERM with everything saved.
@@ -80,7 +81,13 @@ def train(
         with _interruptible():
             trainer, finish = ranks.first_then_others(
                 lambda: prepare_run(
-                    config, out, data=data, entropy_model=entropy_model, compile=whole_step, device=device
+                    config,
+                    out,
+                    data=data,
+                    entropy_model=entropy_model,
+                    boundaries=boundaries,
+                    compile=whole_step,
+                    device=device,
                 )
             )
         if resume != "auto":

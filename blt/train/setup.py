@@ -32,6 +32,7 @@ def prepare_run(
     data: str | Path | None = None,
     *,
     entropy_model: str | Path | None = None,
+    boundaries: str | Path | None = None,
     compile: bool | None = None,
     device: str = "cpu",
 ) -> tuple[Trainer, Callable[[], Checkpoint]]:
@@ -40,7 +41,9 @@ def prepare_run(
     Raises as `prepare_inputs`, and ConfigError for parameters to freeze or initial weights that do not fit.
     """
     compiled = config.run.compile if compile is None else compile
-    inputs = prepare_inputs(config, data, entropy_model=entropy_model, compile=compiled, device=device)
+    inputs = prepare_inputs(
+        config, data, entropy_model=entropy_model, boundaries=boundaries, compile=compiled, device=device
+    )
     config = inputs.config
     if inputs.loaders["valid"] is None:
         log.warning(

@@ -109,26 +109,43 @@ def blt(
             help="Trained entropy model that places the boundaries (default: entropy_model of the configuration).",
         ),
     ] = None,
+    boundaries: Annotated[
+        Path | None,
+        typer.Option(
+            "--boundaries",
+            metavar="DIR",
+            help="Stored boundaries of `blt data boundaries` (default: those in DATA/boundaries that fit, if any).",
+        ),
+    ] = None,
     how: options.ModelOptions,
     as_json: options.Json = False,
 ) -> None:
     """Train a BLT; a frozen entropy model computes the patch boundaries ahead of the step."""
     how = replace(how, entropy_model=entropy_model)
-    _run(given.load_config(config, "blt"), given=given, how=how, as_json=as_json)
+    _run(given.load_config(config, "blt"), given=given, how=how, as_json=as_json, boundaries=boundaries)
 
 
 _add_command("bpe", "Train the baseline: a transformer over BPE tokens, whose vocabulary is trained on the data first.")
 
 
-def _run(config: RunConfig, *, given: TrainOptions, how: options.ModelOptions, as_json: bool) -> None:
+def _run(
+    config: RunConfig,
+    *,
+    given: TrainOptions,
+    how: options.ModelOptions,
+    as_json: bool,
+    boundaries: Path | None = None,
+) -> None:
     how = replace(how, device=given.device)
     if given.dry_run:
-        _dry_run(config, given.data, how=how, as_json=as_json)
+        _dry_run(config, given.data, how=how, as_json=as_json, boundaries=boundaries)
     else:
-        _train(config, given=given, how=how, as_json=as_json)
+        _train(config, given=given, how=how, as_json=as_json, boundaries=boundaries)
 
 
-def _dry_run(config: RunConfig, data: Path | None, *, how: options.ModelOptions, as_json: bool) -> None:
+def _dry_run(
+    config: RunConfig, data: Path | None, *, how: options.ModelOptions, as_json: bool, boundaries: Path | None
+) -> None:
     """Prints the costs of the configuration. With data, they use its patches or tokens, and the report has the packing
     of its first block."""
     from blt.train import dry_run
@@ -143,8 +160,9 @@ def _dry_run(config: RunConfig, data: Path | None, *, how: options.ModelOptions,
         devices.limit_torch_threads(how.threads)
         device = devices.torch_device(how.device)
         inputs = prepare_inputs(
-            config, data, entropy_model=how.entropy_model, device=device, splits=("train",), steps=1
-        )
+            config, data, entropy_model=how.entropy_model, boundaries=boundaries, device=device, splits=("train",),
+            steps=1,
+        )  # fmt: skip
         rows = micro_rows(inputs.config.batch, 1)
         report = inputs.dry_run() | {"packing": packing_report(inputs.training, rows, blocks=1)}
     if as_json:
@@ -154,7 +172,9 @@ def _dry_run(config: RunConfig, data: Path | None, *, how: options.ModelOptions,
         console.print_tree(report)
 
 
-def _train(config: RunConfig, *, given: TrainOptions, how: options.ModelOptions, as_json: bool) -> None:
+def _train(
+    config: RunConfig, *, given: TrainOptions, how: options.ModelOptions, as_json: bool, boundaries: Path | None
+) -> None:
     from blt.train import train
 
     if given.out is None:
@@ -166,6 +186,7 @@ def _train(config: RunConfig, *, given: TrainOptions, how: options.ModelOptions,
         given.out,
         data=given.data,
         entropy_model=how.entropy_model,
+        boundaries=boundaries,
         resume=given.resume,
         force=given.force,
         compile=given.compile,
