@@ -143,15 +143,20 @@ class LocalDecoder(Stack):
         """Logits [B, N, 260], float32. `row` [B, N, W] indexes the R patches of the batch; -1 means no patch."""
         visible_BNJ = (row_BNW >= 0).repeat_interleave(self.k, -1) if row_BNW.shape[-1] > 1 else None
         row_BNW = row_BNW.clamp(min=0)
-        cross = crosses(self.cross)
         for i, (layer, attend) in enumerate(zip(self.layers, attends, strict=True)):
-            if i < len(cross):
-                kv_BNW2kD = patch_kv_RY2kD[:, i][row_BNW]
-                key, value = kv_BNW2kD.unbind(3)
-                h_BND = 2 * h_BND + cross[i].read_few(h_BND, key.flatten(2, 3), value.flatten(2, 3), visible_BNJ)
+            if i < len(self.cross):
+                h_BND = self.read_patches(i, h_BND, patch_kv_RY2kD, row_BNW, visible_BNJ)
             h_BND = layer(h_BND, rotation, attend)
         logits: Tensor = self.output(self.norm(h_BND)).float()
         return logits
+
+    def read_patches(
+        self, i: int, h_BND: Tensor, patch_kv_RY2kD: Tensor, row_BNW: Tensor, visible_BNJ: Tensor | None
+    ) -> Tensor:
+        """Byte states after cross-attention i, each with the keys and values of its patches."""
+        key, value = patch_kv_RY2kD[:, i][row_BNW].unbind(3)
+        cross = crosses(self.cross)[i]
+        return 2 * h_BND + cross.read_few(h_BND, key.flatten(2, 3), value.flatten(2, 3), visible_BNJ)
 
 
 class BLT(nn.Module):

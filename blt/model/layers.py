@@ -84,6 +84,15 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
     return nn.Linear(n_in, n_out, bias=False)
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """`x` in the dtype of autocast, if it is on. Otherwise each product that reads `x` would cast it, and keep its own
+    copy for the backward pass."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class Attention(nn.Module):
     """Self-attention with rotary embedding; query head h reads key/value head h // (H / G)."""
 
@@ -100,6 +109,7 @@ class Attention(nn.Module):
         return heads_BHSK
 
     def forward(self, x_BSD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        x_BSD = cast_once(x_BSD)
         q_BHSK = rotate(self._heads(self.wq(x_BSD)), rotation)
         k_BGSK = rotate(self._heads(self.wk(x_BSD)), rotation)
         out_BHSK = attend(q_BHSK, k_BGSK, self._heads(self.wv(x_BSD)))
@@ -117,6 +127,7 @@ class FeedForward(nn.Module):
         self.w2 = linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = cast_once(x)
         out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
         return out
 
@@ -168,7 +179,7 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, c_D: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [..., D] of the vectors c [..., D]."""
-        normed = self.kv_norm(c_D)
+        normed = cast_once(self.kv_norm(c_D))
         return self.wk(normed), self.wv(normed)
 
     def forward(self, x_QD: Tensor, k_JD: Tensor, v_JD: Tensor, visible_J: Tensor | None = None) -> Tensor:

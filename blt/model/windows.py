@@ -102,6 +102,12 @@ class Blocks:
         J = own_BJGwK.shape[1]
         return torch.cat([padded[:, i : i + J] for i in range(self.before + 1)], 3).flatten(0, 1)
 
+    def key_views(self, x_GNK: Tensor) -> Tensor:
+        """`keys` of one row, [G, N, K] -> [J, G, L, K], without a copy: every key is stored once, padding included."""
+        padded_GMK = F.pad(x_GNK, (0, 0, self.before * self.size, -self.n % self.size))
+        views_JGLK: Tensor = padded_GMK.unfold(1, (self.before + 1) * self.size, self.size).permute(1, 0, 3, 2)
+        return views_JGLK
+
     def join(self, x_BJHwK: Tensor) -> Tensor:
         """[B, J, H, w, K] -> [B, H, N, K]"""
         rows_BHNK: Tensor = x_BJHwK.transpose(1, 2).flatten(2, 3)[:, :, : self.n]
@@ -122,14 +128,34 @@ class Blocks:
 
 
 class BlockAttend:
-    """Attention in blocks: queries, keys and values of whole rows [B, H or G, N, K] -> [B, H, N, K]."""
+    """Attention in blocks: queries, keys and values of whole rows [B, H or G, N, K] -> [B, H, N, K].
+
+    A key is in m + 1 blocks. The kernel reads them through overlapping views, row by row, because views of several rows
+    have no common stride: so the backward pass keeps a key once and not m + 1 times. Products on a CPU (`_multiplies`)
+    need copies; the compiler makes them again in the backward pass.
+    """
 
     def __init__(self, document_BN: Tensor, window: int) -> None:
         self._blocks = Blocks.of(document_BN.shape[1], window)
         self._mask = self._blocks.mask(document_BN, window)
 
     def __call__(self, q_BHNK: Tensor, k_BGNK: Tensor, v_BGNK: Tensor) -> Tensor:
+        if _multiplies(q_BHNK):
+            return self._by_products(q_BHNK, k_BGNK, v_BGNK)
         blocks = self._blocks
-        attend = attend_products if _multiplies(q_BHNK) else ops.attend_dense
-        out = attend(blocks.split(q_BHNK).flatten(0, 1), blocks.keys(k_BGNK), blocks.keys(v_BGNK), self._mask)
+        q_BJHwK = blocks.split(q_BHNK)
+        mask_BJwL = self._mask.unflatten(0, q_BJHwK.shape[:2])
+        groups = q_BHNK.shape[1] // k_BGNK.shape[1]
+        if groups > 1:
+            k_BGNK, v_BGNK = k_BGNK.repeat_interleave(groups, 1), v_BGNK.repeat_interleave(groups, 1)
+        rows = [
+            ops.attend_dense(q_JHwK, blocks.key_views(k_HNK), blocks.key_views(v_HNK), mask_JwL)
+            for q_JHwK, k_HNK, v_HNK, mask_JwL in zip(q_BJHwK, k_BGNK, v_BGNK, mask_BJwL, strict=True)
+        ]
+        return blocks.join(torch.stack(rows))
+
+    def _by_products(self, q_BHNK: Tensor, k_BGNK: Tensor, v_BGNK: Tensor) -> Tensor:
+        blocks = self._blocks
+        q_XHwK = blocks.split(q_BHNK).flatten(0, 1)
+        out = attend_products(q_XHwK, blocks.keys(k_BGNK), blocks.keys(v_BGNK), self._mask)
         return blocks.join(out.unflatten(0, (q_BHNK.shape[0], -1)))

@@ -65,9 +65,9 @@ class RunInputs:
         """Forward FLOPs per byte of this text."""
         return flops_per_byte(self.config, **self._measured)
 
-    def dry_run(self) -> dict[str, Any]:
+    def dry_run(self, ranks: int = 1) -> dict[str, Any]:
         """`blt.train.dry_run` with the patch or token size measured on this text."""
-        return dry_run(self.config, **self._measured)
+        return dry_run(self.config, ranks=ranks, **self._measured)
 
 
 def prepare_inputs(

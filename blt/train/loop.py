@@ -35,7 +35,7 @@ from blt.train.objective import Diverged, Objective
 from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_gradients
 from blt.train.parallel import Ranks
 from blt.train.progress import Observer, observing
-from blt.train.recompute import recompute_blocks, undo_recompute
+from blt.train.recompute import recompute_parts, undo_recompute
 from blt.train.state import TrainState
 from blt.train.tables import sparse_tables
 from blt_runtime.errors import BltError
@@ -85,7 +85,7 @@ class Trainer:
         self.micro_rows = parallel.micro_rows(config.batch, 1)
         model = objective.model
         if config.run.activation_checkpointing:
-            recompute_blocks(model)
+            recompute_parts(model)
         tables = sparse_tables(model, config.optimizer)
         self.state = TrainState(model, optimizer=make_optimizer(model, config.optimizer), tables=tables, loader=loader)
         self.metrics = MetricsFile(out / "metrics.jsonl")

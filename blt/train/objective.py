@@ -44,10 +44,10 @@ class Objective:
         self.model, self.longest_patch, self.bf16 = model, longest_patch, bf16
         self.device = torch.device(device)
         self._compiled: set[tuple[int, ...]] | None = set() if compile else None
-        self._sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = self._loss_sum
+        self._sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = self.loss_sum
         if compile:
             allow_compilations()
-            self._sum = torch.compile(self._loss_sum, fullgraph=True, dynamic=False)
+            self._sum = torch.compile(self.loss_sum, fullgraph=True, dynamic=False)
 
     def must_compile(self, batch: Batch) -> bool:
         """Whether the next call on rows of this shape compiles. True once for each shape."""
@@ -69,7 +69,8 @@ class Objective:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _loss_sum(self, ids_BN: Tensor, targets_BN: Tensor, mask_BN: Tensor, lengths_BP: Tensor | None) -> Tensor:
+    def loss_sum(self, ids_BN: Tensor, targets_BN: Tensor, mask_BN: Tensor, lengths_BP: Tensor | None) -> Tensor:
+        """The sum of nats over the unmasked targets, not compiled; arguments as in `Batch`, on the device."""
         with self._autocast():
             if lengths_BP is None:
                 logits_BNV = self.model(ids_BN)

@@ -1,7 +1,8 @@
-"""Activation checkpointing: a block keeps only its input, and its forward pass is recomputed in the backward pass.
+"""Activation checkpointing: parts of the model keep only their inputs and are computed again in the backward pass.
 
-It costs one more forward pass of the blocks, and saves the activations that `blt train --dry-run` counts, except one
-width per position and layer.
+The parts are the blocks of every stage, the pooling of patches (gathers of byte states, their keys and values, and the
+encoder's cross-attention), the patches' keys and values for the decoder, and each of its cross-attentions with its
+gather. It costs one more forward pass of them.
 """
 
 from __future__ import annotations
@@ -11,23 +12,33 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from blt.model import BLT
+from blt.model.blt import LocalDecoder
 from blt.model.layers import Block
 
+PARTS: tuple[tuple[type[nn.Module], str], ...] = (
+    (Block, "forward"), (BLT, "pool"), (LocalDecoder, "patch_keys_values"), (LocalDecoder, "read_patches"),
+)  # fmt: skip
+"""The methods that are computed again, by class."""
 
-def recompute_blocks(model: nn.Module) -> int:
-    """Recomputes every block of every stage in the backward pass from now on; returns how many blocks there are.
 
-    The gradients are bit-identical, because nothing in a block is random.
+def recompute_parts(model: nn.Module) -> int:
+    """Computes the parts of every stage again in the backward pass from now on; returns how many parts there are.
+
+    The gradients are bit-identical, because nothing in a part is random.
     """
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    for block in blocks:
-        recomputed = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        block.__dict__["forward"] = recomputed
-    return len(blocks)
+    found = _parts(model)
+    for module, name in found:
+        again = partial(checkpoint, getattr(module, name), use_reentrant=False, preserve_rng_state=False)
+        module.__dict__[name] = again
+    return len(found)
 
 
 def undo_recompute(model: nn.Module) -> None:
-    """Undoes `recompute_blocks`, and the compilation of single blocks."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.__dict__.pop("forward", None)
+    """Undoes `recompute_parts`, and the compilation of single blocks."""
+    for module, name in _parts(model):
+        module.__dict__.pop(name, None)
+
+
+def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [(module, name) for module in model.modules() for kind, name in PARTS if isinstance(module, kind)]

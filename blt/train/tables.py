@@ -89,6 +89,11 @@ class CatchUp:
         self.drift[t - near : t] += lr * ratio**ages * math.sqrt(1 - beta2**t) / (1 - beta1**t)
 
 
+def capacity_for(touched: int, rows: int) -> int:
+    """The rows of the small table for a batch that touches so many of the `rows` rows: a power of two, or all."""
+    return min(rows, 1 << math.ceil(math.log2(touched * SLACK)))
+
+
 class SparseTables:
     """The tables of one model, their moments, and the rows that the current batch touches."""
 
@@ -166,7 +171,7 @@ class SparseTables:
     def _capacity_for(self, touched: int) -> int:
         """Static capacity: a power of two, doubled when a batch does not fit."""
         if touched > self._capacity:
-            self._capacity = min(len(self.weight_RD), 1 << math.ceil(math.log2(touched * SLACK)))
+            self._capacity = capacity_for(touched, len(self.weight_RD))
         return self._capacity
 
     # --- checkpoints ---------------------------------------------------------------------------------------------

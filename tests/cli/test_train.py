@@ -41,6 +41,19 @@ def test_dry_run_prints_and_trains_nothing(blt: Call, config: Path) -> None:
     assert [p.name for p in config.parent.iterdir()] == [config.name]
 
 
+def test_dry_run_estimates_the_memory_of_several_ranks(blt: Call, config: Path, tmp_path: Path) -> None:
+    def memory(*options: str | int) -> dict[str, int]:
+        report = json.loads(blt("train", "entropy", "-c", config, "--dry-run", "--json", *options).text)
+        found: dict[str, int] = report["memory_bytes"]
+        assert found["total"] == sum(size for part, size in found.items() if part != "total")
+        return found
+
+    assert memory()["gathered"] == 0 < memory("--ranks", 2)["gathered"]
+    result = blt("train", "entropy", "-c", config, "--ranks", 2, "-o", tmp_path / "run")
+    assert result.code == 2
+    assert "--ranks is for --dry-run" in result.err
+
+
 def test_dry_run_with_data_reports_the_packing(blt: Call, config: Path, data: Path) -> None:
     result = blt("train", "entropy", "-c", config, "--data", data, "--dry-run", "--json")
     packing = json.loads(result.text)["packing"]

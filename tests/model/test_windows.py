@@ -63,3 +63,37 @@ def test_attention_by_products_equals_the_kernel() -> None:
         out = attend(q, k, v, mask)
         results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_and_values_are_kept_once() -> None:
+    """As attention over copies of the keys, to the bit, with one copy of each for the backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    n, window = 300, 128
+    document = torch.randint(0, 3, (2, n), generator=generator).sort(1).values
+    q, k, v = (torch.randn(2, 4, n, 8, generator=generator, requires_grad=True) for _ in range(3))
+    weight = torch.randn(2, 4, n, 8, generator=generator)
+    blocks = Blocks.of(n, window)
+
+    def with_copies() -> torch.Tensor:
+        rows = blocks.split(q).flatten(0, 1), blocks.keys(k), blocks.keys(v)
+        return blocks.join(ops.attend_dense(*rows, blocks.mask(document, window)).unflatten(0, (2, -1)))
+
+    found, kept = [], []
+    attend = row_attend(document, window)
+    for attention in (lambda: attend(q, k, v), with_copies):
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = attention()
+        found.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    padded = n + -n % blocks.size
+    one_key = 4 * 2 * 4 * blocks.size * 8
+    saved_keys = 2 * one_key * (padded // blocks.size + blocks.before)
+    all_copies = 2 * one_key * (padded // blocks.size) * (blocks.before + 1)
+    assert kept[1] - kept[0] == pytest.approx(all_copies - saved_keys, rel=0.05)

@@ -8,7 +8,7 @@ import pytest
 
 from blt.train import dry_run
 from blt.train.config import BLTRun, EntropyRun, load_config
-from blt.train.dryrun import flops_per_byte
+from blt.train.dryrun import costs, flops_per_byte
 from blt_runtime.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.yaml"))
@@ -20,20 +20,26 @@ def test_every_shipped_config_loads_and_is_costed(path: Path, repo: Path, monkey
     config = load_config(path)
     kinds = {"entropy": "entropy", "bytes": "entropy", "bpe": "bpe"}
     assert config.kind == next((kinds[word] for word in path.stem.split("-") if word in kinds), "blt")
-    report = dry_run(config)
+    report = costs(config)
     assert report["parameters"] == sum(report["parameters_by_part"].values()) == config.model.n_params()
     assert report["flops_per_byte"] > 0
+
+
+def test_a_dry_run_has_costs_and_memory(repo: Path) -> None:
+    config = load_config(repo / "configs" / "tiny.yaml")
+    report = dry_run(config)
+    assert report.items() > costs(config).items()
     assert report["memory_bytes"]["total"] > 16 * report["parameters"]
 
 
 def test_the_papers_shapes_have_the_papers_sizes(repo: Path) -> None:
     """Measured sizes of the released models: 19 M, 154 to 160 M, 1.28 B and 3.07 B weights."""
-    parts = dry_run(load_config(repo / "configs" / "blt-1b.yaml"))["parameters_by_part"]
+    parts = costs(load_config(repo / "configs" / "blt-1b.yaml"))["parameters_by_part"]
     assert parts["hash tables"] == pytest.approx(3.07e9, rel=0.01)
     assert parts["latent transformer"] == pytest.approx(1.28e9, rel=0.01)
     assert parts["local decoder"] == pytest.approx(1.57e8, rel=0.02)
     assert parts["local encoder"] == pytest.approx(1.9e7, rel=0.05)
-    assert dry_run(load_config(repo / "configs" / "entropy-100m.yaml"))["parameters"] == pytest.approx(1e8, rel=0.02)
+    assert costs(load_config(repo / "configs" / "entropy-100m.yaml"))["parameters"] == pytest.approx(1e8, rel=0.02)
 
 
 def test_overrides(repo: Path) -> None:
@@ -88,7 +94,7 @@ def test_invalid_settings_are_named(repo: Path, override: str, message: str) -> 
 def test_costs_of_fixed_patches_use_their_size(repo: Path, patching: str, size: float) -> None:
     config = load_config(repo / "configs" / "tiny.yaml", [f"patching={{{patching}}}"])
     assert isinstance(config, BLTRun)
-    assert dry_run(config)["flops_per_byte"] == config.model.flops_per_byte(size, 128)
+    assert costs(config)["flops_per_byte"] == config.model.flops_per_byte(size, 128)
 
 
 def test_the_baselines_of_the_demo_have_its_flops(repo: Path) -> None:

@@ -48,6 +48,10 @@ class TrainOptions:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print size, FLOPs, memory and, with --data, padding; train nothing.")
     ] = False
+    ranks: Annotated[
+        int,
+        typer.Option("--ranks", min=1, help="Processes for which --dry-run estimates memory; torchrun starts them."),
+    ] = 1
     set: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="a.b=value", help="Replace one value of the configuration; repeatable."),
@@ -138,20 +142,28 @@ def _run(
 ) -> None:
     how = replace(how, device=given.device)
     if given.dry_run:
-        _dry_run(config, given.data, how=how, as_json=as_json, boundaries=boundaries)
+        _dry_run(config, given.data, ranks=given.ranks, how=how, as_json=as_json, boundaries=boundaries)
+    elif given.ranks != 1:
+        raise UsageError("--ranks is for --dry-run; start several processes by torchrun")
     else:
         _train(config, given=given, how=how, as_json=as_json, boundaries=boundaries)
 
 
 def _dry_run(
-    config: RunConfig, data: Path | None, *, how: options.ModelOptions, as_json: bool, boundaries: Path | None
+    config: RunConfig,
+    data: Path | None,
+    *,
+    ranks: int,
+    how: options.ModelOptions,
+    as_json: bool,
+    boundaries: Path | None,
 ) -> None:
     """Prints the costs of the configuration. With data, they use its patches or tokens, and the report has the packing
     of its first block."""
     from blt.train import dry_run
 
     if data is None:
-        report = dry_run(config)
+        report = dry_run(config, ranks=ranks)
     else:
         from blt.train.batching import packing_report
         from blt.train.inputs import prepare_inputs
@@ -163,8 +175,8 @@ def _dry_run(
             config, data, entropy_model=how.entropy_model, boundaries=boundaries, device=device, splits=("train",),
             steps=1,
         )  # fmt: skip
-        rows = micro_rows(inputs.config.batch, 1)
-        report = inputs.dry_run() | {"packing": packing_report(inputs.training, rows, blocks=1)}
+        rows = micro_rows(inputs.config.batch, ranks)
+        report = inputs.dry_run(ranks) | {"packing": packing_report(inputs.training, rows, blocks=1)}
     if as_json:
         by_part = {key: console.snake_case(report[key]) for key in ("parameters_by_part", "flops_per_byte_by_part")}
         console.print_json("blt.dry-run/2", report | by_part)

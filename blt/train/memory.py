@@ -1,0 +1,192 @@
+"""What a training step holds in memory, counted by running one on tensors without data (torch's `FakeTensorMode`).
+
+`LiveBytes` follows the storages that operations make, from their first use until they are freed. So it counts what
+autograd saves, the inputs that recomputation keeps, autocast's copies of the weights, and the temporary tensors of both
+passes. It does not count what an allocator wastes, what a kernel needs inside, or what a compiler leaves out.
+
+Operations are those of a CPU without compilation. CUDA's kernels keep about as much: its fused RMSNorm less, and its
+attention kernel as much.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from blt.model import BLT, EntropyModel
+from blt.model.hashing import HashEmbedding, Touched
+from blt.model.layers import Block
+from blt.model.token import TokenModel
+from blt.train.config import BLTRun, BPERun, RunConfig
+from blt.train.objective import Objective
+from blt.train.parallel import micro_rows
+from blt.train.parameters import TABLES, freeze
+from blt.train.recompute import recompute_parts
+from blt.train.tables import capacity_for
+
+FLOAT = 4
+MOMENTS = 2
+"""AdamW's, float32 like weights and gradients."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all storages that operations made while inside and that still exist: `now`, and their `peak`.
+
+    `model`: its parameters and buffers exist already and are not counted, although operations return views of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._existing = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def forget(self, tensor: Tensor) -> None:
+        """Does not count the storage of `tensor` any longer."""
+        self._remove(tensor.untyped_storage()._cdata)
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known and key not in self._existing:
+            self._known[key] = storage.nbytes(), weakref.ref(storage, lambda _: self._remove(key))
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._known.pop(key, (0, None))[0]
+
+
+class MicroBatch(NamedTuple):
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass, and the most that both passes hold.
+
+    Weights and moments are not included, and gradients only if they are not added to earlier ones.
+    """
+
+    kept: int
+    peak: int
+
+
+def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
+    """Estimated bytes in memory of each of `ranks` processes, at the peak of a step.
+
+    weights_and_optimizer: weights, moments and, if a step has several micro-batches or ranks, gradients.
+    touched: copies of the rows of sparse tables that a batch may touch at most.
+    gathered (FSDP, by formula): whole parameters: those outside of blocks, and of two blocks.
+    activations: what a micro-batch keeps for its backward pass.
+    temporary: what both passes hold on top of that, the gradients of a step's only micro-batch included. With several
+    ranks it has room for the whole gradients of what is outside of blocks, and for the buffer that reduces them.
+
+    Rows have the longest of `batch.byte_buckets`. FlexAttention is counted as blocks and masks.
+    Raises ConfigError if the rows cannot be divided among the ranks, and for patterns of `optimizer.freeze`.
+    """
+    rows = micro_rows(config.batch, ranks)
+    adds = config.batch.rows > rows
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("ignore")  # torch's, about float32 norm weights in bfloat16
+        model = _model(config)
+        table = dict(model.named_parameters()).get(TABLES)
+        sparse = config.optimizer.tables == "sparse" and table is not None and table.requires_grad
+        touched = 0
+        if sparse:
+            assert table is not None
+            touched = _touch(model, table, config, rows)
+        found = _count(model, config, rows, adds=adds)
+    shared = [parameter for parameter in model.parameters() if not (sparse and parameter is table)]
+    state = sum(_state(parameter, adds) for parameter in shared) // ranks
+    if sparse and table is not None:
+        state += FLOAT * (1 + MOMENTS) * table.numel()
+    gathered, peak = 0, found.peak
+    if ranks > 1:
+        others, blocks = _outside_blocks(model, shared)
+        gathered, peak = FLOAT * (others + 2 * max(blocks, default=0)), max(peak, FLOAT * 2 * others)
+    parts = {
+        "weights_and_optimizer": state,
+        "touched": touched,
+        "gathered": gathered,
+        "activations": found.kept,
+        "temporary": peak - found.kept,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _model(config: RunConfig) -> BLT | EntropyModel:
+    if isinstance(config, BPERun):
+        model: BLT | EntropyModel = TokenModel(config.model)
+    else:
+        model = BLT(config.model) if isinstance(config, BLTRun) else EntropyModel(config.model)
+    freeze(model, config.optimizer.freeze)
+    if config.run.activation_checkpointing:
+        recompute_parts(model)
+    return model
+
+
+def _touch(model: nn.Module, table: nn.Parameter, config: RunConfig, rows: int) -> int:
+    """Gives the model the touched rows of sparse tables; returns the bytes of their copies.
+
+    At most, every position of the global batch touches another row of every table.
+    """
+    embedding = model.hash_embedding
+    assert isinstance(embedding, HashEmbedding)
+    length, tables = config.batch.byte_buckets[-1], embedding.config.n_tables
+    most = min(len(table), config.batch.rows * length * tables)
+    capacity = capacity_for(most, len(table))
+    table.requires_grad_(False)
+    leaf_CD = torch.zeros(capacity, table.shape[1], requires_grad=True)
+    embedding.touched = Touched(leaf_CD, torch.zeros(rows, length, tables, dtype=torch.long))
+    return FLOAT * table.shape[1] * ((1 + MOMENTS) * most + 2 * capacity)  # values; the leaf and its gradient
+
+
+def _count(model: BLT | EntropyModel, config: RunConfig, rows: int, *, adds: bool) -> MicroBatch:
+    """adds: gradients are added to those of earlier micro-batches, which are part of the state."""
+    longest = config.patching.longest_patch if isinstance(config, BLTRun) else 0
+    objective = Objective(model, longest, bf16=config.run.dtype == "bf16")
+    live = LiveBytes(model)
+    for leaf in _leaves(model, parameters=adds):
+        leaf.register_post_accumulate_grad_hook(partial(_forget_gradient, live))
+    with torch.enable_grad(), live:
+        ids_BN = torch.zeros(rows, config.batch.byte_buckets[-1], dtype=torch.long)
+        lengths_BP = None
+        if config.batch.patches is not None:
+            lengths_BP = torch.zeros(rows, config.batch.patches, dtype=torch.long)
+        total = objective.loss_sum(ids_BN, torch.zeros_like(ids_BN), ids_BN == 0, lengths_BP)
+        kept = live.now
+        total.backward()
+    return MicroBatch(kept, live.peak)
+
+
+def _leaves(model: nn.Module, *, parameters: bool) -> list[Tensor]:
+    """The leaves whose gradients are counted elsewhere: touched rows, and the parameters."""
+    found: list[Tensor] = [p for p in model.parameters() if p.requires_grad and parameters]
+    touched = getattr(getattr(model, "hash_embedding", None), "touched", None)
+    return found if touched is None else [*found, touched.rows]
+
+
+def _forget_gradient(live: LiveBytes, leaf: Tensor) -> None:
+    assert leaf.grad is not None
+    live.forget(leaf.grad)
+
+
+def _state(parameter: nn.Parameter, adds: bool) -> int:
+    numbers = 1 + MOMENTS + adds if parameter.requires_grad else 1
+    return FLOAT * numbers * parameter.numel()
+
+
+def _outside_blocks(model: nn.Module, shared: list[nn.Parameter]) -> tuple[int, list[int]]:
+    """The numbers of parameters outside of blocks, and of each block."""
+    blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules() if isinstance(module, Block)]
+    return sum(parameter.numel() for parameter in shared) - sum(blocks), blocks
