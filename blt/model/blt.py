@@ -83,22 +83,22 @@ class LocalEncoder(Stack):
         the demo's rows have 3.5 times as many.
         """
         p_BPkD = self.patch_projection(self._reduce(first_BPVD, own_valid_BPV)).unflatten(-1, (self.k, -1))
-        any_BP11 = key_valid_BPV.any(-1)[..., None, None]
-        visible_BPV = key_valid_BPV | ~any_BP11[..., 0]
+        any_BP1 = key_valid_BPV.any(-1)[..., None]
+        visible_BPV, any_BP11 = key_valid_BPV | ~any_BP1, any_BP1[..., None]
         for cross, (key, value) in zip(crosses(self.cross), keys_values, strict=True):
             p_BPkD = 2 * p_BPkD + cross(p_BPkD, key, value, visible_BPV) * any_BP11
         p_BPE: Tensor = p_BPkD.flatten(2)
         return p_BPE
 
     def _reduce(self, h_BPVD: Tensor, valid_BPV: Tensor) -> Tensor:
-        valid_BPV1 = valid_BPV[..., None]
+        valid_BPV1, any_BP1 = valid_BPV[..., None], valid_BPV.any(-1)[..., None]
         if self.query is not None:
-            return self.query.weight[0] * valid_BPV1.any(2)
+            return self.query.weight[0] * any_BP1
         if self.pooling == "mean":
             return (h_BPVD * valid_BPV1).sum(2) / valid_BPV1.sum(2).clamp(min=1)
         sign = 1.0 if self.pooling == "max" else -1.0
         best_BPD = (h_BPVD * sign).masked_fill(~valid_BPV1, float("-inf")).amax(2) * sign
-        return best_BPD.masked_fill(~valid_BPV1.any(2), 0.0)
+        return best_BPD.masked_fill(~any_BP1, 0.0)
 
 
 class LatentTransformer(Stack):
@@ -130,7 +130,9 @@ class LocalDecoder(Stack):
         """Keys and values of each patch for the cross-attention of all layers: [B, P, Y, 2, k, D]."""
         slices = g_BPG if self.patch_projection is None else self.patch_projection(g_BPG)
         c_BPkD = slices.unflatten(-1, (self.k, -1))
-        return torch.stack([torch.stack(cross.keys_values(c_BPkD), 2) for cross in crosses(self.cross)], 2)
+        kv_BPnD = torch.cat([x_BPkD for cross in crosses(self.cross) for x_BPkD in cross.keys_values(c_BPkD)], 2)
+        kv_BPY2kD: Tensor = kv_BPnD.unflatten(2, (-1, 2, self.k))
+        return kv_BPY2kD
 
     def forward(
         self,

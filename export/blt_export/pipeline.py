@@ -61,6 +61,7 @@ STEPS = (
     Step("lower", steps.lower),
     Step("pack heads", each(pack_heads.run, flavours=CONTRIB_FLAVOURS)),
     Step("read slices by one attention", each(read_slices.run, flavours=CONTRIB_FLAVOURS)),
+    Step("fold doublings", steps.fold_doublings),
     Step("join products", steps.join),
     Step("rotate inside the attention", each(rotate_inside.run, flavours=CONTRIB_FLAVOURS)),
     Step("keep nodes on the device", each(cuda.finish, flavours=("cuda",))),

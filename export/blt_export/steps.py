@@ -25,7 +25,7 @@ from blt_runtime.errors import BackendError, BundleError, UsageError
 from . import bundle
 from .capture import trace
 from .lower import cuda, ort, portable
-from .passes import batch_rows, gather_tables, halve, join_products, keep_states
+from .passes import batch_rows, fold_doubling, gather_tables, halve, join_products, keep_states
 from .quantize import matrices
 from .rewrite import diff, op_counts
 from .rules import GRAPH
@@ -93,13 +93,26 @@ def lower(state: ExportState) -> str:
 
 
 def join(state: ExportState) -> str:
-    """Only in graphs that are quantised next, for the kernels of ONNX Runtime."""
+    """For the kernels of ONNX Runtime: all products in graphs that are quantised next. In the flavour ort, the products
+    of each attention in the others."""
     if state.flavour == "portable":
         return "not in this flavour"
-    packed = {name: p for name, p in state.precisions.items() if p in matrices.FORMATS}
-    blocks = {name: matrices.OF_FLAVOUR[state.flavour][p].block for name, p in packed.items()}
-    joined = {name: join_products.run(state.graphs[name], block) for name, block in blocks.items()}
+    formats = matrices.OF_FLAVOUR[state.flavour]
+    joined = {}
+    for name, precision in state.precisions.items():
+        if precision in formats:
+            joined[name] = join_products.run(state.graphs[name], formats[precision].block)
+        elif state.flavour == "ort":
+            joined[name] = join_products.run(state.graphs[name], attentions_only=True)
     return ", ".join(f"{name}: -{count} MatMul" for name, count in joined.items()) or "nothing is quantised"
+
+
+def fold_doublings(state: ExportState) -> str:
+    """Not in half precision, where small weights would lose bits."""
+    if state.flavour != "ort":
+        return "not in this flavour"
+    whole = [name for name, precision in state.precisions.items() if precision not in halve.HALVES]
+    return ", ".join(f"{name}: -{fold_doubling.run(state.graphs[name])} Mul" for name in whole) or "half precision"
 
 
 def quantise(state: ExportState) -> str:

@@ -8,6 +8,8 @@ Rules
    Attention(q, k, v; scale), where q is [B*S, 1, H*K] and k, v are [B*S, J, H*K].
 2. k or v that is one entry of layer and one of (key, value), Gather(Gather(x, y, 3), i, 3) of x [B, S, 1, Y, 2, J, D],
    is cut out of x with all others by one Split a graph (cleanup merges the equal ones).
+3. The Reshape that splits the heads of q and the one that makes its rows become one. So do the two after the Attention:
+   Reshape(Reshape(y, Shape(Reshape(x, heads))), [0, 0, D]) becomes Reshape(y, Shape(x)).
 
 Requires: gather_once, clean. Ensures: nothing else changes; a visibility mask (more than one patch a byte) prevents
 rule 1.
@@ -23,6 +25,7 @@ import onnx_ir as ir
 
 from ..rewrite import constant, dims, static
 from ..rules import MatchResult, Rule, apply
+from .simplify_reshapes import MergeReshapes
 
 _SLICES, _LAYERS = 2, 3
 """Axes of J in the captured values, and of Y (then of key and value) in the pool."""
@@ -98,6 +101,30 @@ class CutEntries(Rule):
         return entries[_index(layer) * kinds + _index(kind)]
 
 
+class KeepRows(Rule):
+    """Rule 3, after the Attention. The queries of all layers have one shape: that of the first is read."""
+
+    def setup(self) -> None:
+        self._shapes: dict[int, ir.Value] = {}
+
+    def pattern(self, op: Any, y: Any, x: Any, heads: Any, target: Any) -> Any:
+        return op.Reshape(op.Reshape(y, op.Shape(op.Reshape(x, heads))), target, _outputs=["out"])
+
+    def check(self, context: Any, x: ir.Value, target: ir.Value, out: ir.Value, **_: Any) -> MatchResult:
+        before, sizes = dims(x), constant(target)
+        if before is None or len(before) != 3 or sizes is None or sizes.tolist() != [0, 0, before[-1]]:
+            return MatchResult().fail("not split into heads and joined again, as far as the shapes are known")
+        return MatchResult()
+
+    def rewrite(self, op: Any, y: ir.Value, x: ir.Value, out: ir.Value, **_: Any) -> Any:
+        width = static(x, -1)
+        if width not in self._shapes:
+            self._shapes[width] = op.Shape(x)
+        rows = op.Reshape(y, self._shapes[width])
+        rows.dtype, rows.shape = out.dtype, out.shape
+        return rows
+
+
 def _axis(value: ir.Value, rank: int) -> int | None:
     """The one axis that a constant names; None if it is not constant, not one, or the rank is not known (0)."""
     axes = constant(value)
@@ -114,5 +141,5 @@ def run(model: ir.Model) -> int:
     """Returns how many attentions there are now."""
     attentions = apply(model, AttendToSlices)
     if attentions:
-        apply(model, CutEntries)
+        apply(model, CutEntries, KeepRows, MergeReshapes)
     return attentions
