@@ -5,6 +5,7 @@ Letters: B rows, N tokens of a row (bytes, for a byte-level model), P patches, V
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,11 @@ from blt_runtime.ids import OFFSET
 Int = NDArray[np.int64]
 Pack = Literal["stream", "documents"]
 NAMED_DOCUMENTS = 4
+
+
+def never() -> bool:
+    """False: nothing stops the work."""
+    return False
 
 
 class TokenSource(Protocol):
@@ -49,8 +55,11 @@ class PatchStarts(Protocol):
         """bool [length + 2], positions 0 and 1 True."""
         ...
 
-    def compute(self, members: Int) -> None:
-        """Computes what the boundaries of these documents need, all at once."""
+    def compute(self, members: Int, stopped: Callable[[], bool] = never) -> None:
+        """Computes what the boundaries of these documents need, all at once.
+
+        Raises CancelledError (of concurrent.futures) soon after `stopped()` is true; what was computed is kept.
+        """
         ...
 
     def computed(self, members: Int) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blt import files
-from blt.data.batches import Int
+from blt.data.batches import Int, never
 from blt.data.cache_files import create_file, writable_folder
 from blt.data.dataset import Dataset, Documents
 from blt_runtime import reading
@@ -251,7 +251,7 @@ class StoredBoundaries:
         """Identifies the entropy model and its arithmetic."""
         return self.plan.key
 
-    def compute(self, members: Int) -> None:
+    def compute(self, members: Int, stopped: Callable[[], bool] = never) -> None:
         """All boundaries are stored."""
 
     def computed(self, members: Int) -> bool:

@@ -11,14 +11,15 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from blt.checkpoint.models import weights_of
-from blt.data.batches import Int
+from blt.data.batches import Int, never
 from blt.data.cache_files import GrowingArray, Spans
 from blt.data.dataset import Dataset
 from blt.data.entropies import EntropyPass, Float, make_pass
@@ -52,13 +53,14 @@ class EntropyCache:
         """Whether the entropies of all these documents are computed."""
         return self._values.complete or all(self._has(int(document)) for document in members)
 
-    def compute(self, members: Int) -> None:
+    def compute(self, members: Int, stopped: Callable[[], bool] = never) -> None:
         """Computes the entropies of these documents that are not in the file yet.
 
-        Raises InputError if the file cannot be written or is damaged.
+        Raises InputError if the file cannot be written or is damaged, and CancelledError after the chunk in which
+        `stopped()` becomes true; what was computed is kept.
         """
         if not self.has(members):
-            self._values.fill(lambda: self._missing(members), self._computed)
+            self._values.fill(lambda: self._missing(members), lambda spans: self._computed(spans, stopped))
 
     def of(self, document: int) -> Float:
         """Next-byte entropies in nats of a document, [length + 2]."""
@@ -105,12 +107,14 @@ class EntropyCache:
         for at in range(begin // chunk * chunk, end, chunk):
             yield at, min(length, at + chunk)
 
-    def _computed(self, spans: Spans) -> Iterator[tuple[int, Float]]:
+    def _computed(self, spans: Spans, stopped: Callable[[], bool]) -> Iterator[tuple[int, Float]]:
         progress = Progress(f"entropies of {self.split}", sum(end - begin for begin, end in spans), self.compile)
         for begin, end in spans:
             at = begin
             for values in self._pass.run(self.documents.tokens, begin, end):
                 yield at, values
+                if stopped():
+                    raise CancelledError
                 at += len(values)
                 progress.add(len(values))
 

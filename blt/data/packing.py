@@ -24,14 +24,15 @@ Letters: B rows, N tokens of a row, P patches, T tokens of a block, R rows of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.data.batches import Batch, BatchShape, Int, PatchStarts, TokenSource
+from blt.data.batches import Batch, BatchShape, Int, PatchStarts, TokenSource, never
 from blt.data.prefetch import Position, Prefetcher
 from blt.data.rows import Rows, cut_rows, pack_documents, row_patch_lengths
 from blt_runtime.errors import ConfigError, InputError
@@ -67,6 +68,8 @@ class Loader:
 
     `state()` identifies the next batch exactly, and `restore` continues there. Batches are a function of the arguments
     and that state. `workers` threads prepare them ahead of the step (0: none), which changes no batch.
+    A thread plans the next block while batches of the current one are read, if its boundaries are known or if the first
+    `total_batches` batches may reach it (None: all): then the entropy model runs ahead of the step.
     Of the last document of `subset`, only the first `last_tokens` tokens count (None: all; see `first_bytes`).
     """
 
@@ -82,18 +85,19 @@ class Loader:
         last_tokens: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
         workers: int = 0,
+        total_batches: int | None = None,
     ):
         if (shape.patches is None) != (patch_starts is None):
             raise ConfigError("a batch shape with patches needs patch boundaries, and one without takes none")
         self.documents, self.shape, self.patch_starts = documents, shape, patch_starts
         self.seed, self.shuffle, self.block_tokens = seed, shuffle, block_tokens
-        self.last_tokens = last_tokens
+        self.last_tokens, self.total_batches = last_tokens, total_batches
         self.subset = np.arange(len(documents)) if subset is None else np.asarray(subset, np.int64)
         if not len(self.subset):
             raise InputError("no documents to train on; look at the split with `blt data info`")
         self._epoch_blocks: tuple[int, list[Int]] = (-1, [])
         self._prefetcher: Prefetcher[Block, Batch] = Prefetcher(
-            self.plan, self._assemble, self.n_blocks, workers, self._is_cheap
+            self.plan, self._assemble, self.n_blocks, workers, self._is_wanted
         )
         self.restore({"epoch": 0, "block": 0, "batch": 0})
 
@@ -148,22 +152,31 @@ class Loader:
 
         It may be too many, and too few only if rows without a target are left out.
         """
-        left, found = batches * self.shape.rows * self.shape.buckets[-1], []
-        for members in self._blocks(0):
-            found.append(members)
+        return np.concatenate(self._blocks(0)[: self._n_reached(batches)])
+
+    def _n_reached(self, batches: int) -> int:
+        """The number of blocks of the first epoch that the first `batches` batches need."""
+        left = batches * self.shape.rows * self.shape.buckets[-1]
+        for number, members in enumerate(self._blocks(0)):
             left -= int((self.documents.lengths[members] + 1).sum())
             if left < 0:
-                break
-        return np.concatenate(found)
+                return number + 1
+        return len(self._blocks(0))
 
-    def _is_cheap(self, epoch: int, block: int) -> bool:
-        """Whether a block can be planned ahead: its boundaries do not need the entropy model."""
-        return self.patch_starts is None or self.patch_starts.computed(self._blocks(epoch)[block])
+    @cached_property
+    def _n_wanted(self) -> int:
+        return self._n_reached(self.total_batches or 0)
 
-    def plan(self, epoch: int, block: int) -> Block:
-        """The rows and batches of a block."""
+    def _is_wanted(self, epoch: int, block: int) -> bool:
+        """Whether a block is planned ahead: it is read for certain, or its boundaries need no entropy model."""
+        if self.patch_starts is None or self.total_batches is None or (epoch == 0 and block < self._n_wanted):
+            return True
+        return self.patch_starts.computed(self._blocks(epoch)[block])
+
+    def plan(self, epoch: int, block: int, stopped: Callable[[], bool] = never) -> Block:
+        """The rows and batches of a block. Raises CancelledError soon after `stopped()` is true."""
         members = self._blocks(epoch)[block]
-        lengths, starts = self.documents.lengths[members] + 2, self._starts(members)
+        lengths, starts = self.documents.lengths[members] + 2, self._starts(members, stopped)
         cap, patches = self.shape.buckets[-1], self.shape.patches
         whole = self.shape.pack == "documents"
         if whole:
@@ -188,11 +201,11 @@ class Loader:
             batches=batches,
         )
 
-    def _starts(self, members: Int) -> list[Int]:
+    def _starts(self, members: Int, stopped: Callable[[], bool]) -> list[Int]:
         """The patch boundaries of each document, as positions in it."""
         if self.patch_starts is None:
             return [np.empty(0, np.int64)] * len(members)
-        self.patch_starts.compute(members)
+        self.patch_starts.compute(members, stopped)
         return [np.flatnonzero(self.patch_starts.starts(int(index))) for index in members]
 
     def _counted(self, members: Int, offsets: Int) -> NDArray[np.bool_]:

@@ -7,14 +7,14 @@ holds the documents that were needed so far, and grows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.data.batches import Int
+from blt.data.batches import Int, never
 from blt.data.dataset import Dataset, Documents
 from blt.data.entropies import Float
 from blt.data.entropy_cache import EntropyCache
@@ -68,10 +68,13 @@ class PatchIndex:
         assert self.cache is not None
         return self.cache.path
 
-    def compute(self, members: Int | None = None) -> None:
-        """Computes the entropies of these documents (default: all) now, unless they are cached."""
+    def compute(self, members: Int | None = None, stopped: Callable[[], bool] = never) -> None:
+        """Computes the entropies of these documents (default: all) now, unless they are cached.
+
+        Raises CancelledError soon after `stopped()` is true.
+        """
         if self.cache is not None and len(self.documents):
-            self.cache.compute(np.arange(len(self.documents)) if members is None else members)
+            self.cache.compute(np.arange(len(self.documents)) if members is None else members, stopped)
 
     def computed(self, members: Int) -> bool:
         """Whether the boundaries of these documents follow without running the entropy model."""

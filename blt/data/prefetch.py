@@ -1,9 +1,9 @@
 """Batches prepared ahead of the step, in order.
 
-One thread plans the block after the current one (seconds for 32 M tokens), `workers` threads fill batches from planned
-blocks, and `take` returns them one by one. A batch depends only on its position, not on timing or the number of
-workers. Threads, not processes: numpy releases the interpreter lock in the large copies that make up the work, planned
-blocks need no copy between processes, and a kill leaves no worker process.
+One thread plans the block after the current one (seconds for 32 M tokens, longer if the entropy model runs), `workers`
+threads fill batches from planned blocks, and `take` returns them one by one. A batch depends only on its position, not
+on timing or the number of workers. Threads, not processes: numpy releases the interpreter lock in the large copies that
+make up the work, planned blocks need no copy between processes, and a kill leaves no worker process.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sized
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Generic, Protocol, TypeVar
 
 BATCHES_PER_WORKER = 4
@@ -51,32 +52,38 @@ class _InlineExecutor:
 
 
 class Prefetcher(Generic[B, R]):
-    """The endless sequence of `assemble(block, batch)`, in order of position, over the blocks `plan(epoch, block)`.
+    """The endless sequence of `assemble(block, batch)`, in order of position, over the blocks
+    `plan(epoch, block, stopped)`.
 
-    Every epoch has `n_blocks(epoch)` blocks. A block that is not `cheap(epoch, block)` is planned when it is needed.
-    An error in the work is raised by the `take` of its result.
+    Every epoch has `n_blocks(epoch)` blocks. A block that is not `wanted(epoch, block)` is planned when it is needed.
+    A long plan may end with any error once `stopped()` is true: its result is not needed then. Another error in the
+    work is raised by the `take` of its result.
     """
 
     def __init__(
         self,
-        plan: Callable[[int, int], B],
+        plan: Callable[[int, int, Callable[[], bool]], B],
         assemble: Callable[[B, int], R],
         n_blocks: Callable[[int], int],
         workers: int,
-        cheap: Callable[[int, int], bool] = lambda epoch, block: True,
+        wanted: Callable[[int, int], bool] = lambda epoch, block: True,
     ):
-        self._plan, self._assemble, self._n_blocks, self._cheap = plan, assemble, n_blocks, cheap
+        self._plan, self._assemble, self._n_blocks, self._wanted = plan, assemble, n_blocks, wanted
         self._depth = max(1, BATCHES_PER_WORKER * workers)
         self._threads, self._plan_ahead = workers, workers > 0
+        self._stopped = Event()
         self._planner: Executor | _InlineExecutor = _InlineExecutor()
         self._workers: Executor | _InlineExecutor = _InlineExecutor()
         self.start(Position(0, 0, 0))
 
     def start(self, position: Position) -> None:
-        """Continues at `position`: prepared results are dropped, and threads end after their current work.
+        """Continues at `position`: prepared results are dropped, plans are stopped, and threads end after their current
+        work.
 
         New threads start with the next `take`.
         """
+        self._stopped.set()
+        self._stopped = Event()
         for executor in (self._planner, self._workers):
             executor.shutdown(wait=False, cancel_futures=True)
         if self._threads:
@@ -106,7 +113,7 @@ class Prefetcher(Generic[B, R]):
             key = (here.epoch, here.block)
             following = self._following(*key)
             future = self._planned(key)
-            if self._plan_ahead and following not in self._plans and self._cheap(*following):
+            if self._plan_ahead and following not in self._plans and self._wanted(*following):
                 self._planned(following)
             if not future.done() and (self._ready or not wait):
                 return
@@ -120,7 +127,7 @@ class Prefetcher(Generic[B, R]):
 
     def _planned(self, key: tuple[int, int]) -> Future[B]:
         if key not in self._plans:
-            self._plans[key] = self._planner.submit(self._plan, *key)
+            self._plans[key] = self._planner.submit(self._plan, *key, self._stopped.is_set)
         return self._plans[key]
 
     def _following(self, epoch: int, block: int) -> tuple[int, int]:

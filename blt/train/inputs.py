@@ -84,7 +84,7 @@ def prepare_inputs(
     """Opens the data and makes what a run caches next to it: entropies, or a vocabulary and its tokens.
 
     boundaries: a folder of stored ones; without it, those in the data folder that fit the run replace its entropies.
-    steps: entropies are computed for so many training steps and for validation (default: those of the schedule).
+    steps: the blocks that so many training steps read are planned ahead of them (default: those of the schedule).
 
     Raises ConfigError, InputError, CheckpointError, and MissingExtra if a run of kind bpe has no `tokenizers`.
     """
@@ -94,7 +94,7 @@ def prepare_inputs(
     dataset = Dataset(folder)
     dataset.check("train", "valid")
     _check_groups(config, dataset.split("train"))
-    text = _Text(dataset, splits)
+    text = _Text(dataset, splits, config.schedule.steps if steps is None else steps)
     if isinstance(config, BLTRun):
         entropy = None
         if config.patching.scheme == "entropy":
@@ -108,18 +108,20 @@ def prepare_inputs(
         if stored is not None:
             text.starts.update(stored)
             return _with_rule(config, text, entropy, rule=stored["train"].plan.rule, key=stored["train"].key)
-        return _with_patches(
-            config, text, entropy, compiled=compiled, steps=config.schedule.steps if steps is None else steps
-        )
+        return _with_patches(config, text, entropy, compiled=compiled)
     return _with_tokens(config, text) if isinstance(config, BPERun) else text.inputs(config)
 
 
 @dataclass(frozen=True)
 class _Text:
-    """The splits of a dataset, and how they are cut: `sources` into tokens (default: bytes), `starts` into patches."""
+    """The splits of a dataset, and how they are cut: `sources` into tokens (default: bytes), `starts` into patches.
+
+    steps: of training, which read the blocks that are planned ahead.
+    """
 
     dataset: Dataset
     splits: tuple[str, ...]
+    steps: int = 0
     sources: dict[str, TokenSource] = field(default_factory=dict)
     starts: dict[str, PatchStarts] = field(default_factory=dict)
 
@@ -146,26 +148,25 @@ class _Text:
         source, starts = self.sources.get(split, documents), self.starts.get(split)
         if split == "train":
             seed, workers = config.run.seed, config.data.workers
-            return lambda: Loader(source, shape, starts, seed=seed, subset=members, workers=workers)
+            return lambda: Loader(
+                source, shape, starts, seed=seed, subset=members, workers=workers, total_batches=self.steps
+            )
         members = np.random.default_rng(VALIDATION_SEED).permutation(members)
         members, last = first_bytes(source, members, config.data.valid_bytes)
         return lambda: Loader(source, shape, starts, shuffle=False, subset=members, last_tokens=last)
 
-    def compute_entropies(self, config: BLTRun, indices: dict[str, PatchIndex], steps: int) -> None:
-        """Computes the entropies that training reads until step `steps`, that validation reads, and those of a sample.
+    def compute_entropies(self, config: BLTRun, indices: dict[str, PatchIndex]) -> None:
+        """Computes the entropies of a sample of the training text, and those that validation reads.
 
-        The rest of the text is computed when a longer schedule needs it.
+        Those of the training text are computed block by block ahead of the step.
         """
         needed = {}
         for split in self.splits:
             make = self._loader(config, split)
-            if make is None:
-                continue
-            if split == "train":
-                sample = sample_documents(self.dataset.split(split), _members(config, self.dataset.split(split)))
-                needed[split] = np.union1d(make().reached(steps), sample)
-            else:
-                needed[split] = make().subset
+            if make is not None:
+                documents = self.dataset.split(split)
+                sampled = split == "train"
+                needed[split] = sample_documents(documents, _members(config, documents)) if sampled else make().subset
         _announce(indices, needed)
         for split, members in needed.items():
             indices[split].compute(members)
@@ -182,21 +183,22 @@ def _announce(starts: dict[str, PatchIndex], needed: dict[str, Int]) -> None:
             parts.append(f"{amount(missing)} of the {amount(documents.n_bytes)} of {split}")
     if parts:
         log.info(
-            "computing the entropies that this run reads: %s; they are kept in %s for the next run",
+            "computing the entropies that this run needs before its first step: %s; further ones are computed ahead of "
+            "the steps, and all are kept in %s for the next run",
             " and ".join(parts), folder,
         )  # fmt: skip
     elif folder is not None:
-        log.info("entropies: read from %s", folder)
+        log.info("entropies: read from %s, missing ones are computed ahead of the steps", folder)
 
 
-def _with_patches(config: BLTRun, text: _Text, entropy: EntropyModel | None, compiled: bool, steps: int) -> RunInputs:
+def _with_patches(config: BLTRun, text: _Text, entropy: EntropyModel | None, compiled: bool) -> RunInputs:
     newlines = config.patching.reset_newlines
     indices = {
         name: PatchIndex(text.dataset, name, entropy, reset_newlines=newlines, compile=compiled) for name in text.splits
     }
     text.starts.update(indices)
     if entropy is not None:
-        text.compute_entropies(config, indices, steps)
+        text.compute_entropies(config, indices)
     rule = _rule(config, indices["train"], _members(config, text.dataset.split("train")))
     text.starts.update({name: index.with_rule(rule) for name, index in indices.items()})
     return _with_rule(config, text, entropy, rule=rule, key=indices["train"].key)

@@ -55,9 +55,9 @@ class Terminated(BltError):
         self.exit_code = 128 + signal_number
 
 
-class _CompilationStopped(BaseException):
-    """Raised by the signal handler while a step compiles, which may take minutes. No error, so that torch lets it
-    pass."""
+class _StoppedAtOnce(BaseException):
+    """Raised by the signal handler while a step compiles or waits for data, which may take minutes. No error, so that
+    torch lets it pass."""
 
 
 class Trainer:
@@ -96,7 +96,7 @@ class Trainer:
         self.advice = "run the same command to continue"
         """What to do after a signal, for its message."""
         self._saved_step = -1
-        self._compiling = False
+        self._at_once = False
         self._signal = 0
         self._any_rank_signalled = False
 
@@ -148,12 +148,12 @@ class Trainer:
                     raise self._terminated()
 
     def _step_or_stop(self) -> None:
-        """One step. A signal while it compiles ends the run at once, with the state before the step."""
+        """One step. A signal while it compiles or waits for data ends the run at once, in the state before the step."""
         position = self.state.loader.state()
         try:
             self.train_step()
         except BaseException:  # also the error of a compiler that the terminal's Ctrl-C killed
-            if not (self._signal and self._compiling):
+            if not (self._signal and self._at_once):
                 raise
             self.state.loader.restore(position)
             self.state.optimizer.zero_grad(set_to_none=True)
@@ -170,7 +170,9 @@ class Trainer:
         `run.on_nonfinite: skip` the batch is skipped instead, and the step is counted.
         """
         state, tables = self.state, self.state.tables
+        self._at_once = self.ranks.single
         batch = replace(next(state.loader), micro_rows=self.micro_rows)
+        self._at_once = False
         lr = learning_rate(state.step, self.config.optimizer.lr, self.config.schedule)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -207,7 +209,7 @@ class Trainer:
             total = self._loss(row, part)
             (total / targets).backward()
             nats += total.detach()
-        self._compiling = False
+        self._at_once = False
         return nats
 
     def _read(self, total: Tensor, norm: Tensor) -> tuple[float, float]:
@@ -223,7 +225,7 @@ class Trainer:
     def _announce_compilation(self, batch: Batch) -> None:
         if self.objective.must_compile(batch):
             log.info("compiling the training step for rows of %s ...", f"{batch.ids.shape[1]:,}")
-            self._compiling = self.ranks.single
+            self._at_once = self.ranks.single
 
     def _micro_batches(self, batch: Batch) -> list[tuple[int, Batch]]:
         """This rank's micro-batches, each with its first row in the batch.
@@ -329,15 +331,16 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """While inside, SIGTERM and Ctrl-C end the run after the current step, or at once while it compiles."""
+        """While inside, SIGTERM and Ctrl-C end the run after the current step, or at once while the step compiles or
+        waits for data."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def remember(number: int, frame: FrameType | None) -> None:
             self._signal = number
-            if self._compiling:
-                raise _CompilationStopped
+            if self._at_once:
+                raise _StoppedAtOnce
 
         old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -27,7 +27,7 @@ from blt.train.objective import allow_compilations
 from blt_runtime.errors import BltError, ConfigError, UsageError
 
 CONTROL_TIMEOUT = timedelta(days=1)
-"""How long ranks wait for the first one, which may compute the entropies of all data."""
+"""How long ranks wait for the first one, which may compute the entropies of a sample and of the validation text."""
 Result = TypeVar("Result")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from blt.data.batches import never
 
 STRIDE = 1000  # a token id is document * STRIDE + position
 
@@ -35,7 +38,7 @@ class Numbered:
     def starts(self, document: int) -> np.ndarray:
         return self.patches[document]
 
-    def compute(self, members: np.ndarray) -> None:
+    def compute(self, members: np.ndarray, stopped: Callable[[], bool] = never) -> None:
         """The patches exist already."""
 
     def computed(self, members: np.ndarray) -> bool:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -12,10 +17,10 @@ import pytest
 
 from blt.checkpoint import models
 from blt.data import Batch, Dataset, prepare
-from blt.data.entropies import CHUNK
+from blt.data.entropies import CHUNK, ChunkedPass, Float, Tokens
 from blt.data.patches import PatchIndex
 from blt.model import EntropyConfig, EntropyModel
-from blt.train import train
+from blt.train import Terminated, checkpoints, train
 from blt.train.config import load_config
 from blt.train.inputs import prepare_inputs
 from blt.train.setup import prepare_run
@@ -131,6 +136,11 @@ def computed_share(data: Path) -> float:
     return float((np.load(file).view(np.int32) != 0).mean())
 
 
+def losses(out: Path) -> list[str]:
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [f"{record['step']} {record['loss']} {record['norm']}" for record in records if "loss" in record]
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_training_computes_only_what_it_reads_and_equals_training_on_a_full_cache(
     repo: Path, grouped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -151,17 +161,12 @@ def test_training_computes_only_what_it_reads_and_equals_training_on_a_full_cach
             repo / "configs" / "tiny.yaml", [f"schedule={{steps: {steps}, warmup: 1}}", "run.log_every=1"]
         )
         train(config, data / "run", data=data, entropy_model=tmp_path / "e")
-        lines = (data / "run" / "metrics.jsonl").read_text().splitlines()
-        return [
-            f"{record['step']} {record['loss']} {record['norm']}"
-            for record in map(json.loads, lines)
-            if "loss" in record
-        ]
+        return losses(data / "run")
 
     with caplog.at_level("INFO", "blt.train"):
         first = [run(data, 6) for data in folders]
-    assert "computing the entropies that this run reads" in caplog.text
-    assert "they are kept in" in caplog.text
+    assert "computing the entropies that this run needs before its first step" in caplog.text
+    assert "all are kept in" in caplog.text
     assert 0.1 < computed_share(folders[0]) < 0.6
     assert computed_share(folders[1]) == 1
     assert first[0] == first[1]
@@ -180,3 +185,47 @@ def test_a_checkpoint_of_other_blocks_is_refused(
     monkeypatch.setattr("blt.train.inputs.FIRST_BLOCK_TOKENS", 8192)
     with pytest.raises(CheckpointError, match="another order"):
         train(config, tmp_path / "run", data=grouped)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_sigterm_while_a_step_waits_for_entropies_loses_nothing(
+    repo: Path, grouped: Path, entropy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that plans blocks sends it once the step waits for its block. It ends, and the resumed run has the
+    losses and weights of an uninterrupted one."""
+    folders = [tmp_path / name for name in ("whole", "stopped")]
+    for folder in folders:
+        shutil.copytree(grouped, folder, ignore=shutil.ignore_patterns("entropies"))
+    config = load_config(repo / "configs" / "tiny.yaml", ["schedule={steps: 14, warmup: 1}", "run.log_every=1"])
+    expected = train(config, tmp_path / "expected", data=folders[0], entropy_model=entropy_run).read_bytes()
+    trainer = prepare_run(config, tmp_path / "run", folders[1], entropy_model=entropy_run)[0]
+    run, sent = ChunkedPass.run, threading.Event()
+
+    def signalling(self: ChunkedPass, ids: Tokens, begin: int = 0, end: int | None = None) -> Iterator[Float]:
+        for values in run(self, ids, begin, end):
+            if trainer.state.step > 2 and not sent.is_set():
+                until(lambda: trainer._at_once)
+                sent.set()
+                os.kill(os.getpid(), signal.SIGTERM)
+                until(lambda: bool(checkpoints.checkpoint_folders(trainer.folder)))
+            yield values
+
+    monkeypatch.setattr(ChunkedPass, "run", signalling)
+    before = threading.active_count()
+    with pytest.raises(Terminated, match=r"saved at step [1-9]") as caught:
+        trainer.run(14)
+    assert caught.value.exit_code == 143
+    until(lambda: threading.active_count() <= before)
+    assert sent.is_set()
+    assert trainer.state.step < 14
+    found = train(config, tmp_path / "run", data=folders[1], entropy_model=entropy_run)
+    assert found.read_bytes() == expected
+    assert losses(tmp_path / "run") == losses(tmp_path / "expected")
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if true():
+            return
+        time.sleep(0.01)
+    pytest.fail("it never happened")

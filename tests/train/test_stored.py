@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -144,21 +143,16 @@ def test_boundaries_in_bfloat16_train_when_they_are_named_and_are_other_data(
 
 @pytest.mark.slow
 def test_two_ranks_train_bit_identically(repo: Path, entropy_run: Path, two_data: Folders, tmp_path: Path) -> None:
-    """Two ranks store the boundaries and train on them; without any, they train to the same bits."""
+    """On stored boundaries and without any."""
     plain, data = two_data
-    config = ["-c", repo / "configs" / "tiny.yaml", "--entropy-model", entropy_run, "--threads", "1", "--device", "cpu"]
-    config += [word for setting in (*SETTINGS, "batch.micro_rows=1") for word in ("--set", setting)]
-    commands: list[list[object]] = [["data", "boundaries", data, *config, "-o", tmp_path / "b"]]
-    for place, more in ((plain, []), (data, ["--boundaries", tmp_path / "b"])):
-        commands.append(["train", "blt", *config, "--data", place, "-o", place / "run", *more])
-    words = json.dumps([[str(word) for word in command] for command in commands])
-    (tmp_path / "all.py").write_text(
-        "import json, sys\nfrom blt.cli import run\nsys.exit(max(map(run, json.loads(sys.argv[1]))))"
-    )
-    paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*ranks, tmp_path / "all.py", words], env=environment, check=True)
-    assert not boundaries.missing(tmp_path / "b", boundaries.read_plan(tmp_path / "b"))
+    settings = ("schedule={steps: 4, warmup: 2}", *SETTINGS[1:], "batch.micro_rows=1")
+    folder = store(config_of(repo, *settings), data, entropy_run, tmp_path / "b")
+    for place, more in ((plain, []), (data, ["--boundaries", str(folder)])):
+        paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["-m", "blt.cli", "train", "blt", "-c", f"{repo}/configs/tiny.yaml", "--data", str(place), *more]
+        command += ["-o", f"{place}/run", "--entropy-model", str(entropy_run), "--threads", "1", "--device", "cpu"]
+        command += [word for setting in settings for word in ("--set", setting)]
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True)
     assert records(data / "run") == records(plain / "run")
     assert (data / "run" / "model.pt").read_bytes() == (plain / "run" / "model.pt").read_bytes()
