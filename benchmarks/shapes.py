@@ -1,7 +1,7 @@
 """Which shape of BLT generates most bytes per second? A cost model from kernels that are measured on this machine.
 
     python benchmarks/shapes.py measure -o kernels.json           # one of five parts; run it until none is left
-    python benchmarks/shapes.py predict kernels.json configs/fast-20m.yaml
+    python benchmarks/shapes.py predict kernels.json configs/demo.yaml
     python benchmarks/shapes.py check kernels.json                # five other models: predicted and measured
     python benchmarks/shapes.py search kernels.json --latent 20M  # the front of bytes/s and FLOPs per byte
 

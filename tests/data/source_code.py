@@ -1,4 +1,4 @@
-"""Random lines of source code, the same in every run: held-out text of a kind that the shipped model was trained on."""
+"""Random lines of source code, the same in every run."""
 
 from __future__ import annotations
 

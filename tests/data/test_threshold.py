@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blt.bench import bench_text
 from blt.checkpoint.models import load
 from blt.data.threshold import Piece, base_rule, find_rule, halves, mean_patch_size, relative_error, sizes
 from blt.model import entropy_of
 from blt_runtime.errors import InputError, UsageError
 from blt_runtime.ids import encode
 from blt_runtime.patching import PatchRule, to_bfloat16
-from tests.data.source_code import code
 
 GLOBAL = PatchRule(threshold=0.0)
 MONOTONIC = PatchRule(threshold=0.0, monotonic=True)
@@ -162,10 +162,10 @@ def test_miss() -> None:
 
 @pytest.fixture(scope="module")
 def pages(repo: Path) -> list[Piece]:
-    """64 KB of code in pieces of 1 KB, with the entropies of the shipped entropy model."""
+    """64 KB of English words in pieces of 1 KB, with the entropies of the shipped entropy model."""
     model = load(repo / "configs" / "demo" / "model.pt").entropy
     assert model is not None
-    text = code(64 << 10)
+    text = bench_text(64 << 10)
     rows = torch.stack([torch.from_numpy(encode(text[at : at + 1024], bos=True)) for at in range(0, len(text), 1024)])
     with torch.inference_mode():
         entropies = [entropy_of(model(part)) for part in rows.split(16)]
