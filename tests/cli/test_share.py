@@ -273,10 +273,11 @@ def test_an_interrupted_upload_leaves_no_commit(
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lfs, "_upload_single_part", interrupted)
-    assert blt("push", run, NAME).code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(lfs, "_upload_single_part", interrupted)
+        assert blt("push", run, NAME).code == 130
     assert hub.repositories[NAME].messages == ["initial commit"]
-    done(blt("push", run, NAME))  # the fixture has undone the patch
+    done(blt("push", run, NAME))
     assert "model.safetensors" in hub.repositories[NAME].files()
 
 
