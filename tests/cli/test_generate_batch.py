@@ -105,17 +105,18 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from blt.cli import main, models
-from blt_runtime.engine.batch import Batch
+from blt.generate import batch
 from tests.cli.test_generate_batch import open_null
 models.open_batched, models.check_batched = open_null, lambda path, how, streams: None
-out, records, rounds, run = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), 0, Batch.round
+out, records, run = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), batch.run
 
-def killed(batch):
-    if out.exists() and out.read_bytes().count(b"\\n") >= records:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(batch)
+def killed(*args, **named):
+    for record in run(*args, **named):
+        yield record  # the command asks for the next when it has written this one
+        if out.read_bytes().count(b"\\n") >= records:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-Batch.round = killed
+batch.run = killed
 main()
 """
 

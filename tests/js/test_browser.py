@@ -96,9 +96,8 @@ def test_a_signal_stops_an_append_and_the_page_stays_alive(page: Any, folder: Pa
       const { Model } = await import("/js/blt.js"), ort = await import("/js/LIBRARY/ort.wasm.min.mjs");
       const stream = await (await Model.open(bundle, { ort })).stream(), controller = new AbortController();
       let ticks = 0;
-      const timer = setInterval(() => ++ticks === 5 && controller.abort(), 1);
+      const timer = setInterval(() => ++ticks === 5 && (clearInterval(timer), controller.abort()), 1);
       const error = await stream.append("x ".repeat(3000), { signal: controller.signal }).catch((error) => error);
-      clearInterval(timer);
       return [error?.name, ticks, stream.position];
     }""".replace("LIBRARY", LIBRARY)
     assert page.evaluate(run, f"/bundles/{demo_bundle(folder).name}") == ["AbortError", 5, 1]
