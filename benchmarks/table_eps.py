@@ -40,7 +40,7 @@ def derivative(trainer: Trainer) -> float:
     for first, part in trainer._micro_batches(batch):
         trainer._loss(first, part).backward()
     once = torch.bincount(tables.places_BNT.flatten(), minlength=len(tables.rows_U)) == 1
-    gradient = tables.reduce(trainer.ranks)[once]
+    gradient = tables.reduce()[once]
     read = gradient[(gradient != 0).any(1)]  # the others are read in prompts and padding
     trainer.state.optimizer.zero_grad(set_to_none=True)
     return float(read.square().mean().sqrt())

@@ -104,8 +104,8 @@ class OptimizerConfig(Frozen):
 
     `freeze` and `lr_scale` have shell patterns of parameter names: those that do not train, and those whose learning
     rate is multiplied by a factor. `groups` gives betas, eps and weight decay by pattern; the first group that matches
-    a parameter applies to it. `tables` sparse updates only the hash table rows that a batch touches. `table_eps` is the
-    eps of hash tables that no group gives one.
+    a parameter applies to it. `tables` sparse updates only the hash table rows that a batch touches, and several ranks
+    divide the rows among them. `table_eps` is the eps of hash tables that no group gives one.
 
     Why tables have an eps of their own: in a batch of T targets, a row that one position reads has the gradient
     g = d / T, where d is the derivative of that position's summed nats. Every other weight sums T such terms. AdamW's

@@ -115,8 +115,10 @@ class Trainer:
         self.ranks, self.metrics.writes = ranks, ranks.first
         self.micro_rows = parallel.micro_rows(self.config.batch, ranks.world)
         model, tables = self.objective.model, self.state.tables
-        unsharded = [] if tables is None else [tables.weight_RD]
-        parallel.shard(model, ranks, self.objective.device, compile=compile, unsharded=unsharded)
+        by_row = [] if tables is None else [tables.weight_RD]
+        parallel.shard(model, ranks, self.objective.device, compile=compile, by_row=by_row)
+        if tables is not None:
+            self.state.tables = sparse_tables(model, self.config.optimizer, ranks)
         self.state.optimizer = make_optimizer(model, self.config.optimizer)
 
     def run(self, steps: int) -> None:
@@ -178,15 +180,14 @@ class Trainer:
             group["lr"] = lr * group.get("scale", 1.0)
         total = self._backward(batch)
         gradients = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
-        if tables is not None:
-            gradients.append(tables.reduce(self.ranks))
-        norm = gradient_norm(gradients)
+        rows = [] if tables is None else [tables.reduce()]
+        norm = gradient_norm(gradients, rows, parallel.SINGLE if tables is None else tables.owners)
         nats, norm_now = self._read(total, norm)
         if self._is_finite(nats, norm_now, batch):
-            scale_gradients(gradients, norm, self.config.optimizer.clip)
+            scale_gradients([*gradients, *rows], norm, self.config.optimizer.clip)
             state.optimizer.step()
             if tables is not None:
-                tables.step(gradients[-1], lr)
+                tables.step(rows[0], lr)
             state.bytes += batch.n_bytes
             state.window.add(nats, batch)
             self.observer.step(state.step + 1, nats, batch)
@@ -215,7 +216,7 @@ class Trainer:
     def _read(self, total: Tensor, norm: Tensor) -> tuple[float, float]:
         """The nats of all ranks' rows and the gradient norm as numbers: the one time that a step waits for the device.
 
-        Sparse tables wait once more, for the number of rows that the batch touches.
+        Sparse tables wait for the number of rows that the batch touches, and sharded ones for those of other ranks.
         """
         nats, norm_now = torch.stack((total, norm.to(total))).tolist()
         nats, signals = self.ranks.sum(nats, float(self._signal != 0))
@@ -228,17 +229,17 @@ class Trainer:
             self._at_once = self.ranks.single
 
     def _micro_batches(self, batch: Batch) -> list[tuple[int, Batch]]:
-        """This rank's micro-batches, each with its first row in the batch.
+        """This rank's micro-batches, each with its first row among those of this rank.
 
         Ranks take turns: at any time they compute rows of neighbouring lengths and wait little for each other.
         """
         if self.state.tables is not None:
             self.state.tables.gather(batch)
-        parts = [(i * self.micro_rows, part) for i, part in enumerate(batch.micro_batches())]
-        return parts[self.ranks.rank :: self.ranks.world]
+        parts = batch.micro_batches()[self.ranks.rank :: self.ranks.world]
+        return [(i * self.micro_rows, part) for i, part in enumerate(parts)]
 
     def _loss(self, row: int, part: Batch) -> Tensor:
-        """The summed nats of a micro-batch that begins at this row."""
+        """The summed nats of a micro-batch that begins at this row of this rank's."""
         if self.state.tables is not None:
             self.state.tables.select_rows(row, row + self.micro_rows, part.ids.shape[1])
         return self.objective(part)[0]

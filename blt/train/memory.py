@@ -27,7 +27,7 @@ from blt.model.layers import Block
 from blt.model.token import TokenModel
 from blt.train.config import BLTRun, BPERun, RunConfig
 from blt.train.objective import Objective
-from blt.train.parallel import micro_rows
+from blt.train.parallel import micro_rows, rows_per_rank
 from blt.train.parameters import TABLES, freeze
 from blt.train.recompute import recompute_parts
 from blt.train.tables import capacity_for
@@ -85,7 +85,8 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
     """Estimated bytes in memory of each of `ranks` processes, at the peak of a step.
 
     weights_and_optimizer: weights, moments and, if a step has several micro-batches or ranks, gradients.
-    touched: copies of the rows of sparse tables that a batch may touch at most.
+    touched: copies of the rows of sparse tables that a batch may touch at most; with several ranks those that a rank
+    fetches, and of the rows that it owns its share of those that all ranks fetch.
     gathered (FSDP, by formula): whole parameters: those outside of blocks, and of two blocks.
     activations: what a micro-batch keeps for its backward pass.
     temporary: what both passes hold on top of that, the gradients of a step's only micro-batch included. With several
@@ -104,12 +105,12 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
         touched = 0
         if sparse:
             assert table is not None
-            touched = _touch(model, table, config, rows)
+            touched = _touch(model, table, config, rows, ranks)
         found = _count(model, config, rows, adds=adds)
     shared = [parameter for parameter in model.parameters() if not (sparse and parameter is table)]
     state = sum(_state(parameter, adds) for parameter in shared) // ranks
     if sparse and table is not None:
-        state += FLOAT * (1 + MOMENTS) * table.numel()
+        state += FLOAT * (1 + MOMENTS) * table.shape[1] * rows_per_rank(len(table), ranks)
     gathered, peak = 0, found.peak
     if ranks > 1:
         others, blocks = _outside_blocks(model, shared)
@@ -135,7 +136,7 @@ def _model(config: RunConfig) -> BLT | EntropyModel:
     return model
 
 
-def _touch(model: nn.Module, table: nn.Parameter, config: RunConfig, rows: int) -> int:
+def _touch(model: nn.Module, table: nn.Parameter, config: RunConfig, rows: int, ranks: int) -> int:
     """Gives the model the touched rows of sparse tables; returns the bytes of their copies.
 
     At most, every position of the global batch touches another row of every table.
@@ -143,12 +144,13 @@ def _touch(model: nn.Module, table: nn.Parameter, config: RunConfig, rows: int) 
     embedding = model.hash_embedding
     assert isinstance(embedding, HashEmbedding)
     length, tables = config.batch.byte_buckets[-1], embedding.config.n_tables
-    most = min(len(table), config.batch.rows * length * tables)
-    capacity = capacity_for(most, len(table))
+    touched, fetched = (min(len(table), n * length * tables) for n in (config.batch.rows, config.batch.rows // ranks))
+    capacity = capacity_for(fetched, len(table))
     table.requires_grad_(False)
     leaf_CD = torch.zeros(capacity, table.shape[1], requires_grad=True)
     embedding.touched = Touched(leaf_CD, torch.zeros(rows, length, tables, dtype=torch.long))
-    return FLOAT * table.shape[1] * ((1 + MOMENTS) * most + 2 * capacity)  # values; the leaf and its gradient
+    values = (1 + MOMENTS) * rows_per_rank(touched, ranks)
+    return FLOAT * table.shape[1] * (values + 2 * capacity)  # the leaf and its gradient
 
 
 def _count(model: BLT | EntropyModel, config: RunConfig, rows: int, *, adds: bool) -> MicroBatch:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from blt.train.config import OptimizerConfig, ScheduleConfig
+from blt.train.parallel import SINGLE, Ranks
 from blt.train.parameters import parameter_groups
 from blt_runtime.errors import ConfigError
 
@@ -38,14 +39,21 @@ def learning_rate(step: int, lr: float, schedule: ScheduleConfig) -> float:
     return lr * (schedule.min_ratio + (1 - schedule.min_ratio) * height)
 
 
-def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm over all gradients: whole ones, and sharded ones, whose norms are summed over ranks."""
+def gradient_norm(gradients: Iterable[Tensor], rows: Sequence[Tensor] = (), owners: Ranks = SINGLE) -> Tensor:
+    """The 2-norm over all gradients: whole ones, and sharded ones, whose norms are summed over ranks.
+
+    rows: gradients of which each of `owners` has other rows.
+    """
     whole: list[Tensor] = []
     shards: list[Tensor] = []
     for gradient in gradients:
         (shards if isinstance(gradient, DTensor) else whole).append(gradient)
+    if owners.single:
+        whole += rows
     norms = [torch.nn.utils.get_total_norm(part) for part in (whole, shards) if part]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    if rows and not owners.single:
+        norms.append(owners.norm(torch.nn.utils.get_total_norm(rows)))
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 

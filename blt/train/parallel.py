@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from blt.model.layers import Block
 from blt.train.config import BatchConfig
@@ -62,6 +62,24 @@ class Ranks:
         """Sums `tensor` over ranks, in place; it has the same shape on each."""
         if not self.single:
             dist.all_reduce(tensor)
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The 2-norm of all ranks' vectors, of which this rank's has the 2-norm `norm`."""
+        square = norm.double().square()
+        self.all_reduce(square)
+        return square.sqrt().to(norm)
+
+    def share(self, rows: Tensor, micro_rows: int | None) -> Tensor:
+        """This rank's rows of a global batch, [B, ...]: ranks take turns by `micro_rows` rows (None: all of them)."""
+        parts: Tensor = rows.unflatten(0, (-1, micro_rows or len(rows)))
+        return parts[self.rank :: self.world].flatten(0, 1)
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sends the first `sent[0]` rows to rank 0, the next `sent[1]` to rank 1, ...; returns the rows that the ranks
+        send to this one, `received[r]` of rank r, in the order of ranks."""
+        arrived = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent)
+        return arrived
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on the first rank and returns its result on all ranks; an error is raised on all of them."""
@@ -145,11 +163,12 @@ def shard(
     device: torch.device,
     *,
     compile: bool = False,
-    unsharded: Collection[Tensor] = (),
+    by_row: Collection[Tensor] = (),
 ) -> None:
     """Splits every parameter over the ranks. Each block is gathered when it is needed, everything else at once.
 
-    compile: each block alone, one graph per shape, with and without gradients.  unsharded: parameters that stay whole.
+    compile: each block alone, one graph per shape, with and without gradients.  by_row: parameters whose rows are
+    divided among the ranks outside of FSDP, so that they are never gathered (`blt.train.tables`).
 
     Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32. The
     gradients of every micro-batch are reduced and scattered at once and added to this rank's shards, so that whole ones
@@ -166,12 +185,37 @@ def shard(
                 # only the forward: FSDP's hooks around the module cannot be compiled
                 module.__dict__["forward"] = torch.compile(module.forward, fullgraph=True, dynamic=False)
             fully_shard(module, mesh=mesh)
-    ignored = {parameter for parameter in model.parameters() if any(parameter is tensor for tensor in unsharded)}
-    fully_shard(model, mesh=mesh, ignored_params=ignored)
+    divided = {
+        _divide(model, name, ranks, mesh) for name, p in list(model.named_parameters()) if any(p is t for t in by_row)
+    }
+    fully_shard(model, mesh=mesh, ignored_params=divided)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the global number of targets
             module.set_force_sum_reduction_for_comms(True)
+
+
+def rows_per_rank(rows: int, world: int) -> int:
+    """The rows of a tensor on each of `world` ranks. The last ranks have fewer if they do not divide: as in DTensor."""
+    return -(-rows // world)
+
+
+def _divide(model: nn.Module, name: str, ranks: Ranks, mesh: DeviceMesh) -> nn.Parameter:
+    """Replaces a parameter by one that has this rank's rows only, in memory of their own."""
+    prefix, _, key = name.rpartition(".")
+    module = model.get_submodule(prefix)
+    whole_RD = module.get_parameter(key).detach()
+    each = rows_per_rank(len(whole_RD), ranks.world)
+    own_RD = whole_RD[ranks.rank * each : (ranks.rank + 1) * each].clone()
+    parameter = nn.Parameter(part_of(own_RD, len(whole_RD), mesh))
+    module.register_parameter(key, parameter)
+    return parameter
+
+
+def part_of(own_R: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
+    """The tensor with so many rows of which `own_R` holds this rank's, in the same memory."""
+    shape = torch.Size((rows, *own_R.shape[1:]))
+    return DTensor.from_local(own_R, mesh, [Shard(0)], run_check=False, shape=shape, stride=own_R.stride())
 
 
 def unshard(model: nn.Module) -> None:

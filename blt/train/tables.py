@@ -12,24 +12,29 @@ where s is the step that last touched the row. The result is dense AdamW up to r
 that of step s (eps' = eps * sqrt(1 - beta2^s)), while dense AdamW lets sqrt(v) shrink towards a constant eps. The sums
 over j depend only on s and are stored for every s.
 
-Every rank has the global batch and whole tables, outside FSDP; only the small gradient is summed over ranks.
+Several ranks divide the rows among them (`ShardedTables`), outside FSDP. A rank owns the weights, moments and last
+steps of its rows, and updates them. It fetches the rows that its part of the batch reads from their owners, and sends
+their gradients back.
 
-Letters: R rows of all tables, D width, U touched rows, C capacity, B rows of a batch, N bytes, T tables.
+Letters: R rows of all tables (of a rank, if they are divided), D width, U touched rows, C capacity, B rows of a batch,
+N bytes, T tables. If rows are divided: A rows that this rank asks for, X rows that all ranks ask it for, W ranks.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from blt.data.batches import Batch
 from blt.model.hashing import HashEmbedding, Touched, hash_ids
 from blt.train.config import OptimizerConfig
-from blt.train.parallel import Ranks
+from blt.train.parallel import SINGLE, Ranks, part_of, rows_per_rank
 from blt.train.parameters import TABLES, Settings, settings_of
 from blt_runtime.errors import ConfigError
 
@@ -41,8 +46,10 @@ BLOCK = 1 << 16
 """Rows caught up at a time."""
 
 
-def sparse_tables(model: nn.Module, config: OptimizerConfig) -> SparseTables | None:
+def sparse_tables(model: nn.Module, config: OptimizerConfig, ranks: Ranks = SINGLE) -> SparseTables | None:
     """Takes the tables of a BLT away from the dense optimizer; None if `optimizer.tables` is dense, or they are frozen.
+
+    ranks: those that `blt.train.parallel.shard` divided the rows of the tables among.
 
     Raises ConfigError if there are no hash tables, and for betas with which rows that wait would diverge (r >= 1).
     Betas, eps and weight decay are those of `blt.train.parameters.settings_of`, as for dense tables.
@@ -58,7 +65,9 @@ def sparse_tables(model: nn.Module, config: OptimizerConfig) -> SparseTables | N
             "optimizer.tables: sparse needs betas[0] of the tables below the square root of their betas[1]; a group of "
             "optimizer.groups may give them others"
         )
-    return SparseTables(embedding, settings) if embedding.tables.weight.requires_grad else None
+    if not embedding.tables.weight.requires_grad:
+        return None
+    return SparseTables(embedding, settings) if ranks.single else ShardedTables(embedding, settings, ranks)
 
 
 class CatchUp:
@@ -95,42 +104,56 @@ def capacity_for(touched: int, rows: int) -> int:
 
 
 class SparseTables:
-    """The tables of one model, their moments, and the rows that the current batch touches."""
+    """The tables of one model, their moments, and the rows that the current batch touches.
 
-    def __init__(self, embedding: HashEmbedding, settings: Settings) -> None:
+    With several `ranks`, each has whole tables and reads the global batch: the reference of `ShardedTables`, for tests.
+    """
+
+    owners = SINGLE
+    """The ranks that the rows are divided among."""
+
+    def __init__(self, embedding: HashEmbedding, settings: Settings, ranks: Ranks = SINGLE) -> None:
         assert isinstance(embedding.tables, nn.Embedding)
-        self.embedding, self.settings = embedding, settings
-        self.weight_RD = embedding.tables.weight
-        self.weight_RD.requires_grad_(False)
-        self.exp_avg_RD, self.exp_avg_sq_RD = torch.zeros_like(self.weight_RD), torch.zeros_like(self.weight_RD)
-        self.last_R = torch.zeros(len(self.weight_RD), dtype=torch.int32, device=self.weight_RD.device)
+        weight = embedding.tables.weight
+        weight.requires_grad_(False)
+        self.embedding, self.settings, self.ranks = embedding, settings, ranks
+        self.n_rows = len(weight)
+        self.weight_RD: Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
         self.missed = CatchUp(settings.betas)
         self._capacity = 0
+
+    @cached_property
+    def exp_avg_RD(self) -> Tensor:
+        """First moments, made at their first use: whole ones never exist if the tables are divided before."""
+        return torch.zeros_like(self.weight_RD)
+
+    @cached_property
+    def exp_avg_sq_RD(self) -> Tensor:
+        """Second moments."""
+        return torch.zeros_like(self.weight_RD)
+
+    @cached_property
+    def last_R(self) -> Tensor:
+        """The step that last touched each row, 0 for none."""
+        return torch.zeros(len(self.weight_RD), dtype=torch.int32, device=self.weight_RD.device)
 
     # --- one step ------------------------------------------------------------------------------------------------
 
     def gather(self, batch: Batch) -> None:
         """Gathers the caught-up rows of a GLOBAL batch; the tables do not change."""
-        c = self.embedding.config
-        ids_BN = torch.as_tensor(batch.ids, device=self.weight_RD.device)
-        rows_BNT = hash_ids(ids_BN, c.sizes, c.functions, c.rows) + self.embedding.offset
-        self.rows_U, self.places_BNT = torch.unique(rows_BNT, return_inverse=True)
+        self.rows_U, places_BNT = self._touched(torch.as_tensor(batch.ids))
+        self.places_BNT = self.ranks.share(places_BNT, batch.micro_rows)
         self.values = self._caught_up(self.rows_U)
-        capacity = self._capacity_for(len(self.rows_U))
-        self.leaf_CD = self.weight_RD.new_zeros(capacity, self.weight_RD.shape[1])
-        self.leaf_CD[: len(self.rows_U)] = self.values[0]
-        self.leaf_CD.requires_grad_(True)
+        self._fill(self.values[0])
 
     def select_rows(self, first: int, stop: int, length: int) -> None:
-        """The next forward pass is over the first `length` positions of the rows [first, stop) of the batch."""
+        """The next forward pass is over the first `length` positions of the rows [first, stop) of this rank's share."""
         self.embedding.touched = Touched(self.leaf_CD, self.places_BNT[first:stop, :length].contiguous())
 
-    def reduce(self, ranks: Ranks) -> Tensor:
+    def reduce(self) -> Tensor:
         """The gradient [U, D] over all ranks' rows, after the backward pass."""
-        if self.leaf_CD.grad is None:
-            self.leaf_CD.grad = torch.zeros_like(self.leaf_CD)
-        gradient_UD = self.leaf_CD.grad[: len(self.rows_U)]
-        ranks.all_reduce(gradient_UD)
+        gradient_UD = self._gradient(len(self.rows_U))
+        self.ranks.all_reduce(gradient_UD)
         return gradient_UD
 
     def step(self, gradient_UD: Tensor, lr: float) -> None:
@@ -154,6 +177,27 @@ class SparseTables:
             self.last_R[rows] = self.missed.steps
         self.embedding.touched = None
 
+    def _touched(self, ids_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """The table rows that these ids read, ascending, and for every byte and table the index of its row there."""
+        c = self.embedding.config
+        rows_BNT = hash_ids(ids_BN.to(self.weight_RD.device), c.sizes, c.functions, c.rows) + self.embedding.offset
+        rows, places_BNT = torch.unique(rows_BNT, return_inverse=True)
+        return rows, places_BNT
+
+    def _fill(self, rows_AD: Tensor) -> None:
+        """Makes the leaf of the next passes. Its capacity is static: doubled when a batch does not fit."""
+        if len(rows_AD) > self._capacity:
+            self._capacity = capacity_for(len(rows_AD), self.n_rows)
+        self.leaf_CD = rows_AD.new_zeros(self._capacity, rows_AD.shape[1])
+        self.leaf_CD[: len(rows_AD)] = rows_AD
+        self.leaf_CD.requires_grad_(True)
+
+    def _gradient(self, rows: int) -> Tensor:
+        """The gradient of the leaf's first rows; zeros if no backward pass reached it."""
+        if self.leaf_CD.grad is None:
+            self.leaf_CD.grad = torch.zeros_like(self.leaf_CD)
+        return self.leaf_CD.grad[:rows]
+
     def _caught_up(self, rows_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of weight, first and second moment [U, D] of some rows after all steps so far."""
         beta1, beta2 = self.settings.betas
@@ -168,25 +212,63 @@ class SparseTables:
         weight = weight * _column(decay_U) - move * _column(drift_U)
         return weight, exp_avg * _column(beta1**missed_U), exp_avg_sq * _column(beta2**missed_U)
 
-    def _capacity_for(self, touched: int) -> int:
-        """Static capacity: a power of two, doubled when a batch does not fit."""
-        if touched > self._capacity:
-            self._capacity = capacity_for(touched, len(self.weight_RD))
-        return self._capacity
-
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by name, without the weight; a resumed run fills these tensors in place."""
-        found = {
-            "exp_avg": self.exp_avg_RD, "exp_avg_sq": self.exp_avg_sq_RD, "last": self.last_R,
-            "decay": torch.from_numpy(self.missed.decay), "drift": torch.from_numpy(self.missed.drift),
-        }  # fmt: skip
+        rows = {"exp_avg": self.exp_avg_RD, "exp_avg_sq": self.exp_avg_sq_RD, "last": self.last_R}
+        found = {key: self._of_all_ranks(tensor) for key, tensor in rows.items()}
+        found |= {"decay": torch.from_numpy(self.missed.decay), "drift": torch.from_numpy(self.missed.drift)}
         return {f"{TABLES}.{key}": tensor for key, tensor in found.items()}
+
+    def _of_all_ranks(self, tensor_R: Tensor) -> Tensor:
+        return tensor_R
 
     def resize_history(self, steps: int) -> None:
         """Makes room for the sums of a run with `steps` steps, before its state is loaded."""
         self.missed.decay, self.missed.drift = np.zeros((2, steps + 1))
+
+
+class ShardedTables(SparseTables):
+    """Tables whose rows are divided among ranks (`blt.train.parallel.shard`), in equal parts of consecutive rows.
+
+    `rows_U` are rows that this rank owns, numbered from its first one, that any rank's part of the batch touches.
+    `values` and the gradient are theirs. Every rank calls each method.
+    """
+
+    def __init__(self, embedding: HashEmbedding, settings: Settings, ranks: Ranks) -> None:
+        super().__init__(embedding, settings, ranks)
+        assert isinstance(embedding.tables, nn.Embedding)
+        weight_RD = embedding.tables.weight
+        assert isinstance(weight_RD, DTensor)
+        self.owners, self.mesh = ranks, weight_RD.device_mesh
+        self.each = rows_per_rank(self.n_rows, ranks.world)
+        self.first = ranks.rank * self.each
+
+    def gather(self, batch: Batch) -> None:
+        """Fetches the caught-up rows that this rank's part of a GLOBAL batch reads; the tables do not change."""
+        ranks = self.ranks
+        asked_A, self.places_BNT = self._touched(ranks.share(torch.as_tensor(batch.ids), batch.micro_rows))
+        firsts_W = self.each * torch.arange(ranks.world + 1, device=asked_A.device)
+        counts_W = torch.searchsorted(asked_A, firsts_W).diff()
+        one_each = [1] * ranks.world
+        asked_by_W = ranks.exchange(counts_W, one_each, one_each)
+        self.sent, self.received = torch.stack((counts_W, asked_by_W)).tolist()
+        rows_X = ranks.exchange(asked_A, self.sent, self.received) - self.first
+        self.rows_U, self.places_X = torch.unique(rows_X, return_inverse=True)
+        self.values = self._caught_up(self.rows_U)
+        self._fill(ranks.exchange(self.values[0][self.places_X], self.received, self.sent))
+
+    def reduce(self) -> Tensor:
+        """The gradient [U, D] of this rank's rows, summed in the order of ranks, after the backward pass."""
+        arrived_XD = self.ranks.exchange(self._gradient(sum(self.sent)), self.sent, self.received)
+        gradient_UD = torch.zeros_like(self.values[0])
+        for places, part_D in zip(self.places_X.split(self.received), arrived_XD.split(self.received), strict=True):
+            gradient_UD[places] += part_D  # a rank asks for a row once
+        return gradient_UD
+
+    def _of_all_ranks(self, tensor_R: Tensor) -> Tensor:
+        return part_of(tensor_R, self.n_rows, self.mesh)
 
 
 def _column(values_U: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,17 @@ def config_of(repo: Path) -> RunConfig:
 
 
 def start(
-    repo: Path, out: Path, data: Path, resume: str = "auto", *settings: str, program: Sequence[str] = ("-m", "blt.cli")
+    repo: Path,
+    out: Path,
+    data: Path,
+    resume: str = "auto",
+    *settings: str,
+    program: Sequence[str] = ("-m", "blt.cli"),
+    ranks: int = 2,
 ) -> subprocess.Popen[bytes]:
-    """The documented command, two ranks."""
+    """The documented command."""
     paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program]
     arguments = ["train", "blt", "-c", str(repo / "configs" / "tiny.yaml"), "-o", str(out), "--data", str(data)]
     arguments += ["--threads", "1", "--device", "cpu", "--resume", resume]
     arguments += [word for setting in SETTINGS + settings for word in ("--set", setting)]
@@ -49,14 +56,23 @@ def start(
     return subprocess.Popen(command + arguments, env=environment, stdout=subprocess.PIPE)
 
 
-def two_ranks(
-    repo: Path, out: Path, data: Path, resume: str = "auto", *settings: str, program: Sequence[str] = ("-m", "blt.cli")
+def with_ranks(
+    ranks: int,
+    repo: Path,
+    out: Path,
+    data: Path,
+    resume: str = "auto",
+    *settings: str,
+    program: Sequence[str] = ("-m", "blt.cli"),
 ) -> Path:
-    process = start(repo, out, data, resume, *settings, program=program)
+    process = start(repo, out, data, resume, *settings, program=program, ranks=ranks)
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0
     assert printed.decode().split() == [str(out / "model.pt")]  # only the first rank prints
     return out
+
+
+two_ranks = partial(with_ranks, 2)
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -98,14 +114,52 @@ def test_two_ranks_match_one(one_rank: Path, both_ranks: Path) -> None:
     assert [name[:11] for name in shards] == ["shard-00001", "shard-00002"]
 
 
-@pytest.mark.slow
-def test_two_ranks_with_sparse_tables_match_one_with_dense(
-    repo: Path, data: Path, one_rank: Path, tmp_path: Path
-) -> None:
+SPARSE = ("optimizer.tables=sparse", "batch.rows=6")
+
+
+@pytest.fixture(scope="module")
+def sharded_tables(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tables outside FSDP, activation checkpointing inside."""
-    settings = ("optimizer.tables=sparse", "run.activation_checkpointing=true")
-    out = two_ranks(repo, tmp_path / "run", data, "none", *settings)
-    same_within_rounding(records(out), records(one_rank))
+    out = tmp_path_factory.mktemp("ranks") / "sharded"
+    return two_ranks(repo, out, data, "none", *SPARSE, "run.activation_checkpointing=true")
+
+
+@pytest.mark.slow
+def test_two_ranks_with_sharded_tables_match_one_with_dense(
+    repo: Path, data: Path, sharded_tables: Path, tmp_path: Path
+) -> None:
+    train(load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, "batch.rows=6"]), tmp_path / "run", data=data)
+    same_within_rounding(records(sharded_tables), records(tmp_path / "run"))
+    ours, theirs = (models.load(out).require_blt()[0].hash_embedding for out in (sharded_tables, tmp_path / "run"))
+    assert ours is not None
+    assert theirs is not None
+    for table in range(ours.config.n_tables):
+        assert torch.allclose(ours.table(table), theirs.table(table), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_continue_with_the_tables_of_two(
+    repo: Path, data: Path, sharded_tables: Path, tmp_path: Path, ranks: int
+) -> None:
+    """Two of them bit for bit."""
+    half = str(sharded_tables / "checkpoints" / f"step-{HALF:08d}")
+    settings = (*SPARSE, "run.activation_checkpointing=true")
+    if ranks == 1:
+        train(
+            load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *settings]),
+            tmp_path / "run",
+            data=data,
+            resume=half,
+        )
+    else:
+        with_ranks(ranks, repo, tmp_path / "run", data, half, *settings)
+    expected = [record for record in records(sharded_tables) if record["step"] > HALF]
+    same_within_rounding(records(tmp_path / "run"), expected)
+    if ranks == 2:
+        assert records(tmp_path / "run") == expected
+        ours, theirs = (models.load(out).require_blt()[0].state_dict() for out in (tmp_path / "run", sharded_tables))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 # After each micro-batch: the sizes of all gradients of this process, also of tensors that are not the model's own
