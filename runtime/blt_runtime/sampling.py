@@ -13,6 +13,12 @@ from .arguments import number, whole
 
 Array = npt.NDArray[Any]
 
+FIRST = 16
+"""Ids that are looked at one by one, from the most likely on, before all are sorted."""
+CLOSE = 1e-9
+"""A random number so close to a border between two ids (times the largest probability) is decided by the sorted form,
+whose sums are rounded otherwise."""
+
 
 class Sampler:
     """Chooses ids from logits [V].
@@ -41,10 +47,34 @@ class Sampler:
         """The next id."""
         if self.temperature == 0:
             return int(logits_V.argmax())
+        number = self._random.random()
+        if self.top_k is None and self.top_p is None and self.min_p is None:
+            id = self._among_first(logits_V, number)
+            if id is not None:
+                return id
+        return self._from_sorted(logits_V, number)
+
+    def _from_sorted(self, logits_V: Array, number: float) -> int:
+        """The id whose share of the distribution, the most likely id first, holds `number` in [0, 1)."""
         order_V, mass_V = self.candidates(logits_V)
         total_V = np.cumsum(mass_V)
-        drawn = np.searchsorted(total_V, self._random.random() * total_V[-1], side="right")
+        drawn = np.searchsorted(total_V, number * total_V[-1], side="right")
         return int(order_V[min(int(drawn), len(order_V) - 1)])
+
+    def _among_first(self, logits_V: Array, number: float) -> int | None:
+        """The same id without sorting, in half the time, if it is one of the FIRST most likely: it usually is one of the
+        first three. None otherwise, and if `number` is CLOSE to the border of an id."""
+        scaled_V = logits_V.astype(np.float64) / max(self.temperature, 1e-6)
+        id = int(scaled_V.argmax())
+        mass_V = np.exp(scaled_V - scaled_V[id])
+        left = number * float(mass_V.sum())
+        for _ in range(min(FIRST, len(mass_V))):
+            left -= mass_V.item(id)
+            if left < CLOSE:
+                return id if left < -CLOSE else None
+            scaled_V[id] = -np.inf
+            id = int(scaled_V.argmax())
+        return None
 
     def draw(self) -> float:
         """A random number in [0, 1)."""

@@ -70,6 +70,31 @@ def test_samplers_choose_together_what_each_chooses_alone(scale: float, width: i
     assert choose_all([], []) == []
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 20.0])
+def test_the_first_ids_are_chosen_as_from_all_sorted(scale: float) -> None:
+    sampler, random = Sampler(0.8, seed=0), np.random.default_rng(1)
+    known = 0
+    for number in random.random(2_000):
+        logits_V = random.normal(0, scale, 260).astype(np.float32)
+        found = sampler._among_first(logits_V, number)
+        known += found is not None
+        assert found in (None, sampler._from_sorted(logits_V, number))
+    least = {0.0: 100, 0.5: 150, 3.0: 1_400, 20.0: 1_990}  # of random logits; those of a model are rarely flat
+    assert known >= least[scale]
+
+
+def test_a_number_at_the_border_of_two_ids_is_left_to_the_sorted_form() -> None:
+    sampler = Sampler(1.0)
+    order_V, mass_V = sampler.candidates(LOGITS)
+    border = float(mass_V[0])
+    assert order_V[0] == 1
+    assert sampler._among_first(LOGITS, border) is None
+    assert sampler._among_first(LOGITS, 0.4 - 1e-6) == sampler._from_sorted(LOGITS, 0.4 - 1e-6) == 1
+    assert sampler._among_first(LOGITS, 0.4 + 1e-6) == sampler._from_sorted(LOGITS, 0.4 + 1e-6) == 3
+    nothing = np.full(4, np.nan, dtype=np.float32)
+    assert sampler._among_first(nothing, 0.5) is None
+
+
 def test_a_tiny_temperature_is_greedy() -> None:
     assert {Sampler(temperature=1e-9, seed=s)(LOGITS) for s in range(20)} == {1}
 
