@@ -3,9 +3,14 @@
     blt data prepare TEXT -o DATA
     python benchmarks/study.py DATA -o STUDY
 
-trains an entropy model and the models of VARIANTS with `blt train` and scores each with `blt eval` on the test split,
-also with noise. It writes study.md (the tables), study.json and study.png into STUDY. A killed study continues where it
-stopped. docs/study.md has the tables of a run and compares them with the paper.
+trains an entropy model and the models of `_variants` with `blt train`, and scores each with `blt eval` on the test
+split, also with noise. It writes study.md (the tables), study.json and study.png into STUDY. A killed study continues
+where it stopped. docs/study.md has the tables of a run and compares them with the paper.
+
+    python benchmarks/study.py DATA -o STUDY --pilots
+
+first tunes the learning rate of each family of models by short runs and writes STUDY/rates.json, which later runs
+read. Without that file every model has the rate of its configuration.
 
 The byte-level transformer of configs/study/bytes.yaml sets the FLOPs per byte. In every other model, one feed-forward
 width (of the latent transformer or the token model) is chosen so that the whole model has these FLOPs. With entropy
@@ -24,6 +29,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -42,11 +48,19 @@ STEP = 8  # widths are multiples of this, which changes the FLOPs by much less t
 
 @dataclass(frozen=True)
 class Variant:
-    """One model: the configuration that it starts from, and the values that it replaces."""
+    """One model: the configuration that it starts from, and the values that it replaces.
+
+    tuned_as: the family whose learning rate it has.
+    """
 
     name: str
     config: str
     sets: dict[str, object] = field(default_factory=dict)
+    tuned_as: str = ""
+
+    @property
+    def family(self) -> str:
+        return self.tuned_as or self.config
 
 
 def _patches(scheme: str, layers: int, **more: object) -> dict[str, object]:
@@ -54,24 +68,45 @@ def _patches(scheme: str, layers: int, **more: object) -> dict[str, object]:
     return {"patching.scheme": scheme, "model.latent.n_layers": layers} | keys
 
 
-ENTROPY_45 = _patches("entropy", 3, target_patch_size=4.5)
-LEARNED = {"model.pooling": "learned"}
-SEED = {"run.seed": 1}
+def _tables(dim: int, sizes: Sequence[int]) -> dict[str, object]:
+    """Hash n-grams of this width whose tables have as many parameters as those of the BLT."""
+    blt = _load("blt")
+    assert isinstance(blt, BLTRun)
+    assert blt.model.hash
+    rows = blt.model.hash.params(blt.model.local_dim) // (len(sizes) * dim)
+    return {"model.hash": {"sizes": list(sizes), "rows": rows}}
 
-VARIANTS = (
-    Variant("byte-level", "bytes"),
-    Variant("BPE", "bpe"),
-    Variant("BLT, entropy 4.5", "blt", ENTROPY_45),
-    Variant("BLT, entropy 6", "blt", _patches("entropy", 4, target_patch_size=6.0)),
-    Variant("BLT, entropy 8", "blt", _patches("entropy", 5, target_patch_size=8.0)),
-    Variant("BLT, space", "blt", _patches("space", 4)),
-    Variant("BLT, static 6", "blt", _patches("static", 4, patch_size=6, max_patch_length=None)),
-    Variant("without hash n-grams", "blt", ENTROPY_45 | {"model.hash": None}),
-    Variant("without pooled queries", "blt", ENTROPY_45 | LEARNED),
-    # Two variants again: a difference smaller than that between two seeds has no meaning.
-    Variant("BLT, entropy 4.5, seed 1", "blt", ENTROPY_45 | SEED),
-    Variant("without pooled queries, seed 1", "blt", ENTROPY_45 | LEARNED | SEED),
-)
+
+def _variants() -> tuple[Variant, ...]:
+    entropy_45 = _patches("entropy", 3, target_patch_size=4.5)
+    small = {"model.dim": 128, "model.n_layers": 2, "tokenizer.vocab_size": 16384}
+    return (
+        Variant("byte-level", "bytes"),
+        Variant("byte-level with n-grams", "bytes", _tables(128, range(3, 9)), "bytes with n-grams"),
+        Variant("BPE", "bpe"),
+        Variant("BPE with n-grams", "bpe", _tables(224, (2, 3, 4)), "bpe with n-grams"),
+        Variant("BPE, 1024 ids", "bpe", {"tokenizer.vocab_size": 1024}),
+        Variant("BPE, 16384 ids", "bpe", small),
+        Variant("BLT, entropy 4.5", "blt", entropy_45),
+        Variant("BLT, entropy 6", "blt", _patches("entropy", 4, target_patch_size=6.0)),
+        Variant("BLT, entropy 8", "blt", _patches("entropy", 5, target_patch_size=8.0)),
+        Variant("BLT, space", "blt", _patches("space", 4)),
+        Variant("BLT, static 6", "blt", _patches("static", 4, patch_size=6, max_patch_length=None)),
+        Variant("without hash n-grams", "blt", entropy_45 | {"model.hash": None}, "blt without n-grams"),
+        Variant("without pooled queries", "blt", entropy_45 | {"model.pooling": "learned"}),
+    )
+
+
+PILOTS = {  # the models that choose the learning rates of their families
+    "bytes": "byte-level",
+    "bytes with n-grams": "byte-level with n-grams",
+    "bpe": "BPE",
+    "bpe with n-grams": "BPE with n-grams",
+    "blt": "BLT, space",
+    "blt without n-grams": "without hash n-grams",
+}
+RATES = (2e-3, 4e-3, 8e-3, 16e-3)
+"""Rates tried first. If the best one is the smallest or the largest, its half or its double is tried, too."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +116,7 @@ class Run:
     variant: Variant
     overrides: list[str]
     unit: float | None = None
+    seed: int = 0
 
     @property
     def config(self) -> RunConfig:
@@ -92,12 +128,13 @@ class Run:
 
     @property
     def folder(self) -> str:
-        return self.variant.name.lower().replace(",", "").replace(" ", "-")
+        name = self.variant.name.lower().replace(",", "").replace(" ", "-")
+        return f"{name}-seed-{self.seed}" if self.seed else name
 
 
 def chosen(folders: str | None) -> Sequence[Variant]:
-    """The VARIANTS with these folder names, all for None. Raises SystemExit for an unknown name."""
-    known = {Run(variant, []).folder: variant for variant in VARIANTS}
+    """The variants with these folder names, all for None. Raises SystemExit for an unknown name."""
+    known = {Run(variant, []).folder: variant for variant in _variants()}
     names = folders.split(",") if folders else list(known)
     for name in names:
         if name not in known:
@@ -113,12 +150,17 @@ def _sets(values: dict[str, object]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def fitted(variant: Variant, data: Dataset, n_bytes: int) -> Run:
-    """The variant with the budget's FLOPs per byte and `n_bytes` bytes of training."""
+def fitted(variant: Variant, data: Dataset, n_bytes: int, seed: int = 0, rate: float | None = None) -> Run:
+    """The variant with the budget's FLOPs per byte and `n_bytes` bytes of training.
+
+    rate: the learning rate; that of the configuration if None.
+    """
     byte = _load("bytes")
     context, budget = byte.batch.byte_buckets[-1], flops_per_byte(byte)
     steps = max(2, round(n_bytes / (byte.batch.rows * context)))
-    values = {"schedule.steps": steps, "schedule.warmup": min(100, steps // 2)} | variant.sets
+    values = {"schedule.steps": steps, "schedule.warmup": min(100, steps // 2), "run.seed": seed} | variant.sets
+    if rate is not None:
+        values["optimizer.lr"] = rate
     config = _load(variant.config, _sets(values))
     unit, width = None, ""
     if isinstance(config, BPERun):
@@ -131,7 +173,7 @@ def fitted(variant: Variant, data: Dataset, n_bytes: int) -> Run:
         )  # few rows then end before the last byte
     if width:
         values[width] = _width(variant.config, values, width, budget=budget, unit=unit)
-    return Run(variant, _sets(values), unit)
+    return Run(variant, _sets(values), unit, seed)
 
 
 def _flops(config: RunConfig, unit: float | None) -> float:
@@ -190,16 +232,17 @@ class Study:
         self.shared = ["--threads", args.threads, *([] if args.compile else ["--no-compile"])]
         self.out.mkdir(parents=True, exist_ok=True)
 
-    def train(self, run: Run) -> Path:
-        """The path of the trained model. Trains it if it does not exist."""
-        folder = self.out / run.folder
+    def train(self, run: Run, name: str | Path | None = None) -> Path:
+        """The path of the trained model. Trains it if it does not exist. name: of its folder in STUDY."""
+        folder = self.out / (name or run.folder)
         model = folder / "model.pt"
+        folder.parent.mkdir(exist_ok=True)
         if not model.exists():
             entropy = ["--entropy-model", self.out / ENTROPY] if run.reads_entropies else []
             sets = [part for override in run.overrides for part in ("--set", override)]
             config = CONFIGS / f"{run.variant.config}.yaml"
             options = ["--data", self.args.data, "-o", folder, *entropy, *sets, *self.shared]
-            _blt("train", run.config.kind, "-c", config, *options, log=self.out / f"{run.folder}.log")
+            _blt("train", run.config.kind, "-c", config, *options, log=folder.with_suffix(".log"))
         return model
 
     def score(self, run: Run) -> dict[str, Any]:
@@ -217,19 +260,68 @@ class Study:
         report: dict[str, Any] = json.loads(file.read_text())
         return report
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The tuned learning rate of each family; empty before the pilots."""
+        file = self.out / "rates.json"
+        found: dict[str, float] = json.loads(file.read_text())["chosen"] if file.exists() else {}
+        return found
+
+    def pilots(self) -> None:
+        """Writes rates.json: validation bits per byte of each family at several rates, and the best rate."""
+        by_name = {variant.name: variant for variant in _variants()}
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            tried = dict(zip(PILOTS, pool.map(self._tried, (by_name[name] for name in PILOTS.values())), strict=True))
+        best = {family: min(tries, key=lambda rate: tries[rate]) for family, tries in tried.items()}
+        content = {"chosen": best, "valid_bits_per_byte": tried, "megabytes": self.args.megabytes}
+        (self.out / "rates.json").write_text(json.dumps(content, indent=1) + "\n")
+        rates = sorted({rate for tries in tried.values() for rate in tries})
+        print(f"| family | {' | '.join(f'{rate:g}' for rate in rates)} |\n{'|---' * (1 + len(rates))}|")
+        for family, tries in tried.items():
+            cells = [f"{tries[rate]:.3f}" if rate in tries else "" for rate in rates]
+            print(f"| {family} | {' | '.join(cells)} |")
+
+    def _tried(self, variant: Variant) -> dict[float, float]:
+        """Validation bits per byte of the variant, by learning rate."""
+        found: dict[float, float] = {}
+        untried = list(RATES)
+        while untried:
+            rate = untried.pop(0)
+            found[rate] = self._valid(self._pilot(variant, rate))
+            if not untried:
+                best = min(found, key=lambda tried: found[tried])
+                untried = [next_ for next_ in (best / 2, best * 2) if next_ not in found]
+        return found
+
+    def _pilot(self, variant: Variant, rate: float) -> Path:
+        run = fitted(variant, self.data, round(self.args.megabytes * 1e6), rate=rate)
+        if run.reads_entropies:
+            self._entropy_model()
+        folder = Path("pilots") / f"{run.folder}-{rate:g}"
+        self.train(run, folder)
+        return folder
+
+    def _entropy_model(self) -> None:
+        self.train(fitted(Variant(ENTROPY, "entropy"), self.data, round(8e6)), Path(ENTROPY))
+
     def __call__(self) -> None:
         n_bytes = round(self.args.megabytes * 1e6)
-        runs = [fitted(variant, self.data, n_bytes) for variant in chosen(self.args.models)]
+        seeds, rates = range(self.args.seeds), self.rates
+        runs = [
+            fitted(variant, self.data, n_bytes, seed, rates.get(variant.family))
+            for seed in seeds
+            for variant in chosen(self.args.models)
+        ]
         if any(run.reads_entropies for run in runs):
-            self.train(fitted(Variant(ENTROPY, "entropy"), self.data, n_bytes))
+            self._entropy_model()
         with ThreadPoolExecutor(self.args.jobs) as pool:
             reports = list(pool.map(self.score, runs))
         rows = [self._row(run, report) for run, report in zip(runs, reports, strict=True)]
         (self.out / "study.json").write_text(json.dumps(rows, indent=1) + "\n")
         table = "\n".join([*_table(rows), "", *_noise_table(rows)]) + "\n"
         (self.out / "study.md").write_text(table)
-        names = ",".join(run.variant.name.replace(",", "") for run in runs)
-        folders = [self.out / run.folder for run in runs]
+        names = ",".join(run.variant.name.replace(",", "") for run in runs if not run.seed)
+        folders = [self.out / run.folder for run in runs if not run.seed]
         _blt(
             "plot",
             *folders,
@@ -246,15 +338,14 @@ class Study:
         print(table, end="")
 
     def _row(self, run: Run, report: dict[str, Any]) -> dict[str, Any]:
-        records = [json.loads(line) for line in (self.out / run.folder / "metrics.jsonl").read_text().splitlines()]
-        last = next(r for r in reversed(records) if "loss" in r)
-        valid = next(r for r in reversed(records) if "valid_bpb" in r)
+        last = next(r for r in reversed(self._metrics(run.folder)) if "loss" in r)
         return {
             "model": run.variant.name,
+            "seed": run.seed,
             "flops_per_byte": _flops(run.config, run.unit),
             "bytes": last["bytes"],
             "bytes_per_patch": report["bytes_per_patch"] if run.config.kind == "blt" else run.unit or 1.0,
-            "valid_bits_per_byte": valid["valid_bpb"],
+            "valid_bits_per_byte": self._valid(run.folder),
             "test_bits_per_byte": report["bits_per_byte"],
             "kinds": _kinds(report["groups"]),
             "noise": report["noise"],
@@ -262,6 +353,12 @@ class Study:
             "seconds": last["seconds"],
             "settings": run.overrides,
         }
+
+    def _metrics(self, folder: str | Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.out / folder / "metrics.jsonl").read_text().splitlines()]
+
+    def _valid(self, folder: str | Path) -> float:
+        return float(next(r for r in reversed(self._metrics(folder)) if "valid_bpb" in r)["valid_bpb"])
 
 
 def _kinds(groups: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -275,22 +372,30 @@ def _kinds(groups: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """The table of results as Markdown lines."""
+    """The table of results as Markdown lines: means over seeds, and half the range of the test bits."""
     kinds = list(rows[0]["kinds"])
-    head = ["model", "MFLOPs/byte", "MB read", "bytes/patch", "test bits/byte", *kinds]
+    head = ["model", "seeds", "MFLOPs/byte", "MB read", "bytes/patch", "test bits/byte", *kinds]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [row["model"], f"{row['flops_per_byte'] / 1e6:.3f}", f"{row['bytes'] / 1e6:.2f}"]
-        cells.append(f"{row['bytes_per_patch']:.2f}")
-        cells += [f"{value:.3f}" for value in (row["test_bits_per_byte"], *row["kinds"].values())]
+    for name, found in _by_model(rows).items():
+        bits = [row["test_bits_per_byte"] for row in found]
+        spread = f" ± {(max(bits) - min(bits)) / 2:.3f}" if len(bits) > 1 else ""
+        cells = [name, str(len(found)), f"{found[0]['flops_per_byte'] / 1e6:.3f}"]
+        cells += [f"{mean(row['bytes'] for row in found) / 1e6:.2f}"]
+        cells += [f"{mean(row['bytes_per_patch'] for row in found):.2f}", f"{mean(bits):.3f}{spread}"]
+        cells += [f"{mean(row['kinds'][kind] for row in found):.3f}" for kind in kinds]
         lines.append(f"| {' | '.join(cells)} |")
     for name, value in rows[0]["baselines"].items():
-        lines.append(f"| {name} | | | | {value:.3f} |{' |' * len(kinds)}")
+        lines.append(f"| {name} | | | | | {value:.3f} |{' |' * len(kinds)}")
     return lines
 
 
+def _by_model(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [row for row in rows if row["model"] == name] for name in dict.fromkeys(row["model"] for row in rows)}
+
+
 def _noise_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines: additional bits per clean byte with noise in the completion (in the prompt)."""
+    """Markdown lines: additional bits per clean byte with noise in the completion (in the prompt), of seed 0."""
+    rows = [row for row in rows if not row["seed"]]
     recipes = list(dict.fromkeys(line["recipe"] for line in rows[0]["noise"] if line["noise_in"]))
     lines = [f"| model | clean | {' | '.join(recipes)} |", "|---" * (2 + len(recipes)) + "|"]
     for row in rows:
@@ -309,6 +414,8 @@ def _arguments() -> argparse.Namespace:
         "--models", metavar="NAME,...", help="train only these, by the names of their folders, such as bpe"
     )
     parser.add_argument("--megabytes", type=float, default=8.0, help="text that each model trains on, in 10^6 bytes")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each model")
+    parser.add_argument("--pilots", action="store_true", help="tune the learning rates instead")
     parser.add_argument("--limit", default="64k", help="test bytes of each group")
     parser.add_argument("--pairs", type=int, default=60, help="pairs of prompt and completion under noise")
     parser.add_argument("--jobs", type=int, default=1, help="models trained at once")
@@ -318,4 +425,6 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    Study(_arguments())()
+    arguments = _arguments()
+    study = Study(arguments)
+    study.pilots() if arguments.pilots else study()

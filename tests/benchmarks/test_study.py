@@ -7,11 +7,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from blt.data import Dataset, prepare
+from blt.model.blt import BLT
+from blt.model.config import BLTConfig
+from blt.model.entropy import EntropyModel
 from blt.train.config import BLTRun, BPERun
 
-MODELS = 11
+MODELS = 13
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Dataset:
 
 @pytest.mark.parametrize("number", range(MODELS))
 def test_flops_and_text_are_those_of_the_byte_level_transformer(study: ModuleType, data: Dataset, number: int) -> None:
-    assert len(study.VARIANTS) == MODELS
-    run = study.fitted(study.VARIANTS[number], data, 3_000_000)
-    budget = study._flops(study.fitted(study.VARIANTS[0], data, 3_000_000).config, None)
+    variants = study._variants()
+    assert len(variants) == MODELS
+    run = study.fitted(variants[number], data, 3_000_000)
+    budget = study._flops(study.fitted(variants[0], data, 3_000_000).config, None)
     assert study._flops(run.config, run.unit) == pytest.approx(budget, rel=0.01)
     assert run.config.schedule.steps == 732
     row = run.config.batch.byte_buckets[-1] * (run.unit if isinstance(run.config, BPERun) else 1)
@@ -51,8 +56,44 @@ def test_a_budget_that_the_other_parts_exceed_is_refused(study: ModuleType) -> N
 
 
 def test_models_are_chosen_by_their_folders(study: ModuleType) -> None:
-    assert study.chosen(None) == list(study.VARIANTS)
-    names = [variant.name for variant in study.chosen("bpe,blt-entropy-4.5-seed-1")]
-    assert names == ["BPE", "BLT, entropy 4.5, seed 1"]
-    with pytest.raises(SystemExit, match="--models blt: choose from byte-level, bpe, "):
+    assert study.chosen(None) == list(study._variants())
+    names = [variant.name for variant in study.chosen("bpe,blt-entropy-4.5")]
+    assert names == ["BPE", "BLT, entropy 4.5"]
+    with pytest.raises(SystemExit, match="--models blt: choose from byte-level, byte-level-with-n-grams, bpe, "):
         study.chosen("blt")
+
+
+def test_the_controls_have_tables_of_the_size_of_the_blts(study: ModuleType, data: Dataset) -> None:
+    def parameters(name: str) -> int:
+        config = study.fitted(next(v for v in study._variants() if v.name == name), data, 3_000_000).config.model
+        with torch.device("meta"):
+            model = BLT(config) if isinstance(config, BLTConfig) else EntropyModel(config)
+        return int(model.hash_embedding.tables.weight.numel())
+
+    wanted = parameters("BLT, space")
+    assert parameters("byte-level with n-grams") == pytest.approx(wanted, rel=0.001)
+    assert parameters("BPE with n-grams") == pytest.approx(wanted, rel=0.001)
+
+
+def test_every_family_has_a_pilot_of_its_own(study: ModuleType) -> None:
+    by_name = {variant.name: variant for variant in study._variants()}
+    assert {variant.family for variant in by_name.values()} == set(study.PILOTS)
+    assert all(by_name[name].family == family for family, name in study.PILOTS.items())
+
+
+@pytest.mark.parametrize("best", [1e-3, 4e-3, 32e-3])
+def test_pilots_go_on_while_the_best_rate_is_at_an_end(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, best: float
+) -> None:
+    pilots = study.Study.__new__(study.Study)
+    monkeypatch.setattr(study.Study, "_pilot", lambda self, variant, rate: rate)
+    monkeypatch.setattr(study.Study, "_valid", lambda self, rate: abs(rate - best))
+    tried = pilots._tried(study._variants()[0])
+    assert min(tried, key=tried.get) == best
+    assert {best / 2, best, best * 2} <= set(tried)
+
+
+def test_rows_of_several_seeds_are_one_line(study: ModuleType) -> None:
+    row = {"model": "BPE", "flops_per_byte": 2e6, "bytes": 8e6, "bytes_per_patch": 3.0, "baselines": {}}
+    rows = [{**row, "test_bits_per_byte": bits, "kinds": {"book": bits}} for bits in (2.0, 2.1, 2.3)]
+    assert study._table(rows)[2:] == ["| BPE | 3 | 2.000 | 8.00 | 3.00 | 2.133 ± 0.150 | 2.133 |"]
