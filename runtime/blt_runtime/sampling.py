@@ -62,8 +62,8 @@ class Sampler:
         return int(order_V[min(int(drawn), len(order_V) - 1)])
 
     def _among_first(self, logits_V: Array, number: float) -> int | None:
-        """The same id without sorting, in half the time, if it is one of the FIRST most likely: it usually is one of the
-        first three. None otherwise, and if `number` is CLOSE to the border of an id."""
+        """The same id without sorting, in half the time, if it is one of the FIRST most likely; usually it is one of
+        the first three. None otherwise, and if `number` is CLOSE to the border of an id."""
         scaled_V = logits_V.astype(np.float64) / max(self.temperature, 1e-6)
         id = int(scaled_V.argmax())
         mass_V = np.exp(scaled_V - scaled_V[id])
