@@ -204,9 +204,10 @@ class BatchConfig(Frozen):
 
 
 class RunSettings(Frozen):
-    """Settings of the run. `log_every`, `valid_every`, `checkpoint_every` and `sample_every` are in steps.
+    """Settings of the run. `*_every` are in steps.
 
-    A sample is a short text that the model writes; 0 logs none.
+    A sample is a short text that the model writes; 0 logs none. `norms_every` measures the norms of the model's parts;
+    0 never. `peak_flops` is the peak of one device in FLOP/s, for MFU (null: that of a well-known GPU).
     """
 
     seed: int = Field(default=0, ge=0, lt=1 << 63)
@@ -220,6 +221,8 @@ class RunSettings(Frozen):
     valid_every: int = Field(default=200, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
     sample_every: int = Field(default=0, ge=0)
+    norms_every: int = Field(default=0, ge=0)
+    peak_flops: FiniteFloat | None = Field(default=None, gt=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     tensorboard: bool = False

@@ -56,14 +56,22 @@ class RunInputs:
         return make()
 
     @property
+    def _unit(self) -> dict[str, Any]:
+        return {"bytes_per_token": self.unit_bytes, "patch_size": self.unit_bytes}
+
+    @property
     def _measured(self) -> dict[str, Any]:
-        entropy = self.entropy.config if self.entropy else None
-        return {"bytes_per_token": self.unit_bytes, "entropy": entropy, "patch_size": self.unit_bytes}
+        return {**self._unit, "entropy": self.entropy.config if self.entropy else None}
 
     @property
     def flops_per_byte(self) -> float:
         """Forward FLOPs per byte of this text."""
         return flops_per_byte(self.config, **self._measured)
+
+    @property
+    def model_flops_per_byte(self) -> float:
+        """Those of the trained model alone, without the entropy model that cuts its patches."""
+        return flops_per_byte(self.config, **self._unit)
 
     def dry_run(self, ranks: int = 1) -> dict[str, Any]:
         """`blt.train.dry_run` with the patch or token size measured on this text."""

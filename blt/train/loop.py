@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils import deterministic
 
 from blt.data.batches import Batch
@@ -31,11 +32,14 @@ from blt.train.checkpoints import TrainingCheckpoint
 from blt.train.config import RunConfig
 from blt.train.dryrun import FORWARD_PASSES_PER_STEP
 from blt.train.metrics import MetricsFile, MetricWindow
+from blt.train.norms import PartNorms
 from blt.train.objective import Diverged, Objective
 from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_gradients
 from blt.train.parallel import Ranks
+from blt.train.profile import BACKWARD, DATA, FORWARD, OPTIMIZER, StepProfile
 from blt.train.progress import Observer, observing
 from blt.train.recompute import recompute_parts, undo_recompute
+from blt.train.speed import Speed
 from blt.train.state import TrainState
 from blt.train.tables import sparse_tables
 from blt_runtime.errors import BltError
@@ -64,8 +68,8 @@ class Trainer:
     """One run in the folder `out`.
 
     valid: makes a fresh loader over the validation text; None without one.  extra: plain values that a resumed run must
-    share.  flops_per_byte: of a forward pass, for the metrics.  sample: writes a text with the model, for
-    `run.sample_every`.
+    share.  flops_per_byte: of a forward pass, for the metrics.  model_flops_per_byte: of the trained model alone.
+    sample: writes a text with the model, for `run.sample_every`.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Trainer:
         *,
         extra: dict[str, Any] | None = None,
         flops_per_byte: float = 0.0,
+        model_flops_per_byte: float = 0.0,
         sample: Callable[[], bytes] | None = None,
     ):
         self.config, self.objective, self.valid, self.out = config, objective, valid, out
@@ -92,7 +97,12 @@ class Trainer:
         self.observer = Observer()
         self.extra = extra or {}
         self.flops_per_byte = flops_per_byte
+        self.speed = Speed.of(config.run, objective.device, model_flops_per_byte)
+        self.norms = PartNorms(
+            model, "token model" if config.kind == "bpe" else "entropy model", config.run.norms_every
+        )
         self.sample = sample
+        self.profile = StepProfile()
         self.advice = "run the same command to continue"
         """What to do after a signal, for its message."""
         self._saved_step = -1
@@ -133,8 +143,11 @@ class Trainer:
                 self.log_sample()
             state.window.start()
             while state.step < steps:
-                self._step_or_stop()
+                with self.profile.step(state.step + 1, self.objective):
+                    self._step_or_stop()
                 last = state.step == steps
+                if norms := self.norms.take():
+                    self.metrics.write({"step": state.step, **norms})
                 if state.step % run.log_every == 0 or last:
                     self.log()
                 if self.valid is not None and (state.step % run.valid_every == 0 or last):
@@ -173,7 +186,8 @@ class Trainer:
         """
         state, tables = self.state, self.state.tables
         self._at_once = self.ranks.single
-        batch = replace(next(state.loader), micro_rows=self.micro_rows)
+        with record_function(DATA), state.window.waiting():
+            batch = replace(next(state.loader), micro_rows=self.micro_rows)
         self._at_once = False
         lr = learning_rate(state.step, self.config.optimizer.lr, self.config.schedule)
         for group in state.optimizer.param_groups:
@@ -184,10 +198,11 @@ class Trainer:
         norm = gradient_norm(gradients, rows, parallel.SINGLE if tables is None else tables.owners)
         nats, norm_now = self._read(total, norm)
         if self._is_finite(nats, norm_now, batch):
-            scale_gradients([*gradients, *rows], norm, self.config.optimizer.clip)
-            state.optimizer.step()
-            if tables is not None:
-                tables.step(rows[0], lr)
+            with record_function(OPTIMIZER), self.norms.measured(state.step + 1):
+                scale_gradients([*gradients, *rows], norm, self.config.optimizer.clip)
+                state.optimizer.step()
+                if tables is not None:
+                    tables.step(rows[0], lr)
             state.bytes += batch.n_bytes
             state.window.add(nats, batch)
             self.observer.step(state.step + 1, nats, batch)
@@ -207,8 +222,10 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=self.objective.device)
         for row, part in self._micro_batches(batch):
             self._announce_compilation(part)
-            total = self._loss(row, part)
-            (total / targets).backward()
+            with record_function(FORWARD):
+                total = self._loss(row, part)
+            with record_function(BACKWARD):
+                (total / targets).backward()
             nats += total.detach()
         self._at_once = False
         return nats
@@ -266,9 +283,14 @@ class Trainer:
     def log(self) -> None:
         """Writes one line of metrics.jsonl about the steps since the last one; `lr` and `norm` are the last step's."""
         state, window = self.state, self.state.window
-        last = {"lr": state.lr, "norm": state.norm} if window.buckets else {}
-        record = {"step": state.step, **window.summary(), **last, **self.spent()}
-        self.metrics.write({**record, "seconds": window.all_seconds})
+        record = {"step": state.step, **window.summary()}
+        if window.buckets:
+            record |= {
+                "lr": state.lr,
+                "norm": state.norm,
+                **self.speed.record(window, record["bytes_per_s"], self.ranks),
+            }
+        self.metrics.write({**record, **self.spent(), "seconds": window.all_seconds})
         window.reset()
 
     def log_sample(self) -> None:

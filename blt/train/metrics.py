@@ -29,7 +29,7 @@ class MetricWindow:
     def reset(self) -> None:
         """Begins a new window; the seconds of the old one are added to `total_seconds`."""
         self.total_seconds += time.monotonic() - self.began
-        self.nats = self.seconds = 0.0
+        self.nats = self.seconds = self.waited = 0.0
         self.targets = self.bytes = self.tokens = self.places = 0  # the names are keys of a checkpoint's state
         self.patches = self.patch_places = self.skipped = 0
         self.buckets: dict[str, int] = {}
@@ -58,6 +58,18 @@ class MetricWindow:
         before = time.monotonic()
         yield
         self.began += time.monotonic() - before
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent inside as `waited`: a step that waits for its batch. It stays in the window's time."""
+        before = time.monotonic()
+        yield
+        self.waited += time.monotonic() - before
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this window."""
+        return max(time.monotonic() - self.began, 1e-9)
 
     @property
     def all_seconds(self) -> float:
@@ -90,11 +102,10 @@ class MetricWindow:
         """
         if self.skipped and not self.buckets:
             return {"skipped": self.skipped}
-        seconds = max(time.monotonic() - self.began, 1e-9)
         found: dict[str, Any] = {
             "loss": self.nats / max(1, self.targets),
             "bpb": self.nats / math.log(2) / max(1, self.bytes),
-            "bytes_per_s": self.bytes / seconds,
+            "bytes_per_s": self.bytes / self.elapsed,
             "padding": 1 - self.tokens / max(1, self.places),
             "buckets": dict(sorted(self.buckets.items(), key=lambda item: int(item[0]))),
         }

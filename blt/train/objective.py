@@ -49,6 +49,11 @@ class Objective:
             allow_compilations()
             self._sum = torch.compile(self.loss_sum, fullgraph=True, dynamic=False)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether a step is compiled as one graph."""
+        return self._compiled is not None
+
     def must_compile(self, batch: Batch) -> bool:
         """Whether the next call on rows of this shape compiles. True once for each shape."""
         if self._compiled is None or batch.ids.shape in self._compiled:

@@ -58,6 +58,14 @@ class Ranks:
         dist.all_reduce(total, group=self.control)
         return list(total.tolist())
 
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each over ranks, in float64."""
+        if self.single:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
+        return list(found.tolist())
+
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums `tensor` over ranks, in place; it has the same shape on each."""
         if not self.single:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from blt.data.batches import Batch
-from blt.data.quantities import amount, duration
+from blt.data.quantities import amount, count, duration
 from blt.train.metrics import MetricWindow
 from blt_runtime.errors import MissingExtra
 
@@ -161,6 +161,10 @@ def fields(record: Mapping[str, Any], left: float | None = None) -> list[str]:
         words.append(f"{duration(left)} left")
     if "bytes_per_s" in record:
         words.append(f"{amount(record['bytes_per_s'])}/s")
+    if "mfu" in record:
+        words.append(f"{record['mfu']:.1%} MFU")
+    elif "flops_per_s" in record:
+        words.append(f"{count(record['flops_per_s'])}FLOP/s")
     if "patch_size" in record:
         words.append(f"{record['patch_size']:.2f} bytes/patch")
     if "padding" in record:
@@ -170,6 +174,12 @@ def fields(record: Mapping[str, Any], left: float | None = None) -> list[str]:
     if "lr" in record:
         words.append(f"learning rate {record['lr']:.3g}")
         words.append(f"gradient norm {record['norm']:.3g}")
+    if "memory_bytes" in record:
+        words.append(f"memory {amount(record['memory_bytes'])}")
+    if "data_wait" in record:
+        words.append(f"waits {record['data_wait']:.1%} for data")
+    if "update_ratio" in record:
+        words.append("update / weight " + ", ".join(f"{part} {x:.2g}" for part, x in record["update_ratio"].items()))
     if "skipped" in record:
         words.append(f"{record['skipped']:,} steps skipped")
     return words

@@ -21,6 +21,8 @@ from blt.files import replace_text
 from blt.train import checkpoints, parallel
 from blt.train.config import KINDS, BLTRun, RunConfig
 from blt.train.loop import Trainer
+from blt.train.profile import FOLDER as PROFILES
+from blt.train.profile import StepProfile
 from blt.train.resume import continued, find_checkpoint
 from blt.train.setup import prepare_run
 from blt_runtime import reading
@@ -48,12 +50,14 @@ def train(
     force: bool = False,
     compile: bool | None = None,
     device: str = "cpu",
+    profile: tuple[int, int] | None = None,
 ) -> Path:
     """Trains and returns the path of `model.pt`.
 
     data, entropy_model: replace the configuration's.  boundaries: a folder of stored patch boundaries.  resume: "auto"
     (the newest checkpoint in `out`, if any), "none", or the path of a checkpoint or run. The last two are refused if
     `out` has checkpoints, unless the path is one of them.  force: train into a folder that holds other files.
+    profile: the first and last step, counted from 1, of which a trace and a table are made.
 
     Under torchrun every process calls it. Parameters are sharded, and the first rank writes logs, metrics and model.pt.
     Raises UsageError, InputError, ConfigError, CheckpointError, and Terminated after SIGTERM with everything saved.
@@ -96,6 +100,8 @@ def train(
         if checkpoint is not None:
             trainer.restore(checkpoint)
             _log_resumed(trainer, config.schedule.steps)
+        if profile is not None and ranks.first:
+            trainer.profile = _profile(profile, trainer)
         ranks.on_first(lambda: _begin(trainer))
         trainer.run(config.schedule.steps)
         trainer.finish()
@@ -109,6 +115,14 @@ def _with_entropy_path(config: RunConfig, entropy_model: str | Path | None) -> R
         return config
     where = str(Path(path).resolve() if Path(path).exists() else path)
     return config.model_copy(update={"entropy_model": where})
+
+
+def _profile(steps: tuple[int, int], trainer: Trainer) -> StepProfile:
+    """Raises UsageError unless the run still makes these steps."""
+    (first, last), made, planned = steps, trainer.state.step, trainer.config.schedule.steps
+    if not made < first <= last <= planned:
+        raise UsageError(f"--profile {first}:{last}: this run makes the steps {made + 1} to {planned}; profile those")
+    return StepProfile(first, last, trainer.out / PROFILES)
 
 
 def _log_resumed(trainer: Trainer, steps: int) -> None:

@@ -56,7 +56,7 @@ def prepare_run(
     objective = Objective(model, longest, bf16=config.run.dtype == "bf16", compile=compiled, device=device)
     trainer = Trainer(
         config, objective, loader=inputs.training, valid=inputs.loaders["valid"], out=out, extra=inputs.extra,
-        flops_per_byte=inputs.flops_per_byte,
+        flops_per_byte=inputs.flops_per_byte, model_flops_per_byte=inputs.model_flops_per_byte,
         sample=TextSampler(model, entropy=inputs.entropy, rule=inputs.rule, vocabulary=inputs.vocabulary),
     )  # fmt: skip
     return trainer, lambda: _final_checkpoint(model, inputs, out)

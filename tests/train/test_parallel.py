@@ -77,7 +77,7 @@ two_ranks = partial(with_ranks, 2)
 
 def records(out: Path) -> list[dict[str, Any]]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    clocks = ("seconds", "bytes_per_s")
+    clocks = ("seconds", "bytes_per_s", "flops_per_s", "memory_bytes", "data_wait_s", "data_wait")
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
 
 

@@ -52,6 +52,15 @@ class TrainOptions:
         int,
         typer.Option("--ranks", min=1, help="Processes for which --dry-run estimates memory; torchrun starts them."),
     ] = 1
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile",
+            metavar="FIRST:LAST",
+            help="Profile these steps, such as 20:25: a trace in RUN/profile and a table of where the time goes "
+            "(default: none).",
+        ),
+    ] = None
     set: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="a.b=value", help="Replace one value of the configuration; repeatable."),
@@ -203,6 +212,7 @@ def _train(
         force=given.force,
         compile=given.compile,
         device=device,
+        profile=None if given.profile is None else _steps(given.profile),
     )
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, only the first prints
         return
@@ -210,6 +220,13 @@ def _train(
         console.print_json("blt.train/1", {"model": path} | _final_numbers(given.out))
     else:
         console.say(str(path))
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise UsageError(f"--profile {text}: write the first and the last step, such as 20:25")
+    return int(first), int(last)
 
 
 def _final_numbers(out: Path) -> dict[str, object]:
