@@ -18,6 +18,8 @@ from blt_runtime.ids import OFFSET
 Int = NDArray[np.int64]
 Pack = Literal["stream", "documents"]
 NAMED_DOCUMENTS = 4
+_HELD = ("ids", "targets", "mask", "patch_lengths")
+_ALL = ("starts", "row_tokens", "row_targets", "row_bytes", "row_patches", "documents")
 
 
 def never() -> bool:
@@ -47,12 +49,20 @@ class TokenSource(Protocol):
         """BOS, tokens, EOS: int16 or int32 [length + 2]."""
         ...
 
+    def read(self, documents: Int, begin: Int, end: Int, /) -> NDArray[Any]:
+        """`ids(document)[begin:end]` of each of these documents, one after another: int16 or int32."""
+        ...
+
 
 class PatchStarts(Protocol):
     """Patch boundaries per document."""
 
     def starts(self, document: int) -> NDArray[np.bool_]:
         """bool [length + 2], positions 0 and 1 True."""
+        ...
+
+    def boundaries(self, members: Int) -> Int:
+        """Where patches begin in the tokens (BOS ... EOS) of these documents, one after another: ascending."""
         ...
 
     def compute(self, members: Int, stopped: Callable[[], bool] = never) -> None:
@@ -105,15 +115,35 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which of a batch's micro-batches of `micro_rows` rows (None: all rows) one of `world` ranks computes: those with
+    the numbers rank, rank + world, ... At any time ranks compute rows of neighbouring lengths and wait little.
+    """
+
+    rank: int = 0
+    world: int = 1
+    micro_rows: int | None = None
+
+    def rows(self, n_rows: int) -> Int:
+        """The rank's rows of a batch, ascending."""
+        every = np.arange(n_rows).reshape(-1, self.micro_rows or n_rows)
+        return every[self.rank :: self.world].ravel()
+
+
+@dataclass(frozen=True)
 class Batch:
     """The input of one GLOBAL step, or some rows of it.
 
-    ids, targets: int64 [B, N], padding 0.  mask: bool [B, N], the targets that the loss counts.  patch_lengths: int64
-    [B, P] with sum N + 1 per row, or None.  starts: [B] the row's offset in its block, -1 for a blank row.
-    row_tokens: [B] positions that are not padding (None: the unmasked ones).  row_bytes: [B] bytes of the counted
-    targets (None: the unmasked bytes).  documents: those of each row.  index: the batch's number in its block.
-    buckets: the ascending lengths that rows are padded to, of which N is one (empty: N alone).  micro_rows: rows that
-    are computed at a time (None: all).
+    ids, targets: int64 [H, N], padding 0.  mask: bool [H, N], the targets that the loss counts.  patch_lengths: int64
+    [H, P] with sum N + 1 per row, or None. These four hold the rows of a `share`: of a single rank all, H = B.
+
+    Of all rows: starts: [B] the row's offset in its block, -1 for a blank row.  row_tokens: [B] positions that are not
+    padding (None: the unmasked ones).  row_targets: [B] counted targets (None: the unmasked ones).  row_bytes: [B]
+    bytes of the counted targets (None: the unmasked bytes).  row_patches: [B] patches that hold a token (None: those of
+    `patch_lengths`).  documents: those of each row.
+
+    index: the batch's number in its block.  buckets: the ascending lengths that rows are padded to, of which N is one
+    (empty: N alone).  micro_rows: rows that are computed at a time (None: all).
     """
 
     ids: Int
@@ -125,18 +155,24 @@ class Batch:
     epoch: int = 0
     index: int = 0
     row_tokens: Int | None = None
+    row_targets: Int | None = None
     row_bytes: Int | None = None
+    row_patches: Int | None = None
     documents: tuple[Int, ...] = ()
     buckets: tuple[int, ...] = ()
     micro_rows: int | None = None
+    share: Share = Share()
 
     def micro_batches(self) -> list[Batch]:
-        """The batch in parts of `micro_rows` rows, each padded only to the bucket of its longest row.
+        """The share's parts of `micro_rows` rows, each padded only to the bucket of its longest row.
 
         Rows of a batch are ordered by length, so few parts mix buckets.
         """
-        step = self.micro_rows or len(self.starts)
-        return [self.rows(i * step, (i + 1) * step).padded_to(length) for i, length in enumerate(self.micro_lengths)]
+        step, lengths = self.micro_rows or len(self.starts), self.micro_lengths
+        return [
+            self._part(held * step, number * step, step).padded_to(lengths[number])
+            for held, number in enumerate(range(self.share.rank, len(lengths), self.share.world))
+        ]
 
     @property
     def micro_lengths(self) -> list[int]:
@@ -163,17 +199,22 @@ class Batch:
         return replace(self, **cut)
 
     def rows(self, first: int, stop: int) -> Batch:
-        """The rows [first, stop) as a batch that is computed at once."""
-        rows = slice(first, stop)
-        cut = {name: getattr(self, name)[rows] for name in ("ids", "targets", "mask", "starts", "documents")}
-        optional = {name: getattr(self, name) for name in ("patch_lengths", "row_tokens", "row_bytes")}
-        cut |= {name: None if value is None else value[rows] for name, value in optional.items()}
-        return replace(self, **cut, micro_rows=None)
+        """The rows [first, stop) as a batch that is computed at once, of a batch that has all rows."""
+        return self._part(first, first, stop - first)
+
+    def _part(self, held: int, row: int, count: int) -> Batch:
+        """`count` rows as a batch of its own: from row `held` of the arrays, which is `row` in the batch."""
+        parts: dict[str, Any] = {}
+        for names, rows in ((_HELD, slice(held, held + count)), (_ALL, slice(row, row + count))):
+            for name in names:
+                value = getattr(self, name)
+                parts[name] = None if value is None else value[rows]
+        return replace(self, **parts, micro_rows=None, share=Share())
 
     @property
     def n_targets(self) -> int:
         """Targets that the loss counts."""
-        return int(self.mask.sum())
+        return int(self.mask.sum() if self.row_targets is None else self.row_targets.sum())
 
     @property
     def n_bytes(self) -> int:
@@ -190,12 +231,14 @@ class Batch:
     @property
     def n_patches(self) -> int:
         """Patches that hold at least one token, the one-token first patch of each row included."""
+        if self.row_patches is not None:
+            return int(self.row_patches.sum())
         return 0 if self.patch_lengths is None else int((self.patch_lengths[self.starts >= 0] > 0).sum())
 
     @property
     def patch_places(self) -> int:
         """B x P: what the latent transformer computes, padding included."""
-        return 0 if self.patch_lengths is None else self.patch_lengths.size
+        return 0 if self.patch_lengths is None else len(self.starts) * self.patch_lengths.shape[1]
 
     @property
     def identity(self) -> str:

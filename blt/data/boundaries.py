@@ -24,6 +24,7 @@ from blt import files
 from blt.data.batches import Int, never
 from blt.data.cache_files import create_file, writable_folder
 from blt.data.dataset import Dataset, Documents
+from blt.data.starts import chunks
 from blt_runtime import reading
 from blt_runtime.errors import InputError, RuleError
 from blt_runtime.patching import PatchRule
@@ -266,9 +267,33 @@ class StoredBoundaries:
         bits = np.unpackbits(self._shard(shard)[begin // 8 : -(-end // 8)], bitorder="little")
         return bits[begin % 8 : begin % 8 + end - begin].view(np.bool_)
 
+    def boundaries(self, members: Int) -> Int:
+        """Where patches begin in the tokens of these documents, one after another: ascending. Raises InputError."""
+        found = [np.empty(0, np.int64)]
+        for offset, part in chunks(self.documents.lengths[members] + 2):
+            found.append(np.flatnonzero(self._starts(members[part])) + offset)
+        return np.concatenate(found)
+
+    def _starts(self, members: Int) -> Bools:
+        """True where a patch begins in the tokens of these documents, one after another."""
+        offsets, shards = self.documents.token_offsets, self.documents.shard_offsets
+        shard = np.searchsorted(shards, members, side="right") - 1
+        begin, end = (offsets[at] - offsets[shards[shard]] for at in (members, members + 1))
+        first = begin // 8
+        pieces = zip(
+            *(x.tolist() for x in (shard, first, -(-end // 8), begin - 8 * first, end - 8 * first)), strict=True
+        )
+        return np.concatenate(
+            [
+                np.unpackbits(self._shard(number)[byte:byte_end], bitorder="little")[bit:bit_end]
+                for number, byte, byte_end, bit, bit_end in pieces
+            ]
+        ).view(np.bool_)
+
     def _shard(self, number: int) -> NDArray[np.uint8]:
         if number not in self._bits:
-            self._bits[number] = _read_bits(self.folder, self._shards[number])
+            # A plain array over the map: a slice of a memmap takes ten times as long.
+            self._bits[number] = np.asarray(_read_bits(self.folder, self._shards[number]))
         return self._bits[number]
 
 

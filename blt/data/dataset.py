@@ -134,7 +134,8 @@ class Documents:
     def __init__(self, folder: Path, shards: list[dict[str, Any]], group_names: list[str]):
         self.names = group_names
         stems = [folder / shard["name"] for shard in shards]
-        self._data = [np.memmap(f"{stem}.bin", np.uint8, mode="r") for stem in stems]
+        # Plain arrays over the maps: a slice of a memmap takes ten times as long as that of an array.
+        self._data = [np.asarray(np.memmap(f"{stem}.bin", np.uint8, mode="r")) for stem in stems]
         offsets = [_offsets(Path(f"{stem}.offsets.npy"), shard) for stem, shard in zip(stems, shards, strict=True)]
         ids = [_integers(Path(f"{stem}.groups.npy"), s["documents"]) for stem, s in zip(stems, shards, strict=True)]
         if any(part.size and not 0 <= part.min() <= part.max() < len(group_names) for part in ids):
@@ -192,6 +193,44 @@ class Documents:
     def ids(self, index: int) -> NDArray[np.int16]:
         """BOS, the document's bytes, EOS as ids, int16 [length + 2]."""
         return self._ids(index, 0, int(self.lengths[index]) + 2)
+
+    def read(self, documents: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int16]:
+        """`ids(document)[begin:end]` of each of these documents, one after another."""
+        stop, n_tokens = np.cumsum(end - begin), self.lengths[documents] + 2
+        start = stop - (end - begin)
+        text = np.empty(int(stop[-1]) if len(stop) else 0, np.uint8)
+        first = np.maximum(begin, 1)
+        self._copy(
+            documents, first=first - 1, last=np.minimum(end, n_tokens - 1) - 1, out=text, at=start + first - begin
+        )
+        ids = text.astype(np.int16)
+        ids += OFFSET
+        ids[start[(begin == 0) & (end > 0)]] = BOS
+        ids[stop[(end == n_tokens) & (begin < end)] - 1] = EOS
+        return ids
+
+    def texts(self, documents: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The bytes of these documents, one after another, each between two NUL bytes in the places of BOS and EOS."""
+        lengths = self.lengths[documents]
+        offsets = np.cumsum(lengths + 2) - lengths - 2
+        text = np.zeros(int((lengths + 2).sum()), np.uint8)
+        self._copy(documents, first=np.zeros_like(lengths), last=lengths, out=text, at=offsets + 1)
+        return text
+
+    def _copy(
+        self,
+        documents: NDArray[np.int64],
+        *,
+        first: NDArray[np.int64],
+        last: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        at: NDArray[np.int64],
+    ) -> None:
+        """Copies the bytes [first, last) of each of these documents to the places of `out` that begin at `at`."""
+        begin, size = self._start[documents] + first, last - first
+        pieces = (self._shard[documents], begin, begin + size, at, at + size)
+        for shard, source, source_end, place, place_end in zip(*(array.tolist() for array in pieces), strict=True):
+            out[place:place_end] = self._data[shard][source:source_end]
 
     @property
     def tokens(self) -> TokenStream:

@@ -68,6 +68,13 @@ class EntropyCache:
         begin, end = self._tokens(document)
         return self._values[begin:end]
 
+    def of_all(self, members: Int) -> Float:
+        """Next-byte entropies in nats of the tokens of these documents, one after another."""
+        self.compute(members)
+        offsets = self.documents.token_offsets
+        pieces = zip(offsets[members].tolist(), offsets[members + 1].tolist(), strict=True)
+        return np.concatenate([np.empty(0, np.float32), *(self._values[begin:end] for begin, end in pieces)])
+
     def missing_bytes(self, members: Int) -> int:
         """Bytes of these documents whose entropies are not computed."""
         missing = [int(document) for document in members if not self._has(int(document))]

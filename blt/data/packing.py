@@ -32,11 +32,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.data.batches import Batch, BatchShape, Int, PatchStarts, TokenSource, never
+from blt.data.batches import Batch, BatchShape, Int, PatchStarts, Share, TokenSource, never
 from blt.data.prefetch import Position, Prefetcher
-from blt.data.rows import Rows, cut_rows, pack_documents, row_patch_lengths
+from blt.data.rows import Rows, cut_rows, pack_documents, patch_lengths_of, patch_ranges, reordered
 from blt_runtime.errors import ConfigError, InputError
-from blt_runtime.ids import OFFSET
 
 BLOCK_TOKENS = 32 << 20
 FIRST_BLOCK_TOKENS = 1 << 20
@@ -46,21 +45,46 @@ ORDER = 2
 
 @dataclass(frozen=True)
 class Block:
-    """Some documents as one sequence of tokens, their patch boundaries, and the batches of their rows.
+    """The plan of some documents: their order, patch boundaries and rows, and the batches of their rows. No text.
 
-    members: the documents in the order of their tokens.  offsets: [documents + 1], where each begins.  ids: [T].
-    counted: [T], the tokens whose loss counts.  batches: the rows of each batch, longest first.
+    members: the documents in the order of their tokens.  offsets: [D + 1], where each begins.  counted: [2, D], the
+    tokens of each document from the first on and before the last whose loss counts, as positions in it.  boundaries:
+    ascending, where patches begin.
+
+    Of rows: targets: [R] counted tokens.  bytes: [R] bytes of them (None: some tokens have others than one).
+    documents: [2, R] first and last + 1.  patches: [2, R], its patches but two begin at boundaries[first:last].
+
+    batches: the rows of each batch, longest first.
     """
 
     epoch: int
     number: int
     members: Int
     offsets: Int
-    ids: NDArray[Any]
-    counted: NDArray[np.bool_]
+    counted: Int
     boundaries: Int
     rows: Rows
+    targets: Int
+    bytes: Int | None
+    documents: Int
+    patches: Int
     batches: list[Int]
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Tokens [begin, end) of some rows, one after another.
+
+    ids: of the tokens.  counted: the tokens whose loss counts.  offsets: [rows + 1], where each row begins.
+    """
+
+    ids: NDArray[Any]
+    counted: NDArray[np.bool_]
+    offsets: Int
 
 
 class Loader:
@@ -71,6 +95,7 @@ class Loader:
     A thread plans the next block while batches of the current one are read, if its boundaries are known or if the first
     `total_batches` batches may reach it (None: all): then the entropy model runs ahead of the step.
     Of the last document of `subset`, only the first `last_tokens` tokens count (None: all; see `first_bytes`).
+    Every rank plans all rows, and reads the text of its `share` alone.
     """
 
     def __init__(
@@ -92,6 +117,7 @@ class Loader:
         self.documents, self.shape, self.patch_starts = documents, shape, patch_starts
         self.seed, self.shuffle, self.block_tokens = seed, shuffle, block_tokens
         self.last_tokens, self.total_batches = last_tokens, total_batches
+        self.share = Share()
         self.subset = np.arange(len(documents)) if subset is None else np.asarray(subset, np.int64)
         if not len(self.subset):
             raise InputError("no documents to train on; look at the split with `blt data info`")
@@ -100,6 +126,12 @@ class Loader:
             self.plan, self._assemble, self.n_blocks, workers, self._is_wanted
         )
         self.restore({"epoch": 0, "block": 0, "batch": 0})
+
+    def shared(self, share: Share) -> Loader:
+        """This loader, which from its next batch on holds the rows of a `share`."""
+        self.share = share
+        self.restore(self.state())
+        return self
 
     def state(self) -> dict[str, int]:
         """The position of the next batch."""
@@ -176,54 +208,64 @@ class Loader:
     def plan(self, epoch: int, block: int, stopped: Callable[[], bool] = never) -> Block:
         """The rows and batches of a block. Raises CancelledError soon after `stopped()` is true."""
         members = self._blocks(epoch)[block]
-        lengths, starts = self.documents.lengths[members] + 2, self._starts(members, stopped)
+        boundaries = self._boundaries(members, stopped)
+        offsets = self._offsets(members)
         cap, patches = self.shape.buckets[-1], self.shape.patches
-        whole = self.shape.pack == "documents"
-        if whole:
-            order, rows = pack_documents(lengths, starts, patches, cap)
-            members, lengths, starts = members[order], lengths[order], [starts[i] for i in order]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        boundaries = np.concatenate([offset + positions for offset, positions in zip(offsets, starts, strict=False)])
-        if not whole:
+        if self.shape.pack == "documents":
+            order, rows = pack_documents(offsets, boundaries, patches, cap)
+            boundaries, members = reordered(boundaries, offsets, order), members[order]
+            offsets = self._offsets(members)
+        else:
             rows = cut_rows(int(offsets[-1]), boundaries, patches=patches, cap=cap, buckets=self.shape.buckets)
-        counted = self._counted(members, offsets)
-        ids = np.concatenate([self.documents.ids(int(index)) for index in members])
-        batches = self._group_rows(rows, self._row_order(rows, counted, (self.seed, epoch, block)))
+        counted = self._counted(members)
+        targets = _between(rows, offsets, counted)
+        all_count = counted[1] == np.diff(offsets)
+        one_byte = self.documents.token_bytes is None
         return Block(
             epoch,
             block,
             members=members,
             offsets=offsets,
-            ids=ids,
             counted=counted,
             boundaries=boundaries,
             rows=rows,
-            batches=batches,
+            targets=targets,
+            bytes=_between(rows, offsets, counted - np.array([[0], [1]]) * all_count)
+            if one_byte
+            else None,  # EOS has none
+            documents=np.stack(
+                [
+                    np.searchsorted(offsets, rows.begin, side="right") - 1,
+                    np.searchsorted(offsets, rows.end - 1, side="right"),
+                ]
+            ),
+            patches=np.stack(patch_ranges(rows, boundaries)),
+            batches=self._group_rows(rows, self._row_order(targets, (self.seed, epoch, block))),
         )
 
-    def _starts(self, members: Int, stopped: Callable[[], bool]) -> list[Int]:
-        """The patch boundaries of each document, as positions in it."""
+    def _boundaries(self, members: Int, stopped: Callable[[], bool]) -> Int:
+        """Where patches begin in the tokens of these documents; empty without patches."""
         if self.patch_starts is None:
-            return [np.empty(0, np.int64)] * len(members)
+            return np.empty(0, np.int64)
         self.patch_starts.compute(members, stopped)
-        return [np.flatnonzero(self.patch_starts.starts(int(index))) for index in members]
+        return self.patch_starts.boundaries(members)
 
-    def _counted(self, members: Int, offsets: Int) -> NDArray[np.bool_]:
-        """The tokens whose loss counts: all but BOS, prompts, and what follows `last_tokens`."""
-        counted = np.ones(int(offsets[-1]), np.bool_)
-        counted[offsets[:-1]] = False
-        prompts = self.documents.prompt_lengths[members]
-        for i in np.flatnonzero(prompts):
-            counted[offsets[i] + 1 : offsets[i] + 1 + prompts[i]] = False
+    def _offsets(self, members: Int) -> Int:
+        return np.concatenate([[0], np.cumsum(self.documents.lengths[members] + 2)])
+
+    def _counted(self, members: Int) -> Int:
+        """[2, D]: the loss counts the tokens of a document from the first on, before the last: all but BOS, its prompt,
+        and what follows `last_tokens`."""
+        first = 1 + self.documents.prompt_lengths[members]
+        last = self.documents.lengths[members] + 2
         if self.last_tokens is not None:
-            for i in np.flatnonzero(members == self.subset[-1]):
-                counted[offsets[i] + 1 + prompts[i] + self.last_tokens : offsets[i + 1]] = False
-        return counted
+            limited = np.minimum(last, first + self.last_tokens)
+            last = np.where(members == self.subset[-1], limited, last)
+        return np.stack([first, last])
 
-    def _row_order(self, rows: Rows, counted: NDArray[np.bool_], seed: tuple[int, int, int]) -> Int:
+    def _row_order(self, targets: Int, seed: tuple[int, int, int]) -> Int:
         """The rows that hold a target, in the order in which they fill batches."""
-        before = np.concatenate([[0], np.cumsum(counted)])
-        order = np.flatnonzero(before[rows.end] > before[rows.begin + 1])
+        order = np.flatnonzero(targets > 0)
         return np.random.default_rng(seed).permutation(order) if self.shuffle else order
 
     def _group_rows(self, rows: Rows, order: Int) -> list[Int]:
@@ -232,34 +274,90 @@ class Loader:
         return [part[np.argsort(-rows.lengths[part], kind="stable")] for part in parts]
 
     def _assemble(self, block: Block, index: int) -> Batch:
-        members = block.batches[index].tolist()
+        rows, share = block.batches[index], self.share
         B, P, buckets = self.shape.rows, self.shape.patches, self.shape.buckets
-        bucket = buckets[int(np.searchsorted(buckets, block.rows.lengths[members[0]]))]
-        ids_BN, targets_BN = np.zeros((2, B, bucket), np.int64)
-        mask_BN = np.zeros((B, bucket), np.bool_)
-        starts_B = np.full(B, -1, np.int64)
-        tokens_B, bytes_B = np.zeros((2, B), np.int64)
-        documents: list[Int] = [np.empty(0, np.int64)] * B
-        lengths_BP = None if P is None else _blank_patches(B, P, bucket)
-        for b, row in enumerate(members):
-            begin, end = int(block.rows.begin[row]), int(block.rows.end[row])
+        N = buckets[int(np.searchsorted(buckets, block.rows.lengths[rows[0]]))]
+        mine = share.rows(B)
+        held = np.flatnonzero(mine < len(rows))  # a batch ends with its blank rows
+        reads_all = share.world == 1 or block.bytes is None
+        read = rows if reads_all else rows[mine[held]]
+        text = self._read(block, read)
+        places = mine[held] if reads_all else held
+        ids_HN, targets_HN = np.zeros((2, len(mine), N), np.int64)
+        mask_HN = np.zeros((len(mine), N), np.bool_)
+        for h, (begin, end) in enumerate(
+            zip(text.offsets[places].tolist(), text.offsets[places + 1].tolist(), strict=True)
+        ):
             n = end - begin - 1
-            ids_BN[b, :n], targets_BN[b, :n] = block.ids[begin : end - 1], block.ids[begin + 1 : end]
-            mask_BN[b, :n], starts_B[b], tokens_B[b] = block.counted[begin + 1 : end], begin, n
-            bytes_B[b] = self._bytes(targets_BN[b][mask_BN[b]])
-            first, last = np.searchsorted(block.offsets, (begin, end - 1), side="right")
-            documents[b] = block.members[first - 1 : last]
-            if P is not None and lengths_BP is not None:
-                lengths_BP[b] = row_patch_lengths(begin, end, block.boundaries, patches=P, n_bytes=bucket)
+            ids_HN[h, :n] = text.ids[begin : end - 1]
+            targets_HN[h, :n] = text.ids[begin + 1 : end]
+            mask_HN[h, :n] = text.counted[begin + 1 : end]
+        document_pairs = zip(*block.documents[:, rows].tolist(), strict=True)
+        blank = [np.empty(0, np.int64)] * (B - len(rows))
+        n_patches = 2 + block.patches[1, rows] - block.patches[0, rows]
         return Batch(
-            ids_BN, targets_BN, mask_BN, patch_lengths=lengths_BP, starts=starts_B, block=block.number,
-            epoch=block.epoch, index=index, row_tokens=tokens_B, row_bytes=bytes_B, documents=tuple(documents),
-            buckets=buckets,
+            ids_HN, targets_HN, mask_HN,
+            patch_lengths=None if P is None else self._patch_lengths(block, rows[mine[held]], len(mine), N),
+            starts=_padded(block.rows.begin[rows], B, -1), block=block.number, epoch=block.epoch, index=index,
+            row_tokens=_padded(block.rows.lengths[rows], B), row_targets=_padded(block.targets[rows], B),
+            row_bytes=_padded(self._bytes(text) if block.bytes is None else block.bytes[rows], B),
+            row_patches=None if P is None else _padded(n_patches, B),
+            documents=(*(block.members[first:last] for first, last in document_pairs), *blank),
+            buckets=buckets, micro_rows=share.micro_rows, share=share,
         )  # fmt: skip
 
-    def _bytes(self, targets: Int) -> int:
+    def _read(self, block: Block, rows: Int) -> _Text:
+        """The tokens of these rows: each is a piece of every document that it covers."""
+        first, last = block.documents[:, rows]
+        counts = last - first
+        row = np.repeat(np.arange(len(rows)), counts)
+        document = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts - first, counts)
+        begin = np.maximum(block.rows.begin[rows][row], block.offsets[document]) - block.offsets[document]
+        end = np.minimum(block.rows.end[rows][row], block.offsets[document + 1]) - block.offsets[document]
+        ids = self.documents.read(block.members[document], begin, end)
+        counted, stop = np.ones(len(ids), np.bool_), np.cumsum(end - begin)
+        sizes = end - begin
+        before = np.clip(block.counted[0, document] - begin, 0, sizes)
+        after = np.clip(end - block.counted[1, document], 0, sizes)
+        for piece in np.flatnonzero(before + after).tolist():
+            counted[stop[piece] - sizes[piece] :][: before[piece]] = False
+            counted[stop[piece] - after[piece] : stop[piece]] = False
+        offsets = np.concatenate([[0], np.cumsum(block.rows.lengths[rows] + 1)])
+        return _Text(ids, counted, offsets)
+
+    def _patch_lengths(self, block: Block, rows: Int, n_rows: int, n_bytes: int) -> Int:
+        """[n_rows, P] of these rows, and of blank rows after them."""
+        begin, first, last = (
+            _padded(x, n_rows) for x in (block.rows.begin[rows], block.patches[0, rows], block.patches[1, rows])
+        )
+        P = self.shape.patches or 0
+        return patch_lengths_of(begin, first, last, boundaries=block.boundaries, patches=P, n_bytes=n_bytes)
+
+    def _bytes(self, text: _Text) -> Int:
+        """The bytes of the counted targets of each row."""
         table = self.documents.token_bytes
-        return int((targets >= OFFSET).sum() if table is None else table[targets].sum())
+        assert table is not None
+        before = np.concatenate([[0], np.cumsum(table[text.ids] * text.counted)])
+        return np.asarray(before[text.offsets[1:]] - before[text.offsets[:-1] + 1])
+
+
+def _between(rows: Rows, offsets: Int, counted: Int) -> Int:
+    """How many of the `counted` tokens [2, D] (first, last + 1 in each document) are targets of each row, [R]."""
+    first, last = counted
+    sizes = np.maximum(last - first, 0)
+    before = np.cumsum(sizes) - sizes
+
+    def up_to(positions: Int) -> Int:
+        """Counted tokens at smaller positions."""
+        document = np.minimum(np.searchsorted(offsets, positions, side="right") - 1, len(sizes) - 1)
+        inside = positions - offsets[document] - first[document]
+        return np.asarray(before[document] + np.clip(inside, 0, sizes[document]))
+
+    return up_to(rows.end) - up_to(rows.begin + 1)
+
+
+def _padded(values: Int, length: int, blank: int = 0) -> Int:
+    return np.concatenate([values, np.full(length - len(values), blank, np.int64)])
 
 
 def _block_ends(tokens: int, block_tokens: int, growing: bool) -> Int:
@@ -267,10 +365,3 @@ def _block_ends(tokens: int, block_tokens: int, growing: bool) -> Int:
     first = [FIRST_BLOCK_TOKENS << i for i in range(block_tokens.bit_length())] if growing else []
     first = [end for end in first if end < block_tokens]
     return np.array([*first, *range(block_tokens, tokens, block_tokens)], np.int64)
-
-
-def _blank_patches(rows: int, patches: int, bucket: int) -> Int:
-    """Patch lengths [B, P] of blank rows."""
-    lengths_BP = np.zeros((rows, patches), np.int64)
-    lengths_BP[:, 0], lengths_BP[:, 1] = 1, bucket
-    return lengths_BP

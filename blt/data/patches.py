@@ -18,6 +18,7 @@ from blt.data.batches import Int, never
 from blt.data.dataset import Dataset, Documents
 from blt.data.entropies import Float
 from blt.data.entropy_cache import EntropyCache
+from blt.data.starts import block_boundaries
 from blt.data.threshold import Piece, find_rule
 from blt.model import EntropyModel
 from blt_runtime.errors import ConfigError, UsageError
@@ -85,6 +86,12 @@ class PatchIndex:
         assert self.rule is not None
         entropies = self.entropies(document) if self.rule.needs_entropy else None
         return starts_of(self.rule, self.documents.ids(document), entropies)
+
+    def boundaries(self, members: Int) -> Int:
+        """Where patches begin in the tokens of these documents, one after another: ascending."""
+        assert self.rule is not None
+        entropies = self.cache.of_all if self.cache is not None and self.rule.needs_entropy else None
+        return block_boundaries(self.rule, self.documents, members, entropies)
 
     def entropies(self, document: int) -> Float:
         """Next-byte entropies in nats, [length + 2]."""

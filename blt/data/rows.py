@@ -3,14 +3,18 @@
 A row is a slice [begin, end) of a block's tokens. Its last token is only a target there. The first patch of a row must
 be one token long (spec section 11); a row that starts inside a patch splits it into 1 + rest.
 
-Letters: N tokens of a row, P patches, R rows.
+A row is cut or placed in about a microsecond, because the loops run over plain integers and not over arrays. The
+obvious forms are in `tests/data/slow_packing.py`, and tests compare.
+
+Letters: B rows of a batch, D documents, N tokens of a row, P patches, R rows of a block.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,7 +22,7 @@ from blt.data.batches import Int
 
 OPEN_ROWS = 256
 """Rows that stay open for more documents while whole documents are packed. With the longest documents first, 256 leave
-as little padding as any larger number, and one numpy call over them places a document."""
+as little padding as any larger number."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +48,45 @@ def cut_rows(n_tokens: int, boundaries: Int, patches: int | None, cap: int, buck
     the ascending positions where patches begin. If a row's patches would end just past one of the lengths `buckets`,
     the row stops at that length, a few patches short, when that wastes less than padding up to the next length.
     """
-    begin, end, here = [], [], 0
+    if patches is None:
+        ends = list(range(1 + cap, n_tokens, cap)) + ([n_tokens] if n_tokens > 1 else [])
+    else:
+        ends = _patch_ends(
+            n_tokens, boundaries, patches=patches, length_at=_stops(cap, buckets) if buckets else range(cap + 1)
+        )
+    end = np.array(ends, np.int64)
+    return Rows(np.concatenate([np.zeros(min(1, len(end)), np.int64), end[:-1] - 1]), end)
+
+
+def _patch_ends(n_tokens: int, boundaries: Int, patches: int, length_at: Sequence[int]) -> list[int]:
+    """The ends of rows of at most `patches` patches. `length_at[n]` is where a row stops that may have n tokens."""
+    at = np.ascontiguousarray(boundaries).data
+    count, cap = len(at), len(length_at) - 1
+    ends: list[int] = []
+    here = after = 0
     while here < n_tokens - 1:
+        # Patches 0 and 1 begin at `here` and `here` + 1; patch P would begin at the (P-2)-th boundary after those.
+        after = bisect_left(at, here + 2, after, min(after + patches, count)) if ends else bisect_left(at, 2)
         stop = min(here + cap + 1, n_tokens)
-        if patches is not None:
-            # Patches 0 and 1 begin at `here` and `here` + 1; patch P would begin at the (P-2)-th boundary after those.
-            after = int(np.searchsorted(boundaries, here + 2)) + patches - 2
-            stop = min(stop, int(boundaries[after])) if after < len(boundaries) else stop
+        last = after + patches - 2
+        if last < count and at[last] < stop:
+            stop = at[last]
         if stop < n_tokens:
-            stop = here + 1 + _nearest(stop - here - 1, buckets)
-        begin.append(here)
-        end.append(stop)
+            stop = here + 1 + length_at[stop - here - 1]
+        ends.append(stop)
         here = stop - 1
-    return Rows(np.array(begin, np.int64), np.array(end, np.int64))
+    return ends
 
 
-def _nearest(length: int, buckets: Sequence[int]) -> int:
-    """The bucket below if it is nearer than the one above, else `length`."""
-    above = bisect_left(buckets, length)
-    if 0 < above < len(buckets) and length - buckets[above - 1] < buckets[above] - length:
-        return buckets[above - 1]
-    return length
+def _stops(cap: int, buckets: Sequence[int]) -> list[int]:
+    """Where a row stops that may have n = 0 .. `cap` tokens: at the bucket below if it is nearer than the one above,
+    else at n."""
+    stops = list(range(cap + 1))
+    for below, above in pairwise(buckets):
+        for n in range(below + 1, min(above, cap + 1)):
+            if n - below < above - n:
+                stops[n] = below
+    return stops
 
 
 @dataclass(frozen=True)
@@ -77,32 +99,43 @@ class _Piece:
     document: int
     tokens: int
     patches: int
-    cuts: tuple[int, ...]
+    cuts: tuple[int, ...] = (0,)
 
 
-def pack_documents(lengths: Int, boundaries: list[Int], patches: int | None, cap: int) -> tuple[Int, Rows]:
-    """An order of the documents (of `lengths` tokens with BOS and EOS), and rows of whole documents in that order.
+def pack_documents(offsets: Int, boundaries: Int, patches: int | None, cap: int) -> tuple[Int, Rows]:
+    """An order of the documents, and rows of whole documents in that order.
 
-    A document longer than a row is cut; other documents share the row of its last piece. `boundaries` are each
-    document's patch boundaries (empty arrays if `patches` is None). Documents are placed longest first, each into the
-    row that it leaves with the least room (best fit decreasing).
+    offsets: [D + 1], where the tokens (BOS ... EOS) of each document begin.  boundaries: the ascending positions where
+    patches begin, empty if `patches` is None.
+
+    A document longer than a row is cut; other documents share the row of its last piece. Documents are placed longest
+    first, each into the row that it leaves with the least room (best fit decreasing).
     """
-    pieces = [_piece(d, int(n), boundaries[d], patches, cap) for d, n in enumerate(lengths)]
+    lengths, places = np.diff(offsets), np.searchsorted(boundaries, offsets)
+    counts = np.diff(places)
+    fits = (lengths <= cap + 1) & ((counts <= patches) if patches is not None else True)
+    pieces = [
+        _Piece(document, n_tokens, n_patches)
+        if whole
+        else _last_piece(document, n_tokens, boundaries[places[document] : places[document + 1]] - offset, patches, cap)
+        for document, (n_tokens, n_patches, whole, offset) in enumerate(
+            zip(lengths.tolist(), counts.tolist(), fits.tolist(), offsets[:-1].tolist(), strict=True)
+        )
+    ]
     pieces.sort(key=lambda piece: -piece.tokens)
     rows = _best_fit(pieces, cap + 1, patches or 0)
     order, begin, end, here = [], [], [], 0
+    all_lengths = lengths.tolist()
     for row in rows:
         starts = [here + cut for cut in row[0].cuts]
         order += [piece.document for piece in row]
-        here += sum(int(lengths[piece.document]) for piece in row)
+        here += sum(all_lengths[piece.document] for piece in row)
         begin += starts
         end += [*(start + 1 for start in starts[1:]), here]
     return np.array(order, np.int64), Rows(np.array(begin, np.int64), np.array(end, np.int64))
 
 
-def _piece(document: int, n_tokens: int, boundaries: Int, patches: int | None, cap: int) -> _Piece:
-    if n_tokens <= cap + 1 and (patches is None or len(boundaries) <= patches):
-        return _Piece(document, n_tokens, len(boundaries), (0,))
+def _last_piece(document: int, n_tokens: int, boundaries: Int, patches: int | None, cap: int) -> _Piece:
     rows = cut_rows(n_tokens, boundaries, patches=patches, cap=cap)
     last = int(rows.begin[-1])
     n_patches = 2 + len(boundaries) - int(np.searchsorted(boundaries, last + 2))
@@ -110,33 +143,57 @@ def _piece(document: int, n_tokens: int, boundaries: Int, patches: int | None, c
 
 
 def _best_fit(pieces: list[_Piece], tokens: int, patches: int) -> list[list[_Piece]]:
-    """Places pieces into rows with room for `tokens` and `patches`. A piece of a cut document opens a new row."""
+    """Places pieces into rows with room for `tokens` and `patches`. A piece of a cut document opens a new row.
+
+    Of OPEN_ROWS places for open rows, `room` has (tokens, place) of each, ascending.
+    """
     rows: list[list[_Piece]] = []
-    room_2W = np.zeros((2, OPEN_ROWS), np.int64)
-    row_W = np.zeros(OPEN_ROWS, np.int64)
+    room = [(0, place) for place in range(OPEN_ROWS)]
+    patch_room, row_of = [0] * OPEN_ROWS, [0] * OPEN_ROWS
     for piece in pieces:
-        need_2 = np.array([piece.tokens, piece.patches])
-        left_W = np.where((room_2W >= need_2[:, None]).all(0), room_2W[0], tokens + 1)
-        place = int(left_W.argmin())
-        if len(piece.cuts) > 1 or left_W[place] > tokens:
-            place = int(room_2W[0].argmin())  # the fullest row is closed
-            room_2W[:, place], row_W[place] = (tokens, patches), len(rows)
+        at = OPEN_ROWS
+        if len(piece.cuts) == 1:
+            at = bisect_left(room, (piece.tokens, -1))
+            while at < OPEN_ROWS and patch_room[room[at][1]] < piece.patches:
+                at += 1
+        if at == OPEN_ROWS:
+            at = 0  # the fullest row is closed
+            place = room[at][1]
+            room[at], patch_room[place], row_of[place] = (tokens, place), patches, len(rows)
             rows.append([])
-        rows[row_W[place]].append(piece)
-        room_2W[:, place] -= need_2
+        left, place = room.pop(at)
+        insort(room, (left - piece.tokens, place))
+        rows[row_of[place]].append(piece)
+        patch_room[place] -= piece.patches
     return rows
 
 
-def row_patch_lengths(begin: int, end: int, boundaries: Int, patches: int, n_bytes: int) -> Int:
-    """Patch lengths [P] of a row with sum `n_bytes` + 1: 1, the rest of that patch, ..., the last one plus padding."""
-    first, last = np.searchsorted(boundaries, (begin + 2, end))
-    starts = np.concatenate([[begin, begin + 1], boundaries[first:last], [begin + n_bytes + 1]])
-    lengths = np.zeros(patches, np.int64)
-    lengths[: len(starts) - 1] = np.diff(starts)
-    return lengths
+def reordered(boundaries: Int, offsets: Int, order: Int) -> Int:
+    """The boundaries after the documents at these `offsets` [D + 1] are put into the order `order` [D]."""
+    places, lengths = np.searchsorted(boundaries, offsets), np.diff(offsets)
+    counts = np.diff(places)[order]
+    moved = np.cumsum(lengths[order]) - lengths[order] - offsets[order]
+    source = np.repeat(places[order] - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
+    return np.asarray(boundaries[source] + np.repeat(moved, counts))
 
 
-def row_patches(rows: Rows, boundaries: Int) -> Int:
-    """The number of patches that hold a token, per row, [R]."""
-    first, last = (np.searchsorted(boundaries, positions) for positions in (rows.begin + 2, rows.end))
-    return np.asarray(2 + last - first)
+def patch_lengths_of(begin: Int, first: Int, last: Int, *, boundaries: Int, patches: int, n_bytes: int) -> Int:
+    """Patch lengths [B, P] of rows, each with sum `n_bytes` + 1: 1, the rest of that patch, ..., the last one plus
+    padding.
+
+    begin: [B], where each row begins.  first, last: [B], its patches but two begin at boundaries[first:last].
+    """
+    end_B = begin + n_bytes + 1
+    starts_BQ = np.empty((len(begin), patches + 1), np.int64)
+    starts_BQ[:, 0], starts_BQ[:, 1], starts_BQ[:, -1] = begin, begin + 1, end_B
+    if len(boundaries):
+        places_BK = first[:, None] + np.arange(patches - 2)
+        starts_BQ[:, 2:-1] = boundaries.take(places_BK, mode="clip")
+    ends_BK = np.arange(patches - 2) >= (last - first)[:, None]
+    np.copyto(starts_BQ[:, 2:-1], end_B[:, None], where=ends_BK)
+    return np.diff(starts_BQ)
+
+
+def patch_ranges(rows: Rows, boundaries: Int) -> tuple[Int, Int]:
+    """The patches of a row but its first two begin at boundaries[first:last]: first and last, [R]."""
+    return np.searchsorted(boundaries, rows.begin + 2), np.searchsorted(boundaries, rows.end)

@@ -55,6 +55,12 @@ class TokenDocuments:
         """BOS, tokens, EOS of a document, int16 (int32 for more than 32,767 ids) [length + 2]."""
         return self._ids[self._offsets[index] : self._offsets[index + 1]]
 
+    def read(self, documents: Ids, begin: Ids, end: Ids) -> NDArray[Any]:
+        """`ids(document)[begin:end]` of each of these documents, one after another."""
+        offsets = self._offsets[documents]
+        pieces = zip((offsets + begin).tolist(), (offsets + end).tolist(), strict=True)
+        return np.concatenate([self._ids[:0], *(self._ids[first:last] for first, last in pieces)])
+
 
 def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocuments:
     """A split's documents in tokens, from the cache if it has them.
@@ -74,7 +80,7 @@ def tokenised(dataset: Dataset, split: str, vocabulary: Vocabulary) -> TokenDocu
     try:
         offsets, prompts = (reading.read_array(file) for file in (files[2], files[1]))
         reading.check_plain(files[0])
-        ids: NDArray[Any] = np.memmap(files[0], dtype, mode="r") if offsets[-1] else np.empty(0, dtype)
+        ids: NDArray[Any] = np.asarray(np.memmap(files[0], dtype, mode="r")) if offsets[-1] else np.empty(0, dtype)
     except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{stem}.* is damaged ({error}); delete it and run again") from None
     if len(offsets) != len(documents) + 1 or len(prompts) != len(documents) or offsets[-1] != len(ids):

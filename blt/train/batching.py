@@ -10,7 +10,6 @@ import numpy as np
 from blt.data.batches import BatchShape, Int, PatchStarts, TokenSource
 from blt.data.buckets import fit_buckets
 from blt.data.packing import Block, Loader
-from blt.data.rows import row_patches
 from blt.train.config import BLTRun, BPERun, EntropyRun, RunConfig
 
 log = logging.getLogger("blt.train")
@@ -83,5 +82,5 @@ class _BlockCounts:
         self.tokens = int(block.rows.lengths[used].sum())
         self.positions = micro_rows * int(lengths.sum())
         self.patch_positions = lengths_XB.size * (shape.patches or 0)
-        self.patches = int(row_patches(block.rows, block.boundaries)[used].sum()) if shape.patches else 0
+        self.patches = int((2 + block.patches[1] - block.patches[0])[used].sum()) if shape.patches else 0
         self.buckets = dict(zip(*(column.tolist() for column in np.unique(lengths, return_counts=True)), strict=True))

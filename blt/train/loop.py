@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils import deterministic
 
-from blt.data.batches import Batch
+from blt.data.batches import Batch, Share
 from blt.data.packing import Loader
 from blt.train import checkpoints, parallel, resume
 from blt.train.checkpoints import TrainingCheckpoint
@@ -130,6 +130,12 @@ class Trainer:
         if tables is not None:
             self.state.tables = sparse_tables(model, self.config.optimizer, ranks)
         self.state.optimizer = make_optimizer(model, self.config.optimizer)
+        self.state.loader.shared(self._share)
+
+    @property
+    def _share(self) -> Share:
+        """What this rank reads of a batch."""
+        return Share(self.ranks.rank, self.ranks.world, self.micro_rows)
 
     def run(self, steps: int) -> None:
         """Trains until step `steps`. Raises Terminated after SIGTERM or Ctrl-C, with everything saved."""
@@ -246,14 +252,10 @@ class Trainer:
             self._at_once = self.ranks.single
 
     def _micro_batches(self, batch: Batch) -> list[tuple[int, Batch]]:
-        """This rank's micro-batches, each with its first row among those of this rank.
-
-        Ranks take turns: at any time they compute rows of neighbouring lengths and wait little for each other.
-        """
+        """This rank's micro-batches, each with its first row among those of this rank."""
         if self.state.tables is not None:
             self.state.tables.gather(batch)
-        parts = batch.micro_batches()[self.ranks.rank :: self.ranks.world]
-        return [(i * self.micro_rows, part) for i, part in enumerate(parts)]
+        return [(i * self.micro_rows, part) for i, part in enumerate(batch.micro_batches())]
 
     def _loss(self, row: int, part: Batch) -> Tensor:
         """The summed nats of a micro-batch that begins at this row of this rank's."""
@@ -312,7 +314,7 @@ class Trainer:
         window = MetricWindow()
         # One rank keeps gradients on: the compiled step then serves training and validation without a second graph.
         with torch.set_grad_enabled(self.ranks.single):
-            for batch in self.valid().one_pass():
+            for batch in self.valid().shared(self._share).one_pass():
                 batch = replace(batch, micro_rows=self.micro_rows)
                 losses = [self._loss(*part).detach() for part in self._micro_batches(batch)]
                 window.add(self.ranks.sum(torch.stack(losses).double().sum().item())[0], batch)

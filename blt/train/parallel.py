@@ -1,8 +1,9 @@
 """Several processes as one trainer: `torchrun`, and fully sharded parameters (FSDP2).
 
-Every rank reads the same global batch and computes its share of the rows, so the order of the data does not depend on
-the number of ranks. Gradients are summed and the loss is divided by the targets of the global batch, so the step does
-not depend on it either, up to rounding. Losses and decisions (stop, skip, signals) are those of all ranks.
+Every rank plans the same global batches, and reads and computes its share of their rows, so the order of the data does
+not depend on the number of ranks. Gradients are summed and the loss is divided by the targets of the global batch, so
+the step does not depend on it either, up to rounding. Losses and decisions (stop, skip, signals) are those of all
+ranks.
 """
 
 from __future__ import annotations

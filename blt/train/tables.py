@@ -246,9 +246,9 @@ class ShardedTables(SparseTables):
         self.first = ranks.rank * self.each
 
     def gather(self, batch: Batch) -> None:
-        """Fetches the caught-up rows that this rank's part of a GLOBAL batch reads; the tables do not change."""
+        """Fetches the caught-up rows that this rank's share of a batch reads; the tables do not change."""
         ranks = self.ranks
-        asked_A, self.places_BNT = self._touched(ranks.share(torch.as_tensor(batch.ids), batch.micro_rows))
+        asked_A, self.places_BNT = self._touched(torch.as_tensor(batch.ids))
         firsts_W = self.each * torch.arange(ranks.world + 1, device=asked_A.device)
         counts_W = torch.searchsorted(asked_A, firsts_W).diff()
         one_each = [1] * ranks.world

@@ -35,6 +35,13 @@ class Numbered:
     def ids(self, index: int) -> np.ndarray:
         return index * STRIDE + np.arange(self.sizes[index] + 2, dtype=np.int32)
 
+    def read(self, documents: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        pieces = zip(documents, begin, end, strict=True)
+        return np.concatenate([self.ids(int(document))[first:last] for document, first, last in pieces])
+
+    def boundaries(self, members: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(np.concatenate([self.starts(int(document)) for document in members]))
+
     def starts(self, document: int) -> np.ndarray:
         return self.patches[document]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt.data import Batch, BatchShape, Loader
-from blt.data.batches import Pack
+from blt.data.batches import Pack, Share
 from blt_runtime.errors import InputError
 from tests.data.numbered import STRIDE, Numbered
+from tests.data.slow_packing import SlowLoader
 
 FIELDS = ("ids", "targets", "mask", "patch_lengths", "starts", "row_tokens", "row_bytes")
+COUNTS = ("n_bytes", "n_targets", "n_tokens", "n_patches", "patch_places")
 
 
 documents = st.builds(
@@ -129,8 +132,52 @@ def test_ranks_and_micro_batches_share_out_the_rows(
             whole = getattr(batch, name)
             joined = None if whole is None else np.concatenate([getattr(part, name) for part in parts])
             np.testing.assert_array_equal(joined, whole)
-        for count in ("n_bytes", "n_targets", "n_tokens", "n_patches", "patch_places"):
+        for count in COUNTS:
             assert sum(getattr(part, count) for part in parts) == getattr(batch, count)
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents, shapes, st.integers(0, 40), st.booleans())
+def test_batches_are_those_of_the_obvious_loader(
+    source: Numbered, shape: BatchShape, last_tokens: int, tokens: bool
+) -> None:
+    """Every field of every batch, of sources of tokens and of bytes, and the rows that are left out."""
+    if not tokens:
+        source.token_bytes = None  # type: ignore[assignment]
+    slow = SlowLoader(
+        source, shape, source if shape.patches else None, seed=1, block_tokens=200, last_tokens=last_tokens
+    )
+    made = loader_of(source, shape, last_tokens=last_tokens)
+    for batch, expected in zip(made.one_pass(), slow.one_pass(), strict=True):
+        if tokens:
+            same(batch, expected)
+        else:
+            for name in FIELDS[:-1]:
+                np.testing.assert_array_equal(getattr(batch, name), getattr(expected, name))
+        for count in COUNTS if tokens else COUNTS[1:]:
+            assert getattr(batch, count) == getattr(expected, count)
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents, shapes, st.integers(1, 3), st.integers(1, 3))
+def test_ranks_hold_their_own_rows_of_the_same_batches(
+    source: Numbered, shape: BatchShape, ranks: int, micro: int
+) -> None:
+    shape = BatchShape(ranks * micro * 2, shape.buckets, shape.patches, shape.pack)
+    whole = list(loader_of(source, shape).one_pass())
+    shares = [Share(rank, ranks, micro) for rank in range(ranks)]
+    for share in shares:
+        held = share.rows(shape.rows)
+        for batch, expected in zip(loader_of(source, shape).shared(share).one_pass(), whole, strict=True):
+            for name in FIELDS[:4]:
+                if (wanted := getattr(expected, name)) is not None:
+                    np.testing.assert_array_equal(getattr(batch, name), wanted[held])
+            for count in (*COUNTS, "identity"):
+                assert getattr(batch, count) == getattr(expected, count)
+            parts = replace(expected, micro_rows=micro).micro_batches()[share.rank :: ranks]
+            for part, other in zip(batch.micro_batches(), parts, strict=True):
+                same(part, other)
+                assert part.n_targets == int(part.mask.sum())
 
 
 @pytest.mark.parametrize("pack", ["stream", "documents"])

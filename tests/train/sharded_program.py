@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,9 @@ def batches() -> Iterator[tuple[Batch, Tensor]]:
 
 def step(kept: SparseTables, batch: Batch, gradient_BND: Tensor) -> tuple[Tensor, Tensor]:
     """A step of the tables alone; returns this rank's embeddings and the gradient norm."""
-    kept.gather(batch)
     ids_BN = kept.ranks.share(torch.from_numpy(batch.ids), 1)
+    sharded = isinstance(kept, ShardedTables)  # it reads the share of its rank, the whole tables read all
+    kept.gather(replace(batch, ids=ids_BN.numpy()) if sharded else batch)
     embeddings = []
     for row, gradient_ND in enumerate(kept.ranks.share(gradient_BND, 1)):
         kept.select_rows(row, row + 1, LENGTH)
