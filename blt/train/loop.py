@@ -300,6 +300,8 @@ class Trainer:
         if self.sample is None or not self.config.run.sample_every or not self.ranks.single:
             return
         if log.isEnabledFor(logging.INFO):
+            if self.state.tables is not None:
+                self.state.tables.forget_batch()
             text = self.sample().decode("utf-8", "replace")
             log.info("sample at step %s: %r", f"{self.state.step:,}", text)
 

@@ -175,6 +175,10 @@ class SparseTables:
         for rows in torch.arange(len(self.weight_RD), device=self.weight_RD.device).split(BLOCK):
             self.weight_RD[rows], self.exp_avg_RD[rows], self.exp_avg_sq_RD[rows] = self._caught_up(rows)
             self.last_R[rows] = self.missed.steps
+        self.forget_batch()
+
+    def forget_batch(self) -> None:
+        """Later forward passes read the tables themselves, where rows have not caught up since they were last read."""
         self.embedding.touched = None
 
     def _touched(self, ids_BN: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from blt.train import train
 from blt.train.config import load_config
 
 SHORT = "schedule={steps: 4, warmup: 1}"
+SPARSE = ["model.hash={sizes: [2, 3], rows: 101}", "optimizer.tables=sparse"]
 
 
 def losses(out: Path) -> list[float]:
@@ -25,9 +26,17 @@ def samples(text: str) -> dict[int, str]:
     return {int(step): sample for step, sample in re.findall(r"sample at step (\d+): (.*)", text)}
 
 
-@pytest.mark.parametrize("name", ["tiny-entropy", "tiny", "tiny-bpe"])
+@pytest.mark.parametrize(
+    ("name", "more"), [("tiny-entropy", []), ("tiny-entropy", SPARSE), ("tiny", []), ("tiny", SPARSE), ("tiny-bpe", [])]
+)
 def test_a_run_with_samples_equals_one_without(
-    repo: Path, data: Path, entropy_run: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    repo: Path,
+    data: Path,
+    entropy_run: Path,
+    tmp_path: Path,
+    name: str,
+    more: list[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if name == "tiny-bpe":
         pytest.importorskip("tokenizers")
@@ -35,7 +44,7 @@ def test_a_run_with_samples_equals_one_without(
     for every in (0, 2):
         caplog.clear()
         out = tmp_path / str(every)
-        settings = [SHORT, "run.log_every=1", f"run.sample_every={every}"]
+        settings = [SHORT, "run.log_every=1", f"run.sample_every={every}", *more]
         with caplog.at_level("INFO", "blt.train"):
             train(load_config(repo / "configs" / f"{name}.yaml", settings), out, data=data, entropy_model=entropy_run)
         assert list(samples(caplog.text)) == ([0, 2, 4] if every else [])
