@@ -66,16 +66,11 @@ def test_the_text_is_english_and_always_the_same() -> None:
 
 def test_a_run_reads_the_given_bytes_and_samples_each() -> None:
     model, given = null_model(), text()
-    stream, drawn = model.stream(), []
-
-    class Watched(Forced):
-        def candidates(self, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            drawn.append(logits_V.argmax())
-            return super().candidates(logits_V)
-
-    done = run(stream, given, Watched(given.new.tolist(), 0.8))
+    stream, sampler, random = model.stream(), Forced(given.new.tolist(), 0.8), np.random.default_rng(0)
+    done = run(stream, given, sampler)
     assert stream.ids.tolist() == [1, *given.prompt, *given.new]
-    assert len(drawn) == len(given.new)
+    random.random(len(given.new))  # a number for each byte
+    assert sampler.draw() == random.random()
     assert len(done.gaps_s) == len(given.new) - 1
     assert 0 < done.prefill_s < done.first_byte_s
     assert min(done.gaps_s) > 0
