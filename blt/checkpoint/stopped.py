@@ -1,4 +1,4 @@
-"""The folder of a training run that stopped before its end: the weights of its newest checkpoint.
+"""The weights of a training checkpoint: a named one, or the newest of a run that stopped before its end.
 
 A finished run has a `model.pt` and is read by `native`. A checkpoint (`blt.train.checkpoints`) holds the weights under
 `model.*` next to the optimizer's state, and the configuration and patch rule in `state.json`. The entropy model of a
@@ -24,13 +24,18 @@ log = logging.getLogger("blt.checkpoint")
 
 
 def matches(path: Path) -> bool:
-    """A folder of checkpoints without a model.pt, which `native` matches."""
-    return (path / CHECKPOINTS).is_dir() and not native.matches(path)
+    """A training checkpoint, or the folder of a run without a model.pt, which `native` matches."""
+    return ((path / CHECKPOINTS).is_dir() or _is_checkpoint(path)) and not native.matches(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).is_file() and (path / STATE).is_file()
 
 
 def read(path: Path) -> Source:
     """Raises CheckpointError."""
-    folder = _newest(path)
+    named = _is_checkpoint(path)
+    folder = _whole(path) if named else _newest(path)
     state = read_json(folder / STATE)
     try:
         kind, config, extra = state["config"]["kind"], state["config"], state["extra"]
@@ -40,11 +45,16 @@ def read(path: Path) -> Source:
     shards = sorted(folder.glob(WEIGHTS))
     if kind == "bpe" or len(shards) != 1:
         what = "a token model" if kind == "bpe" else "weights of several processes"
+        if named:
+            raise CheckpointError(
+                f"{path} holds {what}: `blt train` with --resume {path} --steps {steps} and another -o writes its model"
+            )
         raise CheckpointError(
             f"{path} stopped at step {steps:,} of {planned:,} and holds {what} without a model.pt: {FINISH}, and with "
             f"--steps {steps} it only writes the model.pt"
         )
-    log.info("%s stopped at step %s of %s; this is the model of that step", path, f"{steps:,}", f"{planned:,}")
+    if not named:
+        log.info("%s stopped at step %s of %s; this is the model of that step", path, f"{steps:,}", f"{planned:,}")
     names = {name: tensor for name, tensor in read_safetensors(shards[0]).items() if name.startswith("model.")}
     if kind == "entropy":
         return Source("stopped run", path, entropy=_model(EntropyConfig, config, names, folder)).check_vocabularies()
@@ -55,6 +65,12 @@ def read(path: Path) -> Source:
         patch_rule=_rule(extra, folder),
         entropy_path=config.get("entropy_model"),
     ).check_vocabularies()
+
+
+def _whole(folder: Path) -> Path:
+    if not _is_whole(folder):
+        raise CheckpointError(f"{folder} is damaged: files are missing or do not have the sizes of its {MANIFEST}")
+    return folder
 
 
 def _newest(path: Path) -> Path:

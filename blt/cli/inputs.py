@@ -118,8 +118,8 @@ def _why_no_model(folder: Path) -> str:
 
 
 def is_bundle(path: Path) -> bool:
-    """A bundle is a folder with a manifest; checkpoint folders have none."""
-    return path.is_dir() and (path / "manifest.json").exists()
+    """A bundle is a folder with a manifest and without the state of a training checkpoint."""
+    return path.is_dir() and (path / "manifest.json").exists() and not (path / "state.json").exists()
 
 
 def is_engines(path: Path) -> bool:

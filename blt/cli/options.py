@@ -66,7 +66,8 @@ ModelPath = Annotated[
     typer.Argument(
         metavar="MODEL",
         callback=model_or_bundle,
-        help="A bundle, model.pt, a run folder, a folder in the facebook or Hugging Face format, or a hub name.",
+        help="A bundle, model.pt, a run folder or one of its checkpoints, a folder in the facebook or Hugging Face "
+        "format, or a hub name.",
     ),
 ]
 CheckpointPath = Annotated[
@@ -74,7 +75,8 @@ CheckpointPath = Annotated[
     typer.Argument(
         metavar="MODEL",
         callback=existing_model,
-        help="A checkpoint: model.pt, a run folder, a folder in the facebook or Hugging Face format, or a hub name.",
+        help="A checkpoint: model.pt, a run folder or one of its checkpoints, a folder in the facebook or Hugging Face "
+        "format, or a hub name.",
     ),
 ]
 Temperature = Annotated[

@@ -1,8 +1,9 @@
-"""Training checkpoints: one folder per step, complete or absent. The newest few are kept; a damaged one is skipped.
+"""Training checkpoints: one folder per step, complete or absent. The newest few and milestones are kept; a damaged one
+is skipped.
 
     checkpoints/step-00000500/
         manifest.json              format, step, and size and sha256 of every other file
-        state.json                 step, configuration, the loader's position, sums for the log
+        state.json                 step, configuration, the loader's position, sums for the log; if it is a milestone
         shard-00001-*.safetensors  weights, optimizer state and random state, one file per rank
 
 One format serves one rank or many: torch's distributed checkpoint (DCP) splits tensors and reassembles them for any
@@ -98,24 +99,33 @@ class TrainingCheckpoint:
 
 
 def write(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, keep: int, ranks: Ranks = SINGLE
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    milestone: bool = False,
+    ranks: Ranks = SINGLE,
 ) -> Path:
-    """Saves the checkpoint of `step`, then removes all but the newest `keep` up to it. Every rank calls it.
+    """Saves the checkpoint of `step`, then removes all but milestones and the newest `keep` up to it. Every rank calls
+    it.
 
     tensors: this rank's shard of each (a DTensor, or a plain tensor that all ranks share), by the same name on all
-    ranks.  state: plain values.
+    ranks.  state: plain values.  milestone: later calls keep it, whatever their `keep` is.
 
     Raises CheckpointError on every rank if one cannot write (a full disk). Then nothing of the new folder is left and
     older checkpoints stay.
     """
     path = folder / f"step-{step:08d}"
     draft = folder / f".{path.name}.part"
+    marks = {"milestone": True} if milestone else {}
     try:
         ranks.on_first(lambda: _fresh(folder, draft))
         with _quiet():
             writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
             dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.single)
-        ranks.on_first(lambda: _complete(draft, path, step, state))
+        ranks.on_first(lambda: _complete(draft, path, step, state | marks))
     except (CheckpointException, OSError) as error:
         if ranks.first:
             shutil.rmtree(draft, ignore_errors=True)
@@ -163,7 +173,7 @@ def _complete(draft: Path, path: Path, step: int, state: dict[str, Any]) -> None
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
-    """Once the checkpoint of `step` is complete, removes older ones, hidden ones and the one it replaced.
+    """Once the checkpoint of `step` is complete, removes older ones but milestones, hidden ones and the replaced one.
 
     A checkpoint with a short or missing file does not count towards `keep`, so that a readable one remains. Checksums
     are not computed here: that would read every checkpoint again after each new one.
@@ -173,7 +183,7 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
     kept = whole[max(0, len(whole) - (keep - 1)) :]
     try:
         for path in earlier:
-            if path not in kept:
+            if path not in kept and not _is_milestone(path):
                 _remove(path)
         for hidden in (*folder.glob(f"{_ASIDE}step-*"), *folder.glob(".step-*.old")):
             shutil.rmtree(hidden)
@@ -245,6 +255,13 @@ def read_newest(folder: Path) -> TrainingCheckpoint | None:
     if found:
         raise CheckpointError(f"{folder}: no checkpoint can be read; start anew in another output folder")
     return None
+
+
+def _is_milestone(path: Path) -> bool:
+    try:
+        return bool(_read_json(path / STATE).get("milestone"))
+    except CheckpointError:
+        return False
 
 
 def _looks_whole(path: Path) -> bool:

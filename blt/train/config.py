@@ -206,7 +206,8 @@ class BatchConfig(Frozen):
 class RunSettings(Frozen):
     """Settings of the run. `*_every` are in steps.
 
-    A sample is a short text that the model writes; 0 logs none. `norms_every` measures the norms of the model's parts;
+    A sample is a short text that the model writes; 0 logs none. Checkpoints at `milestones_every` are kept beside the
+    newest `keep_checkpoints`; 0 makes none. `norms_every` measures the norms of the model's parts;
     0 never. `peak_flops` is the peak of one device in FLOP/s, for MFU (null: that of a well-known GPU).
     """
 
@@ -220,6 +221,7 @@ class RunSettings(Frozen):
     log_every: int = Field(default=10, ge=1)
     valid_every: int = Field(default=200, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
+    milestones_every: int = Field(default=0, ge=0)
     sample_every: int = Field(default=0, ge=0)
     norms_every: int = Field(default=0, ge=0)
     peak_flops: FiniteFloat | None = Field(default=None, gt=0)

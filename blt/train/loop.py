@@ -162,7 +162,7 @@ class Trainer:
                 if run.sample_every and (state.step % run.sample_every == 0 or last):
                     with state.window.paused():
                         self.log_sample()
-                if state.step % run.checkpoint_every == 0 or last or self._must_stop:
+                if state.step % run.checkpoint_every == 0 or self._is_milestone or last or self._must_stop:
                     with state.window.paused():
                         self.save()
                 if self._must_stop and not last:
@@ -331,9 +331,17 @@ class Trainer:
             return
         tensors, values = self.state.state_dict()
         values |= {"config": self.config.model_dump(mode="json"), "extra": self.extra}
-        keep = self.config.run.keep_checkpoints
-        checkpoints.write(self.folder, self.state.step, tensors, values, keep=keep, ranks=self.ranks)
+        checkpoints.write(
+            self.folder, self.state.step, tensors, values,
+            keep=self.config.run.keep_checkpoints, milestone=self._is_milestone, ranks=self.ranks,
+        )  # fmt: skip
         self._saved_step = self.state.step
+
+    @property
+    def _is_milestone(self) -> bool:
+        """Whether the checkpoint of this step is kept for ever."""
+        every, step = self.config.run.milestones_every, self.state.step
+        return every > 0 and step > 0 and step % every == 0
 
     def restore(self, checkpoint: TrainingCheckpoint) -> None:
         """Continues from a checkpoint. Raises CheckpointError if its model, data or batch shape differs."""

@@ -70,6 +70,17 @@ def test_the_newest_few_are_kept(folder: Path) -> None:
     assert checkpoints.read(folder / "step-00000003").step == 3
 
 
+def test_milestones_are_kept_beside_the_newest_few(folder: Path) -> None:
+    for step in range(3, 9):
+        checkpoints.write(folder, step, tensors(step), STATE, keep=2, milestone=step in (3, 6))
+    assert names(folder) == [f"step-{step:08d}" for step in (3, 6, 7, 8)]
+    truncate(next((folder / "step-00000008").glob("shard*")))
+    (folder / "step-00000007" / "state.json").unlink()
+    newest = checkpoints.read_newest(folder)
+    assert newest is not None
+    assert newest.step == 6
+
+
 def test_another_branch_is_hidden_at_once_and_removed_when_there_is_a_new_one(folder: Path) -> None:
     for step in (18, 20):
         checkpoints.write(folder, step, tensors(step), STATE, keep=9)
@@ -330,6 +341,30 @@ def test_one_checkpoint_can_be_named(entropy_config: EntropyRun, entropy_run: Pa
     train(entropy_config, tmp_path / "run", data=data, resume=str(older))
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [30, 40, 40]
+
+
+def test_milestones_of_a_run_are_models_and_can_be_resumed(
+    entropy_config: EntropyRun, entropy_run: Path, data: Path, repo: Path, tmp_path: Path
+) -> None:
+    """At 15 and 30 of 40 steps; others are at 20 and 40, of which the last is kept."""
+    out, settings = tmp_path / "run", ["run.milestones_every=15", "run.keep_checkpoints=1"]
+    train(load_config(repo / "configs" / "tiny-entropy.yaml", settings), out, data=data)
+    assert names(out / "checkpoints") == [f"step-{step:08d}" for step in (15, 30, 40)]
+    milestone = out / "checkpoints" / "step-00000015"
+    trainer = trainer_of(entropy_config, tmp_path / "other", data)
+    for _ in range(15):
+        trainer.train_step()
+    found = models.load(milestone).entropy
+    assert found is not None
+    weights = zip(found.parameters(), trainer.objective.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+    resumed = train(entropy_config, tmp_path / "resumed", data=data, resume=str(milestone))
+    ours, theirs = models.load(resumed).entropy, models.load(entropy_run).entropy
+    assert ours is not None
+    assert theirs is not None
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    train(load_config(repo / "configs" / "tiny-entropy.yaml", ["schedule.steps=41"]), out, data=data)
+    assert names(out / "checkpoints") == [f"step-{step:08d}" for step in (15, 30, 40, 41)]
 
 
 def test_resuming_from_an_older_one_abandons_the_later_branch(

@@ -12,6 +12,7 @@ import torch
 
 from blt.checkpoint import models
 from blt.checkpoint.formats import open_source
+from blt.cli import run as run_command
 from blt.train import checkpoints
 from blt.train.config import BLTRun, EntropyRun, RunConfig, load_config
 from blt.train.run import train
@@ -85,6 +86,18 @@ def test_a_stopped_entropy_run_cuts_the_patches_of_a_blt(
     assert models.load(tmp_path / "run").entropy is not None
 
 
+def test_a_named_checkpoint_is_evaluated_and_a_damaged_one_is_refused(
+    entropy_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Path(shutil.copytree(entropy_run / "checkpoints" / "step-00000020", tmp_path / "step-00000020"))
+    assert run_command(["eval", str(found), str(data), "--split", "valid", "--threads", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
+    (shard,) = found.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"step-00000020 is damaged"):
+        open_source(found)
+
+
 def test_a_damaged_checkpoint_is_skipped(entropy_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(entropy_run, tmp_path / "run"))
     (run / "model.pt").unlink()
@@ -125,5 +138,7 @@ def test_a_stopped_token_run_tells_how_to_get_its_model(
     killed_at(monkeypatch, 20, config, tmp_path / "run", data)
     with pytest.raises(CheckpointError, match=r"with --steps 20 it only writes the model\.pt"):
         open_source(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"step-00000020 --steps 20 and another -o writes its model"):
+        open_source(tmp_path / "run" / "checkpoints" / "step-00000020")
     train(load_config(repo / "configs" / "tiny-bpe.yaml", ["schedule.steps=20"]), tmp_path / "run", data=data)
     assert models.load(tmp_path / "run").bpe is not None
