@@ -10,7 +10,8 @@ where it stopped. docs/study.md has the tables of a run and compares them with t
     python benchmarks/study.py DATA -o STUDY --pilots
 
 first tunes the learning rate of each family of models by short runs and writes STUDY/rates.json, which later runs
-read. Without that file every model has the rate of its configuration.
+read. Without that file every model has the rate of its configuration. With --models, only the families of these models
+are tuned.
 
 The byte-level transformer of configs/study/bytes.yaml sets the FLOPs per byte. In every other model, one feed-forward
 width (of the latent transformer or the token model) is chosen so that the whole model has these FLOPs. With entropy
@@ -242,12 +243,23 @@ class Study:
             sets = [part for override in run.overrides for part in ("--set", override)]
             config = CONFIGS / f"{run.variant.config}.yaml"
             options = ["--data", self.args.data, "-o", folder, *entropy, *sets, *self.shared]
-            _blt("train", run.config.kind, "-c", config, *options, log=folder.with_suffix(".log"))
+            _blt("train", run.config.kind, "-c", config, *options, log=folder.parent / f"{folder.name}.log")
         return model
 
     def score(self, run: Run) -> dict[str, Any]:
-        """Bits per byte of the trained model on the test split, without and with noise."""
-        options = ["--by", "group", "--limit", self.args.limit, "--context", "1k", "--baseline", "ppmd,xz"]
+        """Bits per byte of the trained model on the test split, in pieces as long as its rows, which begin as rows of
+        training do; and with noise."""
+        options = [
+            "--by",
+            "group",
+            "--limit",
+            self.args.limit,
+            "--context",
+            "1k",
+            "--continued",
+            "--baseline",
+            "ppmd,xz",
+        ]
         noise: dict[str, Any] = self._eval(run, "noise.json", "--suite", "noise", "--items", self.args.pairs)["noise"]
         return self._eval(run, "eval.json", *options) | {"noise": noise["lines"]}
 
@@ -263,18 +275,30 @@ class Study:
     @property
     def rates(self) -> dict[str, float]:
         """The tuned learning rate of each family; empty before the pilots."""
+        return self._piloted("chosen")
+
+    @property
+    def _tries(self) -> dict[str, dict[float, float]]:
+        return self._piloted("valid_bits_per_byte")
+
+    def _piloted(self, key: str) -> dict[str, Any]:
         file = self.out / "rates.json"
-        found: dict[str, float] = json.loads(file.read_text())["chosen"] if file.exists() else {}
+        found: dict[str, Any] = json.loads(file.read_text())[key] if file.exists() else {}
         return found
 
     def pilots(self) -> None:
-        """Writes rates.json: validation bits per byte of each family at several rates, and the best rate."""
+        """Writes rates.json: validation bits per byte of each family at several rates, and the best rate.
+
+        With --models, only the families of these models are tuned; the others stay in the file.
+        """
         by_name = {variant.name: variant for variant in _variants()}
+        families = {variant.family for variant in chosen(self.args.models)}
+        pilots = {family: by_name[name] for family, name in PILOTS.items() if family in families}
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            tried = dict(zip(PILOTS, pool.map(self._tried, (by_name[name] for name in PILOTS.values())), strict=True))
+            tried = dict(zip(pilots, pool.map(self._tried, pilots.values()), strict=True))
         best = {family: min(tries, key=lambda rate: tries[rate]) for family, tries in tried.items()}
-        content = {"chosen": best, "valid_bits_per_byte": tried, "megabytes": self.args.megabytes}
-        (self.out / "rates.json").write_text(json.dumps(content, indent=1) + "\n")
+        content = {"chosen": self.rates | best, "valid_bits_per_byte": self._tries | tried}
+        (self.out / "rates.json").write_text(json.dumps(content | {"megabytes": self.args.megabytes}, indent=1) + "\n")
         rates = sorted({rate for tries in tried.values() for rate in tries})
         print(f"| family | {' | '.join(f'{rate:g}' for rate in rates)} |\n{'|---' * (1 + len(rates))}|")
         for family, tries in tried.items():

@@ -8,6 +8,7 @@ Letters: B rows (1), N ids, P patches, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from blt.checkpoint.models import Checkpoint, load
-from blt.evaluate.scoring import Scored, Scorer, StreamScorer, Unit, patches_from, scored
+from blt.evaluate.scoring import Scored, Scorer, StreamScorer, Unit, patches_from, row_ids, scored
+from blt.evaluate.texts import Document
 from blt.model import BLT, EntropyModel, entropy_of
 from blt.model.vocabulary import Vocabulary
 from blt_runtime.errors import UsageError
-from blt_runtime.ids import BOS, EOS, encode
+from blt_runtime.ids import BOS, EOS
 from blt_runtime.patching import EntropyDtype, PatchRule, patch_lengths
 
 log = logging.getLogger(__name__)
@@ -92,8 +94,8 @@ class ByteRows(Scorer):
     def capacity(self) -> int:
         return self.model.config.max_seqlen - 2
 
-    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
-        ids_N = encode(prompt + text, bos=True, eos=eos)
+    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False, before: bytes = b"") -> Scored:
+        ids_N = row_ids(prompt + text, eos, before)
         first = 1 + len(prompt)
         return scored(_logits(self.model, ids_N, self.device), ids_N, first, len(ids_N) - first)
 
@@ -112,10 +114,31 @@ class TokenRows(Scorer):
     def capacity(self) -> int:
         return self.model.config.max_seqlen - 2  # a token has at least one byte
 
-    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
-        before, after = self.vocabulary.encode_all([prompt, text])
-        ids_N = np.concatenate([[BOS], before, after, [EOS] if eos else []]).astype(np.int64)
-        first = 1 + len(before)
+    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False, before: bytes = b"") -> Scored:
+        earlier, asked, counted = self.vocabulary.encode_all([before, prompt, text])
+        return self._measure(np.concatenate([earlier[-1:], asked, counted]), len(counted), eos, bos=not before)
+
+    def measure_pieces(self, document: Document, context: int, continued: bool = False) -> Iterator[tuple[Scored, int]]:
+        """A piece that is `continued` holds the tokens of the whole document that end in its bytes."""
+        if not continued:
+            yield from super().measure_pieces(document, context)
+            return
+        _, text, prompt, whole = document
+        asked, counted = self.vocabulary.encode_all([text[:prompt], text[prompt:]])
+        tokens_T = np.concatenate([asked, counted])
+        ends_T = np.cumsum(self.vocabulary.token_bytes[tokens_T])
+        for start in range(0, len(text), context):
+            last = whole and start + context >= len(text)
+            first, end = np.searchsorted(ends_T, [start, start + context], side="right")
+            own = int(end - max(first, len(asked)))
+            if own > 0 or last:
+                row = tokens_T[max(first - 1, 0) : end]
+                n_bytes = self.vocabulary.token_bytes[row[len(row) - max(own, 0) :]].sum()
+                yield self._measure(row, max(own, 0), last, bos=not first), int(n_bytes)
+
+    def _measure(self, tokens_T: Ids, n_counted: int, eos: bool, bos: bool) -> Scored:
+        ids_N = np.concatenate([[BOS] if bos else [], tokens_T, [EOS] if eos else []]).astype(np.int64)
+        first = len(ids_N) - n_counted - eos
         return scored(_logits(self.model, ids_N, self.device), ids_N, first, len(ids_N) - first)
 
 
@@ -146,15 +169,15 @@ class PatchRows(Scorer):
         log.info("texts with very many or very long patches are scored as a stream, at about half the speed")
         return _stream(self.checkpoint, self.n_ids)
 
-    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
-        ids_N = encode(prompt + text, bos=True, eos=eos)
+    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False, before: bytes = b"") -> Scored:
+        ids_N = row_ids(prompt + text, eos, before)
         _check_length(ids_N, self.n_ids)
         lengths_P = self._patches(ids_N)
         longest, first = int(lengths_P.max()), 1 + len(prompt)
         too_long = len(lengths_P) > self.blt.config.latent.max_seqlen
         if too_long or 4 * len(lengths_P) * longest * self.blt.config.local_dim > GATHER_BYTES:
             self._check_stream(len(lengths_P), longest)
-            return self.stream.measure(text, prompt, eos)
+            return self.stream.measure(text, prompt, eos, before)
         with torch.inference_mode():
             logits_BNV = self.blt(_row(ids_N, self.device), _row(lengths_P, self.device), longest)
         return scored(logits_BNV[0].cpu().numpy(), ids_N, first, patches_from(lengths_P, first, len(ids_N)))

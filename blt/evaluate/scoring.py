@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from blt_runtime.ids import encode
+from blt.evaluate.texts import Document, cut
+from blt_runtime.ids import OFFSET, encode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,8 +47,18 @@ class Scorer(ABC):
     def capacity(self) -> int | None: ...
 
     @abstractmethod
-    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
-        """Bits and units of `text` after BOS and `prompt`; with `eos`, also of a final EOS."""
+    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False, before: bytes = b"") -> Scored:
+        """Bits and units of `text` after BOS and `prompt`; with `eos`, also of a final EOS. before: a byte that stands
+        in place of BOS."""
+
+    def measure_pieces(self, document: Document, context: int, continued: bool = False) -> Iterator[tuple[Scored, int]]:
+        """The pieces of a document (`blt.evaluate.texts.cut`), scored one after the other, and their counted bytes.
+
+        continued: a piece after the first begins with the byte (or token) before it, as a row of training does. If not,
+        it begins with BOS.
+        """
+        for prompt, text, last, before in cut(document, context):
+            yield self.measure(text, prompt, eos=last, before=before if continued else b""), len(text)
 
     def bits(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> float:
         """-log2 p(`text` | `prompt`)."""
@@ -69,11 +81,19 @@ class StreamScorer(Scorer):
         """Entropies, patches and logits of ids [N]. lengths_P: patch lengths; None applies the patch rule."""
         return self.stream.score_ids(ids_N, lengths_P)
 
-    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
-        ids_N = encode(prompt + text, bos=True, eos=eos)
+    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False, before: bytes = b"") -> Scored:
+        ids_N = row_ids(prompt + text, eos, before)
         score = self(ids_N)
         first = 1 + len(prompt)
         return scored(score.logits, ids_N, first, patches_from(score.patch_lengths, first, len(ids_N)))
+
+
+def row_ids(text: bytes, eos: bool, before: bytes = b"") -> NDArray[np.int64]:
+    """BOS (or the byte `before`), text, EOS if `eos`; int64 [N]."""
+    ids_N = encode(text, bos=True, eos=eos)
+    if before:
+        ids_N[0] = OFFSET + before[0]
+    return ids_N
 
 
 def scored(logits_NV: NDArray[np.float32], ids_N: NDArray[np.integer[Any]], first: int, units: int) -> Scored:

@@ -1,4 +1,4 @@
-"""Text to evaluate a model on: documents of a file or a data folder, cut into pieces that begin with BOS."""
+"""Text to evaluate a model on: documents of a file or a data folder, cut into pieces."""
 
 from __future__ import annotations
 
@@ -58,14 +58,24 @@ def limited(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
             yield Document(group, kept, prompt=min(prompt, len(kept)), whole=whole and len(kept) == len(text))
 
 
-def cut(document: Document, context: int) -> Iterator[tuple[bytes, bytes, bool]]:
-    """(prompt, counted text, whether the document ends after it) of each piece of at most `context` bytes in total."""
+class Piece(NamedTuple):
+    """A prompt, the counted text after it, whether the document ends there, and the byte before the prompt (empty at
+    the begin of a document)."""
+
+    prompt: bytes
+    text: bytes
+    last: bool
+    before: bytes = b""
+
+
+def cut(document: Document, context: int) -> Iterator[Piece]:
+    """The pieces of a document, of at most `context` bytes each. Those without counted text are left out."""
     _, text, prompt, whole = document
     for start in range(0, len(text), context):
         piece, last = text[start : start + context], whole and start + context >= len(text)
         read = min(max(prompt - start, 0), len(piece))
         if read < len(piece) or last:
-            yield piece[:read], piece[read:], last
+            yield Piece(piece[:read], piece[read:], last, text[start - 1 : start] if start else b"")
 
 
 def choose_split(data: Path, wanted: str | None, order: Sequence[str] = ("test", "valid", "train")) -> str:

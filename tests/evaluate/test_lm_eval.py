@@ -149,7 +149,7 @@ class Counting(Scorer):
     def __init__(self) -> None:
         self.calls: list[tuple[bytes, bytes]] = []
 
-    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
+    def measure(self, text: bytes, prompt: bytes = b"", eos: bool = False, before: bytes = b"") -> Scored:
         assert len(text) + len(prompt) <= self.capacity
         self.calls.append((prompt, text))
         return Scored(float(len(text)), 1, True)

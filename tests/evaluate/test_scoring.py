@@ -18,11 +18,13 @@ from blt.data import BatchShape, Dataset, Loader, prepare
 from blt.data.batches import Pack
 from blt.evaluate.rows import PatchRows, load_on, scorer_of
 from blt.evaluate.scoring import Scorer, StreamScorer, bits_of
+from blt.evaluate.texts import Document
 from blt.model.hashing import MappedTables
 from blt.model.token import TokenConfig, TokenModel
 from blt.model.vocabulary import train_vocabulary
 from blt.train.objective import Objective
 from blt_runtime.errors import CheckpointError, UsageError
+from blt_runtime.ids import EOS
 from tests.tiny import VARIANTS, tiny
 
 TEXT = "Bytes, not tokens — über alles. ".encode() * 4
@@ -85,6 +87,58 @@ def test_the_loss_counts_what_eval_counts(pack: Pack, tmp_path: Path) -> None:
     assert nats.item() / np.log(2) == pytest.approx(sum(part.bits for part in found), rel=1e-5)
     assert n_targets == sum(part.units for part in found)
     assert batch.n_bytes == documents.n_bytes == 35
+
+
+def test_continued_pieces_are_the_rows_of_training(tmp_path: Path) -> None:
+    model = tiny().entropy
+    assert model is not None
+    text = TEXT[:101]
+    (tmp_path / "text").write_bytes(text)
+    prepare([tmp_path / "text"], tmp_path / "data", split=(1, 0, 0))
+    documents = Dataset(tmp_path / "data").split("train")
+    scorer = scorer_of(Checkpoint(None, model, None))
+    found = list(scorer.measure_pieces(Document("", text), 40, continued=True))
+    nats = 0.0
+    for batch in Loader(documents, BatchShape(1, (40,))).one_pass():
+        with torch.no_grad():
+            nats += Objective(model)(batch)[0].item()
+    assert [n_bytes for _, n_bytes in found] == [40, 40, 21]
+    assert sum(part.bits for part, _ in found) == pytest.approx(nats / np.log(2), rel=1e-5)
+    assert sum(part.units for part, _ in found) == 102
+    restarted = scorer.measure_pieces(Document("", text), 40)
+    assert sum(part.bits for part, _ in restarted) != pytest.approx(nats / np.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [0, 33, 60])
+def test_continued_pieces_count_every_byte_once(prompt: int) -> None:
+    """Tokens stay whole: those of the document, each in the piece where it ends."""
+    document = Document("", TEXT[:100], prompt=prompt)
+    for name, scorer in scorers().items():
+        whole, pieces = (
+            scorer.measure(TEXT[prompt:100], TEXT[:prompt], eos=True),
+            [*scorer.measure_pieces(document, 30, True)],
+        )
+        assert sum(n_bytes for _, n_bytes in pieces) == 100 - prompt, name
+        if name in ("bytes", "tokens"):
+            assert sum(part.units for part, _ in pieces) == whole.units, name
+        (one,) = scorer.measure_pieces(document, 100, True)
+        assert one == (whole, 100 - prompt), name
+
+
+def test_a_continued_piece_of_tokens_by_hand() -> None:
+    checkpoint = token_model()
+    assert checkpoint.bpe is not None
+    assert checkpoint.vocabulary is not None
+    ids = checkpoint.vocabulary.encode(TEXT[:60])
+    ends = np.cumsum(checkpoint.vocabulary.token_bytes[ids])
+    first = int(np.searchsorted(ends, 30, side="right"))
+    _, (second, n_bytes) = scorer_of(checkpoint).measure_pieces(Document("", TEXT[:60]), 30, continued=True)
+    row = torch.as_tensor(np.concatenate([ids[first - 1 :], [EOS]]))[None]
+    with torch.no_grad():
+        logits = checkpoint.bpe(row)[0].double()
+    by_hand = -torch.log_softmax(logits, -1)[:-1].gather(1, row[0, 1:, None]).sum() / np.log(2)
+    assert second.bits == pytest.approx(by_hand.item(), rel=1e-5)
+    assert n_bytes == 60 - ends[first - 1]
 
 
 def test_units_are_those_of_the_text() -> None:

@@ -13,7 +13,11 @@ from tests.tiny import tiny
 
 
 def pieces(documents: list[Document], limit: int | None, context: int) -> list[tuple[bytes, bytes, bool]]:
-    return [piece for document in limited(documents, limit) for piece in cut(document, context)]
+    return [piece[:3] for document in limited(documents, limit) for piece in cut(document, context)]
+
+
+def test_a_piece_knows_the_byte_before_it() -> None:
+    assert [piece.before for piece in cut(Document("a", b"12345678", prompt=4), 3)] == [b"3", b"6"]
 
 
 def test_a_document_ends_only_where_its_text_does() -> None:
@@ -40,7 +44,7 @@ def test_eval_scores_no_end_where_the_limit_cuts(tmp_path: Path, monkeypatch: py
     (tmp_path / "text").write_bytes(b"first\0the second document")
     ends: list[tuple[bytes, bool]] = []
 
-    def measure(self: PatchRows, text: bytes, prompt: bytes = b"", eos: bool = False) -> Scored:
+    def measure(self: PatchRows, text: bytes, prompt: bytes = b"", eos: bool = False, before: bytes = b"") -> Scored:
         ends.append((text, eos))
         return Scored(1.0, 1, True)
 

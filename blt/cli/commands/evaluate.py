@@ -43,7 +43,7 @@ class Tally:
     baselines: dict[str, float] = field(default_factory=dict)
 
     def add(self, scored: Scored, n_bytes: int, seconds: float) -> None:
-        """Adds a scored piece of `n_bytes` bytes, which began with BOS and may have ended with EOS."""
+        """Adds a scored piece of `n_bytes` counted bytes, which may have ended with EOS."""
         self.bits += scored.bits
         self.n_bytes += n_bytes
         self.units += scored.units
@@ -104,6 +104,13 @@ def evaluate(
     context: Annotated[
         str, typer.Option(metavar="SIZE", help="Longest piece in bytes; longer documents are cut.")
     ] = "4k",
+    continued: Annotated[
+        bool,
+        typer.Option(
+            "--continued",
+            help="A piece of a longer document begins with the byte (or token) before it, not with BOS.",
+        ),
+    ] = False,
     baseline: Annotated[str | None, typer.Option(metavar="ppmd,xz", help="Compressors to compare with.")] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="BPB", help="Fail (exit code 3) above this many bits per byte.")
@@ -129,7 +136,9 @@ def evaluate(
     most = None if limit is None else options.parse_size(limit, "--limit", at_least=1)
     split = "test" if data is None else texts.choose_split(data, split)
     if suite is not None:
-        _only_without_suite({"--by": by, "--baseline": baseline, "--fail-above": fail_above})
+        _only_without_suite(
+            {"--by": by, "--baseline": baseline, "--fail-above": fail_above, "--continued": continued or None}
+        )
         chosen = suites.Chosen(suite=suite, items=items, seed=seed, data=data, split=split, limit=most)
         with scorers.open_scorer(model, suites.N_IDS, how) as scorer:
             suites.run(scorer, chosen, as_json)
@@ -148,7 +157,7 @@ def evaluate(
                 "begins a piece is predicted from less text", f"{scorer.capacity:,}", f"{size:,}",
             )  # fmt: skip
             longest = scorer.capacity
-        tallies = _score_all(scorer, limited, longest)
+        tallies = _score_all(scorer, limited, longest, continued)
     _add_baselines(tallies, limited, names)
     shown = tallies if by == "group" else {ALL: tallies[ALL]}
     if as_json:
@@ -165,20 +174,21 @@ def _only_without_suite(given: dict[str, object]) -> None:
             raise UsageError(f"{name} has no effect with --suite; leave it out")
 
 
-def _score_all(scorer: Scorer, documents: list[texts.Document], context: int) -> dict[str, Tally]:
+def _score_all(scorer: Scorer, documents: list[texts.Document], context: int, continued: bool) -> dict[str, Tally]:
     tallies: dict[str, Tally] = defaultdict(Tally)
     total = sum(len(document.text) for document in documents)
     with console.progress("eval", total) as advance:
         for document in documents:
             for name in (document.group, ALL):
                 tallies[name].documents += 1
-            for prompt, text, last in texts.cut(document, context):
-                started = time.perf_counter()
-                scored = scorer.measure(text, prompt, eos=last)
+            started = time.perf_counter()
+            for scored, n_bytes in scorer.measure_pieces(document, context, continued):
                 seconds = time.perf_counter() - started
                 for name in (document.group, ALL):
-                    tallies[name].add(scored, len(text), seconds)
-                advance(len(prompt) + len(text))
+                    tallies[name].add(scored, n_bytes, seconds)
+                advance(n_bytes)
+                started = time.perf_counter()
+            advance(document.prompt)
     return dict(sorted(tallies.items(), key=lambda item: (item[0] == ALL, item[0])))
 
 
