@@ -26,6 +26,7 @@ from blt.checkpoint.source import parse, read_json
 from blt.checkpoint.tensors import read_safetensors
 from blt.model.config import TransformerConfig
 from blt.model.layers import Stack
+from blt.model.shards import local_rows
 from blt_runtime import reading
 from blt_runtime.errors import CheckpointError, MissingExtra, shown
 
@@ -97,7 +98,7 @@ class Llama:
 
     @torch.no_grad()
     def copy_to(self, stack: Stack) -> None:
-        """Copies the weights into the blocks of `stack`, one weight in memory at a time.
+        """Copies the weights, or this rank's rows of them, into the blocks of `stack`, one weight in memory at a time.
 
         Raises CheckpointError for another shape, and for weights that are missing or not finite. Another `norm_eps` or
         `rope_theta` is a warning: the blocks then compute something slightly different from what was trained.
@@ -110,7 +111,8 @@ class Llama:
                 raise CheckpointError(f"{self.path}: {name} is {shapes}; the file does not fit its configuration")
             if not weight.isfinite().all():
                 raise CheckpointError(f"{self.path}: NaN or infinite weights in {name}; it was saved broken")
-            parameter.copy_(weight)
+            rows, first = local_rows(parameter)
+            rows.copy_(weight[first : first + len(rows)])
 
 
 def check_fits(theirs: TransformerConfig, ours: TransformerConfig, path: Path) -> None:

@@ -17,7 +17,7 @@ from blt.checkpoint.tensors import StoredTensor
 from blt.model import BLT, EntropyModel
 from blt.model.bfloat16 import BFloat16EntropyModel, to_bfloat16
 from blt.model.hashing import HashEmbedding, MappedTables
-from blt.model.layers import RotaryTable
+from blt.model.init import allocate
 from blt.model.token import TokenModel
 from blt.model.vocabulary import Vocabulary
 from blt_runtime.errors import CheckpointError, ConfigError, RuleError
@@ -159,10 +159,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, StoredTensor], trainab
         stored = weights[HASH_TABLES]
         tables = [table for piece in stored.pieces for table in piece.detach().split(model.hash_embedding.config.rows)]
         model.hash_embedding.tables = MappedTables(tables, stored.mapped)
-    model.to_empty(device="cpu")
-    for module in model.modules():
-        if isinstance(module, RotaryTable | HashEmbedding):
-            module.make_buffers()
+    allocate(model, "cpu")
     for name, parameter in model.named_parameters():
         weights[name].copy_to(parameter.data)
     model.eval()

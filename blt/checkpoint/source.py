@@ -7,7 +7,7 @@ their files, under this project's parameter names. Wrong names, shapes, dtypes a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -75,6 +75,13 @@ class Source:
         named: dict[str, StoredModel[Any] | None] = {"blt": self.blt, "entropy": self.entropy, "bpe": self.bpe}
         return {name: model for name, model in named.items() if model is not None}
 
+    def with_weights(self, weights: dict[str, StoredTensor]) -> Source:
+        """A copy with other weights of the trained model: the BLT or the token model, else the entropy model."""
+        name = next(name for name in ("blt", "bpe", "entropy") if getattr(self, name) is not None)
+        trained: StoredModel[Any] = getattr(self, name)
+        changes: dict[str, Any] = {name: replace(trained, weights=weights)}
+        return replace(self, **changes)
+
     def check_can_generate(self) -> None:
         """Raises CheckpointError if something that generation needs is missing."""
         check_can_generate(self.blt, self.entropy, self.patch_rule, self.bpe)
@@ -96,11 +103,15 @@ class Source:
 
     def check_finite(self) -> None:
         """Raises CheckpointError that names every tensor with a NaN or an infinity. Reads all weights once."""
-        bad = [name for model in self.models().values() for t in model.weights.values() for name in t.not_finite()]
-        if bad:
-            raise CheckpointError(
-                f"{self.path}: NaN or infinite weights in {listed(list(dict.fromkeys(bad)))}; it was saved broken"
-            )
+        self.refuse(
+            [name for model in self.models().values() for t in model.weights.values() for name in t.not_finite()]
+        )
+
+    def refuse(self, not_finite: Sequence[str]) -> None:
+        """Raises CheckpointError that names these tensors, if there are any."""
+        if not_finite:
+            names = listed(list(dict.fromkeys(not_finite)))
+            raise CheckpointError(f"{self.path}: NaN or infinite weights in {names}; it was saved broken")
 
 
 def check_can_generate(

@@ -13,7 +13,7 @@ from typing import Any
 
 from blt.checkpoint import native
 from blt.checkpoint.source import Source, StoredModel, fit_weights, parse, read_json
-from blt.checkpoint.tensors import StoredTensor, read_safetensors
+from blt.checkpoint.tensors import StoredTensor, read_shards
 from blt.model import BLTConfig, EntropyConfig
 from blt_runtime.errors import BltError, CheckpointError
 from blt_runtime.patching import PatchRule
@@ -42,20 +42,20 @@ def read(path: Path) -> Source:
         steps, planned = int(state["step"]), int(config["schedule"]["steps"])
     except (LookupError, TypeError, ValueError):
         raise CheckpointError(f"{folder / STATE} is damaged; {FINISH} from an older checkpoint") from None
-    shards = sorted(folder.glob(WEIGHTS))
-    if kind == "bpe" or len(shards) != 1:
-        what = "a token model" if kind == "bpe" else "weights of several processes"
+    if kind == "bpe":
         if named:
             raise CheckpointError(
-                f"{path} holds {what}: `blt train` with --resume {path} --steps {steps} and another -o writes its model"
+                f"{path} holds a token model: `blt train` with --resume {path} --steps {steps} and another -o writes "
+                "its model"
             )
         raise CheckpointError(
-            f"{path} stopped at step {steps:,} of {planned:,} and holds {what} without a model.pt: {FINISH}, and with "
-            f"--steps {steps} it only writes the model.pt"
+            f"{path} stopped at step {steps:,} of {planned:,} and holds a token model without a model.pt: {FINISH}, "
+            f"and with --steps {steps} it only writes the model.pt"
         )
     if not named:
         log.info("%s stopped at step %s of %s; this is the model of that step", path, f"{steps:,}", f"{planned:,}")
-    names = {name: tensor for name, tensor in read_safetensors(shards[0]).items() if name.startswith("model.")}
+    stored = read_shards(sorted(folder.glob(WEIGHTS)))
+    names = {name: tensor for name, tensor in stored.items() if name.startswith("model.")}
     if kind == "entropy":
         return Source("stopped run", path, entropy=_model(EntropyConfig, config, names, folder)).check_vocabularies()
     return Source(

@@ -16,7 +16,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,6 +83,17 @@ class StoredTensor:
             yield block, rows[start : start + len(block)]
             start += len(block)
 
+    def rows(self, first: int, stop: int) -> StoredTensor:
+        """The rows [first, stop), still in the file."""
+        names, pieces, begin = [], [], 0
+        for name, piece in zip(self.names, self.pieces, strict=True):
+            part = piece[max(0, first - begin) : max(0, stop - begin)]
+            if len(part):
+                names.append(name)
+                pieces.append(part)
+            begin += len(piece)
+        return StoredTensor(tuple(names), tuple(pieces), self.mapped)
+
     def not_finite(self) -> list[str]:
         """Names of the pieces that hold a NaN or an infinity."""
         pieces = zip(self.names, self.pieces, strict=True)
@@ -94,6 +105,8 @@ def _finite(block: Tensor) -> bool:
     return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
 
 
+SHARDING = "DCP_SHARDING_INFO"
+"""The metadata of a safetensors file in which DCP stores where its parts of tensors begin."""
 UNREADABLE = (
     RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, OSError,
     struct.error, zipfile.BadZipFile,
@@ -184,6 +197,48 @@ def read_safetensors(*paths: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path}: {listed(twice)} are in another file of this checkpoint, too")
         found |= {name: StoredTensor((name,), (t,), mapped=True) for name, t in tensors.items()}
     return without_wrappers(found, paths[0].parent if paths else Path())
+
+
+def read_shards(paths: Sequence[Path]) -> dict[str, StoredTensor]:
+    """The whole tensors of a distributed checkpoint (torch's DCP in safetensors), still in the files.
+
+    Each file holds consecutive rows of a tensor, or all. Raises CheckpointError for damaged files and missing rows.
+    """
+    parts: dict[str, list[tuple[int, StoredTensor]]] = {}
+    for path in paths:
+        tensors = read_safetensors(path)
+        for name, first in _first_rows(path, tensors).items():
+            parts.setdefault(name, []).append((first, tensors[name]))
+    return {name: _joined(name, sorted(found, key=lambda part: part[0]), paths[0]) for name, found in parts.items()}
+
+
+def _first_rows(path: Path, names: Iterable[str]) -> dict[str, int]:
+    """The number of the first row of each tensor, 0 if the file holds whole ones."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(SHARDING)
+    if text is None:
+        return dict.fromkeys(names, 0)
+    try:
+        offsets = {name: reading.parse_json(text)[name]["saved_offsets"] for name in names}
+        if any(any(rest) for _, *rest in (offset or [0] for offset in offsets.values())):
+            raise ValueError("columns are split")
+        return {name: int(offset[0]) if offset else 0 for name, offset in offsets.items()}
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path}: its {SHARDING} is damaged ({shown(str(error))}); copy it again") from None
+
+
+def _joined(name: str, parts: Sequence[tuple[int, StoredTensor]], path: Path) -> StoredTensor:
+    if len(parts) == 1 and parts[0][0] == 0:
+        return parts[0][1]
+    begin = 0
+    for first, tensor in parts:
+        if first != begin:
+            raise CheckpointError(f"{path.parent}: rows {begin} to {first} of {name} are missing; copy it again")
+        begin += tensor.shape[0]
+    names, pieces = ([x for _, tensor in parts for x in getattr(tensor, key)] for key in ("names", "pieces"))
+    return StoredTensor(tuple(names), tuple(pieces), mapped=True)
 
 
 # --- writing -------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from blt.checkpoint.claims import check_safetensors
-from blt.files import replace_folder, write_synced
+from blt.checkpoint.tensors import StoredTensor, read_shards
+from blt.files import replace_folder, scratch, write_synced
 from blt.train.parallel import SINGLE, Ranks
 from blt_runtime import reading
 from blt_runtime.errors import CheckpointError
@@ -122,9 +123,7 @@ def write(
     marks = {"milestone": True} if milestone else {}
     try:
         ranks.on_first(lambda: _fresh(folder, draft))
-        with _quiet():
-            writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
-            dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.single)
+        _save(draft, tensors, ranks)
         ranks.on_first(lambda: _complete(draft, path, step, state | marks))
     except (CheckpointException, OSError) as error:
         if ranks.first:
@@ -136,6 +135,30 @@ def write(
     if ranks.first:
         _rotate(folder, step, keep)
     return path
+
+
+@contextmanager
+def gathered(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> Iterator[dict[str, StoredTensor]]:
+    """Whole tensors from the shards of all ranks, in files of a temporary folder next to `path`: none is in memory.
+
+    Every rank calls it. Raises CheckpointError on every rank if one cannot write.
+    """
+    with ExitStack() as stack:
+        folder = ranks.on_first(lambda: stack.enter_context(scratch(path)))
+        try:
+            _save(folder, tensors, ranks)
+        except (CheckpointException, OSError) as error:
+            raise CheckpointError(
+                f"{path} could not be written ({_cause(error)}); free some space and run the same command again"
+            ) from None
+        yield read_shards(sorted(folder.glob("*.safetensors")))
+
+
+def _save(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Writes one file per rank. Raises CheckpointException or OSError."""
+    with _quiet():
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.single)
 
 
 def set_aside(folder: Path, step: int) -> None:

@@ -1,7 +1,7 @@
-"""Initial weights of a run other than random ones: a checkpoint of any format, or a Llama for the latent transformer.
+"""Initial weights of a run: random ones, a checkpoint of any format, or a Llama for the latent transformer.
 
-`complete` adds to a configuration the sections that it leaves to the checkpoint, before it is validated. `initialise`
-loads the weights.
+`complete` adds to a configuration the sections that it leaves to the checkpoint, before it is validated. `draw` and
+`initialise` fill the rows of each weight that this rank holds, from a generator or from the files.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from blt.checkpoint import llama, models
 from blt.checkpoint.formats import open_source
 from blt.checkpoint.source import Source, StoredModel
-from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, TransformerConfig
+from blt.model import BLT, BLTConfig, EntropyConfig, EntropyModel, TransformerConfig, init
+from blt.model.shards import local_rows
 from blt_runtime.errors import CheckpointError, ConfigError
 from blt_runtime.patching import PatchSettings
 
@@ -87,19 +89,35 @@ def _stored(source: Source, entropy: bool) -> StoredModel[BLTConfig] | StoredMod
 
 
 @torch.no_grad()
-def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, latent_path: str | None = None) -> None:
-    """Replaces the random weights of `model`, on the CPU, by those of a checkpoint, or its latent blocks by a Llama's.
+def draw(model: nn.Module, seed: int) -> None:
+    """Random weights by `blt.model.init`: the same for any number of ranks."""
+    for name, weight, fan_in in init.weights(model):
+        rows, first = local_rows(weight)
+        if fan_in is None:
+            rows.fill_(1.0)
+        else:
+            init.draw_rows(rows, fan_in, seed=seed, name=name, first=first)
 
-    Raises CheckpointError if the checkpoint has another shape, other hash functions or weights that are not finite.
-    Options that no weight depends on may differ; a warning lists them.
+
+@torch.no_grad()
+def initialise(model: BLT | EntropyModel, checkpoint_path: str | None = None, latent_path: str | None = None) -> None:
+    """Replaces the random weights of `model` by those of a checkpoint, or its latent blocks by a Llama's.
+
+    A rank reads the rows that it holds. Raises CheckpointError if the checkpoint has another shape, other hash
+    functions, or weights that are not finite among them. Options that no weight depends on may differ; a warning lists
+    them.
     """
     if checkpoint_path is not None:
         source = open_source(checkpoint_path)
         stored = _stored(source, isinstance(model, EntropyModel))
         _check_same(stored.config, model.config, source.path)
-        source.check_finite()
+        not_finite = []
         for name, parameter in model.named_parameters():
-            stored.weights[name].copy_to(parameter)
+            rows, first = local_rows(parameter)
+            weight = stored.weights[name].rows(first, first + len(rows))
+            not_finite += weight.not_finite()
+            weight.copy_to(rows)
+        source.refuse(not_finite)
         log.info("initial weights from %s", source.path)
     if latent_path is not None:
         if not isinstance(model, BLT):

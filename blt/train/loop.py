@@ -38,7 +38,7 @@ from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_
 from blt.train.parallel import Ranks
 from blt.train.profile import BACKWARD, DATA, FORWARD, OPTIMIZER, StepProfile
 from blt.train.progress import Observer, observing
-from blt.train.recompute import recompute_parts, undo_recompute
+from blt.train.recompute import undo_recompute
 from blt.train.speed import Speed
 from blt.train.state import TrainState
 from blt.train.tables import sparse_tables
@@ -69,7 +69,7 @@ class Trainer:
 
     valid: makes a fresh loader over the validation text; None without one.  extra: plain values that a resumed run must
     share.  flops_per_byte: of a forward pass, for the metrics.  model_flops_per_byte: of the trained model alone.
-    sample: writes a text with the model, for `run.sample_every`.
+    sample: writes a text with the model, for `run.sample_every`.  ranks: the processes that its model is sharded over.
     """
 
     def __init__(
@@ -80,20 +80,22 @@ class Trainer:
         valid: Callable[[], Loader] | None,
         out: Path,
         *,
+        ranks: Ranks = parallel.SINGLE,
         extra: dict[str, Any] | None = None,
         flops_per_byte: float = 0.0,
         model_flops_per_byte: float = 0.0,
         sample: Callable[[], bytes] | None = None,
     ):
         self.config, self.objective, self.valid, self.out = config, objective, valid, out
-        self.ranks = parallel.SINGLE
-        self.micro_rows = parallel.micro_rows(config.batch, 1)
+        self.ranks = ranks
+        self.micro_rows = parallel.micro_rows(config.batch, ranks.world)
         model = objective.model
-        if config.run.activation_checkpointing:
-            recompute_parts(model)
-        tables = sparse_tables(model, config.optimizer)
+        tables = sparse_tables(model, config.optimizer, ranks)
         self.state = TrainState(model, optimizer=make_optimizer(model, config.optimizer), tables=tables, loader=loader)
+        if not ranks.single:
+            loader.shared(self._share)
         self.metrics = MetricsFile(out / "metrics.jsonl")
+        self.metrics.writes = ranks.first
         self.observer = Observer()
         self.extra = extra or {}
         self.flops_per_byte = flops_per_byte
@@ -114,23 +116,6 @@ class Trainer:
     def folder(self) -> Path:
         """The folder of the run's checkpoints."""
         return self.out / checkpoints.FOLDER
-
-    def distribute(self, ranks: Ranks, compile: bool = False) -> None:
-        """Makes this trainer one of several, before its first step. Every rank calls it.
-
-        compile: each block alone, because FSDP gathers parameters between blocks and the step cannot be one graph.
-        """
-        if ranks.single:
-            return
-        self.ranks, self.metrics.writes = ranks, ranks.first
-        self.micro_rows = parallel.micro_rows(self.config.batch, ranks.world)
-        model, tables = self.objective.model, self.state.tables
-        by_row = [] if tables is None else [tables.weight_RD]
-        parallel.shard(model, ranks, self.objective.device, compile=compile, by_row=by_row)
-        if tables is not None:
-            self.state.tables = sparse_tables(model, self.config.optimizer, ranks)
-        self.state.optimizer = make_optimizer(model, self.config.optimizer)
-        self.state.loader.shared(self._share)
 
     @property
     def _share(self) -> Share:
@@ -353,11 +338,10 @@ class Trainer:
         self._saved_step = self.state.step
 
     def finish(self) -> None:
-        """After the last step: the model is whole on every rank, and no training hook is left in it."""
+        """After the last step: the weights are final, and no activation checkpointing is left in the model."""
         if self.state.tables is not None:
             self.state.tables.catch_up_all()
         undo_recompute(self.objective.model)
-        parallel.unshard(self.objective.model)
 
     @property
     def _must_stop(self) -> bool:

@@ -24,12 +24,11 @@ from torch.utils._pytree import tree_leaves
 from blt.model import BLT, EntropyModel
 from blt.model.hashing import HashEmbedding, Touched
 from blt.model.layers import Block
-from blt.model.token import TokenModel
-from blt.train.config import BLTRun, BPERun, RunConfig
+from blt.train.config import BLTRun, RunConfig
+from blt.train.models import make_model
 from blt.train.objective import Objective
 from blt.train.parallel import micro_rows, rows_per_rank
-from blt.train.parameters import TABLES, freeze
-from blt.train.recompute import recompute_parts
+from blt.train.parameters import TABLES
 from blt.train.tables import capacity_for
 
 FLOAT = 4
@@ -99,7 +98,7 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
     adds = config.batch.rows > rows
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.simplefilter("ignore")  # torch's, about float32 norm weights in bfloat16
-        model = _model(config)
+        model = make_model(config)
         table = dict(model.named_parameters()).get(TABLES)
         sparse = config.optimizer.tables == "sparse" and table is not None and table.requires_grad
         touched = 0
@@ -123,17 +122,6 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
         "temporary": peak - found.kept,
     }
     return {**parts, "total": sum(parts.values())}
-
-
-def _model(config: RunConfig) -> BLT | EntropyModel:
-    if isinstance(config, BPERun):
-        model: BLT | EntropyModel = TokenModel(config.model)
-    else:
-        model = BLT(config.model) if isinstance(config, BLTRun) else EntropyModel(config.model)
-    freeze(model, config.optimizer.freeze)
-    if config.run.activation_checkpointing:
-        recompute_parts(model)
-    return model
 
 
 def _touch(model: nn.Module, table: nn.Parameter, config: RunConfig, rows: int, ranks: int) -> int:

@@ -106,6 +106,21 @@ class Ranks:
         result: Result = answer[0]
         return result
 
+    def on_each(self, work: Callable[[], None]) -> None:
+        """Runs `work` on every rank at once; the error of one of them is raised on all."""
+        if self.single:
+            work()
+            return
+        error: Exception | None = None
+        try:
+            work()
+        except (BltError, OSError) as raised:
+            error = raised
+        errors: list[Exception | None] = [None] * self.world
+        dist.all_gather_object(errors, error, group=self.control)
+        if found := next((error for error in errors if error is not None), None):
+            raise found
+
     def first_then_others(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on the first rank, then on the others, which find the files that the first one wrote."""
         done: list[Result] = []
@@ -174,10 +189,11 @@ def shard(
     compile: bool = False,
     by_row: Collection[Tensor] = (),
 ) -> None:
-    """Splits every parameter over the ranks. Each block is gathered when it is needed, everything else at once.
+    """Splits every parameter of a model on the meta device over the ranks; nothing is allocated (`blt.model.init`).
 
-    compile: each block alone, one graph per shape, with and without gradients.  by_row: parameters whose rows are
-    divided among the ranks outside of FSDP, so that they are never gathered (`blt.train.tables`).
+    Each block is gathered when it is needed, everything else at once.  compile: each block alone, one graph per shape,
+    with and without gradients.  by_row: parameters whose rows are divided among the ranks outside of FSDP, so that they
+    are never gathered (`blt.train.tables`).
 
     Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32. The
     gradients of every micro-batch are reduced and scattered at once and added to this rank's shards, so that whole ones
@@ -225,11 +241,3 @@ def part_of(own_R: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
     """The tensor with so many rows of which `own_R` holds this rank's, in the same memory."""
     shape = torch.Size((rows, *own_R.shape[1:]))
     return DTensor.from_local(own_R, mesh, [Shard(0)], run_check=False, shape=shape, stride=own_R.stride())
-
-
-def unshard(model: nn.Module) -> None:
-    """Makes every parameter whole again, on every rank. The model is not run after this."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):
-                module.register_parameter(name, nn.Parameter(parameter.full_tensor(), parameter.requires_grad))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from blt.checkpoint import models
+from blt.checkpoint import native
 from blt.checkpoint.models import Checkpoint
 from blt.checkpoint.native import MODEL_FILE
 from blt.data.quantities import amount
@@ -80,23 +80,20 @@ def train(
         else:
             config = continued(config, checkpoint)
         config = _with_entropy_path(config, entropy_model)
-        compiled = config.run.compile if compile is None else compile
-        whole_step = compiled and ranks.single  # FSDP's gathers would break the step's graph
         with _interruptible():
-            trainer, finish = ranks.first_then_others(
-                lambda: prepare_run(
-                    config,
-                    out,
-                    data=data,
-                    entropy_model=entropy_model,
-                    boundaries=boundaries,
-                    compile=whole_step,
-                    device=device,
-                )
+            trainer, finish = prepare_run(
+                config,
+                out,
+                data=data,
+                entropy_model=entropy_model,
+                boundaries=boundaries,
+                compile=compile,
+                device=device,
+                ranks=ranks,
+                resumes=checkpoint is not None,
             )
         if resume != "auto":
             trainer.advice = "run the same command without --resume to continue"
-        trainer.distribute(ranks, compiled)
         if checkpoint is not None:
             trainer.restore(checkpoint)
             _log_resumed(trainer, config.schedule.steps)
@@ -105,7 +102,7 @@ def train(
         ranks.on_first(lambda: _begin(trainer))
         trainer.run(config.schedule.steps)
         trainer.finish()
-        ranks.on_first(lambda: _end(trainer, finish))
+        _end(trainer, finish)
     return out / MODEL_FILE
 
 
@@ -193,8 +190,13 @@ def _begin(trainer: Trainer) -> None:
 
 
 def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
-    path = trainer.out / MODEL_FILE
-    models.save(path, finish(), DTYPES[trainer.config.run.save_dtype])
+    """Writes model.pt on the first rank. With several ranks the weights pass through files, so none holds the whole."""
+    path, ranks, dtype = trainer.out / MODEL_FILE, trainer.ranks, DTYPES[trainer.config.run.save_dtype]
+    if ranks.single:
+        native.write(finish().to_source(path), path, dtype)
+    else:
+        with checkpoints.gathered(path, trainer.objective.model.state_dict(), ranks) as whole:
+            ranks.on_first(lambda: native.write(finish().to_source(path).with_weights(whole), path, dtype))
     log.info("wrote the model, %s", amount(path.stat().st_size))
 
 

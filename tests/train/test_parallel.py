@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from blt.model import BLT
 from blt.model.layers import Block
 from blt.train import parallel, train
 from blt.train.config import BLTRun, RunConfig, load_config
+from blt.train.setup import prepare_run
 from blt_runtime.errors import ConfigError, UsageError
 
 STEPS, HALF = 12, 6
@@ -45,6 +46,7 @@ def start(
     *settings: str,
     program: Sequence[str] = ("-m", "blt.cli"),
     ranks: int = 2,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """The documented command."""
     paths = os.pathsep.join(str(repo / part) for part in (".", "export", "runtime"))
@@ -52,8 +54,8 @@ def start(
     arguments = ["train", "blt", "-c", str(repo / "configs" / "tiny.yaml"), "-o", str(out), "--data", str(data)]
     arguments += ["--threads", "1", "--device", "cpu", "--resume", resume]
     arguments += [word for setting in SETTINGS + settings for word in ("--set", setting)]
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command + arguments, env=environment, stdout=subprocess.PIPE)
+    variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.Popen(command + arguments, env=variables, stdout=subprocess.PIPE)
 
 
 def with_ranks(
@@ -232,6 +234,96 @@ def test_between_micro_batches_only_shards_of_the_gradients_are_kept(
         assert all(record["dtypes"] == ["torch.float32"] for record in records)
         # FSDP gathers everything for the forward pass, and blocks once more for the backward pass.
         assert [(record["reduced"], record["gathered"]) for record in records] == [(whole, whole + of_blocks)] * 4
+
+
+# Before its first step, every rank stores what it holds, and the most that it ever held until then.
+STARTED = """
+import os
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+from blt.cli import main
+from blt.train.loop import Trainer
+from blt.train.memory import LiveBytes
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+class Held(LiveBytes):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        tree_map_only(torch.Tensor, lambda tensor: self._add(local(tensor).untyped_storage()), result)
+        return result
+
+    def _add(self, storage):
+        if storage.device.type != "meta":
+            super()._add(storage)
+
+held = Held(nn.Module())
+
+def started(self, steps):
+    held.__exit__(None, None, None)
+    state = {name: tensor for name, tensor in self.state.state_dict().tensors.items() if name != "rng"}
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+    size = sum(local(t).numel() * t.element_size() for name, t in state.items() if name.startswith("model."))
+    torch.save((whole, size, held.peak), os.path.join(os.environ["STARTED"], os.environ["RANK"] + ".pt"))
+    dist.barrier()
+    os._exit(0)
+
+Trainer.run = started
+held.__enter__()
+main()
+"""
+
+
+def started(repo: Path, folder: Path, data: Path, resume: str, *settings: str) -> list[Any]:
+    """Of two ranks before their first step: whole tensors, bytes of a rank's weights, and the most that it held."""
+    folder.mkdir()
+    (folder / "started.py").write_text(STARTED)
+    environment = {"STARTED": str(folder)}
+    process = start(
+        repo, folder / "run", data, resume, *settings, program=[str(folder / "started.py")], environment=environment
+    )
+    process.communicate(timeout=300)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+LARGE = "model.hash={sizes: [3, 4], rows: 60013}"
+"""Tables that most of the bytes are in: 8 MB, eight blocks of the generator, of which two are in memory at a time."""
+
+
+@pytest.mark.slow
+def test_ranks_start_from_the_weights_of_one_and_never_hold_the_whole(repo: Path, data: Path, tmp_path: Path) -> None:
+    config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, LARGE])
+    model = prepare_run(config, tmp_path / "one", data)[0].objective.model
+    for whole, held, peak in started(repo, tmp_path / "two", data, "none", LARGE):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(whole[f"model.{name}"], tensor), name
+        size = 4 * sum(parameter.numel() for parameter in model.parameters())
+        assert held == pytest.approx(size / 2, rel=0.01)
+        assert peak < 0.9 * size
+
+
+@pytest.mark.slow
+def test_ranks_resume_without_holding_the_whole(repo: Path, data: Path, tmp_path: Path) -> None:
+    """A resumed run, one that starts from a checkpoint, and the model.pt that several ranks write."""
+    settings = (LARGE, "schedule={steps: 2, warmup: 1}")
+    source = two_ranks(repo, tmp_path / "source", data, "none", *settings)
+    model = models.load(source, trainable=True).require_blt()[0]
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    resumed = started(repo, tmp_path / "resumed", data, str(source), *settings)
+    tuned = started(repo, tmp_path / "tuned", data, "none", *settings, f"init.checkpoint={source}")
+    limits = [1.9, 1.9, 0.9, 0.9]  # half of weights and two moments; half of the weights
+    for limit, (whole, held, peak) in zip(limits, resumed + tuned, strict=True):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(whole[f"model.{name}"], tensor), name
+        assert held == pytest.approx(size / 2, rel=0.01)
+        assert peak < limit * size
+    (source / "model.pt").unlink()
+    stopped = models.load(source, trainable=True).require_blt()[0].state_dict()
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.slow
