@@ -315,7 +315,8 @@ def test_ranks_resume_without_holding_the_whole(repo: Path, data: Path, tmp_path
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     resumed = started(repo, tmp_path / "resumed", data, str(source), *settings)
     tuned = started(repo, tmp_path / "tuned", data, "none", *settings, f"init.checkpoint={source}")
-    limits = [1.9, 1.9, 0.9, 0.9]  # half of weights and two moments; half of the weights
+    # half of the weights and of two moments, and the shard that is being read: here nearly half; half of the weights
+    limits = [2.1, 2.1, 0.9, 0.9]
     for limit, (whole, held, peak) in zip(limits, resumed + tuned, strict=True):
         for name, tensor in model.state_dict().items():
             assert torch.equal(whole[f"model.{name}"], tensor), name
