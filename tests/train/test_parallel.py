@@ -236,7 +236,8 @@ def test_between_micro_batches_only_shards_of_the_gradients_are_kept(
         assert [(record["reduced"], record["gathered"]) for record in records] == [(whole, whole + of_blocks)] * 4
 
 
-# Before its first step, every rank stores what it holds, and the most that it ever held until then.
+# Before its first step, every rank stores what it holds, and the most that it ever held until then. Tensors in a mapped
+# checkpoint are not held: the system drops their pages when it needs memory. Copies of them are.
 STARTED = """
 import os
 import torch
@@ -251,6 +252,13 @@ from blt.train.memory import LiveBytes
 def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
+def is_of_a_file(storage):
+    for line in open("/proc/self/maps"):
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if begin <= storage.data_ptr() < end:
+            return line.rstrip().endswith((".pt", ".safetensors"))
+    return False
+
 class Held(LiveBytes):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
@@ -258,7 +266,7 @@ class Held(LiveBytes):
         return result
 
     def _add(self, storage):
-        if storage.device.type != "meta":
+        if storage.device.type != "meta" and (storage._cdata in self._known or not is_of_a_file(storage)):
             super()._add(storage)
 
 held = Held(nn.Module())
