@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from blt.model import BLT, EntropyModel
 from blt.model.hashing import HashEmbedding, Touched
 from blt.model.layers import Block
+from blt.train import parallel
 from blt.train.config import BLTRun, RunConfig
 from blt.train.models import make_model
 from blt.train.objective import Objective
@@ -86,10 +88,10 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
     weights_and_optimizer: weights, moments and, if a step has several micro-batches or ranks, gradients.
     touched: copies of the rows of sparse tables that a batch may touch at most; with several ranks those that a rank
     fetches, and of the rows that it owns its share of those that all ranks fetch.
-    gathered (FSDP, by formula): whole parameters: those outside of blocks, and of two blocks.
+    gathered (FSDP, by formula): whole parameters: the matrices of two blocks, in the dtype of the run, and the rest.
     activations: what a micro-batch keeps for its backward pass.
     temporary: what both passes hold on top of that, the gradients of a step's only micro-batch included. With several
-    ranks it has room for the whole gradients of what is outside of blocks, and for the buffer that reduces them.
+    ranks it has room for the whole gradients of that rest, and for the buffer that reduces them.
 
     Rows have the longest of `batch.byte_buckets`. FlexAttention is counted as blocks and masks.
     Raises ConfigError if the rows cannot be divided among the ranks, and for patterns of `optimizer.freeze`.
@@ -105,6 +107,7 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
         if sparse:
             assert table is not None
             touched = _touch(model, table, config, rows, ranks)
+        matrices = _matrices(model, gathered_as=config.run.dtype if ranks > 1 else None)
         found = _count(model, config, rows, adds=adds)
     shared = [parameter for parameter in model.parameters() if not (sparse and parameter is table)]
     state = sum(_state(parameter, adds) for parameter in shared) // ranks
@@ -112,8 +115,10 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
         state += FLOAT * (1 + MOMENTS) * table.shape[1] * rows_per_rank(len(table), ranks)
     gathered, peak = 0, found.peak
     if ranks > 1:
-        others, blocks = _outside_blocks(model, shared)
-        gathered, peak = FLOAT * (others + 2 * max(blocks, default=0)), max(peak, FLOAT * 2 * others)
+        others = sum(parameter.numel() for parameter in shared)
+        others -= sum(parameter.numel() for parameter in chain.from_iterable(matrices))
+        gathered = FLOAT * others + 2 * max(sum(p.nbytes for p in block) for block in matrices)
+        peak = max(peak, FLOAT * 2 * others)
     parts = {
         "weights_and_optimizer": state,
         "touched": touched,
@@ -176,7 +181,11 @@ def _state(parameter: nn.Parameter, adds: bool) -> int:
     return FLOAT * numbers * parameter.numel()
 
 
-def _outside_blocks(model: nn.Module, shared: list[nn.Parameter]) -> tuple[int, list[int]]:
-    """The numbers of parameters outside of blocks, and of each block."""
-    blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules() if isinstance(module, Block)]
-    return sum(parameter.numel() for parameter in shared) - sum(blocks), blocks
+def _matrices(model: nn.Module, *, gathered_as: str | None) -> list[list[nn.Parameter]]:
+    """The matrices of each block. FSDP gathers them in the dtype of the run, so that autocast makes no copies."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    found = [parallel.matrices(block) for block in blocks]
+    for parameter in chain.from_iterable(found):
+        if gathered_as == "bf16":
+            parameter.data = parameter.data.bfloat16()
+    return found

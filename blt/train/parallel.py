@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from blt.model.layers import Block
@@ -186,38 +186,50 @@ def shard(
     ranks: Ranks,
     device: torch.device,
     *,
+    bf16: bool = False,
     compile: bool = False,
     by_row: Collection[Tensor] = (),
 ) -> None:
     """Splits every parameter of a model on the meta device over the ranks; nothing is allocated (`blt.model.init`).
 
-    Each block is gathered when it is needed, everything else at once.  compile: each block alone, one graph per shape,
-    with and without gradients.  by_row: parameters whose rows are divided among the ranks outside of FSDP, so that they
-    are never gathered (`blt.train.tables`).
+    The matrices of each block are gathered when it is needed, everything else at once.  compile: each block alone, one
+    graph per shape, with and without gradients.  by_row: parameters whose rows are divided among the ranks outside of
+    FSDP, so that they are never gathered (`blt.train.tables`).
 
-    Products are in the run's dtype by autocast, as on one rank; parameters, gradients and their sums are float32. The
-    gradients of every micro-batch are reduced and scattered at once and added to this rank's shards, so that whole ones
-    of all blocks are never in memory together.
+    bf16: the matrices of blocks are cast before they are gathered instead of after it, which moves half the bytes and
+    rounds in the same way. Products outside of blocks are in bfloat16 by autocast, as on one rank. Norms and embeddings
+    stay float32, and so do parameters, gradients and their sums. The gradients of every micro-batch are reduced and
+    scattered at once and added to this rank's shards, so that whole ones of all blocks are never in memory together.
     """
     if ranks.single:
         return
     if compile:
         allow_compilations()
     mesh = init_device_mesh(device.type, (ranks.world,))
-    for module in model.modules():
-        if isinstance(module, Block):
-            if compile:
-                # only the forward: FSDP's hooks around the module cannot be compiled
-                module.__dict__["forward"] = torch.compile(module.forward, fullgraph=True, dynamic=False)
-            fully_shard(module, mesh=mesh)
-    divided = {
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    apart = {parameter for block in blocks for parameter in matrices(block)}
+    apart |= {
         _divide(model, name, ranks, mesh) for name, p in list(model.named_parameters()) if any(p is t for t in by_row)
     }
-    fully_shard(model, mesh=mesh, ignored_params=divided)
+    # The model before its blocks: FSDP has one dtype for what it gathers together, so norms of blocks are the model's.
+    fully_shard(model, mesh=mesh, ignored_params=apart)
+    # A block's input stays float32: autocast casts what each product reads, and the sum over blocks is not rounded.
+    dtypes = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        if compile:
+            # only the forward: FSDP's hooks around the module cannot be compiled
+            block.__dict__["forward"] = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        norms = set(block.parameters()) - apart
+        fully_shard(block, mesh=mesh, ignored_params=norms, mp_policy=dtypes if bf16 else MixedPrecisionPolicy())
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the global number of targets
             module.set_force_sum_reduction_for_comms(True)
+
+
+def matrices(block: Block) -> list[nn.Parameter]:
+    """The parameters of a block that autocast casts: those of its products."""
+    return [module.get_parameter("weight") for module in block.modules() if isinstance(module, nn.Linear)]
 
 
 def rows_per_rank(rows: int, world: int) -> int:

@@ -85,7 +85,14 @@ def _sharded_model(config: RunConfig, ranks: Ranks, device: torch.device, compil
         "%s parameters%s", f"{count_parameters(model):,}", f", {len(frozen):,} tensors of them frozen" if frozen else ""
     )
     sparse = config.optimizer.tables == "sparse" and TABLES in parameters and TABLES not in frozen
-    parallel.shard(model, ranks, device, compile=compiled, by_row=[parameters[TABLES]] if sparse else ())
+    parallel.shard(
+        model,
+        ranks,
+        device,
+        bf16=config.run.dtype == "bf16",
+        compile=compiled,
+        by_row=[parameters[TABLES]] if sparse else (),
+    )
     allocate(model, device)
     return model.train()
 

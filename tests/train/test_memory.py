@@ -110,6 +110,14 @@ def test_recomputation_keeps_little(repo: Path) -> None:
     assert again["weights_and_optimizer"] == kept["weights_and_optimizer"]
 
 
+def matrices_of(config: BLTRun) -> list[int]:
+    """The numbers of each block's matrices."""
+    with torch.device("meta"):
+        model = BLT(config.model)
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    return [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in blocks]
+
+
 @pytest.mark.parametrize("tables", ["dense", "sparse"])
 def test_memory_of_several_ranks(repo: Path, tables: str) -> None:
     """Everything is sharded, sparse tables by row; a rank computes its share of the rows in micro-batches."""
@@ -122,9 +130,7 @@ def test_memory_of_several_ranks(repo: Path, tables: str) -> None:
     assert one["weights_and_optimizer"] == 16 * others + 12 * table
     assert two["weights_and_optimizer"] == 8 * others + 6 * table
     assert one["activations"] == two["activations"]
-    with torch.device("meta"):
-        model = BLT(config.model)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.modules() if isinstance(block, Block)]
+    blocks = matrices_of(config)
     outside = others - sum(blocks)
     assert (one["gathered"], two["gathered"]) == (0, 4 * (outside + 2 * max(blocks)))
     assert two["activations"] + two["temporary"] >= 8 * outside
@@ -134,3 +140,15 @@ def test_memory_of_several_ranks(repo: Path, tables: str) -> None:
     assert two["touched"] == (4 * 16 * (3 * touched // 2 + 2 * touched) if table else 0)
     with pytest.raises(ConfigError, match="cannot be divided evenly among 3 ranks"):
         memory(config, ranks=3)
+
+
+def test_ranks_gather_bfloat16_and_keep_no_casted_matrices(repo: Path) -> None:
+    settings = (*BLT_SETTINGS, "batch.micro_rows=1")
+    config = config_of(repo, "tiny", *settings)
+    assert isinstance(config, BLTRun)
+    wide, half = (memory(config_of(repo, "tiny", *settings, f"run.dtype={dtype}"), 2) for dtype in ("fp32", "bf16"))
+    alone = memory(config_of(repo, "tiny", *settings, "run.dtype=bf16"))
+    blocks = matrices_of(config)
+    assert wide["gathered"] - half["gathered"] == 2 * 2 * max(blocks)
+    assert alone["activations"] - half["activations"] == 2 * sum(blocks)
+    assert half["weights_and_optimizer"] == wide["weights_and_optimizer"]

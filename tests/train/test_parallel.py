@@ -212,28 +212,35 @@ finally:
 
 
 @pytest.mark.slow
-def test_between_micro_batches_only_shards_of_the_gradients_are_kept(
-    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_of_micro_batches_are_shards_and_gathers_have_the_dtype_of_the_run(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
+    """Losses and norms are those of one process, where autocast casts the matrices."""
     (tmp_path / "measured.py").write_text(MEASURED)
     monkeypatch.setenv("MEASURED", str(tmp_path))
-    settings = ("schedule={steps: 2, warmup: 1}", "model.hash.rows=3001")
+    settings = ("schedule={steps: 2, warmup: 1}", "model.hash.rows=3001", f"run.dtype={dtype}")
     two_ranks(repo, tmp_path / "run", data, "none", *settings, program=[str(tmp_path / "measured.py")])
     config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *settings])
+    train(config, tmp_path / "one", data=data)
+    same_within_rounding(records(tmp_path / "run"), records(tmp_path / "one"))
     assert isinstance(config, BLTRun)
     with torch.device("meta"):
         model = BLT(config.model)
     shapes = [parameter.shape for parameter in model.parameters()]
-    blocks = [p.shape for module in model.modules() if isinstance(module, Block) for p in module.parameters()]
-    whole, of_blocks = (4 * sum(2 * -(-n // 2) * math.prod(rest) for n, *rest in some) for some in (shapes, blocks))
+    matrices = [
+        matrix.shape for module in model.modules() if isinstance(module, Block) for matrix in parallel.matrices(module)
+    ]
+    whole, of_blocks = (sum(2 * -(-n // 2) * math.prod(rest) for n, *rest in some) for some in (shapes, matrices))
+    # FSDP gathers everything for the forward pass, and the matrices of blocks once more for the backward pass.
+    gathered = 4 * (whole - of_blocks) + 2 * of_blocks * (2 if dtype == "bf16" else 4)
     for rank in (0, 1):
         halves = [4 * (-(-n // 2) if rank == 0 else n // 2) * math.prod(rest) for n, *rest in shapes]
-        records = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(records) == 2 * 2  # steps x micro-batches of a rank
-        assert [record["kept"] for record in records] == [sum(halves)] * 4
-        assert all(record["dtypes"] == ["torch.float32"] for record in records)
-        # FSDP gathers everything for the forward pass, and blocks once more for the backward pass.
-        assert [(record["reduced"], record["gathered"]) for record in records] == [(whole, whole + of_blocks)] * 4
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(found) == 2 * 2  # steps x micro-batches of a rank
+        assert [record["kept"] for record in found] == [sum(halves)] * 4
+        assert all(record["dtypes"] == ["torch.float32"] for record in found)
+        assert [(record["reduced"], record["gathered"]) for record in found] == [(4 * whole, gathered)] * 4
 
 
 # Before its first step, every rank stores what it holds, and the most that it ever held until then. Tensors in a mapped
