@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blt.data.batches import BatchShape, Int, PatchStarts, TokenSource
+from blt.data.mixture import Mixture
 from blt.data.packing import Loader
 
 STEP = 32
@@ -78,11 +79,12 @@ def fit_buckets(
     *,
     seed: int = 0,
     subset: Sequence[int] | Int | None = None,
+    mixture: Mixture | None = None,
 ) -> BatchShape:
     """The shape with at most `count` buckets, chosen on the first block of the documents; the longest one is kept.
 
     The result depends only on the arguments, so a resumed run chooses the same.
     """
-    sample = Loader(documents, shape, starts, seed=seed, subset=subset).plan(0, 0)
+    sample = Loader(documents, shape, starts, seed=seed, subset=subset, mixture=mixture).plan(0, 0)
     early = shape.pack == "stream"
     return replace(shape, buckets=choose_buckets(sample.rows.lengths, count, longest=shape.buckets[-1], early=early))

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blt.data.batches import Batch, BatchShape, Int, PatchStarts, Share, TokenSource, never
+from blt.data.mixture import Mixture
 from blt.data.prefetch import Position, Prefetcher
 from blt.data.rows import Rows, cut_rows, pack_documents, patch_lengths_of, patch_ranges, reordered
 from blt_runtime.errors import ConfigError, InputError
@@ -94,6 +95,7 @@ class Loader:
     and that state. `workers` threads prepare them ahead of the step (0: none), which changes no batch.
     A thread plans the next block while batches of the current one are read, if its boundaries are known or if the first
     `total_batches` batches may reach it (None: all): then the entropy model runs ahead of the step.
+    A `mixture` of the documents of `subset` decides their order; without one, an epoch is a permutation of them.
     Of the last document of `subset`, only the first `last_tokens` tokens count (None: all; see `first_bytes`).
     Every rank plans all rows, and reads the text of its `share` alone.
     """
@@ -111,12 +113,13 @@ class Loader:
         block_tokens: int = BLOCK_TOKENS,
         workers: int = 0,
         total_batches: int | None = None,
+        mixture: Mixture | None = None,
     ):
         if (shape.patches is None) != (patch_starts is None):
             raise ConfigError("a batch shape with patches needs patch boundaries, and one without takes none")
         self.documents, self.shape, self.patch_starts = documents, shape, patch_starts
         self.seed, self.shuffle, self.block_tokens = seed, shuffle, block_tokens
-        self.last_tokens, self.total_batches = last_tokens, total_batches
+        self.last_tokens, self.total_batches, self.mixture = last_tokens, total_batches, mixture
         self.share = Share()
         self.subset = np.arange(len(documents)) if subset is None else np.asarray(subset, np.int64)
         if not len(self.subset):
@@ -171,7 +174,9 @@ class Loader:
         if cached == epoch:
             return blocks
         order = self.subset
-        if self.shuffle:
+        if self.mixture is not None:
+            order = self.mixture.order(self.seed, epoch)
+        elif self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         ends = np.cumsum(self.documents.lengths[order] + 2)
         cuts = np.searchsorted(ends, _block_ends(int(ends[-1]), self.block_tokens, growing=epoch == 0))

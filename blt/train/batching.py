@@ -9,6 +9,7 @@ import numpy as np
 
 from blt.data.batches import BatchShape, Int, PatchStarts, TokenSource
 from blt.data.buckets import fit_buckets
+from blt.data.mixture import Mixture
 from blt.data.packing import Block, Loader
 from blt.train.config import BLTRun, BPERun, EntropyRun, RunConfig
 
@@ -22,7 +23,13 @@ def batch_shape(config: RunConfig) -> BatchShape:
     return BatchShape(batch.rows, batch.byte_buckets, patches=batch.patches, pack=batch.pack)
 
 
-def with_buckets(config: Config, documents: TokenSource, members: Int, starts: PatchStarts | None = None) -> Config:
+def with_buckets(
+    config: Config,
+    documents: TokenSource,
+    members: Int,
+    starts: PatchStarts | None = None,
+    mixture: Mixture | None = None,
+) -> Config:
     """The configuration with at most `batch.auto_buckets` row lengths, chosen on these training documents."""
     batch = config.batch
     if batch.auto_buckets is None or not len(members):
@@ -34,6 +41,7 @@ def with_buckets(config: Config, documents: TokenSource, members: Int, starts: P
         starts=starts,
         seed=config.run.seed,
         subset=members,
+        mixture=mixture,
     )
     log.info("row lengths %s", ", ".join(str(length) for length in shape.buckets))
     chosen = batch.model_copy(update={"byte_buckets": shape.buckets, "auto_buckets": None})

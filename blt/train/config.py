@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from blt.data.mixture import TemperatureBy
 from blt.model.config import BLTConfig, EntropyConfig, Frozen
 from blt.model.token import TokenConfig
 from blt.train import strict_yaml
@@ -34,13 +35,27 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class DataConfig(Frozen):
     """The training data: a folder made by `blt data prepare` (or `--data`), and some of its groups (null: all).
 
-    `workers` threads prepare batches ahead of the step (0: none); they do not change the batches.
+    `mix` has weights by shell patterns over the names of groups (the last pattern that matches applies, 1 without one).
+    The bytes that are read of a group are proportional to its weight and to `bytes ** temperature`. With
+    `temperature_by: language`, the bytes of languages are; a language is what follows the last dot of a group's name
+    (`blt.data.mixture`). `workers` threads prepare batches ahead of the step (0: none); they do not change the batches.
     """
 
     path: str | None = None
     groups: tuple[str, ...] | None = Field(default=None, min_length=1)
+    mix: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = Field(default_factory=dict)
+    temperature: FiniteFloat = Field(default=1.0, ge=0)
+    temperature_by: TemperatureBy = "group"
     valid_bytes: int = Field(default=1 << 20, ge=1)
     workers: int = Field(default=1, ge=0, le=64)
+
+    @field_validator("temperature")
+    @classmethod
+    def _flattens(cls, value: float) -> float:
+        """Refuses the T of bytes ** (1 / T), which is above 1 wherever it is used."""
+        if value > 1:
+            raise ValueError("bytes ** temperature needs 0 to 1; for bytes ** (1 / T) give 1 / T")
+        return value
 
 
 class PatchingConfig(Frozen, PatchSettings):  # type: ignore[misc]  # mypy takes Frozen for a mutable dataclass

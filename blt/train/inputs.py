@@ -12,6 +12,7 @@ import numpy as np
 
 from blt.data.batches import Int, PatchStarts, TokenSource, first_bytes
 from blt.data.dataset import Dataset, Documents
+from blt.data.mixture import Mixture
 from blt.data.packing import FIRST_BLOCK_TOKENS, ORDER, Loader
 from blt.data.patches import PatchIndex, choose_threshold, sample_documents
 from blt.data.quantities import amount
@@ -19,6 +20,7 @@ from blt.data.token_cache import tokenised, vocabulary_for
 from blt.model import EntropyModel
 from blt.model.vocabulary import Vocabulary
 from blt.train import initial_weights
+from blt.train import mixture as mixing
 from blt.train.batching import batch_shape, with_buckets
 from blt.train.config import BLTRun, BPERun, RunConfig
 from blt.train.dryrun import dry_run, flops_per_byte
@@ -36,7 +38,7 @@ class RunInputs:
     """`config` is the run's, with the row lengths chosen on the training text; `loaders` has one for each split.
 
     `extra` is what a resumed run must share. `entropy` and `rule` belong to a BLT, `vocabulary` to a token model;
-    `unit_bytes` is the mean patch or token in bytes.
+    `unit_bytes` is the mean patch or token in bytes. `mixture` is None if training reads permutations of its documents.
     """
 
     config: RunConfig
@@ -46,6 +48,7 @@ class RunInputs:
     rule: PatchRule | None = None
     vocabulary: Vocabulary | None = None
     unit_bytes: float | None = None
+    mixture: Mixture | None = None
 
     @property
     def training(self) -> Loader:
@@ -73,9 +76,19 @@ class RunInputs:
         """Those of the trained model alone, without the entropy model that cuts its patches."""
         return flops_per_byte(self.config, **self._unit)
 
+    @property
+    def run_bytes(self) -> float:
+        """About the bytes of text that the steps of the schedule read: rows are taken to be full."""
+        batch, unit = self.config.batch, self.unit_bytes or 1.0
+        row = batch.byte_buckets[-1] * (unit if isinstance(self.config, BPERun) else 1.0)
+        if batch.patches is not None:
+            row = min(row, batch.patches * unit)
+        return self.config.schedule.steps * batch.rows * row
+
     def dry_run(self, ranks: int = 1) -> dict[str, Any]:
-        """`blt.train.dry_run` with the patch or token size measured on this text."""
-        return dry_run(self.config, ranks=ranks, **self._measured)
+        """`blt.train.dry_run` with the patch or token size measured on this text, and the mixture."""
+        report = dry_run(self.config, ranks=ranks, **self._measured)
+        return report if self.mixture is None else report | {"mixture": mixing.report(self.mixture, self.run_bytes)}
 
 
 def prepare_inputs(
@@ -101,8 +114,10 @@ def prepare_inputs(
         raise ConfigError("no data: name a folder made by `blt data prepare` with --data or data.path")
     dataset = Dataset(folder)
     dataset.check("train", "valid")
-    _check_groups(config, dataset.split("train"))
-    text = _Text(dataset, splits, config.schedule.steps if steps is None else steps)
+    train = dataset.split("train")
+    _check_groups(config, train)
+    mixture = mixing.mixture_of(config.data, train, _members(config, train))
+    text = _Text(dataset, splits, config.schedule.steps if steps is None else steps, mixture)
     if isinstance(config, BLTRun):
         entropy = None
         if config.patching.scheme == "entropy":
@@ -124,12 +139,13 @@ def prepare_inputs(
 class _Text:
     """The splits of a dataset, and how they are cut: `sources` into tokens (default: bytes), `starts` into patches.
 
-    steps: of training, which read the blocks that are planned ahead.
+    steps: of training, which read the blocks that are planned ahead.  mixture: of the training text.
     """
 
     dataset: Dataset
     splits: tuple[str, ...]
     steps: int = 0
+    mixture: Mixture | None = None
     sources: dict[str, TokenSource] = field(default_factory=dict)
     starts: dict[str, PatchStarts] = field(default_factory=dict)
 
@@ -137,10 +153,15 @@ class _Text:
         """Chooses the row lengths and makes the loaders."""
         train = self.dataset.split("train")
         source, starts = self.sources.get("train", train), self.starts.get("train")
-        config = with_buckets(config, source, members=_members(config, train), starts=starts)
+        config = with_buckets(config, source, members=_members(config, train), starts=starts, mixture=self.mixture)
         loaders = {split: self._loader(config, split) for split in self.splits}
         same = {"data": train.sha256, "first_block": FIRST_BLOCK_TOKENS, "order": ORDER, **(extra or {})}
-        return RunInputs(config, loaders, same, **models)
+        if self.mixture is not None:
+            same["mixture"] = mixing.settings(config.data, self.mixture)
+        inputs = RunInputs(config, loaders, same, mixture=self.mixture, **models)
+        if self.mixture is not None:
+            mixing.log_epochs(self.mixture, inputs.run_bytes)
+        return inputs
 
     def _loader(self, config: RunConfig, split: str) -> Callable[[], Loader] | None:
         """Makes loaders over one split; None if it has no documents.
@@ -157,8 +178,9 @@ class _Text:
         if split == "train":
             seed, workers = config.run.seed, config.data.workers
             return lambda: Loader(
-                source, shape, starts, seed=seed, subset=members, workers=workers, total_batches=self.steps
-            )
+                source, shape, starts, seed=seed, subset=members, workers=workers, total_batches=self.steps,
+                mixture=self.mixture,
+            )  # fmt: skip
         members = np.random.default_rng(VALIDATION_SEED).permutation(members)
         members, last = first_bytes(source, members, config.data.valid_bytes)
         return lambda: Loader(source, shape, starts, shuffle=False, subset=members, last_tokens=last)

@@ -6,14 +6,14 @@ those that `blt inspect MODEL --tensors` prints, such as `decoder.layers.0.atten
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from blt.train.config import OptimizerConfig
+from blt.train.patterns import check_used, factor_of
 from blt_runtime.errors import ConfigError
 
 TABLES = "hash_embedding.tables.weight"
@@ -36,7 +36,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """
     patterns = list(patterns)
     parameters = dict(model.named_parameters())
-    _check_used("optimizer.freeze", patterns, parameters)
+    check_used("optimizer.freeze", patterns, parameters, what="parameter")
     frozen = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(parameters):
         raise ConfigError("optimizer.freeze leaves no parameter to train; remove a pattern")
@@ -65,7 +65,7 @@ def settings_of(name: str, config: OptimizerConfig) -> Settings:
     A hash table's eps is `table_eps` unless that group gives one.
     """
     eps = config.table_eps if name == TABLES else config.eps
-    found = Settings(scale_of(name, config.lr_scale), config.betas, eps, config.weight_decay)
+    found = Settings(factor_of(name, config.lr_scale), config.betas, eps, config.weight_decay)
     group = next((group for group in config.groups if fnmatchcase(name, group.match)), None)
     if group is None:
         return found
@@ -76,26 +76,12 @@ def check_patterns(config: OptimizerConfig, names: Iterable[str]) -> None:
     """Raises ConfigError for a pattern of `lr_scale` or `groups` that matches none of these parameters, and for a group
     whose parameters all belong to earlier groups."""
     names = list(names)
-    _check_used("optimizer.lr_scale", config.lr_scale, names)
+    check_used("optimizer.lr_scale", config.lr_scale, names, what="parameter")
     patterns = [group.match for group in config.groups]
-    _check_used("optimizer.groups", patterns, names)
+    check_used("optimizer.groups", patterns, names, what="parameter")
     first = {next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), -1) for name in names}
     for i, pattern in enumerate(patterns):
         if i not in first:
             raise ConfigError(
                 f"optimizer.groups: all parameters of {pattern!r} belong to earlier groups; put it before them"
             )
-
-
-def scale_of(name: str, scales: Mapping[str, float]) -> float:
-    """The factor of one parameter's learning rate: that of the last matching pattern, 1 if none matches."""
-    found = [scale for pattern, scale in scales.items() if fnmatchcase(name, pattern)]
-    return found[-1] if found else 1.0
-
-
-def _check_used(key: str, patterns: Iterable[str], names: Iterable[str]) -> None:
-    names = list(names)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            raise ConfigError(f"{key}: {pattern!r} matches no parameter; the nearest name is {near[0]!r}")

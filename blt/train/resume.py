@@ -156,6 +156,11 @@ def check_same_run(checkpoint: TrainingCheckpoint, config: RunConfig, extra: dic
             "the checkpoint is of a version that read the training text in another order; finish the run with that "
             "version, or start anew in another output folder"
         )
+    if before.pop("mixture", None) != now.pop("mixture", None):
+        raise CheckpointError(
+            "the checkpoint read another mixture (data.mix, data.temperature or data.temperature_by); use the same, or "
+            "start anew in another output folder"
+        )
     if before != now:
         raise CheckpointError(
             "the checkpoint used other data, another patch rule or entropy model; "

@@ -81,7 +81,8 @@ def test_bits_are_the_boundaries_of_the_rule(dataset: Dataset, tmp_path: Path, r
             np.testing.assert_array_equal(np.flatnonzero(stored.starts(i)), np.cumsum(lengths) - lengths)
             assert len(stored.starts(i)) == index.documents.lengths[i] + 2
             found.append(len(lengths))
-        members = np.random.default_rng(0).permutation(len(index.documents))
+        n = len(index.documents)
+        members = np.random.default_rng(0).permutation(np.repeat(np.arange(n), 2))  # a mixture repeats documents
         block = np.flatnonzero(np.concatenate([stored.starts(int(i)) for i in members]))
         np.testing.assert_array_equal(stored.boundaries(members), block)
         np.testing.assert_array_equal(index.with_rule(rule).boundaries(members), block)

@@ -8,7 +8,8 @@ import torch
 from blt.model import BLT
 from blt.train.config import OptimizerConfig
 from blt.train.optim import make_optimizer
-from blt.train.parameters import TABLES, freeze, parameter_groups, scale_of, settings_of
+from blt.train.parameters import TABLES, freeze, parameter_groups, settings_of
+from blt.train.patterns import factor_of
 from blt_runtime.errors import ConfigError
 from tests.tiny import PLAIN
 
@@ -35,9 +36,9 @@ def test_groups_hold_every_parameter_once() -> None:
 
 def test_the_last_pattern_counts() -> None:
     scales = {"latent.*": 0.1, "latent.layers.0.*": 0.2}
-    assert scale_of("latent.layers.0.attention.wq.weight", scales) == 0.2
-    assert scale_of("latent.layers.1.attention.wq.weight", scales) == 0.1
-    assert scale_of("decoder.output.weight", scales) == 1.0
+    assert factor_of("latent.layers.0.attention.wq.weight", scales) == 0.2
+    assert factor_of("latent.layers.1.attention.wq.weight", scales) == 0.1
+    assert factor_of("decoder.output.weight", scales) == 1.0
 
 
 def test_the_first_group_that_matches_gives_the_settings() -> None:
