@@ -248,7 +248,7 @@ class Study:
 
     def score(self, run: Run) -> dict[str, Any]:
         """Bits per byte of the trained model on the test split, in pieces as long as its rows, which begin as rows of
-        training do; and with noise."""
+        training do; with seed 0 also with noise."""
         options = [
             "--by",
             "group",
@@ -260,8 +260,11 @@ class Study:
             "--baseline",
             "ppmd,xz",
         ]
+        report = self._eval(run, "eval.json", *options)
+        if run.seed or not self.args.pairs:
+            return report
         noise: dict[str, Any] = self._eval(run, "noise.json", "--suite", "noise", "--items", self.args.pairs)["noise"]
-        return self._eval(run, "eval.json", *options) | {"noise": noise["lines"]}
+        return report | {"noise": noise["lines"]}
 
     def _eval(self, run: Run, name: str, *options: object) -> dict[str, Any]:
         """The report of `blt eval`, kept in the model's folder."""
@@ -328,7 +331,8 @@ class Study:
     def _entropy_model(self) -> None:
         self.train(fitted(Variant(ENTROPY, "entropy"), self.data, round(8e6)), Path(ENTROPY))
 
-    def __call__(self) -> None:
+    def reports(self) -> list[tuple[Run, dict[str, Any]]]:
+        """Trains and scores the chosen models."""
         n_bytes = round(self.args.megabytes * 1e6)
         seeds, rates = range(self.args.seeds), self.rates
         runs = [
@@ -339,8 +343,12 @@ class Study:
         if any(run.reads_entropies for run in runs):
             self._entropy_model()
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            reports = list(pool.map(self.score, runs))
-        rows = [self._row(run, report) for run, report in zip(runs, reports, strict=True)]
+            return list(zip(runs, pool.map(self.score, runs), strict=True))
+
+    def __call__(self) -> None:
+        found = self.reports()
+        runs = [run for run, _ in found]
+        rows = [self._row(run, report) for run, report in found]
         (self.out / "study.json").write_text(json.dumps(rows, indent=1) + "\n")
         table = "\n".join([*_table(rows), "", *_noise_table(rows)]) + "\n"
         (self.out / "study.md").write_text(table)
@@ -356,7 +364,7 @@ class Study:
             "--against",  # against FLOPs, the curves would be the same: all models have the same FLOPs per byte
             "bytes",
             "--from",
-            round(n_bytes / 20),
+            round(self.args.megabytes * 1e6 / 20),
             log=self.out / "plot.log",
         )
         print(table, end="")
@@ -372,7 +380,7 @@ class Study:
             "valid_bits_per_byte": self._valid(run.folder),
             "test_bits_per_byte": report["bits_per_byte"],
             "kinds": _kinds(report["groups"]),
-            "noise": report["noise"],
+            "noise": report.get("noise", []),
             "baselines": report["baselines"],
             "seconds": last["seconds"],
             "settings": run.overrides,
@@ -419,7 +427,9 @@ def _by_model(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def _noise_table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown lines: additional bits per clean byte with noise in the completion (in the prompt), of seed 0."""
-    rows = [row for row in rows if not row["seed"]]
+    rows = [row for row in rows if row["noise"]]
+    if not rows:
+        return []
     recipes = list(dict.fromkeys(line["recipe"] for line in rows[0]["noise"] if line["noise_in"]))
     lines = [f"| model | clean | {' | '.join(recipes)} |", "|---" * (2 + len(recipes)) + "|"]
     for row in rows:
@@ -430,25 +440,27 @@ def _noise_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser, models: str | None = None, pairs: int = 60) -> None:
+    """The options of a study. models, pairs: their defaults."""
     parser.add_argument("data", help="a folder made by `blt data prepare`")
     parser.add_argument("-o", "--out", default="study", help="folder of the runs and the table")
     parser.add_argument(
-        "--models", metavar="NAME,...", help="train only these, by the names of their folders, such as bpe"
-    )
+        "--models", metavar="NAME,...", default=models,
+        help="train only these, by the names of their folders, such as bpe",
+    )  # fmt: skip
     parser.add_argument("--megabytes", type=float, default=8.0, help="text that each model trains on, in 10^6 bytes")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each model")
     parser.add_argument("--pilots", action="store_true", help="tune the learning rates instead")
     parser.add_argument("--limit", default="64k", help="test bytes of each group")
-    parser.add_argument("--pairs", type=int, default=60, help="pairs of prompt and completion under noise")
+    parser.add_argument("--pairs", type=int, default=pairs, help="pairs of prompt and completion under noise; 0: none")
     parser.add_argument("--jobs", type=int, default=1, help="models trained at once")
     parser.add_argument("--threads", type=int, default=2, help="threads per model")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    arguments = _arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    arguments = parser.parse_args()
     study = Study(arguments)
     study.pilots() if arguments.pilots else study()
