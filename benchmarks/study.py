@@ -9,9 +9,10 @@ where it stopped. docs/study.md has the tables of a run and compares them with t
 
     python benchmarks/study.py DATA -o STUDY --pilots
 
-first tunes the learning rate of each family of models by short runs and writes STUDY/rates.json, which later runs
-read. Without that file every model has the rate of its configuration. With --models, only the families of these models
-are tuned.
+first tunes the learning rate of each family of models and writes STUDY/rates.json, which later runs read. Without that
+file every model has the rate of its configuration. With --models, only the families of these models are tuned. Pilots
+read as much text as the study (--megabytes), because shorter runs are best at higher rates; the best one is the
+study's own run of that model.
 
 The byte-level transformer of configs/study/bytes.yaml sets the FLOPs per byte. In every other model, one feed-forward
 width (of the latent transformer or the token model) is chosen so that the whole model has these FLOPs. With entropy
@@ -112,12 +113,14 @@ RATES = (2e-3, 4e-3, 8e-3, 16e-3)
 
 @dataclass(frozen=True)
 class Run:
-    """A variant fitted to the data and the budget. overrides: for --set. unit: bytes per patch or token."""
+    """A variant fitted to the data and the budget. overrides: for --set. unit: bytes per patch or token. rate: a tuned
+    learning rate; None is that of the configuration."""
 
     variant: Variant
     overrides: list[str]
     unit: float | None = None
     seed: int = 0
+    rate: float | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -174,7 +177,7 @@ def fitted(variant: Variant, data: Dataset, n_bytes: int, seed: int = 0, rate: f
         )  # few rows then end before the last byte
     if width:
         values[width] = _width(variant.config, values, width, budget=budget, unit=unit)
-    return Run(variant, _sets(values), unit, seed)
+    return Run(variant, _sets(values), unit, seed, rate)
 
 
 def _flops(config: RunConfig, unit: float | None) -> float:
@@ -238,6 +241,9 @@ class Study:
         folder = self.out / (name or run.folder)
         model = folder / "model.pt"
         folder.parent.mkdir(exist_ok=True)
+        pilot = self._pilot_folder(run)
+        if name is None and not run.seed and not folder.exists() and (self.out / pilot / "model.pt").exists():
+            folder.symlink_to(pilot)
         if not model.exists():
             entropy = ["--entropy-model", self.out / ENTROPY] if run.reads_entropies else []
             sets = [part for override in run.overrides for part in ("--set", override)]
@@ -324,9 +330,12 @@ class Study:
         run = fitted(variant, self.data, round(self.args.megabytes * 1e6), rate=rate)
         if run.reads_entropies:
             self._entropy_model()
-        folder = Path("pilots") / f"{run.folder}-{rate:g}"
+        folder = self._pilot_folder(run)
         self.train(run, folder)
         return folder
+
+    def _pilot_folder(self, run: Run) -> Path:
+        return Path("pilots") / f"{run.folder}-{run.rate}-{self.args.megabytes:g}MB"
 
     def _entropy_model(self) -> None:
         self.train(fitted(Variant(ENTROPY, "entropy"), self.data, round(8e6)), Path(ENTROPY))

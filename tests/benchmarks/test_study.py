@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -86,6 +87,33 @@ def test_pilots_go_on_while_the_best_rate_is_at_an_end(
     tried = pilots._tried(study._variants()[0])
     assert min(tried, key=tried.get) == best
     assert {best / 2, best, best * 2} <= set(tried)
+
+
+def test_the_best_pilot_is_the_run_of_the_study(
+    study: ModuleType, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def blt(*arguments: object, log: Path) -> str:
+        folder = Path(str(arguments[arguments.index("-o") + 1]))
+        folder.mkdir(parents=True)
+        (folder / "model.pt").touch()
+        trained.append(str(folder.relative_to(tmp_path)))
+        return ""
+
+    monkeypatch.setattr(study, "_blt", blt)
+    one = study.Study.__new__(study.Study)
+    one.args, one.out, one.data, one.shared = Namespace(megabytes=3.0, data="DATA"), tmp_path, data, []
+    variant = study._variants()[0]
+    one._pilot(variant, 0.004)
+    for seed, rate in ((0, 0.004), (1, 0.004)):
+        assert one.train(study.fitted(variant, data, 3_000_000, seed, rate)).exists()
+    assert trained == ["pilots/byte-level-0.004-3MB", "byte-level-seed-1"]
+    assert (tmp_path / "byte-level").resolve().name == "byte-level-0.004-3MB"
+    one.args.megabytes = 6.0
+    (tmp_path / "byte-level").unlink()
+    one.train(study.fitted(variant, data, 6_000_000, 0, 0.004))
+    assert trained[2:] == ["byte-level"], "a shorter pilot is not the run"
 
 
 def test_rows_of_several_seeds_are_one_line(study: ModuleType) -> None:
