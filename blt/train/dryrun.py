@@ -1,9 +1,10 @@
-"""What a configuration costs, without allocating it: parameters, FLOPs, memory.
+"""What a configuration costs, without allocating it: parameters, FLOPs, memory, bytes between ranks.
 
 One formula per model gives the FLOPs (`flops` or `flops_per_byte` of its configuration, see `blt.model.config`), and
 every report uses these functions. Matrix products are counted, and attention over the keys that a position may see;
 norms, softmax, rotation and table lookups are not. A training step costs three forward passes: each product has two
-gradients. Memory is counted by `blt.train.memory`.
+gradients. Memory is counted by `blt.train.memory`, what ranks send
+each other by `blt.train.traffic`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from blt.model import EntropyConfig
 from blt.train.config import BLTRun, BPERun, EntropyRun, RunConfig
 from blt.train.memory import memory
+from blt.train.traffic import traffic
 
 FORWARD_PASSES_PER_STEP = 3
 """FLOPs of a training step in forward passes."""
@@ -66,8 +68,10 @@ def costs(config: RunConfig, **measured: Any) -> dict[str, Any]:
 
 
 def dry_run(config: RunConfig, *, ranks: int = 1, **measured: Any) -> dict[str, Any]:
-    """`costs`, and the memory in bytes of a training step on each of `ranks` processes (`blt.train.memory.memory`).
+    """`costs`, and of a training step on each of `ranks` processes the memory in bytes (`blt.train.memory.memory`) and
+    what it receives from the others (`blt.train.traffic.traffic`).
 
     Raises ConfigError if the rows cannot be divided among the ranks.
     """
-    return {**costs(config, **measured), "memory_bytes": memory(config, ranks)}
+    report = {**costs(config, **measured), "memory_bytes": memory(config, ranks)}
+    return report if ranks == 1 else {**report, "received_bytes": traffic(config, ranks)}

@@ -25,6 +25,7 @@ from blt.model.layers import Block
 from blt.train import parallel, train
 from blt.train.config import BLTRun, RunConfig, load_config
 from blt.train.setup import prepare_run
+from blt.train.traffic import traffic
 from blt_runtime.errors import ConfigError, UsageError
 
 STEPS, HALF = 12, 6
@@ -241,6 +242,9 @@ def test_gradients_of_micro_batches_are_shards_and_gathers_have_the_dtype_of_the
         assert [record["kept"] for record in found] == [sum(halves)] * 4
         assert all(record["dtypes"] == ["torch.float32"] for record in found)
         assert [(record["reduced"], record["gathered"]) for record in found] == [(4 * whole, gathered)] * 4
+    halves_of_two = traffic(config, 2)  # of both micro-batches; half of every tensor is the rank's own
+    assert halves_of_two["gradients"] == pytest.approx(4 * whole, rel=0.001)
+    assert halves_of_two["gathers"] == pytest.approx(gathered, rel=0.001)
 
 
 # Before its first step, every rank stores what it holds, and the most that it ever held until then. Tensors in a mapped

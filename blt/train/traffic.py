@@ -1,0 +1,54 @@
+"""The bytes that ranks send each other in a step, by formula.
+
+A collective over W ranks costs each of them (W - 1) / W of the whole tensor, received and sent, as rings do it. Every
+micro-batch gathers all parameters for the forward pass, and the matrices of blocks once more for the backward pass. It
+reduces float32 gradients. `tests/train/test_parallel.py` counts what two ranks move.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+
+from blt.model.layers import Block
+from blt.train.config import RunConfig
+from blt.train.models import make_model
+from blt.train.parallel import matrices, micro_rows
+from blt.train.parameters import TABLES
+
+FLOAT, ID = 4, 8
+
+
+def traffic(config: RunConfig, ranks: int) -> dict[str, int]:
+    """Bytes that one of `ranks` processes receives in a step; it sends as many. All 0 for one process.
+
+    gathers: whole parameters of FSDP.  gradients: reduced and scattered.  tables: rows of sparse hash tables, their ids
+    and gradients, if every position of the rank's rows reads other rows (as many as there are, at most).
+
+    Raises ConfigError if the rows cannot be divided among the ranks.
+    """
+    micro_batches = config.batch.rows // (ranks * micro_rows(config.batch, ranks))
+    with torch.device("meta"):
+        model = make_model(config)
+    parameters = dict(model.named_parameters())
+    table = parameters.get(TABLES)
+    sparse = config.optimizer.tables == "sparse" and table is not None and table.requires_grad
+    shared = [parameter for name, parameter in parameters.items() if not (sparse and name == TABLES)]
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    of_blocks = sum(parameter.numel() for parameter in chain.from_iterable(map(matrices, blocks)))
+    size = 2 if config.run.dtype == "bf16" else FLOAT
+    others = sum(parameter.numel() for parameter in shared) - of_blocks
+    trained = sum(parameter.numel() for parameter in shared if parameter.requires_grad)
+    tables = 0
+    if sparse:
+        assert table is not None
+        positions = config.batch.rows // ranks * config.batch.byte_buckets[-1]
+        read = min(len(table), positions * config.model.hash.n_tables)
+        tables = read * (ID + 2 * FLOAT * table.shape[1])
+    whole = {
+        "gathers": micro_batches * (FLOAT * others + 2 * size * of_blocks),
+        "gradients": micro_batches * FLOAT * trained,
+        "tables": tables,
+    }
+    return {name: n_bytes * (ranks - 1) // ranks for name, n_bytes in whole.items()}
