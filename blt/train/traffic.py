@@ -43,6 +43,7 @@ def traffic(config: RunConfig, ranks: int) -> dict[str, int]:
     tables = 0
     if sparse:
         assert table is not None
+        assert config.model.hash is not None
         positions = config.batch.rows // ranks * config.batch.byte_buckets[-1]
         read = min(len(table), positions * config.model.hash.n_tables)
         tables = read * (ID + 2 * FLOAT * table.shape[1])

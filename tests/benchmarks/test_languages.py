@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -12,13 +11,8 @@ from blt.evaluate.scoring import Scored, Scorer, Unit
 
 
 @pytest.fixture(scope="module")
-def languages(repo: Path) -> ModuleType:
-    sys.path.insert(0, str(repo / "benchmarks"))
-    try:
-        import languages as module
-    finally:
-        sys.path.remove(str(repo / "benchmarks"))
-    return module
+def languages(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("languages")
 
 
 @pytest.fixture
