@@ -222,8 +222,9 @@ class RunSettings(Frozen):
     """Settings of the run. `*_every` are in steps.
 
     A sample is a short text that the model writes; 0 logs none. Checkpoints at `milestones_every` are kept beside the
-    newest `keep_checkpoints`; 0 makes none. `norms_every` measures the norms of the model's parts;
-    0 never. `peak_flops` is the peak of one device in FLOP/s, for MFU (null: that of a well-known GPU).
+    newest `keep_checkpoints`; 0 makes none. `norms_every` measures the norms of the model's parts; 0 never.
+    `shard_ranks` ranks share the parameters, and each group of so many has them all (null: all ranks are one group).
+    `peak_flops` is the peak of one device in FLOP/s, for MFU (null: that of a well-known GPU).
     """
 
     seed: int = Field(default=0, ge=0, lt=1 << 63)
@@ -239,6 +240,7 @@ class RunSettings(Frozen):
     milestones_every: int = Field(default=0, ge=0)
     sample_every: int = Field(default=0, ge=0)
     norms_every: int = Field(default=0, ge=0)
+    shard_ranks: int | None = Field(default=None, ge=2)
     peak_flops: FiniteFloat | None = Field(default=None, gt=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"

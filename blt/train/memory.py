@@ -29,7 +29,7 @@ from blt.train import parallel
 from blt.train.config import BLTRun, RunConfig
 from blt.train.models import make_model
 from blt.train.objective import Objective
-from blt.train.parallel import micro_rows, rows_per_rank
+from blt.train.parallel import micro_rows, ranks_of_a_group, rows_per_rank
 from blt.train.parameters import TABLES
 from blt.train.tables import capacity_for
 
@@ -85,7 +85,8 @@ class MicroBatch(NamedTuple):
 def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
     """Estimated bytes in memory of each of `ranks` processes, at the peak of a step.
 
-    weights_and_optimizer: weights, moments and, if a step has several micro-batches or ranks, gradients.
+    weights_and_optimizer: weights, moments and, if a step has several micro-batches or ranks, gradients. A group of
+    `run.shard_ranks` ranks shares them; rows of sparse tables are divided among all ranks.
     touched: copies of the rows of sparse tables that a batch may touch at most; with several ranks those that a rank
     fetches, and of the rows that it owns its share of those that all ranks fetch.
     gathered (FSDP, by formula): whole parameters: the matrices of two blocks, in the dtype of the run, and the rest.
@@ -94,7 +95,8 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
     ranks it has room for the whole gradients of that rest, and for the buffer that reduces them.
 
     Rows have the longest of `batch.byte_buckets`. FlexAttention is counted as blocks and masks.
-    Raises ConfigError if the rows cannot be divided among the ranks, and for patterns of `optimizer.freeze`.
+    Raises ConfigError if the rows cannot be divided among the ranks, or the ranks into groups of `run.shard_ranks`, and
+    for patterns of `optimizer.freeze`.
     """
     rows = micro_rows(config.batch, ranks)
     adds = config.batch.rows > rows
@@ -110,7 +112,8 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
         matrices = _matrices(model, gathered_as=config.run.dtype if ranks > 1 else None)
         found = _count(model, config, rows, adds=adds)
     shared = [parameter for parameter in model.parameters() if not (sparse and parameter is table)]
-    state = sum(_state(parameter, adds) for parameter in shared) // ranks
+    state = sum(_state(parameter, adds) for parameter in shared)
+    state //= ranks_of_a_group(config.run.shard_ranks, ranks)
     if sparse and table is not None:
         state += FLOAT * (1 + MOMENTS) * table.shape[1] * rows_per_rank(len(table), ranks)
     gathered, peak = 0, found.peak

@@ -181,11 +181,23 @@ def check_rows(n_rows: int, micro_rows: int | None, world: int, buckets: int = 1
     return micro
 
 
+def ranks_of_a_group(shard_ranks: int | None, world: int) -> int:
+    """`run.shard_ranks`, by default all `world` ranks. Raises ConfigError unless groups of so many divide them."""
+    group = shard_ranks or world
+    if world % group:
+        raise ConfigError(
+            f"run.shard_ranks {group} does not divide the {world} rank{'s' * (world > 1)} of this run; "
+            "choose a divisor, or null for one group of all ranks"
+        )
+    return group
+
+
 def shard(
     model: nn.Module,
     ranks: Ranks,
     device: torch.device,
     *,
+    group: int | None = None,
     bf16: bool = False,
     compile: bool = False,
     by_row: Collection[Tensor] = (),
@@ -196,6 +208,11 @@ def shard(
     graph per shape, with and without gradients.  by_row: parameters whose rows are divided among the ranks outside of
     FSDP, so that they are never gathered (`blt.train.tables`).
 
+    group: so many consecutive ranks share the parameters, and other groups are replicas (HSDP): parameters are gathered
+    within a group, and gradients are reduced there and then summed over groups. None: all ranks. Rows of `by_row` are
+    divided among all ranks in any case: their exchange moves only what a batch touches, and no two ranks need agree
+    on the updates of a row. Raises ConfigError as `ranks_of_a_group`.
+
     bf16: the matrices of blocks are cast before they are gathered instead of after it, which moves half the bytes and
     rounds in the same way. Products outside of blocks are in bfloat16 by autocast, as on one rank. Norms and embeddings
     stay float32, and so do parameters, gradients and their sums. The gradients of every micro-batch are reduced and
@@ -205,11 +222,16 @@ def shard(
         return
     if compile:
         allow_compilations()
-    mesh = init_device_mesh(device.type, (ranks.world,))
+    row_mesh = mesh = init_device_mesh(device.type, (ranks.world,))
+    group = ranks_of_a_group(group, ranks.world)
+    if group < ranks.world:
+        mesh = init_device_mesh(device.type, (ranks.world // group, group), mesh_dim_names=("replicate", "shard"))
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     apart = {parameter for block in blocks for parameter in matrices(block)}
     apart |= {
-        _divide(model, name, ranks, mesh) for name, p in list(model.named_parameters()) if any(p is t for t in by_row)
+        _divide(model, name, ranks, row_mesh)
+        for name, p in list(model.named_parameters())
+        if any(p is t for t in by_row)
     }
     # The model before its blocks: FSDP has one dtype for what it gathers together, so norms of blocks are the model's.
     fully_shard(model, mesh=mesh, ignored_params=apart)

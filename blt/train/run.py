@@ -73,6 +73,7 @@ def train(
             raise ConfigError(
                 "run.attention: flex trains in a single process; with several ranks leave run.attention at auto"
             )
+        parallel.ranks_of_a_group(config.run.shard_ranks, ranks.world)
         ranks.on_first(lambda: stack.enter_context(only_trainer(out)))
         checkpoint = ranks.on_first(lambda: find_checkpoint(out, out / checkpoints.FOLDER, resume))
         if checkpoint is None:

@@ -89,6 +89,7 @@ def _sharded_model(config: RunConfig, ranks: Ranks, device: torch.device, compil
         model,
         ranks,
         device,
+        group=config.run.shard_ranks,
         bf16=config.run.dtype == "bf16",
         compile=compiled,
         by_row=[parameters[TABLES]] if sparse else (),

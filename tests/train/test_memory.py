@@ -140,6 +140,11 @@ def test_memory_of_several_ranks(repo: Path, tables: str) -> None:
     assert two["touched"] == (4 * 16 * (3 * touched // 2 + 2 * touched) if table else 0)
     with pytest.raises(ConfigError, match="cannot be divided evenly among 3 ranks"):
         memory(config, ranks=3)
+    four, grouped = (memory(config_of(repo, "tiny", *settings, f"run.shard_ranks={n}"), 4) for n in (4, 2))
+    rows = 12 * 16 * 252 if table else 0  # of 1,006 the first rank has a quarter, rounded up
+    assert four["weights_and_optimizer"] == 4 * others + rows
+    assert grouped["weights_and_optimizer"] == 8 * others + rows
+    assert {key: four[key] - grouped[key] for key in ("gathered", "activations")} == {"gathered": 0, "activations": 0}
 
 
 def test_ranks_gather_bfloat16_and_keep_no_casted_matrices(repo: Path) -> None:

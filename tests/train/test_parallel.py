@@ -212,6 +212,17 @@ finally:
 """
 
 
+def sizes(config: RunConfig) -> tuple[list[torch.Size], list[torch.Size]]:
+    """The shapes of all parameters of a BLT, and of the matrices of its blocks."""
+    assert isinstance(config, BLTRun)
+    with torch.device("meta"):
+        model = BLT(config.model)
+    matrices = [
+        matrix.shape for block in model.modules() if isinstance(block, Block) for matrix in parallel.matrices(block)
+    ]
+    return [parameter.shape for parameter in model.parameters()], matrices
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradients_of_micro_batches_are_shards_and_gathers_have_the_dtype_of_the_run(
@@ -225,13 +236,7 @@ def test_gradients_of_micro_batches_are_shards_and_gathers_have_the_dtype_of_the
     config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *settings])
     train(config, tmp_path / "one", data=data)
     same_within_rounding(records(tmp_path / "run"), records(tmp_path / "one"))
-    assert isinstance(config, BLTRun)
-    with torch.device("meta"):
-        model = BLT(config.model)
-    shapes = [parameter.shape for parameter in model.parameters()]
-    matrices = [
-        matrix.shape for module in model.modules() if isinstance(module, Block) for matrix in parallel.matrices(module)
-    ]
+    shapes, matrices = sizes(config)
     whole, of_blocks = (sum(2 * -(-n // 2) * math.prod(rest) for n, *rest in some) for some in (shapes, matrices))
     # FSDP gathers everything for the forward pass, and the matrices of blocks once more for the backward pass.
     gathered = 4 * (whole - of_blocks) + 2 * of_blocks * (2 if dtype == "bf16" else 4)
@@ -245,6 +250,52 @@ def test_gradients_of_micro_batches_are_shards_and_gathers_have_the_dtype_of_the
     halves_of_two = traffic(config, 2)  # of both micro-batches; half of every tensor is the rank's own
     assert halves_of_two["gradients"] == pytest.approx(4 * whole, rel=0.001)
     assert halves_of_two["gathers"] == pytest.approx(gathered, rel=0.001)
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_ranks_match_one_process(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HSDP: gathers within a group, gradients of all groups, sparse tables over all ranks, and checkpoints."""
+    (tmp_path / "measured.py").write_text(MEASURED)
+    monkeypatch.setenv("MEASURED", str(tmp_path))
+    settings = ("schedule={steps: 4, warmup: 1}", "run.checkpoint_every=2", "optimizer.tables=sparse")
+    grouped = [*settings, "run.shard_ranks=2"]
+    out = with_ranks(4, repo, tmp_path / "four", data, "none", *grouped, program=[str(tmp_path / "measured.py")])
+    config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *settings])
+    train(config, tmp_path / "one", data=data)
+    same_within_rounding(records(out), records(tmp_path / "one"))
+    ours, theirs = (models.load(run).require_blt()[0].state_dict() for run in (out, tmp_path / "one"))
+    assert all(torch.allclose(tensor, theirs[name], rtol=1e-2, atol=1e-3) for name, tensor in ours.items())
+    shapes, matrices = sizes(config)
+    shapes = shapes[1:]  # the tables
+    whole, of_blocks = (sum(4 * 2 * -(-n // 2) * math.prod(rest) for n, *rest in some) for some in (shapes, matrices))
+    for rank in range(4):
+        halves = [4 * (-(-n // 2) if rank % 2 == 0 else n // 2) * math.prod(rest) for n, *rest in shapes]
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [(record["reduced"], record["gathered"]) for record in found] == [(whole, whole + of_blocks)] * 4
+        leaf = [record["kept"] - sum(halves) for record in found]  # the gradient of the touched rows
+        assert all(0 < size <= 4 * 16 * 2 * 101 for size in leaf)
+    half = str(out / "checkpoints" / "step-00000002")
+    train(config, tmp_path / "resumed", data=data, resume=half)
+    same_within_rounding(records(tmp_path / "resumed"), [record for record in records(out) if record["step"] > 2])
+
+
+@pytest.mark.parametrize(("shard_ranks", "world", "group"), [(None, 1, 1), (None, 6, 6), (2, 6, 2), (6, 6, 6)])
+def test_groups_of_ranks(shard_ranks: int | None, world: int, group: int) -> None:
+    assert parallel.ranks_of_a_group(shard_ranks, world) == group
+
+
+@pytest.mark.parametrize(("shard_ranks", "world"), [(4, 6), (8, 4), (2, 1)])
+def test_ranks_that_groups_do_not_divide(shard_ranks: int, world: int) -> None:
+    with pytest.raises(ConfigError, match=f"run.shard_ranks {shard_ranks} does not divide the {world} rank"):
+        parallel.ranks_of_a_group(shard_ranks, world)
+
+
+def test_a_wrong_group_is_refused_before_data_are_read(repo: Path, tmp_path: Path) -> None:
+    config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, "run.shard_ranks=2"])
+    with pytest.raises(ConfigError, match="does not divide the 1 rank of this run"):
+        train(config, tmp_path / "run", data=tmp_path / "none")
 
 
 # Before its first step, every rank stores what it holds, and the most that it ever held until then. Tensors in a mapped
