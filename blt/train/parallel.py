@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from blt.model.layers import Block
 from blt.train.config import BatchConfig
 from blt.train.objective import allow_compilations
+from blt.train.recompute import parts
 from blt_runtime.errors import BltError, ConfigError, UsageError
 
 CONTROL_TIMEOUT = timedelta(days=1)
@@ -204,9 +205,10 @@ def shard(
 ) -> None:
     """Splits every parameter of a model on the meta device over the ranks; nothing is allocated (`blt.model.init`).
 
-    The matrices of each block are gathered when it is needed, everything else at once.  compile: each block alone, one
-    graph per shape, with and without gradients.  by_row: parameters whose rows are divided among the ranks outside of
-    FSDP, so that they are never gathered (`blt.train.tables`).
+    The matrices of each block are gathered when it is needed, everything else at once.  compile: each part of
+    `blt.train.recompute` alone, blocks and cross-attention, one graph per shape, with and without gradients.  by_row:
+    parameters whose rows are divided among the ranks outside of FSDP, so that they are never gathered
+    (`blt.train.tables`).
 
     group: so many consecutive ranks share the parameters, and other groups are replicas (HSDP): parameters are gathered
     within a group, and gradients are reduced there and then summed over groups. None: all ranks. Rows of `by_row` are
@@ -222,6 +224,8 @@ def shard(
         return
     if compile:
         allow_compilations()
+        for module, name in parts(model):  # only methods: FSDP's hooks around modules cannot be compiled
+            module.__dict__[name] = torch.compile(getattr(module, name), fullgraph=True, dynamic=False)
     row_mesh = mesh = init_device_mesh(device.type, (ranks.world,))
     group = ranks_of_a_group(group, ranks.world)
     if group < ranks.world:
@@ -238,9 +242,6 @@ def shard(
     # A block's input stays float32: autocast casts what each product reads, and the sum over blocks is not rounded.
     dtypes = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        if compile:
-            # only the forward: FSDP's hooks around the module cannot be compiled
-            block.__dict__["forward"] = torch.compile(block.forward, fullgraph=True, dynamic=False)
         norms = set(block.parameters()) - apart
         fully_shard(block, mesh=mesh, ignored_params=norms, mp_policy=dtypes if bf16 else MixedPrecisionPolicy())
     for module in model.modules():

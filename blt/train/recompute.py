@@ -19,7 +19,7 @@ from blt.model.layers import Block
 PARTS: tuple[tuple[type[nn.Module], str], ...] = (
     (Block, "forward"), (BLT, "pool"), (LocalDecoder, "patch_keys_values"), (LocalDecoder, "read_patches"),
 )  # fmt: skip
-"""The methods that are computed again, by class."""
+"""The methods that are computed again, and with several ranks compiled, by class."""
 
 
 def recompute_parts(model: nn.Module) -> int:
@@ -27,7 +27,7 @@ def recompute_parts(model: nn.Module) -> int:
 
     The gradients are bit-identical, because nothing in a part is random.
     """
-    found = _parts(model)
+    found = parts(model)
     for module, name in found:
         again = partial(checkpoint, getattr(module, name), use_reentrant=False, preserve_rng_state=False)
         module.__dict__[name] = again
@@ -35,10 +35,11 @@ def recompute_parts(model: nn.Module) -> int:
 
 
 def undo_recompute(model: nn.Module) -> None:
-    """Undoes `recompute_parts`, and the compilation of single blocks."""
-    for module, name in _parts(model):
+    """Undoes `recompute_parts`, and the compilation of single parts."""
+    for module, name in parts(model):
         module.__dict__.pop(name, None)
 
 
-def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules and names of the methods in `PARTS`."""
     return [(module, name) for module in model.modules() for kind, name in PARTS if isinstance(module, kind)]

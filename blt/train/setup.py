@@ -42,8 +42,8 @@ def prepare_run(
 ) -> tuple[Trainer, Callable[[], Checkpoint]]:
     """The trainer of a run at step 0, and a function that makes its final model checkpoint. Every rank calls it.
 
-    compile (default: the configuration's): the whole step, or with several ranks each block alone, because FSDP gathers
-    parameters between blocks.  resumes: a checkpoint follows, so weights are left undefined.
+    compile (default: the configuration's): the whole step, or with several ranks blocks and cross-attention alone,
+    because FSDP gathers parameters between blocks.  resumes: a checkpoint follows, so weights are left undefined.
 
     Raises as `prepare_inputs`, and ConfigError for parameters to freeze or initial weights that do not fit.
     """

@@ -2,7 +2,8 @@
 
 A collective over W ranks costs each of them (W - 1) / W of the whole tensor, received and sent, as rings do it. Every
 micro-batch gathers all parameters for the forward pass, and the matrices of blocks once more for the backward pass. It
-reduces float32 gradients. `tests/train/test_parallel.py` counts what two ranks move.
+reduces float32 gradients. With `run.shard_ranks` both are within a group, and then each rank's gradients are summed
+over groups (a ring's all-reduce: twice). `tests/train/test_parallel.py` counts what two ranks move.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from blt.model.layers import Block
 from blt.train.config import RunConfig
 from blt.train.models import make_model
-from blt.train.parallel import matrices, micro_rows
+from blt.train.parallel import matrices, micro_rows, ranks_of_a_group
 from blt.train.parameters import TABLES
 
 FLOAT, ID = 4, 8
@@ -23,11 +24,14 @@ FLOAT, ID = 4, 8
 def traffic(config: RunConfig, ranks: int) -> dict[str, int]:
     """Bytes that one of `ranks` processes receives in a step; it sends as many. All 0 for one process.
 
-    gathers: whole parameters of FSDP.  gradients: reduced and scattered.  tables: rows of sparse hash tables, their ids
-    and gradients, if every position of the rank's rows reads other rows (as many as there are, at most).
+    gathers: whole parameters of FSDP.  gradients: reduced and scattered, and summed over groups.  tables: rows of
+    sparse hash tables, their ids and gradients, if every position of the rank's rows reads other rows (as many as there
+    are, at most).
 
-    Raises ConfigError if the rows cannot be divided among the ranks.
+    Raises ConfigError if the rows cannot be divided among the ranks, or the ranks into groups.
     """
+    group = ranks_of_a_group(config.run.shard_ranks, ranks)
+    replicas = ranks // group
     micro_batches = config.batch.rows // (ranks * micro_rows(config.batch, ranks))
     with torch.device("meta"):
         model = make_model(config)
@@ -47,9 +51,13 @@ def traffic(config: RunConfig, ranks: int) -> dict[str, int]:
         positions = config.batch.rows // ranks * config.batch.byte_buckets[-1]
         read = min(len(table), positions * config.model.hash.n_tables)
         tables = read * (ID + 2 * FLOAT * table.shape[1])
-    whole = {
-        "gathers": micro_batches * (FLOAT * others + 2 * size * of_blocks),
-        "gradients": micro_batches * FLOAT * trained,
-        "tables": tables,
+    gradients = micro_batches * FLOAT * trained
+    return {
+        "gathers": _received(micro_batches * (FLOAT * others + 2 * size * of_blocks), group),
+        "gradients": _received(gradients, group) + 2 * _received(gradients // group, replicas),
+        "tables": _received(tables, ranks),
     }
-    return {name: n_bytes * (ranks - 1) // ranks for name, n_bytes in whole.items()}
+
+
+def _received(whole: int, ranks: int) -> int:
+    return whole * (ranks - 1) // ranks

@@ -22,11 +22,12 @@ import torch
 from blt.checkpoint import models
 from blt.model import BLT
 from blt.model.layers import Block
-from blt.train import parallel, train
+from blt.train import Trainer, parallel, train
 from blt.train.config import BLTRun, RunConfig, load_config
 from blt.train.setup import prepare_run
 from blt.train.traffic import traffic
 from blt_runtime.errors import ConfigError, UsageError
+from tests.train.small import ONE_LAYER
 
 STEPS, HALF = 12, 6
 SETTINGS = (
@@ -437,7 +438,7 @@ def test_two_ranks_killed_and_resumed_are_bit_exact(repo: Path, data: Path, both
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-# Dynamo traces and counts as usual. Code generation takes minutes and is not tested here.
+# Dynamo traces and counts as usual, without Inductor's code, which takes minutes for so many graphs.
 TRACED = """
 import torch
 compile = torch.compile
@@ -455,11 +456,46 @@ LENGTHS = (
 def test_two_ranks_compile_each_length_with_and_without_gradients(repo: Path, data: Path, tmp_path: Path) -> None:
     """More graphs of a block than torch allows by default (8): lengths x encoder, decoder x training, validation."""
     (tmp_path / "traced.py").write_text(TRACED)
-    compiled = (*LENGTHS, "run.compile=true")
+    compiled = (*LENGTHS, "run.compile=true", "run.activation_checkpointing=true")
     out = two_ranks(repo, tmp_path / "two", data, "none", *compiled, program=[str(tmp_path / "traced.py")])
     train(load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *LENGTHS]), tmp_path / "one", data=data)
     same_within_rounding(records(out), records(tmp_path / "one"))
     assert len({length for record in records(out) for length in record.get("buckets", {})}) >= 3
+
+
+# Validation is left out: its graphs without gradients would double the compilations.
+INDUCTOR = """
+import os
+from torch._dynamo.utils import counters
+from blt.cli import main
+from blt.train.loop import Trainer
+
+Trainer.validate = lambda self: {}
+try:
+    main()
+finally:
+    with open(os.path.join(os.environ["COUNTED"], os.environ["RANK"]), "w") as file:
+        file.write(str(counters["stats"]["unique_graphs"]))
+"""
+
+
+@pytest.mark.slow
+def test_inductors_code_of_two_ranks_matches_eager_steps(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputed blocks and cross-attention. A minute of one core; nothing else runs Inductor's code with FSDP."""
+    (tmp_path / "inductor.py").write_text(INDUCTOR)
+    monkeypatch.setenv("COUNTED", str(tmp_path))
+    monkeypatch.setattr(Trainer, "validate", lambda self: {})
+    settings = (
+        *ONE_LAYER, "batch.byte_buckets=[128]", "schedule={steps: 2, warmup: 1}", "run.activation_checkpointing=true",
+    )  # fmt: skip
+    program = [str(tmp_path / "inductor.py")]
+    out = two_ranks(repo, tmp_path / "two", data, "none", *settings, "run.compile=true", program=program)
+    train(load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *settings]), tmp_path / "one", data=data)
+    same_within_rounding(records(out), records(tmp_path / "one"))
+    # local and latent blocks, pooling, the patches' keys and values, and the decoder's cross-attention
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["5", "5"]
 
 
 def test_ranks_without_torchrun_are_refused(
