@@ -16,6 +16,7 @@ from blt_runtime.errors import ConfigError
 from blt_runtime.ids import OFFSET
 
 Int = NDArray[np.int64]
+Ids = NDArray[np.integer[Any]]
 Pack = Literal["stream", "documents"]
 NAMED_DOCUMENTS = 4
 _HELD = ("ids", "targets", "mask", "patch_lengths")
@@ -45,11 +46,11 @@ class TokenSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def ids(self, index: int, /) -> NDArray[Any]:
+    def ids(self, index: int, /) -> Ids:
         """BOS, tokens, EOS: int16 or int32 [length + 2]."""
         ...
 
-    def read(self, documents: Int, begin: Int, end: Int, /) -> NDArray[Any]:
+    def read(self, documents: Int, begin: Int, end: Int, /) -> Ids:
         """`ids(document)[begin:end]` of each of these documents, one after another: int16 or int32."""
         ...
 
@@ -134,8 +135,9 @@ class Share:
 class Batch:
     """The input of one GLOBAL step, or some rows of it.
 
-    ids, targets: int64 [H, N], padding 0.  mask: bool [H, N], the targets that the loss counts.  patch_lengths: int64
-    [H, P] with sum N + 1 per row, or None. These four hold the rows of a `share`: of a single rank all, H = B.
+    ids, targets: integers of the source's 16 or 32 bits [H, N], padding 0.  mask: bool [H, N], the targets that the
+    loss counts.  patch_lengths: integers [H, P] with sum N + 1 per row, or None. These four hold the rows of a `share`:
+    of a single rank all, H = B.
 
     Of all rows: starts: [B] the row's offset in its block, -1 for a blank row.  row_tokens: [B] positions that are not
     padding (None: the unmasked ones).  row_targets: [B] counted targets (None: the unmasked ones).  row_bytes: [B]
@@ -146,10 +148,10 @@ class Batch:
     (empty: N alone).  micro_rows: rows that are computed at a time (None: all).
     """
 
-    ids: Int
-    targets: Int
+    ids: Ids
+    targets: Ids
     mask: NDArray[np.bool_]
-    patch_lengths: Int | None
+    patch_lengths: Ids | None
     starts: Int
     block: int
     epoch: int = 0

@@ -279,16 +279,14 @@ class StoredBoundaries:
         offsets, shards = self.documents.token_offsets, self.documents.shard_offsets
         shard = np.searchsorted(shards, members, side="right") - 1
         begin, end = (offsets[at] - offsets[shards[shard]] for at in (members, members + 1))
-        first = begin // 8
-        pieces = zip(
-            *(x.tolist() for x in (shard, first, -(-end // 8), begin - 8 * first, end - 8 * first)), strict=True
-        )
-        return np.concatenate(
-            [
-                np.unpackbits(self._shard(number)[byte:byte_end], bitorder="little")[bit:bit_end]
-                for number, byte, byte_end, bit, bit_end in pieces
-            ]
-        ).view(np.bool_)
+        first, last = begin // 8, -(-end // 8)
+        whole = {number: self._shard(number) for number in np.unique(shard).tolist()}
+        parts = zip(shard.tolist(), first.tolist(), last.tolist(), strict=True)
+        packed = np.concatenate([whole[number][byte:byte_end] for number, byte, byte_end in parts])
+        bits = np.unpackbits(packed, bitorder="little").view(np.bool_)
+        at = 8 * (np.cumsum(last - first) - last)  # of bit 0 of a shard in `bits`, before each document
+        spans = zip((at + begin).tolist(), (at + end).tolist(), strict=True)
+        return np.concatenate([bits[bit:bit_end] for bit, bit_end in spans])
 
     def _shard(self, number: int) -> NDArray[np.uint8]:
         if number not in self._bits:

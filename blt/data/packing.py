@@ -27,17 +27,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.data.batches import Batch, BatchShape, Int, PatchStarts, Share, TokenSource, never
+from blt.data.batches import Batch, BatchShape, Ids, Int, PatchStarts, Share, TokenSource, never
 from blt.data.mixture import Mixture
 from blt.data.prefetch import Position, Prefetcher
 from blt.data.rows import Rows, cut_rows, pack_documents, patch_lengths_of, patch_ranges, reordered
 from blt_runtime.errors import ConfigError, InputError
 
+Bools = NDArray[np.bool_]
 BLOCK_TOKENS = 32 << 20
 FIRST_BLOCK_TOKENS = 1 << 20
 ORDER = 2
@@ -75,17 +75,24 @@ class Block:
     def n_tokens(self) -> int:
         return int(self.offsets[-1])
 
+    @cached_property
+    def n_patches(self) -> Int:
+        """[R], the patches of each row."""
+        return np.asarray(2 + self.patches[1] - self.patches[0])
+
 
 @dataclass(frozen=True)
-class _Text:
-    """Tokens [begin, end) of some rows, one after another.
+class _Pieces:
+    """Tokens [begin, end) of documents, in the order in which they fill the rows of a batch.
 
-    ids: of the tokens.  counted: the tokens whose loss counts.  offsets: [rows + 1], where each row begins.
+    row, document: their numbers in the batch and in the block.  place: of the piece's first token in its row.
     """
 
-    ids: NDArray[Any]
-    counted: NDArray[np.bool_]
-    offsets: Int
+    row: Int
+    document: Int
+    begin: Int
+    end: Int
+    place: Int
 
 
 class Loader:
@@ -283,54 +290,40 @@ class Loader:
         B, P, buckets = self.shape.rows, self.shape.patches, self.shape.buckets
         N = buckets[int(np.searchsorted(buckets, block.rows.lengths[rows[0]]))]
         mine = share.rows(B)
-        held = np.flatnonzero(mine < len(rows))  # a batch ends with its blank rows
-        reads_all = share.world == 1 or block.bytes is None
-        read = rows if reads_all else rows[mine[held]]
-        text = self._read(block, read)
-        places = mine[held] if reads_all else held
-        ids_HN, targets_HN = np.zeros((2, len(mine), N), np.int64)
-        mask_HN = np.zeros((len(mine), N), np.bool_)
-        for h, (begin, end) in enumerate(
-            zip(text.offsets[places].tolist(), text.offsets[places + 1].tolist(), strict=True)
-        ):
-            n = end - begin - 1
-            ids_HN[h, :n] = text.ids[begin : end - 1]
-            targets_HN[h, :n] = text.ids[begin + 1 : end]
-            mask_HN[h, :n] = text.counted[begin + 1 : end]
+        held = rows[mine[mine < len(rows)]]  # a batch ends with its blank rows
+        if block.bytes is None:  # they follow from the tokens of all rows
+            ids, targets, mask = self._read(block, rows, B, N)
+            row_bytes = self._bytes(targets, mask)
+            ids, targets, mask = ids[mine], targets[mine], mask[mine]
+        else:
+            ids, targets, mask = self._read(block, held, len(mine), N)
+            row_bytes = _padded(block.bytes[rows], B)
         document_pairs = zip(*block.documents[:, rows].tolist(), strict=True)
         blank = [np.empty(0, np.int64)] * (B - len(rows))
-        n_patches = 2 + block.patches[1, rows] - block.patches[0, rows]
         return Batch(
-            ids_HN, targets_HN, mask_HN,
-            patch_lengths=None if P is None else self._patch_lengths(block, rows[mine[held]], len(mine), N),
+            ids, targets, mask,
+            patch_lengths=None if P is None else self._patch_lengths(block, held, len(mine), N),
             starts=_padded(block.rows.begin[rows], B, -1), block=block.number, epoch=block.epoch, index=index,
             row_tokens=_padded(block.rows.lengths[rows], B), row_targets=_padded(block.targets[rows], B),
-            row_bytes=_padded(self._bytes(text) if block.bytes is None else block.bytes[rows], B),
-            row_patches=None if P is None else _padded(n_patches, B),
+            row_bytes=row_bytes, row_patches=None if P is None else _padded(block.n_patches[rows], B),
             documents=(*(block.members[first:last] for first, last in document_pairs), *blank),
             buckets=buckets, micro_rows=share.micro_rows, share=share,
         )  # fmt: skip
 
-    def _read(self, block: Block, rows: Int) -> _Text:
-        """The tokens of these rows: each is a piece of every document that it covers."""
-        first, last = block.documents[:, rows]
-        counts = last - first
-        row = np.repeat(np.arange(len(rows)), counts)
-        document = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts - first, counts)
-        begin = np.maximum(block.rows.begin[rows][row], block.offsets[document]) - block.offsets[document]
-        end = np.minimum(block.rows.end[rows][row], block.offsets[document + 1]) - block.offsets[document]
-        ids = self.documents.read(block.members[document], begin, end)
-        counted, stop = np.ones(len(ids), np.bool_), np.cumsum(end - begin)
-        sizes = end - begin
-        before = np.clip(block.counted[0, document] - begin, 0, sizes)
-        after = np.clip(end - block.counted[1, document], 0, sizes)
-        for piece in np.flatnonzero(before + after).tolist():
-            counted[stop[piece] - sizes[piece] :][: before[piece]] = False
-            counted[stop[piece] - after[piece] : stop[piece]] = False
-        offsets = np.concatenate([[0], np.cumsum(block.rows.lengths[rows] + 1)])
-        return _Text(ids, counted, offsets)
+    def _read(self, block: Block, rows: Int, n_rows: int, n_tokens: int) -> tuple[Ids, Ids, Bools]:
+        """Inputs, targets and mask [n_rows, n_tokens] of these rows, and of blank rows after them."""
+        pieces, lengths = _pieces(block, rows), block.rows.lengths[rows]
+        text = self.documents.read(block.members[pieces.document], pieces.begin, pieces.end)
+        ids_HN, targets_HN = np.zeros((2, n_rows, n_tokens), text.dtype)
+        mask_HN = np.zeros((n_rows, n_tokens), np.bool_)
+        starts = np.cumsum(lengths + 1) - lengths - 1
+        for row, (at, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            ids_HN[row, :n], targets_HN[row, :n] = text[at : at + n], text[at + 1 : at + n + 1]
+            mask_HN[row, :n] = True
+        _clear_uncounted(mask_HN, pieces, block.counted[:, pieces.document])
+        return ids_HN, targets_HN, mask_HN
 
-    def _patch_lengths(self, block: Block, rows: Int, n_rows: int, n_bytes: int) -> Int:
+    def _patch_lengths(self, block: Block, rows: Int, n_rows: int, n_bytes: int) -> NDArray[np.int32]:
         """[n_rows, P] of these rows, and of blank rows after them."""
         begin, first, last = (
             _padded(x, n_rows) for x in (block.rows.begin[rows], block.patches[0, rows], block.patches[1, rows])
@@ -338,12 +331,41 @@ class Loader:
         P = self.shape.patches or 0
         return patch_lengths_of(begin, first, last, boundaries=block.boundaries, patches=P, n_bytes=n_bytes)
 
-    def _bytes(self, text: _Text) -> Int:
+    def _bytes(self, targets_BN: Ids, mask_BN: Bools) -> Int:
         """The bytes of the counted targets of each row."""
         table = self.documents.token_bytes
         assert table is not None
-        before = np.concatenate([[0], np.cumsum(table[text.ids] * text.counted)])
-        return np.asarray(before[text.offsets[1:]] - before[text.offsets[:-1] + 1])
+        return np.asarray((table[targets_BN] * mask_BN).sum(1))
+
+
+def _pieces(block: Block, rows: Int) -> _Pieces:
+    """Each row has a piece of every document that it covers."""
+    first, last = block.documents[:, rows]
+    counts = last - first
+    row = np.repeat(np.arange(len(rows)), counts)
+    document = np.arange(len(row)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+    offset, row_begin = block.offsets[document], block.rows.begin[rows][row]
+    begin = np.maximum(row_begin - offset, 0)
+    end = np.minimum(block.rows.end[rows][row], block.offsets[document + 1]) - offset
+    return _Pieces(row, document, begin=begin, end=end, place=offset + begin - row_begin)
+
+
+def _clear_uncounted(mask_HN: Bools, pieces: _Pieces, counted: Int) -> None:
+    """Clears the targets before the first and from the last of the `counted` tokens [2, pieces] of their documents."""
+    size = pieces.end - pieces.begin
+    row = pieces.row * mask_HN.shape[1]
+    target = row + pieces.place - 1  # that is the piece's first token; -1 for the first token of a row
+    before, after = np.clip(counted[0] - pieces.begin, 0, size), np.clip(pieces.end - counted[1], 0, size)
+    for begin, end in ((target, target + before), (target + size - after, target + size)):
+        _clear(mask_HN.reshape(-1), np.maximum(begin, row), end)
+
+
+def _clear(mask: Bools, begin: Int, end: Int) -> None:
+    """Clears the places [begin, end)."""
+    size = end - begin
+    mask[begin[size == 1]] = False
+    for first, last in zip(begin[size > 1].tolist(), end[size > 1].tolist(), strict=True):
+        mask[first:last] = False
 
 
 def _between(rows: Rows, offsets: Int, counted: Int) -> Int:
@@ -362,6 +384,8 @@ def _between(rows: Rows, offsets: Int, counted: Int) -> Int:
 
 
 def _padded(values: Int, length: int, blank: int = 0) -> Int:
+    if len(values) == length:
+        return values
     return np.concatenate([values, np.full(length - len(values), blank, np.int64)])
 
 

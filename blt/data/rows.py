@@ -14,9 +14,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blt.data.batches import Int
 
@@ -32,7 +34,7 @@ class Rows:
     begin: Int
     end: Int
 
-    @property
+    @cached_property
     def lengths(self) -> Int:
         """Input tokens of each row."""
         return self.end - self.begin - 1
@@ -63,18 +65,21 @@ def _patch_ends(n_tokens: int, boundaries: Int, patches: int, length_at: Sequenc
     at = np.ascontiguousarray(boundaries).data
     count, cap = len(at), len(length_at) - 1
     ends: list[int] = []
-    here = after = 0
+    here, after = 0, bisect_left(at, 2)
     while here < n_tokens - 1:
-        # Patches 0 and 1 begin at `here` and `here` + 1; patch P would begin at the (P-2)-th boundary after those.
-        after = bisect_left(at, here + 2, after, min(after + patches, count)) if ends else bisect_left(at, 2)
-        stop = min(here + cap + 1, n_tokens)
+        # Patches 0 and 1 begin at `here` and `here` + 1, the next one at at[after], and patch P would at at[last].
         last = after + patches - 2
-        if last < count and at[last] < stop:
+        stop = min(here + cap + 1, n_tokens)
+        is_full = last < count and at[last] < stop
+        if is_full:
             stop = at[last]
         if stop < n_tokens:
-            stop = here + 1 + length_at[stop - here - 1]
+            length = length_at[stop - here - 1]
+            is_full = is_full and length == stop - here - 1
+            stop = here + 1 + length
         ends.append(stop)
         here = stop - 1
+        after = last + 1 if is_full else bisect_left(at, here + 2, after, min(after + patches, count))
     return ends
 
 
@@ -177,21 +182,23 @@ def reordered(boundaries: Int, offsets: Int, order: Int) -> Int:
     return np.asarray(boundaries[source] + np.repeat(moved, counts))
 
 
-def patch_lengths_of(begin: Int, first: Int, last: Int, *, boundaries: Int, patches: int, n_bytes: int) -> Int:
+def patch_lengths_of(
+    begin: Int, first: Int, last: Int, *, boundaries: Int, patches: int, n_bytes: int
+) -> NDArray[np.int32]:
     """Patch lengths [B, P] of rows, each with sum `n_bytes` + 1: 1, the rest of that patch, ..., the last one plus
     padding.
 
     begin: [B], where each row begins.  first, last: [B], its patches but two begin at boundaries[first:last].
     """
+    lengths_BP = np.zeros((len(begin), patches), np.int32)
     end_B = begin + n_bytes + 1
-    starts_BQ = np.empty((len(begin), patches + 1), np.int64)
-    starts_BQ[:, 0], starts_BQ[:, 1], starts_BQ[:, -1] = begin, begin + 1, end_B
-    if len(boundaries):
-        places_BK = first[:, None] + np.arange(patches - 2)
-        starts_BQ[:, 2:-1] = boundaries.take(places_BK, mode="clip")
-    ends_BK = np.arange(patches - 2) >= (last - first)[:, None]
-    np.copyto(starts_BQ[:, 2:-1], end_B[:, None], where=ends_BK)
-    return np.diff(starts_BQ)
+    lengths_BP[:, 0], lengths_BP[:, 1] = 1, n_bytes
+    split = np.flatnonzero(last > first)
+    lengths_BP[split, 1] = boundaries[first[split]] - begin[split] - 1
+    lengths_BP[split, last[split] - first[split] + 1] = end_B[split] - boundaries[last[split] - 1]
+    for b, here, after in zip(split.tolist(), first[split].tolist(), last[split].tolist(), strict=True):
+        np.subtract(boundaries[here + 1 : after], boundaries[here : after - 1], out=lengths_BP[b, 2 : after - here + 1])
+    return lengths_BP
 
 
 def patch_ranges(rows: Rows, boundaries: Int) -> tuple[Int, Int]:

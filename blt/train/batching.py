@@ -90,5 +90,5 @@ class _BlockCounts:
         self.tokens = int(block.rows.lengths[used].sum())
         self.positions = micro_rows * int(lengths.sum())
         self.patch_positions = lengths_XB.size * (shape.patches or 0)
-        self.patches = int((2 + block.patches[1] - block.patches[0])[used].sum()) if shape.patches else 0
+        self.patches = int(block.n_patches[used].sum()) if shape.patches else 0
         self.buckets = dict(zip(*(column.tolist() for column in np.unique(lengths, return_counts=True)), strict=True))

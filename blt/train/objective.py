@@ -68,11 +68,12 @@ class Objective:
         return total, int(batch.mask.sum())
 
     def _tensor(self, array: object) -> Tensor:
-        """On the device. A copy from pinned memory does not wait for what the GPU computes."""
+        """On the device, integers as int64. A copy from pinned memory does not wait for what the GPU computes."""
         tensor = torch.as_tensor(array)
         if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+            tensor = tensor.pin_memory()
+        tensor = tensor.to(self.device, non_blocking=True)
+        return tensor if tensor.dtype == torch.bool else tensor.long()
 
     def loss_sum(self, ids_BN: Tensor, targets_BN: Tensor, mask_BN: Tensor, lengths_BP: Tensor | None) -> Tensor:
         """The sum of nats over the unmasked targets, not compiled; arguments as in `Batch`, on the device."""

@@ -184,7 +184,9 @@ class SparseTables:
     def _touched(self, ids_BN: Tensor) -> tuple[Tensor, Tensor]:
         """The table rows that these ids read, ascending, and for every byte and table the index of its row there."""
         c = self.embedding.config
-        rows_BNT = hash_ids(ids_BN.to(self.weight_RD.device), c.sizes, c.functions, c.rows) + self.embedding.offset
+        rows_BNT = (
+            hash_ids(ids_BN.to(self.weight_RD.device).long(), c.sizes, c.functions, c.rows) + self.embedding.offset
+        )
         rows, places_BNT = torch.unique(rows_BNT, return_inverse=True)
         return rows, places_BNT
 
