@@ -81,7 +81,7 @@ def _tables(dim: int, sizes: Sequence[int]) -> dict[str, object]:
 
 def _variants() -> tuple[Variant, ...]:
     entropy_45 = _patches("entropy", 3, target_patch_size=4.5)
-    small = {"model.dim": 128, "model.n_layers": 2, "tokenizer.vocab_size": 16384}
+    small = {"model.dim": 128, "model.n_layers": 2, "model.n_heads": 4, "tokenizer.vocab_size": 16384}
     return (
         Variant("byte-level", "bytes"),
         Variant("byte-level with n-grams", "bytes", _tables(128, range(3, 9)), "bytes with n-grams"),
@@ -383,6 +383,7 @@ class Study:
         return {
             "model": run.variant.name,
             "seed": run.seed,
+            "folder": run.folder,
             "flops_per_byte": _flops(run.config, run.unit),
             "bytes": last["bytes"],
             "bytes_per_patch": report["bytes_per_patch"] if run.config.kind == "blt" else run.unit or 1.0,

@@ -45,6 +45,7 @@ BLOCKS = {"int8": 128, "int4": 32}
 """Weights that share a scale, as in `blt export`, so that a weight has the same number of bits in both models."""
 HEAD, STEPS, ASPECT = 64, (128, 64), (32, 128)
 MAX_TOKENS, WARM_UP = 1024, 8
+FIRST_TOKEN = 4  # below are special ones
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ def build_llama(a: argparse.Namespace, precision: str) -> None:
         return
     if not (source / "tokenizer.json").exists():
         save_llama(llama_for(a), source)
+    genai_builder(source, folder, precision)
+
+
+def genai_builder(source: Path, folder: Path, precision: str) -> None:
+    """onnxruntime-genai's graph of a Llama in Hugging Face's format."""
     options = ["prune_lm_head=true", "hf_token=false"]
     if precision in BLOCKS:
         options += [f"block_size={BLOCKS[precision]}"]
@@ -138,10 +144,8 @@ def build_llama(a: argparse.Namespace, precision: str) -> None:
 
 
 def save_llama(model: Llama, folder: Path) -> None:
-    """Random weights, float32. The tokenizer has one word: the builder needs a file, and nothing here reads it."""
+    """Random weights, float32."""
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     stack = model.stack
@@ -159,8 +163,15 @@ def save_llama(model: Llama, folder: Path) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=one_word(), unk_token="a").save_pretrained(folder)
+
+
+def one_word() -> Any:
+    """A tokenizer of one word: onnxruntime-genai's builder needs a file, and nothing here reads it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return Tokenizer(WordLevel({"a": 0}, unk_token="a"))
 
 
 def bundle_of(a: argparse.Namespace, precision: str) -> Path:
@@ -223,25 +234,38 @@ def batched_streams(model: Any, spec: Any, texts: list[Text], per_call: dict[str
 
 
 def run_llama(a: argparse.Namespace, precision: str, batch: int) -> dict[str, float]:
-    import onnxruntime_genai as og
-
     from blt.bench.weight_bytes import graph_weight_bytes
 
-    bytes_per_token = TOKENIZERS[a.tokenizer][1]
-    config = og.Config(str(llama_folder(a, precision)))
-    options = {"session_options": {"intra_op_num_threads": a.threads}}
+    vocabulary, bytes_per_token = TOKENIZERS[a.tokenizer]
+    folder = llama_folder(a, precision)
+    found = generate_tokens(
+        folder, vocabulary=vocabulary, bytes_per_token=bytes_per_token, prompt_bytes=a.prompt_bytes,
+        new_bytes=a.new_bytes, batch=batch, threads=a.threads,
+    )  # fmt: skip
+    return {**found, "weight_bytes": graph_weight_bytes(folder / "model.onnx") / (bytes_per_token * batch)}
+
+
+def generate_tokens(
+    folder: Path,
+    *,
+    vocabulary: int,
+    bytes_per_token: float,
+    prompt_bytes: int,
+    new_bytes: int,
+    batch: int,
+    threads: int,
+) -> dict[str, float]:
+    """Bytes/s and the time of the first token of onnxruntime-genai, on `batch` prompts of random tokens."""
+    import onnxruntime_genai as og
+
+    config = og.Config(str(folder))
+    options = {"session_options": {"intra_op_num_threads": threads}}
     config.overlay(json.dumps({"model": {"decoder": options}}))
     model, random = og.Model(config), np.random.default_rng(0)
-    prompt_BT = random.integers(3, TOKENIZERS[a.tokenizer][0], (batch, round(a.prompt_bytes / bytes_per_token)))
-    new = round(a.new_bytes / bytes_per_token)
+    prompt_BT = random.integers(FIRST_TOKEN, vocabulary, (batch, round(prompt_bytes / bytes_per_token)))
     generate(og, model, prompt_BT, WARM_UP)
-    first_byte_s, gaps_s = generate(og, model, prompt_BT, new)
-    read = graph_weight_bytes(llama_folder(a, precision) / "model.onnx")
-    return {
-        "bytes_per_s": batch * bytes_per_token * len(gaps_s) / sum(gaps_s),
-        "first_byte_s": first_byte_s,
-        "weight_bytes": read / (bytes_per_token * batch),
-    }
+    first_byte_s, gaps_s = generate(og, model, prompt_BT, round(new_bytes / bytes_per_token))
+    return {"bytes_per_s": batch * bytes_per_token * len(gaps_s) / sum(gaps_s), "first_byte_s": first_byte_s}
 
 
 def generate(og: Any, model: Any, prompt_BT: np.ndarray, new: int) -> tuple[float, list[float]]:
