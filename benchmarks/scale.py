@@ -12,8 +12,8 @@ A step has, on each rank:
                   each is written and read, and so is its gradient. Recomputation writes and reads them once more
     optimizer     28 bytes for each parameter of the rank: weights, gradient and moments are read, all but the gradient
                   written
-    gathers       parameters that FSDP fetches and gradients that it reduces; they run beside products and memory, and
-                  what takes longer counts
+    gathers       parameters that FSDP fetches and gradients that it reduces, also over groups of ranks
+                  (`run.shard_ranks`); they run beside products and memory, and what takes longer counts
     tables        rows of sparse hash tables and their gradients, which nothing runs beside
 """
 
@@ -73,9 +73,8 @@ def predict(config: RunConfig, ranks: int) -> Step:
         for name in ("latent", "local")
     }
     kept = _kept(config) * n_bytes
-    received = report.get("received_bytes", dict.fromkeys(("gathers", "gradients", "tables"), 0))
-    place = "link" if ranks <= NODE else "network"
-    between = PEAKS[place] * REACHED[place]
+    received = report.get("received_bytes", dict.fromkeys(("gathers", "gradients", "replicas", "tables"), 0))
+    within, between = _rate(config.run.shard_ranks or ranks), _rate(ranks)
     state = report["memory_bytes"]["weights_and_optimizer"] / (FLOAT * (1 + MOMENTS))  # parameters of a rank, about
     return Step(
         report["memory_bytes"]["total"],
@@ -84,10 +83,16 @@ def predict(config: RunConfig, ranks: int) -> Step:
             "products": sum(passes * n / (PEAKS["products"] * REACHED[name]) for name, n in flops.items()),
             "memory": (CROSSINGS + RECOMPUTED * recomputes) * kept / (PEAKS["memory"] * REACHED["memory"]),
             "optimizer": UPDATE * state / (PEAKS["memory"] * REACHED["memory"]),
-            "gathers": (received["gathers"] + received["gradients"]) / between,
+            "gathers": (received["gathers"] + received["gradients"]) / within + received["replicas"] / between,
             "tables": received["tables"] / between,
         },
     )
+
+
+def _rate(ranks: int) -> float:
+    """Bytes/s between so many consecutive ranks."""
+    place = "link" if ranks <= NODE else "network"
+    return PEAKS[place] * REACHED[place]
 
 
 def _kept(config: RunConfig) -> float:
@@ -95,7 +100,7 @@ def _kept(config: RunConfig) -> float:
     one_row = config.model_copy(
         update={
             "batch": config.batch.model_copy(update={"rows": 1, "micro_rows": 1}),
-            "run": config.run.model_copy(update={"activation_checkpointing": False}),
+            "run": config.run.model_copy(update={"activation_checkpointing": False, "shard_ranks": None}),
         }
     )
     return float(dry_run(one_row)["memory_bytes"]["activations"]) / config.batch.byte_buckets[-1]

@@ -1,9 +1,9 @@
 """The bytes that ranks send each other in a step, by formula.
 
-A collective over W ranks costs each of them (W - 1) / W of the whole tensor, received and sent, as rings do it. Every
-micro-batch gathers all parameters for the forward pass, and the matrices of blocks once more for the backward pass. It
-reduces float32 gradients. With `run.shard_ranks` both are within a group, and then each rank's gradients are summed
-over groups (a ring's all-reduce: twice). `tests/train/test_parallel.py` counts what two ranks move.
+A collective over W ranks costs each of them (W - 1) / W of the whole tensor, received and sent, as rings do it; summing
+a tensor that all of them keep costs twice that. Every micro-batch gathers all parameters for the forward pass, and the
+matrices of blocks once more for the backward pass. It reduces float32 gradients. `tests/train/test_parallel.py` counts
+what ranks move.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ FLOAT, ID = 4, 8
 def traffic(config: RunConfig, ranks: int) -> dict[str, int]:
     """Bytes that one of `ranks` processes receives in a step; it sends as many. All 0 for one process.
 
-    gathers: whole parameters of FSDP.  gradients: reduced and scattered, and summed over groups.  tables: rows of
-    sparse hash tables, their ids and gradients, if every position of the rank's rows reads other rows (as many as there
-    are, at most).
+    gathers: whole parameters of FSDP.  gradients: reduced and scattered.  replicas: the sums of gradients over groups
+    of `run.shard_ranks`.  tables: rows of sparse hash tables, their ids and gradients, if every position of the rank's
+    rows reads other rows (as many as there are, at most).
 
     Raises ConfigError if the rows cannot be divided among the ranks, or the ranks into groups.
     """
     group = ranks_of_a_group(config.run.shard_ranks, ranks)
-    replicas = ranks // group
     micro_batches = config.batch.rows // (ranks * micro_rows(config.batch, ranks))
     with torch.device("meta"):
         model = make_model(config)
@@ -51,13 +50,14 @@ def traffic(config: RunConfig, ranks: int) -> dict[str, int]:
         positions = config.batch.rows // ranks * config.batch.byte_buckets[-1]
         read = min(len(table), positions * config.model.hash.n_tables)
         tables = read * (ID + 2 * FLOAT * table.shape[1])
-    gradients = micro_batches * FLOAT * trained
+    gathered, reduced = FLOAT * others + 2 * size * of_blocks, FLOAT * trained
     return {
-        "gathers": _received(micro_batches * (FLOAT * others + 2 * size * of_blocks), group),
-        "gradients": _received(gradients, group) + 2 * _received(gradients // group, replicas),
+        "gathers": _received(micro_batches * gathered, group),
+        "gradients": _received(micro_batches * reduced, group),
+        "replicas": 2 * _received(micro_batches * reduced // group, ranks // group),
         "tables": _received(tables, ranks),
     }
 
 
-def _received(whole: int, ranks: int) -> int:
-    return whole * (ranks - 1) // ranks
+def _received(n_bytes: int, ranks: int) -> int:
+    return n_bytes * (ranks - 1) // ranks

@@ -45,13 +45,11 @@ def test_sparse_tables_move_rows_once_a_step(repo: Path) -> None:
     assert dense["tables"] == 0
 
 
-def test_groups_gather_among_themselves_and_sum_shards(repo: Path) -> None:
-    sparse = "optimizer.tables=sparse"
-    two, four = (traffic(config_of(repo, sparse), ranks) for ranks in (2, 4))
-    grouped = traffic(config_of(repo, sparse, "run.shard_ranks=2"), 4)
-    assert 2 * grouped["gathers"] == two["gathers"]  # half the micro-batches, each as of two ranks
-    assert 2 * grouped["gradients"] == two["gradients"] + two["gradients"]  # a shard twice, and half of it from others
-    assert grouped["tables"] == four["tables"]
+def test_groups_gather_among_themselves_and_sum_over_all(repo: Path) -> None:
+    two, four, groups = (traffic(config_of(repo, *more), n) for n, *more in ((2,), (4,), (4, "run.shard_ranks=2")))
+    assert two["replicas"] == four["replicas"] == 0
+    assert groups["gathers"] == two["gathers"] // 2  # half as many micro-batches
+    assert groups["replicas"] == 2 * groups["gradients"] // 2  # of a half, twice
 
 
 def test_bfloat16_halves_the_matrices_of_blocks_and_frozen_ones_have_no_gradients(repo: Path) -> None:
