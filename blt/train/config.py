@@ -115,7 +115,7 @@ class GroupConfig(Frozen):
 
 
 class OptimizerConfig(Frozen):
-    """AdamW on all parameters (spec section 11); `clip` is the largest gradient norm.
+    """AdamW on all parameters (spec section 11), or Muon on matrices; `clip` is the largest gradient norm.
 
     `freeze` and `lr_scale` have shell patterns of parameter names: those that do not train, and those whose learning
     rate is multiplied by a factor. `groups` gives betas, eps and weight decay by pattern; the first group that matches
@@ -134,6 +134,7 @@ class OptimizerConfig(Frozen):
     Graphics Primitives") train hash tables with the same eps.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: FiniteFloat = Field(default=4e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: FiniteFloat = Field(default=1e-8, gt=0)

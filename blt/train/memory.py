@@ -26,16 +26,16 @@ from blt.model import BLT, EntropyModel
 from blt.model.hashing import HashEmbedding, Touched
 from blt.model.layers import Block
 from blt.train import parallel
-from blt.train.config import BLTRun, RunConfig
+from blt.train.config import BLTRun, OptimizerConfig, RunConfig
 from blt.train.models import make_model
 from blt.train.objective import Objective
 from blt.train.parallel import micro_rows, ranks_of_a_group, rows_per_rank
-from blt.train.parameters import TABLES
+from blt.train.parameters import TABLES, is_hidden_matrix
 from blt.train.tables import capacity_for
 
 FLOAT = 4
 MOMENTS = 2
-"""AdamW's, float32 like weights and gradients."""
+"""AdamW's, float32 like weights and gradients. Muon has one."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -111,8 +111,9 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
             touched = _touch(model, table, config, rows, ranks)
         matrices = _matrices(model, gathered_as=config.run.dtype if ranks > 1 else None)
         found = _count(model, config, rows, adds=adds)
-    shared = [parameter for parameter in model.parameters() if not (sparse and parameter is table)]
-    state = sum(_state(parameter, adds) for parameter in shared)
+    named = {name: p for name, p in model.named_parameters() if not (sparse and p is table)}
+    shared = list(named.values())
+    state = sum(_state(name, p, config.optimizer, adds) for name, p in named.items())
     state //= ranks_of_a_group(config.run.shard_ranks, ranks)
     if sparse and table is not None:
         state += FLOAT * (1 + MOMENTS) * table.shape[1] * rows_per_rank(len(table), ranks)
@@ -179,8 +180,9 @@ def _forget_gradient(live: LiveBytes, leaf: Tensor) -> None:
     live.forget(leaf.grad)
 
 
-def _state(parameter: nn.Parameter, adds: bool) -> int:
-    numbers = 1 + MOMENTS + adds if parameter.requires_grad else 1
+def _state(name: str, parameter: nn.Parameter, config: OptimizerConfig, adds: bool) -> int:
+    moments = 1 if config.name == "muon" and is_hidden_matrix(name, parameter) else MOMENTS
+    numbers = 1 + moments + adds if parameter.requires_grad else 1
     return FLOAT * numbers * parameter.numel()
 
 

@@ -1,9 +1,10 @@
-"""AdamW, its schedule (spec section 11), the gradient norm, and the optimizer's state by name."""
+"""AdamW or Muon, their schedule (spec section 11), the gradient norm, and the optimizer's state by name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +12,50 @@ from torch.distributed.tensor import DTensor
 
 from blt.train.config import OptimizerConfig, ScheduleConfig
 from blt.train.parallel import SINGLE, Ranks
-from blt.train.parameters import parameter_groups
+from blt.train.parameters import is_hidden_matrix, parameter_groups
 from blt_runtime.errors import ConfigError
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on all parameters that train, as published, unless `optimizer.groups` says otherwise.
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with weight decay on all parameters that train, as published, unless `optimizer.groups` says otherwise; or
+    Muon for the matrices and AdamW for the others.
 
-    It is fused: one pass over the hash tables instead of six. Raises ConfigError if it has no parameter to train.
+    AdamW is fused: one pass over the hash tables instead of six. Raises ConfigError if it has no parameter to train.
     """
     groups = parameter_groups(model, config)
     if not groups:
         raise ConfigError("optimizer.freeze leaves only the hash tables to train; use optimizer.tables: dense for that")
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    matrices = parameter_groups(model, config, is_hidden_matrix)
+    if not matrices:
+        raise ConfigError("optimizer.name is muon, but no matrix of a block trains; use adamw")
+    others = parameter_groups(model, config, lambda name, parameter: not is_hidden_matrix(name, parameter))
+    return MuonAndAdamW(matrices, others, config.lr)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for matrices and AdamW for other parameters, in one list of groups and one state.
+
+    Muon's update is the momentum with its singular values replaced by numbers near 1. Its rate is scaled such that the
+    update's root mean square is about that of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section
+    2.2), so one schedule serves both. Betas and eps of a group are AdamW's and have no meaning for a matrix.
+    """
+
+    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], lr: float) -> None:
+        kept = ("params", "scale", "weight_decay")
+        muon_groups = [{key: group[key] for key in kept} for group in matrices]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw")]
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr=lr, fused=True))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Both optimizers' step."""
+        for part in self.parts:
+            part.step()
 
 
 def learning_rate(step: int, lr: float, schedule: ScheduleConfig) -> float:
@@ -66,15 +98,21 @@ def scale_gradients(gradients: Iterable[Tensor], norm: Tensor, largest: float) -
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`{parameter name}.{exp_avg, exp_avg_sq, step}`: the live tensors, created before the first step."""
-    training = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    """`{parameter name}.{exp_avg, exp_avg_sq, step}`, of Muon `.momentum_buffer`: the live tensors, created before the
+    first step."""
+    keys = {parameter: _state_keys(group) for group in optimizer.param_groups for parameter in group["params"]}
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if parameter not in training:
+        if parameter not in keys:
             continue
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        found |= {f"{name}.{key}": state[key].detach() for key in ("exp_avg", "exp_avg_sq", "step")}
+            state |= {key: torch.zeros_like(parameter) for key in keys[parameter]}
+            if "step" in state:
+                state["step"] = torch.zeros((), device=parameter.device)
+        found |= {f"{name}.{key}": state[key].detach() for key in keys[parameter]}
     return found
+
+
+def _state_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq", "step")

@@ -1,4 +1,4 @@
-"""Which parameters train, and by which settings of AdamW: patterns over parameter names.
+"""Which parameters train, by which optimizer and by which settings: patterns over parameter names.
 
 Patterns are shell patterns (`fnmatch`): `latent.*` is the latent transformer, `*norm.weight` every norm. Names are
 those that `blt inspect MODEL --tensors` prints, such as `decoder.layers.0.attention.wq.weight`.
@@ -6,7 +6,7 @@ those that `blt inspect MODEL --tensors` prints, such as `decoder.layers.0.atten
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -18,6 +18,10 @@ from blt_runtime.errors import ConfigError
 
 TABLES = "hash_embedding.tables.weight"
 """The hash tables of a BLT or an entropy model."""
+
+
+EMBEDDINGS = (TABLES, "*byte_embedding.weight", "*output.weight")
+"""Matrices that are read by row: tables, embeddings of ids, and the output, whose rows are ids too."""
 
 
 class Settings(NamedTuple):
@@ -45,8 +49,10 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     return frozen
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The parameters that train, in one group for each `Settings`: {"params": [...], "scale": ..., "betas": ...}.
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, chosen: Callable[[str, nn.Parameter], bool] = lambda name, _: True
+) -> list[dict[str, Any]]:
+    """The `chosen` parameters that train, in one group for each `Settings`: {"params": [...], "scale": ..., ...}.
 
     The run's own settings come first. Frozen parameters are in no group, so neither steps nor weight decay change them.
     Raises ConfigError for a pattern that matches nothing, and for a group whose parameters all belong to earlier ones.
@@ -54,9 +60,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     check_patterns(config, [name for name, _ in model.named_parameters()])
     groups: dict[Settings, list[nn.Parameter]] = {Settings(1.0, config.betas, config.eps, config.weight_decay): []}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and chosen(name, parameter):
             groups.setdefault(settings_of(name, config), []).append(parameter)
     return [{"params": members, **settings._asdict()} for settings, members in groups.items() if members]
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether `optimizer.name: muon` trains this parameter by Muon: the matrices of blocks, cross-attention and
+    projections to and from patches."""
+    return parameter.ndim == 2 and not any(fnmatchcase(name, pattern) for pattern in EMBEDDINGS)
 
 
 def settings_of(name: str, config: OptimizerConfig) -> Settings:

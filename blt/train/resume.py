@@ -24,7 +24,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "batch": ("rows", "patches", "byte_buckets", "pack"),
     "patching": (),
     "data": ("groups",),
-    "optimizer": ("freeze", "lr_scale", "tables"),
+    "optimizer": ("name", "freeze", "lr_scale", "tables"),
     "run": ("seed", "dtype"),
 }
 # Of the tables' `Settings`: the missed updates of sparse tables were summed with these values. The dense optimizer may
@@ -170,6 +170,7 @@ def check_same_run(checkpoint: TrainingCheckpoint, config: RunConfig, extra: dic
 
 def _check_config(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Settings that decide the weights' shapes or the next batch must agree; rates, schedule and logging may change."""
+    old = {**old, "optimizer": {"name": "adamw", **old["optimizer"]}}  # of a version that had no other
     for section, keys in SAME.items():
         if section not in old and section not in new:
             continue
