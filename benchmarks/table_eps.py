@@ -38,7 +38,7 @@ def derivative(trainer: Trainer) -> float:
     assert tables is not None
     batch = replace(next(trainer.state.loader), micro_rows=trainer.micro_rows)
     for first, part in trainer._micro_batches(batch):
-        trainer._loss(first, part).backward()
+        trainer._losses(first, part)[0].backward()
     once = torch.bincount(tables.places_BNT.flatten(), minlength=len(tables.rows_U)) == 1
     gradient = tables.reduce()[once]
     read = gradient[(gradient != 0).any(1)]  # the others are read in prompts and padding

@@ -118,9 +118,13 @@ def ours(shape: Shape, batch: dict[str, Any], *, bf16: bool, form: str) -> tuple
     settings.fill_uninitialized_memory = False
     model = our_model(shape)
     objective = Objective(model, LONGEST, bf16=bf16, compile=form == "compiled")
-    total = objective._sum
     targets = int(batch["mask"].sum())
-    return model, lambda: total(batch["ids"], batch["targets"], batch["mask"], batch["lengths"]) / targets
+
+    def loss() -> Any:
+        found: Any = objective._sum(batch["ids"], batch["targets"], batch["mask"], batch["lengths"])
+        return (found[0] if isinstance(found, tuple) else found) / targets  # a sum alone in checkouts before 2026-11-27
+
+    return model, loss
 
 
 def our_model(shape: Shape) -> Any:

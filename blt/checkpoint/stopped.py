@@ -8,6 +8,7 @@ BLT is read from where the run read it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from blt_runtime.errors import BltError, CheckpointError
 from blt_runtime.patching import PatchRule
 
 CHECKPOINTS, STATE, MANIFEST, WEIGHTS = "checkpoints", "state.json", "manifest.json", "shard-*.safetensors"
+EMA = "ema."
 FINISH = "the same `blt train` command continues it"
 log = logging.getLogger("blt.checkpoint")
 
@@ -54,8 +56,7 @@ def read(path: Path) -> Source:
         )
     if not named:
         log.info("%s stopped at step %s of %s; this is the model of that step", path, f"{steps:,}", f"{planned:,}")
-    stored = read_shards(sorted(folder.glob(WEIGHTS)))
-    names = {name: tensor for name, tensor in stored.items() if name.startswith("model.")}
+    names = _weights(read_shards(sorted(folder.glob(WEIGHTS))))
     if kind == "entropy":
         return Source("stopped run", path, entropy=_model(EntropyConfig, config, names, folder)).check_vocabularies()
     return Source(
@@ -65,6 +66,16 @@ def read(path: Path) -> Source:
         patch_rule=_rule(extra, folder),
         entropy_path=config.get("entropy_model"),
     ).check_vocabularies()
+
+
+def _weights(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The weights by name with the prefix `model.`: averages (`optimizer.ema`) where the checkpoint has them, as in
+    model.pt."""
+    found = {name: tensor for name, tensor in stored.items() if name.startswith("model.")}
+    averaged = {name for name in found if f"{EMA}{name[6:]}" in stored}
+    if averaged:
+        log.info("the weights are the averages of `optimizer.ema`")
+    return found | {name: stored[f"{EMA}{name[6:]}"] for name in averaged}
 
 
 def _whole(folder: Path) -> Path:

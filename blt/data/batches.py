@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,8 @@ Int = NDArray[np.int64]
 Ids = NDArray[np.integer[Any]]
 Pack = Literal["stream", "documents"]
 NAMED_DOCUMENTS = 4
-_HELD = ("ids", "targets", "mask", "patch_lengths")
+_BY_POSITION = ("ids", "targets", "mask", "target_groups")
+_HELD = (*_BY_POSITION, "patch_lengths")
 _ALL = ("starts", "row_tokens", "row_targets", "row_bytes", "row_patches", "documents")
 
 
@@ -76,6 +77,13 @@ class PatchStarts(Protocol):
     def computed(self, members: Int) -> bool:
         """Whether `compute` has nothing to do for these documents."""
         ...
+
+
+class Groups(NamedTuple):
+    """The group of each document of a source, as an index of `names`."""
+
+    names: tuple[str, ...]
+    of_document: Int
 
 
 def first_bytes(documents: TokenSource, members: Int, n_bytes: int) -> tuple[Int, int | None]:
@@ -136,8 +144,8 @@ class Batch:
     """The input of one GLOBAL step, or some rows of it.
 
     ids, targets: integers of the source's 16 or 32 bits [H, N], padding 0.  mask: bool [H, N], the targets that the
-    loss counts.  patch_lengths: integers [H, P] with sum N + 1 per row, or None. These four hold the rows of a `share`:
-    of a single rank all, H = B.
+    loss counts.  patch_lengths: integers [H, P] with sum N + 1 per row, or None.  target_groups: int64 [H, N], the
+    group of each target's document, or None. These five hold the rows of a `share`: of a single rank all, H = B.
 
     Of all rows: starts: [B] the row's offset in its block, -1 for a blank row.  row_tokens: [B] positions that are not
     padding (None: the unmasked ones).  row_targets: [B] counted targets (None: the unmasked ones).  row_bytes: [B]
@@ -164,6 +172,7 @@ class Batch:
     buckets: tuple[int, ...] = ()
     micro_rows: int | None = None
     share: Share = Share()
+    target_groups: Int | None = None
 
     def micro_batches(self) -> list[Batch]:
         """The share's parts of `micro_rows` rows, each padded only to the bucket of its longest row.
@@ -192,7 +201,8 @@ class Batch:
 
     def padded_to(self, length: int) -> Batch:
         """The batch with rows of `length` positions, at least as many as its longest row has."""
-        cut = {name: getattr(self, name)[:, :length] for name in ("ids", "targets", "mask")}
+        held = {name: getattr(self, name) for name in _BY_POSITION}
+        cut = {name: array[:, :length] for name, array in held.items() if array is not None}
         if self.patch_lengths is not None:
             patch_lengths_BP = self.patch_lengths.copy()
             last_B = np.count_nonzero(patch_lengths_BP, axis=1) - 1  # it holds the padding

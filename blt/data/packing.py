@@ -31,7 +31,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from blt.data.batches import Batch, BatchShape, Ids, Int, PatchStarts, Share, TokenSource, never
+from blt.data.batches import Batch, BatchShape, Groups, Ids, Int, PatchStarts, Share, TokenSource, never
 from blt.data.mixture import Mixture
 from blt.data.prefetch import Position, Prefetcher
 from blt.data.rows import Rows, cut_rows, pack_documents, patch_lengths_of, patch_ranges, reordered
@@ -104,7 +104,8 @@ class Loader:
     `total_batches` batches may reach it (None: all): then the entropy model runs ahead of the step.
     A `mixture` of the documents of `subset` decides their order; without one, an epoch is a permutation of them.
     Of the last document of `subset`, only the first `last_tokens` tokens count (None: all; see `first_bytes`).
-    Every rank plans all rows, and reads the text of its `share` alone.
+    Every rank plans all rows, and reads the text of its `share` alone. With `groups`, batches say the group of every
+    target.
     """
 
     def __init__(
@@ -121,12 +122,14 @@ class Loader:
         workers: int = 0,
         total_batches: int | None = None,
         mixture: Mixture | None = None,
+        groups: Groups | None = None,
     ):
         if (shape.patches is None) != (patch_starts is None):
             raise ConfigError("a batch shape with patches needs patch boundaries, and one without takes none")
         self.documents, self.shape, self.patch_starts = documents, shape, patch_starts
         self.seed, self.shuffle, self.block_tokens = seed, shuffle, block_tokens
-        self.last_tokens, self.total_batches, self.mixture = last_tokens, total_batches, mixture
+        self.last_tokens, self.total_batches = last_tokens, total_batches
+        self.mixture, self.groups = mixture, groups
         self.share = Share()
         self.subset = np.arange(len(documents)) if subset is None else np.asarray(subset, np.int64)
         if not len(self.subset):
@@ -307,7 +310,7 @@ class Loader:
             row_tokens=_padded(block.rows.lengths[rows], B), row_targets=_padded(block.targets[rows], B),
             row_bytes=row_bytes, row_patches=None if P is None else _padded(block.n_patches[rows], B),
             documents=(*(block.members[first:last] for first, last in document_pairs), *blank),
-            buckets=buckets, micro_rows=share.micro_rows, share=share,
+            buckets=buckets, micro_rows=share.micro_rows, share=share, target_groups=self._target_groups(block, held, len(mine), N),
         )  # fmt: skip
 
     def _read(self, block: Block, rows: Int, n_rows: int, n_tokens: int) -> tuple[Ids, Ids, Bools]:
@@ -322,6 +325,19 @@ class Loader:
             mask_HN[row, :n] = True
         _clear_uncounted(mask_HN, pieces, block.counted[:, pieces.document])
         return ids_HN, targets_HN, mask_HN
+
+    def _target_groups(self, block: Block, rows: Int, n_rows: int, n_tokens: int) -> Int | None:
+        """[n_rows, n_tokens] of these rows, and of blank rows after them; None if no groups are wanted."""
+        if self.groups is None:
+            return None
+        groups_HN = np.zeros((n_rows, n_tokens), np.int64)
+        pieces = _pieces(block, rows)
+        first, size = pieces.place - 1, pieces.end - pieces.begin  # a token is the target of the place before it
+        groups = self.groups.of_document[block.members[pieces.document]]
+        columns = (pieces.row, np.maximum(first, 0), first + size, groups)
+        for row, begin, end, group in zip(*(column.tolist() for column in columns), strict=True):
+            groups_HN[row, begin:end] = group
+        return groups_HN
 
     def _patch_lengths(self, block: Block, rows: Int, n_rows: int, n_bytes: int) -> NDArray[np.int32]:
         """[n_rows, P] of these rows, and of blank rows after them."""

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,8 @@ FOLDER = "checkpoints"
 """In the run folder."""
 FORMAT, VERSION = "blt-train", 2
 MANIFEST, STATE = "manifest.json", "state.json"
+EMA = "ema."
+"""Prefix of the names of averaged weights, which a run may leave out."""
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".aside-"
 _CHUNK = 4 << 20
@@ -64,7 +66,7 @@ class TrainingCheckpoint:
     def load(self, tensors: Mapping[str, Tensor], ranks: Ranks = SINGLE) -> None:
         """Fills `tensors` in place; they may be sharded over any number of ranks.
 
-        Raises CheckpointError if names or shapes differ.
+        Raises CheckpointError if names or shapes differ. Averages that are not in `tensors` are left out.
         """
         reader = HuggingFaceStorageReader(str(self.path))
         try:
@@ -89,7 +91,7 @@ class TrainingCheckpoint:
         problems = [
             f"{name} is {stored.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
             for name in sorted(stored.keys() | wanted.keys())
-            if stored.get(name) != wanted.get(name)
+            if (name in wanted or not name.startswith(EMA)) and stored.get(name) != wanted.get(name)
         ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -107,10 +109,11 @@ def write(
     *,
     keep: int,
     milestone: bool = False,
+    needed: Callable[[int], bool] = lambda step: False,
     ranks: Ranks = SINGLE,
 ) -> Path:
-    """Saves the checkpoint of `step`, then removes all but milestones and the newest `keep` up to it. Every rank calls
-    it.
+    """Saves the checkpoint of `step`, then removes all but milestones, the newest `keep` up to it, and those of steps
+    that are `needed`. Every rank calls it.
 
     tensors: this rank's shard of each (a DTensor, or a plain tensor that all ranks share), by the same name on all
     ranks.  state: plain values.  milestone: later calls keep it, whatever their `keep` is.
@@ -133,7 +136,7 @@ def write(
             "free some space, then --resume auto continues from the newest"
         ) from None
     if ranks.first:
-        _rotate(folder, step, keep)
+        _rotate(folder, step, keep, needed)
     return path
 
 
@@ -195,8 +198,9 @@ def _complete(draft: Path, path: Path, step: int, state: dict[str, Any]) -> None
     _sync(path.parent)
 
 
-def _rotate(folder: Path, step: int, keep: int) -> None:
-    """Once the checkpoint of `step` is complete, removes older ones but milestones, hidden ones and the replaced one.
+def _rotate(folder: Path, step: int, keep: int, needed: Callable[[int], bool]) -> None:
+    """Once the checkpoint of `step` is complete, removes older ones but milestones and `needed` ones, hidden ones and
+    the replaced one.
 
     A checkpoint with a short or missing file does not count towards `keep`, so that a readable one remains. Checksums
     are not computed here: that would read every checkpoint again after each new one.
@@ -206,7 +210,7 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
     kept = whole[max(0, len(whole) - (keep - 1)) :]
     try:
         for path in earlier:
-            if path not in kept and not _is_milestone(path):
+            if path not in kept and not needed(step_of(path)) and not _is_milestone(path):
                 _remove(path)
         for hidden in (*folder.glob(f"{_ASIDE}step-*"), *folder.glob(".step-*.old")):
             shutil.rmtree(hidden)
@@ -264,12 +268,13 @@ def read(path: Path) -> TrainingCheckpoint:
     return TrainingCheckpoint(path, step, state)
 
 
-def read_newest(folder: Path) -> TrainingCheckpoint | None:
-    """The newest undamaged checkpoint, None if the folder has none. Logs a warning for each damaged one.
+def read_newest(folder: Path, wanted: Callable[[int], bool] = lambda step: True) -> TrainingCheckpoint | None:
+    """The newest undamaged checkpoint of a `wanted` step, None if the folder has none. Logs a warning for each damaged
+    one.
 
     Raises CheckpointError if all are damaged.
     """
-    found = checkpoint_folders(folder)
+    found = [path for path in checkpoint_folders(folder) if wanted(step_of(path))]
     for path in reversed(found):
         try:
             return read(path)

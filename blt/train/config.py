@@ -115,7 +115,8 @@ class GroupConfig(Frozen):
 
 
 class OptimizerConfig(Frozen):
-    """AdamW on all parameters (spec section 11), or Muon on matrices; `clip` is the largest gradient norm.
+    """AdamW on all parameters (spec section 11), or Muon on matrices; `clip` is the largest gradient norm. `ema` is the
+    decay of the moving averages of the weights; null keeps none.
 
     `freeze` and `lr_scale` have shell patterns of parameter names: those that do not train, and those whose learning
     rate is multiplied by a factor. `groups` gives betas, eps and weight decay by pattern; the first group that matches
@@ -135,6 +136,7 @@ class OptimizerConfig(Frozen):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
+    ema: FiniteFloat | None = Field(default=None, gt=0, lt=1)
     lr: FiniteFloat = Field(default=4e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: FiniteFloat = Field(default=1e-8, gt=0)
@@ -145,6 +147,12 @@ class OptimizerConfig(Frozen):
     groups: tuple[GroupConfig, ...] = ()
     freeze: tuple[str, ...] = ()
     lr_scale: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _dense_averages(self) -> typing.Self:
+        if self.ema is not None and self.tables == "sparse":
+            raise ValueError("ema changes every row in every step, which tables: sparse avoids; use tables: dense")
+        return self
 
 
 class ScheduleConfig(Frozen):
@@ -224,7 +232,8 @@ class RunSettings(Frozen):
 
     A sample is a short text that the model writes; 0 logs none. Checkpoints at `milestones_every` are kept beside the
     newest `keep_checkpoints`; 0 makes none. `norms_every` measures the norms of the model's parts; 0 never.
-    `shard_ranks` ranks share the parameters, and each group of so many has them all (null: all ranks are one group).
+    `spike_rollback` is how often a run may return to a checkpoint after a spike of the loss; 0 never. `shard_ranks`
+    ranks share the parameters, and each group of so many has them all (null: all ranks are one group).
     `peak_flops` is the peak of one device in FLOP/s, for MFU (null: that of a well-known GPU).
     """
 
@@ -235,6 +244,7 @@ class RunSettings(Frozen):
     deterministic: bool = True
     activation_checkpointing: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    spike_rollback: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
     valid_every: int = Field(default=200, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from blt.data.batches import Int, PatchStarts, TokenSource, first_bytes
+from blt.data.batches import Groups, Int, PatchStarts, TokenSource, first_bytes
 from blt.data.dataset import Dataset, Documents
 from blt.data.mixture import Mixture
 from blt.data.packing import FIRST_BLOCK_TOKENS, ORDER, Loader
@@ -183,7 +183,8 @@ class _Text:
             )  # fmt: skip
         members = np.random.default_rng(VALIDATION_SEED).permutation(members)
         members, last = first_bytes(source, members, config.data.valid_bytes)
-        return lambda: Loader(source, shape, starts, shuffle=False, subset=members, last_tokens=last)
+        groups = Groups(tuple(documents.names), documents.group_ids)
+        return lambda: Loader(source, shape, starts, shuffle=False, subset=members, last_tokens=last, groups=groups)
 
     def compute_entropies(self, config: BLTRun, indices: dict[str, PatchIndex]) -> None:
         """Computes the entropies of a sample of the training text, and those that validation reads.

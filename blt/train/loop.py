@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,12 @@ from torch.utils import deterministic
 
 from blt.data.batches import Batch, Share
 from blt.data.packing import Loader
-from blt.train import checkpoints, parallel, resume
+from blt.train import checkpoints, parallel, resume, spikes
+from blt.train.averages import Averages
 from blt.train.checkpoints import TrainingCheckpoint
 from blt.train.config import RunConfig
 from blt.train.dryrun import FORWARD_PASSES_PER_STEP
-from blt.train.metrics import MetricsFile, MetricWindow
+from blt.train.metrics import GroupSums, MetricsFile, MetricWindow
 from blt.train.norms import PartNorms
 from blt.train.objective import Diverged, Objective
 from blt.train.optim import gradient_norm, learning_rate, make_optimizer, scale_gradients
@@ -40,6 +41,7 @@ from blt.train.profile import BACKWARD, DATA, FORWARD, OPTIMIZER, StepProfile
 from blt.train.progress import Observer, observing
 from blt.train.recompute import undo_recompute
 from blt.train.speed import Speed
+from blt.train.spikes import LossSpike
 from blt.train.state import TrainState
 from blt.train.tables import sparse_tables
 from blt_runtime.errors import BltError
@@ -92,6 +94,9 @@ class Trainer:
         model = objective.model
         tables = sparse_tables(model, config.optimizer, ranks)
         self.state = TrainState(model, optimizer=make_optimizer(model, config.optimizer), tables=tables, loader=loader)
+        if config.optimizer.ema is not None:
+            self.state.averages = Averages(model, config.optimizer.ema)
+        self.state.spikes.most = config.run.spike_rollback
         if not ranks.single:
             loader.shared(self._share)
         self.metrics = MetricsFile(out / "metrics.jsonl")
@@ -117,6 +122,10 @@ class Trainer:
         """The folder of the run's checkpoints."""
         return self.out / checkpoints.FOLDER
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The model has the averages of its weights while inside, if the run keeps them. Every rank calls it."""
+        return nullcontext() if self.state.averages is None else self.state.averages.applied()
+
     @property
     def _share(self) -> Share:
         """What this rank reads of a batch."""
@@ -132,10 +141,17 @@ class Trainer:
             self.metrics.on_record = self.observer.record
             if state.step == 0:
                 self.log_sample()
+            self._save_rollback_target()
             state.window.start()
             while state.step < steps:
-                with self.profile.step(state.step + 1, self.objective):
-                    self._step_or_stop()
+                try:
+                    with self.profile.step(state.step + 1, self.objective):
+                        self._step_or_stop()
+                except LossSpike as spike:
+                    self._roll_back(spike)
+                    if self._must_stop:
+                        raise self._terminated() from None
+                    continue
                 last = state.step == steps
                 if norms := self.norms.take():
                     self.metrics.write({"step": state.step, **norms})
@@ -172,6 +188,7 @@ class Trainer:
     def train_step(self) -> float:
         """One step over a global batch; returns its loss in nats per target.
 
+        A spike of the loss changes nothing and raises LossSpike, if `run.spike_rollback` allows to go back.
         If the loss or the gradient is not finite, weights and step stay as they were and Diverged is raised. With
         `run.on_nonfinite: skip` the batch is skipped instead, and the step is counted.
         """
@@ -188,8 +205,11 @@ class Trainer:
         rows = [] if tables is None else [tables.reduce()]
         norm = gradient_norm(gradients, rows, parallel.SINGLE if tables is None else tables.owners)
         nats, norm_now = self._read(total, norm)
+        loss = nats / max(1, batch.n_targets)
+        self._check_spike(loss, norm_now, batch)
         if self._is_finite(nats, norm_now, batch):
-            with record_function(OPTIMIZER), self.norms.measured(state.step + 1):
+            averaging = nullcontext() if state.averages is None else state.averages.following()
+            with record_function(OPTIMIZER), self.norms.measured(state.step + 1), averaging:
                 scale_gradients([*gradients, *rows], norm, self.config.optimizer.clip)
                 state.optimizer.step()
                 if tables is not None:
@@ -198,11 +218,12 @@ class Trainer:
             state.window.add(nats, batch)
             self.observer.step(state.step + 1, nats, batch)
             state.lr, state.norm = lr, norm_now
+            state.spikes.add(loss)
         else:
             state.window.skip()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        return nats / max(1, batch.n_targets)
+        return loss
 
     def _backward(self, batch: Batch) -> Tensor:
         """Adds up the gradients of the mean loss over the global batch, in micro-batches.
@@ -214,7 +235,7 @@ class Trainer:
         for row, part in self._micro_batches(batch):
             self._announce_compilation(part)
             with record_function(FORWARD):
-                total = self._loss(row, part)
+                total, _ = self._losses(row, part)
             with record_function(BACKWARD):
                 (total / targets).backward()
             nats += total.detach()
@@ -227,9 +248,67 @@ class Trainer:
         Sparse tables wait for the number of rows that the batch touches, and sharded ones for those of other ranks.
         """
         nats, norm_now = torch.stack((total, norm.to(total))).tolist()
-        nats, signals = self.ranks.sum(nats, float(self._signal != 0))
+        nats, signals, norm_now = self.ranks.sum(nats, float(self._signal != 0), norm_now if self.ranks.first else 0.0)
         self._any_rank_signalled = signals > 0
         return nats, norm_now
+
+    def _check_spike(self, loss: float, norm: float, batch: Batch) -> None:
+        """Raises LossSpike if this step is a spike and an older checkpoint is there, and Diverged if the run went back
+        as often as it may. The step has changed nothing then."""
+        state, every = self.state, self.config.run.checkpoint_every
+        found = state.spikes.found(loss, norm)
+        if not found:
+            return
+        where = f"{found} at step {state.step + 1}, {batch.identity}"
+        steps = self.ranks.on_first(lambda: [*map(checkpoints.step_of, checkpoints.checkpoint_folders(self.folder))])
+        if not any(state.spikes.is_target(step, state.step, every) for step in steps):
+            log.warning("%s; no checkpoint is %d steps older, so training goes on", where, spikes.BACK)
+            return
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.spikes.rollbacks >= state.spikes.most:
+            raise Diverged(
+                f"{where}: a spike after {state.spikes.rollbacks} rollbacks, as many as run.spike_rollback allows; "
+                "this step changed nothing: resume with a lower optimizer.lr or a longer schedule.warmup"
+            )
+        raise LossSpike(where)
+
+    def _roll_back(self, spike: LossSpike) -> None:
+        """Returns to the newest checkpoint that is old enough and goes on after the batches that led to a spike.
+
+        The checkpoint is written again with the new place in the text, so a run that is killed does not come back to
+        these batches.
+        """
+        state, at = self.state, self.state.step
+        is_target = partial(state.spikes.is_target, at=at, every=self.config.run.checkpoint_every)
+        after, counted = state.loader.state(), state.spikes.state()
+        checkpoint = self.ranks.on_first(lambda: checkpoints.read_newest(self.folder, is_target))
+        assert checkpoint is not None
+        state.load_state_dict(checkpoint.state, partial(checkpoint.load, ranks=self.ranks))
+        with state.window.paused():
+            state.loader.restore(after)
+            for _ in range(spikes.SKIP):
+                next(state.loader)
+            batches = at - state.step + 1 + spikes.SKIP
+            state.spikes.restore({**counted, "losses": state.spikes.losses})
+            state.spikes.roll_back(state.step, batches)
+            log.warning("%s; back to step %s, skipping %d batches", spike, f"{state.step:,}", batches)
+            event = {"step": state.step, "spike_step": at + 1, "rollbacks": state.spikes.rollbacks}
+            event["skipped_batches"] = batches
+            self.metrics.return_to(state.step, event)
+            self.ranks.on_first(lambda: checkpoints.set_aside(self.folder, state.step))
+            self._saved_step = -1
+            self.save()
+
+    def _save_rollback_target(self) -> None:
+        """The first checkpoint of a run that may have to go back: that of step 0, or of the step where it continues
+        another run."""
+        run, step = self.config.run, self.state.step
+        if not run.spike_rollback or step % run.checkpoint_every:
+            return
+        steps = self.ranks.on_first(lambda: [*map(checkpoints.step_of, checkpoints.checkpoint_folders(self.folder))])
+        if step not in steps:
+            self._saved_step = -1
+            self.save()
 
     def _announce_compilation(self, batch: Batch) -> None:
         if self.objective.must_compile(batch):
@@ -242,11 +321,11 @@ class Trainer:
             self.state.tables.gather(batch)
         return [(i * self.micro_rows, part) for i, part in enumerate(batch.micro_batches())]
 
-    def _loss(self, row: int, part: Batch) -> Tensor:
-        """The summed nats of a micro-batch that begins at this row of this rank's."""
+    def _losses(self, row: int, part: Batch) -> tuple[Tensor, Tensor]:
+        """The summed nats of a micro-batch that begins at this row of this rank's, and those of each target."""
         if self.state.tables is not None:
             self.state.tables.select_rows(row, row + self.micro_rows, part.ids.shape[1])
-        return self.objective(part)[0]
+        return self.objective(part)
 
     def _is_finite(self, nats: float, norm: float, batch: Batch) -> bool:
         """Whether the step can be taken. If it stops the run, raises Diverged after the gradients are cleared."""
@@ -287,7 +366,8 @@ class Trainer:
         if log.isEnabledFor(logging.INFO):
             if self.state.tables is not None:
                 self.state.tables.forget_batch()
-            text = self.sample().decode("utf-8", "replace")
+            with self._averaged():
+                text = self.sample().decode("utf-8", "replace")
             log.info("sample at step %s: %r", f"{self.state.step:,}", text)
 
     def spent(self) -> dict[str, float]:
@@ -295,17 +375,28 @@ class Trainer:
         n_bytes = self.state.bytes
         return {"bytes": n_bytes, "flops": FORWARD_PASSES_PER_STEP * self.flops_per_byte * n_bytes}
 
-    def validate(self) -> dict[str, float]:
-        """Bits per byte of the validation loader's text; every target counts, EOS included."""
+    def validate(self) -> dict[str, Any]:
+        """Bits per byte of the validation loader's text, and of each of its groups if there are several; every target
+        counts, EOS included."""
         assert self.valid is not None
-        window = MetricWindow()
+        window, loader = MetricWindow(), self.valid().shared(self._share)
+        assert loader.groups is not None
+        by_group = GroupSums(loader.groups, loader.documents.token_bytes, self.objective.device)
         # One rank keeps gradients on: the compiled step then serves training and validation without a second graph.
-        with torch.set_grad_enabled(self.ranks.single):
-            for batch in self.valid().shared(self._share).one_pass():
+        with torch.set_grad_enabled(self.ranks.single), self._averaged():
+            for batch in loader.one_pass():
                 batch = replace(batch, micro_rows=self.micro_rows)
-                losses = [self._loss(*part).detach() for part in self._micro_batches(batch)]
-                window.add(self.ranks.sum(torch.stack(losses).double().sum().item())[0], batch)
-        return {"valid_bpb": window.summary()["bpb"], "valid_bytes": window.bytes}
+                totals = []
+                for row, part in self._micro_batches(batch):
+                    total, each = self._losses(row, part)
+                    totals.append(total.detach())
+                    by_group.add(part, self.objective.tensor(part.target_groups), each)
+                window.add(self.ranks.sum(torch.stack(totals).double().sum().item())[0], batch)
+        bits = by_group.bits_per_byte(self.ranks)
+        found = {"valid_bpb": window.summary()["bpb"], "valid_bytes": window.bytes}
+        if self.state.averages is not None:
+            found["valid_weights"] = "ema"
+        return found | ({"valid_bpb_by_group": bits} if len(bits) > 1 else {})
 
     def save(self) -> None:
         """Writes the checkpoint of this step, once. Every rank calls it.
@@ -318,9 +409,14 @@ class Trainer:
         values |= {"config": self.config.model_dump(mode="json"), "extra": self.extra}
         checkpoints.write(
             self.folder, self.state.step, tensors, values,
-            keep=self.config.run.keep_checkpoints, milestone=self._is_milestone, ranks=self.ranks,
+            keep=self.config.run.keep_checkpoints, milestone=self._is_milestone, needed=self._is_needed,
+            ranks=self.ranks,
         )  # fmt: skip
         self._saved_step = self.state.step
+
+    def _is_needed(self, step: int) -> bool:
+        """Whether a spike may lead back to the checkpoint of `step`."""
+        return self.state.spikes.is_needed(step, self.state.step, self.config.run.checkpoint_every)
 
     @property
     def _is_milestone(self) -> bool:
@@ -338,9 +434,12 @@ class Trainer:
         self._saved_step = self.state.step
 
     def finish(self) -> None:
-        """After the last step: the weights are final, and no activation checkpointing is left in the model."""
+        """After the last step: the weights are final, or their averages if the run keeps them, and no activation
+        checkpointing is left in the model."""
         if self.state.tables is not None:
             self.state.tables.catch_up_all()
+        if self.state.averages is not None:
+            self.state.averages.apply()
         undo_recompute(self.objective.model)
 
     @property

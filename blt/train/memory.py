@@ -85,8 +85,9 @@ class MicroBatch(NamedTuple):
 def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
     """Estimated bytes in memory of each of `ranks` processes, at the peak of a step.
 
-    weights_and_optimizer: weights, moments and, if a step has several micro-batches or ranks, gradients. A group of
-    `run.shard_ranks` ranks shares them; rows of sparse tables are divided among all ranks.
+    weights_and_optimizer: weights, their averages (`optimizer.ema`), moments and, if a step has several micro-batches
+    or ranks, gradients. A group of `run.shard_ranks` ranks shares them; rows of sparse tables are divided among all
+    ranks.
     touched: copies of the rows of sparse tables that a batch may touch at most; with several ranks those that a rank
     fetches, and of the rows that it owns its share of those that all ranks fetch.
     gathered (FSDP, by formula): whole parameters: the matrices of two blocks, in the dtype of the run, and the rest.
@@ -162,7 +163,7 @@ def _count(model: BLT | EntropyModel, config: RunConfig, rows: int, *, adds: boo
         lengths_BP = None
         if config.batch.patches is not None:
             lengths_BP = torch.zeros(rows, config.batch.patches, dtype=torch.long)
-        total = objective.loss_sum(ids_BN, torch.zeros_like(ids_BN), ids_BN == 0, lengths_BP)
+        total = objective.losses(ids_BN, torch.zeros_like(ids_BN), ids_BN == 0, lengths_BP)[0]
         kept = live.now
         total.backward()
     return MicroBatch(kept, live.peak)
@@ -182,7 +183,8 @@ def _forget_gradient(live: LiveBytes, leaf: Tensor) -> None:
 
 def _state(name: str, parameter: nn.Parameter, config: OptimizerConfig, adds: bool) -> int:
     moments = 1 if config.name == "muon" and is_hidden_matrix(name, parameter) else MOMENTS
-    numbers = 1 + moments + adds if parameter.requires_grad else 1
+    averages = int(config.ema is not None)
+    numbers = 1 + moments + adds + averages if parameter.requires_grad else 1
     return FLOAT * numbers * parameter.numel()
 
 

@@ -14,9 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blt.data.batches import Batch
+import numpy as np
+import torch
+from torch import Tensor
+
+from blt.data.batches import Batch, Groups, Int
 from blt.files import naming, replace_text
+from blt.train.parallel import Ranks
 from blt_runtime import reading
+from blt_runtime.ids import OFFSET
 
 
 class MetricWindow:
@@ -115,6 +121,33 @@ class MetricWindow:
         return found | ({"skipped": self.skipped} if self.skipped else {})
 
 
+class GroupSums:
+    """The nats and bytes of each group of documents, of this rank's rows.
+
+    token_bytes [V]: as in `TokenSource`.
+    """
+
+    def __init__(self, groups: Groups, token_bytes: Int | None, device: torch.device):
+        self.names, self.token_bytes = groups.names, token_bytes
+        self.nats_G = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.bytes_G = np.zeros(len(self.names))
+
+    def add(self, part: Batch, groups: Tensor, losses: Tensor) -> None:
+        """Adds a micro-batch: the groups and the nats of its targets, both on the device. Nothing waits for it."""
+        self.nats_G.index_add_(0, groups.flatten(), losses.flatten().double())
+        counts = part.targets >= OFFSET if self.token_bytes is None else self.token_bytes[part.targets]
+        assert part.target_groups is not None
+        self.bytes_G += np.bincount(
+            part.target_groups.ravel(), weights=(counts * part.mask).ravel(), minlength=len(self.names)
+        )
+
+    def bits_per_byte(self, ranks: Ranks) -> dict[str, float]:
+        """Of all ranks' rows, by the name of the group; groups without bytes are left out. Every rank calls it."""
+        sums = np.array(ranks.sum(*self.nats_G.tolist(), *self.bytes_G.tolist())).reshape(2, -1).T.tolist()
+        pairs = zip(self.names, sums, strict=True)
+        return {name: nats / math.log(2) / n_bytes for name, (nats, n_bytes) in pairs if n_bytes}
+
+
 class MetricsFile:
     """Appends records to metrics.jsonl. `writes` is True on one rank only; the others write nothing.
 
@@ -141,6 +174,12 @@ class MetricsFile:
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.on_record(record)
+
+    def return_to(self, step: int, event: dict[str, Any]) -> None:
+        """Removes lines after `step` and appends an event, unless a run that was killed in this call wrote it."""
+        self.cut(step)
+        if self.writes and json.dumps(event) not in reading.read_text(self.path, reading.LARGEST_LOG).splitlines():
+            self.write(event)
 
 
 def _step_of(line: str) -> float:

@@ -44,10 +44,10 @@ class Objective:
         self.model, self.longest_patch, self.bf16 = model, longest_patch, bf16
         self.device = torch.device(device)
         self._compiled: set[tuple[int, ...]] | None = set() if compile else None
-        self._sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = self.loss_sum
+        self._sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] = self.losses
         if compile:
             allow_compilations()
-            self._sum = torch.compile(self.loss_sum, fullgraph=True, dynamic=False)
+            self._sum = torch.compile(self.losses, fullgraph=True, dynamic=False)
 
     @property
     def compiles(self) -> bool:
@@ -61,13 +61,12 @@ class Objective:
         self._compiled.add(batch.ids.shape)
         return True
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, int]:
-        """(sum of nats over the unmasked targets, their number)."""
-        lengths = None if batch.patch_lengths is None else self._tensor(batch.patch_lengths)
-        total = self._sum(self._tensor(batch.ids), self._tensor(batch.targets), self._tensor(batch.mask), lengths)
-        return total, int(batch.mask.sum())
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The `losses` of a batch."""
+        lengths = None if batch.patch_lengths is None else self.tensor(batch.patch_lengths)
+        return self._sum(self.tensor(batch.ids), self.tensor(batch.targets), self.tensor(batch.mask), lengths)
 
-    def _tensor(self, array: object) -> Tensor:
+    def tensor(self, array: object) -> Tensor:
         """On the device, integers as int64. A copy from pinned memory does not wait for what the GPU computes."""
         tensor = torch.as_tensor(array)
         if self.device.type == "cuda":
@@ -75,15 +74,19 @@ class Objective:
         tensor = tensor.to(self.device, non_blocking=True)
         return tensor if tensor.dtype == torch.bool else tensor.long()
 
-    def loss_sum(self, ids_BN: Tensor, targets_BN: Tensor, mask_BN: Tensor, lengths_BP: Tensor | None) -> Tensor:
-        """The sum of nats over the unmasked targets, not compiled; arguments as in `Batch`, on the device."""
+    def losses(
+        self, ids_BN: Tensor, targets_BN: Tensor, mask_BN: Tensor, lengths_BP: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of nats over the unmasked targets, and those of each target [B * N], 0 where it is masked, without
+        gradients; not compiled. Arguments as in `Batch`, on the device."""
         with self._autocast():
             if lengths_BP is None:
                 logits_BNV = self.model(ids_BN)
             else:
                 logits_BNV = self.model(ids_BN, lengths_BP, self.longest_patch)
         loss_BN = F.cross_entropy(logits_BNV.float().flatten(0, 1), targets_BN.flatten(), reduction="none")
-        return (loss_BN * mask_BN.flatten()).sum()
+        loss_BN = loss_BN * mask_BN.flatten()
+        return loss_BN.sum(), loss_BN.detach()
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()

@@ -276,3 +276,10 @@ def part_of(own_R: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
     """The tensor with so many rows of which `own_R` holds this rank's, in the same memory."""
     shape = torch.Size((rows, *own_R.shape[1:]))
     return DTensor.from_local(own_R, mesh, [Shard(0)], run_check=False, shape=shape, stride=own_R.stride())
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the whole parameters that FSDP has gathered, so that the next pass gathers the present ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -32,6 +32,8 @@ LINE_EVERY_S, BAR_EVERY_S = 5.0, 0.5
 """Seconds between two updates of the numbers."""
 RECENT_STEPS = 200
 """The time left follows the mean duration of so many steps, validation and checkpoints included."""
+FEW_GROUPS = 6
+"""A line of validation has the bits per byte of at most so many groups; metrics.jsonl has those of all."""
 TEXTS = ("counter", "numbers")
 BAR_COLUMNS, WIDE = 20, 100
 """Columns of the bar, and of a terminal that has room for it."""
@@ -106,6 +108,8 @@ class ProgressObserver(Observer):
             self.start()
 
     def record(self, record: Mapping[str, Any]) -> None:
+        if "spike_step" in record:  # a warning says it
+            return
         step = record["step"]
         log.info("%s: %s", counter(step, self.steps), ", ".join(fields(record, self.left(step))))
         if "valid_bpb" in record:
@@ -153,7 +157,14 @@ def fields(record: Mapping[str, Any], left: float | None = None) -> list[str]:
     left: seconds to the end of the run, if known.
     """
     if "valid_bpb" in record:
-        return [f"validation {record['valid_bpb']:.3f} bits/byte", f"{amount(record['valid_bytes'])} of text"]
+        groups = record.get("valid_bpb_by_group", {})
+        each = [f"{group} {bits:.3f}" for group, bits in groups.items()] if len(groups) <= FEW_GROUPS else []
+        averaged = " of averaged weights" if record.get("valid_weights") == "ema" else ""
+        return [
+            f"validation {record['valid_bpb']:.3f} bits/byte{averaged}",
+            f"{amount(record['valid_bytes'])} of text",
+            *each,
+        ]
     words = []
     if "bpb" in record:
         words.append(f"{record['bpb']:.3f} bits/byte")

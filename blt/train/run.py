@@ -198,7 +198,8 @@ def _end(trainer: Trainer, finish: Callable[[], Checkpoint]) -> None:
     else:
         with checkpoints.gathered(path, trainer.objective.model.state_dict(), ranks) as whole:
             ranks.on_first(lambda: native.write(finish().to_source(path).with_weights(whole), path, dtype))
-    log.info("wrote the model, %s", amount(path.stat().st_size))
+    weights = "" if trainer.state.averages is None else " of averaged weights (optimizer.ema)"
+    log.info("wrote the model%s, %s", weights, amount(path.stat().st_size))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """`TrainState`: everything that changes while a run trains, and what a checkpoint must hold to continue it bit for bit.
 
-A state dict has two parts. `tensors` are weights, optimizer state and random state by name; they may be sharded over
-any number of ranks. `values` are plain values for JSON: the loader's position, the counters and the open log line.
+A state dict has two parts. `tensors` are weights, their averages, optimizer state and random state by name; they may
+be sharded over any number of ranks. `values` are plain values for JSON: the loader's position, the counters and the
+open log line.
 Not here: the files (`blt.train.checkpoints`), and whether a checkpoint fits the run (`blt.train.resume`).
 """
 
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from blt.data.packing import Loader
+from blt.train.averages import Averages
+from blt.train.checkpoints import EMA
 from blt.train.metrics import MetricWindow
 from blt.train.optim import optimizer_state
+from blt.train.spikes import Spikes
 from blt.train.tables import SparseTables
 
 Tensors = dict[str, Tensor]
@@ -44,6 +48,8 @@ class TrainState:
     skips: int = 0
     lr: float = 0.0
     norm: float = 0.0
+    averages: Averages | None = None
+    spikes: Spikes = field(default_factory=Spikes)
 
     def state_dict(self) -> StateDict:
         """The state after the last step."""
@@ -55,29 +61,38 @@ class TrainState:
             "last": [self.lr, self.norm],
             "table_steps": None if self.tables is None else self.tables.missed.steps,
             "window": self.window.state(),
+            "spikes": self.spikes.state(),
+            "ema_updates": None if self.averages is None else self.averages.updates,
         }
         return StateDict(self._tensors(), values)
 
     def load_state_dict(self, values: dict[str, Any], load_tensors: Callable[[Tensors], None]) -> None:
         """Continues from the `values` of a state dict; `load_tensors` fills the live tensors in place.
 
+        Averages that the state dict lacks begin with its weights.
         Raises LookupError, TypeError or ValueError if `values` is incomplete, and what `load_tensors` raises.
         """
         if self.tables is not None:
             self.tables.resize_history(values["table_steps"])
-        tensors = self._tensors()
+        averages, updates = self.averages, values.get("ema_updates")
+        tensors = self._tensors(averages=updates is not None)
         load_tensors(tensors)
+        if averages is not None:
+            averages.resume(updates)
         torch.set_rng_state(tensors["rng"])
         self.loader.restore(values["loader"])
         self.step, self.bytes, self.skips = values["step"], values["bytes"], int(values["skips"])
         self.lr, self.norm = values["last"]
         self.window.restore(values["window"])
+        self.spikes.restore(values.get("spikes", {}))
 
-    def _tensors(self) -> Tensors:
+    def _tensors(self, averages: bool = True) -> Tensors:
         # The model first: its state_dict reshards FSDP's parameters, and only those are the optimizer's.
         found = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
         optimizer = optimizer_state(self.model, self.optimizer)
         if self.tables is not None:
             optimizer |= self.tables.tensors()
         found |= {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
+        if averages and self.averages is not None:
+            found |= {f"{EMA}{name}": tensor for name, tensor in self.averages.tensors.items()}
         return found | {"rng": torch.get_rng_state()}

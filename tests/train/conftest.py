@@ -24,6 +24,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+@pytest.fixture(scope="session")
+def groups_of_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three groups with bytes, prompts and documents of several lengths; the validation text ends within a document."""
+    folder = tmp_path_factory.mktemp("groups")
+    texts = {"digits": "0123456789", "letters": "abc def ", "signs": "+- */ "}
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("valid", 7)):
+        for name, text in texts.items():
+            (folder / "in" / split).mkdir(parents=True, exist_ok=True)
+            documents = ["".join(random.choice(list(text), n)) for n in random.integers(1, 150, count)]
+            (folder / "in" / split / f"{name}.txt").write_bytes("\0".join(documents).encode())
+    prepare([folder / "in"], folder / "data")
+    return folder / "data"
+
+
 @pytest.fixture
 def entropy_config(repo: Path) -> EntropyRun:
     config = load_config(repo / "configs" / "tiny-entropy.yaml")

@@ -322,6 +322,7 @@ def test_resuming_something_else_is_refused(
         ("run.dtype=bf16", "'run.dtype'"),
         ("batch.rows=2", r"'batch.rows' \(4, not 2\)"),
         ("optimizer.freeze=[norm.weight]", "'optimizer.freeze'"),
+        ("optimizer.name=muon", r"'optimizer.name' \(adamw, not muon\)"),
     ):
         other = load_config(repo / "configs" / "tiny-entropy.yaml", [setting])
         with pytest.raises(CheckpointError, match=f"another {name}"):

@@ -31,7 +31,7 @@ def micro_batch(trainer: Trainer) -> Any:
     batch = replace(next(trainer.state.loader), micro_rows=trainer.micro_rows)
     row, part = trainer._micro_batches(batch)[0]
     assert part.ids.shape[1] == trainer.config.batch.byte_buckets[-1]
-    return trainer._loss(row, part)
+    return trainer._losses(row, part)[0]
 
 
 def saved_by_autograd(trainer: Trainer) -> int:
@@ -116,6 +116,16 @@ def matrices_of(config: BLTRun) -> list[int]:
         model = BLT(config.model)
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     return [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in blocks]
+
+
+def test_muon_keeps_one_moment_of_a_matrix(repo: Path, data: Path, tmp_path: Path) -> None:
+    adamw, muon = (config_of(repo, "tiny", *BLT_SETTINGS, f"optimizer.name={name}") for name in ("adamw", "muon"))
+    trainer = prepare_run(muon, tmp_path, data)[0]
+    tensors = trainer.state.state_dict().tensors
+    kept = sum(t.numel() for name, t in tensors.items() if name.endswith(("_avg", "_avg_sq", "momentum_buffer")))
+    weights = sum(p.numel() for p in trainer.objective.model.parameters())
+    assert memory(muon)["weights_and_optimizer"] == 4 * (weights + kept)
+    assert memory(muon)["weights_and_optimizer"] < memory(adamw)["weights_and_optimizer"] == 12 * weights
 
 
 @pytest.mark.parametrize("tables", ["dense", "sparse"])

@@ -22,7 +22,7 @@ import torch
 from blt.checkpoint import models
 from blt.model import BLT
 from blt.model.layers import Block
-from blt.train import Trainer, parallel, train
+from blt.train import Trainer, parallel, spikes, train
 from blt.train.config import BLTRun, RunConfig, load_config
 from blt.train.setup import prepare_run
 from blt.train.traffic import traffic
@@ -496,6 +496,61 @@ def test_inductors_code_of_two_ranks_matches_eager_steps(
     same_within_rounding(records(out), records(tmp_path / "one"))
     # local and latent blocks, pooling, the patches' keys and values, and the decoder's cross-attention
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["5", "5"]
+
+
+# Muon, averages, validation by group, and a rollback from the tenth batch to step 6.
+WATCHED = """
+from blt.train import spikes
+from blt.train.loop import Trainer
+
+read = Trainer._read
+
+def spoiled(self, total, norm):
+    at = self.state.loader.state()
+    return read(self, total + (1e5 if (at["epoch"], at["block"], at["batch"]) == (0, 0, 10) else 0), norm)
+
+constants = {"WINDOW": 6, "BACK": 3, "SKIP": 2}
+if __name__ == "__main__":
+    for name, value in constants.items():
+        setattr(spikes, name, value)
+    Trainer._read = spoiled
+    from blt.cli import main
+    main()
+"""
+WATCHED_SETTINGS = ("optimizer={name: muon, ema: 0.8, lr: 0.01}", "run.spike_rollback=1", "run.keep_checkpoints=9")
+OF_MUON = 1e-3
+"""Muon's products are in bfloat16, and those of sharded matrices are rounded otherwise."""
+
+
+@pytest.mark.slow
+def test_two_ranks_with_muon_averages_groups_and_a_rollback(
+    repo: Path, groups_of_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They match one rank. Continued from the checkpoint that they went back to, they end with the same bits."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    program = [str(tmp_path / "watched.py")]
+    two = two_ranks(repo, tmp_path / "two", groups_of_text, "none", *WATCHED_SETTINGS, program=program)
+    changed: dict[str, Any] = {"__name__": "watched"}
+    exec(WATCHED, changed)
+    for name, value in changed["constants"].items():
+        monkeypatch.setattr(spikes, name, value)
+    monkeypatch.setattr(Trainer, "_read", changed["spoiled"])
+    config = load_config(repo / "configs" / "tiny.yaml", [*SETTINGS, *WATCHED_SETTINGS])
+    train(config, tmp_path / "one", data=groups_of_text)
+    ours, theirs = records(two), records(tmp_path / "one")
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    assert [record for record in ours if "spike_step" in record] == [
+        {"step": HALF, "spike_step": 10, "rollbacks": 1, "skipped_batches": 4 + 2}
+    ]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in a.keys() & {"loss", "norm", "valid_bpb", "valid_bpb_by_group"}:
+            assert a[key] == pytest.approx(b[key], rel=OF_MUON)
+    assert sum(len(record.get("valid_bpb_by_group", ())) for record in ours) == 2 * 3
+    half = str(two / "checkpoints" / f"step-{HALF:08d}")
+    resumed = two_ranks(repo, tmp_path / "again", groups_of_text, half, *WATCHED_SETTINGS, program=program)
+    assert records(resumed) == [record for record in ours if record["step"] > HALF]
+    found, expected = (models.load(out).require_blt()[0].state_dict() for out in (resumed, two))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_ranks_without_torchrun_are_refused(

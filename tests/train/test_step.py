@@ -86,7 +86,7 @@ def test_a_step_waits_once_for_the_device(
 
 
 @pytest.mark.parametrize("micro_rows", [4, 1])
-def test_validation_waits_once_for_each_batch(
+def test_validation_waits_once_for_each_batch_and_for_the_groups(
     repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_rows: int
 ) -> None:
     settings = ["patching.scheme=space", f"batch.micro_rows={micro_rows}"]
@@ -96,7 +96,8 @@ def test_validation_waits_once_for_each_batch(
     with Waits(monkeypatch) as waits:
         trainer.validate()
     assert waits.found.count("item") == batches
-    assert set(waits.found) <= {"item", "_local_scalar_dense"}
+    assert waits.found.count("tolist") == 1
+    assert set(waits.found) <= {"item", "tolist", "_local_scalar_dense"}
 
 
 def broken_for(trainer: Trainer, steps: range) -> None:
@@ -176,7 +177,7 @@ def test_micro_batches_add_up(
     sizes = []
     loss_sum = parts.objective._sum
 
-    def counted(ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    def counted(ids: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sizes.append(len(ids))
         return loss_sum(ids, *rest)
 

@@ -12,7 +12,7 @@ import torch
 
 from blt.checkpoint import models
 from blt.checkpoint.formats import open_source
-from blt.cli import run as run_command
+from blt.cli.inputs import existing_model, is_bundle
 from blt.train import checkpoints
 from blt.train.config import BLTRun, EntropyRun, RunConfig, load_config
 from blt.train.run import train
@@ -86,12 +86,13 @@ def test_a_stopped_entropy_run_cuts_the_patches_of_a_blt(
     assert models.load(tmp_path / "run").entropy is not None
 
 
-def test_a_named_checkpoint_is_evaluated_and_a_damaged_one_is_refused(
-    entropy_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_named_checkpoint_is_a_model_of_commands_and_a_damaged_one_is_refused(
+    entropy_run: Path, tmp_path: Path
 ) -> None:
     found = Path(shutil.copytree(entropy_run / "checkpoints" / "step-00000020", tmp_path / "step-00000020"))
-    assert run_command(["eval", str(found), str(data), "--split", "valid", "--threads", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
+    assert existing_model(found) == found
+    assert not is_bundle(found)
+    assert models.load(found).entropy is not None
     (shard,) = found.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"step-00000020 is damaged"):

@@ -1,21 +1,25 @@
-"""What a run says about itself: FLOP/s and MFU, memory, the wait for data, norms of parts, and a profile of steps."""
+"""What a run says about itself: FLOP/s and MFU, memory, the wait for data, validation by group, norms of parts, and
+a profile of steps."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import logging
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from blt.data.dataset import Documents
 from blt.train import Trainer, train
 from blt.train.config import EntropyRun, load_config
 from blt.train.dryrun import FORWARD_PASSES_PER_STEP
 from blt.train.norms import KINDS
 from blt.train.profile import FOLDER, StepProfile
-from blt.train.progress import fields, scalars
+from blt.train.progress import FEW_GROUPS, fields, scalars
 from blt.train.setup import prepare_run
 from blt.train.speed import peak_flops, used_memory
 from blt_runtime.errors import UsageError
@@ -100,6 +104,56 @@ def test_waiting_is_counted_in_the_window(repo: Path, data: Path, tmp_path: Path
     assert window.waited == 0
     window.restore({key: value for key, value in state.items() if key != "waited"})  # of an earlier version
     assert window.waited == 0
+
+
+def nats_by_group(trainer: Trainer) -> dict[str, tuple[float, int]]:
+    """Nats and bytes of each group, position by position: the document of a target follows from its place in the
+    tokens of the block."""
+    assert trainer.valid is not None
+    loader = trainer.valid()
+    documents = loader.documents
+    assert isinstance(documents, Documents)
+    found: dict[str, tuple[float, int]] = {}
+    for batch in loader.one_pass():
+        members = loader._blocks(0)[batch.block]
+        ends = np.cumsum(documents.lengths[members] + 2)
+        losses_BN = trainer.objective(batch)[1].reshape(batch.mask.shape)
+        for row, position in zip(*np.nonzero(batch.mask), strict=True):
+            place = batch.starts[row] + position + 1
+            name = documents.group(int(members[np.searchsorted(ends, place, side="right")]))
+            nats, n_bytes = found.get(name, (0.0, 0))
+            is_byte = int(batch.targets[row, position] >= 4)
+            found[name] = nats + losses_BN[row, position].item(), n_bytes + is_byte
+    return found
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-entropy"])
+def test_validation_by_group_is_that_of_every_position(
+    repo: Path, groups_of_text: Path, tmp_path: Path, kind: str
+) -> None:
+    settings = ["data.valid_bytes=1200", "schedule={steps: 4, warmup: 1}", "run.valid_every=100"]
+    settings += ["patching.scheme=space", "batch.micro_rows=2"] if kind == "tiny" else []
+    config = load_config(repo / "configs" / f"{kind}.yaml", settings)
+    trainer = prepare_run(config, tmp_path / "run", groups_of_text)[0]
+    trainer.run(4)
+    (record,) = records(tmp_path / "run", "valid_bpb_by_group")
+    expected = nats_by_group(trainer)
+    bits = record["valid_bpb_by_group"]
+    assert isinstance(bits, dict)
+    assert bits == pytest.approx({name: nats / math.log(2) / n for name, (nats, n) in expected.items()}, rel=1e-5)
+    assert len(bits) == 3
+    assert sum(n for _, n in expected.values()) == record["valid_bytes"] == 1200
+    total = sum(bits[name] * n for name, (_, n) in expected.items()) / 1200
+    assert total == pytest.approx(record["valid_bpb"], rel=1e-5)
+    assert scalars(record)["valid/bpb_by_group/digits"] == bits["digits"]
+    assert f"digits {bits['digits']:.3f}, letters" in ", ".join(fields(record))
+    many = {f"group {i}": 1.0 for i in range(FEW_GROUPS + 1)}
+    assert "group 0" not in ", ".join(fields({**record, "valid_bpb_by_group": many}))
+
+
+def test_one_group_is_not_listed(repo: Path, data: Path, tmp_path: Path) -> None:
+    trainer = blt_trainer(repo, data, tmp_path / "run")
+    assert trainer.validate().keys() == {"valid_bpb", "valid_bytes"}
 
 
 def plain_norm(tensors: list[torch.Tensor]) -> float:
