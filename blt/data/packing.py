@@ -310,7 +310,8 @@ class Loader:
             row_tokens=_padded(block.rows.lengths[rows], B), row_targets=_padded(block.targets[rows], B),
             row_bytes=row_bytes, row_patches=None if P is None else _padded(block.n_patches[rows], B),
             documents=(*(block.members[first:last] for first, last in document_pairs), *blank),
-            buckets=buckets, micro_rows=share.micro_rows, share=share, target_groups=self._target_groups(block, held, len(mine), N),
+            buckets=buckets, micro_rows=share.micro_rows, share=share,
+            target_groups=self._target_groups(block, held, len(mine), N),
         )  # fmt: skip
 
     def _read(self, block: Block, rows: Int, n_rows: int, n_tokens: int) -> tuple[Ids, Ids, Bools]:
