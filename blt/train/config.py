@@ -282,6 +282,13 @@ class _Run(Frozen):
     batch: BatchConfig = BatchConfig()
     run: RunSettings = RunSettings()
 
+    @model_validator(mode="after")
+    def _one_muon(self) -> typing.Self:
+        """torch warns that sums over two dimensions of ranks may differ between ranks: replicas would drift apart."""
+        if self.optimizer.name == "muon" and self.run.shard_ranks is not None:
+            raise ValueError("optimizer.name muon shards over all ranks; leave run.shard_ranks out, or use adamw")
+        return self
+
 
 class EntropyRun(_Run):
     """Trains an entropy model on rows of bytes."""

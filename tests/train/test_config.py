@@ -90,6 +90,11 @@ def test_invalid_settings_are_named(repo: Path, override: str, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_muon_has_no_replicas(repo: Path) -> None:
+    with pytest.raises(ConfigError, match=r"muon shards over all ranks; leave run\.shard_ranks out"):
+        load_config(repo / "configs" / "tiny.yaml", ["optimizer.name=muon", "run.shard_ranks=2"])
+
+
 @pytest.mark.parametrize(("patching", "size"), [("scheme: static, patch_size: 6", 6.0), ("scheme: byte", 1.0)])
 def test_costs_of_fixed_patches_use_their_size(repo: Path, patching: str, size: float) -> None:
     config = load_config(repo / "configs" / "tiny.yaml", [f"patching={{{patching}}}"])
