@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from blt.data.batches import Share
 from blt.model.layers import Block
 from blt.train.config import BatchConfig
 from blt.train.objective import allow_compilations
@@ -81,8 +82,7 @@ class Ranks:
 
     def share(self, rows: Tensor, micro_rows: int | None) -> Tensor:
         """This rank's rows of a global batch, [B, ...]: ranks take turns by `micro_rows` rows (None: all of them)."""
-        parts: Tensor = rows.unflatten(0, (-1, micro_rows or len(rows)))
-        return parts[self.rank :: self.world].flatten(0, 1)
+        return rows if self.single else rows[Share(self.rank, self.world, micro_rows).rows(len(rows))]
 
     def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Sends the first `sent[0]` rows to rank 0, the next `sent[1]` to rank 1, ...; returns the rows that the ranks
