@@ -4,8 +4,8 @@ A step is a spike if its loss is above median + 7 * 1.4826 * MAD of the last 100
 absolute deviation estimates a standard deviation), or if its loss or gradient norm is not finite. The trainer then
 returns to a checkpoint of at least 100 steps before and skips the batches since then and 100 more. Chowdhery et al.
 (2022, "PaLM", section 5.1) did so by hand, with 200 to 500 batches. A finite gradient norm is no sign of a spike: in
-366 healthy steps of docs/training.md#muon, the largest loss is 4.6 such deviations above the median, and the largest
-norm 7.5.
+four healthy runs of docs/training.md#muon, the largest loss is 5.0 such deviations above the median, and the largest
+norm 8.7.
 """
 
 from __future__ import annotations
