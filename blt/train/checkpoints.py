@@ -22,8 +22,10 @@ import logging
 import os
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +129,8 @@ def write(
     try:
         ranks.on_first(lambda: _fresh(folder, draft))
         _save(draft, tensors, ranks)
-        ranks.on_first(lambda: _complete(draft, path, step, state | marks))
+        files = ranks.from_each(lambda: _entries(draft.glob(f"shard-{ranks.rank + 1:05d}-*")))
+        ranks.on_first(lambda: _complete(draft, path, step, state | marks, dict(ChainMap(*files))))
     except (CheckpointException, OSError) as error:
         if ranks.first:
             shutil.rmtree(draft, ignore_errors=True)
@@ -188,10 +191,15 @@ def _fresh(folder: Path, draft: Path) -> None:
     draft.mkdir()
 
 
-def _complete(draft: Path, path: Path, step: int, state: dict[str, Any]) -> None:
-    """Adds state.json and the manifest and gives the folder its name."""
+def _entries(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of each file, for the manifest."""
+    return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+
+
+def _complete(draft: Path, path: Path, step: int, state: dict[str, Any], shards: dict[str, dict[str, Any]]) -> None:
+    """Adds state.json and the manifest and gives the folder its name. shards: `_entries` of the ranks' files."""
     write_synced(draft / STATE, json.dumps({"step": step, **state}))
-    files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(draft.iterdir())}
+    files = dict(sorted({**shards, **_entries([draft / STATE])}.items()))
     write_synced(draft / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}))
     _sync(draft)
     replace_folder(draft, path)
@@ -357,7 +365,11 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides DCP's warning that it runs without a process group: one rank has none."""
+    """Hides DCP's warning that it runs without a process group: one rank has none. Filters are those of the process, so
+    another thread than the main one leaves them alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

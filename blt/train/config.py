@@ -231,9 +231,10 @@ class RunSettings(Frozen):
     """Settings of the run. `*_every` are in steps.
 
     A sample is a short text that the model writes; 0 logs none. Checkpoints at `milestones_every` are kept beside the
-    newest `keep_checkpoints`; 0 makes none. `norms_every` measures the norms of the model's parts; 0 never.
-    `spike_rollback` is how often a run may return to a checkpoint after a spike of the loss; 0 never. `shard_ranks`
-    ranks share the parameters, and each group of so many has them all (null: all ranks are one group).
+    newest `keep_checkpoints`; 0 makes none. With `async_checkpoints` the state is copied to memory and written while
+    training goes on. `norms_every` measures the norms of the model's parts; 0 never. `spike_rollback` is how often a
+    run may return to a checkpoint after a spike of the loss; 0 never. `shard_ranks` ranks share the parameters, and
+    each group of so many has them all (null: all ranks are one group).
     `peak_flops` is the peak of one device in FLOP/s, for MFU (null: that of a well-known GPU).
     """
 
@@ -254,6 +255,7 @@ class RunSettings(Frozen):
     shard_ranks: int | None = Field(default=None, ge=2)
     peak_flops: FiniteFloat | None = Field(default=None, gt=0)
     keep_checkpoints: int = Field(default=2, ge=1)
+    async_checkpoints: bool = False
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     tensorboard: bool = False
 

@@ -29,6 +29,7 @@ from blt.data.batches import Batch, Share
 from blt.data.packing import Loader
 from blt.train import checkpoints, parallel, resume, spikes
 from blt.train.averages import Averages
+from blt.train.background import BackgroundWriter
 from blt.train.checkpoints import TrainingCheckpoint
 from blt.train.config import RunConfig
 from blt.train.dryrun import FORWARD_PASSES_PER_STEP
@@ -109,6 +110,7 @@ class Trainer:
             model, "token model" if config.kind == "bpe" else "entropy model", config.run.norms_every
         )
         self.sample = sample
+        self.background = BackgroundWriter(ranks) if config.run.async_checkpoints else None
         self.profile = StepProfile()
         self.advice = "run the same command to continue"
         """What to do after a signal, for its message."""
@@ -137,7 +139,15 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         observing_run = observing(self.out, steps, at=state.step, tensorboard=run.tensorboard)
         kernels = _determinism(run.deterministic)
-        with kernels, _ignored_warnings(), self._signals(), closing(state.loader), observing_run as self.observer:
+        written = nullcontext() if self.background is None else closing(self.background)
+        with (
+            kernels,
+            _ignored_warnings(),
+            self._signals(),
+            closing(state.loader),
+            written,
+            observing_run as self.observer,
+        ):
             self.metrics.on_record = self.observer.record
             if state.step == 0:
                 self.log_sample()
@@ -259,6 +269,8 @@ class Trainer:
         found = state.spikes.found(loss, norm)
         if not found:
             return
+        if self.background is not None:
+            self.background.wait()  # its checkpoint may be the one to return to
         where = f"{found} at step {state.step + 1}, {batch.identity}"
         steps = self.ranks.on_first(lambda: [*map(checkpoints.step_of, checkpoints.checkpoint_folders(self.folder))])
         if not any(state.spikes.is_target(step, state.step, every) for step in steps):
@@ -401,22 +413,20 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint of this step, once. Every rank calls it.
 
-        Raises CheckpointError if it cannot be written; older ones are intact then.
+        Raises CheckpointError if it cannot be written; older ones are intact then. With `run.async_checkpoints` it only
+        begins, and the error is that of the checkpoint before.
         """
         if self._saved_step == self.state.step:
             return
         tensors, values = self.state.state_dict()
         values |= {"config": self.config.model_dump(mode="json"), "extra": self.extra}
-        checkpoints.write(
+        write = checkpoints.write if self.background is None else self.background.write
+        needed = partial(self.state.spikes.is_needed, at=self.state.step, every=self.config.run.checkpoint_every)
+        write(
             self.folder, self.state.step, tensors, values,
-            keep=self.config.run.keep_checkpoints, milestone=self._is_milestone, needed=self._is_needed,
-            ranks=self.ranks,
+            keep=self.config.run.keep_checkpoints, milestone=self._is_milestone, needed=needed, ranks=self.ranks,
         )  # fmt: skip
         self._saved_step = self.state.step
-
-    def _is_needed(self, step: int) -> bool:
-        """Whether a spike may lead back to the checkpoint of `step`."""
-        return self.state.spikes.is_needed(step, self.state.step, self.config.run.checkpoint_every)
 
     @property
     def _is_milestone(self) -> bool:
@@ -486,7 +496,9 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _ignored_warnings() -> Iterator[None]:
-    """Hides torch's warning about float32 norm weights in a bfloat16 step: they are float32 on purpose."""
+    """Hides torch's warning about float32 norm weights in a bfloat16 step: they are float32 on purpose. And that of DCP
+    that one rank has no process group, which a background thread would print."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -109,18 +109,30 @@ class Ranks:
 
     def on_each(self, work: Callable[[], None]) -> None:
         """Runs `work` on every rank at once; the error of one of them is raised on all."""
+        self.from_each(work)
+
+    def from_each(self, work: Callable[[], Result]) -> list[Result]:
+        """Runs `work` on every rank at once and returns their results, in the order of ranks; the error of one of them
+        is raised on all."""
         if self.single:
-            work()
-            return
-        error: Exception | None = None
+            return [work()]
+        answer: tuple[Any, Exception | None]
         try:
-            work()
+            answer = work(), None
         except (BltError, OSError) as raised:
-            error = raised
-        errors: list[Exception | None] = [None] * self.world
-        dist.all_gather_object(errors, error, group=self.control)
-        if found := next((error for error in errors if error is not None), None):
+            answer = None, raised
+        answers: list[Any] = [None] * self.world
+        dist.all_gather_object(answers, answer, group=self.control)
+        if found := next((error for _, error in answers if error is not None), None):
             raise found
+        return [result for result, _ in answers]
+
+    def apart(self) -> Ranks:
+        """The same ranks with another control group, whose calls another thread may mix with those of this one. Every
+        rank calls it."""
+        if self.single:
+            return self
+        return replace(self, control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on the first rank, then on the others, which find the files that the first one wrote."""

@@ -46,8 +46,9 @@ def wait_for_step(process: subprocess.Popen[bytes], out: Path, step: int) -> Non
 def test_killed_twice_and_resumed(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(repo, whole, data, entropy_run).wait(300) == 0
-    for step in (8, 31):
-        process = start(repo, killed, data, entropy_run)
+    for step, background in ((8, "false"), (31, "true")):
+        settings = (*SETTINGS, f"run.async_checkpoints={background}")
+        process = start(repo, killed, data, entropy_run, settings)
         wait_for_step(process, killed, step)
         process.send_signal(signal.SIGKILL)
         process.wait()

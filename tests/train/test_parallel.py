@@ -415,8 +415,9 @@ def test_two_ranks_continue_where_one_stopped(repo: Path, data: Path, one_rank: 
 
 @pytest.mark.slow
 def test_two_ranks_killed_and_resumed_are_bit_exact(repo: Path, data: Path, both_ranks: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = start(repo, out, data)
+    """Checkpoints are written in the background, those of the run that is not killed are not."""
+    out, background = tmp_path / "run", "run.async_checkpoints=true"
+    process = start(repo, out, data, "auto", background)
     deadline = time.monotonic() + 300
     while not list(out.glob("checkpoints/step-*")):
         assert process.poll() is None, "the run ended before it could be killed"
@@ -433,7 +434,7 @@ def test_two_ranks_killed_and_resumed_are_bit_exact(repo: Path, data: Path, both
         f"step-{STEPS:08d}"
     ):  # it finished before the kill; it resumes from the middle in any case
         shutil.rmtree(newer)
-    assert records(two_ranks(repo, out, data)) == records(both_ranks)
+    assert records(two_ranks(repo, out, data, "auto", background)) == records(both_ranks)
     ours, theirs = (models.load(run).require_blt()[0].state_dict() for run in (out, both_ranks))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
