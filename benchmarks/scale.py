@@ -30,7 +30,7 @@ from blt.train.dryrun import FORWARD_PASSES_PER_STEP
 from blt.train.memory import FLOAT, MOMENTS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SETTINGS = ("batch.rows=1792", "schedule.min_ratio=0", "run.activation_checkpointing=true", "optimizer.tables=sparse")
+SETTINGS = ("batch.rows=1792", "schedule.min_ratio=0", "run.activation_checkpointing=full", "optimizer.tables=sparse")
 """The paper's batch of 16 MB (docs/training.md)."""
 PEAKS = {"products": 989e12, "memory": 3.35e12, "link": 450e9, "network": 50e9}
 """H100 SXM: FLOP/s of dense bfloat16, bytes/s of HBM3, of NVLink and of a 400 Gb/s network card, in one direction."""
@@ -66,8 +66,9 @@ def predict(config: RunConfig, ranks: int) -> Step:
     """The step of a configuration on so many H100s."""
     report = dry_run(config, ranks=ranks)
     n_bytes = report["bytes_per_step"] / ranks
-    recomputes = config.run.activation_checkpointing
-    passes = FORWARD_PASSES_PER_STEP + recomputes
+    recomputation = config.run.activation_checkpointing
+    recomputes = recomputation != "none"
+    passes = FORWARD_PASSES_PER_STEP + (recomputation == "full")
     flops = {
         name: n_bytes * sum(f for part, f in report["flops_per_byte_by_part"].items() if part.startswith(name))
         for name in ("latent", "local")
@@ -100,7 +101,7 @@ def _kept(config: RunConfig) -> float:
     one_row = config.model_copy(
         update={
             "batch": config.batch.model_copy(update={"rows": 1, "micro_rows": 1}),
-            "run": config.run.model_copy(update={"activation_checkpointing": False, "shard_ranks": None}),
+            "run": config.run.model_copy(update={"activation_checkpointing": "none", "shard_ranks": None}),
         }
     )
     return float(dry_run(one_row)["memory_bytes"]["activations"]) / config.batch.byte_buckets[-1]

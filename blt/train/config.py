@@ -232,7 +232,8 @@ class RunSettings(Frozen):
 
     A sample is a short text that the model writes; 0 logs none. Checkpoints at `milestones_every` are kept beside the
     newest `keep_checkpoints`; 0 makes none. With `async_checkpoints` the state is copied to memory and written while
-    training goes on. `norms_every` measures the norms of the model's parts; 0 never. `spike_rollback` is how often a
+    training goes on. `activation_checkpointing` is what the backward pass computes again (`blt.train.recompute`).
+    `norms_every` measures the norms of the model's parts; 0 never. `spike_rollback` is how often a
     run may return to a checkpoint after a spike of the loss; 0 never. `shard_ranks` ranks share the parameters, and
     each group of so many has them all (null: all ranks are one group).
     `peak_flops` is the peak of one device in FLOP/s, for MFU (null: that of a well-known GPU).
@@ -243,7 +244,7 @@ class RunSettings(Frozen):
     compile: bool = True
     attention: Literal["auto", "flex"] = "auto"
     deterministic: bool = True
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     on_nonfinite: Literal["stop", "skip"] = "stop"
     spike_rollback: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
@@ -258,6 +259,14 @@ class RunSettings(Frozen):
     async_checkpoints: bool = False
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     tensorboard: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _was_a_switch(cls, values: Any) -> Any:
+        """`activation_checkpointing` was true (full) or false (none) in earlier versions."""
+        if isinstance(values, Mapping) and isinstance(was := values.get("activation_checkpointing"), bool):
+            return {**values, "activation_checkpointing": "full" if was else "none"}
+        return values
 
 
 class InitConfig(Frozen):

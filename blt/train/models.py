@@ -18,6 +18,6 @@ def make_model(config: RunConfig) -> Model:
     else:
         model = BLT(config.model) if isinstance(config, BLTRun) else EntropyModel(config.model)
     freeze(model, config.optimizer.freeze)
-    if config.run.activation_checkpointing:
-        recompute_parts(model)
+    if config.run.activation_checkpointing != "none":
+        recompute_parts(model, selective=config.run.activation_checkpointing == "selective")
     return model

@@ -127,3 +127,15 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             load_config(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("true", "full"), ("false", "none"), ("selective", "selective")])
+def test_recomputation_was_a_switch(repo: Path, given: str, meant: str) -> None:
+    config = load_config(repo / "configs" / "tiny.yaml", [f"run.activation_checkpointing={given}"])
+    assert config.run.activation_checkpointing == meant
+
+
+@pytest.mark.parametrize("wrong", ["blocks", "1", "null"])
+def test_an_unknown_recomputation_is_refused(repo: Path, wrong: str) -> None:
+    with pytest.raises(ConfigError, match="activation_checkpointing"):
+        load_config(repo / "configs" / "tiny.yaml", [f"run.activation_checkpointing={wrong}"])

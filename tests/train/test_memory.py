@@ -77,7 +77,8 @@ KINDS = {
 }
 TRACKED = {
     "blt": ("tiny", BLT_SETTINGS),
-    "recomputed": ("tiny", (*BLT_SETTINGS, "run.activation_checkpointing=true")),
+    "recomputed": ("tiny", (*BLT_SETTINGS, "run.activation_checkpointing=full")),
+    "selective": ("tiny", (*BLT_SETTINGS, "run.activation_checkpointing=selective")),
     "entropy": ("tiny-entropy", ()),
 }
 
@@ -103,10 +104,12 @@ def test_the_peak_of_a_micro_batch(repo: Path, data: Path, tmp_path: Path, kind:
 
 def test_recomputation_keeps_little(repo: Path) -> None:
     """The inputs of parts, the patches' keys and values, and what no part holds: embeddings and logits."""
-    kept, again = (
-        memory(config_of(repo, "tiny", *BLT_SETTINGS, f"run.activation_checkpointing={on}")) for on in ("false", "true")
+    kept, products, again = (
+        memory(config_of(repo, "tiny", *BLT_SETTINGS, f"run.activation_checkpointing={what}"))
+        for what in ("none", "selective", "full")
     )
     assert again["activations"] < 0.25 * kept["activations"]
+    assert again["activations"] < 0.7 * products["activations"] < 0.6 * kept["activations"]
     assert again["weights_and_optimizer"] == kept["weights_and_optimizer"]
 
 

@@ -214,11 +214,12 @@ def saved_bytes(trainer: Trainer) -> int:
     return total
 
 
+@pytest.mark.parametrize("what", ["selective", "full"])
 def test_activation_checkpointing_saves_memory_and_changes_no_bit(
-    repo: Path, data: Path, entropy_run: Path, tmp_path: Path
+    repo: Path, data: Path, entropy_run: Path, tmp_path: Path, what: str
 ) -> None:
     path = repo / "configs" / "tiny.yaml"
-    configs = (load_config(path), load_config(path, ["run.activation_checkpointing=true"]))
+    configs = (load_config(path), load_config(path, [f"run.activation_checkpointing={what}"]))
     kept, again = (prepare_run(config, tmp_path, data, entropy_model=entropy_run)[0] for config in configs)
     assert saved_bytes(again) < 0.7 * saved_bytes(kept)
     for _ in range(2):
@@ -229,8 +230,11 @@ def test_activation_checkpointing_saves_memory_and_changes_no_bit(
 
 
 @pytest.mark.slow
-def test_activation_checkpointing_compiles(repo: Path, data: Path, entropy_run: Path, tmp_path: Path) -> None:
-    settings = ["run.activation_checkpointing=true", "batch.byte_buckets=[128]", *ONE_LAYER]
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_activation_checkpointing_compiles(
+    repo: Path, data: Path, entropy_run: Path, tmp_path: Path, what: str
+) -> None:
+    settings = [f"run.activation_checkpointing={what}", "batch.byte_buckets=[128]", *ONE_LAYER]
     config = load_config(repo / "configs" / "tiny.yaml", settings)
     compiled, eager = (
         prepare_run(config, tmp_path, data, entropy_model=entropy_run, compile=compile)[0] for compile in (True, False)
