@@ -16,8 +16,8 @@ Within the batch, rows are ordered by length, so that micro-batches of a few row
 one length each would be batches of one kind of text: bytes per patch differ between code and languages.) The order of
 everything follows from (seed, epoch, block). A block is a sequence of documents of about `block_tokens`; the loader's
 state is three integers.
-The first blocks of the first epoch are smaller: FIRST_BLOCK_TOKENS, then as many as all blocks before them. So a run of
-few steps needs the patch boundaries of few documents.
+The first blocks of the first epoch are smaller: FIRST_BLOCK_TOKENS by default, then as many as all blocks before them.
+So a run of few steps needs the patch boundaries of few documents.
 
 Letters: B rows, N tokens of a row, P patches, T tokens of a block, R rows of a block.
 """
@@ -103,6 +103,7 @@ class Loader:
     A thread plans the next block while batches of the current one are read, if its boundaries are known or if the first
     `total_batches` batches may reach it (None: all): then the entropy model runs ahead of the step.
     A `mixture` of the documents of `subset` decides their order; without one, an epoch is a permutation of them.
+    The first block of the first epoch has `first_block_tokens` (None: FIRST_BLOCK_TOKENS).
     Of the last document of `subset`, only the first `last_tokens` tokens count (None: all; see `first_bytes`).
     Every rank plans all rows, and reads the text of its `share` alone. With `groups`, batches say the group of every
     target.
@@ -119,6 +120,7 @@ class Loader:
         subset: Sequence[int] | Int | None = None,
         last_tokens: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
+        first_block_tokens: int | None = None,
         workers: int = 0,
         total_batches: int | None = None,
         mixture: Mixture | None = None,
@@ -128,6 +130,7 @@ class Loader:
             raise ConfigError("a batch shape with patches needs patch boundaries, and one without takes none")
         self.documents, self.shape, self.patch_starts = documents, shape, patch_starts
         self.seed, self.shuffle, self.block_tokens = seed, shuffle, block_tokens
+        self.first_block_tokens = first_block_tokens or FIRST_BLOCK_TOKENS
         self.last_tokens, self.total_batches = last_tokens, total_batches
         self.mixture, self.groups = mixture, groups
         self.share = Share()
@@ -189,7 +192,8 @@ class Loader:
         elif self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         ends = np.cumsum(self.documents.lengths[order] + 2)
-        cuts = np.searchsorted(ends, _block_ends(int(ends[-1]), self.block_tokens, growing=epoch == 0))
+        first = self.block_tokens if epoch else self.first_block_tokens
+        cuts = np.searchsorted(ends, _block_ends(int(ends[-1]), self.block_tokens, first))
         blocks = [part for part in np.split(order, np.unique(cuts)) if len(part)]
         self._epoch_blocks = epoch, blocks
         return blocks
@@ -406,8 +410,8 @@ def _padded(values: Int, length: int, blank: int = 0) -> Int:
     return np.concatenate([values, np.full(length - len(values), blank, np.int64)])
 
 
-def _block_ends(tokens: int, block_tokens: int, growing: bool) -> Int:
-    """Where the blocks of an epoch end, in tokens from its start; the last block ends with the epoch."""
-    first = [FIRST_BLOCK_TOKENS << i for i in range(block_tokens.bit_length())] if growing else []
-    first = [end for end in first if end < block_tokens]
-    return np.array([*first, *range(block_tokens, tokens, block_tokens)], np.int64)
+def _block_ends(tokens: int, block_tokens: int, first: int) -> Int:
+    """Where the blocks of an epoch end, in tokens from its start; the last block ends with the epoch. Up to
+    `block_tokens`, blocks grow from `first` tokens."""
+    growing = [first << i for i in range(block_tokens.bit_length()) if first << i < block_tokens]
+    return np.array([*growing, *range(block_tokens, tokens, block_tokens)], np.int64)

@@ -38,7 +38,8 @@ class DataConfig(Frozen):
     `mix` has weights by shell patterns over the names of groups (the last pattern that matches applies, 1 without one).
     The bytes that are read of a group are proportional to its weight and to `bytes ** temperature`. With
     `temperature_by: language`, the bytes of languages are; a language is what follows the last dot of a group's name
-    (`blt.data.mixture`). `workers` threads prepare batches ahead of the step (0: none); they do not change the batches.
+    (`blt.data.mixture`). Rows are shuffled within blocks of documents; `first_block_tokens` is the size of the first
+    one (null: 2^20). `workers` threads prepare batches ahead of the step (0: none); they do not change the batches.
     """
 
     path: str | None = None
@@ -47,6 +48,7 @@ class DataConfig(Frozen):
     temperature: FiniteFloat = Field(default=1.0, ge=0)
     temperature_by: TemperatureBy = "group"
     valid_bytes: int = Field(default=1 << 20, ge=1)
+    first_block_tokens: int | None = Field(default=None, ge=1 << 10)
     workers: int = Field(default=1, ge=0, le=64)
 
     @field_validator("temperature")

@@ -155,7 +155,8 @@ class _Text:
         source, starts = self.sources.get("train", train), self.starts.get("train")
         config = with_buckets(config, source, members=_members(config, train), starts=starts, mixture=self.mixture)
         loaders = {split: self._loader(config, split) for split in self.splits}
-        same = {"data": train.sha256, "first_block": FIRST_BLOCK_TOKENS, "order": ORDER, **(extra or {})}
+        first = config.data.first_block_tokens or FIRST_BLOCK_TOKENS
+        same = {"data": train.sha256, "first_block": first, "order": ORDER, **(extra or {})}
         if self.mixture is not None:
             same["mixture"] = mixing.settings(config.data, self.mixture)
         inputs = RunInputs(config, loaders, same, mixture=self.mixture, **models)
@@ -179,7 +180,7 @@ class _Text:
             seed, workers = config.run.seed, config.data.workers
             return lambda: Loader(
                 source, shape, starts, seed=seed, subset=members, workers=workers, total_batches=self.steps,
-                mixture=self.mixture,
+                mixture=self.mixture, first_block_tokens=config.data.first_block_tokens,
             )  # fmt: skip
         members = np.random.default_rng(VALIDATION_SEED).permutation(members)
         members, last = first_bytes(source, members, config.data.valid_bytes)

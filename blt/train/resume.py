@@ -153,8 +153,8 @@ def check_same_run(checkpoint: TrainingCheckpoint, config: RunConfig, extra: dic
         raise checkpoint.incomplete(error) from None
     if [before.pop(key, None) for key in ("first_block", "order")] != [now.pop("first_block"), now.pop("order")]:
         raise CheckpointError(
-            "the checkpoint is of a version that read the training text in another order; finish the run with that "
-            "version, or start anew in another output folder"
+            "the checkpoint read the training text in another order (data.first_block_tokens, or an earlier version of "
+            "this program); use the same, or start anew in another output folder"
         )
     if before.pop("mixture", None) != now.pop("mixture", None):
         raise CheckpointError(

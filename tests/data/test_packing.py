@@ -282,14 +282,19 @@ def test_bad_shapes_and_empty_data() -> None:
         Loader(_Empty(), BatchShape(1, (8,)))
 
 
-def test_the_first_blocks_of_the_first_epoch_are_smaller(loader: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blt.data.packing.FIRST_BLOCK_TOKENS", 500)
-    made = loader(BatchShape(2, (40,)), block_tokens=3000)
+@pytest.mark.parametrize("given", [True, False])
+def test_the_first_blocks_of_the_first_epoch_are_smaller(
+    loader: Make, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    monkeypatch.setattr("blt.data.packing.FIRST_BLOCK_TOKENS", 100 if given else 500)
+    made = loader(BatchShape(2, (40,)), block_tokens=3000, first_block_tokens=500 if given else None)
     tokens = [[made.plan(epoch, block).n_tokens for block in range(made.n_blocks(epoch))] for epoch in (0, 1)]
     assert sum(tokens[0]) == sum(tokens[1])
     for found, expected in zip(tokens[0][:4], (500, 500, 1000, 1000), strict=True):
         assert abs(found - expected) < 700  # documents are whole
     assert tokens[1][0] > 2300
+    whole = loader(BatchShape(2, (40,)), block_tokens=3000, first_block_tokens=3000)
+    assert whole.plan(0, 0).n_tokens > 2300
 
 
 @settings(max_examples=30, deadline=None)

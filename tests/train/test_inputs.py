@@ -182,6 +182,9 @@ def test_a_checkpoint_of_other_blocks_is_refused(
 ) -> None:
     config = load_config(repo / "configs" / "tiny-entropy.yaml", ["schedule={steps: 2, warmup: 1}"])
     train(config, tmp_path / "run", data=grouped)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"first_block_tokens": 8192})})
+    with pytest.raises(CheckpointError, match="another order"):
+        train(other, tmp_path / "run", data=grouped)
     monkeypatch.setattr("blt.train.inputs.FIRST_BLOCK_TOKENS", 8192)
     with pytest.raises(CheckpointError, match="another order"):
         train(config, tmp_path / "run", data=grouped)
