@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,16 +173,6 @@ def run_llama(a: argparse.Namespace, model: Model, folder: Path, batch: int) -> 
     )
 
 
-def child(a: argparse.Namespace, *what: object) -> Any:
-    """Runs this script again for one case and parses its last line, JSON."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", ",".join(map(str, what))]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        sys.exit(f"benchmark child {what} failed with {result.returncode}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
-
-
 # --- results ------------------------------------------------------------------------------------------------------
 
 
@@ -269,11 +257,11 @@ def main() -> None:
         return
     cases = [(name, p, int(b)) for p in a.precisions.split(",") for b in a.batches.split(",") for name in by_name]
     for name, precision, _ in cases:
-        child(a, "build", name, precision, 1)
+        tokens.child(a, "build", name, precision, 1, script=__file__)
     found: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in cases}
     for turn in range(a.repeat):
         for case in cases:
-            found[case].append(child(a, "run", *case))
+            found[case].append(tokens.child(a, "run", *case, script=__file__))
             print(f"round {turn + 1}, {case}: {found[case][-1]['bytes_per_s']:.1f} bytes/s", file=sys.stderr)
     rows = [
         {

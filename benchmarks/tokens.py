@@ -290,10 +290,10 @@ def generate(og: Any, model: Any, prompt_BT: np.ndarray, new: int) -> tuple[floa
 ENGINES = {"blt": (build_blt, run_blt), "llama": (build_llama, run_llama)}
 
 
-def child(a: argparse.Namespace, *what: object) -> Any:
-    """Runs this script again for one step and parses its last line, JSON."""
+def child(a: argparse.Namespace, *what: object, script: str = __file__) -> Any:
+    """Runs the script again for one step and parses its last line, JSON."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", ",".join(map(str, what))]
+    command = [sys.executable, script, *sys.argv[1:], "--child", ",".join(map(str, what))]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         sys.exit(f"benchmark child {what} failed with {result.returncode}")
