@@ -225,7 +225,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             points = [(r["bits"], r["bytes_per_s"]) for r in case if r["model"].startswith(kind)]
             panel.plot(*zip(*front(points), strict=True), "-o", label=kind)
             panel.plot(*zip(*points, strict=True), ".", color="gray", zorder=0)
-        panel.set(title=f"{precision}, batch {batch}", xlabel="bits per byte", ylabel="bytes/s")
+        panel.set(title=f"{precision}, batch {batch}", xlabel="bits per byte", ylabel="bytes/s", ylim=(0, None))
         panel.legend()
     figure.savefig(path, dpi=150)
 
