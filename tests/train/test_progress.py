@@ -135,6 +135,7 @@ def at_width(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, width: int) -> lis
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", str(width))
     logger = logging.getLogger("blt")
+    monkeypatch.setattr(logger, "handlers", [])  # a command that ran before leaves one, whose stream may be closed
     before = logger.level
     logger.setLevel(logging.INFO)
     with progress.observing(tmp_path, steps=1200, at=1198) as observers:
