@@ -105,17 +105,6 @@ def answers(model: Path, asked: Sequence[Question], entropy_model: Path | None) 
     return {language: sum(found) / len(found) for language, found in right.items()}
 
 
-def by_language(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Bits per byte of each language, over all its groups `kind.language`."""
-    bits: dict[str, float] = defaultdict(float)
-    size: dict[str, int] = defaultdict(int)
-    for name, found in groups.items():
-        language = name.split(".")[1]
-        bits[language] += found["bits_per_byte"] * found["bytes"]
-        size[language] += found["bytes"]
-    return {language: bits[language] / size[language] for language in sorted(bits)}
-
-
 def tables(rows: Sequence[Mapping[str, Any]], asked: Sequence[Question]) -> list[str]:
     """Markdown: bits per byte, and the share of right answers, of each model in each language."""
     counts = {language: sum(question.language == language for question in asked) for language in LANGUAGES}
@@ -135,7 +124,7 @@ def _line(name: str, values: Sequence[float | None]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    study.add_arguments(parser, models=MODELS)
+    study.add_arguments(parser, models=MODELS, pairs=0)
     parser.add_argument("--debs", type=Path, required=True, help="the folder with the packages of the corpus")
     arguments = parser.parse_args()
     pages = test_pages(arguments.debs)
@@ -150,7 +139,7 @@ def main() -> None:
                 "model": run.variant.name,
                 "seed": run.seed,
                 "test_bits_per_byte": report["bits_per_byte"],
-                "bits": by_language(report["groups"]),
+                "bits": study.bits_by(1, report["groups"]),
                 "right": right,
             }
         )

@@ -10,8 +10,8 @@ generation (byte-level transformers, hash n-grams in front of tokens) and are le
 
 Both continue text of the test split: a BLT that of prompts of this text, in the patches of its rule; a Llama, which
 generates freely, prompts of as many tokens as the bytes have by the tokens of the training text. Both choose the
-likeliest id. Every model, precision and batch size runs in a process of its own, one at a time; rounds alternate
-between them, and medians are reported. It writes pareto.md, pareto.json and pareto.png into OUT.
+likeliest id. Every model, precision and batch size runs in a separate process, one at a time. Rounds alternate between
+them, and medians are reported. It writes pareto.md, pareto.json and pareto.png into OUT.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tokens
 
-from blt.bench.machine import available_cores
 from blt.checkpoint.huggingface import LAYER
 from blt.checkpoint.models import Checkpoint, load
 
@@ -89,25 +88,11 @@ def build_llama(a: argparse.Namespace, model: Model, precision: str, place: Path
 def save_llama(checkpoint: Checkpoint, folder: Path) -> None:
     """A token-level model as transformers' Llama, float32: the same numbers for the same ids."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     assert checkpoint.bpe is not None
     assert checkpoint.vocabulary is not None
     c, found = checkpoint.bpe.config, checkpoint.bpe.state_dict()
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            intermediate_size=c.hidden_dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.kv_heads,
-            max_position_embeddings=c.max_seqlen,
-            rms_norm_eps=c.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            tie_word_embeddings=False,
-        )
-    )
+    llama = tokens.empty_llama(c, c.vocab_size, c.max_seqlen)
     weights = {
         "model.embed_tokens.weight": found["byte_embedding.weight"],
         "model.norm.weight": found["norm.weight"],
@@ -121,8 +106,7 @@ def save_llama(checkpoint: Checkpoint, folder: Path) -> None:
             weights[f"model.layers.{layer}.{theirs}.weight"] = weight
     with torch.no_grad():
         llama.load_state_dict(weights)
-    llama.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokens.one_word(), unk_token="a").save_pretrained(folder)
+    tokens.save_with_tokenizer(llama, folder)
 
 
 def to_halves(weight_RD: Any, head_size: int) -> Any:
@@ -235,13 +219,7 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="the folder of benchmarks/study.py")
     parser.add_argument("data", type=Path, help="its data folder")
     parser.add_argument("-o", "--out", type=Path, default=Path("pareto"), help="exported models and results")
-    parser.add_argument("--precisions", default="fp32,int8")
-    parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--threads", type=int, default=available_cores())
-    parser.add_argument("--prompt-bytes", type=int, default=512)
-    parser.add_argument("--new-bytes", type=int, default=256)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    tokens.add_arguments(parser, precisions="fp32,int8")
     a = parser.parse_args()
     (a.out / "models").mkdir(parents=True, exist_ok=True)
     by_name = {model.folder.name: model for model in models_of(a.study)}

@@ -27,7 +27,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,18 +255,8 @@ class Study:
     def score(self, run: Run) -> dict[str, Any]:
         """Bits per byte of the trained model on the test split, in pieces as long as its rows, which begin as rows of
         training do; with seed 0 also with noise."""
-        options = [
-            "--by",
-            "group",
-            "--limit",
-            self.args.limit,
-            "--context",
-            "1k",
-            "--continued",
-            "--baseline",
-            "ppmd,xz",
-        ]
-        report = self._eval(run, "eval.json", *options)
+        options = ["--by", "group", "--limit", self.args.limit, "--context", "1k", "--continued"]
+        report = self._eval(run, "eval.json", *options, "--baseline", "ppmd,xz")
         if run.seed or not self.args.pairs:
             return report
         noise: dict[str, Any] = self._eval(run, "noise.json", "--suite", "noise", "--items", self.args.pairs)["noise"]
@@ -389,7 +379,7 @@ class Study:
             "bytes_per_patch": report["bytes_per_patch"] if run.config.kind == "blt" else run.unit or 1.0,
             "valid_bits_per_byte": self._valid(run.folder),
             "test_bits_per_byte": report["bits_per_byte"],
-            "kinds": _kinds(report["groups"]),
+            "kinds": bits_by(0, report["groups"]),
             "noise": report.get("noise", []),
             "baselines": report["baselines"],
             "seconds": last["seconds"],
@@ -403,13 +393,14 @@ class Study:
         return float(next(r for r in reversed(self._metrics(folder)) if "valid_bpb" in r)["valid_bpb"])
 
 
-def _kinds(groups: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Bits per byte of each kind, over all its groups `kind.language`."""
-    kinds = sorted({name.split(".")[0] for name in groups})
-    members = {kind: [group for name, group in groups.items() if name.split(".")[0] == kind] for kind in kinds}
+def bits_by(part: int, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Bits per byte of each kind (part 0) or language (part 1), over all its groups `kind.language`."""
+    members: dict[str, list[Mapping[str, Any]]] = {}
+    for name, group in groups.items():
+        members.setdefault(name.split(".")[part], []).append(group)
     return {
-        kind: sum(g["bits_per_byte"] * g["bytes"] for g in parts) / sum(g["bytes"] for g in parts)
-        for kind, parts in members.items()
+        key: sum(g["bits_per_byte"] * g["bytes"] for g in parts) / sum(g["bytes"] for g in parts)
+        for key, parts in sorted(members.items())
     }
 
 

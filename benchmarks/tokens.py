@@ -146,32 +146,42 @@ def genai_builder(source: Path, folder: Path, precision: str) -> None:
 def save_llama(model: Llama, folder: Path) -> None:
     """Random weights, float32."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    stack = model.stack
-    config = LlamaConfig(
-        vocab_size=model.vocabulary,
-        hidden_size=model.dim,
-        intermediate_size=stack.hidden_dim,
-        num_hidden_layers=model.layers,
-        num_attention_heads=stack.n_heads,
-        num_key_value_heads=stack.kv_heads,
-        max_position_embeddings=MAX_TOKENS,
-        rope_theta=stack.rope_theta,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=one_word(), unk_token="a").save_pretrained(folder)
+    save_with_tokenizer(empty_llama(model.stack, model.vocabulary, MAX_TOKENS), folder)
 
 
-def one_word() -> Any:
-    """A tokenizer of one word: onnxruntime-genai's builder needs a file, and nothing here reads it."""
+def empty_llama(stack: TransformerConfig, vocabulary: int, positions: int) -> Any:
+    """transformers' Llama of this shape, with its own initial weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=stack.dim,
+            intermediate_size=stack.hidden_dim,
+            num_hidden_layers=stack.n_layers,
+            num_attention_heads=stack.n_heads,
+            num_key_value_heads=stack.kv_heads,
+            max_position_embeddings=positions,
+            rms_norm_eps=stack.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": stack.rope_theta},
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def save_with_tokenizer(llama: Any, folder: Path) -> None:
+    """Saves a Llama with a tokenizer of one word: onnxruntime-genai's builder needs a file, and nothing here reads
+    it."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
 
-    return Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    llama.save_pretrained(folder)
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
 
 
 def bundle_of(a: argparse.Namespace, precision: str) -> Path:
@@ -353,15 +363,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=("S", "M"), default="M")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, default="llama3")
     parser.add_argument("--engines", default="blt,llama")
-    parser.add_argument("--precisions", default="fp32,int8,int4")
+    add_arguments(parser, precisions="fp32,int8,int4")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def add_arguments(parser: argparse.ArgumentParser, precisions: str) -> None:
+    """What is run, and how often. precisions: the default."""
+    parser.add_argument("--precisions", default=precisions)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--prompt-bytes", type=int, default=512)
     parser.add_argument("--new-bytes", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def main() -> None:

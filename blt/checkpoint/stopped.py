@@ -21,6 +21,7 @@ from blt_runtime.patching import PatchRule
 
 CHECKPOINTS, STATE, MANIFEST, WEIGHTS = "checkpoints", "state.json", "manifest.json", "shard-*.safetensors"
 EMA = "ema."
+"""Prefix of the names of averaged weights, which a run may leave out."""
 FINISH = "the same `blt train` command continues it"
 log = logging.getLogger("blt.checkpoint")
 

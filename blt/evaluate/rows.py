@@ -130,11 +130,11 @@ class TokenRows(Scorer):
         for start in range(0, len(text), context):
             last = whole and start + context >= len(text)
             first, end = np.searchsorted(ends_T, [start, start + context], side="right")
-            own = int(end - max(first, len(asked)))
-            if own > 0 or last:
+            own = max(0, int(end - max(first, len(asked))))
+            if own or last:
                 row = tokens_T[max(first - 1, 0) : end]
-                n_bytes = self.vocabulary.token_bytes[row[len(row) - max(own, 0) :]].sum()
-                yield self._measure(row, max(own, 0), last, bos=not first), int(n_bytes)
+                n_bytes = self.vocabulary.token_bytes[tokens_T[end - own : end]].sum()
+                yield self._measure(row, own, last, bos=not first), int(n_bytes)
 
     def _measure(self, tokens_T: Ids, n_counted: int, eos: bool, bos: bool) -> Scored:
         ids_N = np.concatenate([[BOS] if bos else [], tokens_T, [EOS] if eos else []]).astype(np.int64)

@@ -12,9 +12,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from blt.model.shards import local
 from blt.train import parallel
 
 WARMUP = 9
@@ -44,8 +44,8 @@ class Averages:
         yield
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + WARMUP))
-        weights = [_local(weight) for weight in self.weights.values()]
-        get_ema_multi_avg_fn(decay)([_local(average) for average in averages], weights, None)
+        weights = [local(weight.detach()) for weight in self.weights.values()]
+        get_ema_multi_avg_fn(decay)([local(average) for average in averages], weights, None)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -71,12 +71,7 @@ class Averages:
     def _swap(self) -> None:
         parallel.reshard(self.model)  # a forward pass without a backward pass leaves gathered copies of the weights
         for name, average in self.tensors.items():
-            a, w = _local(average), _local(self.weights[name])
+            a, w = local(average), local(self.weights[name].detach())
             kept = w.clone()
             w.copy_(a)
             a.copy_(kept)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

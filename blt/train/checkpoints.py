@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from blt.checkpoint.claims import check_safetensors
+from blt.checkpoint.stopped import EMA
 from blt.checkpoint.tensors import StoredTensor, read_shards
 from blt.files import replace_folder, scratch, write_synced
 from blt.train.parallel import SINGLE, Ranks
@@ -49,8 +50,6 @@ FOLDER = "checkpoints"
 """In the run folder."""
 FORMAT, VERSION = "blt-train", 2
 MANIFEST, STATE = "manifest.json", "state.json"
-EMA = "ema."
-"""Prefix of the names of averaged weights, which a run may leave out."""
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".aside-"
 _CHUNK = 4 << 20

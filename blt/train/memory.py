@@ -30,7 +30,7 @@ from blt.train.config import BLTRun, OptimizerConfig, RunConfig
 from blt.train.models import make_model
 from blt.train.objective import Objective
 from blt.train.parallel import micro_rows, ranks_of_a_group, rows_per_rank
-from blt.train.parameters import TABLES, is_hidden_matrix
+from blt.train.parameters import is_hidden_matrix, sparse_table
 from blt.train.tables import capacity_for
 
 FLOAT = 4
@@ -104,19 +104,15 @@ def memory(config: RunConfig, ranks: int = 1) -> dict[str, int]:
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.simplefilter("ignore")  # torch's, about float32 norm weights in bfloat16
         model = make_model(config)
-        table = dict(model.named_parameters()).get(TABLES)
-        sparse = config.optimizer.tables == "sparse" and table is not None and table.requires_grad
-        touched = 0
-        if sparse:
-            assert table is not None
-            touched = _touch(model, table, config, rows, ranks)
+        table = sparse_table(model, config.optimizer)
+        touched = 0 if table is None else _touch(model, table, config, rows, ranks)
         matrices = _matrices(model, gathered_as=config.run.dtype if ranks > 1 else None)
         found = _count(model, config, rows, adds=adds)
-    named = {name: p for name, p in model.named_parameters() if not (sparse and p is table)}
+    named = {name: p for name, p in model.named_parameters() if p is not table}
     shared = list(named.values())
     state = sum(_state(name, p, config.optimizer, adds) for name, p in named.items())
     state //= ranks_of_a_group(config.run.shard_ranks, ranks)
-    if sparse and table is not None:
+    if table is not None:
         state += FLOAT * (1 + MOMENTS) * table.shape[1] * rows_per_rank(len(table), ranks)
     gathered, peak = 0, found.peak
     if ranks > 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from blt.model.shards import local
 from blt.train.config import OptimizerConfig, ScheduleConfig
 from blt.train.parallel import SINGLE, Ranks
 from blt.train.parameters import is_hidden_matrix, parameter_groups
@@ -93,8 +94,8 @@ def scale_gradients(gradients: Iterable[Tensor], norm: Tensor, largest: float) -
     """Scales gradients in place so that their norm is at most `largest`, as torch's clip_grad_norm_ does."""
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        local.mul_(factor.to(local.device))
+        part = local(gradient)
+        part.mul_(factor.to(part.device))
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

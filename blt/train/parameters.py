@@ -65,6 +65,13 @@ def parameter_groups(
     return [{"params": members, **settings._asdict()} for settings, members in groups.items() if members]
 
 
+def sparse_table(model: nn.Module, config: OptimizerConfig) -> nn.Parameter | None:
+    """The hash tables, if `optimizer.tables: sparse` trains them apart from the dense optimizer; None without tables,
+    and if they are frozen."""
+    table = dict(model.named_parameters()).get(TABLES)
+    return table if config.tables == "sparse" and table is not None and table.requires_grad else None
+
+
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether `optimizer.name: muon` trains this parameter by Muon: the matrices of blocks, cross-attention and
     projections to and from patches."""

@@ -21,7 +21,7 @@ from blt.train.loop import Trainer
 from blt.train.models import Model, make_model
 from blt.train.objective import Objective, count_parameters
 from blt.train.parallel import SINGLE, Ranks
-from blt.train.parameters import TABLES
+from blt.train.parameters import sparse_table
 from blt.train.samples import TextSampler
 
 log = logging.getLogger("blt.train")
@@ -79,12 +79,11 @@ def _sharded_model(config: RunConfig, ranks: Ranks, device: torch.device, compil
     with torch.device("meta"):
         model = make_model(config)
     choose_attention(model, attention=config.run.attention, device=device, compiled=compiled)
-    parameters = dict(model.named_parameters())
-    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     log.info(
         "%s parameters%s", f"{count_parameters(model):,}", f", {len(frozen):,} tensors of them frozen" if frozen else ""
     )
-    sparse = config.optimizer.tables == "sparse" and TABLES in parameters and TABLES not in frozen
+    table = sparse_table(model, config.optimizer)
     parallel.shard(
         model,
         ranks,
@@ -92,7 +91,7 @@ def _sharded_model(config: RunConfig, ranks: Ranks, device: torch.device, compil
         group=config.run.shard_ranks,
         bf16=config.run.dtype == "bf16",
         compile=compiled,
-        by_row=[parameters[TABLES]] if sparse else (),
+        by_row=() if table is None else (table,),
     )
     allocate(model, device)
     return model.train()

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from blt.checkpoint.stopped import EMA
 from blt.data.packing import Loader
 from blt.train.averages import Averages
-from blt.train.checkpoints import EMA
 from blt.train.metrics import MetricWindow
 from blt.train.optim import optimizer_state
 from blt.train.spikes import Spikes

@@ -33,6 +33,7 @@ from torch.optim.adamw import adamw
 
 from blt.data.batches import Batch
 from blt.model.hashing import HashEmbedding, Touched, hash_ids
+from blt.model.shards import local
 from blt.train.config import OptimizerConfig
 from blt.train.parallel import SINGLE, Ranks, part_of, rows_per_rank
 from blt.train.parameters import TABLES, Settings, settings_of
@@ -118,7 +119,7 @@ class SparseTables:
         weight.requires_grad_(False)
         self.embedding, self.settings, self.ranks = embedding, settings, ranks
         self.n_rows = len(weight)
-        self.weight_RD: Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
+        self.weight_RD: Tensor = local(weight)
         self.missed = CatchUp(settings.betas)
         self._capacity = 0
 

@@ -16,7 +16,7 @@ from blt.model.layers import Block
 from blt.train.config import RunConfig
 from blt.train.models import make_model
 from blt.train.parallel import matrices, micro_rows, ranks_of_a_group
-from blt.train.parameters import TABLES
+from blt.train.parameters import sparse_table
 
 FLOAT, ID = 4, 8
 
@@ -34,18 +34,15 @@ def traffic(config: RunConfig, ranks: int) -> dict[str, int]:
     micro_batches = config.batch.rows // (ranks * micro_rows(config.batch, ranks))
     with torch.device("meta"):
         model = make_model(config)
-    parameters = dict(model.named_parameters())
-    table = parameters.get(TABLES)
-    sparse = config.optimizer.tables == "sparse" and table is not None and table.requires_grad
-    shared = [parameter for name, parameter in parameters.items() if not (sparse and name == TABLES)]
+    table = sparse_table(model, config.optimizer)
+    shared = [parameter for parameter in model.parameters() if parameter is not table]
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     of_blocks = sum(parameter.numel() for parameter in chain.from_iterable(map(matrices, blocks)))
     size = 2 if config.run.dtype == "bf16" else FLOAT
     others = sum(parameter.numel() for parameter in shared) - of_blocks
     trained = sum(parameter.numel() for parameter in shared if parameter.requires_grad)
     tables = 0
-    if sparse:
-        assert table is not None
+    if table is not None:
         assert config.model.hash is not None
         positions = config.batch.rows // ranks * config.batch.byte_buckets[-1]
         read = min(len(table), positions * config.model.hash.n_tables)

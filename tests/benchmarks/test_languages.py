@@ -60,12 +60,6 @@ def test_the_completion_that_the_prompt_helps_most_is_chosen(
     assert set(alone) >= {question.completions[0] for question in asked}
 
 
-def test_bits_of_a_language_weigh_its_groups_by_bytes(languages: ModuleType) -> None:
-    groups = {"a.ta": (2.0, 10), "b.ta": (4.0, 30), "a.en": (1.0, 5)}
-    reports = {name: {"bits_per_byte": bits, "bytes": size} for name, (bits, size) in groups.items()}
-    assert languages.by_language(reports) == {"en": 1.0, "ta": 3.5}
-
-
 def test_tables_have_every_language(languages: ModuleType, pages: dict[str, dict[str, str]]) -> None:
     asked = list(languages.questions(pages, "ta"))
     row = {"model": "BPE", "bits": {"en": 2.0, "ta": 1.0}, "right": {"ta": 0.25}}

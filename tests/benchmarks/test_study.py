@@ -120,3 +120,10 @@ def test_rows_of_several_seeds_are_one_line(study: ModuleType) -> None:
     row = {"model": "BPE", "flops_per_byte": 2e6, "bytes": 8e6, "bytes_per_patch": 3.0, "baselines": {}}
     rows = [{**row, "test_bits_per_byte": bits, "kinds": {"book": bits}} for bits in (2.0, 2.1, 2.3)]
     assert study._table(rows)[2:] == ["| BPE | 3 | 2.000 | 8.00 | 3.00 | 2.133 ± 0.150 | 2.133 |"]
+
+
+def test_bits_of_a_language_weigh_its_groups_by_bytes(study: ModuleType) -> None:
+    groups = {"a.ta": (2.0, 10), "b.ta": (4.0, 30), "a.en": (1.0, 5)}
+    reports = {name: {"bits_per_byte": bits, "bytes": size} for name, (bits, size) in groups.items()}
+    assert study.bits_by(1, reports) == {"en": 1.0, "ta": 3.5}
+    assert study.bits_by(0, reports) == {"a": pytest.approx(25 / 15), "b": 4.0}
